@@ -1,0 +1,47 @@
+"""The settings of a run: what they are, how they are read, what they may be; without torch."""
+
+from torchtitan.config.job_config import (
+    ActivationCheckpoint,
+    Checkpoint,
+    Comm,
+    Compile,
+    Debug,
+    Job,
+    JobConfig,
+    LRScheduler,
+    Metrics,
+    Model,
+    Optimizer,
+    Parallelism,
+    Profiling,
+    Quantize,
+    Training,
+    Validation,
+    to_dict,
+)
+from torchtitan.config.manager import ConfigManager
+from torchtitan.config.validate import resolve_dp_degrees, resolve_global_batch_size, validate
+
+__all__ = [
+    "ActivationCheckpoint",
+    "Checkpoint",
+    "Comm",
+    "Compile",
+    "ConfigManager",
+    "Debug",
+    "Job",
+    "JobConfig",
+    "LRScheduler",
+    "Metrics",
+    "Model",
+    "Optimizer",
+    "Parallelism",
+    "Profiling",
+    "Quantize",
+    "Training",
+    "Validation",
+    "resolve_dp_degrees",
+    "resolve_global_batch_size",
+    "to_dict",
+    "validate",
+]

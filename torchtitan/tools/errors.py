@@ -1,4 +1,7 @@
-"""The one exception for mistakes that a user can mend."""
+"""Exceptions that end a run with a sentence instead of a traceback, and the words for a wrong name."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -7,3 +10,22 @@ class UserError(ValueError):
     The message is one sentence that names the key or file, the value, the rule and the way out.
     `torchtitan.train.main` prints it without a traceback and exits with code 2.
     """
+
+
+class RunError(RuntimeError):
+    """Training itself has failed (a loss that is not finite, say): one sentence, exit code 1."""
+
+
+def suggest(name: str, candidates: Iterable[str]) -> str:
+    """The way out after a wrong name, to end a sentence with: `; did you mean 'steps'?`.
+
+    Without a near name it lists all of them: `; choose one of 'a', 'b'.`
+    """
+    known = sorted(set(candidates))
+    if not known:
+        return "."
+    folded = {candidate.lower(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower(), folded, n=1)
+    if near:
+        return f"; did you mean '{folded[near[0]]}'?"
+    return "; choose one of " + ", ".join(f"'{candidate}'" for candidate in known) + "."

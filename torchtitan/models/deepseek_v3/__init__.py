@@ -1,0 +1,124 @@
+"""The DeepSeek family: flavors and how the trainer gets them.
+
+Numbers of 16B (V2-Lite), 236B (V2) and 671B (V3) are those of the official inference configurations
+(config_16B/236B/671B.json of deepseek-ai/DeepSeek-V3).
+"""
+
+from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
+from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
+from torchtitan.models.deepseek_v3.parallelize import parallelize_deepseekv3
+from torchtitan.models.deepseek_v3.state_dict_adapter import DeepSeekV3StateDictAdapter
+from torchtitan.models.moe import MoEArgs
+from torchtitan.protocols.train_spec import TrainSpec
+
+__all__ = [
+    "DeepSeekV3Model",
+    "DeepSeekV3ModelArgs",
+    "DeepSeekV3StateDictAdapter",
+    "deepseekv3_args",
+    "get_train_spec",
+    "parallelize_deepseekv3",
+]
+
+
+def _debug_args(**groups: int) -> DeepSeekV3ModelArgs:
+    # torchtitan's debug sizes (33 M parameters), with V3's sigmoid routing.
+    return DeepSeekV3ModelArgs(
+        vocab_size=2048,
+        dim=256,
+        inter_dim=1024,
+        moe_inter_dim=256,
+        n_layers=6,
+        n_dense_layers=1,
+        n_heads=16,
+        init_std=0.02,  # 0.006 is for widths of thousands
+        moe_args=MoEArgs(
+            num_experts=8,
+            num_shared_experts=2,
+            top_k=3,
+            score_func="sigmoid",
+            route_norm=True,
+            score_before_experts=False,
+            **groups,
+        ),
+    )
+
+
+deepseekv3_args = {
+    "debugmodel": _debug_args(),
+    "debugmodel_node_limited": _debug_args(num_expert_groups=4, num_limited_groups=2),
+    "16B": DeepSeekV3ModelArgs(
+        vocab_size=102400,
+        dim=2048,
+        inter_dim=10944,
+        moe_inter_dim=1408,
+        n_layers=27,
+        n_dense_layers=1,
+        n_heads=16,
+        moe_args=MoEArgs(
+            num_experts=64,
+            num_shared_experts=2,
+            top_k=6,
+            score_func="softmax",
+            route_norm=False,
+            route_scale=1.0,
+            score_before_experts=False,
+            load_balance_coeff=None,
+        ),
+        q_lora_rank=0,
+        mscale=0.707,
+    ),
+    "236B": DeepSeekV3ModelArgs(
+        vocab_size=102400,
+        dim=5120,
+        inter_dim=12288,
+        moe_inter_dim=1536,
+        n_layers=60,
+        n_dense_layers=1,
+        n_heads=128,
+        moe_args=MoEArgs(
+            num_experts=160,
+            num_shared_experts=2,
+            top_k=6,
+            num_expert_groups=8,
+            num_limited_groups=3,
+            group_score_func="max",
+            score_func="softmax",
+            route_norm=False,
+            route_scale=16.0,
+            score_before_experts=False,
+            load_balance_coeff=None,
+        ),
+        q_lora_rank=1536,
+    ),
+    "671B": DeepSeekV3ModelArgs(
+        vocab_size=129280,
+        dim=7168,
+        inter_dim=18432,
+        moe_inter_dim=2048,
+        n_layers=61,
+        n_dense_layers=3,
+        n_heads=128,
+        moe_args=MoEArgs(
+            num_experts=256,
+            num_shared_experts=1,
+            top_k=8,
+            num_expert_groups=8,
+            num_limited_groups=4,
+            score_func="sigmoid",
+            route_norm=True,
+            route_scale=2.5,
+            score_before_experts=False,
+        ),
+        q_lora_rank=1536,
+    ),
+}
+
+
+def get_train_spec() -> TrainSpec:
+    return TrainSpec(
+        model_cls=DeepSeekV3Model,
+        model_args=deepseekv3_args,
+        parallelize_fn=parallelize_deepseekv3,
+        state_dict_adapter=DeepSeekV3StateDictAdapter,
+    )

@@ -1,0 +1,323 @@
+"""What comes out of the writers, read back and compared with what went in."""
+
+import io
+import json
+import logging
+import math
+import re
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from torchtitan.components.metrics import MetricsLogger, load_balance, relative_load
+from torchtitan.components.writers import load_heatmap
+
+# Layer 1: expert 2 has 9 of 12 tokens, mean 3. Layer 4: balanced but for one token each way.
+LOADS = {1: torch.tensor([1, 2, 9, 0]), 4: torch.tensor([3, 4, 2, 3])}
+STEP = dict(
+    loss=3.1415926535897931,
+    max_loss=3.5,
+    grad_norm=0.25,
+    lr=4e-4,
+    tokens=4000,
+    tokens_seen=123_456_789_012,
+    step_seconds=[0.5, 1.5],
+    data_seconds=0.1,
+    expert_loads=LOADS,
+)
+
+
+def logger_for(folder, **changes):
+    settings = dict(
+        dump_folder=folder,
+        log_freq=10,
+        total_steps=95,
+        enable_tensorboard=False,
+        save_tb_folder="tb",
+        save_for_all_ranks=False,
+        disable_color_printing=True,
+        device=torch.device("cpu"),
+        flops_per_token=2e9,
+        peak_flops=None,
+    )
+    return MetricsLogger(**{**settings, **changes})
+
+
+def log_once(folder, *, step=1, changes=None, **settings):
+    with closing(logger_for(folder, **settings)) as metrics:
+        metrics.log(step=step, **{**STEP, **(changes or {})})
+
+
+def records(folder, name="metrics.jsonl"):
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+
+    lines = (folder / name).read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+@pytest.fixture
+def console(caplog):
+    caplog.set_level(logging.INFO, logger="torchtitan")
+    return lambda: caplog.messages[-1]
+
+
+def test_first_every_tenth_and_last_step_are_logged(tmp_path):
+    metrics = logger_for(tmp_path)
+    logged = [step for step in range(1, 96) if metrics.should_log(step)]
+    assert logged == [1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95]
+    metrics.close()
+
+
+# ---------------------------------------------------------------- JSON lines
+
+
+def test_record_holds_the_numbers_put_in_and_those_derived_by_hand(tmp_path):
+    log_once(tmp_path, world_size=4, peak_flops=1e13, changes=dict(extra={"skipped_steps": 3}))
+    (record,) = records(tmp_path)
+    for name in ("loss", "max_loss", "grad_norm", "lr", "tokens_seen"):
+        assert record[name] == STEP[name]  # Exactly: full precision.
+    assert record["step"] == 1 and record["skipped_steps"] == 3
+    assert abs(record["time"] - time.time()) < 60
+    # 4000 tokens in 2 s on 4 devices = 500 a second each, 2 GFLOP a token = 1 TFLOP/s of 10.
+    assert record["tps"] == 500 and record["tflops"] == 1.0 and record["mfu_percent"] == 10.0
+    assert record["step_seconds"] == 1.0 and record["max_step_seconds"] == 1.5
+    assert record["data_seconds"] == pytest.approx(0.05)
+    assert record["data_percent"] == pytest.approx(5.0)
+    # MaxVio: (9 - 3) / 3 = 2 and (4 - 3) / 3.
+    assert record["layer_max_violation"] == {"1": 2.0, "4": pytest.approx(1 / 3)}
+    assert record["max_violation"] == 2.0
+    assert record["mean_max_violation"] == pytest.approx(7 / 6)
+    assert record["layer_min_load"] == {"1": 0.0, "4": pytest.approx(2 / 3)}
+    assert record["min_load"] == 0.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_on_cpu_is_the_resident_peak(tmp_path):
+    ballast = torch.ones(50 * 2**20 // 4)  # 50 MiB, touched.
+    log_once(tmp_path)
+    (record,) = records(tmp_path)
+    assert ballast.sum() > 0
+    # The kernel's own tables, both in KiB: the process's high-water mark, the machine's memory.
+    peak = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    total = int(re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    assert record["memory_gib"] == pytest.approx(peak / 2**20, rel=0.05)
+    assert record["memory_percent"] == pytest.approx(100 * peak / total, rel=0.05)
+
+
+def test_without_a_known_peak_there_is_no_mfu(tmp_path, console):
+    log_once(tmp_path)
+    assert "mfu_percent" not in records(tmp_path)[0]
+    assert "mfu" not in console()
+
+
+def test_dense_model_has_no_expert_numbers(tmp_path):
+    log_once(tmp_path, changes=dict(expert_loads={}), enable_tensorboard=True)
+    assert not any("violation" in name or "load" in name for name in records(tmp_path)[0])
+    assert event_files(tmp_path / "tb").Tags()["images"] == []
+
+
+def test_not_a_number_and_infinity_are_strings_in_valid_json(tmp_path):
+    bad = dict(loss=math.nan, grad_norm=math.inf, max_loss=-math.inf)
+    log_once(tmp_path, changes=bad, enable_tensorboard=True)
+    (record,) = records(tmp_path)
+    assert (record["loss"], record["grad_norm"], record["max_loss"]) == (
+        "NaN",
+        "Infinity",
+        "-Infinity",
+    )
+    assert math.isnan(float(record["loss"])) and float(record["max_loss"]) == -math.inf
+
+
+def test_resumed_run_appends(tmp_path):
+    log_once(tmp_path, step=10)
+    log_once(tmp_path, step=20)
+    assert [record["step"] for record in records(tmp_path)] == [10, 20]
+
+
+def test_line_torn_by_a_kill_is_dropped_on_resume_and_whole_lines_stay(tmp_path):
+    log_once(tmp_path, step=10)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 20, "loss": 3.1')
+    log_once(tmp_path, step=20)
+    assert path.read_bytes().startswith(whole)
+    assert [record["step"] for record in records(tmp_path)] == [10, 20]
+
+
+def test_each_record_is_on_disk_before_the_next_step(tmp_path):
+    metrics = logger_for(tmp_path)
+    metrics.log(step=1, **STEP)
+    assert len(records(tmp_path)) == 1  # Not closed: a killed run keeps it.
+    metrics.close()
+
+
+def test_a_further_number_may_not_hide_one_of_ours(tmp_path):
+    with pytest.raises(AssertionError, match="'loss' is taken"):
+        log_once(tmp_path, changes=dict(extra={"loss": 0.0}))
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def test_other_ranks_write_nothing(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="torchtitan")
+    log_once(tmp_path, rank=1, world_size=2, enable_tensorboard=True)
+    assert list(tmp_path.iterdir()) == [] and not caplog.messages
+
+
+def test_other_ranks_write_their_own_files_when_asked(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="torchtitan")
+    log_once(tmp_path, rank=1, world_size=2, enable_tensorboard=True, save_for_all_ranks=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.rank_1.jsonl", "tb"}
+    assert records(tmp_path, "metrics.rank_1.jsonl")[0]["loss"] == STEP["loss"]
+    assert event_files(tmp_path / "tb" / "rank_1").Scalars("loss")
+    assert not caplog.messages, "the console is rank 0's"
+
+
+# ---------------------------------------------------------------- TensorBoard
+
+
+def event_files(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_has_every_number_of_the_json_record(tmp_path):
+    log_once(tmp_path, step=10, enable_tensorboard=True, peak_flops=1e13)
+    (record,) = records(tmp_path)
+    expected = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            expected |= {f"{name}/layer_{layer}": number for layer, number in value.items()}
+        elif name not in ("step", "time"):
+            expected[name] = value
+    events = event_files(tmp_path / "tb")
+    assert set(events.Tags()["scalars"]) == set(expected)
+    for name, value in expected.items():
+        (point,) = events.Scalars(name)
+        assert point.step == 10 and point.value == pytest.approx(value, rel=1e-6), name
+
+
+def test_steps_repeated_after_a_resume_replace_the_old_curve(tmp_path):
+    first = logger_for(tmp_path, enable_tensorboard=True)
+    for step, loss in ((10, 5.0), (20, 4.0), (30, 3.0)):
+        first.log(step=step, **{**STEP, "loss": loss})
+    first.close()
+    time.sleep(1.1)  # Event files are ordered by the second in their name.
+    log_once(tmp_path, step=20, enable_tensorboard=True, changes=dict(loss=4.5))
+    points = [(p.step, p.value) for p in event_files(tmp_path / "tb").Scalars("loss")]
+    assert points == [(10, 5.0), (20, 4.5)]
+
+
+def brightness(pixels):
+    return pixels.astype(int).sum(axis=-1)
+
+
+def test_heat_map_in_tensorboard_shows_the_overloaded_expert_brightest(tmp_path):
+    log_once(tmp_path, enable_tensorboard=True)
+    (image,) = event_files(tmp_path / "tb").Images("expert_load")
+    pixels = np.array(Image.open(io.BytesIO(image.encoded_image_string)))
+    assert pixels.shape[0] / 2 == pixels.shape[1] / 4, "2 layers down, 4 experts across, square"
+    cell = pixels.shape[0] // 2
+    cells = brightness(pixels)[cell // 2 :: cell, cell // 2 :: cell]
+    assert np.unravel_index(cells.argmax(), cells.shape) == (0, 2)  # Layer 1, expert 2: 9 of 12.
+    assert np.unravel_index(cells.argmin(), cells.shape) == (0, 3)  # Idle.
+    assert cells[1, 0] == cells[1, 3], "equal loads, equal colours"
+
+
+def test_heat_map_gets_brighter_with_every_token():
+    loads = torch.linspace(0.25, 4, 200)[None]
+    row = brightness(load_heatmap(loads))[0, ::8]
+    assert (np.diff(row) >= 0).all() and row[0] < row[100] < row[-1]
+
+
+# ---------------------------------------------------------------- load balance
+
+
+def test_violation_of_perfect_and_of_collapsed_routing():
+    relative = relative_load(torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [0, 0, 0, 0]]))
+    balance = load_balance([3, 4, 5], relative)
+    # All 20 tokens at one of 4 experts: (20 - 5) / 5. No tokens at all: nothing is violated.
+    assert balance["layer_max_violation"] == {3: 0.0, 4: 3.0, 5: 0.0}
+    assert balance["layer_min_load"] == {3: 1.0, 4: 0.0, 5: 1.0}
+    assert balance["max_violation"] == 3.0 and balance["mean_max_violation"] == 1.0
+
+
+# ---------------------------------------------------------------- console
+
+
+def test_console_line_says_all_in_one_line(tmp_path, console):
+    log_once(tmp_path, step=10, peak_flops=1e13)
+    line = console()
+    for part in (
+        "step: 10/95",
+        "loss:  3.14159",
+        "grad_norm:  0.2500",
+        "lr: 4.00e-04",
+        "tps: 2,000",
+        "tflops: 4.00",
+        "mfu: 40.00%",
+        "data: 5.0%",
+    ):
+        assert part in line, part
+    gib, percent = (records(tmp_path)[0][name] for name in ("memory_gib", "memory_percent"))
+    assert f"{gib:.2f}GiB({percent:.1f}%)" in line
+    assert "\n" not in line and "\033" not in line
+
+
+def test_console_shows_a_loss_that_is_not_a_number(tmp_path, console):
+    log_once(tmp_path, changes=dict(loss=math.nan))
+    assert "nan" in console()
+
+
+@pytest.mark.parametrize(
+    "terminal, no_color, disabled, coloured",
+    [
+        (True, "", False, True),
+        (False, "", False, False),
+        (True, "1", False, False),
+        (True, "", True, False),
+    ],
+)
+def test_colours_only_on_a_terminal_that_wants_them(
+    tmp_path, console, monkeypatch, terminal, no_color, disabled, coloured
+):
+    monkeypatch.setattr("sys.stderr", Terminal(terminal))
+    monkeypatch.setenv("NO_COLOR", no_color)
+    log_once(tmp_path, disable_color_printing=disabled)
+    assert ("\033[" in console()) == coloured
+
+
+class Terminal(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+def test_introduction_says_whether_the_peak_is_known(tmp_path, console):
+    logger_for(tmp_path, peak_flops=989e12, world_size=8).close()
+    assert "peak 989 TFLOP/s" in console() and "8 x " in console() and "2.000 GFLOP" in console()
+    logger_for(tmp_path).close()
+    assert "peak unknown, so no MFU" in console()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_on_gpu_is_the_peak_since_the_last_log(tmp_path):
+    metrics = logger_for(tmp_path, device=torch.device("cuda"))
+    torch.zeros(2**28, dtype=torch.uint8, device="cuda")  # 0.25 GiB, freed at once.
+    metrics.log(step=1, **STEP)
+    torch.cuda.empty_cache()
+    metrics.log(step=10, **STEP)
+    metrics.log(step=20, **STEP)
+    metrics.close()
+    active = [record["memory_active_gib"] for record in records(tmp_path)]
+    assert active[0] >= 0.25 > active[2]

@@ -1,0 +1,473 @@
+"""Reading a TOML file and a command line: precedence, spellings, and each message of a mistake."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchtitan.config import ConfigManager, JobConfig, to_dict
+from torchtitan.config.manager import deep_merge
+from torchtitan.config.schema import KEYS, alternatives
+from torchtitan.tools.errors import UserError, suggest
+
+
+def parse(*argv: str) -> JobConfig:
+    return ConfigManager().parse_args(list(argv))
+
+
+def get(config: JobConfig, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """Writes a TOML file and gives the option that names it."""
+
+    def write(text: str | bytes, name: str = "run.toml") -> str:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return f"--job.config_file={path}"
+
+    return write
+
+
+# ---------------------------------------------------------------------------------------------
+# What comes out
+# ---------------------------------------------------------------------------------------------
+
+
+def test_command_line_beats_file_beats_defaults(toml):
+    file = toml("[training]\nsteps = 7\nseq_len = 64\n")
+    config = parse(file, "--training.steps", "9")
+    assert (config.training.steps, config.training.seq_len) == (9, 64)
+    assert config.training.local_batch_size == JobConfig().training.local_batch_size
+    assert config.job.config_file == file.partition("=")[2]
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse().training.steps = 3
+
+
+@pytest.mark.parametrize(
+    "spelling", [["--job.config_file", "F"], ["--job.config-file=F"], ["--job.config-file", "F"]]
+)
+def test_config_file_option_has_all_spellings(toml, spelling):
+    file = toml("[training]\nsteps = 7\n").partition("=")[2]
+    options = [part.replace("F", file) for part in spelling]
+    assert parse("--training.seq_len=8", *options).training.steps == 7
+
+
+@pytest.mark.parametrize(
+    "argv, key, value",
+    [
+        (["--training.local-batch-size", "4"], "training.local_batch_size", 4),
+        (["--training.global_batch_size", "-1"], "training.global_batch_size", -1),
+        (["--training.steps=1", "--training.steps=2"], "training.steps", 2),
+        (["--optimizer.lr", "1"], "optimizer.lr", 1.0),
+        (["--metrics.enable_tensorboard"], "metrics.enable_tensorboard", True),
+        (["--metrics.enable_tensorboard", "True"], "metrics.enable_tensorboard", True),
+        (["--metrics.enable_tensorboard=false"], "metrics.enable_tensorboard", False),
+        (["--compile.components", "loss"], "compile.components", ["loss"]),
+        (["--compile.components=model,loss"], "compile.components", ["model", "loss"]),
+        (["--compile.components", "model", "loss"], "compile.components", ["model", "loss"]),
+        (["--compile.components", '["loss"]'], "compile.components", ["loss"]),
+        (["--compile.components="], "compile.components", []),
+        (["--quantize.grouped_mm.float8.fqns", "experts"], None, ["experts"]),
+        (["--job.description", "two words"], "job.description", "two words"),
+        (["--job.description=--odd"], "job.description", "--odd"),
+        (["--lr_scheduler.decay_ratio=0.5"], "lr_scheduler.decay_ratio", 0.5),
+    ],
+)
+def test_option_spellings(argv, key, value):
+    assert get(parse(*argv), key or argv[0][2:]) == value
+
+
+def test_option_switches_off_what_the_file_switches_on(toml):
+    file = toml("[metrics]\nenable_tensorboard = true\n[debug]\nseed = 3\n")
+    for off in ("--metrics.no-enable_tensorboard", "--metrics.no_enable-tensorboard"):
+        config = parse(file, off, "--debug.seed", "None")
+        assert config.metrics.enable_tensorboard is False
+        assert config.debug.seed is None
+
+
+def test_nested_lists_come_from_file_and_command_line(toml):
+    parts = [["tok_embeddings", "layers.0"], ["norm", "output"]]
+    key = "parallelism.module_fqns_per_model_part"
+    file = toml(f"[parallelism]\nmodule_fqns_per_model_part = {json.dumps(parts)}\n")
+    assert get(parse(file), key) == parts
+    assert get(parse(f"--{key}", json.dumps(parts)), key) == parts
+    assert get(parse(file, f"--{key}=None"), key) is None
+
+
+def test_model_args_merge_deeply_and_keep_toml_types(toml):
+    file = toml("[model.args]\nn_layers = 4\n[model.args.moe_args]\nnum_experts = 8\ntop_k = 2\n")
+    options = "--model.args.n-layers 6 --model.args.moe_args.top_k=3 --model.args.theta 1e4"
+    options += " --model.args.use_flex=true --model.args.mode native --model.args.sizes=[1,2]"
+    options += " --model.args.groups None --model.args.rope {factor=40.0}"
+    assert parse(file, *options.split()).model.args == {
+        "n_layers": 6,
+        "moe_args": {"num_experts": 8, "top_k": 3},
+        "theta": 10000.0,
+        "use_flex": True,
+        "mode": "native",
+        "sizes": [1, 2],
+        "groups": None,
+        "rope": {"factor": 40.0},
+    }
+
+
+def test_deep_merge_leaves_its_inputs_alone():
+    below, above = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9}, "d": {"e": 4}}
+    assert deep_merge(below, above) == {"a": {"b": 9, "c": 2}, "d": {"e": 4}}
+    assert below == {"a": {"b": 1, "c": 2}, "d": 3} and above == {"a": {"b": 9}, "d": {"e": 4}}
+
+
+def test_saved_config_is_a_config_file(tmp_path):
+    options = ["--debug.seed=3", "--model.args.moe_args.top_k=2", "--model.converters=a,b"]
+    config = parse(*options)
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps(to_dict(config)))
+    again = parse(f"--job.config_file={saved}")
+    renamed = dataclasses.replace(config.job, config_file=str(saved))
+    assert again == dataclasses.replace(config, job=renamed)
+
+
+def test_byte_order_mark_and_windows_line_ends_are_fine(toml):
+    assert parse(toml(b"\xef\xbb\xbf[training]\r\nsteps = 7\r\n")).training.steps == 7
+
+
+def test_config_answers_quickly_because_it_leaves_torch_alone():
+    code = (
+        "import sys; from torchtitan.config import ConfigManager, validate; "
+        "validate(ConfigManager().parse_args(['--training.steps=3']), 1); "
+        "print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_help_lists_every_key_with_its_sentence(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert [key for key in KEYS if not re.search(rf"--{re.escape(key)}[ ,]", text)] == []
+    words = " ".join(re.sub("[│\n]", " ", text).split())
+    assert "Peak learning rate, before the factor of lr_scheduler. (default: 0.0008)" in words
+    assert "--model.args.moe_args.num_experts 8" in words
+
+
+def test_every_key_has_a_sentence():
+    source = Path(sys.modules[JobConfig.__module__].__file__).read_text()
+    names = [key.rpartition(".")[2] for key in KEYS]
+    for name in set(names):
+        documented = re.findall(rf'^    {name}: .*\n    """[A-Z\w].*\."""$', source, re.MULTILINE)
+        assert len(documented) == names.count(name), name
+
+
+# ---------------------------------------------------------------------------------------------
+# Any keys, any values
+# ---------------------------------------------------------------------------------------------
+
+# No control characters, which JSON and TOML escape differently.
+words = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=8)
+plain = st.one_of(st.integers(-(2**63), 2**63 - 1), st.booleans(), words, st.lists(words))
+numbers = st.floats(allow_nan=False)
+names = st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)
+
+
+def values_for(kind: Any) -> st.SearchStrategy:
+    first = alternatives(kind)[0]
+    if get_origin(first) is Literal:
+        return st.sampled_from(get_args(first))
+    return {
+        bool: st.booleans(),
+        int: st.integers(-(2**63), 2**63 - 1),
+        float: numbers,
+        str: words,
+        list[str]: st.lists(words),
+        list[list[str]]: st.lists(st.lists(words)),
+        dict[str, Any]: st.dictionaries(names, plain | st.dictionaries(names, plain)),
+    }[first]
+
+
+def some_settings() -> st.SearchStrategy[dict[str, Any]]:
+    keys = [key for key in KEYS if key != "job.config_file"]
+    return st.fixed_dictionaries({}, optional={key: values_for(KEYS[key].type) for key in keys})
+
+
+def as_toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {as_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(as_toml(item) for item in value) + "]"
+    return repr(value) if type(value) is float else json.dumps(value, ensure_ascii=False)
+
+
+def as_options(flat: dict[str, Any]) -> list[str]:
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else as_toml(value)
+
+    return [f"--{key}={text(value)}" for key, value in flat.items()]
+
+
+def as_file(flat: dict[str, Any]) -> str:
+    lines = (f"{key} = {as_toml(value)}" for key, value in flat.items())
+    return "\n".join(lines) + "\n"
+
+
+@settings(max_examples=30, deadline=None)
+@given(in_file=some_settings(), on_line=some_settings())
+def test_any_settings_come_through_with_command_line_over_file_over_defaults(
+    tmp_path_factory, in_file, on_line
+):
+    path = tmp_path_factory.mktemp("config") / "any.toml"
+    path.write_bytes(as_file(in_file).encode())
+    # "None" is how the command line unsets a key, so it cannot also be a value there.
+    on_line = {key: value for key, value in on_line.items() if value != "None"}
+    config = parse(f"--job.config_file={path}", *as_options(on_line))
+    expected = {key: entry.default for key, entry in KEYS.items()} | in_file | on_line
+    expected["job.config_file"] = str(path)
+    expected["model.args"] = deep_merge(
+        in_file.get("model.args", {}), on_line.get("model.args", {})
+    )
+    assert {key: get(config, key) for key in KEYS} == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            words,
+            st.sampled_from(
+                ["--", "--training", "--training.", "--model.args", "--training.steps"]
+            ),
+            st.sampled_from(sorted(KEYS)).map(lambda key: f"--{key}"),
+            st.tuples(st.sampled_from(sorted(KEYS)), words).map(lambda pair: "--" + "=".join(pair)),
+        ),
+        max_size=3,
+    )
+)
+def test_any_command_line_gives_a_config_or_one_sentence(argv):
+    try:
+        assert isinstance(parse(*argv), JobConfig)
+    except UserError as error:
+        assert str(error).startswith(("command line: ", "job.config_file"))
+    except SystemExit as stop:
+        assert stop.code == 0 and {"-h", "--help"} & set(argv)
+
+
+# ---------------------------------------------------------------------------------------------
+# Mistakes
+# ---------------------------------------------------------------------------------------------
+
+TABLE_NAMES = ", ".join(f"'{field.name}'" for field in sorted(
+    dataclasses.fields(JobConfig), key=lambda field: field.name
+))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (
+            "--training.stpes 3",
+            "--training.stpes: unknown key 'stpes' in [training]; did you mean 'steps'?",
+        ),
+        (
+            "--trainning.steps 3",
+            "--trainning.steps: unknown table [trainning]; did you mean 'training'?",
+        ),
+        ("--wibble 3", f"--wibble: unknown table [wibble]; choose one of {TABLE_NAMES}."),
+        (
+            "--training.lr 3",
+            "--training.lr: 'lr' is not a key of [training]; it belongs to [optimizer].",
+        ),
+        (
+            "--seq_len 3",
+            "--seq_len: 'seq_len' is not a key of the top level; it belongs to [training] or "
+            "[validation].",
+        ),
+        (
+            "--training",
+            "--training: [training] is a table, not a key; name one of its keys, such as "
+            "training.dataset.",
+        ),
+        (
+            "--training.steps.x 3",
+            "--training.steps.x: training.steps is a key, not a table; it must be an integer, "
+            "for example 10000.",
+        ),
+        (
+            "--fault_tolerance.enable",
+            "--fault_tolerance.enable: [fault_tolerance] is a table of torchtitan that is not "
+            "supported here; remove it.",
+        ),
+        ("--training.steps ten", "--training.steps ten must be an integer, for example 10000."),
+        ("--training.steps 1e4", "--training.steps 1e4 must be an integer, for example 10000."),
+        ("--optimizer.lr fast", "--optimizer.lr fast must be a number, for example 0.0008."),
+        (
+            "--training.seq_len 8 --debug.seed x --training.steps 2",
+            "--debug.seed x must be an integer, for example 1.",
+        ),
+        (
+            "--lr_scheduler.decay_type cosin",
+            '--lr_scheduler.decay_type cosin must be "cosine", "linear" or "sqrt".',
+        ),
+        (
+            "--metrics.enable_wandb maybe",
+            "--metrics.enable_wandb maybe must be true or false.",
+        ),
+        (
+            "--metrics.no_enable_wandb true",
+            "--metrics.enable_wandb true must be true or false.",
+        ),
+        ("--training.steps", "--training.steps needs a value, as in --training.steps=VALUE."),
+        (
+            "--job.description two words",
+            "--job.description two words takes one value, not 2; put quotes around a value with "
+            "spaces.",
+        ),
+        ("train.toml", "'train.toml' is not an option; options look like --training.steps 100."),
+        (
+            "--model.args 3",
+            "--model.args 3 must be a table of numbers, strings, booleans and lists, for example "
+            "{ n_layers = 8 }.",
+        ),
+        (
+            "--model.args.day 2024-01-01",
+            "--model.args.day 2024-01-01 must be a table of numbers, strings, booleans and lists, "
+            "for example { n_layers = 8 }.",
+        ),
+        (
+            "--model.args.n_layers",
+            "--model.args.n_layers needs a value, as in --model.args.n_layers=VALUE.",
+        ),
+        (
+            "--parallelism.module_fqns_per_model_part a,b",
+            "--parallelism.module_fqns_per_model_part a,b must be a list of lists of strings, for "
+            'example [["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]].',
+        ),
+    ],
+)
+def test_wrong_option_says_so_in_one_sentence(argv, message, capfd):
+    with pytest.raises(UserError) as error:
+        parse(*argv.split())
+    assert str(error.value) == f"command line: {message}"
+    assert capfd.readouterr() == ("", ""), "tyro's own box must not appear beside the sentence"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[training]\nstpes = 3", "unknown key 'stpes' in [training]; did you mean 'steps'?"),
+        ("[trainning]\nsteps = 3", "unknown table [trainning]; did you mean 'training'?"),
+        ("[training]\nlr = 3", "'lr' is not a key of [training]; it belongs to [optimizer]."),
+        ("lr = 3", "'lr' is not a key of the top level; it belongs to [optimizer]."),
+        (
+            "[quantize.linear.flaot8]\nemulate = true",
+            "unknown table [flaot8] in [quantize.linear]; did you mean 'float8'?",
+        ),
+        (
+            "[training.optimizer]\nlr = 3",
+            "unknown table [optimizer] in [training]; choose one of "
+            + ", ".join(f"'{f.name}'" for f in sorted(
+                dataclasses.fields(JobConfig().training), key=lambda f: f.name
+            ))
+            + ".",
+        ),
+        ("training = 3", "training = 3 must be a table, written [training]."),
+        ("[training]\nsteps = '3'", 'training.steps = "3" must be an integer, for example 10000.'),
+        (
+            "[training]\nsteps = 1e4",
+            "training.steps = 10000.0 must be an integer, for example 10000.",
+        ),
+        (
+            "[training]\nsteps = true",
+            "training.steps = true must be an integer, for example 10000.",
+        ),
+        ("[optimizer]\nlr = true", "optimizer.lr = true must be a number, for example 0.0008."),
+        (
+            "[metrics]\nenable_tensorboard = 1",
+            "metrics.enable_tensorboard = 1 must be true or false.",
+        ),
+        (
+            "[activation_checkpoint]\nselective_ac_option = 2",
+            'activation_checkpoint.selective_ac_option = 2 must be a string, for example "2".',
+        ),
+        (
+            "[compile]\ncomponents = 'loss'",
+            'compile.components = "loss" must be a list of strings, for example '
+            '["model", "loss"].',
+        ),
+        (
+            "[training]\ndtype = 'bf16'",
+            'training.dtype = "bf16" must be "bfloat16" or "float32".',
+        ),
+        (
+            "[model.args]\nday = 2024-01-01",
+            'model.args = {"day": "2024-01-01"} must be a table of numbers, strings, booleans and '
+            "lists, for example { n_layers = 8 }.",
+        ),
+        *(
+            (
+                f"[{table}]\nenable = true",
+                f"[{table}] is a table of torchtitan that is not supported here; remove it.",
+            )
+            for table in ("experimental", "fault_tolerance", "memory_estimation")
+        ),
+        *(
+            (
+                f"[{table}]\nfqns = []",
+                f"[{table}] is a table of torchtitan that is not supported here; remove it.",
+            )
+            for table in ("quantize.linear.mx", "quantize.grouped_mm.mx")
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_entry_of_a_file_says_so_in_one_sentence(toml, text, message):
+    option = toml(text)
+    with pytest.raises(UserError) as error:
+        parse(option)
+    assert str(error.value) == f"{option.partition('=')[2]}: {message}"
+
+
+def test_unreadable_files_are_named_with_the_line(toml, tmp_path):
+    with pytest.raises(UserError, match=r"run\.toml is not valid TOML: .*line 2.*\."):
+        parse(toml("[training]\nsteps = \n"))
+    with pytest.raises(UserError, match=r"run\.json is not valid JSON: .*line 1.*\."):
+        parse(toml("{", "run.json"))
+    with pytest.raises(UserError, match="run.json must hold a JSON object with one entry per tab"):
+        parse(toml("[]", "run.json"))
+    with pytest.raises(UserError) as error:
+        parse(toml(b"[job]\n\ndescription = '\xff'\n"))
+    assert str(error.value) == (
+        f"{tmp_path}/run.toml is not UTF-8 text (at line 3), which TOML requires; save it as UTF-8."
+    )
+
+
+def test_missing_file_names_its_neighbour(toml, tmp_path):
+    toml("", "debug_model.toml")
+    with pytest.raises(UserError) as error:
+        parse(f"--job.config_file={tmp_path}/debug_modle.toml")
+    assert str(error.value) == (
+        f"job.config_file {tmp_path}/debug_modle.toml does not exist; "
+        "did you mean 'debug_model.toml'?"
+    )
+    with pytest.raises(UserError, match="cannot be read .*; name a readable TOML file"):
+        parse(f"--job.config_file={tmp_path}")
+
+
+def test_suggest_gives_the_nearest_name_or_all():
+    assert suggest("adamw", ["Adam", "AdamW"]) == "; did you mean 'AdamW'?"
+    assert suggest("zebra", ["b", "a"]) == "; choose one of 'a', 'b'."
+    assert suggest("zebra", []) == "."

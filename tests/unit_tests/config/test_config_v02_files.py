@@ -1,0 +1,89 @@
+"""A DeepSeek-V3 TOML written for torchtitan v0.2 loads unchanged and means the same."""
+
+from pathlib import Path
+
+import pytest
+import tomli
+
+from torchtitan.config import ConfigManager, JobConfig, to_dict, validate
+from torchtitan.tools.errors import UserError
+
+V02 = Path(__file__).parent / "v02"
+
+# Keys whose v0.2 default is None, which TOML cannot write.
+UNSET = {
+    "job.config_file",
+    "job.save_config_file",
+    "model.tokenizer_path",
+    "lr_scheduler.decay_ratio",
+    "training.dataset_path",
+    "parallelism.module_fqns_per_model_part",
+    "parallelism.pipeline_parallel_layers_per_stage",
+    "checkpoint.initial_load_path",
+    "quantize.linear.float8.recipe_name",
+    "validation.dataset_path",
+    "debug.seed",
+}
+OURS = {
+    "job.check_config",
+    "model.args",
+    "optimizer.weight_decay_on",
+    "training.dataset_text_key",
+    "training.dataset_num_workers",
+    "training.non_finite_loss",
+}
+
+
+def load(name: str, *options: str) -> JobConfig:
+    return ConfigManager().parse_args(["--job.config_file", str(V02 / name), *options])
+
+
+def flat(table: dict, at: str = "") -> dict:
+    result = {}
+    for name, value in table.items():
+        if isinstance(value, dict) and f"{at}{name}" != "model.args":
+            result |= flat(value, f"{at}{name}.")
+        else:
+            result[at + name] = value
+    return result
+
+
+def test_keys_are_those_of_v02_and_ours_at_their_defaults():
+    theirs = flat(tomli.loads((V02 / "all_defaults.toml").read_text()))
+    mine = flat(to_dict(JobConfig()))
+    assert set(mine) == set(theirs) | UNSET | OURS
+    differing = {key for key, value in theirs.items() if mine[key] != value}
+    assert differing == {"model.name"}
+    assert {key for key in UNSET if mine[key] is not None} == {"job.save_config_file"}
+
+
+@pytest.mark.parametrize("name", ["all_defaults", "debug_model", "16b", "671b"])
+def test_v02_file_means_what_it_says(name):
+    config = flat(to_dict(load(f"{name}.toml")))
+    written = flat(tomli.loads((V02 / f"{name}.toml").read_text()))
+    assert {key: config[key] for key in written} == written
+    defaults = flat(to_dict(JobConfig())) | {"job.config_file": str(V02 / f"{name}.toml")}
+    rest = set(defaults) - set(written)
+    assert {key: config[key] for key in rest} == {key: defaults[key] for key in rest}
+
+
+def test_integer_for_a_number_becomes_a_float():
+    max_norm = load("debug_model.toml").training.max_norm  # the file says 1
+    assert max_norm == 1.0 and type(max_norm) is float
+
+
+@pytest.mark.parametrize(
+    "name, world_size", [("all_defaults", 1), ("debug_model", 2), ("671b", 2048)]
+)
+def test_v02_file_runs_at_once(name, world_size):
+    validate(load(f"{name}.toml"), world_size)
+
+
+def test_v02_16b_runs_without_expert_parallelism_and_is_refused_with_it():
+    validate(load("16b.toml", "--parallelism.expert_parallel_degree=1"), 8, "cuda")
+    with pytest.raises(UserError) as error:
+        validate(load("16b.toml"), 8, "cuda")
+    assert str(error.value) == (
+        "expert parallelism is not supported yet, but parallelism.expert_parallel_degree = 8; "
+        "set it to 1."
+    )

@@ -1,0 +1,301 @@
+"""What a config may hold: each rule with its sentence, and what has no effect stays allowed."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchtitan.config import (
+    JobConfig,
+    Parallelism,
+    resolve_dp_degrees,
+    resolve_global_batch_size,
+    validate,
+)
+from torchtitan.config.schema import build
+from torchtitan.tools.errors import UserError
+
+NAN, INF = float("nan"), math.inf
+
+
+def refusal(world_size: int = 1, device_type: str = "cpu", **values) -> str:
+    """The sentence for a config with these settings; `training__steps=3` is training.steps."""
+    config = build({key.replace("__", "."): value for key, value in values.items()})
+    with pytest.raises(UserError) as error:
+        validate(config, world_size, device_type)
+    return str(error.value)
+
+
+def accept(world_size: int = 1, device_type: str = "cpu", **values) -> None:
+    config = build({key.replace("__", "."): value for key, value in values.items()})
+    validate(config, world_size, device_type)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 7, 2048])
+def test_defaults_are_fine_for_any_number_of_processes(world_size):
+    accept(world_size)
+
+
+@pytest.mark.parametrize(
+    "key, value, sentence",
+    [
+        ("parallelism.tensor_parallel_degree", 2, "tensor parallelism; 2; 1"),
+        (
+            "parallelism.enable_async_tensor_parallel",
+            True,
+            "asynchronous tensor parallelism; true; false",
+        ),
+        ("parallelism.pipeline_parallel_degree", 4, "pipeline parallelism; 4; 1"),
+        ("parallelism.context_parallel_degree", 2, "context parallelism; 2; 1"),
+        ("parallelism.expert_parallel_degree", 8, "expert parallelism; 8; 1"),
+        (
+            "parallelism.expert_tensor_parallel_degree",
+            2,
+            "tensor parallelism of experts; 2; 1",
+        ),
+        ("checkpoint.enable", True, "saving and loading checkpoints; true; false"),
+        ("checkpoint.create_seed_checkpoint", True, "a seed checkpoint; true; false"),
+        (
+            "activation_checkpoint.mode",
+            "memory_budget",
+            'activation checkpointing by memory budget; "memory_budget"; '
+            '"none" or "full" or "selective"',
+        ),
+        (
+            "activation_checkpoint.visualize_memory_budget_pareto",
+            True,
+            "activation checkpointing by memory budget; true; false",
+        ),
+        (
+            "model.converters",
+            ["quantize.linear.float8"],
+            'converting the model (FP8); ["quantize.linear.float8"]; []',
+        ),
+        ("metrics.enable_wandb", True, "Weights & Biases; true; false"),
+        ("training.enable_cpu_offload", True, "CPU offload; true; false"),
+        (
+            "optimizer.early_step_in_backward",
+            True,
+            "the optimizer step inside the backward pass; true; false",
+        ),
+        ("validation.enable", True, "validation; true; false"),
+        (
+            "comm.mode",
+            "local_tensor",
+            'the local-tensor mode; "local_tensor"; "default" or "fake_backend"',
+        ),
+    ],
+)
+def test_feature_that_is_not_there_yet_is_refused(key, value, sentence):
+    feature, shown, way_out = sentence.split("; ")
+    assert refusal(8, **{key: value}) == (
+        f"{feature} is not supported yet, but {key} = {shown}; set it to {way_out}."
+    )
+
+
+def test_keys_without_effect_may_hold_anything():
+    accept(
+        parallelism__pipeline_parallel_schedule="Interleaved1F1B",
+        parallelism__pipeline_parallel_microbatch_size=4,
+        parallelism__context_parallel_rotate_method="alltoall",
+        parallelism__disable_loss_parallel=True,
+        checkpoint__interval=1,
+        checkpoint__async_mode="async",
+        checkpoint__initial_load_path="somewhere",
+        validation__steps=5,
+        activation_checkpoint__memory_budget=0.1,
+        quantize__linear__float8__recipe_name="rowwise",
+        quantize__grouped_mm__float8__fqns=["experts"],
+    )
+
+
+def test_supported_choices_are_accepted():
+    for mode in ("none", "full", "selective"):
+        for option in ("op", "1", "12"):
+            accept(
+                activation_checkpoint__mode=mode, activation_checkpoint__selective_ac_option=option
+            )
+    for check in ("default", "none"):
+        accept(activation_checkpoint__determinism_check=check)
+    for components in ([], ["loss"], ["model"], ["loss", "model"]):
+        accept(compile__components=components)
+    accept(comm__mode="fake_backend", compile__backend="aot_eager", training__max_norm=INF)
+    accept(lr_scheduler__decay_ratio=0.0, lr_scheduler__min_lr_factor=1.0, debug__seed=2**63 - 1)
+
+
+def test_names_that_torchtitan_had_say_what_took_their_place():
+    assert refusal(model__tokenizer_path="./tok") == (
+        'model.tokenizer_path = "./tok" has a new name; '
+        "set model.hf_assets_path to the folder that holds the tokenizer."
+    )
+    assert refusal(job__custom_config_module="my.config") == (
+        'job.custom_config_module = "my.config" is not supported; set model arguments in '
+        "[model.args] and leave it empty."
+    )
+
+
+@pytest.mark.parametrize(
+    "rule, keys, wrong",
+    [
+        (
+            "1 or more",
+            "training.local_batch_size training.seq_len training.steps training.gc_freq "
+            "metrics.log_freq profiling.profile_freq profiling.profiler_active "
+            "comm.init_timeout_seconds comm.train_timeout_seconds",
+            [0, -1],
+        ),
+        (
+            "0 or more",
+            "lr_scheduler.warmup_steps training.dataset_num_workers profiling.profiler_warmup "
+            "comm.trace_buf_size",
+            [-1],
+        ),
+        ("a finite number, 0 or more", "optimizer.lr optimizer.weight_decay", [-0.1, INF, NAN]),
+        ("a finite number greater than 0", "optimizer.eps", [0.0, -1.0, INF, NAN]),
+        ("greater than 0 (inf switches clipping off)", "training.max_norm", [0.0, -1.0, NAN]),
+        ("at least 0 and less than 1", "optimizer.beta1 optimizer.beta2", [1.0, -0.1, NAN]),
+        (
+            "between 0 and 1",
+            "lr_scheduler.decay_ratio lr_scheduler.min_lr_factor",
+            [-0.1, 1.1, NAN],
+        ),
+        ("between 0 and 2**63 - 1", "debug.seed", [-1, 2**63]),
+        (
+            "a name, not empty",
+            "job.dump_folder job.save_config_file model.name model.flavor training.dataset "
+            "training.dataset_text_key compile.backend",
+            ["", " "],
+        ),
+    ],
+)
+def test_value_out_of_range_is_refused(rule, keys, wrong):
+    for key in keys.split():
+        for value in wrong:
+            sentence = refusal(**{key: value})
+            assert sentence.startswith(f"{key} = ") and sentence.endswith(f" must be {rule}.")
+
+
+def test_wrong_choices_are_refused_with_the_right_ones():
+    assert refusal(compile__components=["model", "los"]) == (
+        "compile.components names 'los', which cannot be compiled; did you mean 'loss'?"
+    )
+    for option in ("0", "-1", "ops", "", "1.5"):
+        assert refusal(activation_checkpoint__selective_ac_option=option) == (
+            f'activation_checkpoint.selective_ac_option = "{option}" must be "op" or a positive '
+            'integer as a string, such as "2".'
+        )
+    assert refusal(activation_checkpoint__determinism_check="strict") == (
+        'activation_checkpoint.determinism_check = "strict" must be "default" or "none".'
+    )
+
+
+def test_profiling_needs_room_for_a_trace_and_cuda_for_snapshots():
+    values = dict(profiling__profile_freq=3, profiling__profiler_warmup=2)
+    accept(**values, profiling__profiler_active=2)
+    accept(**values, profiling__profiler_active=1, profiling__enable_profiling=True)
+    assert refusal(
+        **values, profiling__profiler_active=2, profiling__enable_profiling=True
+    ) == (
+        "profiling.profile_freq = 3 is shorter than one trace, profiler_warmup (2) + "
+        "profiler_active (2); set it to 4 or more."
+    )  # fmt: skip
+    accept(device_type="cuda", profiling__enable_memory_snapshot=True)
+    assert refusal(profiling__enable_memory_snapshot=True) == (
+        "profiling.enable_memory_snapshot = true needs a CUDA GPU, but this run is on cpu; "
+        "set it to false."
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Degrees and batch size
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "replicate, shard, world_size, resolved",
+    [
+        (1, -1, 8, (1, 8)),
+        (2, -1, 8, (2, 4)),
+        (8, 1, 8, (8, 1)),
+        (2, 4, 8, (2, 4)),
+        (1, 1, 1, (1, 1)),
+    ],
+)
+def test_dp_degrees_resolve(replicate, shard, world_size, resolved):
+    assert resolve_dp_degrees(Parallelism(replicate, shard), world_size) == resolved
+
+
+@pytest.mark.parametrize(
+    "replicate, shard, sentence",
+    [
+        (0, -1, "parallelism.data_parallel_replicate_degree = 0 must be 1 or more."),
+        (
+            1,
+            0,
+            "parallelism.data_parallel_shard_degree = 0 must be 1 or more, or -1 for all processes "
+            "that the other degrees leave.",
+        ),
+        (
+            3,
+            -1,
+            "parallelism.data_parallel_replicate_degree = 3 does not divide the number of "
+            "processes (8); set it to 2 or 4.",
+        ),
+        (
+            16,
+            1,
+            "parallelism.data_parallel_replicate_degree = 16 does not divide the number of "
+            "processes (8); set it to 8.",
+        ),
+        (
+            2,
+            3,
+            "parallelism.data_parallel_replicate_degree (2) x data_parallel_shard_degree (3) = 6, "
+            "but the number of processes is 8; set data_parallel_shard_degree to 4 (or to -1, "
+            "which means the rest), or start 6 processes.",
+        ),
+    ],
+)
+def test_degrees_that_do_not_fit_name_the_nearest_that_do(replicate, shard, sentence):
+    assert refusal(
+        8,
+        parallelism__data_parallel_replicate_degree=replicate,
+        parallelism__data_parallel_shard_degree=shard,
+    ) == sentence  # fmt: skip
+
+
+@given(
+    replicate=st.integers(-2, 9),
+    shard=st.integers(-2, 9),
+    world_size=st.integers(1, 12),
+)
+def test_dp_degrees_resolve_exactly_when_they_can_cover_all_processes(replicate, shard, world_size):
+    solutions = [
+        (replicate, s)
+        for s in range(1, world_size + 1)
+        if replicate * s == world_size and shard in (s, -1)
+    ]
+    try:
+        assert [resolve_dp_degrees(Parallelism(replicate, shard), world_size)] == solutions
+    except UserError:
+        assert solutions == []
+
+
+@pytest.mark.parametrize(
+    "wanted, sentence_end",
+    [(20, "set it to 16 or 24."), (7, "set it to 8."), (0, "set it to 8."), (-8, "set it to 8.")],
+)
+def test_global_batch_size_names_the_nearest_multiples(wanted, sentence_end):
+    sentence = refusal(2, training__local_batch_size=4, training__global_batch_size=wanted)
+    assert sentence == (
+        f"training.global_batch_size = {wanted} must be -1 or a multiple of 8, "
+        f"training.local_batch_size (4) x the data-parallel degree (2); {sentence_end}"
+    )
+
+
+def test_global_batch_size_resolves():
+    config = JobConfig()
+    assert resolve_global_batch_size(config, 4) == config.training.local_batch_size * 4
+    wide = build({"training.local_batch_size": 2, "training.global_batch_size": 24})
+    assert resolve_global_batch_size(wide, 3) == 24

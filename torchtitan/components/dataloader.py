@@ -1,0 +1,141 @@
+"""Batches of one data-parallel rank: torchdata's StatefulDataLoader with our rules for its state."""
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.checkpoint.stateful import Stateful
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import init_logger, logger
+
+_START_ANEW = (
+    'or begin the data anew with checkpoint.exclude_from_loading = ["dataloader"] and keep the rest'
+)
+
+
+class ResumableDataset(Protocol):
+    """An IterableDataset whose state_dict is its position, and which says what that depends on."""
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class ParallelAwareDataLoader(Stateful):
+    """Iterates over batches; its state has one entry for each data-parallel rank.
+
+    state_dict() is {"dp_rank_<r>": text, "dp_degree": n}: merged over the ranks it is the position
+    of the whole run. The entry is JSON, so loading it never runs anything. It is the position
+    after the last batch handed out, however many the workers have prepared beyond it.
+    """
+
+    def __init__(
+        self,
+        dataset: ResumableDataset,
+        *,
+        batch_size: int,
+        num_workers: int,
+        dp_rank: int,
+        dp_degree: int,
+    ) -> None:
+        self._identity = dataset.identity()
+        self._num_workers = num_workers
+        self._dp_degree = dp_degree
+        self._key = f"dp_rank_{dp_rank}"
+        self._loader = StatefulDataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            multiprocessing_context=_worker_context() if num_workers else None,
+            worker_init_fn=_start_worker,
+            # torch draws a seed for the workers: from here, so that the run's own random numbers
+            # are the same however often an iteration starts.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._loader
+        except UserError as error:
+            # From a worker it comes wrapped in that worker's traceback; the sentence is the end.
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+    def state_dict(self) -> dict[str, Any]:
+        entry = {
+            "num_workers": self._num_workers,
+            "identity": self._identity,
+            "loader": self._loader.state_dict(),
+        }
+        return {self._key: json.dumps(entry), "dp_degree": self._dp_degree}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict:
+            logger.warning(
+                "The checkpoint has no data position: the data starts from its beginning"
+            )
+            return
+        degree = state_dict.get("dp_degree")
+        _check_same("the data-parallel degree", degree, self._dp_degree)
+        if self._key not in state_dict:
+            raise UserError(
+                f"The checkpoint's data position has no entry '{self._key}' (it has "
+                f"{sorted(state_dict)}), so it is damaged; take another checkpoint, {_START_ANEW}."
+            )
+        entry = json.loads(state_dict[self._key])
+        _check_same("the number of loader workers", entry["num_workers"], self._num_workers)
+        saved = entry["identity"]
+        for name in sorted(saved.keys() | self._identity.keys()):
+            _check_same(f"the data's {name}", saved.get(name), self._identity.get(name))
+        self._loader.load_state_dict(entry["loader"])
+
+
+def build_dataloader(
+    dataset: ResumableDataset,
+    *,
+    batch_size: int,
+    num_workers: int,
+    dp_rank: int,
+    dp_degree: int,
+) -> ParallelAwareDataLoader:
+    """A loader over what is already this rank's part of the data (the dataset splits it)."""
+    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if value < least:
+            raise UserError(f"The data loader's {name} = {value} must be at least {least}.")
+    assert 0 <= dp_rank < dp_degree, (dp_rank, dp_degree)
+    return ParallelAwareDataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        dp_rank=dp_rank,
+        dp_degree=dp_degree,
+    )
+
+
+def _check_same(what: str, saved: object, ours: object) -> None:
+    if saved != ours:
+        raise UserError(
+            f"The checkpoint's data position was saved with {what} = {saved}, and this run has "
+            f"{ours}; resume with {saved}, {_START_ANEW}."
+        )
+
+
+def _worker_context() -> multiprocessing.context.BaseContext:
+    """Workers come from a clean server process, not as forks of the trainer: a fork copies the
+    locks of CUDA's, NCCL's and gloo's threads without the threads, and may wait for them forever.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # Imported once in the server instead of once in each worker.
+    context.set_forkserver_preload(["torch", "torchtitan.components.dataloader"])
+    return context
+
+
+def _start_worker(worker: int) -> None:
+    init_logger()  # a fresh process has no log handlers

@@ -1,0 +1,272 @@
+"""What a training run tells people: one record per logged step, on the console and on disk.
+
+The trainer measures and reduces (loss, gradient norm, tokens, seconds, expert loads); this file
+derives the rest (throughput, MFU, memory, load balance) and hands the record to the console and to
+the writers. Nothing here communicates, so ranks may log or not as they like.
+"""
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from torchtitan.components.writers import JsonlWriter, Record, TensorBoardWriter, load_heatmap
+from torchtitan.tools.logging import logger
+
+_GIB = 2**30
+
+
+class MetricsLogger:
+    """Logs at step 1, at each multiple of `log_freq` and at the last step.
+
+    Rank 0 writes the console line, `dump_folder/metrics.jsonl` and, with `enable_tensorboard`,
+    event files in `dump_folder/save_tb_folder`. With `save_for_all_ranks` rank k > 0 writes
+    `metrics.rank_k.jsonl` and `save_tb_folder/rank_k` too, else nothing. `peak_flops` is the
+    device's (tools/flops.py); None leaves MFU out. `world_size` counts devices.
+    """
+
+    def __init__(
+        self,
+        *,
+        dump_folder: str | os.PathLike,
+        log_freq: int,
+        total_steps: int,
+        enable_tensorboard: bool,
+        save_tb_folder: str,
+        save_for_all_ranks: bool,
+        disable_color_printing: bool,
+        device: torch.device,
+        flops_per_token: float,
+        peak_flops: float | None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.log_freq = log_freq
+        self.total_steps = total_steps
+        self.device = device
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.rank = rank
+        self.world_size = world_size
+        self.colour = not disable_color_printing and _terminal_has_colour()
+        self.alloc_retries = 0
+        self.jsonl: JsonlWriter | None = None
+        self.tensorboard: TensorBoardWriter | None = None
+        if rank == 0 or save_for_all_ranks:
+            suffix = "" if rank == 0 else f"rank_{rank}"
+            name = f"metrics.{suffix}.jsonl" if suffix else "metrics.jsonl"
+            self.jsonl = JsonlWriter(Path(dump_folder, name))
+            if enable_tensorboard:
+                self.tensorboard = TensorBoardWriter(Path(dump_folder, save_tb_folder, suffix))
+        if rank == 0:
+            self._introduce()
+
+    def _introduce(self) -> None:
+        peak = "peak unknown, so no MFU"
+        if self.peak_flops is not None:
+            peak = f"peak {self.peak_flops / 1e12:,.0f} TFLOP/s dense"
+        logger.info(
+            f"metrics: {self.world_size} x {device_name(self.device)} ({peak}), "
+            f"{self.flops_per_token / 1e9:,.3f} GFLOP per token; records in {self.jsonl.file.name}"
+        )
+        if self.tensorboard is not None:
+            logger.info(f"metrics: tensorboard --logdir {self.tensorboard.folder}")
+
+    def should_log(self, step: int) -> bool:
+        """Whether step (from 1) is logged; the same answer on every rank."""
+        return step == 1 or step % self.log_freq == 0 or step == self.total_steps
+
+    def log(
+        self,
+        *,
+        step: int,
+        loss: float,
+        max_loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        tokens_seen: int,
+        step_seconds: Sequence[float],
+        data_seconds: float,
+        expert_loads: Mapping[int, torch.Tensor] | None = None,
+        extra: Mapping[str, float] | None = None,
+    ) -> None:
+        """Log one step; the trainer calls this on every rank where `should_log(step)`.
+
+        Of the step: `loss`, its mean over all tokens of all ranks; `max_loss`, the largest mean of
+        a rank; `grad_norm` before clipping; `lr`; `expert_loads`, {layer id: tokens per expert
+        (E,)}, summed over ranks. Since the last logged step: `tokens` that all ranks together
+        processed (padding included, it costs the same), `step_seconds`, one duration a step,
+        waiting for data included, and `data_seconds`, the sum of that waiting on this rank.
+        `tokens_seen` counts from the start of training. `extra` holds further numbers of the
+        trainer's, under names that are not taken.
+        """
+        memory = self._read_memory()  # On all ranks: a rank short of memory slows all the others.
+        if self.jsonl is None:
+            return
+        record: dict[str, object] = {
+            "step": step,
+            "time": time.time(),
+            "loss": loss,
+            "max_loss": max_loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_seen": tokens_seen,
+        }
+        record |= self._throughput(tokens, step_seconds, data_seconds) | memory
+        heatmap = None
+        if expert_loads:
+            layers, loads = list(expert_loads), torch.stack(list(expert_loads.values()))
+            relative = relative_load(loads.cpu())
+            record |= load_balance(layers, relative)
+            heatmap = load_heatmap(relative) if self.tensorboard is not None else None
+        for name, value in (extra or {}).items():
+            assert name not in record, f"the name {name!r} is taken"
+            record[name] = value
+        self.jsonl.write(record)
+        if self.tensorboard is not None:
+            self.tensorboard.write(record, heatmap)
+        if self.rank == 0:
+            logger.info(console_line(record, self.total_steps, colour=self.colour))
+
+    def _throughput(
+        self, tokens: int, step_seconds: Sequence[float], data_seconds: float
+    ) -> dict[str, float]:
+        seconds = sum(step_seconds)
+        tps = tokens / seconds / self.world_size
+        numbers = {
+            "tps": tps,
+            "tflops": self.flops_per_token * tps / 1e12,
+            "step_seconds": seconds / len(step_seconds),
+            "max_step_seconds": max(step_seconds),
+            "data_seconds": data_seconds / len(step_seconds),
+            "data_percent": 100 * data_seconds / seconds,
+        }
+        if self.peak_flops is not None:
+            numbers["mfu_percent"] = 100 * self.flops_per_token * tps / self.peak_flops
+        return numbers
+
+    def _read_memory(self) -> dict[str, float]:
+        """Peaks since the last logged step (CPU: since the start), in GiB and % of the total."""
+        if self.device.type != "cuda":
+            resident, total = _peak_resident_bytes(), _physical_memory_bytes()
+            return {"memory_gib": resident / _GIB, "memory_percent": 100 * resident / total}
+        stats = torch.cuda.memory_stats(self.device)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.reset_peak_memory_stats(self.device)
+        retries = stats["num_alloc_retries"]
+        if retries > self.alloc_retries:
+            logger.warning(
+                f"rank {self.rank}: memory is short: the CUDA allocator had to flush its cache "
+                f"{retries - self.alloc_retries} times since the last log, which is slow"
+            )
+            self.alloc_retries = retries
+        reserved = stats["reserved_bytes.all.peak"]
+        return {
+            "memory_gib": reserved / _GIB,
+            "memory_percent": 100 * reserved / total,
+            "memory_active_gib": stats["active_bytes.all.peak"] / _GIB,
+        }
+
+    def close(self) -> None:
+        for writer in (self.jsonl, self.tensorboard):
+            if writer is not None:
+                writer.close()
+
+
+# -----------------------------------------------------------------------------
+# Load balance of the experts
+
+
+def relative_load(loads: torch.Tensor) -> torch.Tensor:
+    """Tokens per expert (layers, E) -> the same over the layer's mean; 1 is a fair share.
+
+    A layer that saw no token at all is balanced: all ones.
+    """
+    loads = loads.double()
+    mean = loads.mean(dim=-1, keepdim=True)
+    return torch.where(mean > 0, loads / mean.clamp(min=torch.finfo(torch.double).tiny), 1.0)
+
+
+def load_balance(layers: Sequence[int], relative: torch.Tensor) -> dict[str, object]:
+    """What a record says about `relative_load`, (layers, E).
+
+    MaxVio = (largest load - mean) / mean is DeepSeek's measure of imbalance
+    (https://arxiv.org/abs/2408.15664): 0 is perfect, 1 is an expert with twice its
+    share. Given per layer, for the worst layer, and as the mean over layers.
+    """
+    violation = relative.max(dim=-1).values - 1
+    return {
+        "max_violation": violation.max().item(),
+        "mean_max_violation": violation.mean().item(),
+        "min_load": relative.min().item(),
+        "layer_max_violation": dict(zip(layers, violation.tolist(), strict=True)),
+        "layer_min_load": dict(zip(layers, relative.min(dim=-1).values.tolist(), strict=True)),
+    }
+
+
+# -----------------------------------------------------------------------------
+# The console line
+
+_RESET = "\033[0m"
+_COLOUR_CODES = {  # ANSI codes; a field without one keeps the terminal's own colour.
+    "step": "\033[31m",
+    "loss": "\033[32m",
+    "grad_norm": "\033[33m",
+    "memory": "\033[36m",
+    "tps": "\033[34m",
+    "tflops": "\033[36m",
+    "mfu": "\033[35m",
+}
+
+
+def console_line(record: Record, total_steps: int, *, colour: bool) -> str:
+    width = len(str(total_steps))
+    fields = {
+        "step": f"{record['step']:{width}d}/{total_steps}",
+        "loss": f"{record['loss']:8.5f}",
+        "grad_norm": f"{record['grad_norm']:7.4f}",
+        "lr": f"{record['lr']:.2e}",
+        "memory": f"{record['memory_gib']:5.2f}GiB({record['memory_percent']:.1f}%)",
+        "tps": f"{record['tps']:,.0f}",
+        "tflops": f"{record['tflops']:,.2f}",
+    }
+    if "mfu_percent" in record:
+        fields["mfu"] = f"{record['mfu_percent']:.2f}%"
+    fields["data"] = f"{record['data_percent']:.1f}%"
+    return "  ".join(
+        f"{_COLOUR_CODES[name]}{name}: {text}{_RESET}"
+        if colour and name in _COLOUR_CODES
+        else f"{name}: {text}"
+        for name, text in fields.items()
+    )
+
+
+def _terminal_has_colour() -> bool:
+    # The logger writes to stderr. https://no-color.org: any non-empty value switches colours off.
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+
+
+# -----------------------------------------------------------------------------
+# The machine
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine() or device.type
+
+
+def _peak_resident_bytes() -> int:
+    # getrusage counts in KiB on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _physical_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

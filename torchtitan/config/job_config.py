@@ -1,0 +1,417 @@
+"""Every setting of a run: frozen dataclasses, one per TOML table, one sentence per key.
+
+Names, types and defaults are those of torchtitan v0.2, so that its files load unchanged; keys of
+our own are marked `(ours)`. What a key *may* hold beyond its type is checked in `validate.py`.
+The sentences below the fields are what `python -m torchtitan.train --help` prints.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+def _listing(*items: Any) -> Any:
+    return field(default_factory=lambda: list(items))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the run is called, where its files go, and how it is started."""
+
+    config_file: str | None = None
+    """TOML file to read before the command line (or the JSON file that an earlier run saved)."""
+    dump_folder: str = "./outputs"
+    """Folder for everything that the run writes."""
+    description: str = "default job"
+    """A line for the log that says what the run is for."""
+    print_config: bool = False
+    """Print the resolved config at the start."""
+    save_config_file: str = "config.json"
+    """File name inside dump_folder under which the resolved config is saved."""
+    custom_config_module: str = ""
+    """Python module that extends the config (must stay empty: model.args takes its place)."""
+    check_config: bool = False
+    """Check the config for this number of processes and exit (ours)."""
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """torch.profiler traces and CUDA memory snapshots."""
+
+    enable_profiling: bool = False
+    """Write a trace every profile_freq steps."""
+    save_traces_folder: str = "profile_traces"
+    """Folder for traces, inside job.dump_folder."""
+    profile_freq: int = 10
+    """Steps from one trace (or snapshot) to the next; at least warmup + active steps."""
+    profiler_active: int = 1
+    """Steps that one trace covers."""
+    profiler_warmup: int = 3
+    """Steps that the profiler runs before each trace without recording."""
+    enable_memory_snapshot: bool = False
+    """Write a CUDA memory snapshot every profile_freq steps and when memory runs out."""
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Folder for memory snapshots, inside job.dump_folder."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Which numbers of the run are written, where and how often."""
+
+    log_freq: int = 10
+    """Steps from one log line to the next; the first and the last step are always logged."""
+    enable_tensorboard: bool = False
+    """Write TensorBoard files."""
+    disable_color_printing: bool = False
+    """Print console lines without colours."""
+    save_tb_folder: str = "tb"
+    """Folder for TensorBoard files, inside job.dump_folder."""
+    save_for_all_ranks: bool = False
+    """Write metrics on every rank instead of on rank 0 only."""
+    enable_wandb: bool = False
+    """Send metrics to Weights & Biases."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model, in which size, with which tokenizer."""
+
+    name: str = "deepseek_v3"
+    """Family of the model, a folder of torchtitan/models."""
+    flavor: str = "debugmodel"
+    """Size within the family, such as debugmodel, 16B or 671B."""
+    hf_assets_path: str = "./tests/assets/tokenizer"
+    """Folder with the tokenizer (and the Hugging Face config) of the model."""
+    tokenizer_path: str | None = None
+    """Old name of hf_assets_path (must stay unset)."""
+    converters: list[str] = _listing()
+    """Changes made to the model after it is built, in order, such as quantize.linear.float8."""
+    print_after_conversion: bool = False
+    """Print the model after the converters ran."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Overrides of model arguments, such as --model.args.moe_args.num_experts 8 (ours)."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The update rule."""
+
+    name: Literal["Adam", "AdamW"] = "AdamW"
+    """Adam adds weight_decay to the gradient, AdamW takes it off the weights."""
+    lr: float = 8e-4
+    """Peak learning rate, before the factor of lr_scheduler."""
+    beta1: float = 0.9
+    """Decay of the running mean of gradients, in [0, 1)."""
+    beta2: float = 0.95
+    """Decay of the running mean of squared gradients, in [0, 1)."""
+    eps: float = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: float = 0.1
+    """Strength of the weight decay."""
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    """Decay only parameters with two or more dimensions, or all of them (ours)."""
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """How the update is computed; the result is the same up to rounding."""
+    early_step_in_backward: bool = False
+    """Update each parameter as soon as its gradient is there."""
+
+
+@dataclass(frozen=True)
+class LRScheduler:
+    """The learning rate over the run: warm-up, stable, decay."""
+
+    warmup_steps: int = 200
+    """Steps of linear warm-up."""
+    decay_ratio: float | None = None
+    """Share of training.steps that decays, in [0, 1]; unset: all steps after the warm-up decay."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the decay."""
+    min_lr_factor: float = 0.0
+    """Where the decay ends, as a share of the peak learning rate, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Data, batch, precision and length of the run."""
+
+    dataset: str = "c4_test"
+    """Name of the dataset."""
+    dataset_path: str | None = None
+    """File, folder or glob to read the dataset from, for local data."""
+    dataset_text_key: str = "text"
+    """Field of jsonl and parquet records that holds the text (ours)."""
+    dataset_num_workers: int = 0
+    """Loader processes per rank; 0 loads in the training process (ours)."""
+    local_batch_size: int = 8
+    """Sequences per forward pass and data-parallel rank."""
+    global_batch_size: int = -1
+    """Sequences per optimizer step over all ranks; -1: one forward pass on each of them."""
+    seq_len: int = 2048
+    """Tokens per sequence."""
+    max_norm: float = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it (inf: never)."""
+    steps: int = 10000
+    """Optimizer steps of the run."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in CPU memory between uses."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Type in which parameters are held."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type in which the forward and backward passes compute."""
+    mixed_precision_reduce: Literal["float32"] = "float32"
+    """Type in which gradients are summed over ranks."""
+    gc_freq: int = 50
+    """Steps from one collection of Python garbage to the next."""
+    gc_debug: bool = False
+    """Collect fully at every step and warn about cycles that hold tensors."""
+    non_finite_loss: Literal["stop", "skip_step"] = "stop"
+    """What a loss or gradient norm that is not finite does: stop, or skip the step (ours)."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How many processes share the work, and how; the degrees multiply to the process count."""
+
+    data_parallel_replicate_degree: int = 1
+    """Copies of the sharded model (DDP, or the outer axis of HSDP)."""
+    data_parallel_shard_degree: int = -1
+    """Processes over which FSDP shards a copy; -1: all that the other degrees leave."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Whether gathered parameters are freed between forward and backward."""
+    tensor_parallel_degree: int = 1
+    """Processes over which matrices are split."""
+    disable_loss_parallel: bool = False
+    """With tensor parallelism, compute the loss on gathered instead of split logits."""
+    enable_async_tensor_parallel: bool = False
+    """Overlap the communication of tensor parallelism with computation."""
+    pipeline_parallel_degree: int = 1
+    """Processes over which layers are split."""
+    module_fqns_per_model_part: list[list[str]] | None = None
+    """Names of the modules of each pipeline part, in order; unset: split evenly."""
+    pipeline_parallel_first_stage_less_layers: int = 1
+    """Layers that the first stage leaves to others because it holds the embedding."""
+    pipeline_parallel_last_stage_less_layers: int = 1
+    """Layers that the last stage leaves to others because it holds the output."""
+    pipeline_parallel_layers_per_stage: int | None = None
+    """Layers per stage; unset: from the schedule."""
+    pipeline_parallel_schedule: str = "1F1B"
+    """Order of forward and backward passes of the micro-batches."""
+    pipeline_parallel_schedule_csv: str | None = ""
+    """File with a schedule of one's own."""
+    pipeline_parallel_microbatch_size: int = 1
+    """Sequences per micro-batch."""
+    pipeline_parallel_expert_parallel_overlap: bool = True
+    """With a dual-pipe schedule, overlap expert communication with computation."""
+    context_parallel_degree: int = 1
+    """Processes over which each sequence is split."""
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
+    """How keys and values travel between the parts of a sequence."""
+    expert_parallel_degree: int = 1
+    """Processes over which experts are distributed."""
+    expert_tensor_parallel_degree: int = 1
+    """Processes over which each expert's matrices are split."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saving and loading; without effect as long as enable is false."""
+
+    enable: bool = False
+    """Save checkpoints, and go on from the latest one."""
+    enable_ft_dataloader_checkpoints: bool = True
+    """Save the position in the data per replica for fault-tolerant training."""
+    folder: str = "checkpoint"
+    """Folder for checkpoints, inside job.dump_folder."""
+    interval: int = 500
+    """Steps from one checkpoint to the next."""
+    initial_load_path: str | None = None
+    """Checkpoint to start from when folder holds none."""
+    initial_load_model_only: bool = True
+    """Take only the weights from initial_load_path."""
+    initial_load_in_hf: bool = False
+    """initial_load_path is in the Hugging Face format."""
+    initial_load_in_hf_quantized: bool = False
+    """initial_load_path is in the Hugging Face format with FP8 weights."""
+    last_save_model_only: bool = True
+    """The last checkpoint holds only the weights."""
+    last_save_in_hf: bool = False
+    """The last checkpoint is in the Hugging Face format."""
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    """Type of the weights of a last checkpoint with weights only."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Whether training goes on while a checkpoint is written."""
+    keep_latest_k: int = 10
+    """Checkpoints to keep; 0 keeps all."""
+    load_step: int = -1
+    """Step of the checkpoint to load; -1: the latest."""
+    exclude_from_loading: list[str] = _listing()
+    """Parts of the state that are not loaded."""
+    enable_first_step_checkpoint: bool = False
+    """Save after the first step too."""
+    create_seed_checkpoint: bool = False
+    """Save the freshly initialised model on one process and exit."""
+    load_only: bool = False
+    """Load but never save."""
+
+
+@dataclass(frozen=True)
+class ActivationCheckpoint:
+    """Trading computation for memory: which activations are recomputed in the backward pass."""
+
+    mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
+    """Recompute some, all, none, or as many as a memory budget asks for."""
+    selective_ac_option: str = "2"
+    """With mode selective: "2" recomputes every second layer, "op" recomputes cheap operations."""
+    per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = _listing("moe.router.gate")
+    """With "op": modules whose matrix multiplications are recomputed all the same."""
+    early_stop: bool = False
+    """Stop recomputing a layer as soon as all that is needed is there."""
+    memory_budget: float = 0.5
+    """With mode memory_budget: 0 recomputes all, 1 recomputes nothing."""
+    visualize_memory_budget_pareto: bool = False
+    """With mode memory_budget: draw memory against run time."""
+    preserve_rng_state: bool = False
+    """Recompute with the random state of the forward pass (needed for dropout only)."""
+    determinism_check: str = "default"
+    """Compare shapes of recomputed tensors with the first ones ("default") or not ("none")."""
+    debug: bool = False
+    """Record what happened for the error message when recomputation differs (slow)."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile."""
+
+    enable: bool = False
+    """Compile the parts named in components."""
+    components: list[str] = _listing("model", "loss")
+    """What to compile: model (each block on its own), loss, or both."""
+    backend: str = "inductor"
+    """Back-end of torch.compile."""
+
+
+@dataclass(frozen=True)
+class Float8Linear:
+    """FP8 for linear layers; takes effect through model.converters only."""
+
+    enable_fsdp_float8_all_gather: bool = False
+    """Cast to FP8 before the all-gather of FSDP."""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Compute all scales for FSDP in one go after the optimizer step."""
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """How far one scale reaches."""
+    filter_fqns: list[str] = _listing()
+    """Modules that stay in high precision, by a part of their name."""
+    emulate: bool = False
+    """Compute in high precision with FP8 rounding, for machines without FP8."""
+
+
+@dataclass(frozen=True)
+class QuantizeLinear:
+    """Quantisation of linear layers."""
+
+    float8: Float8Linear = field(default_factory=Float8Linear)
+    """FP8 for linear layers."""
+
+
+@dataclass(frozen=True)
+class Float8GroupedMM:
+    """FP8 for the grouped matrix multiplications of experts; through model.converters only."""
+
+    fqns: list[str] | str = _listing()
+    """Modules to convert, by a part of their name."""
+
+
+@dataclass(frozen=True)
+class QuantizeGroupedMM:
+    """Quantisation of the experts' grouped matrix multiplications."""
+
+    float8: Float8GroupedMM = field(default_factory=Float8GroupedMM)
+    """FP8 for experts."""
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Lower-precision training; takes effect through model.converters only."""
+
+    linear: QuantizeLinear = field(default_factory=QuantizeLinear)
+    """Linear layers."""
+    grouped_mm: QuantizeGroupedMM = field(default_factory=QuantizeGroupedMM)
+    """Experts."""
+
+
+@dataclass(frozen=True)
+class Comm:
+    """Process groups."""
+
+    init_timeout_seconds: int = 300
+    """Seconds until a collective fails, up to the end of the first step."""
+    train_timeout_seconds: int = 100
+    """Seconds until a collective fails, after the first step."""
+    trace_buf_size: int = 20000
+    """Entries that NCCL's flight recorder keeps; 0 switches it off."""
+    save_traces_folder: str = "comm_traces"
+    """Folder for the flight recorder's files, inside job.dump_folder."""
+    save_traces_file_prefix: str = "rank_"
+    """Start of the names of these files."""
+    mode: Literal["default", "fake_backend", "local_tensor"] = "default"
+    """Real collectives, or a dry run of many ranks on one process without any."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on other data during the run; without effect as long as enable is false."""
+
+    enable: bool = False
+    """Validate every freq steps."""
+    dataset: str = "c4_validation"
+    """Name of the dataset."""
+    dataset_path: str | None = None
+    """File, folder or glob to read the dataset from, for local data."""
+    local_batch_size: int = 8
+    """Sequences per forward pass and data-parallel rank."""
+    seq_len: int = 2048
+    """Tokens per sequence."""
+    freq: int = 10
+    """Training steps from one validation to the next."""
+    steps: int = -1
+    """Batches per validation and rank; -1: the whole dataset."""
+
+
+@dataclass(frozen=True)
+class Debug:
+    """Reproducibility, and switches for measuring."""
+
+    seed: int | None = None
+    """Seed of all random numbers; unset: a new one for each run."""
+    deterministic: bool = False
+    """Use only deterministic algorithms."""
+    deterministic_warn_only: bool = False
+    """Warn instead of failing where an operation has no deterministic algorithm."""
+    moe_force_load_balance: bool = False
+    """Send the same number of tokens to each expert, for benchmarks (the model does not learn)."""
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """All settings of a run: defaults, then the TOML file, then the command line."""
+
+    job: Job = field(default_factory=Job)
+    profiling: Profiling = field(default_factory=Profiling)
+    metrics: Metrics = field(default_factory=Metrics)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    training: Training = field(default_factory=Training)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
+    comm: Comm = field(default_factory=Comm)
+    validation: Validation = field(default_factory=Validation)
+    debug: Debug = field(default_factory=Debug)
+
+
+def to_dict(config: JobConfig) -> dict[str, Any]:
+    """The whole config as plain tables, lists and scalars, ready for `json.dumps`."""
+    return asdict(config)

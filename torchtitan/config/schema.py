@@ -1,0 +1,230 @@
+"""Which keys a config has and of what type: checks nested tables and builds `JobConfig` from them.
+
+A key is written with its table, `training.steps`. Tables are flattened to `{key: value}` while they
+are checked; `build` puts the flat form back into the dataclasses.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+from torchtitan.config.job_config import JobConfig
+from torchtitan.tools.errors import UserError, suggest
+
+# Tables of torchtitan v0.2 that have no counterpart here.
+REFUSED_TABLES = (
+    "experimental",
+    "fault_tolerance",
+    "memory_estimation",
+    "quantize.grouped_mm.mx",
+    "quantize.linear.mx",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One setting: its type annotation and its default."""
+
+    type: Any
+    default: Any
+
+
+def _walk(table: Any, at: str, keys: dict[str, Key], tables: set[str]) -> None:
+    for field in dataclasses.fields(table):
+        path = f"{at}.{field.name}" if at else field.name
+        default = getattr(table, field.name)
+        if dataclasses.is_dataclass(default):
+            tables.add(path)
+            _walk(default, path, keys, tables)
+        else:
+            keys[path] = Key(field.type, default)
+
+
+def _known() -> tuple[dict[str, Key], frozenset[str]]:
+    keys: dict[str, Key] = {}
+    tables: set[str] = set()
+    _walk(JobConfig(), "", keys, tables)
+    return keys, frozenset(tables)
+
+
+KEYS, TABLES = _known()
+
+
+# ---------------------------------------------------------------------------------------------
+# Types in words
+# ---------------------------------------------------------------------------------------------
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union without None; any other type is its own only alternative."""
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return tuple(member for member in members if member is not types.NoneType)
+
+
+def matches(value: Any, kind: Any) -> bool:
+    """Whether a TOML (or JSON) value is of the annotated type; an integer may stand for a float."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(matches(value, member) for member in get_args(kind))
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(matches(item, *get_args(kind)) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_is_plain(item) for item in value.values())
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind  # not isinstance: true is no integer
+
+
+def _is_plain(value: Any) -> bool:
+    """Numbers, strings, booleans, None, and lists and tables of them; TOML's dates are not."""
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, list):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def _describe(kind: Any) -> str:
+    words = {
+        str: "a string",
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        list[str]: "a list of strings",
+        list[list[str]]: "a list of lists of strings",
+        dict[str, Any]: "a table of numbers, strings, booleans and lists",
+    }
+    return " or ".join(words[member] for member in alternatives(kind))
+
+
+def _example(key: Key) -> str:
+    if key.default not in (None, "", [], {}):
+        return as_text(key.default)
+    by_type = {
+        str: '"name"',
+        int: "1",
+        float: "0.5",
+        list[str]: '["name"]',
+        list[list[str]]: '[["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]',
+        dict[str, Any]: "{ n_layers = 8 }",
+    }
+    return by_type[alternatives(key.type)[0]]
+
+
+def requirement(path: str, value: Any) -> str:
+    """What the key must hold, to follow "key = value": `must be an integer, for example 10000.`"""
+    key = KEYS[path]
+    first = alternatives(key.type)[0]
+    if get_origin(first) is Literal:
+        return f"must be {_either(_nearest_first(str(value), get_args(first)))}."
+    if first is bool:
+        return "must be true or false."
+    return f"must be {_describe(key.type)}, for example {_example(key)}."
+
+
+def _nearest_first(value: str, choices: tuple[str, ...]) -> list[str]:
+    def distance(choice: str) -> float:
+        return -difflib.SequenceMatcher(None, value.lower(), choice.lower()).ratio()
+
+    return sorted(choices, key=distance)
+
+
+def _either(choices: list[str]) -> str:
+    quoted = [as_text(choice) for choice in choices]
+    return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
+
+
+def as_text(value: Any) -> str:
+    """A value as one would write it in a TOML file, cut where it gets long."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ---------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------
+
+
+def unknown(path: str, *, is_table: bool = False) -> str:
+    """Why there is no such key (or table), and where to look instead, as the end of a sentence."""
+    parts = path.split(".")
+    prefixes = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    for prefix in prefixes:
+        if prefix in REFUSED_TABLES:
+            return f"[{prefix}] is a table of torchtitan that is not supported here; remove it."
+        if prefix in KEYS:
+            return f"{prefix} is a key, not a table; it {requirement(prefix, path)}"
+    if path in TABLES:
+        first = next(key for key in KEYS if key.startswith(path + "."))
+        return f"[{path}] is a table, not a key; name one of its keys, such as {first}."
+    known = [prefix for prefix in prefixes if prefix in TABLES]
+    table, name = (known[-1] if known else ""), parts[len(known)]
+    is_key = len(known) == len(parts) - 1 and not is_table
+    homes = [f"[{key.rpartition('.')[0]}]" for key in KEYS if key.rpartition(".")[2] == name]
+    if is_key and homes:
+        where = f"[{table}]" if table else "the top level"
+        return f"'{name}' is not a key of {where}; it belongs to {' or '.join(homes)}."
+    tables, keys = _children(table, TABLES), _children(table, KEYS)
+    inside = f" in [{table}]" if table else ""
+    if is_key and table:
+        return f"unknown key '{name}'{inside}{suggest(name, keys or tables)}"
+    return f"unknown table [{name}]{inside}{suggest(name, tables or keys)}"
+
+
+def _children(table: str, paths: Any) -> list[str]:
+    """The names directly below a table ("" is the top)."""
+    split = (path.rpartition(".") for path in paths)
+    return [name for parent, _, name in split if parent == table]
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------
+
+
+def flatten(table: dict[str, Any], *, source: str, at: str = "") -> dict[str, Any]:
+    """Nested tables as `{'training.steps': 10, ...}`; raises UserError for the first wrong key.
+
+    `source` names the file in messages. Integers become floats where the key is a float.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        path = f"{at}.{name}" if at else name
+        if path in TABLES:
+            if not isinstance(value, dict):
+                shown = as_text(value)
+                raise UserError(f"{source}: {path} = {shown} must be a table, written [{path}].")
+            flat |= flatten(value, source=source, at=path)
+        elif path in KEYS:
+            flat[path] = _checked(path, value, source)
+        else:
+            raise UserError(f"{source}: {unknown(path, is_table=isinstance(value, dict))}")
+    return flat
+
+
+def _checked(path: str, value: Any, source: str) -> Any:
+    kind = KEYS[path].type
+    if not matches(value, kind):
+        raise UserError(f"{source}: {path} = {as_text(value)} {requirement(path, value)}")
+    if float in alternatives(kind) and type(value) is int:
+        return float(value)
+    return value
+
+
+def build(flat: dict[str, Any]) -> JobConfig:
+    """The config in which these keys have these values and all others their defaults."""
+    return _filled(JobConfig(), flat, "")
+
+
+def _filled(table: Any, flat: dict[str, Any], at: str) -> Any:
+    changes = {}
+    for field in dataclasses.fields(table):
+        path = f"{at}.{field.name}" if at else field.name
+        if path in TABLES:
+            changes[field.name] = _filled(getattr(table, field.name), flat, path)
+        elif path in flat:
+            changes[field.name] = flat[path]
+    return dataclasses.replace(table, **changes)

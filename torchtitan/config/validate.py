@@ -1,0 +1,238 @@
+"""What the values of a config may be, alone and together: pure checks before anything is started.
+
+Each check raises UserError with one sentence: the key, its value, the rule, the way out.
+The model's own arguments are checked by the model, data paths by the data layer.
+"""
+
+import math
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+from torchtitan.config.job_config import JobConfig, Parallelism
+from torchtitan.config.schema import as_text
+from torchtitan.tools.errors import UserError, suggest
+
+
+def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> None:
+    """Raise UserError for the first setting that a run of `world_size` processes cannot have."""
+    assert world_size >= 1, f"world_size is {world_size}"
+    _check_supported(config)
+    _check_renamed(config)
+    _check_ranges(config)
+    _check_choices(config)
+    _check_profiling(config, device_type)
+    replicate, shard = resolve_dp_degrees(config.parallelism, world_size)
+    resolve_global_batch_size(config, replicate * shard)
+
+
+def _get(config: JobConfig, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
+
+
+# ---------------------------------------------------------------------------------------------
+# Features that are not there yet
+# ---------------------------------------------------------------------------------------------
+
+# key, what it may hold, the feature. Keys that only shape one of these features (the pipeline
+# schedule, checkpoint.interval, [quantize], ...) have no effect without it and may hold anything.
+_NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
+    ("parallelism.tensor_parallel_degree", (1,), "tensor parallelism"),
+    ("parallelism.enable_async_tensor_parallel", (False,), "asynchronous tensor parallelism"),
+    ("parallelism.pipeline_parallel_degree", (1,), "pipeline parallelism"),
+    ("parallelism.context_parallel_degree", (1,), "context parallelism"),
+    ("parallelism.expert_parallel_degree", (1,), "expert parallelism"),
+    ("parallelism.expert_tensor_parallel_degree", (1,), "tensor parallelism of experts"),
+    ("checkpoint.enable", (False,), "saving and loading checkpoints"),
+    ("checkpoint.create_seed_checkpoint", (False,), "a seed checkpoint"),
+    (
+        "activation_checkpoint.mode",
+        ("none", "full", "selective"),
+        "activation checkpointing by memory budget",
+    ),
+    (
+        "activation_checkpoint.visualize_memory_budget_pareto",
+        (False,),
+        "activation checkpointing by memory budget",
+    ),
+    ("model.converters", ([],), "converting the model (FP8)"),
+    ("metrics.enable_wandb", (False,), "Weights & Biases"),
+    ("training.enable_cpu_offload", (False,), "CPU offload"),
+    ("optimizer.early_step_in_backward", (False,), "the optimizer step inside the backward pass"),
+    ("validation.enable", (False,), "validation"),
+    ("comm.mode", ("default", "fake_backend"), "the local-tensor mode"),
+]
+
+
+def _check_supported(config: JobConfig) -> None:
+    for key, allowed, feature in _NOT_YET:
+        value = _get(config, key)
+        if value not in allowed:
+            choices = " or ".join(as_text(choice) for choice in allowed)
+            raise UserError(
+                f"{feature} is not supported yet, but {key} = {as_text(value)}; "
+                f"set it to {choices}."
+            )
+
+
+def _check_renamed(config: JobConfig) -> None:
+    if config.model.tokenizer_path is not None:
+        raise UserError(
+            f"model.tokenizer_path = {as_text(config.model.tokenizer_path)} has a new name; "
+            "set model.hf_assets_path to the folder that holds the tokenizer."
+        )
+    if config.job.custom_config_module:
+        raise UserError(
+            f"job.custom_config_module = {as_text(config.job.custom_config_module)} is not "
+            "supported; set model arguments in [model.args] and leave it empty."
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Values alone
+# ---------------------------------------------------------------------------------------------
+
+# The rule in words, the same as a test, and the keys that it holds for; a key may be unset (None).
+# NaN fails every comparison, so no rule needs to name it.
+_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "1 or more",
+        lambda value: value >= 1,
+        "training.local_batch_size training.seq_len training.steps training.gc_freq "
+        "metrics.log_freq profiling.profile_freq profiling.profiler_active "
+        "comm.init_timeout_seconds comm.train_timeout_seconds",
+    ),
+    (
+        "0 or more",
+        lambda value: value >= 0,
+        "lr_scheduler.warmup_steps training.dataset_num_workers profiling.profiler_warmup "
+        "comm.trace_buf_size",
+    ),
+    (
+        "a finite number, 0 or more",
+        lambda value: 0 <= value < math.inf,
+        "optimizer.lr optimizer.weight_decay",
+    ),
+    ("a finite number greater than 0", lambda value: 0 < value < math.inf, "optimizer.eps"),
+    ("greater than 0 (inf switches clipping off)", lambda value: value > 0, "training.max_norm"),
+    ("at least 0 and less than 1", lambda v: 0 <= v < 1, "optimizer.beta1 optimizer.beta2"),
+    (
+        "between 0 and 1",
+        lambda value: 0 <= value <= 1,
+        "lr_scheduler.decay_ratio lr_scheduler.min_lr_factor",
+    ),
+    # The seed is sent to all ranks as a signed 64-bit integer.
+    ("between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63, "debug.seed"),
+    (
+        "a name, not empty",
+        lambda value: value.strip() != "",
+        "job.dump_folder job.save_config_file model.name model.flavor training.dataset "
+        "training.dataset_text_key compile.backend",
+    ),
+]
+
+
+def _check_ranges(config: JobConfig) -> None:
+    for rule, holds, keys in _RANGES:
+        for key in keys.split():
+            value = _get(config, key)
+            if value is not None and not holds(value):
+                raise UserError(f"{key} = {as_text(value)} must be {rule}.")
+
+
+def _check_choices(config: JobConfig) -> None:
+    for component in config.compile.components:
+        if component not in ("model", "loss"):
+            raise UserError(
+                f"compile.components names '{component}', which cannot be compiled"
+                f"{suggest(component, ['model', 'loss'])}"
+            )
+    option = config.activation_checkpoint.selective_ac_option
+    if option != "op" and not (option.isdecimal() and int(option) >= 1):
+        raise UserError(
+            f"activation_checkpoint.selective_ac_option = {as_text(option)} must be "
+            '"op" or a positive integer as a string, such as "2".'
+        )
+    check = config.activation_checkpoint.determinism_check
+    if check not in ("default", "none"):
+        raise UserError(
+            f"activation_checkpoint.determinism_check = {as_text(check)} must be "
+            '"default" or "none".'
+        )
+
+
+def _check_profiling(config: JobConfig, device_type: str) -> None:
+    profiling = config.profiling
+    if profiling.enable_memory_snapshot and device_type != "cuda":
+        raise UserError(
+            "profiling.enable_memory_snapshot = true needs a CUDA GPU, but this run is on "
+            f"{device_type}; set it to false."
+        )
+    covered = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < covered:
+        raise UserError(
+            f"profiling.profile_freq = {profiling.profile_freq} is shorter than one trace, "
+            f"profiler_warmup ({profiling.profiler_warmup}) + profiler_active "
+            f"({profiling.profiler_active}); set it to {covered} or more."
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Values together
+# ---------------------------------------------------------------------------------------------
+
+
+def _nearest(value: int, legal: list[int]) -> str:
+    """The legal numbers next to `value` on both sides: "4 or 8"."""
+    below = [number for number in legal if number < value][-1:]
+    above = [number for number in legal if number > value][:1]
+    return " or ".join(str(number) for number in below + above)
+
+
+def resolve_dp_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
+    """(replicate, shard): the data-parallel degrees with -1 resolved; UserError if they don't fit.
+
+    Their product is `world_size`, as long as no other kind of parallelism is supported.
+    """
+    replicate = parallelism.data_parallel_replicate_degree
+    shard = parallelism.data_parallel_shard_degree
+    if replicate < 1:
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree = {replicate} must be 1 or more."
+        )
+    if shard < 1 and shard != -1:
+        raise UserError(
+            f"parallelism.data_parallel_shard_degree = {shard} must be 1 or more, or -1 for all "
+            "processes that the other degrees leave."
+        )
+    if world_size % replicate:
+        divisors = [number for number in range(1, world_size + 1) if world_size % number == 0]
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree = {replicate} does not divide the number "
+            f"of processes ({world_size}); set it to {_nearest(replicate, divisors)}."
+        )
+    rest = world_size // replicate
+    if shard not in (-1, rest):
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree ({replicate}) x "
+            f"data_parallel_shard_degree ({shard}) = {replicate * shard}, but the number of "
+            f"processes is {world_size}; set data_parallel_shard_degree to {rest} (or to -1, which "
+            f"means the rest), or start {replicate * shard} processes."
+        )
+    return replicate, rest
+
+
+def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
+    """Sequences per optimizer step, -1 resolved; a multiple of one forward pass of all ranks."""
+    wanted, local = config.training.global_batch_size, config.training.local_batch_size
+    unit = local * dp_degree
+    if wanted == -1:
+        return unit
+    if wanted < 1 or wanted % unit:
+        below = max(wanted // unit, 0) * unit
+        raise UserError(
+            f"training.global_batch_size = {wanted} must be -1 or a multiple of {unit}, "
+            f"training.local_batch_size ({local}) x the data-parallel degree ({dp_degree}); "
+            f"set it to {_nearest(wanted, [number for number in (below, below + unit) if number])}."
+        )
+    return wanted

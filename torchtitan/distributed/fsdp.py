@@ -1,0 +1,85 @@
+"""DDP, FSDP and HSDP, all three through FSDP2's `fully_shard`.
+
+On a mesh (dp_replicate, dp_shard), FSDP is (1, n), DDP is (n, 1) and HSDP anything between, so that
+all of them share one mixed-precision policy and give the same numbers. Gradients are *summed* over
+ranks, never averaged: the loss is already divided by the tokens of the whole step (components/loss.py).
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from torchtitan.config import Parallelism, Training
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.protocols.model import BaseModel
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import TORCH_DTYPES
+
+
+def apply_data_parallel(
+    model: BaseModel, dims: ParallelDims, training: Training, parallelism: Parallelism
+) -> None:
+    """Spread the weights of `model` in place, one communication unit per layer.
+
+    Weights are kept in `training.dtype`, computed with in `mixed_precision_param`; gradients are
+    reduced and kept in `mixed_precision_reduce`. One process in one precision is left as it is.
+    """
+    param_dtype = TORCH_DTYPES[training.mixed_precision_param]
+    if dims.world_size == 1 and param_dtype == next(model.parameters()).dtype:
+        logger.info("Data parallel: %s, %s", dims.describe(), training.mixed_precision_param)
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype,
+        reduce_dtype=TORCH_DTYPES[training.mixed_precision_reduce],
+        cast_forward_inputs=False,  # positions, masks and the rotary table keep their dtypes
+    )
+    _shard_layers(model, _data_parallel_mesh(dims), policy, _reshard(dims, parallelism))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Both lines together: a factor without the forced sum needs PREMUL_SUM, which gloo
+            # lacks, and any factor but 1 is applied twice on a shard axis of size 1 (torch 2.11-2.13).
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    logger.info(
+        "Data parallel: %s, compute in %s, reduce in %s",
+        dims.describe(),
+        training.mixed_precision_param,
+        training.mixed_precision_reduce,
+    )
+
+
+def sync_replicas_on_last_microbatch(model: nn.Module, *, is_last: bool) -> None:
+    """Sum gradients over replicas once a step instead of once a micro-batch.
+
+    Within a replica they are still reduced each time, because whole gradients of all layers may not
+    fit. Models that aren't data parallel are left alone.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
+        model.set_is_last_backward(is_last)
+
+
+def _data_parallel_mesh(dims: ParallelDims) -> DeviceMesh:
+    mesh = dims.build_mesh()
+    return mesh if dims.dp_replicate > 1 else mesh["dp_shard"]
+
+
+def _reshard(dims: ParallelDims, parallelism: Parallelism) -> bool:
+    # "default": free the gathered weights after the forward pass. Where nothing is split, keeping them
+    # costs no communication and saves a copy.
+    if parallelism.fsdp_reshard_after_forward == "default":
+        return dims.dp_shard > 1
+    return parallelism.fsdp_reshard_after_forward == "always"
+
+
+def _shard_layers(
+    model: BaseModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool
+) -> None:
+    options = {"mesh": mesh, "mp_policy": policy}
+    fully_shard(model.tok_embeddings, reshard_after_forward=reshard, **options)
+    for layer in model.layers.values():
+        fully_shard(layer, reshard_after_forward=reshard, **options)
+    # The backward pass starts with these two: not worth freeing them in between.
+    fully_shard([model.norm, model.output], reshard_after_forward=False, **options)
+    fully_shard(model, reshard_after_forward=reshard, **options)

@@ -1,0 +1,287 @@
+"""Sources of documents: who gets which ones in an epoch, in which order, and how to come back.
+
+Two kinds. Indexed files can be read at any place, so an epoch is one permutation of everything.
+Streams (the hub, gzip files) can only be read from the front, so they are shuffled window by
+window. A reader yields the records of one epoch of one shard, and its state is the position of
+the next record: read again from there, the same records follow.
+"""
+
+import bisect
+import copy
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from torchtitan.hf_datasets.files import DocumentFile, IndexedFile
+from torchtitan.hf_datasets.order import order
+from torchtitan.hf_datasets.records import Record, record_of_fields
+from torchtitan.tools.errors import UserError
+
+# Documents of a stream that are shuffled among each other; read again when a run resumes.
+WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One loader process among all of the run."""
+
+    dp_rank: int = 0
+    dp_degree: int = 1
+    worker: int = 0
+    num_workers: int = 1
+
+    @property
+    def index(self) -> int:
+        return self.dp_rank * self.num_workers + self.worker
+
+    @property
+    def count(self) -> int:
+        return self.dp_degree * self.num_workers
+
+
+class Reader(ABC):
+    """Iterates over the records of one epoch of one shard."""
+
+    def __iter__(self) -> "Reader":
+        return self
+
+    @abstractmethod
+    def __next__(self) -> Record: ...
+
+    @abstractmethod
+    def state_dict(self) -> dict:
+        """JSON-able position of the next record."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+class Source(ABC):
+    """Picklable: each loader process opens its own readers."""
+
+    name: str
+
+    @abstractmethod
+    def identity(self) -> dict:
+        """What a position depends on: a checkpoint's must equal ours to go on from it."""
+
+    @abstractmethod
+    def open(self, seed: int, epoch: int, shard: Shard) -> Reader: ...
+
+    @abstractmethod
+    def check_shards(self, dp_degree: int, num_workers: int) -> None:
+        """Raise UserError where some loader process would have nothing to read."""
+
+
+class IndexedFiles(Source):
+    """All documents of files that can be read at any place, permuted as a whole."""
+
+    def __init__(self, name: str, files: Sequence[IndexedFile]) -> None:
+        self.name = name
+        self._files = files
+        self._ends = np.cumsum([file.length for file in files]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, document: int) -> Record:
+        file = bisect.bisect_right(self._ends, document)
+        before = self._ends[file - 1] if file else 0
+        return self._files[file].read(document - before)
+
+    def identity(self) -> dict:
+        return {"documents": len(self), "bytes": sum(file.size for file in self._files)}
+
+    def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
+        return _PermutedReader(self, seed, epoch, shard)
+
+    def check_shards(self, dp_degree: int, num_workers: int) -> None:
+        _check_enough(self.name, len(self), "documents", dp_degree, num_workers)
+
+
+class _PermutedReader(Reader):
+    """Document i of the epoch's order belongs to shard i modulo the number of shards."""
+
+    def __init__(self, source: IndexedFiles, seed: int, epoch: int, shard: Shard) -> None:
+        self._source = source
+        self._order = order(len(source), seed, epoch)
+        self._shard = shard
+        self._taken = 0
+
+    def __next__(self) -> Record:
+        place = self._taken * self._shard.count + self._shard.index
+        if place >= len(self._order):
+            raise StopIteration
+        self._taken += 1
+        return self._source.read(self._order[place])
+
+    def state_dict(self) -> dict:
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._taken = state["taken"]
+
+
+class StreamedFiles(Source):
+    """Files of which some can only be read from the front (gzip): a stream, its files permuted.
+
+    With a multiple of shards, each shard reads its own files; otherwise all shards read all files
+    and each keeps its lines.
+    """
+
+    def __init__(self, name: str, files: Sequence[DocumentFile]) -> None:
+        self.name = name
+        self.files = files
+
+    def identity(self) -> dict:
+        return {"files": len(self.files), "bytes": sum(file.size for file in self.files)}
+
+    def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
+        numbers = list(order(len(self.files), seed, epoch))
+        if len(numbers) % shard.count == 0:
+            own = _FilesReader(self.files, numbers[shard.index :: shard.count], Shard())
+        else:
+            own = _FilesReader(self.files, numbers, shard)
+        return WindowShuffledReader(own, seed, epoch)
+
+    def check_shards(self, dp_degree: int, num_workers: int) -> None:
+        """How many lines a gzip file has shows only in reading; see TextDataset for the rest."""
+
+
+class _FilesReader(Reader):
+    """The files one after the other; line j of file n belongs to shard n + j modulo the shards."""
+
+    def __init__(self, files: Sequence[DocumentFile], numbers: list[int], shard: Shard) -> None:
+        self._files = files
+        self._numbers = numbers
+        self._shard = shard
+        self.load_state_dict({"file": 0, "line": 0})
+
+    def __next__(self) -> Record:
+        while self._file < len(self._numbers):
+            if self._records is None:
+                number = self._numbers[self._file]
+                self._records = self._files[number].records(self._line, self._keep(number))
+            for line, record in self._records:
+                self._line = line + 1
+                return record
+            self._file, self._line, self._records = self._file + 1, 0, None
+        raise StopIteration
+
+    def _keep(self, number: int):
+        count, index = self._shard.count, self._shard.index
+        return lambda line: (number + line) % count == index
+
+    def state_dict(self) -> dict:
+        return {"file": self._file, "line": self._line}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._file, self._line, self._records = state["file"], state["line"], None
+
+
+class HubStream(Source):
+    """A streaming `datasets.IterableDataset`.
+
+    `datasets` splits it over ranks when asked and over the loader workers by itself. Its own
+    shuffle forgets its buffer when a run resumes, so the windows are shuffled here.
+    """
+
+    def __init__(self, name: str, dataset, text_key: str) -> None:
+        self.name = name
+        self._dataset = dataset
+        self._text_key = text_key
+
+    def identity(self) -> dict:
+        return {"dataset": self.name}
+
+    def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
+        from datasets.distributed import split_dataset_by_node
+
+        own = copy.deepcopy(self._dataset)  # an iteration leaves its position in the object
+        if shard.dp_degree > 1:
+            own = split_dataset_by_node(own, rank=shard.dp_rank, world_size=shard.dp_degree)
+        return WindowShuffledReader(_HubReader(self.name, own, self._text_key), seed, epoch)
+
+    def check_shards(self, dp_degree: int, num_workers: int) -> None:
+        files = self._dataset.num_shards
+        if files % dp_degree == 0:  # else `datasets` lets all ranks read all files
+            files //= dp_degree
+        _check_enough(self.name, files, "files for each data-parallel rank", 1, num_workers)
+
+
+class _HubReader(Reader):
+    def __init__(self, name: str, dataset, text_key: str) -> None:
+        self._name = name
+        self._dataset = dataset
+        self._text_key = text_key
+        self._number = 0
+        self._examples = None
+
+    def __next__(self) -> Record:
+        if self._examples is None:
+            self._examples = iter(self._dataset)
+        fields = next(self._examples)
+        self._number += 1
+        where = f"{self._name}, document {self._number} of this rank's stream"
+        return record_of_fields(where, fields, self._text_key)
+
+    def state_dict(self) -> dict:
+        # Before its first document, `datasets` has no state to give.
+        inner = self._dataset.state_dict() if self._number else None
+        return {"number": self._number, "dataset": inner}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._number, self._examples = state["number"], None
+        if state["dataset"] is not None:
+            self._dataset.load_state_dict(state["dataset"])
+
+
+class WindowShuffledReader(Reader):
+    """Shuffles a stream window by window. The state is where the window began and how many of it
+    were taken, so resuming reads the window again and loses or repeats nothing."""
+
+    def __init__(self, stream: Reader, seed: int, epoch: int, window: int = WINDOW) -> None:
+        self._stream = stream
+        self._key = (seed, epoch)
+        self._size = window
+        self._number = -1  # of the current window; -1 is an empty one before the first
+        self._start = stream.state_dict()
+        self._window: list[Record] = []
+        self._taken = 0
+
+    def __next__(self) -> Record:
+        if self._taken == len(self._window):
+            self._fill(self._number + 1)
+            if not self._window:
+                raise StopIteration
+        self._taken += 1
+        return self._window[self._order[self._taken - 1]]
+
+    def _fill(self, number: int) -> None:
+        self._number = number
+        self._start = self._stream.state_dict()
+        self._window = list(itertools.islice(self._stream, self._size))
+        self._order = order(len(self._window), *self._key, number)
+        self._taken = 0
+
+    def state_dict(self) -> dict:
+        return {"stream": self._start, "window": self._number, "taken": self._taken}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._stream.load_state_dict(state["stream"])
+        self._number, self._window, self._taken = state["window"], [], 0
+        if self._number >= 0:
+            self._fill(self._number)
+            self._taken = state["taken"]
+
+
+def _check_enough(name: str, have: int, what: str, dp_degree: int, num_workers: int) -> None:
+    if have < dp_degree * num_workers:
+        raise UserError(
+            f"training.dataset '{name}' has {have} {what}, too few for {dp_degree} data-parallel "
+            f"rank(s) with {num_workers} loader process(es) each; give it more, smaller ones, or "
+            "lower the data-parallel degree or the number of workers."
+        )

@@ -1,0 +1,135 @@
+"""Sizes of the DeepSeek-V2/V3 architecture, its rules, and its FLOPs."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+from torchtitan.models.moe import MoEArgs
+from torchtitan.ops.rope import Yarn, yarn_softmax_factor
+from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.tools.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSeekV3ModelArgs(BaseModelArgs):
+    """Names as in torchtitan and DeepSeek's inference code. Defaults are DeepSeek-V2-Lite's sizes.
+
+    vocab_size, dim, n_layers, n_heads; inter_dim: hidden width of the dense feed-forward of the first
+    n_dense_layers; moe_inter_dim: hidden width of one expert; norm_eps: of every RMSNorm.
+
+    MLA: q_lora_rank (0: queries are not compressed), kv_lora_rank, channels per head without and with
+    rotary position (qk_nope_head_dim, qk_rope_head_dim) and of values (v_head_dim).
+    attn_mask_type: causal, or block_causal (a token sees its own document only; the V3 report trained
+    without this mask).
+
+    RoPE: max_seq_len positions, base rope_theta. YaRN: yarn "on", "off", or "auto" (on when max_seq_len
+    exceeds original_seq_len, the rule of DeepSeek's code: train from scratch at 4K without it, load
+    released weights with "on"); rope_factor, beta_fast, beta_slow; mscale scales the softmax.
+
+    init_std: of all matrices, normal (the V3 report's 0.006).
+    """
+
+    vocab_size: int = 102400
+    max_seq_len: int = 4096 * 4
+    dim: int = 2048
+    inter_dim: int = 10944
+    moe_inter_dim: int = 1408
+    n_layers: int = 27
+    n_dense_layers: int = 1
+    n_heads: int = 16
+    norm_eps: float = 1e-6
+    init_std: float = 0.006
+
+    moe_args: MoEArgs = field(default_factory=MoEArgs)
+
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    attn_mask_type: Literal["causal", "block_causal"] = "causal"
+
+    rope_theta: float = 10000.0
+    yarn: Literal["auto", "on", "off"] = "auto"
+    original_seq_len: int = 4096
+    rope_factor: float = 40.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive = (
+            "vocab_size max_seq_len dim inter_dim moe_inter_dim n_layers n_heads kv_lora_rank "
+            "qk_nope_head_dim qk_rope_head_dim v_head_dim original_seq_len norm_eps init_std rope_theta"
+        )
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} ({getattr(self, name)}) must be above 0.")
+        if self.q_lora_rank < 0:
+            raise UserError(f"q_lora_rank ({self.q_lora_rank}) must be 0 (no compression) or more.")
+        if not 0 <= self.n_dense_layers <= self.n_layers:
+            raise UserError(
+                f"n_dense_layers ({self.n_dense_layers}) must lie between 0 and n_layers "
+                f"({self.n_layers})."
+            )
+        if self.qk_rope_head_dim % 2:
+            raise UserError(
+                f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE turns channel pairs."
+            )
+        if self.rope_factor < 1:
+            raise UserError(f"rope_factor ({self.rope_factor}) must be 1 or more.")
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def use_yarn(self) -> bool:
+        if self.yarn == "auto":
+            return self.max_seq_len > self.original_seq_len
+        return self.yarn == "on"
+
+    @property
+    def yarn_scaling(self) -> Yarn | None:
+        if not self.use_yarn:
+            return None
+        return Yarn(self.rope_factor, self.original_seq_len, self.beta_fast, self.beta_slow)
+
+    @property
+    def softmax_scale(self) -> float:
+        scale = self.qk_head_dim**-0.5
+        if self.use_yarn:
+            scale *= yarn_softmax_factor(self.rope_factor, self.mscale)
+        return scale
+
+    def with_forced_load_balance(self) -> Self:
+        moe_args = dataclasses.replace(self.moe_args, _debug_force_load_balance=True)
+        return dataclasses.replace(self, moe_args=moe_args)
+
+    def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
+        """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train = 3 ×.
+
+        causal: count the half of the S × S scores that causal attention needs (what MFU is about);
+        otherwise all of them. Norms, RoPE and the softmax are left out, as is usual.
+        """
+        weights = self.n_layers * self._attention_weights()
+        weights += self.n_dense_layers * 3 * self.dim * self.inter_dim
+        weights += (self.n_layers - self.n_dense_layers) * self._active_moe_weights()
+        weights += self.dim * self.vocab_size  # output; the embedding is a look-up
+        keys_per_query = seq_len / 2 if causal else seq_len
+        core = 2 * self.n_heads * (self.qk_head_dim + self.v_head_dim) * keys_per_query
+        return 3 * (2 * weights + self.n_layers * core)
+
+    def _attention_weights(self) -> int:
+        q_out = self.n_heads * self.qk_head_dim
+        if self.q_lora_rank:
+            q = self.q_lora_rank * (self.dim + q_out)
+        else:
+            q = self.dim * q_out
+        kv_down = self.dim * (self.kv_lora_rank + self.qk_rope_head_dim)
+        kv_up = self.kv_lora_rank * self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return q + kv_down + kv_up + self.n_heads * self.v_head_dim * self.dim
+
+    def _active_moe_weights(self) -> int:
+        experts = self.moe_args.top_k + self.moe_args.num_shared_experts
+        return self.dim * (3 * self.moe_inter_dim * experts + self.moe_args.num_experts)

@@ -1,0 +1,168 @@
+"""The DeepSeek-V2/V3 model: multi-head latent attention, dense first layers, MoE layers.
+
+Reports: arXiv 2405.04434 (V2, section 2.1: MLA) and 2412.19437 (V3). Single-device code: where tensors
+live is decided in parallelize.py. Letters: B batch, S sequence, D model dim, H heads, C channels.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
+from torchtitan.models.moe import FeedForward, MoE
+from torchtitan.models.moe.balancing import record_load
+from torchtitan.ops.attention import AttentionMask, attention, document_mask
+from torchtitan.ops.init import init_parameters
+from torchtitan.ops.rope import apply_rope, rope_table
+from torchtitan.protocols.model import BaseModel
+from torchtitan.tools.errors import UserError
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention (MLA).
+
+    Keys and values come from one normalised latent of `kv_lora_rank` channels; queries from another
+    (or directly). Position sits in `qk_rope_head_dim` extra channels, for keys shared by all heads.
+    """
+
+    def __init__(self, args: DeepSeekV3ModelArgs):
+        super().__init__()
+        self.n_heads = args.n_heads
+        self.kv_lora_rank = args.kv_lora_rank
+        self.qk_nope_head_dim = args.qk_nope_head_dim
+        self.qk_rope_head_dim = args.qk_rope_head_dim
+        self.v_head_dim = args.v_head_dim
+        self.softmax_scale = args.softmax_scale
+
+        q_out = args.n_heads * args.qk_head_dim
+        self.compress_q = args.q_lora_rank > 0
+        if self.compress_q:
+            self.wq_a = nn.Linear(args.dim, args.q_lora_rank, bias=False)
+            self.q_norm = nn.RMSNorm(args.q_lora_rank, eps=args.norm_eps)
+            self.wq_b = nn.Linear(args.q_lora_rank, q_out, bias=False)
+        else:
+            self.wq = nn.Linear(args.dim, q_out, bias=False)
+        self.wkv_a = nn.Linear(args.dim, args.kv_lora_rank + args.qk_rope_head_dim, bias=False)
+        self.kv_norm = nn.RMSNorm(args.kv_lora_rank, eps=args.norm_eps)
+        kv_out = args.n_heads * (args.qk_nope_head_dim + args.v_head_dim)
+        self.wkv_b = nn.Linear(args.kv_lora_rank, kv_out, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.v_head_dim, args.dim, bias=False)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: Tensor,
+        mask: AttentionMask = None,
+        positions_BS: Tensor | None = None,
+    ) -> Tensor:
+        """rope: table of `rope_table`. mask, positions_BS: see `DeepSeekV3Model.forward`."""
+        q = self.wq_b(self.q_norm(self.wq_a(x_BSD))) if self.compress_q else self.wq(x_BSD)
+        q_BSHC = q.unflatten(-1, (self.n_heads, -1))
+        q_nope, q_rope = q_BSHC.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q_BSHC = torch.cat((q_nope, apply_rope(q_rope, rope, positions_BS)), dim=-1)
+
+        latent, k_rope = self.wkv_a(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        k_rope = apply_rope(k_rope.unsqueeze(2), rope, positions_BS)
+        kv_BSHC = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (self.n_heads, -1))
+        k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_BSHC = torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), dim=-1)
+
+        out_BSHC = attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
+        return self.wo(out_BSHC.flatten(-2))
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then a dense feed-forward (first layers) or experts, each on a normalised input."""
+
+    def __init__(self, layer_id: int, args: DeepSeekV3ModelArgs):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention = Attention(args)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.moe_enabled = layer_id >= args.n_dense_layers
+        if self.moe_enabled:
+            self.moe = MoE(args.moe_args, dim=args.dim, hidden_dim=args.moe_inter_dim)
+        else:
+            self.feed_forward = FeedForward(args.dim, args.inter_dim)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: Tensor,
+        mask: AttentionMask = None,
+        positions_BS: Tensor | None = None,
+        token_mask_BS: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the new hidden state and, with experts, this batch's tokens per expert.
+
+        The load is returned, not kept: a block may be recomputed in the backward pass, and only what
+        leaves it is sure to happen once.
+        """
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, mask, positions_BS)
+        normed = self.ffn_norm(x_BSD)
+        if not self.moe_enabled:
+            return x_BSD + self.feed_forward(normed), None
+        out, load_E = self.moe(normed, token_mask_BS, return_load=True)
+        return x_BSD + out, load_E
+
+
+class DeepSeekV3Model(BaseModel):
+    """Tokens to logits."""
+
+    def __init__(self, model_args: DeepSeekV3ModelArgs):
+        super().__init__()
+        self.model_args = model_args
+        self.tok_embeddings = nn.Embedding(model_args.vocab_size, model_args.dim)
+        self.layers = nn.ModuleDict(
+            {str(i): TransformerBlock(i, model_args) for i in range(model_args.n_layers)}
+        )
+        self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
+        self.output = nn.Linear(model_args.dim, model_args.vocab_size, bias=False)
+        self.register_buffer("rope", self._make_rope_table(), persistent=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_masks: AttentionMask = None,
+        positions: Tensor | None = None,
+        token_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, S, V) of int64 tokens (B, S).
+
+        attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None = 0, 1,
+        …. token_mask: (B, S) bool, False = padding, left out of the expert load.
+        """
+        x_BSD = self.tok_embeddings(tokens)
+        for layer in self.layers.values():
+            x_BSD, load_E = layer(x_BSD, self.rope, attention_masks, positions, token_mask)
+            if load_E is not None and self.training and torch.is_grad_enabled():
+                record_load(layer.moe, load_E)
+        return self.output(self.norm(x_BSD))
+
+    def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> AttentionMask:
+        if self.model_args.attn_mask_type == "causal":
+            return None
+        if eos_id is None:
+            raise UserError(
+                "model.args.attn_mask_type 'block_causal' needs a tokenizer with an end-of-text token, "
+                "which tells documents apart; name one in its tokenizer_config.json, or use 'causal'."
+            )
+        return document_mask(tokens_BS, eos_id)
+
+    def moe_layers(self) -> dict[int, nn.Module]:
+        return {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Matrices normal with `init_std`, norms one, expert bias zero.
+
+        buffer_device: where the rotary table goes; absent = where the model is.
+        """
+        init_parameters(self, self.model_args.init_std)
+        for moe in self.moe_layers().values():
+            moe.init_buffers()
+        self.rope = self._make_rope_table().to(buffer_device or self.rope.device)
+
+    def _make_rope_table(self) -> Tensor:
+        args = self.model_args
+        return rope_table(
+            args.qk_rope_head_dim, args.max_seq_len, args.rope_theta, args.yarn_scaling
+        )

@@ -1,0 +1,65 @@
+"""Even expert load without an auxiliary loss: count tokens, nudge the routing bias.
+
+After each optimizer step an expert that got more than the mean loses a little bias, one that got less
+gains it (arXiv 2408.15664; DeepSeek-V3 report, section 2.1.2). The step's counts add up in
+`MoE.tokens_per_expert` as exact integers, outside of the layers' forward pass, so that recomputing
+activations cannot count a token twice.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchtitan.models.moe.moe import MoE
+
+
+def count_tokens(ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None = None) -> Tensor:
+    """Tokens routed to each expert: (E,) int64. token_mask_T: bool, False = don't count. No host sync.
+
+    (`torch.bincount` waits for the GPU, `torch.histc` has no integer kernel on CPU.)
+    """
+    if token_mask_T is None:
+        ones_N = torch.ones_like(ids_TK.flatten())
+    else:
+        ones_N = token_mask_T.to(ids_TK.dtype).unsqueeze(1).expand_as(ids_TK).flatten()
+    return ones_N.new_zeros(num_experts).scatter_add_(0, ids_TK.flatten(), ones_N)
+
+
+def record_load(moe: "MoE", load_E: Tensor) -> None:
+    """Add one micro-batch's tokens per expert to the optimizer step's."""
+    moe.tokens_per_expert += load_E
+
+
+@torch.no_grad()
+def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) -> Tensor:
+    """Tokens per expert of the optimizer step, over all ranks of `group`: (layers, E) int64.
+
+    Takes the counts: they start again from zero. group: all ranks whose tokens differ (data parallel);
+    None = this process alone. One all-reduce for all layers.
+    """
+    load_LE = torch.stack([moe.tokens_per_expert for moe in moes])
+    if group is not None:
+        dist.all_reduce(load_LE, group=group)
+    for moe in moes:
+        moe.tokens_per_expert.zero_()
+    return load_LE
+
+
+@torch.no_grad()
+def update_expert_bias(moes: Sequence["MoE"], load_LE: Tensor) -> None:
+    """bias += coeff · sign(mean load − load), minus that step's mean, layer by layer.
+
+    load_LE: from `step_loads`. Centring each step changes no choice (a constant shifts all experts
+    alike) and keeps the bias near zero, where low-precision exports still resolve it.
+    """
+    for moe, load_E in zip(moes, load_LE, strict=True):
+        if moe.expert_bias is None:
+            continue
+        # sign(mean − load) in exact integers: mean − load = (sum − load · E) / E.
+        direction_E = torch.sign(load_E.sum() - load_E * load_E.numel()).to(moe.expert_bias.dtype)
+        step_E = moe.load_balance_coeff * direction_E
+        moe.expert_bias += step_E - step_E.mean()

@@ -1,0 +1,253 @@
+"""The mixture-of-experts layer: route, dispatch, compute, combine.
+
+Letters: B batch, S sequence, T tokens (B·S), D model dim, F expert hidden dim, E experts, G expert
+groups, L local experts, K top-k, R rows received after dispatch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtitan.models.moe.args import MoEArgs, check_routing
+from torchtitan.models.moe.balancing import count_tokens
+from torchtitan.models.moe.dispatcher import LocalDispatcher, TokenDispatcher
+from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop
+from torchtitan.ops.init import init_parameters
+from torchtitan.ops.swiglu import swiglu
+
+__all__ = ["MoEArgs", "FeedForward", "TokenChoiceTopKRouter", "GroupedExperts", "MoE"]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU feed-forward layer: w2(silu(w1 x) · w3 x), (..., dim) to (..., dim)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
+
+
+class TokenChoiceTopKRouter(nn.Module):
+    """Each token chooses its experts; with groups, from its best few groups only.
+
+    The order of DeepSeek-V3's gate: scores in fp32 → bias, for the choice only → group limit → top-k →
+    weights gathered from the *unbiased* scores → normalise → scale. Left-out groups are masked with
+    −inf: with 0 a biased score below zero would let their experts in.
+
+    Raises `UserError` (a ValueError) at construction; the rules are `check_routing`'s. When node
+    limiting saves traffic, and when not, is told at `MoEArgs`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_experts: int,
+        num_expert_groups: int | None = None,
+        num_limited_groups: int | None = None,
+        top_k: int,
+        score_func: str = "sigmoid",
+        route_norm: bool = False,
+        route_scale: float = 1.0,
+        group_score_func: str = "top2_sum",
+        _debug_force_load_balance: bool = False,
+    ):
+        super().__init__()
+        check_routing(
+            num_experts=num_experts,
+            top_k=top_k,
+            score_func=score_func,
+            num_expert_groups=num_expert_groups,
+            num_limited_groups=num_limited_groups,
+            group_score_func=group_score_func,
+        )
+        self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.num_experts = num_experts
+        self.num_expert_groups = num_expert_groups
+        self.num_limited_groups = num_limited_groups
+        self.top_k = top_k
+        self.score_func = score_func
+        self.route_norm = route_norm
+        self.route_scale = route_scale
+        self.group_score_func = group_score_func
+        self._debug_force_load_balance = _debug_force_load_balance
+
+    def forward(
+        self, x_TD: Tensor, expert_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose experts and their weights.
+
+        expert_bias: (E,) fp32, added to the scores for the choice only.
+
+        Returns top_scores (T, K) fp32, the weights; selected_experts_indices (T, K) int64;
+        num_tokens_per_expert (E,) int64.
+        """
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)  # at least fp32; fp64 stays
+        logits_TE = F.linear(x_TD.to(dtype), self.gate.weight.to(dtype))
+        scores_TE = (
+            logits_TE.sigmoid() if self.score_func == "sigmoid" else logits_TE.softmax(dim=-1)
+        )
+        ids_TK = self._choose(scores_TE.detach(), expert_bias)
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if self.route_norm:
+            # 1e-20 keeps a sum of underflowed sigmoids from dividing by zero.
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        weights_TK = weights_TK * self.route_scale
+        return weights_TK, ids_TK, count_tokens(ids_TK, self.num_experts)
+
+    def _choose(self, scores_TE: Tensor, expert_bias: Tensor | None) -> Tensor:
+        if self._debug_force_load_balance:
+            return self._balanced_choice(scores_TE.size(0), scores_TE.device)
+        scores_for_choice = scores_TE if expert_bias is None else scores_TE + expert_bias
+        if self.num_expert_groups is not None:
+            scores_for_choice = self._get_node_limited_routing_scores(scores_for_choice)
+        return scores_for_choice.topk(self.top_k, dim=-1, sorted=False).indices
+
+    def _get_node_limited_routing_scores(self, scores_for_choice: Tensor) -> Tensor:
+        """Set the scores of all but the `num_limited_groups` best groups to −inf: (T, E) to (T, E)."""
+        scores_TGe = scores_for_choice.unflatten(-1, (self.num_expert_groups, -1))
+        if self.group_score_func == "max":
+            group_scores_TG = scores_TGe.amax(dim=-1)
+        else:
+            group_scores_TG = scores_TGe.topk(2, dim=-1).values.sum(dim=-1)
+        best_TM = group_scores_TG.topk(self.num_limited_groups, dim=-1, sorted=False).indices
+        left_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_TM, False)
+        return scores_TGe.masked_fill(left_out_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+
+    def _balanced_choice(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Ids (T, K) that load every expert equally (exactly, when E divides T) within the group limit.
+
+        Token t takes groups t, t + 1, … (as many as it may use) and in each of them experts from
+        t // G on, so a token's experts spread as the limit allows: plain round-robin over the experts
+        would put all of them into one group, on one node.
+        """
+        # Without groups every expert is a group of its own that any token may use.
+        G = self.num_expert_groups or self.num_experts
+        M = min(self.num_limited_groups or self.top_k, self.top_k)
+        experts_per_group = self.num_experts // G
+        t_T1 = torch.arange(num_tokens, device=device).unsqueeze(1)
+        k_1K = torch.arange(self.top_k, device=device).unsqueeze(0)
+        # Groups of one token stand G // M apart, so that no two coincide and none is favoured.
+        group_TK = (t_T1 + (k_1K % M) * (G // M)) % G
+        expert_TK = (t_T1 // G + k_1K // M) % experts_per_group
+        return group_TK * experts_per_group + expert_TK
+
+
+class GroupedExperts(nn.Module):
+    """SwiGLU experts as stacked weights: w1, w3 (E, F, D) and w2 (E, D, F)."""
+
+    def __init__(self, *, dim: int, hidden_dim: int, num_experts: int, use_grouped_mm: bool = True):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.use_grouped_mm = use_grouped_mm
+
+    def forward(
+        self, rows_RD: Tensor, counts_L: Tensor, weights_R: Tensor | None = None
+    ) -> Tensor:
+        """Pass rows, sorted by expert, through their experts: (R, D).
+
+        counts_L: int64 rows of each expert. weights_R: factors on the experts' outputs.
+        """
+        mm = grouped_mm if self.use_grouped_mm else grouped_mm_loop
+        gate_RF = mm(rows_RD, self.w1.transpose(1, 2), counts_L)
+        up_RF = mm(rows_RD, self.w3.transpose(1, 2), counts_L)
+        hidden_RF = swiglu(gate_RF, up_RF, weights_R)
+        return mm(hidden_RF, self.w2.transpose(1, 2), counts_L)
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared ones.
+
+    Buffers: `expert_bias` (E,) fp32, part of the state dict (None without balancing);
+    `tokens_per_expert` (E,) int64, tokens of the current optimizer step (see balancing.py).
+    """
+
+    def __init__(self, moe_args: MoEArgs, dim: int, hidden_dim: int):
+        super().__init__()
+        self.router = TokenChoiceTopKRouter(
+            dim=dim,
+            num_experts=moe_args.num_experts,
+            num_expert_groups=moe_args.num_expert_groups,
+            num_limited_groups=moe_args.num_limited_groups,
+            top_k=moe_args.top_k,
+            score_func=moe_args.score_func,
+            route_norm=moe_args.route_norm,
+            route_scale=moe_args.route_scale,
+            group_score_func=moe_args.group_score_func,
+            _debug_force_load_balance=moe_args._debug_force_load_balance,
+        )
+        self.dispatcher: TokenDispatcher = LocalDispatcher(moe_args.num_experts)
+        self.experts = GroupedExperts(
+            dim=dim,
+            hidden_dim=hidden_dim,
+            num_experts=moe_args.num_experts,
+            use_grouped_mm=moe_args.use_grouped_mm,
+        )
+        self.shared_experts = (
+            FeedForward(dim, hidden_dim * moe_args.num_shared_experts)
+            if moe_args.num_shared_experts > 0
+            else None
+        )
+        self.score_before_experts = moe_args.score_before_experts
+        self.load_balance_coeff = moe_args.load_balance_coeff
+        bias_E = None
+        if moe_args.load_balance_coeff is not None:
+            bias_E = torch.zeros(moe_args.num_experts, dtype=torch.float32)
+        self.register_buffer("expert_bias", bias_E)
+        self.register_buffer(
+            "tokens_per_expert",
+            torch.zeros(moe_args.num_experts, dtype=torch.int64),
+            persistent=False,
+        )
+
+    def forward(
+        self, x_BSD: Tensor, token_mask_BS: Tensor | None = None, *, return_load: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, S, D) to (B, S, D); with `return_load` also the int64 tokens per expert (E,).
+
+        token_mask_BS: bool, False = padding, which is computed but not counted in the load.
+        """
+        x_TD = x_BSD.flatten(0, 1)
+        weights_TK, ids_TK, load_E = self.router(x_TD, self.expert_bias)
+
+        rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+        weights_R = record.weights_R
+        if self.score_before_experts:
+            rows_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
+            weights_R = None
+        rows_RD = self.experts(rows_RD, counts_L, weights_R)
+        out_TD = self.dispatcher.combine(rows_RD, record)
+
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
+        out_BSD = out_TD.view_as(x_BSD)
+        if not return_load:
+            return out_BSD
+        if token_mask_BS is not None:
+            load_E = count_tokens(ids_TK, load_E.numel(), token_mask_BS.flatten())
+        return out_BSD, load_E
+
+    def init_weights(self, init_std: float) -> None:
+        """Fill a layer that stands alone; inside a model, the model does."""
+        init_parameters(self, init_std)
+        self.init_buffers()
+
+    def init_buffers(self) -> None:
+        self.tokens_per_expert.zero_()
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+
+    def _apply(self, fn, recurse: bool = True):
+        # `model.bfloat16()` and friends must not round the bias: in bf16 its updates of 1e-3 are lost
+        # once it has grown, and most tokens of a model with biases near 7 change their experts.
+        bias_E = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias_E is not None and self.expert_bias.dtype != torch.float32:
+            self.expert_bias = bias_E.to(self.expert_bias.device)
+        return self

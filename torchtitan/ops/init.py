@@ -1,0 +1,52 @@
+"""Initial weights that depend on the seed and the parameter's name, not on how it is sharded.
+
+The same seed then gives the same model on one process, under FSDP, with experts spread over ranks or
+with the layers split into pipeline parts.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+@torch.no_grad()
+def init_parameters(module: nn.Module, std: float) -> None:
+    """Vectors (norms) become one, everything else normal with `std`, seeded by `torch.initial_seed`."""
+    for name, param in module.named_parameters():
+        if param.ndim == 1:
+            nn.init.ones_(param)
+            continue
+        local, start = _local_part(param)
+        if param.ndim == 2:
+            _copy_part(local, _normal(param.shape, std, name, local), start)
+            continue
+        # A stack of experts: each from a stream of its own, so that a rank draws only what it holds.
+        for i, local_i in enumerate(local):
+            stream = f"{name}/{start[0] + i}"
+            _copy_part(local_i, _normal(param.shape[1:], std, stream, local), start[1:])
+
+
+def _local_part(param: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What this rank holds of a parameter, and where in the whole it starts."""
+    if not isinstance(param, DTensor):
+        return param, (0,) * param.ndim
+    _, start = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    return param.to_local(), tuple(start)
+
+
+def _normal(shape: torch.Size, std: float, stream: str, like: Tensor) -> Tensor:
+    if like.is_meta:
+        return torch.empty(shape, device="meta")
+    digest = hashlib.sha256(f"{torch.initial_seed()}/{stream}".encode()).digest()
+    generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
+    return torch.empty(shape, device=like.device).normal_(std=std, generator=generator)
+
+
+def _copy_part(target: Tensor, whole: Tensor, start: tuple[int, ...]) -> None:
+    if target.numel():
+        target.copy_(whole[tuple(slice(s, s + n) for s, n in zip(start, target.shape, strict=True))])

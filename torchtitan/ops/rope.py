@@ -1,0 +1,73 @@
+"""Rotary position embedding in DeepSeek's interleaved layout, and YaRN's stretching of it.
+
+Channels (2i, 2i+1) form a pair that turns by `position * frequency[i]`. Cosines and sines are kept as
+real numbers: complex tensors neither compile nor run in bf16.
+
+RoPE: arXiv 2104.09864. YaRN: arXiv 2309.00071; constants and rounding as in the inference code that
+DeepSeek published with V3, so that its weights give its logits.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Yarn(NamedTuple):
+    """How far and where YaRN stretches.
+
+    factor: new context over old. original_seq_len: positions the model was trained on.
+    beta_fast, beta_slow: rotations within the old context above which a pair is left alone, and below
+    which it is stretched by the whole factor; between them linearly.
+    """
+
+    factor: float
+    original_seq_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+def yarn_softmax_factor(factor: float, mscale: float) -> float:
+    """What the softmax scale is multiplied by under YaRN: (0.1 · mscale · ln(factor) + 1)²."""
+    return (0.1 * mscale * math.log(factor) + 1.0) ** 2
+
+
+def rope_frequencies(dim: int, theta: float, yarn: Yarn | None = None) -> Tensor:
+    """Radians per position for each of the `dim / 2` channel pairs: (dim / 2,) fp32."""
+    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if yarn is None:
+        return freqs
+
+    def pair_with_rotations(rotations: float) -> float:
+        # The (fractional) pair that turns `rotations` times within the original context.
+        wavelength = yarn.original_seq_len / (rotations * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with_rotations(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_with_rotations(yarn.beta_slow)), dim - 1)
+    width = max(high - low, 0.001)  # equal ends would divide by zero
+    stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return freqs / yarn.factor * stretched + freqs * (1 - stretched)
+
+
+def rope_table(dim: int, max_seq_len: int, theta: float, yarn: Yarn | None = None) -> Tensor:
+    """Cosine and sine of every position's angles: (max_seq_len, dim / 2, 2) fp32."""
+    angles = torch.outer(torch.arange(max_seq_len).float(), rope_frequencies(dim, theta, yarn))
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def apply_rope(x_BSHC: Tensor, table: Tensor, positions_BS: Tensor | None = None) -> Tensor:
+    """Rotate neighbouring channel pairs of `x` (batch, sequence, heads, channels) by position.
+
+    table: from `rope_table`, at least as long as the sequence. positions_BS: int, absent = 0, 1, 2, ….
+    Computed in fp32, returned in the dtype of `x`.
+    """
+    if positions_BS is None:
+        table_BSHC2 = table[None, : x_BSHC.size(1), None]
+    else:
+        table_BSHC2 = table[positions_BS].unsqueeze(2)
+    cos, sin = table_BSHC2.unbind(-1)
+    even, odd = x_BSHC.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x_BSHC.dtype)

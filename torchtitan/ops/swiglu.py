@@ -1,0 +1,16 @@
+"""SwiGLU's gate (arXiv 2002.05202), with an optional weight per row."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu(gate: Tensor, up: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """silu(gate) · up, each row times its weight, in the dtype of `gate`.
+
+    gate, up: (..., F). row_weights: (...,), usually fp32. The product with the next matrix is linear,
+    so a weight applied here equals one applied to the layer's (wider) output.
+    """
+    hidden = F.silu(gate) * up
+    if row_weights is None:
+        return hidden
+    return (hidden * row_weights.unsqueeze(-1)).to(gate.dtype)

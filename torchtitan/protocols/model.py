@@ -1,0 +1,107 @@
+"""What the trainer may rely on in a model and in its arguments."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan.config.schema import alternatives, as_text, matches
+from torchtitan.tools.errors import UserError, suggest
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModelArgs:
+    """Sizes of a model. Frozen: a run gets its own copy with its overrides."""
+
+    vocab_size: int
+    max_seq_len: int
+
+    def for_run(
+        self,
+        *,
+        overrides: dict[str, Any],
+        seq_len: int,
+        force_load_balance: bool = False,
+    ) -> Self:
+        """A copy with the job's `[model.args]` and sequence length. Raises `UserError`."""
+        args = override_fields(self, overrides, "model.args")
+        if "max_seq_len" not in overrides:
+            args = dataclasses.replace(args, max_seq_len=seq_len)
+        elif args.max_seq_len < seq_len:
+            raise UserError(
+                f"model.args.max_seq_len ({args.max_seq_len}) must be at least training.seq_len "
+                f"({seq_len}); leave it out to follow training.seq_len."
+            )
+        return args.with_forced_load_balance() if force_load_balance else args
+
+    def with_forced_load_balance(self) -> Self:
+        """A copy that routes tokens evenly, for benchmarks. Models without experts refuse."""
+        raise UserError(
+            "debug.moe_force_load_balance is true, but this model has no experts; set it to false."
+        )
+
+    def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
+        """FLOPs of forward and backward per token, without recomputation (2 per multiply-add)."""
+        raise NotImplementedError
+
+
+def override_fields(args: Any, overrides: dict[str, Any], path: str) -> Any:
+    """A copy of the dataclass `args` with fields replaced, nested ones by nested tables.
+
+    path: how the user calls `args`, for the sentences. "none" unsets an optional field. Raises
+    `UserError` for an unknown name, a wrong type, or whatever the dataclass itself refuses.
+    """
+    fields = {field.name: field for field in dataclasses.fields(args)}
+    hints = get_type_hints(type(args))
+    changes = {}
+    for name, value in overrides.items():
+        key = f"{path}.{name}"
+        if name not in fields:
+            raise UserError(f"{key} is not a model argument{suggest(name, fields)}")
+        current = getattr(args, name)
+        if dataclasses.is_dataclass(current) and isinstance(value, dict):
+            changes[name] = override_fields(current, value, key)
+        else:
+            changes[name] = _checked(value, hints[name], key, current)
+    try:
+        return dataclasses.replace(args, **changes)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _checked(value: Any, kind: Any, key: str, current: Any) -> Any:
+    if value == "none" and matches(None, kind):
+        return None  # TOML has no null
+    if not matches(value, kind):
+        raise UserError(
+            f"{key} = {as_text(value)} is of the wrong type: this model has {as_text(current)} there; "
+            "write a value of that kind."
+        )
+    return float(value) if float in alternatives(kind) and type(value) is int else value
+
+
+@runtime_checkable
+class RoutedLayer(Protocol):
+    """A layer with experts: `moe` is a `torchtitan.models.moe.MoE`."""
+
+    moe: nn.Module
+
+
+class BaseModel(nn.Module):
+    """A decoder: `layers` are its blocks by number. Runs on one CPU without any process group."""
+
+    layers: nn.ModuleDict
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Fill all parameters and buffers; call after moving a meta-device model to its device."""
+        raise NotImplementedError
+
+    def moe_layers(self) -> dict[int, nn.Module]:
+        """The `MoE` module of every layer that has one, by layer number."""
+        raise NotImplementedError
+
+    def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> Any:
+        """Masks for `forward`, or None for causal attention. Raises `UserError` without an eos_id."""
+        raise NotImplementedError

@@ -1,0 +1,45 @@
+"""A model family as the trainer sees it, and how it is found by name."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torchtitan
+from torchtitan.protocols.model import BaseModel, BaseModelArgs
+from torchtitan.protocols.state_dict_adapter import StateDictAdapter
+from torchtitan.tools.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """model_cls is called with one of model_args (by flavor); parallelize_fn spreads it over ranks."""
+
+    model_cls: type[BaseModel]
+    model_args: Mapping[str, BaseModelArgs]
+    parallelize_fn: Callable[..., BaseModel]
+    state_dict_adapter: type[StateDictAdapter] | None = None
+
+
+def get_train_spec(name: str) -> TrainSpec:
+    """The spec of `torchtitan.models.<name>`. Raises `UserError` for an unknown name."""
+    # The one licensed look upward (design.md): families register by existing.
+    known = _family_names()
+    if name not in known:
+        raise UserError(f"model.name '{name}' is not a model family{suggest(name, known)}")
+    return importlib.import_module(f"torchtitan.models.{name}").get_train_spec()
+
+
+def get_flavor(spec: TrainSpec, name: str, flavor: str) -> BaseModelArgs:
+    """Arguments of one flavor. Raises `UserError` for an unknown one."""
+    if flavor not in spec.model_args:
+        raise UserError(
+            f"model.flavor '{flavor}' is not a flavor of model.name '{name}'"
+            f"{suggest(flavor, spec.model_args)}"
+        )
+    return spec.model_args[flavor]
+
+
+def _family_names() -> list[str]:
+    models = f"{torchtitan.__path__[0]}/models"
+    return [m.name for m in pkgutil.iter_modules([models]) if m.ispkg and m.name != "moe"]

@@ -1,0 +1,150 @@
+"""Traces and memory snapshots of a running job, every `profile_freq` steps.
+
+Both are context managers around the training loop that yield an object with `step()`, to be called
+at the end of each training step; switched off, they yield one that does nothing, so the loop has no
+branches. Open a trace in https://ui.perfetto.dev and a snapshot in https://pytorch.org/memory_viz.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
+
+# Allocations and frees that a snapshot can look back on; at some 100 bytes each, tens of MB.
+_MEMORY_EVENTS = 100_000
+
+
+class Stepper(Protocol):
+    def step(self) -> None: ...
+
+
+class _Off:
+    def step(self) -> None:
+        pass
+
+
+@contextmanager
+def maybe_profile(
+    *,
+    enable_profiling: bool,
+    dump_folder: str | os.PathLike,
+    save_traces_folder: str,
+    profile_freq: int,
+    profiler_active: int,
+    profiler_warmup: int,
+    start_step: int = 0,
+    rank: int = 0,
+) -> Iterator[Stepper]:
+    """Write `dump_folder/save_traces_folder/iteration_N/rankR_trace.json` at each multiple N of
+    `profile_freq`, with the `profiler_active` steps that end at N.
+
+    `start_step` is the number of steps done before (0, or the resumed checkpoint's). Raises
+    UserError where the recorded steps do not fit between two traces.
+    """
+    if not enable_profiling:
+        yield _Off()
+        return
+    wait = profile_freq - profiler_active - profiler_warmup
+    if wait < 0:
+        raise UserError(
+            f"profiling.profile_freq = {profile_freq} is less than profiling.profiler_warmup + "
+            f"profiling.profiler_active = {profiler_warmup + profiler_active}; raise it to that"
+        )
+
+    folder = Path(dump_folder, save_traces_folder)
+
+    def save(profiler: torch.profiler.profile) -> None:
+        step = start_step + profiler.step_num
+        path = _file_of(folder, f"iteration_{step}", f"rank{rank}_trace.json")
+        began = time.monotonic()
+        profiler.export_chrome_trace(str(path))
+        logger.info(f"profiler: wrote {path} in {time.monotonic() - began:.1f} s")
+
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    elif torch.xpu.is_available():
+        activities.append(ProfilerActivity.XPU)
+    logger.info(f"profiler: a trace every {profile_freq} steps in {folder}")
+    schedule = torch.profiler.schedule(wait=wait, warmup=profiler_warmup, active=profiler_active)
+    with torch.profiler.profile(
+        activities=activities,
+        # torch counts its own steps from 0; ours go on where the checkpoint stopped.
+        schedule=lambda step: schedule(step + start_step),
+        on_trace_ready=save,
+        record_shapes=True,
+    ) as profiler:
+        try:
+            yield profiler
+        finally:
+            # What is being recorded when the loop ends is not a whole trace.
+            profiler.on_trace_ready = None
+
+
+@contextmanager
+def maybe_memory_snapshot(
+    *,
+    enable_memory_snapshot: bool,
+    dump_folder: str | os.PathLike,
+    save_memory_snapshot_folder: str,
+    profile_freq: int,
+    start_step: int = 0,
+    rank: int = 0,
+) -> Iterator[Stepper]:
+    """Write the CUDA allocator's history to `dump_folder/save_memory_snapshot_folder/iteration_N/
+    rankR_memory_snapshot.pickle` at each multiple N of `profile_freq`.
+
+    When the loop runs out of memory, one more is written, to `iteration_N_out_of_memory` with N the
+    step that failed, and the error goes on. Raises UserError without a CUDA device.
+    """
+    if not enable_memory_snapshot:
+        yield _Off()
+        return
+    if not torch.cuda.is_available():
+        raise UserError(
+            "profiling.enable_memory_snapshot = true needs a CUDA device, which this process has "
+            "not; set it to false"
+        )
+
+    snapshots = _MemorySnapshots(
+        Path(dump_folder, save_memory_snapshot_folder), profile_freq, start_step, rank
+    )
+    torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+    try:
+        yield snapshots
+    except torch.OutOfMemoryError:
+        snapshots.save(f"iteration_{snapshots.steps_done + 1}_out_of_memory")
+        raise
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+class _MemorySnapshots:
+    def __init__(self, folder: Path, freq: int, start_step: int, rank: int) -> None:
+        self.folder = folder
+        self.freq = freq
+        self.steps_done = start_step
+        self.rank = rank
+
+    def step(self) -> None:
+        self.steps_done += 1
+        if self.steps_done % self.freq == 0:
+            self.save(f"iteration_{self.steps_done}")
+
+    def save(self, subfolder: str) -> None:
+        path = _file_of(self.folder, subfolder, f"rank{self.rank}_memory_snapshot.pickle")
+        torch.cuda.memory._dump_snapshot(str(path))
+        logger.info(f"memory snapshot: wrote {path}")
+
+
+def _file_of(folder: Path, subfolder: str, name: str) -> Path:
+    (folder / subfolder).mkdir(parents=True, exist_ok=True)
+    return folder / subfolder / name

@@ -1,0 +1,43 @@
+"""Entry point: `torchrun ... -m torchtitan.train --job.config_file X.toml [--section.key value]`."""
+
+import os
+import sys
+
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.tools.errors import RunError, UserError
+from torchtitan.tools.logging import init_logger, logger
+from torchtitan.trainer import Trainer, check_config
+
+__all__ = ["Trainer", "main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train. Returns the exit code: 0 done, 1 training failed, 2 the user can mend it."""
+    init_logger()
+    try:
+        config = ConfigManager().parse_args(argv)
+        check_config(config)
+    except UserError as error:  # every rank finds the same mistake: one of them tells it
+        if int(os.environ.get("RANK", 0)) == 0:
+            logger.error("%s", error)
+        return 2
+    if config.job.check_config:
+        return 0
+    try:
+        run(config)
+    except (UserError, RunError) as error:  # perhaps this rank's own
+        logger.error("%s", error)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+def run(config: JobConfig) -> None:
+    trainer = Trainer(config)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

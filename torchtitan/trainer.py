@@ -1,0 +1,392 @@
+"""The training run: what it is built from, and its three levels: train → train_step → forward_backward.
+
+The loss of a step is the sum over its tokens, divided once by the number of its valid tokens over all
+ranks and micro-batches; gradients are sums too. So the layout of a run never changes its numbers.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchtitan.components.dataloader import ParallelAwareDataLoader
+from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.components.lr_scheduler import build_lr_scheduler
+from torchtitan.components.metrics import MetricsLogger, device_name
+from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.config import (
+    JobConfig,
+    resolve_dp_degrees,
+    resolve_global_batch_size,
+    to_dict,
+    validate,
+)
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
+from torchtitan.distributed.grad_norm import clip_grad_norm
+from torchtitan.distributed.utils import (
+    gather_from_ranks,
+    init_distributed,
+    set_determinism,
+    set_timeout,
+    sum_over_ranks,
+)
+from torchtitan.hf_datasets import build_text_dataloader
+from torchtitan.models.moe.balancing import step_loads, update_expert_bias
+from torchtitan.protocols.model import BaseModel, BaseModelArgs
+from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
+from torchtitan.tools.errors import RunError, UserError
+from torchtitan.tools.flops import peak_flops
+from torchtitan.tools.gc import GarbageCollection
+from torchtitan.tools.logging import logger
+from torchtitan.tools.profiling import maybe_memory_snapshot, maybe_profile
+from torchtitan.tools.utils import TORCH_DTYPES, device_type, local_device
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+# ------------------------------------------------------------------ build
+
+
+def check_config(config: JobConfig) -> tuple[TrainSpec, BaseModelArgs, Tokenizer]:
+    """Everything that can be found wrong before a process group or GPU is touched (`UserError`)."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    validate(config, world_size, device_type())
+    spec = get_train_spec(config.model.name)
+    model_args = get_flavor(spec, config.model.name, config.model.flavor).for_run(
+        overrides=config.model.args,
+        seq_len=config.training.seq_len,
+        force_load_balance=config.debug.moe_force_load_balance,
+    )
+    tokenizer = load_tokenizer(config.model.hf_assets_path)
+    if tokenizer.vocab_size > model_args.vocab_size:
+        raise UserError(
+            f"the tokenizer in model.hf_assets_path ({config.model.hf_assets_path}) has "
+            f"{tokenizer.vocab_size} tokens, but model.flavor '{config.model.flavor}' only "
+            f"{model_args.vocab_size}: set model.args.vocab_size to at least {tokenizer.vocab_size}, "
+            "or name the tokenizer of this model."
+        )
+    return spec, model_args, tokenizer
+
+
+def build_model(
+    spec: TrainSpec,
+    model_args: BaseModelArgs,
+    dims: ParallelDims,
+    config: JobConfig,
+    device: torch.device,
+) -> BaseModel:
+    """Shapes first (meta device), then spread over ranks, then each rank fills what it holds."""
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(TORCH_DTYPES[config.training.dtype])
+    try:
+        with torch.device("meta"):
+            model = spec.model_cls(model_args)
+    finally:
+        torch.set_default_dtype(default_dtype)
+    num_params = sum(p.numel() for p in model.parameters())
+    logger.info(
+        "Model: %s %s, %s parameters", config.model.name, config.model.flavor, f"{num_params:,}"
+    )
+    model = spec.parallelize_fn(model, dims, config)
+    model.to_empty(device=device)
+    model.init_weights(buffer_device=device)
+    return model.train()
+
+
+def build_parallel_dims(config: JobConfig) -> ParallelDims:
+    world_size = dist.get_world_size()
+    replicate, shard = resolve_dp_degrees(config.parallelism, world_size)
+    return ParallelDims(replicate, shard, world_size, device_type())
+
+
+def build_metrics(
+    config: JobConfig, model_args: BaseModelArgs, device: torch.device
+) -> MetricsLogger:
+    settings, compute_dtype = config.metrics, TORCH_DTYPES[config.training.mixed_precision_param]
+    return MetricsLogger(
+        dump_folder=config.job.dump_folder,
+        log_freq=settings.log_freq,
+        total_steps=config.training.steps,
+        enable_tensorboard=settings.enable_tensorboard,
+        save_tb_folder=settings.save_tb_folder,
+        save_for_all_ranks=settings.save_for_all_ranks,
+        disable_color_printing=settings.disable_color_printing,
+        device=device,
+        flops_per_token=model_args.train_flops_per_token(config.training.seq_len),
+        peak_flops=peak_flops(device_name(device), compute_dtype),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+    )
+
+
+def save_config(config: JobConfig, model_args: BaseModelArgs) -> None:
+    """Write the resolved config, with the model's arguments as they came out, beside the outputs."""
+    resolved = to_dict(config)
+    resolved["model"]["args"] = asdict(model_args)
+    text = json.dumps(resolved, indent=2)
+    if config.job.print_config:
+        logger.info("Config: %s", text)
+    folder = Path(config.job.dump_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / config.job.save_config_file).write_text(text + "\n")
+    except OSError as error:
+        raise UserError(
+            f"job.dump_folder {folder} can't be written to ({error.strerror}): name a folder that can."
+        ) from None
+
+
+@contextmanager
+def profilers(config: JobConfig, rank: int) -> Iterator[Callable[[], None]]:
+    """Traces and memory snapshots, where asked for; call what it yields after every step."""
+    settings = config.profiling
+    where = {"dump_folder": config.job.dump_folder, "rank": rank}
+    with (
+        maybe_profile(
+            enable_profiling=settings.enable_profiling,
+            save_traces_folder=settings.save_traces_folder,
+            profile_freq=settings.profile_freq,
+            profiler_active=settings.profiler_active,
+            profiler_warmup=settings.profiler_warmup,
+            **where,
+        ) as profiler,
+        maybe_memory_snapshot(
+            enable_memory_snapshot=settings.enable_memory_snapshot,
+            save_memory_snapshot_folder=settings.save_memory_snapshot_folder,
+            profile_freq=settings.profile_freq,
+            **where,
+        ) as snapshots,
+    ):
+
+        def after_step() -> None:
+            profiler.step()
+            snapshots.step()
+
+        yield after_step
+
+
+# ------------------------------------------------------------------ run
+
+
+@dataclass
+class StepResult:
+    """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact when
+    all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer.
+    """
+
+    loss: float
+    max_loss: float
+    grad_norm: float
+    lr: float
+    loads: dict[int, Tensor]
+
+
+@dataclass
+class Interval:
+    """What adds up between two log lines."""
+
+    tokens: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    data_seconds: float = 0.0
+
+
+class Trainer:
+    """One run from its config. Use `train`, then `close`.
+
+    Raises `UserError` for what the user can mend, `RunError` when training itself has failed.
+    """
+
+    def __init__(self, config: JobConfig):
+        self.config = config
+        spec, self.model_args, self.tokenizer = check_config(config)
+        self._open = ExitStack()
+        try:
+            self._build(spec)
+        except BaseException:
+            self._open.close()
+            raise
+
+    def _build(self, spec: TrainSpec) -> None:
+        config, training = self.config, self.config.training
+        self.device = local_device()
+        init_distributed(config.comm, self.device, config.job.dump_folder)
+        self._open.callback(dist.destroy_process_group)
+        self.rank = dist.get_rank()
+        logger.info("%s", config.job.description)
+        if self.rank == 0:
+            save_config(config, self.model_args)
+        seed = set_determinism(config.debug, self.device)
+        self.dims = build_parallel_dims(config)
+
+        self.dataloader = self._build_dataloader(seed)
+        self.model = build_model(spec, self.model_args, self.dims, config, self.device)
+        self.moes = self.model.moe_layers()
+        optimizer_settings = asdict(config.optimizer)
+        optimizer_settings.pop("early_step_in_backward")
+        self.optimizer = build_optimizer([self.model], **optimizer_settings)
+        self.lr_scheduler = build_lr_scheduler(
+            self.optimizer, total_steps=training.steps, **asdict(config.lr_scheduler)
+        )
+        self.loss_fn = cross_entropy_sum
+        if config.compile.enable and "loss" in config.compile.components:
+            self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
+
+        global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
+        self.accumulation = global_batch_size // (training.local_batch_size * self.dims.dp_degree)
+        self.metrics = build_metrics(config, self.model_args, self.device)
+        self._open.callback(self.metrics.close)
+        self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
+        self._open.callback(self.gc.close)
+        self.step = 0
+        self.tokens_seen = 0
+        self.skipped_steps = 0
+
+    def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
+        training = self.config.training
+        return build_text_dataloader(
+            dataset_name=training.dataset,
+            dataset_path=training.dataset_path,
+            text_key=training.dataset_text_key,
+            tokenizer=self.tokenizer,
+            seq_len=training.seq_len,
+            batch_size=training.local_batch_size,
+            dp_rank=self.rank,
+            dp_degree=self.dims.dp_degree,
+            seed=seed,
+            num_workers=training.dataset_num_workers,
+        )
+
+    def train(self) -> None:
+        """All steps, with their log lines."""
+        config, steps = self.config, self.config.training.steps
+        logger.info(
+            "Training: %d steps of %d sequences of %d tokens",
+            steps,
+            self.accumulation * config.training.local_batch_size * self.dims.dp_degree,
+            config.training.seq_len,
+        )
+        batches, interval = iter(self.dataloader), Interval()
+        with profilers(config, self.rank) as profile_step:
+            while self.step < steps:
+                self.step += 1
+                self.gc.run(self.step)
+                start = time.perf_counter()
+                result = self.train_step(batches, interval)
+                interval.step_seconds.append(time.perf_counter() - start)
+                if self.metrics.should_log(self.step):
+                    self._log(result, interval)
+                    interval = Interval()
+                profile_step()
+                if self.step == 1:
+                    set_timeout(config.comm.train_timeout_seconds)
+        logger.info("Training finished after step %d", self.step)
+
+    def train_step(self, batches: Iterator[Batch], interval: Interval) -> StepResult:
+        """One optimizer step over `accumulation` micro-batches."""
+        micro_batches = self._next_batches(batches, interval)
+        valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
+        valid_tokens = sum_over_ranks(valid.to(self.device)).clamp(min=1)
+
+        self.optimizer.zero_grad()
+        loss = torch.zeros((), device=self.device)
+        for i, batch in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            sync_replicas_on_last_microbatch(self.model, is_last=is_last)
+            loss += self.forward_backward(batch, valid_tokens)
+        grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
+        return self._update(loss, grad_norm)
+
+    def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
+        """This micro-batch's part of the step's loss; its gradients are added to the parameters'."""
+        inputs, labels = batch
+        tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
+        logits = self.model(
+            tokens,
+            attention_masks=self.model.get_attention_masks(tokens, self.tokenizer.eos_id),
+            token_mask=labels != IGNORE_INDEX,
+        )
+        loss = self.loss_fn(logits, labels) / valid_tokens
+        del logits  # frees the largest activation as soon as its gradient is there
+        loss.backward()
+        return loss.detach()
+
+    def close(self) -> None:
+        """Release files and process groups; safe to call twice."""
+        self._open.close()
+
+    # -------------------------------------------------------------- parts of a step
+
+    def _next_batches(self, batches: Iterator[Batch], interval: Interval) -> list[Batch]:
+        start = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(self.accumulation)]
+        interval.data_seconds += time.perf_counter() - start
+        tokens = sum(labels.numel() for _, labels in micro_batches) * self.dims.dp_degree
+        interval.tokens += tokens
+        self.tokens_seen += tokens
+        return micro_batches
+
+    def _update(self, local_loss: Tensor, grad_norm: Tensor) -> StepResult:
+        """Weights, learning rate and expert bias move together, or (non-finite) none but the rate."""
+        moes = list(self.moes.values())
+        loads_LE = step_loads(moes, dist.group.WORLD) if moes else []
+        losses = torch.stack(gather_from_ranks(local_loss))
+        # host sync: a non-finite step must be known before the weights change
+        *rank_losses, norm = torch.cat((losses, grad_norm.view(1))).tolist()
+        if all(map(math.isfinite, [*rank_losses, norm])):
+            self.optimizer.step()
+            update_expert_bias(moes, loads_LE)
+        else:
+            self._handle_non_finite(rank_losses, norm)
+        lr = self.lr_scheduler.get_last_lr()[0]
+        self.lr_scheduler.step()
+        return StepResult(
+            loss=sum(rank_losses),
+            max_loss=max(rank_losses) * self.dims.dp_degree,
+            grad_norm=norm,
+            lr=lr,
+            loads=dict(zip(self.moes, loads_LE, strict=True)),
+        )
+
+    def _handle_non_finite(self, rank_losses: list[float], grad_norm: float) -> None:
+        ranks = [r for r, loss in enumerate(rank_losses) if not math.isfinite(loss)]
+        what = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient norm"
+        values = f"losses by rank {rank_losses}, gradient norm {grad_norm}"
+        if self.config.training.non_finite_loss == "stop":
+            raise RunError(
+                f"step {self.step}: {what} is not finite ({values}); the weights are still those of "
+                f"step {self.step - 1}, the last good one; lower optimizer.lr or training.max_norm, or "
+                "set training.non_finite_loss to 'skip_step'."
+            )
+        self.skipped_steps += 1
+        logger.warning(
+            "Step %d skipped (%d so far): %s is not finite (%s); weights and expert bias keep the "
+            "values of the step before",
+            self.step,
+            self.skipped_steps,
+            what,
+            values,
+        )
+
+    def _log(self, result: StepResult, interval: Interval) -> None:
+        self.metrics.log(
+            step=self.step,
+            loss=result.loss,
+            max_loss=result.max_loss,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            tokens=interval.tokens,
+            tokens_seen=self.tokens_seen,
+            step_seconds=interval.step_seconds,
+            data_seconds=interval.data_seconds,
+            expert_loads=result.loads,
+            extra={"skipped_steps": self.skipped_steps},
+        )
