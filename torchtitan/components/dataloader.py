@@ -1,7 +1,8 @@
-"""Batches of one data-parallel rank: torchdata's StatefulDataLoader with our rules for its state."""
+"""Batches of one data-parallel rank: torchdata's StatefulDataLoader, our rules for its state."""
 
 import json
 import multiprocessing
+import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -50,16 +51,19 @@ class ParallelAwareDataLoader(Stateful):
         self._num_workers = num_workers
         self._dp_degree = dp_degree
         self._key = f"dp_rank_{dp_rank}"
-        self._loader = StatefulDataLoader(
-            dataset,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            multiprocessing_context=_worker_context() if num_workers else None,
-            worker_init_fn=_start_worker,
-            # torch draws a seed for the workers: from here, so that the run's own random numbers
-            # are the same however often an iteration starts.
-            generator=torch.Generator().manual_seed(0),
-        )
+        with warnings.catch_warnings():
+            # torchdata 0.11 still calls torch.set_vital, which torch 2.13 warns about.
+            warnings.filterwarnings("ignore", message=".*set_vital.*")
+            self._loader = StatefulDataLoader(
+                dataset,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                multiprocessing_context=_worker_context(dataset) if num_workers else None,
+                worker_init_fn=_start_worker,
+                # torch draws a seed for the workers: from here, so that the run's own random
+                # numbers are the same however often an iteration starts.
+                generator=torch.Generator().manual_seed(0),
+            )
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -127,13 +131,13 @@ def _check_same(what: str, saved: object, ours: object) -> None:
         )
 
 
-def _worker_context() -> multiprocessing.context.BaseContext:
+def _worker_context(dataset: ResumableDataset) -> multiprocessing.context.BaseContext:
     """Workers come from a clean server process, not as forks of the trainer: a fork copies the
     locks of CUDA's, NCCL's and gloo's threads without the threads, and may wait for them forever.
     """
     context = multiprocessing.get_context("forkserver")
     # Imported once in the server instead of once in each worker.
-    context.set_forkserver_preload(["torch", "torchtitan.components.dataloader"])
+    context.set_fork_preload([__name__, type(dataset).__module__])
     return context
 
 

@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,8 @@ def init_distributed(config: Comm, device: torch.device, dump_folder: str) -> No
     if config.mode == "fake_backend":
         _init_fake()
         return
-    _set_up_flight_recorder(config, dump_folder)
+    if device.type == "cuda":
+        _set_up_flight_recorder(config, dump_folder)
     options = {
         "backend": "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
         "timeout": timedelta(seconds=config.init_timeout_seconds),
@@ -54,15 +56,13 @@ def _init_fake() -> None:
 
 
 def _set_up_flight_recorder(config: Comm, dump_folder: str) -> None:
-    # Read by NCCL's process group; buffer of the last collectives, dumped when one times out.
-    prefix = os.path.join(dump_folder, config.save_traces_folder, config.save_traces_file_prefix)
-    os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] = str(config.trace_buf_size)  # torch < 2.12
+    """Let NCCL keep its last collectives, and write them down when one times out."""
     os.environ["TORCH_FR_BUFFER_SIZE"] = str(config.trace_buf_size)
     if config.trace_buf_size > 0:
+        prefix = Path(dump_folder, config.save_traces_folder, config.save_traces_file_prefix)
+        prefix.parent.mkdir(parents=True, exist_ok=True)
         os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
-        os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = prefix  # torch < 2.12
-        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = prefix
-        os.makedirs(os.path.dirname(prefix), exist_ok=True)
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(prefix)
 
 
 def set_timeout(seconds: int) -> None:

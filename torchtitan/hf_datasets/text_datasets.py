@@ -84,6 +84,8 @@ class TextDataset(IterableDataset, Stateful):
             carry = window[-1:]
             self._position = {**stream.position(), "carry": carry}
             yield self._example(window)
+            if len(window) <= self.seq_len:  # filled up: the end of finite data
+                return
 
     def _shard(self) -> Shard:
         info = get_worker_info()

@@ -1,4 +1,4 @@
-"""Exceptions that end a run with a sentence instead of a traceback, and the words for a wrong name."""
+"""Errors that end a run with a sentence instead of a traceback, and the words for a wrong name."""
 
 import difflib
 from collections.abc import Iterable

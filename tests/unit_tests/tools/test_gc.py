@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import sys
 import weakref
 
 import pytest
@@ -39,6 +40,18 @@ def test_collects_every_gc_freq_steps_and_not_between():
     assert cycle() is None
     collector.close()
     assert gc.isenabled()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="other generations from 3.14 on")
+def test_garbage_that_is_no_longer_the_youngest_is_collected_too():
+    collector = GarbageCollection(gc_freq=2, debug=False)
+    node = Node()
+    node.self, alive = node, weakref.ref(node)
+    gc.collect(0)  # It survives, still in use, and so grows older.
+    del node
+    collector.run(2)
+    assert alive() is None
+    collector.close()
 
 
 def test_close_leaves_a_disabled_collector_disabled():

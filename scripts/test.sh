@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Run the tests (no GPU needed; arguments go to pytest). Sets itself up on the first call.
+set -euo pipefail
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+EXTRAS=test source "$repo/scripts/setup_env.sh"
+cd "$repo"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+# One thread a process: the suite starts several processes, and tiny tensors gain nothing from more.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" -m pytest "$@"
