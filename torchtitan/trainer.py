@@ -218,8 +218,8 @@ class Trainer:
     def _build(self, spec: TrainSpec) -> None:
         config, training = self.config, self.config.training
         self.device = local_device()
-        init_distributed(config.comm, self.device, config.job.dump_folder)
-        self._open.callback(dist.destroy_process_group)
+        leave = init_distributed(config.comm, self.device, config.job.dump_folder)
+        self._open.callback(leave)
         self.rank = dist.get_rank()
         logger.info("%s", config.job.description)
         if self.rank == 0:

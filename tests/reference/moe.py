@@ -57,7 +57,9 @@ def moe(x_TD: Tensor, state: dict[str, Tensor], args: MoEArgs) -> Tensor:
     for x_D, weights in zip(x_TD, choices, strict=True):
         y_D = torch.zeros_like(x_D)
         if args.num_shared_experts:
-            y_D = feed_forward(x_D, *(state[f"shared_experts.{w}.weight"] for w in ("w1", "w2", "w3")))
+            y_D = feed_forward(
+                x_D, *(state[f"shared_experts.{w}.weight"] for w in ("w1", "w2", "w3"))
+            )
         for expert, weight in weights.items():
             expert_weights = [stack[expert] for stack in stacks]
             if args.score_before_experts:

@@ -1,0 +1,1 @@
+"""Parts that a trainer holds: they know settings, not models."""

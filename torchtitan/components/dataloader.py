@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -94,10 +96,10 @@ class ParallelAwareDataLoader(Stateful):
                 f"{sorted(state_dict)}), so it is damaged; take another checkpoint, {_START_ANEW}."
             )
         entry = json.loads(state_dict[self._key])
-        _check_same("the number of loader workers", entry["num_workers"], self._num_workers)
+        _check_same("training.dataset_num_workers", entry["num_workers"], self._num_workers)
         saved = entry["identity"]
         for name in sorted(saved.keys() | self._identity.keys()):
-            _check_same(f"the data's {name}", saved.get(name), self._identity.get(name))
+            _check_same(name, saved.get(name), self._identity.get(name))
         self._loader.load_state_dict(entry["loader"])
 
 
@@ -137,9 +139,19 @@ def _worker_context(dataset: ResumableDataset) -> multiprocessing.context.BaseCo
     """
     context = multiprocessing.get_context("forkserver")
     # Imported once in the server instead of once in each worker.
-    context.set_fork_preload([__name__, type(dataset).__module__])
+    context.set_forkserver_preload([__name__, type(dataset).__module__])
     return context
 
 
 def _start_worker(worker: int) -> None:
     init_logger()  # a fresh process has no log handlers
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    """torch's own watch looks whether the worker's parent lives, and that is the server, which
+    in turn lives as long as any worker: after a kill of the trainer both would stay for ever."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "called outside of a worker"
+    trainer.join()
+    os._exit(1)

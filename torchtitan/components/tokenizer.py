@@ -116,6 +116,9 @@ class TikTokenTokenizer(Tokenizer):
             specials = {text: first + n for n, text in enumerate(DEFAULT_SPECIALS.values())}
         pattern = config.get("pattern", DEFAULT_PATTERN)
         try:
+            taken = set(ranks.values()) & set(specials.values())
+            if taken:
+                raise ValueError(f"the special token ids {sorted(taken)} are ranks already")
             self._encoding = tiktoken.Encoding(
                 path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
             )
@@ -213,26 +216,26 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 def _special_ids(folder: Path, token_to_id, default: Mapping[str, str] | None = None) -> dict:
     """role -> id or None, from the first of the files beside the tokenizer that names the role."""
-    tokens = {"bos": None, "eos": None, "pad": None, **(default or {})}
-    ids = {role: token_to_id(text) if text else None for role, text in tokens.items()}
-    config = _read_json(folder / "config.json")
-    for role in ids:
-        named = config.get(f"{role}_token_id")  # a list where a model has several ends: the first
-        named = named[0] if isinstance(named, list) and named else named
-        ids[role] = named if isinstance(named, int) else ids[role]
-    for name in ("special_tokens_map.json", "tokenizer_config.json", "tiktoken.json"):
+    ids: dict[str, int | None] = {}
+    for name in ("tiktoken.json", "tokenizer_config.json", "special_tokens_map.json"):
         config = _read_json(folder / name)
-        for role in ids:
+        for role in ("bos", "eos", "pad"):
             token = config.get(f"{role}_token")
             token = token.get("content") if isinstance(token, dict) else token  # an AddedToken
-            if token is None:
+            if token is None or role in ids:
                 continue
             ids[role] = token_to_id(token)
             if ids[role] is None:
                 raise UserError(
                     f"{folder / name} names '{token}' as {role}_token, which the tokenizer beside "
-                    "it doesn't have; correct the name or remove the key."
+                    "it doesn't have; correct the name, or remove the key (model.hf_assets_path)."
                 )
+    config = _read_json(folder / "config.json")
+    for role in ("bos", "eos", "pad"):
+        named = config.get(f"{role}_token_id")  # a list where a model has several ends: the first
+        named = named[0] if isinstance(named, list) and named else named
+        by_default = token_to_id(default[role]) if default else None
+        ids.setdefault(role, named if isinstance(named, int) else by_default)
     return ids
 
 

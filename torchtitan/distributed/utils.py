@@ -1,6 +1,7 @@
 """Process groups: start, time limits, seeds, sums of scalars, end."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,14 +14,22 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 
-def init_distributed(config: Comm, device: torch.device, dump_folder: str) -> None:
-    """Join the other processes that torchrun started; alone, a group of one.
+def init_distributed(config: Comm, device: torch.device, dump_folder: str) -> Callable[[], None]:
+    """Join the other processes that torchrun started; alone, a group of one. Returns how to leave.
 
-    With `comm.mode` "fake_backend" this process plays rank 0 of WORLD_SIZE and collectives do
-    nothing: a dry run of a large layout.
+    A process group that is already there is used, and left to its owner. With `comm.mode`
+    "fake_backend" this process plays rank 0 of WORLD_SIZE and collectives do nothing: a dry run of a
+    large layout.
     """
+    if dist.is_initialized():
+        return lambda: None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    _join(config, device, dump_folder)
+    return dist.destroy_process_group
+
+
+def _join(config: Comm, device: torch.device, dump_folder: str) -> None:
     if config.mode == "fake_backend":
         _init_fake()
         return

@@ -143,5 +143,5 @@ def _check_usable(source: Source) -> None:
     raise UserError(
         f"training.dataset '{source.name}' has no usable document among the first "
         f"{skips.counts.total():,} ({skips or 'none found'}; first {first}); correct "
-        "training.dataset_path or the text key, or mend the files."
+        "training.dataset_path or training.dataset_text_key, or mend the files."
     )

@@ -93,7 +93,7 @@ class IndexedFiles(Source):
         return self._files[file].read(document - before)
 
     def identity(self) -> dict:
-        return {"documents": len(self), "bytes": sum(file.size for file in self._files)}
+        return {"data documents": len(self), "data bytes": sum(file.size for file in self._files)}
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         return _PermutedReader(self, seed, epoch, shard)
@@ -137,7 +137,7 @@ class StreamedFiles(Source):
         self.files = files
 
     def identity(self) -> dict:
-        return {"files": len(self.files), "bytes": sum(file.size for file in self.files)}
+        return {"data files": len(self.files), "data bytes": sum(file.size for file in self.files)}
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         numbers = list(order(len(self.files), seed, epoch))
@@ -145,7 +145,7 @@ class StreamedFiles(Source):
             own = _FilesReader(self.files, numbers[shard.index :: shard.count], Shard())
         else:
             own = _FilesReader(self.files, numbers, shard)
-        return WindowShuffledReader(own, seed, epoch)
+        return WindowShuffledReader(own, seed, epoch, WINDOW)
 
     def check_shards(self, dp_degree: int, num_workers: int) -> None:
         """How many lines a gzip file has shows only in reading; see TextDataset for the rest."""
@@ -195,7 +195,7 @@ class HubStream(Source):
         self._text_key = text_key
 
     def identity(self) -> dict:
-        return {"dataset": self.name}
+        return {"training.dataset": self.name}
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         from datasets.distributed import split_dataset_by_node
@@ -203,7 +203,8 @@ class HubStream(Source):
         own = copy.deepcopy(self._dataset)  # an iteration leaves its position in the object
         if shard.dp_degree > 1:
             own = split_dataset_by_node(own, rank=shard.dp_rank, world_size=shard.dp_degree)
-        return WindowShuffledReader(_HubReader(self.name, own, self._text_key), seed, epoch)
+        stream = _HubReader(self.name, own, self._text_key)
+        return WindowShuffledReader(stream, seed, epoch, WINDOW)
 
     def check_shards(self, dp_degree: int, num_workers: int) -> None:
         files = self._dataset.num_shards
@@ -243,7 +244,7 @@ class WindowShuffledReader(Reader):
     """Shuffles a stream window by window. The state is where the window began and how many of it
     were taken, so resuming reads the window again and loses or repeats nothing."""
 
-    def __init__(self, stream: Reader, seed: int, epoch: int, window: int = WINDOW) -> None:
+    def __init__(self, stream: Reader, seed: int, epoch: int, window: int) -> None:
         self._stream = stream
         self._key = (seed, epoch)
         self._size = window
@@ -283,5 +284,5 @@ def _check_enough(name: str, have: int, what: str, dp_degree: int, num_workers: 
         raise UserError(
             f"training.dataset '{name}' has {have} {what}, too few for {dp_degree} data-parallel "
             f"rank(s) with {num_workers} loader process(es) each; give it more, smaller ones, or "
-            "lower the data-parallel degree or the number of workers."
+            "lower the data-parallel degree or training.dataset_num_workers."
         )

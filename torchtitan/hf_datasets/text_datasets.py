@@ -176,7 +176,7 @@ class _TokenStream:
             raise UserError(
                 f"training.dataset '{name}' had no usable document for {place} in epoch "
                 f"{self._epoch} (skipped: {self._skips or 'none'}); give it more documents, or "
-                "lower the data-parallel degree or the number of workers."
+                "lower the data-parallel degree or training.dataset_num_workers."
             )
         if self._skips.counts:
             logger.warning(

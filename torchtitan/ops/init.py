@@ -44,9 +44,13 @@ def _normal(shape: torch.Size, std: float, stream: str, like: Tensor) -> Tensor:
         return torch.empty(shape, device="meta")
     digest = hashlib.sha256(f"{torch.initial_seed()}/{stream}".encode()).digest()
     generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
-    return torch.empty(shape, device=like.device).normal_(std=std, generator=generator)
+    # fp32 whatever the default dtype, so that a bf16 model starts from the rounded fp32 weights.
+    whole = torch.empty(shape, device=like.device, dtype=torch.float32)
+    return whole.normal_(std=std, generator=generator)
 
 
 def _copy_part(target: Tensor, whole: Tensor, start: tuple[int, ...]) -> None:
     if target.numel():
-        target.copy_(whole[tuple(slice(s, s + n) for s, n in zip(start, target.shape, strict=True))])
+        target.copy_(
+            whole[tuple(slice(s, s + n) for s, n in zip(start, target.shape, strict=True))]
+        )

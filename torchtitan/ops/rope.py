@@ -61,13 +61,14 @@ def apply_rope(x_BSHC: Tensor, table: Tensor, positions_BS: Tensor | None = None
     """Rotate neighbouring channel pairs of `x` (batch, sequence, heads, channels) by position.
 
     table: from `rope_table`, at least as long as the sequence. positions_BS: int, absent = 0, 1, 2, ….
-    Computed in fp32, returned in the dtype of `x`.
+    Computed in fp32 (fp64 stays fp64), returned in the dtype of `x`.
     """
     if positions_BS is None:
         table_BSHC2 = table[None, : x_BSHC.size(1), None]
     else:
         table_BSHC2 = table[positions_BS].unsqueeze(2)
     cos, sin = table_BSHC2.unbind(-1)
-    even, odd = x_BSHC.float().unflatten(-1, (-1, 2)).unbind(-1)
+    dtype = torch.promote_types(x_BSHC.dtype, torch.float32)
+    even, odd = x_BSHC.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x_BSHC.dtype)

@@ -2,7 +2,16 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
+from typing import (
+    Any,
+    Literal,
+    Protocol,
+    Self,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +83,11 @@ def override_fields(args: Any, overrides: dict[str, Any], path: str) -> Any:
 def _checked(value: Any, kind: Any, key: str, current: Any) -> Any:
     if value == "none" and matches(None, kind):
         return None  # TOML has no null
+    if get_origin(kind) is Literal and not matches(value, kind):
+        raise UserError(
+            f"{key} = {as_text(value)} is not one of its values"
+            f"{suggest(str(value), get_args(kind))}"
+        )
     if not matches(value, kind):
         raise UserError(
             f"{key} = {as_text(value)} is of the wrong type: this model has {as_text(current)} there; "

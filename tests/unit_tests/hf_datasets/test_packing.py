@@ -7,10 +7,10 @@ from collections import Counter
 import datasets
 import pytest
 import torch
-from byte_tokenizer import OneTokenAByte
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit_tests.hf_datasets.byte_tokenizer import OneTokenAByte
 from torchtitan.components.dataloader import build_dataloader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.hf_datasets import TextDataset, open_source
@@ -116,6 +116,38 @@ def test_the_shards_of_an_epoch_are_disjoint_and_complete(tmp_path, kind, dp_deg
         ]
         assert Counter(text for shard in shards for text in shard) == Counter(TEXTS)
         assert all(shards)
+
+
+def test_gzip_files_of_one_document_are_spread_over_all_shards(tmp_path):
+    for number in range(9):
+        line = json.dumps({"text": str(number)}).encode()
+        (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(line))
+    source = open_source("text", str(tmp_path), "text")
+    shards = [[r.text for r in source.open(0, 0, Shard(rank, 4))] for rank in range(4)]
+    assert sorted(len(shard) for shard in shards) == [2, 2, 2, 3]
+    assert sorted(text for shard in shards for text in shard) == sorted("012345678")
+
+
+@pytest.mark.parametrize("shard", [Shard(), Shard(1, 2)])
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_stream_with_damage_resumes_at_every_record(tmp_path, monkeypatch, shard, window):
+    monkeypatch.setattr(sources_module, "WINDOW", window)
+    for name in "abc":
+        noise = "".join(chr(0x4E00 + ord(c) * 7 % 997) for c in name * 50)  # fills gzip's blocks
+        lines = [json.dumps({"text": f"{name}{n} {noise[n:]}"}) + "\n" for n in range(20)]
+        whole = gzip.compress("".join(lines).encode())
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(whole[:-12] if name < "c" else whole)
+    source = open_source("text", str(tmp_path), "text")
+    reader = source.open(0, 0, shard)
+    states, records = [reader.state_dict()], []
+    for record in reader:
+        records.append(record)
+        states.append(reader.state_dict())
+    assert [r.problem for r in records if r.problem]
+    for taken, state in enumerate(states):
+        again = source.open(0, 0, shard)
+        again.load_state_dict(state)
+        assert list(again) == records[taken:], f"resumed after {taken} records"
 
 
 @pytest.mark.parametrize("kind", ["plain", "gzip", "hub"])

@@ -161,6 +161,15 @@ class DeepSeekV3Model(BaseModel):
             moe.init_buffers()
         self.rope = self._make_rope_table().to(buffer_device or self.rope.device)
 
+    def _apply(self, fn, recurse: bool = True):
+        # `model.bfloat16()` and friends must not round the rotary table: its cosines would be off by up
+        # to 2e-3, and neighbouring positions of the slow pairs would become one.
+        table = self.rope
+        super()._apply(fn, recurse)
+        if self.rope.dtype != table.dtype:
+            self.rope = table.to(self.rope.device)
+        return self
+
     def _make_rope_table(self) -> Tensor:
         args = self.model_args
         return rope_table(

@@ -1,4 +1,4 @@
-"""The router does what its slow twin does, refuses impossible numbers, and never leaves its groups."""
+"""The router chooses and weights as its slow twin does, and refuses impossible numbers."""
 
 import pytest
 import torch
@@ -93,7 +93,7 @@ def test_a_token_never_uses_more_groups_than_allowed(data, args, seed):
 @quick
 @given(data=st.data(), args=routings(grouped=True))
 def test_only_the_best_groups_keep_their_scores(data, args):
-    # Few values, so that ties are common; all below zero, so that masking with 0 would be found out.
+    # Few values, so that ties are common; below zero, so that masking with 0 would be found out.
     rows = st.lists(
         st.sampled_from([-9.0, -4.0, -2.5, -1.0]),
         min_size=args.num_experts,
@@ -144,7 +144,9 @@ def test_a_bias_changes_the_choice_but_never_the_weights():
 
 def test_weights_pass_gradients_to_the_gate_but_the_choice_does_not():
     torch.manual_seed(0)
-    args = MoEArgs(num_experts=8, top_k=3, num_expert_groups=4, num_limited_groups=2, route_norm=True)
+    args = MoEArgs(
+        num_experts=8, top_k=3, num_expert_groups=4, num_limited_groups=2, route_norm=True
+    )
     router = make_router(args).double()
     x = torch.randn(TOKENS, DIM, dtype=torch.float64, requires_grad=True)
     mix = torch.randn(TOKENS, 8, dtype=torch.float64)
@@ -185,13 +187,13 @@ def test_underflowed_scores_give_zero_weights_not_nan():
 WRONG = [
     (
         {"num_expert_groups": 4},
-        "num_limited_groups is missing: with num_expert_groups (4) set, say how many groups a token "
-        "may use, from 1 to 4.",
+        "num_limited_groups is missing: with num_expert_groups (4) set, say how many groups a "
+        "token may use, from 1 to 4.",
     ),
     (
         {"num_limited_groups": 2},
-        "num_limited_groups (2) needs num_expert_groups: set it to a divisor of num_experts (8), or "
-        "leave both out.",
+        "num_limited_groups (2) needs num_expert_groups: set it to a divisor of num_experts (8), "
+        "or leave both out.",
     ),
     (
         {"num_expert_groups": 3, "num_limited_groups": 1},
@@ -216,8 +218,8 @@ WRONG = [
     ),
     (
         {"num_expert_groups": 4, "num_limited_groups": 1},
-        "top_k (3) is larger than the 2 experts of num_limited_groups (1) groups of 2: lower top_k or "
-        "raise num_limited_groups.",
+        "top_k (3) is larger than the 2 experts of num_limited_groups (1) groups of 2: lower top_k "
+        "or raise num_limited_groups.",
     ),
     ({"top_k": 9}, "top_k (9) must lie between 1 and num_experts (8)."),
     ({"top_k": 0}, "top_k (0) must lie between 1 and num_experts (8)."),

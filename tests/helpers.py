@@ -1,0 +1,86 @@
+"""What several tests share: processes that stay alive between tests."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """`world_size` gloo processes, started once (starting costs seconds) and used by many tests.
+
+    A failure in one of them ends them all, so that nothing waits for a rank that is gone; the next
+    `run` starts new ones.
+    """
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self._processes: list[multiprocessing.Process] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, fn: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
+        """What `fn(*args)` returns on each rank, by rank. `fn` is a module's function."""
+        if not self._processes:
+            self._start()
+        try:
+            for pipe in self._pipes:
+                pipe.send_bytes(pickle.dumps((fn, args)))
+            return self._collect(time.monotonic() + seconds)
+        except BaseException:
+            self.close()
+            raise
+
+    def _collect(self, deadline: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        while len(results) < self.world_size:
+            waiting = [pipe for r, pipe in enumerate(self._pipes) if r not in results]
+            for pipe in wait(waiting, timeout=0.1):
+                rank = self._pipes.index(pipe)
+                ok, results[rank] = pickle.loads(pipe.recv_bytes())
+                assert ok, f"rank {rank} failed:\n{results[rank]}"
+            for rank, process in enumerate(self._processes):
+                assert process.is_alive(), f"rank {rank} died (exit code {process.exitcode})"
+            assert time.monotonic() < deadline, f"only ranks {sorted(results)} answered in time"
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = tempfile.NamedTemporaryFile(delete=False).name
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, store, rank, self.world_size), daemon=True
+            )
+            process.start()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(pipe: Connection, store: str, rank: int, world_size: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    with contextlib.suppress(EOFError):  # the tests are over
+        while True:
+            fn, args = pickle.loads(pipe.recv_bytes())
+            try:
+                answer = (True, fn(*args))
+            except BaseException:
+                answer = (False, traceback.format_exc())
+            pipe.send_bytes(pickle.dumps(answer))

@@ -1,0 +1,87 @@
+"""The house: imports point down, and the model families stay apart from what spreads them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "torchtitan"
+# A folder (or module) may import what stands before it. `models` and `components` stand side by side.
+HEIGHT = {
+    "tools": 0,
+    "ops": 0,
+    "config": 1,
+    "protocols": 2,
+    "distributed": 3,
+    "models": 4,
+    "components": 4,
+    "hf_datasets": 5,
+    "trainer": 6,
+    "train": 7,
+}
+MAY_DISTRIBUTE = {"parallelize.py", "__init__.py"}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports, type checking included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.add(node.module)
+    return {name for name in found if name.startswith("torchtitan.")}
+
+
+def violations(path: Path, root: Path = ROOT) -> list[str]:
+    where = path.relative_to(root)
+    own = where.parts[0].removesuffix(".py")
+    wrong = []
+    for module in sorted(imports(path)):
+        _, other, *rest = module.split(".")
+        above = HEIGHT[other] > HEIGHT[own] or (
+            HEIGHT[other] == HEIGHT[own] and other != own and "tools" not in (own, other)
+        )
+        if own == "models" and other == "models":
+            family, other_family = where.parts[1], rest[0] if rest else ""
+            above = other_family not in (family, "moe")
+        if own == "models" and other == "distributed":
+            above = where.name not in MAY_DISTRIBUTE
+        if above:
+            wrong.append(f"{where} imports {module}")
+    return wrong
+
+
+SOURCES = [path for path in ROOT.rglob("*.py") if len(path.relative_to(ROOT).parts) > 1] + [
+    ROOT / "trainer.py",
+    ROOT / "train.py",
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    assert violations(path) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("ops/x.py", "import torchtitan.models.moe"),
+        ("config/x.py", "from torchtitan.distributed import ParallelDims"),
+        ("components/x.py", "from torchtitan.models.moe import MoE"),
+        ("models/qwen3/model.py", "from torchtitan.distributed.fsdp import apply_data_parallel"),
+        ("models/qwen3/model.py", "from torchtitan.models.deepseek_v3 import DeepSeekV3Model"),
+        ("hf_datasets/x.py", "def f():\n    from torchtitan.trainer import Trainer"),
+    ],
+)
+def test_an_import_that_points_up_is_found(tmp_path: Path, where: str, line: str) -> None:
+    path = tmp_path / where
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    assert len(violations(path, tmp_path)) == 1
+
+
+def test_every_file_says_its_idea_first() -> None:
+    silent = [p for p in SOURCES if not ast.get_docstring(ast.parse(p.read_text()))]
+    assert [str(p.relative_to(ROOT)) for p in silent] == []

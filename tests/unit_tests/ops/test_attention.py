@@ -1,0 +1,89 @@
+"""Attention is an explicit softmax; packed documents don't see each other."""
+
+import pytest
+import torch
+
+from tests.reference.mla import attend
+from torchtitan.ops.attention import attention, document_mask
+
+B, S, H = 2, 11, 3
+
+
+def inputs(dtype: torch.dtype, qk: int, v: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(B, S, H, channels).to(dtype) for channels in (qk, qk, v))
+
+
+def slow(q, k, v, scale: float, may_see: torch.Tensor) -> torch.Tensor:
+    """may_see: (B, S, S)."""
+    rows = [
+        torch.stack(
+            [attend(q[b, :, h], k[b, :, h], v[b, :, h], scale, may_see[b]) for h in range(H)]
+        )
+        for b in range(B)
+    ]
+    return torch.stack(rows).transpose(1, 2)
+
+
+def masks(name: str) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The mask for `attention`, and the same as an explicit (B, S, S) matrix."""
+    if name == "causal":
+        return None, torch.ones(B, S, S, dtype=torch.bool).tril()
+    tokens = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0]])
+    mask = document_mask(tokens, eos_id=0)
+    return mask, mask[:, 0]
+
+
+@pytest.mark.parametrize("mask_name", ["causal", "documents"])
+@pytest.mark.parametrize("qk, v", [(16, 16), (24, 16), (12, 5)])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)],
+    ids=["fp64", "fp32", "bf16"],
+)
+def test_attention_and_its_gradients_are_the_explicit_softmaxs(dtype, tolerance, qk, v, mask_name):
+    mask, may_see = masks(mask_name)
+    tensors = [t.requires_grad_() for t in inputs(dtype, qk, v)]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    torch.manual_seed(1)
+    weights = torch.randn(B, S, H, v).to(dtype)
+
+    out = attention(*tensors, scale=0.3, mask=mask)
+    expected = slow(*exact, 0.3, may_see)
+    assert out.shape == (B, S, H, v) and out.dtype == dtype
+    out.backward(weights)
+    expected.backward(weights.double())
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    for ours, twin in zip(tensors, exact, strict=True):
+        scale = max(1.0, twin.grad.abs().max().item())
+        torch.testing.assert_close(ours.grad.double(), twin.grad, rtol=0, atol=tolerance * scale)
+
+
+def test_nothing_looks_ahead():
+    q, k, v = inputs(torch.float32, 24, 16)
+    before = attention(q, k, v, scale=0.2)
+    k[:, 6:], v[:, 6:] = 100.0, -100.0
+    after = attention(q, k, v, scale=0.2)
+    assert torch.equal(after[:, :6], before[:, :6]) and not torch.equal(after[:, 6:], before[:, 6:])
+
+
+def test_document_mask_by_hand():
+    # Documents: "5 9", "9" (empty but for its end), "7 8 9", and an unfinished "6".
+    mask = document_mask(torch.tensor([[5, 9, 9, 7, 8, 9, 6]]), eos_id=9)
+    expected = """
+        1 0 0 0 0 0 0
+        1 1 0 0 0 0 0
+        0 0 1 0 0 0 0
+        0 0 0 1 0 0 0
+        0 0 0 1 1 0 0
+        0 0 0 1 1 1 0
+        0 0 0 0 0 0 1
+    """
+    rows = [[bool(int(cell)) for cell in line.split()] for line in expected.strip().splitlines()]
+    assert mask.shape == (1, 1, 7, 7) and mask.dtype == torch.bool
+    assert mask[0, 0].tolist() == rows
+
+
+def test_without_an_end_of_text_the_document_mask_is_causal():
+    mask = document_mask(torch.ones(B, S, dtype=torch.int64), eos_id=0)
+    assert torch.equal(mask, torch.ones(B, 1, S, S, dtype=torch.bool).tril())
