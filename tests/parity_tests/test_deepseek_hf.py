@@ -328,6 +328,32 @@ def test_more_experts_than_configured_are_refused(v3_state):
         adapter().from_hf(state)
 
 
+def test_weights_of_another_shape_of_model_are_refused(v3_state):
+    def refusal(state: dict[str, Tensor], **moe) -> str:
+        args = v3(yarn=False).args()
+        args = dataclasses.replace(args, moe_args=dataclasses.replace(args.moe_args, **moe))
+        with pytest.raises(UserError) as caught:
+            DeepSeekV3StateDictAdapter(args).from_hf(state)
+        return str(caught.value)
+
+    way_out = (
+        "unlike the model of these model.args: make them match its config.json "
+        "(model.args.moe_args.load_balance_coeff says whether there is an expert_bias)."
+    )
+    without_norm = {n: t for n, t in v3_state.items() if n != "model.norm.weight"}
+    assert refusal(without_norm) == (
+        "the Hugging Face state dict lacks what becomes norm.weight (and 0 other names), " + way_out
+    )
+    without_experts = {n: t for n, t in v3_state.items() if "2.mlp.experts" not in n}
+    assert "lacks what becomes layers.2.moe.experts.w1 (and 2 other" in refusal(without_experts)
+    assert refusal(v3_state, load_balance_coeff=None) == (
+        "the Hugging Face state dict holds what would become layers.1.moe.expert_bias (and 1 other "
+        "names), " + way_out
+    )
+    without_bias = {n: t for n, t in v3_state.items() if "correction_bias" not in n}
+    assert "lacks what becomes layers.1.moe.expert_bias (and 1" in refusal(without_bias)
+
+
 def test_the_multi_token_prediction_layer_is_left_out(v3_state):
     expected = adapter().from_hf(v3_state)
     extra = {

@@ -1,7 +1,7 @@
 """Initial weights that depend on the seed and the parameter's name, not on how it is sharded.
 
-The same seed then gives the same model on one process, under FSDP, with experts spread over ranks or
-with the layers split into pipeline parts.
+The same seed then gives the same model on one process, under FSDP, with experts spread over ranks
+or with the layers split into pipeline parts.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 @torch.no_grad()
 def init_parameters(module: nn.Module, std: float) -> None:
-    """Vectors (norms) become one, everything else normal with `std`, seeded by `torch.initial_seed`."""
+    """Vectors (norms) become one, all else normal with `std`, seeded by `torch.initial_seed`."""
     for name, param in module.named_parameters():
         if param.ndim == 1:
             nn.init.ones_(param)
@@ -23,7 +23,7 @@ def init_parameters(module: nn.Module, std: float) -> None:
         if param.ndim == 2:
             _copy_part(local, _normal(param.shape, std, name, local), start)
             continue
-        # A stack of experts: each from a stream of its own, so that a rank draws only what it holds.
+        # A stack of experts: each from a stream of its own; a rank draws only what it holds.
         for i, local_i in enumerate(local):
             stream = f"{name}/{start[0] + i}"
             _copy_part(local_i, _normal(param.shape[1:], std, stream, local), start[1:])

@@ -1,7 +1,7 @@
 """Rotary position embedding in DeepSeek's interleaved layout, and YaRN's stretching of it.
 
-Channels (2i, 2i+1) form a pair that turns by `position * frequency[i]`. Cosines and sines are kept as
-real numbers: complex tensors neither compile nor run in bf16.
+Channels (2i, 2i+1) form a pair that turns by `position * frequency[i]`. Cosines and sines are kept
+as real numbers: complex tensors neither compile nor run in bf16.
 
 RoPE: arXiv 2104.09864. YaRN: arXiv 2309.00071; constants and rounding as in the inference code that
 DeepSeek published with V3, so that its weights give its logits.
@@ -18,8 +18,8 @@ class Yarn(NamedTuple):
     """How far and where YaRN stretches.
 
     factor: new context over old. original_seq_len: positions the model was trained on.
-    beta_fast, beta_slow: rotations within the old context above which a pair is left alone, and below
-    which it is stretched by the whole factor; between them linearly.
+    beta_fast, beta_slow: rotations within the old context above which a pair is left alone, and
+    below which it is stretched by the whole factor; between them linearly.
     """
 
     factor: float
@@ -60,7 +60,7 @@ def rope_table(dim: int, max_seq_len: int, theta: float, yarn: Yarn | None = Non
 def apply_rope(x_BSHC: Tensor, table: Tensor, positions_BS: Tensor | None = None) -> Tensor:
     """Rotate neighbouring channel pairs of `x` (batch, sequence, heads, channels) by position.
 
-    table: from `rope_table`, at least as long as the sequence. positions_BS: int, absent = 0, 1, 2, ….
+    table: from `rope_table`, at least as long as the sequence. positions_BS: int, absent = 0, 1, ….
     Computed in fp32 (fp64 stays fp64), returned in the dtype of `x`.
     """
     if positions_BS is None:

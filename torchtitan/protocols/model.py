@@ -90,8 +90,8 @@ def _checked(value: Any, kind: Any, key: str, current: Any) -> Any:
         )
     if not matches(value, kind):
         raise UserError(
-            f"{key} = {as_text(value)} is of the wrong type: this model has {as_text(current)} there; "
-            "write a value of that kind."
+            f"{key} = {as_text(value)} is of the wrong type: this model has "
+            f"{as_text(current)} there; write a value of that kind."
         )
     return float(value) if float in alternatives(kind) and type(value) is int else value
 
@@ -117,5 +117,5 @@ class BaseModel(nn.Module):
         raise NotImplementedError
 
     def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> Any:
-        """Masks for `forward`, or None for causal attention. Raises `UserError` without an eos_id."""
+        """Masks for `forward`, or None for causal attention. Raises `UserError` without eos_id."""
         raise NotImplementedError

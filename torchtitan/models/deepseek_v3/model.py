@@ -1,7 +1,7 @@
 """The DeepSeek-V2/V3 model: multi-head latent attention, dense first layers, MoE layers.
 
-Reports: arXiv 2405.04434 (V2, section 2.1: MLA) and 2412.19437 (V3). Single-device code: where tensors
-live is decided in parallelize.py. Letters: B batch, S sequence, D model dim, H heads, C channels.
+Reports: arXiv 2405.04434 (V2, section 2.1: MLA) and 2412.19437 (V3). Single-device code: where
+tensors live is decided in parallelize.py. Letters: B batch, S sequence, D model dim, H heads, C channels.
 """
 
 import torch
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then a dense feed-forward (first layers) or experts, each on a normalised input."""
+    """Attention, then a dense feed-forward (first layers) or experts, on normalised inputs."""
 
     def __init__(self, layer_id: int, args: DeepSeekV3ModelArgs):
         super().__init__()
@@ -94,8 +94,8 @@ class TransformerBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new hidden state and, with experts, this batch's tokens per expert.
 
-        The load is returned, not kept: a block may be recomputed in the backward pass, and only what
-        leaves it is sure to happen once.
+        The load is returned, not kept: a block may be recomputed in the backward pass, and only
+        what leaves it is sure to happen once.
         """
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, mask, positions_BS)
         normed = self.ffn_norm(x_BSD)
@@ -128,8 +128,8 @@ class DeepSeekV3Model(BaseModel):
     ) -> Tensor:
         """Logits (B, S, V) of int64 tokens (B, S).
 
-        attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None = 0, 1,
-        …. token_mask: (B, S) bool, False = padding, left out of the expert load.
+        attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None = 0,
+        1, …. token_mask: (B, S) bool, False = padding, left out of the expert load.
         """
         x_BSD = self.tok_embeddings(tokens)
         for layer in self.layers.values():
@@ -143,8 +143,9 @@ class DeepSeekV3Model(BaseModel):
             return None
         if eos_id is None:
             raise UserError(
-                "model.args.attn_mask_type 'block_causal' needs a tokenizer with an end-of-text token, "
-                "which tells documents apart; name one in its tokenizer_config.json, or use 'causal'."
+                "model.args.attn_mask_type 'block_causal' needs a tokenizer with an end-of-text "
+                "token, which tells documents apart; name one in its tokenizer_config.json, or use "
+                "'causal'."
             )
         return document_mask(tokens_BS, eos_id)
 
@@ -162,8 +163,8 @@ class DeepSeekV3Model(BaseModel):
         self.rope = self._make_rope_table().to(buffer_device or self.rope.device)
 
     def _apply(self, fn, recurse: bool = True):
-        # `model.bfloat16()` and friends must not round the rotary table: its cosines would be off by up
-        # to 2e-3, and neighbouring positions of the slow pairs would become one.
+        # `model.bfloat16()` and friends must not round the rotary table: its cosines would be off by
+        # up to 2e-3, and neighbouring positions of the slow pairs would become one.
         table = self.rope
         super()._apply(fn, recurse)
         if self.rope.dtype != table.dtype:

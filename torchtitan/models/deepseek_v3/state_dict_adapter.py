@@ -1,15 +1,17 @@
 """Hugging Face's names and layouts for DeepSeek-V2/V3, as a table.
 
-Weights pair neighbouring rotary channels in both, so values are copied as they are; only the experts
-change form: one matrix an expert there, stacks here.
+Weights pair neighbouring rotary channels in both, so values are copied as they are; only the
+experts change form: one matrix an expert there, stacks here.
 """
 
 import re
+from collections.abc import Set
 
 import torch
 from torch import Tensor
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
+from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.tools.errors import UserError
 
@@ -47,7 +49,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class DeepSeekV3StateDictAdapter(StateDictAdapter):
-    """Whole state dicts of plain tensors in, whole state dicts out; experts are copied, the rest shared."""
+    """Whole state dicts of plain tensors, in and out; experts are copied, the rest is shared."""
 
     model_args: DeepSeekV3ModelArgs
 
@@ -71,19 +73,35 @@ class DeepSeekV3StateDictAdapter(StateDictAdapter):
                 surplus.append(name)
         if surplus:
             raise UserError(
-                "the Hugging Face state dict has tensors that model.name 'deepseek_v3' doesn't know: "
-                f"{', '.join(sorted(surplus))}; use the weights of a DeepSeek-V2 or -V3 model."
+                "the Hugging Face state dict has tensors that model.name 'deepseek_v3' doesn't "
+                f"know: {', '.join(sorted(surplus))}; use the weights of a DeepSeek-V2 or -V3 model."
             )
         for name, experts in stacks.items():
             out[name] = self._stack(name, experts)
+        self._check_names(out.keys())
         return out
+
+    def _check_names(self, names: Set[str]) -> None:
+        with torch.device("meta"):
+            expected = DeepSeekV3Model(self.model_args).state_dict().keys()
+        for problem, wrong in (
+            ("lacks what becomes", expected - names),
+            ("holds what would become", names - expected),
+        ):
+            if wrong:
+                raise UserError(
+                    f"the Hugging Face state dict {problem} {min(wrong)} (and {len(wrong) - 1} "
+                    "other names), unlike the model of these model.args: make them match its config.json "
+                    "(model.args.moe_args.load_balance_coeff says whether there is an expert_bias)."
+                )
 
     def _stack(self, name: str, experts: dict[int, Tensor]) -> Tensor:
         expected = range(self.model_args.moe_args.num_experts)
         if sorted(experts) != list(expected):
             raise UserError(
-                f"{name} needs num_experts ({len(expected)}) experts, but the Hugging Face state dict "
-                f"holds {len(experts)}: set model.args.moe_args.num_experts to match its config.json."
+                f"{name} needs num_experts ({len(expected)}) experts, but the Hugging Face state "
+                f"dict holds {len(experts)}: set model.args.moe_args.num_experts to match its "
+                "config.json."
             )
         return torch.stack([experts[e] for e in expected])
 
