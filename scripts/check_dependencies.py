@@ -1,6 +1,6 @@
-"""Exit 0 if this interpreter has what pyproject.toml asks for: `check_dependencies.py FILE [EXTRA...]`.
+"""Whether this interpreter has what pyproject.toml asks for: exit code 0, or 1.
 
-Standard library only (tomllib is there from Python 3.11): it runs before anything is installed.
+`check_dependencies.py PYPROJECT [EXTRA ...]`; an extra is a name of optional dependencies. Standard library only (tomllib is there from Python 3.11): it runs before anything is installed.
 """
 
 import importlib.metadata
@@ -28,8 +28,6 @@ def _numbers(version: str) -> list[int]:
 
 
 def main(pyproject: str, *extras: str) -> int:
-    if sys.version_info < (3, 11):
-        return 1
     with open(pyproject, "rb") as file:
         project = tomllib.load(file)["project"]
     wanted = list(project["dependencies"])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "torchtitan"
-# A folder (or module) may import what stands before it. `models` and `components` stand side by side.
+# A folder (or module) may import what stands before it. `models` and `components` stand side by
+# side.
 HEIGHT = {
     "tools": 0,
     "ops": 0,

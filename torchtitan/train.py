@@ -1,4 +1,4 @@
-"""Entry point: `torchrun ... -m torchtitan.train --job.config_file X.toml [--section.key value]`."""
+"""Entry point: `torchrun -m torchtitan.train --job.config_file X.toml [--section.key value]`."""
 
 import os
 import sys

@@ -1,7 +1,9 @@
-"""The training run: what it is built from, and its three levels: train → train_step → forward_backward.
+"""The training run: what it is built from, and its three levels: train → train_step →
+forward_backward.
 
-The loss of a step is the sum over its tokens, divided once by the number of its valid tokens over all
-ranks and micro-batches; gradients are sums too. So the layout of a run never changes its numbers.
+The loss of a step is the sum over its tokens, divided once by the number of its valid tokens over
+all ranks and micro-batches; gradients are sums too. So the layout of a run never changes its
+numbers.
 """
 
 import json
@@ -71,8 +73,8 @@ def check_config(config: JobConfig) -> tuple[TrainSpec, BaseModelArgs, Tokenizer
         raise UserError(
             f"the tokenizer in model.hf_assets_path ({config.model.hf_assets_path}) has "
             f"{tokenizer.vocab_size} tokens, but model.flavor '{config.model.flavor}' only "
-            f"{model_args.vocab_size}: set model.args.vocab_size to at least {tokenizer.vocab_size}, "
-            "or name the tokenizer of this model."
+            f"{model_args.vocab_size}: set model.args.vocab_size to at least "
+            f"{tokenizer.vocab_size}, or name the tokenizer of this model."
         )
     return spec, model_args, tokenizer
 
@@ -129,7 +131,7 @@ def build_metrics(
 
 
 def save_config(config: JobConfig, model_args: BaseModelArgs) -> None:
-    """Write the resolved config, with the model's arguments as they came out, beside the outputs."""
+    """Write the resolved config, all model arguments included, beside the outputs."""
     resolved = to_dict(config)
     resolved["model"]["args"] = asdict(model_args)
     text = json.dumps(resolved, indent=2)
@@ -141,7 +143,8 @@ def save_config(config: JobConfig, model_args: BaseModelArgs) -> None:
         (folder / config.job.save_config_file).write_text(text + "\n")
     except OSError as error:
         raise UserError(
-            f"job.dump_folder {folder} can't be written to ({error.strerror}): name a folder that can."
+            f"job.dump_folder {folder} can't be written to ({error.strerror}): name a folder that "
+            "can."
         ) from None
 
 
@@ -179,8 +182,8 @@ def profilers(config: JobConfig, rank: int) -> Iterator[Callable[[], None]]:
 
 @dataclass
 class StepResult:
-    """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact when
-    all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer.
+    """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact
+    when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer.
     """
 
     loss: float
@@ -306,7 +309,7 @@ class Trainer:
         return self._update(loss, grad_norm)
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
-        """This micro-batch's part of the step's loss; its gradients are added to the parameters'."""
+        """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
         inputs, labels = batch
         tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
         logits = self.model(
@@ -335,7 +338,7 @@ class Trainer:
         return micro_batches
 
     def _update(self, local_loss: Tensor, grad_norm: Tensor) -> StepResult:
-        """Weights, learning rate and expert bias move together, or (non-finite) none but the rate."""
+        """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
         loads_LE = step_loads(moes, dist.group.WORLD) if moes else []
         losses = torch.stack(gather_from_ranks(local_loss))
@@ -362,9 +365,9 @@ class Trainer:
         values = f"losses by rank {rank_losses}, gradient norm {grad_norm}"
         if self.config.training.non_finite_loss == "stop":
             raise RunError(
-                f"step {self.step}: {what} is not finite ({values}); the weights are still those of "
-                f"step {self.step - 1}, the last good one; lower optimizer.lr or training.max_norm, or "
-                "set training.non_finite_loss to 'skip_step'."
+                f"step {self.step}: {what} is not finite ({values}); the weights are still those "
+                f"of step {self.step - 1}, the last good one; lower optimizer.lr or "
+                "training.max_norm, or set training.non_finite_loss to 'skip_step'."
             )
         self.skipped_steps += 1
         logger.warning(

@@ -1,4 +1,4 @@
-"""DDP = FSDP = HSDP = one process: losses, gradient norms, weights and expert bias after three steps."""
+"""DDP = FSDP = HSDP = one process in loss, gradient norm, weights and expert bias."""
 
 import pytest
 import torch
@@ -182,7 +182,7 @@ def test_every_layout_trains_like_one_process(ranks, one_process, layout, tmp_pa
 
 
 def test_bf16_is_the_same_on_one_process_and_under_each_layout(ranks, tmp_path) -> None:
-    """Mixed precision casts at the same places everywhere; what differs is the order of fp32 sums."""
+    """Mixed precision casts at the same places; what differs is the order of fp32 sums."""
     options = ["--training.mixed_precision_param=bfloat16", "--activation_checkpoint.mode=none"]
     size = "--training.local_batch_size="
     replicated = [

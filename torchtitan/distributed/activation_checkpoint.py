@@ -30,7 +30,7 @@ _KEPT_OPS = {
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
-_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.linear.default}
+_MATMUL = torch.ops.aten.mm.default
 
 
 def apply_activation_checkpoint(layers: nn.ModuleDict, config: ActivationCheckpoint) -> None:
@@ -72,14 +72,15 @@ def _keep_by_op(recomputed_shapes: set[torch.Size]):
 
 
 def _op_policy(recomputed_shapes: set[torch.Size]) -> Callable[..., CheckpointPolicy]:
-    # One policy per pass through a layer, so the count of matmuls starts anew each time. Forward and
-    # recomputation meet the same operations in the same order, so they agree on every second one.
+    # One policy per pass through a layer, so the count of matmuls starts anew each time. Forward
+    # and recomputation meet the same operations in the same order, so they agree on every second
+    # one.
     matmuls = {"forward": 0, "recompute": 0}
 
     def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
         if op in _KEPT_OPS:
             return CheckpointPolicy.MUST_SAVE
-        if op in _MATMULS:
+        if op is _MATMUL:
             if args[1].shape in recomputed_shapes:
                 return CheckpointPolicy.PREFER_RECOMPUTE
             matmuls["recompute" if ctx.is_recompute else "forward"] += 1

@@ -2,10 +2,10 @@
 
 On a mesh (dp_replicate, dp_shard), FSDP is (1, n), DDP is (n, 1) and HSDP anything between, so that
 all of them share one mixed-precision policy and give the same numbers. Gradients are *summed* over
-ranks, never averaged: the loss is already divided by the tokens of the whole step (components/loss.py).
+ranks, never averaged: the loss is already divided by the tokens of the whole step
+(components/loss.py).
 """
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -38,7 +38,8 @@ def apply_data_parallel(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Both lines together: a factor without the forced sum needs PREMUL_SUM, which gloo
-            # lacks, and any factor but 1 is applied twice on a shard axis of size 1 (torch 2.11-2.13).
+            # lacks, and any factor but 1 is applied twice on a shard axis of size 1 (torch
+            # 2.11-2.13).
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     logger.info(
@@ -66,8 +67,8 @@ def _data_parallel_mesh(dims: ParallelDims) -> DeviceMesh:
 
 
 def _reshard(dims: ParallelDims, parallelism: Parallelism) -> bool:
-    # "default": free the gathered weights after the forward pass. Where nothing is split, keeping them
-    # costs no communication and saves a copy.
+    # "default": free the gathered weights after the forward pass. Where nothing is split, keeping
+    # them costs no communication and saves a copy.
     if parallelism.fsdp_reshard_after_forward == "default":
         return dims.dp_shard > 1
     return parallelism.fsdp_reshard_after_forward == "always"

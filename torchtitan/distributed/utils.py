@@ -18,8 +18,8 @@ def init_distributed(config: Comm, device: torch.device, dump_folder: str) -> Ca
     """Join the other processes that torchrun started; alone, a group of one. Returns how to leave.
 
     A process group that is already there is used, and left to its owner. With `comm.mode`
-    "fake_backend" this process plays rank 0 of WORLD_SIZE and collectives do nothing: a dry run of a
-    large layout.
+    "fake_backend" this process plays rank 0 of WORLD_SIZE and collectives do nothing: a dry run of
+    a large layout.
     """
     if dist.is_initialized():
         return lambda: None
@@ -47,8 +47,8 @@ def _join(config: Comm, device: torch.device, dump_folder: str) -> None:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UserError(
             f"the {os.environ['WORLD_SIZE']} processes did not find each other within "
-            f"comm.init_timeout_seconds ({config.init_timeout_seconds}): {error}; check that all nodes "
-            "were started with the same --rdzv-endpoint and that it is reachable."
+            f"comm.init_timeout_seconds ({config.init_timeout_seconds}): {error}; check that all "
+            "nodes were started with the same --rdzv-endpoint and that it is reachable."
         ) from None
 
 

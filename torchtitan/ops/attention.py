@@ -28,8 +28,8 @@ _compiled_flex = torch.compile(flex_attention)
 def document_mask(tokens_BS: Tensor, eos_id: int) -> Tensor | BlockMask:
     """Block-causal mask of packed text: a token sees the earlier tokens of its own document.
 
-    A document ends with (and includes) `eos_id`. CPU: bool (B, 1, S, S), True = may be seen, because
-    flex attention has no CPU backward. Accelerators: a flex `BlockMask`.
+    A document ends with (and includes) `eos_id`. CPU: bool (B, 1, S, S), True = may be seen,
+    because flex attention has no CPU backward. Accelerators: a flex `BlockMask`.
     """
     ends_BS = tokens_BS == eos_id
     document_BS = ends_BS.cumsum(dim=1) - ends_BS.int()

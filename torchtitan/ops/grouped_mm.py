@@ -12,7 +12,8 @@ _kernel = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
 def grouped_mm(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
-    """x[rows of group e] @ w[e] for every e: (R, N), R = counts.sum(). Differentiable, no host sync.
+    """x[rows of group e] @ w[e] for every e: (R, N), R = counts.sum(). Differentiable, no host
+    sync.
 
     Falls back to `grouped_mm_loop` where the kernel can't go.
     """
@@ -30,8 +31,8 @@ def grouped_mm_loop(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def _kernel_takes(x_RK: Tensor, w_EKN: Tensor) -> bool:
-    # Both K and N must be whole multiples of 16 bytes; fp64 isn't there at all, fp32 and fp16 only on
-    # CPU, and of those torch's shape function (needed under torch.compile) knows bf16 only.
+    # Both K and N must be whole multiples of 16 bytes; fp64 isn't there at all, fp32 and fp16 only
+    # on CPU, and of those torch's shape function (needed under torch.compile) knows bf16 only.
     if any(size * x_RK.element_size() % 16 for size in w_EKN.shape[1:]):
         return False
     if x_RK.dtype == torch.bfloat16:

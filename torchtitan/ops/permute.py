@@ -1,7 +1,8 @@
 """Bring the routed copies of tokens into expert order, and back.
 
 Of T tokens each has K copies; copy n = t · K + k. Sorted by expert, copy n stands in row
-`row_of_copy[n]`, and row r holds copy `copy_of_row[r]`. Stable: copies of one expert stay in token order.
+`row_of_copy[n]`, and row r holds copy `copy_of_row[r]`. Stable: copies of one expert stay in token
+order.
 
 `expand_rows` and `reduce_rows` are each other's transpose, so each is the other's backward: gathers
 in both directions, no atomics (deterministic), and nothing saved but the indices.
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 class ExpertOrder(NamedTuple):
-    """copy_of_row_N, row_of_copy_TK: int64 indices as above. counts_E: int64 rows of each expert."""
+    """copy_of_row_N, row_of_copy_TK: int64 indices as above. counts_E: int64 rows of an expert."""
 
     copy_of_row_N: Tensor
     row_of_copy_TK: Tensor

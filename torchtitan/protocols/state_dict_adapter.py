@@ -16,7 +16,7 @@ class StateDictAdapter(ABC):
 
     @abstractmethod
     def from_hf(self, hf_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Hugging Face's names and layouts to ours. Raises `UserError` listing surplus or missing names."""
+        """Hugging Face's names and layouts to ours. Raises `UserError` naming what is too much."""
 
     @abstractmethod
     def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torchtitan.tools.errors import UserError, suggest
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """model_cls is called with one of model_args (by flavor); parallelize_fn spreads it over ranks."""
+    """model_cls is called with one of model_args (by flavor), parallelize_fn with the model."""
 
     model_cls: type[BaseModel]
     model_args: Mapping[str, BaseModelArgs]

@@ -8,7 +8,7 @@ TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def device_type() -> str:
-    """"cuda" where a GPU is visible, else "cpu" (hide GPUs with CUDA_VISIBLE_DEVICES="")."""
+    """ "cuda" where a GPU is visible, else "cpu" (hide GPUs with CUDA_VISIBLE_DEVICES="")."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

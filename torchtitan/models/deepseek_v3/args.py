@@ -14,17 +14,18 @@ from torchtitan.tools.errors import UserError
 class DeepSeekV3ModelArgs(BaseModelArgs):
     """Names as in torchtitan and DeepSeek's inference code. Defaults are DeepSeek-V2-Lite's sizes.
 
-    vocab_size, dim, n_layers, n_heads; inter_dim: hidden width of the dense feed-forward of the first
-    n_dense_layers; moe_inter_dim: hidden width of one expert; norm_eps: of every RMSNorm.
+    vocab_size, dim, n_layers, n_heads; inter_dim: hidden width of the dense feed-forward of the
+    first n_dense_layers; moe_inter_dim: hidden width of one expert; norm_eps: of every RMSNorm.
 
-    MLA: q_lora_rank (0: queries are not compressed), kv_lora_rank, channels per head without and with
-    rotary position (qk_nope_head_dim, qk_rope_head_dim) and of values (v_head_dim).
-    attn_mask_type: causal, or block_causal (a token sees its own document only; the V3 report trained
-    without this mask).
+    MLA: q_lora_rank (0: queries are not compressed), kv_lora_rank, channels per head without and
+    with rotary position (qk_nope_head_dim, qk_rope_head_dim) and of values (v_head_dim).
+    attn_mask_type: causal, or block_causal (a token sees its own document only; the V3 report
+    trained without this mask).
 
-    RoPE: max_seq_len positions, base rope_theta. YaRN: yarn "on", "off", or "auto" (on when max_seq_len
-    exceeds original_seq_len, the rule of DeepSeek's code: train from scratch at 4K without it, load
-    released weights with "on"); rope_factor, beta_fast, beta_slow; mscale scales the softmax.
+    RoPE: max_seq_len positions, base rope_theta. YaRN: yarn "on", "off", or "auto" (on when
+    max_seq_len exceeds original_seq_len, the rule of DeepSeek's code: train from scratch at 4K
+    without it, load released weights with "on"); rope_factor, beta_fast, beta_slow; mscale scales
+    the softmax.
 
     init_std: of all matrices, normal (the V3 report's 0.006).
     """
@@ -60,7 +61,8 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
     def __post_init__(self) -> None:
         positive = (
             "vocab_size max_seq_len dim inter_dim moe_inter_dim n_layers n_heads kv_lora_rank "
-            "qk_nope_head_dim qk_rope_head_dim v_head_dim original_seq_len norm_eps init_std rope_theta"
+            "qk_nope_head_dim qk_rope_head_dim v_head_dim original_seq_len rope_theta norm_eps "
+            "init_std"
         )
         for name in positive.split():
             if getattr(self, name) <= 0:
@@ -74,7 +76,7 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
             )
         if self.qk_rope_head_dim % 2:
             raise UserError(
-                f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE turns channel pairs."
+                f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE turns pairs."
             )
         if self.rope_factor < 1:
             raise UserError(f"rope_factor ({self.rope_factor}) must be 1 or more.")
@@ -107,7 +109,8 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         return dataclasses.replace(self, moe_args=moe_args)
 
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
-        """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train = 3 ×.
+        """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =
+        3 ×.
 
         causal: count the half of the S × S scores that causal attention needs (what MFU is about);
         otherwise all of them. Norms, RoPE and the softmax are left out, as is usual.

@@ -1,7 +1,9 @@
 """The DeepSeek-V2/V3 model: multi-head latent attention, dense first layers, MoE layers.
 
 Reports: arXiv 2405.04434 (V2, section 2.1: MLA) and 2412.19437 (V3). Single-device code: where
-tensors live is decided in parallelize.py. Letters: B batch, S sequence, D model dim, H heads, C channels.
+tensors live is decided in parallelize.py.
+
+Letters: B batch, S sequence, D model dim, H heads, C channels.
 """
 
 import torch
@@ -128,8 +130,8 @@ class DeepSeekV3Model(BaseModel):
     ) -> Tensor:
         """Logits (B, S, V) of int64 tokens (B, S).
 
-        attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None = 0,
-        1, …. token_mask: (B, S) bool, False = padding, left out of the expert load.
+        attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None =
+        0, 1, …. token_mask: (B, S) bool, False = padding, left out of the expert load.
         """
         x_BSD = self.tok_embeddings(tokens)
         for layer in self.layers.values():
@@ -163,8 +165,8 @@ class DeepSeekV3Model(BaseModel):
         self.rope = self._make_rope_table().to(buffer_device or self.rope.device)
 
     def _apply(self, fn, recurse: bool = True):
-        # `model.bfloat16()` and friends must not round the rotary table: its cosines would be off by
-        # up to 2e-3, and neighbouring positions of the slow pairs would become one.
+        # `model.bfloat16()` and friends must not round the rotary table: its cosines would be off
+        # by up to 2e-3, and neighbouring positions of the slow pairs would become one.
         table = self.rope
         super()._apply(fn, recurse)
         if self.rope.dtype != table.dtype:

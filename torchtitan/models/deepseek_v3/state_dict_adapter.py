@@ -62,7 +62,7 @@ class DeepSeekV3StateDictAdapter(StateDictAdapter):
         for name, tensor in hf_state_dict.items():
             numbers = [int(n) for n in _NUMBER.findall(name)]
             form = _NUMBER.sub("{}", name)
-            if numbers and numbers[0] >= self.model_args.n_layers:
+            if numbers and numbers[0] == self.model_args.n_layers:
                 continue  # multi-token prediction's extra layer
             if form in theirs_to_ours:
                 out[theirs_to_ours[form].format(*numbers)] = tensor
@@ -74,7 +74,8 @@ class DeepSeekV3StateDictAdapter(StateDictAdapter):
         if surplus:
             raise UserError(
                 "the Hugging Face state dict has tensors that model.name 'deepseek_v3' doesn't "
-                f"know: {', '.join(sorted(surplus))}; use the weights of a DeepSeek-V2 or -V3 model."
+                f"know: {', '.join(sorted(surplus))}; use the weights of a DeepSeek-V2 or -V3 "
+                "model."
             )
         for name, experts in stacks.items():
             out[name] = self._stack(name, experts)
@@ -91,8 +92,9 @@ class DeepSeekV3StateDictAdapter(StateDictAdapter):
             if wrong:
                 raise UserError(
                     f"the Hugging Face state dict {problem} {min(wrong)} (and {len(wrong) - 1} "
-                    "other names), unlike the model of these model.args: make them match its config.json "
-                    "(model.args.moe_args.load_balance_coeff says whether there is an expert_bias)."
+                    "other names), unlike the model of these model.args: make them match its "
+                    "config.json (model.args.moe_args.load_balance_coeff says whether there is an "
+                    "expert_bias)."
                 )
 
     def _stack(self, name: str, experts: dict[int, Tensor]) -> Tensor:

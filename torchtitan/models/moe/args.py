@@ -14,8 +14,9 @@ class MoEArgs:
     """Sizes and routing rules of one MoE layer. Raises `UserError` (a ValueError) for broken rules.
 
     num_experts: routed experts. num_shared_experts: experts every token passes, held as one FFN.
-    score_func: from router logits to scores. route_norm: divide a token's chosen scores by their sum.
-    route_scale: then multiply by this. score_before_experts: weight the experts' input instead of
+    score_func: from router logits to scores. route_norm: divide a token's chosen scores by their
+    sum. route_scale: then multiply by this. score_before_experts: weight the experts' input instead
+    of
         their output (not DeepSeek's way).
     top_k: experts a token.
     num_expert_groups, num_limited_groups: node-limited routing (DeepSeek-V3 report, section 2.1.2):
@@ -111,8 +112,8 @@ def _check_groups(
         )
     if num_limited_groups is None:
         raise UserError(
-            f"num_limited_groups is missing: with num_expert_groups ({num_expert_groups}) set, say how "
-            f"many groups a token may use, from 1 to {num_expert_groups}."
+            f"num_limited_groups is missing: with num_expert_groups ({num_expert_groups}) set, say "
+            f"how many groups a token may use, from 1 to {num_expert_groups}."
         )
     if not 1 <= num_limited_groups <= num_expert_groups:
         raise UserError(
@@ -123,8 +124,8 @@ def _check_groups(
     if group_score_func == "top2_sum" and experts_per_group < 2:
         raise UserError(
             f"num_expert_groups ({num_expert_groups}) leaves {experts_per_group} of num_experts "
-            f"({num_experts}) in a group, but group_score_func 'top2_sum' needs at least 2: use at most "
-            f"{max(1, num_experts // 2)} groups, or group_score_func 'max'."
+            f"({num_experts}) in a group, but group_score_func 'top2_sum' needs at least 2: use at "
+            f"most {max(1, num_experts // 2)} groups, or group_score_func 'max'."
         )
     allowed_experts = num_limited_groups * experts_per_group
     if top_k > allowed_experts:

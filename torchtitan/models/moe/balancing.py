@@ -1,7 +1,7 @@
 """Even expert load without an auxiliary loss: count tokens, nudge the routing bias.
 
-After each optimizer step an expert that got more than the mean loses a little bias, one that got less
-gains it (arXiv 2408.15664; DeepSeek-V3 report, section 2.1.2). The step's counts add up in
+After each optimizer step an expert that got more than the mean loses a little bias, one that got
+less gains it (arXiv 2408.15664; DeepSeek-V3 report, section 2.1.2). The step's counts add up in
 `MoE.tokens_per_expert` as exact integers, outside of the layers' forward pass, so that recomputing
 activations cannot count a token twice.
 """
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def count_tokens(ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None = None) -> Tensor:
-    """Tokens routed to each expert: (E,) int64. token_mask_T: bool, False = don't count. No host sync.
+    """Tokens routed to each expert: (E,) int64. token_mask_T: bool, False = don't count. No host
+    sync.
 
     (`torch.bincount` waits for the GPU, `torch.histc` has no integer kernel on CPU.)
     """
@@ -38,8 +39,8 @@ def record_load(moe: "MoE", load_E: Tensor) -> None:
 def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) -> Tensor:
     """Tokens per expert of the optimizer step, over all ranks of `group`: (layers, E) int64.
 
-    Takes the counts: they start again from zero. group: all ranks whose tokens differ (data parallel);
-    None = this process alone. One all-reduce for all layers.
+    Takes the counts: they start again from zero. group: all ranks whose tokens differ (data
+    parallel); None = this process alone. One all-reduce for all layers.
     """
     load_LE = torch.stack([moe.tokens_per_expert for moe in moes])
     if group is not None:

@@ -21,8 +21,8 @@ class TokenDispatcher(Protocol):
 
         ids_TK: int64 experts of each token. weights_TK: their routing weights, fp32.
 
-        Returns rows_RD sorted by expert; counts_L, int64 rows of each local expert; and a record whose
-        `weights_R` holds the routing weight of every row.
+        Returns rows_RD sorted by expert; counts_L, int64 rows of each local expert; and a record
+        whose `weights_R` holds the routing weight of every row.
         """
         ...
 

@@ -34,9 +34,9 @@ class FeedForward(nn.Module):
 class TokenChoiceTopKRouter(nn.Module):
     """Each token chooses its experts; with groups, from its best few groups only.
 
-    The order of DeepSeek-V3's gate: scores in fp32 → bias, for the choice only → group limit → top-k →
-    weights gathered from the *unbiased* scores → normalise → scale. Left-out groups are masked with
-    −inf: with 0 a biased score below zero would let their experts in.
+    The order of DeepSeek-V3's gate: scores in fp32 → bias, for the choice only → group limit →
+    top-k → weights gathered from the *unbiased* scores → normalise → scale. Left-out groups are
+    masked with −inf: with 0 a biased score below zero would let their experts in.
 
     Raises `UserError` (a ValueError) at construction; the rules are `check_routing`'s. When node
     limiting saves traffic, and when not, is told at `MoEArgs`.
@@ -108,7 +108,7 @@ class TokenChoiceTopKRouter(nn.Module):
         return scores_for_choice.topk(self.top_k, dim=-1, sorted=False).indices
 
     def _get_node_limited_routing_scores(self, scores_for_choice: Tensor) -> Tensor:
-        """Set the scores of all but the `num_limited_groups` best groups to −inf: (T, E) to (T, E)."""
+        """Scores (T, E) with those of all but the `num_limited_groups` best groups set to −inf."""
         scores_TGe = scores_for_choice.unflatten(-1, (self.num_expert_groups, -1))
         if self.group_score_func == "max":
             group_scores_TG = scores_TGe.amax(dim=-1)
@@ -119,11 +119,12 @@ class TokenChoiceTopKRouter(nn.Module):
         return scores_TGe.masked_fill(left_out_TG.unsqueeze(-1), float("-inf")).flatten(-2)
 
     def _balanced_choice(self, num_tokens: int, device: torch.device) -> Tensor:
-        """Ids (T, K) that load every expert equally (exactly, when E divides T) within the group limit.
+        """Ids (T, K) that load every expert equally (exactly, when E divides T) within the group
+        limit.
 
-        Token t takes groups t, t + 1, … (as many as it may use) and in each of them experts from
-        t // G on, so a token's experts spread as the limit allows: plain round-robin over the experts
-        would put all of them into one group, on one node.
+        Token t takes group t and others at even distances (as many as it may use), and in each
+        t // G on, so a token's experts spread as the limit allows: plain round-robin over the
+        experts would put all of them into one group, on one node.
         """
         # Without groups every expert is a group of its own that any token may use.
         G = self.num_expert_groups or self.num_experts
@@ -147,9 +148,7 @@ class GroupedExperts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.use_grouped_mm = use_grouped_mm
 
-    def forward(
-        self, rows_RD: Tensor, counts_L: Tensor, weights_R: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, rows_RD: Tensor, counts_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
         """Pass rows, sorted by expert, through their experts: (R, D).
 
         counts_L: int64 rows of each expert. weights_R: factors on the experts' outputs.
@@ -244,8 +243,9 @@ class MoE(nn.Module):
             self.expert_bias.zero_()
 
     def _apply(self, fn, recurse: bool = True):
-        # `model.bfloat16()` and friends must not round the bias: in bf16 its updates of 1e-3 are lost
-        # once it has grown, and most tokens of a model with biases near 7 change their experts.
+        # `model.bfloat16()` and friends must not round the bias: in bf16 its updates of 1e-3 are
+        # lost once it has grown, and most tokens of a model with biases near 7 change their
+        # experts.
         bias_E = self.expert_bias
         super()._apply(fn, recurse)
         if bias_E is not None and self.expert_bias.dtype != torch.float32:

@@ -118,9 +118,10 @@ def test_no_groups_is_one_group_is_plain_top_k(args, seed):
     torch.manual_seed(seed)
     sizes = {"dim": DIM, "num_experts": args.num_experts, "top_k": args.top_k}
     one = {"num_expert_groups": 1, "num_limited_groups": 1, "group_score_func": "max"}
-    x, bias = torch.randn(TOKENS, DIM), torch.randn(args.num_experts)
-    plain = TokenChoiceTopKRouter(**sizes)
-    grouped = TokenChoiceTopKRouter(**sizes, **one)
+    # fp64: nearly equal scores may not change places by rounding.
+    x, bias = torch.randn(TOKENS, DIM, dtype=torch.float64), torch.randn(args.num_experts)
+    plain = TokenChoiceTopKRouter(**sizes).double()
+    grouped = TokenChoiceTopKRouter(**sizes, **one).double()
     grouped.load_state_dict(plain.state_dict())
     scores = (x @ plain.gate.weight.T).sigmoid()
     for result in (plain(x, bias), grouped(x, bias)):
