@@ -1,6 +1,7 @@
 """Whether this interpreter has what pyproject.toml asks for: exit code 0, or 1.
 
-`check_dependencies.py PYPROJECT [EXTRA ...]`; an extra is a name of optional dependencies. Standard library only (tomllib is there from Python 3.11): it runs before anything is installed.
+`check_dependencies.py PYPROJECT [EXTRA ...]`; an extra is a name of optional dependencies.
+Standard library only (tomllib is there from Python 3.11): it runs before anything is installed.
 """
 
 import importlib.metadata

@@ -1,5 +1,6 @@
 """Settings of all tests, and the pools of processes that they share."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from tests.helpers import Ranks
+from torchtitan.tools.logging import logger
 
 # Nothing here may reach out for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +18,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 @pytest.fixture(autouse=True)
 def same_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_logger() -> None:
+    """As imported: an earlier test's `main` has sent log lines to its own stderr, away from
+    caplog."""
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ from torchtitan.distributed.utils import (
     set_timeout,
     sum_over_ranks,
 )
-from torchtitan.hf_datasets import build_text_dataloader
+from torchtitan.hf_datasets import build_text_dataloader, check_dataset
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
@@ -76,7 +76,26 @@ def check_config(config: JobConfig) -> tuple[TrainSpec, BaseModelArgs, Tokenizer
             f"{model_args.vocab_size}: set model.args.vocab_size to at least "
             f"{tokenizer.vocab_size}, or name the tokenizer of this model."
         )
+    check_dataset(config.training.dataset, config.training.dataset_path)
+    check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
+
+
+def check_dump_folder(dump_folder: str) -> None:
+    """Raise `UserError` where it can't be made or written to; makes nothing yet."""
+    folder = Path(dump_folder)
+    candidates = (folder, *folder.absolute().parents)
+    nearest = next(path for path in candidates if os.path.exists(path))
+    if not nearest.is_dir():
+        raise _not_writable(folder, f"{nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _not_writable(folder, f"no permission in {nearest}")
+
+
+def _not_writable(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"job.dump_folder {folder} can't be written to ({reason}): name a folder that can."
+    )
 
 
 def build_model(
@@ -142,10 +161,7 @@ def save_config(config: JobConfig, model_args: BaseModelArgs) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / config.job.save_config_file).write_text(text + "\n")
     except OSError as error:
-        raise UserError(
-            f"job.dump_folder {folder} can't be written to ({error.strerror}): name a folder that "
-            "can."
-        ) from None
+        raise _not_writable(folder, error.strerror) from None
 
 
 @contextmanager

@@ -37,6 +37,14 @@ LOCAL = "text"  # the name to write when dataset_path says it all
 NAMES = ("sample", *SAMPLE_ALIASES, *HUB_DATASETS, LOCAL)
 
 
+def check_dataset(name: str, path: str | None) -> None:
+    """Raise UserError for a name or path that means nothing; reads no document, asks no hub."""
+    if path:
+        _find_local(name, path)
+    elif name not in ("sample", *SAMPLE_ALIASES, *HUB_DATASETS) and not _is_on_hub(name):
+        raise _unknown(name)
+
+
 def open_source(name: str, path: str | None, text_key: str) -> Source:
     """Find the documents and make sure that some are usable; every failure is a UserError.
 
@@ -44,22 +52,30 @@ def open_source(name: str, path: str | None, text_key: str) -> Source:
     NAMES, or "organisation/name" (or "organisation/name:config") on the Hugging Face hub.
     """
     if path:
-        named = HUB_DATASETS.get(name)
-        files = find_files(path, named.local_files if named else None)
-        source = _open_files(name, files, text_key)
+        source = _open_files(name, _find_local(name, path), text_key)
     elif name == "sample" or name in SAMPLE_ALIASES:
         if name != "sample":
             logger.info(f"training.dataset '{name}' is read from the shipped sample, {SAMPLE}")
         source = _open_files(name, [SAMPLE], "text")
     elif name in HUB_DATASETS:
         source = _open_hub(name, HUB_DATASETS[name], text_key)
-    elif name.count("/") == 1 and not Path(name).exists():
+    elif _is_on_hub(name):
         repository, _, config = name.partition(":")
         source = _open_hub(name, HubDataset(repository, config or None), text_key)
     else:
         raise _unknown(name)
     _check_usable(source)
     return source
+
+
+def _find_local(name: str, path: str) -> list[Path]:
+    named = HUB_DATASETS.get(name)
+    return find_files(path, named.local_files if named else None)
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether an unknown name is "organisation/name": the hub knows whether it exists."""
+    return name.count("/") == 1 and not Path(name).exists()
 
 
 def _unknown(name: str) -> UserError:

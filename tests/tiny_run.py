@@ -1,0 +1,45 @@
+"""A run that takes a second: options for a tiny model, and what such a run has written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Dense and MoE layers, all sizes as small as they go; fp32, so that losses compare exactly.
+TINY = {
+    "model.args.n_layers": 2,
+    "model.args.dim": 64,
+    "model.args.n_heads": 2,
+    "model.args.inter_dim": 64,
+    "model.args.moe_inter_dim": 32,
+    "model.args.kv_lora_rank": 32,
+    "model.args.qk_nope_head_dim": 16,
+    "model.args.qk_rope_head_dim": 8,
+    "model.args.v_head_dim": 16,
+    "training.dataset": "sample",
+    "training.seq_len": 32,
+    "training.local_batch_size": 4,
+    "training.steps": 4,
+    "training.mixed_precision_param": "float32",
+    "optimizer.lr": 1e-2,
+    "lr_scheduler.warmup_steps": 0,
+    "activation_checkpoint.mode": "none",
+    "metrics.log_freq": 1,
+    "debug.seed": 7,
+}
+
+
+def tiny(dump_folder: Path, **changes: Any) -> list[str]:
+    """The command line of a tiny run; `training__steps=2` changes training.steps."""
+    settings = TINY | {name.replace("__", "."): value for name, value in changes.items()}
+    settings["job.dump_folder"] = dump_folder
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def records(dump_folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (dump_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(dump_folder: Path) -> list[float]:
+    """In full precision: equal means equal bits."""
+    return [record["loss"] for record in records(dump_folder)]
