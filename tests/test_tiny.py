@@ -1,4 +1,4 @@
-"""The debug model, made tiny, through the front door: it learns, and leaves what a user looks for."""
+"""The debug model, made tiny, through the front door: it learns and leaves the files of a run."""
 
 import json
 

@@ -76,6 +76,7 @@ def check_config(config: JobConfig) -> tuple[TrainSpec, BaseModelArgs, Tokenizer
             f"{model_args.vocab_size}: set model.args.vocab_size to at least "
             f"{tokenizer.vocab_size}, or name the tokenizer of this model."
         )
+    model_args.check_tokenizer(tokenizer.eos_id)
     check_dataset(config.training.dataset, config.training.dataset_path)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer

@@ -51,6 +51,9 @@ class BaseModelArgs:
             "debug.moe_force_load_balance is true, but this model has no experts; set it to false."
         )
 
+    def check_tokenizer(self, eos_id: int | None) -> None:
+        """Raise `UserError` where the model needs a token that the tokenizer doesn't have."""
+
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
         """FLOPs of forward and backward per token, without recomputation (2 per multiply-add)."""
         raise NotImplementedError

@@ -108,6 +108,14 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         moe_args = dataclasses.replace(self.moe_args, _debug_force_load_balance=True)
         return dataclasses.replace(self, moe_args=moe_args)
 
+    def check_tokenizer(self, eos_id: int | None) -> None:
+        if self.attn_mask_type == "block_causal" and eos_id is None:
+            raise UserError(
+                "model.args.attn_mask_type 'block_causal' needs a tokenizer with an end-of-text "
+                "token, which tells documents apart; name one in its tokenizer_config.json, or use "
+                "'causal'."
+            )
+
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
         """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =
         3 ×.

@@ -16,7 +16,6 @@ from torchtitan.ops.attention import AttentionMask, attention, document_mask
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.rope import apply_rope, rope_table
 from torchtitan.protocols.model import BaseModel
-from torchtitan.tools.errors import UserError
 
 
 class Attention(nn.Module):
@@ -143,12 +142,7 @@ class DeepSeekV3Model(BaseModel):
     def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> AttentionMask:
         if self.model_args.attn_mask_type == "causal":
             return None
-        if eos_id is None:
-            raise UserError(
-                "model.args.attn_mask_type 'block_causal' needs a tokenizer with an end-of-text "
-                "token, which tells documents apart; name one in its tokenizer_config.json, or use "
-                "'causal'."
-            )
+        self.model_args.check_tokenizer(eos_id)
         return document_mask(tokens_BS, eos_id)
 
     def moe_layers(self) -> dict[int, nn.Module]:
