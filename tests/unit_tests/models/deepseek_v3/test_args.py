@@ -196,7 +196,7 @@ def test_none_unsets_an_optional_field_only():
         ({"q_lora_rank": -1}, "model.args: q_lora_rank (-1) must be 0 (no compression) or more."),
         (
             {"qk_rope_head_dim": 63},
-            "model.args: qk_rope_head_dim (63) must be even: RoPE turns channel pairs.",
+            "model.args: qk_rope_head_dim (63) must be even: RoPE turns pairs.",
         ),
         ({"rope_factor": 0.5}, "model.args: rope_factor (0.5) must be 1 or more."),
     ],
