@@ -45,11 +45,21 @@ def test_tensorboard_shows_the_same_numbers_and_the_expert_load(run):
 
 def test_the_saved_config_starts_the_same_run_again(run, tmp_path):
     saved = json.loads((run / "config.json").read_text())
-    assert saved["model"]["args"]["dim"] == 64 and saved["model"]["args"]["vocab_size"] == 2048
+    assert saved["model"]["args"]["dim"] == 64
     assert saved["optimizer"]["beta2"] == 0.95, "defaults are written out too"
     config = f"--job.config_file={run / 'config.json'}"
     assert main([config, f"--job.dump_folder={tmp_path}"]) == 0
     assert losses(tmp_path) == losses(run)
+
+
+def test_a_saved_config_takes_another_flavor_and_sequence_length(run, tmp_path):
+    """What an earlier flavor or length led to must not come back with the file."""
+    config = f"--job.config_file={run / 'config.json'}"
+    other = ["--model.flavor=debugmodel_node_limited", "--training.seq_len=16"]
+    assert main([config, *other, f"--job.dump_folder={tmp_path}", "--training.steps=1"]) == 0
+    args = json.loads((tmp_path / "model_args.json").read_text())
+    assert args["max_seq_len"] == 16 and args["moe_args"]["num_limited_groups"] == 2
+    assert args["dim"] == 64, "what the user set stays"
 
 
 def test_the_seed_alone_decides_the_losses(run, tmp_path):
@@ -73,6 +83,6 @@ def test_without_a_seed_each_run_differs(tmp_path):
 def test_both_debug_flavors_train(tmp_path, limited):
     flavor = "debugmodel_node_limited" if limited else "debugmodel"
     assert main(tiny(tmp_path, model__flavor=flavor, training__steps=1)) == 0
-    args = json.loads((tmp_path / "config.json").read_text())["model"]["args"]["moe_args"]
+    args = json.loads((tmp_path / "model_args.json").read_text())["moe_args"]
     assert args["num_limited_groups"] == (2 if limited else None)
     assert len(losses(tmp_path)) == 1

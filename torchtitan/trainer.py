@@ -33,6 +33,7 @@ from torchtitan.config import (
     validate,
 )
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.compile import check_compile_backend
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.utils import (
@@ -51,17 +52,29 @@ from torchtitan.tools.flops import peak_flops
 from torchtitan.tools.gc import GarbageCollection
 from torchtitan.tools.logging import logger
 from torchtitan.tools.profiling import maybe_memory_snapshot, maybe_profile
-from torchtitan.tools.utils import TORCH_DTYPES, device_type, local_device
+from torchtitan.tools.utils import (
+    TORCH_DTYPES,
+    check_local_processes,
+    device_type,
+    local_device,
+)
 
 Batch = tuple[dict[str, Tensor], Tensor]
+Checked = tuple[TrainSpec, BaseModelArgs, Tokenizer]
+
+# Further steps without a finite loss or gradient mean a model that is lost, not a bad batch.
+MAX_SKIPS_IN_A_ROW = 10
 
 # ------------------------------------------------------------------ build
 
 
-def check_config(config: JobConfig) -> tuple[TrainSpec, BaseModelArgs, Tokenizer]:
+def check_config(config: JobConfig) -> Checked:
     """Everything that can be found wrong before a process group or GPU is touched (`UserError`)."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     validate(config, world_size, device_type())
+    if config.comm.mode == "default":
+        check_local_processes(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    check_compile_backend(config.compile)
     spec = get_train_spec(config.model.name)
     model_args = get_flavor(spec, config.model.name, config.model.flavor).for_run(
         overrides=config.model.args,
@@ -151,16 +164,21 @@ def build_metrics(
 
 
 def save_config(config: JobConfig, model_args: BaseModelArgs) -> None:
-    """Write the resolved config, all model arguments included, beside the outputs."""
-    resolved = to_dict(config)
-    resolved["model"]["args"] = asdict(model_args)
-    text = json.dumps(resolved, indent=2)
+    """Write beside the outputs what the run was told, and the model arguments that came of it.
+
+    Two files: the first may be given back as `job.config_file`, and a flavor or sequence length set
+    then must not meet arguments that an earlier one led to.
+    """
+    settings = json.dumps(to_dict(config), indent=2)
+    arguments = json.dumps(asdict(model_args), indent=2)
     if config.job.print_config:
-        logger.info("Config: %s", text)
+        logger.info("Config: %s", settings)
+        logger.info("Model arguments: %s", arguments)
     folder = Path(config.job.dump_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / config.job.save_config_file).write_text(text + "\n")
+        (folder / config.job.save_config_file).write_text(settings + "\n")
+        (folder / "model_args.json").write_text(arguments + "\n")
     except OSError as error:
         raise _not_writable(folder, error.strerror) from None
 
@@ -225,9 +243,10 @@ class Trainer:
     Raises `UserError` for what the user can mend, `RunError` when training itself has failed.
     """
 
-    def __init__(self, config: JobConfig):
+    def __init__(self, config: JobConfig, checked: Checked | None = None):
+        """checked: what `check_config(config)` returned, where it has been called already."""
         self.config = config
-        spec, self.model_args, self.tokenizer = check_config(config)
+        spec, self.model_args, self.tokenizer = checked or check_config(config)
         self._open = ExitStack()
         try:
             self._build(spec)
@@ -246,10 +265,15 @@ class Trainer:
             save_config(config, self.model_args)
         seed = set_determinism(config.debug, self.device)
         self.dims = build_parallel_dims(config)
-
         self.dataloader = self._build_dataloader(seed)
         self.model = build_model(spec, self.model_args, self.dims, config, self.device)
+        set_timeout(config.comm.init_timeout_seconds)  # also of the groups that are new now
         self.moes = self.model.moe_layers()
+        if self.moes and all(moe.expert_bias is None for moe in self.moes.values()):
+            logger.warning(
+                "Nothing evens out the expert load: model.args.moe_args.load_balance_coeff is not "
+                "set (1e-3 is the usual speed of the bias)"
+            )
         optimizer_settings = asdict(config.optimizer)
         optimizer_settings.pop("early_step_in_backward")
         self.optimizer = build_optimizer([self.model], **optimizer_settings)
@@ -269,6 +293,7 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self.skipped_steps = 0
+        self.skips_in_a_row = 0
 
     def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
         training = self.config.training
@@ -364,6 +389,7 @@ class Trainer:
         if all(map(math.isfinite, [*rank_losses, norm])):
             self.optimizer.step()
             update_expert_bias(moes, loads_LE)
+            self.skips_in_a_row = 0
         else:
             self._handle_non_finite(rank_losses, norm)
         lr = self.lr_scheduler.get_last_lr()[0]
@@ -380,11 +406,16 @@ class Trainer:
         ranks = [r for r, loss in enumerate(rank_losses) if not math.isfinite(loss)]
         what = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient norm"
         values = f"losses by rank {rank_losses}, gradient norm {grad_norm}"
-        if self.config.training.non_finite_loss == "stop":
+        self.skips_in_a_row += 1
+        stop = self.config.training.non_finite_loss == "stop"
+        if stop or self.skips_in_a_row == MAX_SKIPS_IN_A_ROW:
+            last = self.step - self.skips_in_a_row
+            skips = "" if stop else f" for the {self.skips_in_a_row}th step in a row"
+            skip = ", or set training.non_finite_loss to 'skip_step'" if stop else ""
             raise RunError(
-                f"step {self.step}: {what} is not finite ({values}); the weights are still those "
-                f"of step {self.step - 1}, the last good one; lower optimizer.lr or "
-                "training.max_norm, or set training.non_finite_loss to 'skip_step'."
+                f"step {self.step}: {what} is not finite{skips} ({values}); the weights are still "
+                f"those of step {last}, the last one with finite numbers; lower optimizer.lr or "
+                f"training.max_norm{skip}."
             )
         self.skipped_steps += 1
         logger.warning(

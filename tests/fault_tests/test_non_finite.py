@@ -85,7 +85,7 @@ def test_stop_leaves_the_weights_of_the_last_good_step(tmp_path, kind):
         batches = iter(trainer.dataloader)
         step(trainer, batches), step(trainer, batches)
         good = state_of(trainer)
-        with pytest.raises(RunError, match=r"step 3: .* those of step 2, the last good one"):
+        with pytest.raises(RunError, match=r"step 3: .* those of step 2, the last one with finite"):
             step(trainer, batches)
         assert_same_bits(state_of(trainer), good)
 
@@ -122,7 +122,11 @@ def test_the_program_stops_with_one_sentence_and_exit_code_1(tmp_path, monkeypat
     assert main(tiny(tmp_path)) == 1
     error, *more = [line for line in capfd.readouterr().err.splitlines() if " E " in line]
     assert not more and "Traceback" not in error
-    for part in ("step 3:", "the loss of rank 0 is not finite", "of step 2, the last good one"):
+    for part in (
+        "step 3:",
+        "the loss of rank 0 is not finite",
+        "of step 2, the last one with finite numbers",
+    ):
         assert part in error
     assert "training.non_finite_loss to 'skip_step'" in error, "the way out"
     assert [record["step"] for record in records(tmp_path)] == [1, 2]
@@ -190,3 +194,14 @@ def test_all_ranks_skip_together(ranks, tmp_path, kind, layout):
     assert first["unchanged"] and second["unchanged"]
     assert first["skipped"] == second["skipped"] == 1
     assert first["loss"] == second["loss"] and math.isfinite(first["loss"])
+
+
+def test_skipping_gives_up_on_a_model_that_is_lost(tmp_path):
+    with closing(start(tmp_path, "skip_step")) as trainer:
+        batches = iter(trainer.dataloader)
+        step(trainer, batches)
+        torch.nn.init.constant_(trainer.model.output.weight, math.nan)
+        for _ in range(trainer_module.MAX_SKIPS_IN_A_ROW - 1):
+            step(trainer, batches)
+        with pytest.raises(RunError, match="for the 10th step in a row .* those of step 1, the"):
+            step(trainer, batches)

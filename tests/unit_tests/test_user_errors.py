@@ -11,6 +11,8 @@ import torch.distributed as dist
 from tests.tiny_run import tiny
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.schema import KEYS
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.utils import check_local_processes
 from torchtitan.train import main
 
 SHIPPED_TOKENIZER = Path(__file__).parents[1] / "assets/tokenizer"
@@ -24,6 +26,10 @@ MISTAKES = {
     "unknown family": (
         ["--model.name=deepseek_v4"],
         ["model.name 'deepseek_v4' is not a model family", "did you mean 'deepseek_v3'?"],
+    ),
+    "unknown compile back-end": (
+        ["--compile.enable", "--compile.backend=inductr"],
+        ["compile.backend 'inductr' is not one of this torch; did you mean 'inductor'?"],
     ),
     "unknown flavor": (
         ["--model.flavor=debugmodle"],
@@ -249,3 +255,11 @@ def test_check_config_checks_and_does_not_train(tmp_path, capfd, no_process_grou
     assert not folder.exists()
     assert main([*tiny(folder), "--job.check_config", "--model.flavor=debugmodle"]) == 2
     assert "debugmodle" in sentence_of(capfd)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match="3 processes on this machine need a GPU each, .* sees 2:"):
+        check_local_processes(3)
+    check_local_processes(2)

@@ -13,14 +13,28 @@ from typing import Any, Literal, Union, get_args, get_origin
 from torchtitan.config.job_config import JobConfig
 from torchtitan.tools.errors import UserError, suggest
 
-# Tables of torchtitan v0.2 that have no counterpart here.
-REFUSED_TABLES = (
-    "experimental",
-    "fault_tolerance",
-    "memory_estimation",
-    "quantize.grouped_mm.mx",
-    "quantize.linear.mx",
-)
+# Tables of torchtitan v0.2 that have no counterpart here, with their defaults there: a file that
+# spells these out asks for nothing. (As there, [quantize] takes effect through model.converters
+# only, so the keys of its tables may hold anything.)
+ANYTHING = object()
+FOREIGN_TABLES: dict[str, dict[str, Any]] = {
+    "experimental": {"custom_import": "", "custom_args_module": ""},
+    "fault_tolerance": {
+        "enable": False,
+        "process_group": "gloo",
+        "process_group_timeout_ms": 10000,
+        "replica_id": 0,
+        "group_size": 0,
+        "min_replica_size": 1,
+    },
+    "memory_estimation": {"enable": False, "disable_fake_mode": False},
+    "quantize.grouped_mm.mx": {"recipe_name": ANYTHING, "fqns": ANYTHING},
+    "quantize.linear.mx": {
+        "mxfp8_dim1_cast_kernel_choice": ANYTHING,
+        "recipe_name": ANYTHING,
+        "filter_fqns": ANYTHING,
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +167,7 @@ def unknown(path: str, *, is_table: bool = False) -> str:
     parts = path.split(".")
     prefixes = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
     for prefix in prefixes:
-        if prefix in REFUSED_TABLES:
+        if prefix in FOREIGN_TABLES:
             return f"[{prefix}] is a table of torchtitan that is not supported here; remove it."
         if prefix in KEYS:
             return f"{prefix} is a key, not a table; it {requirement(prefix, path)}"
@@ -200,9 +214,17 @@ def flatten(table: dict[str, Any], *, source: str, at: str = "") -> dict[str, An
             flat |= flatten(value, source=source, at=path)
         elif path in KEYS:
             flat[path] = _checked(path, value, source)
+        elif path in FOREIGN_TABLES and _asks_for_nothing(FOREIGN_TABLES[path], value):
+            continue
         else:
             raise UserError(f"{source}: {unknown(path, is_table=isinstance(value, dict))}")
     return flat
+
+
+def _asks_for_nothing(defaults: dict[str, Any], table: Any) -> bool:
+    return isinstance(table, dict) and all(
+        name in defaults and defaults[name] in (ANYTHING, value) for name, value in table.items()
+    )
 
 
 def _checked(path: str, value: Any, source: str) -> Any:

@@ -46,7 +46,7 @@ def apply_activation_checkpoint(layers: nn.ModuleDict, config: ActivationCheckpo
     }
     by_op = config.mode == "selective" and config.selective_ac_option == "op"
     every = 1 if config.mode == "full" or by_op else int(config.selective_ac_option)
-    chosen = [layer for i, layer in enumerate(layers.values()) if i % every == 0]
+    chosen = [layer for i, layer in enumerate(layers.values(), 1) if i % every == 0]
     for layer in chosen:
         if by_op:
             shapes = _matmul_shapes(layer, config.per_op_sac_force_recompute_mm_shapes_by_fqns)

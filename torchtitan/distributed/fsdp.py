@@ -22,8 +22,9 @@ def apply_data_parallel(
 ) -> None:
     """Spread the weights of `model` in place, one communication unit per layer.
 
-    Weights are kept in `training.dtype`, computed with in `mixed_precision_param`; gradients are
-    reduced and kept in `mixed_precision_reduce`. One process in one precision is left as it is.
+    Weights and gradients are kept in `training.dtype`, the model computes in
+    `mixed_precision_param`, and gradients are summed over ranks in `mixed_precision_reduce`. One
+    process in one precision is left as it is.
     """
     param_dtype = TORCH_DTYPES[training.mixed_precision_param]
     if dims.world_size == 1 and param_dtype == next(model.parameters()).dtype:

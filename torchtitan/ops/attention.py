@@ -21,8 +21,9 @@ _BACKENDS = [
     SDPBackend.MATH,
 ]
 
-# flex_attention is only fast (and only free of an S × S buffer) when compiled.
+# Only fast, and only free of S × S buffers, when compiled.
 _compiled_flex = torch.compile(flex_attention)
+_compiled_block_mask = torch.compile(create_block_mask)
 
 
 def document_mask(tokens_BS: Tensor, eos_id: int) -> Tensor | BlockMask:
@@ -41,7 +42,7 @@ def document_mask(tokens_BS: Tensor, eos_id: int) -> Tensor | BlockMask:
     def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (document_BS[b, q] == document_BS[b, k])
 
-    return create_block_mask(may_see, B, None, S, S, device=tokens_BS.device)
+    return _compiled_block_mask(may_see, B, None, S, S, device=tokens_BS.device)
 
 
 def attention(

@@ -3,6 +3,8 @@
 Rows of `x` are sorted by group; group e holds `counts[e]` of them (zero is fine).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,8 @@ def grouped_mm(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
 
     Falls back to `grouped_mm_loop` where the kernel can't go.
     """
-    if not _kernel_takes(x_RK, w_EKN):
+    on_cpu, compiling = x_RK.device.type == "cpu", torch.compiler.is_compiling()
+    if why_loop(x_RK.dtype, w_EKN.shape[1:], on_cpu=on_cpu, compiling=compiling):
         return grouped_mm_loop(x_RK, w_EKN, counts_E)
     return _kernel(x_RK, w_EKN, offs=counts_E.cumsum(0, dtype=torch.int32))
 
@@ -30,12 +33,20 @@ def grouped_mm_loop(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
     return torch.cat([x_e @ w_e for x_e, w_e in zip(rows, w_EKN.unbind(0), strict=True)])
 
 
-def _kernel_takes(x_RK: Tensor, w_EKN: Tensor) -> bool:
-    # Both K and N must be whole multiples of 16 bytes; fp64 isn't there at all, fp32 and fp16 only
-    # on CPU, and of those torch's shape function (needed under torch.compile) knows bf16 only.
-    if any(size * x_RK.element_size() % 16 for size in w_EKN.shape[1:]):
-        return False
-    if x_RK.dtype == torch.bfloat16:
-        return True
-    on_cpu = x_RK.device.type == "cpu" and x_RK.dtype in (torch.float32, torch.float16)
-    return on_cpu and not torch.compiler.is_compiling()
+def why_loop(
+    dtype: torch.dtype, sizes: Sequence[int], *, on_cpu: bool, compiling: bool = False
+) -> str | None:
+    """Why `grouped_mm` must take the loop for weights of these sizes (K, N), or None if not.
+
+    The loop costs a host sync and a product for each expert.
+    """
+    if any(size * dtype.itemsize % 16 for size in sizes):
+        return f"sizes {tuple(sizes)} are not multiples of 16 bytes"
+    if dtype == torch.bfloat16:
+        return None
+    if not on_cpu:
+        return f"the GPU kernel takes bfloat16, not {dtype}"
+    if dtype not in (torch.float32, torch.float16):
+        return f"the CPU kernel doesn't take {dtype}"
+    # torch's shape function of the kernel, which torch.compile needs, knows bf16 only.
+    return f"torch.compile can't follow the kernel in {dtype}" if compiling else None

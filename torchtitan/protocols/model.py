@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from typing import (
     Any,
     Literal,
-    Protocol,
     Self,
     get_args,
     get_origin,
     get_type_hints,
-    runtime_checkable,
 )
 
 import torch
@@ -99,17 +97,18 @@ def _checked(value: Any, kind: Any, key: str, current: Any) -> Any:
     return float(value) if float in alternatives(kind) and type(value) is int else value
 
 
-@runtime_checkable
-class RoutedLayer(Protocol):
-    """A layer with experts: `moe` is a `torchtitan.models.moe.MoE`."""
-
-    moe: nn.Module
-
-
 class BaseModel(nn.Module):
-    """A decoder: `layers` are its blocks by number. Runs on one CPU without any process group."""
+    """A decoder: embedding, blocks by number, norm, output. Runs on one CPU without process groups.
 
+    `forward(tokens, attention_masks=None, positions=None, token_mask=None) -> logits`: see
+    `DeepSeekV3Model.forward`.
+    """
+
+    model_args: BaseModelArgs
+    tok_embeddings: nn.Embedding
     layers: nn.ModuleDict
+    norm: nn.RMSNorm
+    output: nn.Linear
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Fill all parameters and buffers; call after moving a meta-device model to its device."""

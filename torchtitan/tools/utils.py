@@ -4,12 +4,24 @@ import os
 
 import torch
 
+from torchtitan.tools.errors import UserError
+
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def device_type() -> str:
     """ "cuda" where a GPU is visible, else "cpu" (hide GPUs with CUDA_VISIBLE_DEVICES="")."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_local_processes(count: int) -> None:
+    """Raise `UserError` for more processes on this machine than it has GPUs (if any)."""
+    gpus = torch.cuda.device_count()
+    if device_type() == "cuda" and count > gpus:
+        raise UserError(
+            f"{count} processes on this machine need a GPU each, but torch sees {gpus}: set NGPU "
+            f'(torchrun: --nproc-per-node) to at most {gpus}, or CUDA_VISIBLE_DEVICES="" for CPU.'
+        )
 
 
 def local_device() -> torch.device:

@@ -253,3 +253,21 @@ def test_any_command_line_gives_a_config_or_one_sentence(argv):
         assert str(error).startswith(("command line: ", "job.config_file"))
     except SystemExit as stop:
         assert stop.code == 0 and {"-h", "--help"} & set(argv)
+
+
+def test_foreign_tables_at_their_defaults_ask_for_nothing(toml):
+    option = toml(
+        "[fault_tolerance]\nenable = false\n[memory_estimation]\n"
+        "[experimental]\ncustom_import = ''\n"
+        "[quantize.linear.mx]\nrecipe_name = 'mxfp8_cublas'\nfilter_fqns = ['output']\n"
+    )
+    config = ConfigManager().parse_args([option])
+    assert dataclasses.replace(config, job=JobConfig().job) == JobConfig()
+
+
+@pytest.mark.parametrize(
+    "text", ["[fault_tolerance]\nenable = true", "[experimental]\ncustom_import = 'my.module'"]
+)
+def test_foreign_tables_that_ask_for_something_are_refused(toml, text):
+    with pytest.raises(UserError, match="a table of torchtitan that is not supported here"):
+        ConfigManager().parse_args([toml(text)])

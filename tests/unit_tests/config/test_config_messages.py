@@ -160,7 +160,7 @@ def test_wrong_option_says_so_in_one_sentence(argv, message, capfd):
         ),
         *(
             (
-                f"[{table}]\nfqns = []",
+                f"[{table}]\nfoo = []",
                 f"[{table}] is a table of torchtitan that is not supported here; remove it.",
             )
             for table in ("quantize.linear.mx", "quantize.grouped_mm.mx")

@@ -15,9 +15,8 @@ class MoEArgs:
 
     num_experts: routed experts. num_shared_experts: experts every token passes, held as one FFN.
     score_func: from router logits to scores. route_norm: divide a token's chosen scores by their
-    sum. route_scale: then multiply by this. score_before_experts: weight the experts' input instead
-    of
-        their output (not DeepSeek's way).
+        sum. route_scale: then multiply by this.
+    score_before_experts: weight the experts' input, not their output (DeepSeek: the output).
     top_k: experts a token.
     num_expert_groups, num_limited_groups: node-limited routing (DeepSeek-V3 report, section 2.1.2):
         experts stand in equal groups, and a token may only use experts of its best
@@ -26,7 +25,8 @@ class MoEArgs:
         all-to-all, one copy per chosen expert, the same number of bytes travels with or without it.
     use_grouped_mm: grouped GEMM for the experts; off = a plain loop over them.
     load_balance_coeff: speed of the expert bias that evens out the load without an auxiliary loss
-        (arXiv 2408.15664), per optimizer step; None = no bias.
+        (arXiv 2408.15664), per optimizer step; 0 = a bias that
+        stays as it was loaded, None = no bias.
     _debug_force_load_balance: ignore the router's choice and spread tokens evenly (benchmarks).
     group_score_func: a group's score is the sum of its two best experts (V3) or its best one (V2).
     """
@@ -61,10 +61,10 @@ class MoEArgs:
             raise UserError(
                 f"num_shared_experts ({self.num_shared_experts}) must be 0 (none) or more."
             )
-        if self.load_balance_coeff is not None and self.load_balance_coeff <= 0:
+        if self.load_balance_coeff is not None and self.load_balance_coeff < 0:
             raise UserError(
-                f"load_balance_coeff ({self.load_balance_coeff}) must be above 0; "
-                "leave it out (None) for no expert bias."
+                f"load_balance_coeff ({self.load_balance_coeff}) must be 0 (a bias that stays as "
+                "it is) or more; leave it out (None) for no expert bias."
             )
 
 

@@ -36,7 +36,9 @@ class TokenChoiceTopKRouter(nn.Module):
 
     The order of DeepSeek-V3's gate: scores in fp32 → bias, for the choice only → group limit →
     top-k → weights gathered from the *unbiased* scores → normalise → scale. Left-out groups are
-    masked with −inf: with 0 a biased score below zero would let their experts in.
+    masked with −inf: with 0 a biased score below zero would let their experts in. Under mixed
+    precision the gate's weight arrives rounded to bf16, the form in which DeepSeek's checkpoints
+    hold it; the product with it and all that follows is fp32.
 
     Raises `UserError` (a ValueError) at construction; the rules are `check_routing`'s. When node
     limiting saves traffic, and when not, is told at `MoEArgs`.
@@ -77,11 +79,12 @@ class TokenChoiceTopKRouter(nn.Module):
         self._debug_force_load_balance = _debug_force_load_balance
 
     def forward(
-        self, x_TD: Tensor, expert_bias: Tensor | None = None
+        self, x_TD: Tensor, expert_bias: Tensor | None = None, token_mask_T: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose experts and their weights.
 
-        expert_bias: (E,) fp32, added to the scores for the choice only.
+        expert_bias: (E,) fp32, added to the scores for the choice only. token_mask_T: bool, False =
+        not counted in num_tokens_per_expert.
 
         Returns top_scores (T, K) fp32, the weights; selected_experts_indices (T, K) int64;
         num_tokens_per_expert (E,) int64.
@@ -97,7 +100,7 @@ class TokenChoiceTopKRouter(nn.Module):
             # 1e-20 keeps a sum of underflowed sigmoids from dividing by zero.
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
         weights_TK = weights_TK * self.route_scale
-        return weights_TK, ids_TK, count_tokens(ids_TK, self.num_experts)
+        return weights_TK, ids_TK, count_tokens(ids_TK, self.num_experts, token_mask_T)
 
     def _choose(self, scores_TE: Tensor, expert_bias: Tensor | None) -> Tensor:
         if self._debug_force_load_balance:
@@ -213,7 +216,8 @@ class MoE(nn.Module):
         token_mask_BS: bool, False = padding, which is computed but not counted in the load.
         """
         x_TD = x_BSD.flatten(0, 1)
-        weights_TK, ids_TK, load_E = self.router(x_TD, self.expert_bias)
+        token_mask_T = None if token_mask_BS is None else token_mask_BS.flatten()
+        weights_TK, ids_TK, load_E = self.router(x_TD, self.expert_bias, token_mask_T)
 
         rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
         weights_R = record.weights_R
@@ -226,11 +230,7 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
         out_BSD = out_TD.view_as(x_BSD)
-        if not return_load:
-            return out_BSD
-        if token_mask_BS is not None:
-            load_E = count_tokens(ids_TK, load_E.numel(), token_mask_BS.flatten())
-        return out_BSD, load_E
+        return (out_BSD, load_E) if return_load else out_BSD
 
     def init_weights(self, init_std: float) -> None:
         """Fill a layer that stands alone; inside a model, the model does."""

@@ -283,8 +283,8 @@ def test_full_recomputation_passes_each_router_twice():
         for moe in model.moe_layers().values():
             moe.router.register_forward_hook(count)
         mean_square(model(batch(0))).backward()
-    # Layers 0 to 3, experts in 1 to 3, of which layer 2 is a "second" one.
-    assert calls == {"none": 3, "full": 6, "every 2nd layer": 4, "op": 6}
+    # Layers 0 to 3, experts in 1 to 3, of which 1 and 3 are "second" ones.
+    assert calls == {"none": 3, "full": 6, "every 2nd layer": 5, "op": 6}
 
 
 class OpCounter(TorchDispatchMode):
@@ -335,3 +335,10 @@ def test_a_copied_model_counts_for_itself():
     twin = copy.deepcopy(model)
     twin(batch(0))
     assert not any(moe.tokens_per_expert.any() for moe in model.moe_layers().values())
+
+
+def test_a_coefficient_of_zero_keeps_the_loaded_bias():
+    moe = MoE(MoEArgs(num_experts=4, load_balance_coeff=0.0), dim=8, hidden_dim=8)
+    moe.expert_bias.copy_(torch.tensor([0.5, -0.5, 7.0, 0.0]))
+    update_expert_bias([moe], torch.tensor([[9, 1, 0, 2]]))
+    assert moe.expert_bias.tolist() == [0.5, -0.5, 7.0, 0.0]

@@ -242,8 +242,8 @@ def test_impossible_routing_is_refused_with_fields_and_values(fields, message):
 def test_impossible_layer_numbers_are_refused():
     with pytest.raises(UserError, match=r"num_shared_experts \(-1\) must be 0"):
         MoEArgs(num_shared_experts=-1)
-    with pytest.raises(UserError, match=r"load_balance_coeff \(0.0\) must be above 0"):
-        MoEArgs(load_balance_coeff=0.0)
+    with pytest.raises(UserError, match=r"load_balance_coeff \(-0.1\) must be 0 "):
+        MoEArgs(load_balance_coeff=-0.1)
 
 
 @quick
