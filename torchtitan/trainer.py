@@ -27,6 +27,7 @@ from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config import (
     JobConfig,
+    Parallelism,
     resolve_dp_degrees,
     resolve_global_batch_size,
     to_dict,
@@ -90,6 +91,7 @@ def check_config(config: JobConfig) -> Checked:
             f"{tokenizer.vocab_size}, or name the tokenizer of this model."
         )
     model_args.check_tokenizer(tokenizer.eos_id)
+    model_args.check_expert_parallel(config.parallelism.expert_parallel_degree)
     check_dataset(config.training.dataset, config.training.dataset_path)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
@@ -140,7 +142,28 @@ def build_model(
 def build_parallel_dims(config: JobConfig) -> ParallelDims:
     world_size = dist.get_world_size()
     replicate, shard = resolve_dp_degrees(config.parallelism, world_size)
-    return ParallelDims(replicate, shard, world_size, device_type())
+    return ParallelDims(
+        dp_replicate=replicate,
+        dp_shard=shard,
+        world_size=world_size,
+        device_type=device_type(),
+        ep=config.parallelism.expert_parallel_degree,
+        node_size=resolve_node_size(config.parallelism, world_size),
+    )
+
+
+def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
+    """Consecutive ranks of one node: as told, else as torchrun says, else all of them.
+
+    An EP group that begins in the middle of a node counts in the parts that its nodes share.
+    """
+    if parallelism.expert_parallel_node_size is not None:
+        return parallelism.expert_parallel_node_size
+    local, ep = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        parallelism.expert_parallel_degree,
+    )
+    return local if 0 in (local % ep, ep % local) else math.gcd(local, ep)
 
 
 def build_metrics(
@@ -218,7 +241,8 @@ def profilers(config: JobConfig, rank: int) -> Iterator[Callable[[], None]]:
 @dataclass
 class StepResult:
     """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact
-    when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer.
+    when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer;
+    traffic: see `TokenDispatcher.dispatch`, by layer.
     """
 
     loss: float
@@ -226,6 +250,7 @@ class StepResult:
     grad_norm: float
     lr: float
     loads: dict[int, Tensor]
+    traffic: dict[int, Tensor]
 
 
 @dataclass
@@ -382,7 +407,7 @@ class Trainer:
     def _update(self, local_loss: Tensor, grad_norm: Tensor) -> StepResult:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
-        loads_LE = step_loads(moes, dist.group.WORLD) if moes else []
+        loads_LE, traffic_L4 = step_loads(moes, dist.group.WORLD) if moes else ([], [])
         losses = torch.stack(gather_from_ranks(local_loss))
         # host sync: a non-finite step must be known before the weights change
         *rank_losses, norm = torch.cat((losses, grad_norm.view(1))).tolist()
@@ -400,6 +425,7 @@ class Trainer:
             grad_norm=norm,
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
+            traffic=dict(zip(self.moes, traffic_L4, strict=True)),
         )
 
     def _handle_non_finite(self, rank_losses: list[float], grad_norm: float) -> None:

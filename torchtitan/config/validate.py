@@ -23,6 +23,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_choices(config)
     _check_profiling(config, device_type)
     replicate, shard = resolve_dp_degrees(config.parallelism, world_size)
+    _check_expert_parallel(config.parallelism, replicate, shard)
     resolve_global_batch_size(config, replicate * shard)
 
 
@@ -41,7 +42,6 @@ _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
     ("parallelism.enable_async_tensor_parallel", (False,), "asynchronous tensor parallelism"),
     ("parallelism.pipeline_parallel_degree", (1,), "pipeline parallelism"),
     ("parallelism.context_parallel_degree", (1,), "context parallelism"),
-    ("parallelism.expert_parallel_degree", (1,), "expert parallelism"),
     ("parallelism.expert_tensor_parallel_degree", (1,), "tensor parallelism of experts"),
     ("checkpoint.enable", (False,), "saving and loading checkpoints"),
     ("checkpoint.create_seed_checkpoint", (False,), "a seed checkpoint"),
@@ -220,6 +220,29 @@ def resolve_dp_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, 
             f"means the rest), or start {replicate * shard} processes."
         )
     return replicate, rest
+
+
+def _check_expert_parallel(parallelism: Parallelism, replicate: int, shard: int) -> None:
+    """EP groups are made of the ranks that FSDP shards over, or, where they are larger, of whole
+    replicas."""
+    degree, processes = parallelism.expert_parallel_degree, replicate * shard
+    legal = [
+        n for n in range(1, processes + 1) if processes % n == 0 and 0 in (shard % n, n % shard)
+    ]
+    if degree not in legal:
+        raise UserError(
+            f"parallelism.expert_parallel_degree = {degree} must divide the data-parallel shard "
+            f"degree ({shard}), or be a multiple of it that divides the number of processes "
+            f"({processes}); set it to {_nearest(degree, legal)}."
+        )
+    size = parallelism.expert_parallel_node_size
+    if size is not None and (size < 1 or 0 not in (degree % size, size % degree)):
+        fitting = [n for n in range(1, degree + 1) if degree % n == 0]
+        raise UserError(
+            f"parallelism.expert_parallel_node_size = {size} must divide "
+            f"parallelism.expert_parallel_degree ({degree}) or be a multiple of it; set it to "
+            f"{_nearest(size, fitting)}."
+        )
 
 
 def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:

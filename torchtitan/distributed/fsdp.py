@@ -9,6 +9,7 @@ ranks, never averaged: the loss is already divided by the tokens of the whole st
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from torchtitan.config import Parallelism, Training
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -18,7 +19,11 @@ from torchtitan.tools.utils import TORCH_DTYPES
 
 
 def apply_data_parallel(
-    model: BaseModel, dims: ParallelDims, training: Training, parallelism: Parallelism
+    model: BaseModel,
+    dims: ParallelDims,
+    expert_mesh: DeviceMesh | None,
+    training: Training,
+    parallelism: Parallelism,
 ) -> None:
     """Spread the weights of `model` in place, one communication unit per layer.
 
@@ -35,7 +40,10 @@ def apply_data_parallel(
         reduce_dtype=TORCH_DTYPES[training.mixed_precision_reduce],
         cast_forward_inputs=False,  # positions, masks and the rotary table keep their dtypes
     )
-    _shard_layers(model, _data_parallel_mesh(dims), policy, _reshard(dims, parallelism))
+    reshard = _reshard(dims, parallelism)
+    if expert_mesh is not None:
+        _shard_experts(model, expert_mesh, policy, reshard)
+    _shard_layers(model, _data_parallel_mesh(dims), policy, reshard)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Both lines together: a factor without the forced sum needs PREMUL_SUM, which gloo
@@ -73,6 +81,27 @@ def _reshard(dims: ParallelDims, parallelism: Parallelism) -> bool:
     if parallelism.fsdp_reshard_after_forward == "default":
         return dims.dp_shard > 1
     return parallelism.fsdp_reshard_after_forward == "always"
+
+
+def _shard_experts(
+    model: BaseModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool
+) -> None:
+    """Experts' weights over the ranks that hold the same experts: a unit of their own per layer."""
+    axes = ("dp_replicate", "dp_shard") if mesh["dp_replicate"].size() > 1 else "dp_shard"
+    for moe in model.moe_layers().values():
+        num_experts = moe.experts.w1.size(0)
+        # Fewer experts than ranks: split inside of the experts, where that comes out even.
+        split = mesh["dp_shard"].size()
+        inside = split * mesh["ep"].size() > num_experts and all(
+            p.size(1) % split == 0 for p in moe.experts.parameters()
+        )
+        fully_shard(
+            moe.experts,
+            mesh=mesh[axes],
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=(lambda p: Shard(1)) if inside else None,
+        )
 
 
 def _shard_layers(

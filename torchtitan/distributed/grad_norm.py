@@ -1,5 +1,6 @@
 """Gradient clipping by the global norm."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -11,12 +12,21 @@ from torch.distributed.tensor import DTensor
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients so that their L2 norm over all ranks is at most `max_norm`.
 
-    Returns the norm before clipping: a scalar, equal on all ranks. One all-reduce for sharded
-    gradients.
+    Returns the norm before clipping: a scalar, equal on all ranks. Dense weights and experts lie on
+    different meshes, which torch can't mix in one norm: one norm (and one all-reduce) for each
+    mesh, then the root of the sum of squares.
     """
-    params = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in params], foreach=True)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    nn.utils.clip_grads_with_norm_(params, max_norm, norm, foreach=True)
+    groups = defaultdict(list)
+    for p in parameters:
+        if p.grad is not None:
+            groups[p.grad.device_mesh if isinstance(p.grad, DTensor) else None].append(p)
+    norms = [_norm(group) for group in groups.values()]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    for group in groups.values():
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm, foreach=True)
     return norm
+
+
+def _norm(params: list[nn.Parameter]) -> Tensor:
+    norm = nn.utils.get_total_norm([p.grad for p in params], foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,4 +1,12 @@
-"""The degrees of parallelism, and the device meshes that they span."""
+"""The degrees of parallelism, and the device meshes that they span.
+
+Dense weights and experts are spread over the same ranks in two ways:
+
+    dense     (dp_replicate, dp_shard)
+    experts   (dp_replicate, dp_shard / ep, ep): each EP group is `ep` consecutive ranks that hold
+    all
+              experts between them, and FSDP shards over what is left
+"""
 
 from dataclasses import dataclass
 
@@ -7,20 +15,35 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """dp_replicate × dp_shard = world_size. Checked before, by `torchtitan.config.validate`."""
+    """dp_replicate × dp_shard = world_size. Checked before, by `torchtitan.config.validate`.
+
+    ep: ranks over which experts are spread. node_size: consecutive ranks that share a node.
+    """
 
     dp_replicate: int
     dp_shard: int
     world_size: int
     device_type: str
+    ep: int = 1
+    node_size: int = 1
 
     def __post_init__(self) -> None:
         assert self.dp_replicate * self.dp_shard == self.world_size, self
+        assert self.world_size % self.ep == 0, self
 
     @property
     def dp_degree(self) -> int:
         """Ranks that see different data."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks over which FSDP splits the experts of an EP rank; 1 where EP uses them all up."""
+        return max(1, self.dp_shard // self.ep)
+
+    @property
+    def nodes_per_ep_group(self) -> int:
+        return max(1, self.ep // self.node_size)
 
     def build_mesh(self) -> DeviceMesh:
         """Axes `dp_replicate` (weights copied) and `dp_shard` (weights split), of any size."""
@@ -28,6 +51,20 @@ class ParallelDims:
             self.device_type,
             (self.dp_replicate, self.dp_shard),
             mesh_dim_names=("dp_replicate", "dp_shard"),
+        )
+
+    def build_expert_mesh(self) -> DeviceMesh | None:
+        """Axes `dp_replicate`, `dp_shard` and `ep`, of any size, over the same ranks; None = no EP.
+
+        With DDP (dp_shard = 1) the EP groups are taken out of the replicas.
+        """
+        if self.ep == 1:
+            return None
+        replicate = self.world_size // (self.expert_shard * self.ep)
+        return init_device_mesh(
+            self.device_type,
+            (replicate, self.expert_shard, self.ep),
+            mesh_dim_names=("dp_replicate", "dp_shard", "ep"),
         )
 
     def describe(self) -> str:

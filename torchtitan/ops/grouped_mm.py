@@ -8,9 +8,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # Public since torch 2.12 or so; the same kernel under a private name in 2.11.
 _kernel = getattr(F, "grouped_mm", None) or torch._grouped_mm
+
+
+def local_part(weights: Tensor) -> Tensor:
+    """The groups that this rank holds: all of a plain tensor, its own part of a DTensor."""
+    return weights.to_local() if isinstance(weights, DTensor) else weights
 
 
 def grouped_mm(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:

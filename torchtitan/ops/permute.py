@@ -1,8 +1,9 @@
-"""Bring the routed copies of tokens into expert order, and back.
+"""Bring the copies of tokens into the order of their destinations, and back.
 
-Of T tokens each has K copies; copy n = t · K + k. Sorted by expert, copy n stands in row
-`row_of_copy[n]`, and row r holds copy `copy_of_row[r]`. Stable: copies of one expert stay in token
-order.
+Each of P rows has K slots, and a slot may be taken by one copy of its row, bound for a destination
+(an expert, a rank, a node), or be empty; slot n = p · K + k. Sorted by destination, the copy of
+slot n stands in row `row_of_slot[n]`, and row r holds the copy of slot `slot_of_row[r]`. Stable:
+copies for one destination stay in order.
 
 `expand_rows` and `reduce_rows` are each other's transpose, so each is the other's backward: gathers
 in both directions, no atomics (deterministic), and nothing saved but the indices.
@@ -14,63 +15,80 @@ import torch
 from torch import Tensor
 
 
-class ExpertOrder(NamedTuple):
-    """copy_of_row_N, row_of_copy_TK: int64 indices as above. counts_E: int64 rows of an expert."""
+class RowOrder(NamedTuple):
+    """slot_of_row_R, row_of_slot_PK: int64 indices as above. taken_PK: bool, None = all are taken.
+    counts: int64 rows of each destination.
+    """
 
-    copy_of_row_N: Tensor
-    row_of_copy_TK: Tensor
-    counts_E: Tensor
-
-
-def sort_by_expert(ids_TK: Tensor, num_experts: int) -> ExpertOrder:
-    """Expert order of the copies routed to `ids_TK`. No host sync."""
-    sorted_ids_N, copy_of_row_N = ids_TK.flatten().sort(stable=True)
-    rows_N = torch.arange(sorted_ids_N.numel(), device=ids_TK.device)
-    row_of_copy_N = torch.empty_like(copy_of_row_N).scatter_(0, copy_of_row_N, rows_N)
-    experts_E = torch.arange(num_experts, device=ids_TK.device)
-    ends_E = torch.searchsorted(sorted_ids_N, experts_E, right=True)
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    return ExpertOrder(copy_of_row_N, row_of_copy_N.view_as(ids_TK), counts_E)
+    slot_of_row_R: Tensor
+    row_of_slot_PK: Tensor
+    taken_PK: Tensor | None
+    counts: Tensor
 
 
-def expand_rows(x_TD: Tensor, order: ExpertOrder) -> Tensor:
-    """Every token's K copies, in expert order: (N, D)."""
-    return _ExpandRows.apply(x_TD, order.copy_of_row_N, order.row_of_copy_TK)
+def sort_slots(
+    destination_PK: Tensor, num_destinations: int, num_rows: int | None = None
+) -> RowOrder:
+    """Order of the copies by destination. No host sync.
+
+    destination_PK: int64; −1 = empty slot. num_rows: how many slots are taken; None = all.
+    """
+    keys_PK, taken_PK = destination_PK, None
+    if num_rows is not None:
+        taken_PK = destination_PK >= 0
+        keys_PK = destination_PK.where(taken_PK, num_destinations)  # empty slots go last
+    sorted_keys_N, slot_of_row_N = keys_PK.flatten().sort(stable=True)
+    rows_N = torch.arange(sorted_keys_N.numel(), device=keys_PK.device)
+    row_of_slot_N = torch.empty_like(slot_of_row_N).scatter_(0, slot_of_row_N, rows_N)
+    destinations = torch.arange(num_destinations, device=keys_PK.device)
+    ends = torch.searchsorted(sorted_keys_N, destinations, right=True)
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    return RowOrder(slot_of_row_N[:num_rows], row_of_slot_N.view_as(keys_PK), taken_PK, counts)
 
 
-def reduce_rows(rows_ND: Tensor, order: ExpertOrder) -> Tensor:
-    """Sum of every token's K rows, in fp32, returned in the rows' dtype: (T, D)."""
-    return _ReduceRows.apply(rows_ND, order.copy_of_row_N, order.row_of_copy_TK)
+def expand_rows(x_PD: Tensor, order: RowOrder) -> Tensor:
+    """Every row's copies, in order: (R, D)."""
+    return _ExpandRows.apply(x_PD, *order[:3])
 
 
-def _expand(x_TD: Tensor, copy_of_row_N: Tensor, row_of_copy_TK: Tensor) -> Tensor:
-    return x_TD[copy_of_row_N // row_of_copy_TK.size(1)]
+def reduce_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
+    """Sum of every row's copies, in fp32, returned in the dtype of `rows_RD`: (P, D)."""
+    return _ReduceRows.apply(rows_RD, *order[:3])
 
 
-def _reduce(rows_ND: Tensor, row_of_copy_TK: Tensor) -> Tensor:
+def _expand(x_PD: Tensor, slot_of_row_R: Tensor, row_of_slot_PK: Tensor) -> Tensor:
+    return x_PD[slot_of_row_R // row_of_slot_PK.size(1)]
+
+
+def _reduce(rows_RD: Tensor, row_of_slot_PK: Tensor, taken_PK: Tensor | None) -> Tensor:
     # fp64 stays fp64 (tests); everything below accumulates in fp32.
-    sum_dtype = torch.promote_types(rows_ND.dtype, torch.float32)
-    return rows_ND[row_of_copy_TK].sum(dim=1, dtype=sum_dtype).to(rows_ND.dtype)
+    sum_dtype = torch.promote_types(rows_RD.dtype, torch.float32)
+    if taken_PK is None:
+        return rows_RD[row_of_slot_PK].sum(dim=1, dtype=sum_dtype).to(rows_RD.dtype)
+    if rows_RD.size(0) == 0:
+        return rows_RD.new_zeros(row_of_slot_PK.size(0), rows_RD.size(1))
+    copies_PKD = rows_RD[row_of_slot_PK.clamp(max=rows_RD.size(0) - 1)]
+    copies_PKD = copies_PKD.masked_fill(~taken_PK.unsqueeze(-1), 0)
+    return copies_PKD.sum(dim=1, dtype=sum_dtype).to(rows_RD.dtype)
 
 
 class _ExpandRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, copy_of_row_N, row_of_copy_TK):
-        ctx.save_for_backward(row_of_copy_TK)
-        return _expand(x_TD, copy_of_row_N, row_of_copy_TK)
+    def forward(ctx, x_PD, slot_of_row_R, row_of_slot_PK, taken_PK):
+        ctx.save_for_backward(row_of_slot_PK, taken_PK)
+        return _expand(x_PD, slot_of_row_R, row_of_slot_PK)
 
     @staticmethod
-    def backward(ctx, grad_ND):
-        (row_of_copy_TK,) = ctx.saved_tensors
-        return _reduce(grad_ND, row_of_copy_TK), None, None
+    def backward(ctx, grad_RD):
+        return _reduce(grad_RD, *ctx.saved_tensors), None, None, None
 
 
 class _ReduceRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_ND, copy_of_row_N, row_of_copy_TK):
-        ctx.save_for_backward(copy_of_row_N, row_of_copy_TK)
-        return _reduce(rows_ND, row_of_copy_TK)
+    def forward(ctx, rows_RD, slot_of_row_R, row_of_slot_PK, taken_PK):
+        ctx.save_for_backward(slot_of_row_R, row_of_slot_PK)
+        return _reduce(rows_RD, row_of_slot_PK, taken_PK)
 
     @staticmethod
-    def backward(ctx, grad_TD):
-        return _expand(grad_TD, *ctx.saved_tensors), None, None
+    def backward(ctx, grad_PD):
+        return _expand(grad_PD, *ctx.saved_tensors), None, None, None

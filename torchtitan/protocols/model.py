@@ -52,6 +52,14 @@ class BaseModelArgs:
     def check_tokenizer(self, eos_id: int | None) -> None:
         """Raise `UserError` where the model needs a token that the tokenizer doesn't have."""
 
+    def check_expert_parallel(self, degree: int) -> None:
+        """Raise `UserError` where the experts can't be spread over so many ranks."""
+        if degree > 1:
+            raise UserError(
+                f"parallelism.expert_parallel_degree = {degree}, but this model has no experts; "
+                "set it to 1."
+            )
+
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
         """FLOPs of forward and backward per token, without recomputation (2 per multiply-add)."""
         raise NotImplementedError

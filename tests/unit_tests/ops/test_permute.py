@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchtitan.ops.permute import expand_rows, reduce_rows, sort_by_expert
+from torchtitan.ops.permute import expand_rows, reduce_rows, sort_slots
 
 T, K, E, D = 7, 3, 6, 4
 
@@ -24,19 +24,19 @@ def copies_in_order(ids: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def test_order_is_by_expert_then_by_token(ids):
-    order = sort_by_expert(ids, E)
+    order = sort_slots(ids, E)
     rows = copies_in_order(ids)
-    assert order.copy_of_row_N.tolist() == [t * K + k for t, k in rows]
+    assert order.slot_of_row_R.tolist() == [t * K + k for t, k in rows]
     for row, (t, k) in enumerate(rows):
-        assert order.row_of_copy_TK[t, k] == row
-    assert torch.equal(order.counts_E, torch.bincount(ids.flatten(), minlength=E))
-    assert order.counts_E[2] == 0 and order.counts_E.dtype == torch.int64
+        assert order.row_of_slot_PK[t, k] == row
+    assert torch.equal(order.counts, torch.bincount(ids.flatten(), minlength=E))
+    assert order.counts[2] == 0 and order.counts.dtype == torch.int64
 
 
 def test_expand_places_every_tokens_copies(ids):
     x = torch.randn(T, D)
     expected = torch.stack([x[t] for t, _ in copies_in_order(ids)])
-    assert torch.equal(expand_rows(x, sort_by_expert(ids, E)), expected)
+    assert torch.equal(expand_rows(x, sort_slots(ids, E)), expected)
 
 
 def test_reduce_sums_every_tokens_rows(ids):
@@ -44,17 +44,17 @@ def test_reduce_sums_every_tokens_rows(ids):
     expected = torch.zeros(T, D, dtype=torch.float64)
     for row, (t, _) in zip(rows, copies_in_order(ids), strict=True):
         expected[t] += row
-    torch.testing.assert_close(reduce_rows(rows, sort_by_expert(ids, E)), expected)
+    torch.testing.assert_close(reduce_rows(rows, sort_slots(ids, E)), expected)
 
 
 def test_expand_and_reduce_are_each_others_transpose(ids):
-    order = sort_by_expert(ids, E)
+    order = sort_slots(ids, E)
     x, y = torch.randn(T, D).double(), torch.randn(T * K, D).double()
     torch.testing.assert_close((expand_rows(x, order) * y).sum(), (x * reduce_rows(y, order)).sum())
 
 
 def test_gradients_are_right(ids):
-    order = sort_by_expert(ids, E)
+    order = sort_slots(ids, E)
     x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(T * K, D, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: expand_rows(t, order), x)
@@ -65,19 +65,19 @@ def test_bf16_rows_are_summed_in_fp32():
     # 256 + 1 + 1: in bf16 each 1 alone is lost (257 rounds to 256), their sum is not.
     ids = torch.tensor([[0, 1, 2]])
     rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16, requires_grad=True)
-    out = reduce_rows(rows, sort_by_expert(ids, 3))
+    out = reduce_rows(rows, sort_slots(ids, 3))
     assert out.dtype == torch.bfloat16 and out.item() == 258.0
     out.sum().backward()
     assert rows.grad.dtype == torch.bfloat16
 
     # The same on the way back: a token's gradient is the sum over its copies.
     x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    expand_rows(x, sort_by_expert(ids, 3)).backward(rows.detach())
+    expand_rows(x, sort_slots(ids, 3)).backward(rows.detach())
     assert x.grad.item() == 258.0
 
 
 def test_no_tokens():
-    order = sort_by_expert(torch.empty(0, K, dtype=torch.int64), E)
-    assert order.counts_E.tolist() == [0] * E
+    order = sort_slots(torch.empty(0, K, dtype=torch.int64), E)
+    assert order.counts.tolist() == [0] * E
     assert expand_rows(torch.empty(0, D), order).shape == (0, D)
     assert reduce_rows(torch.empty(0, D), order).shape == (0, D)

@@ -116,6 +116,17 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
                 "'causal'."
             )
 
+    def check_expert_parallel(self, degree: int) -> None:
+        num_experts = self.moe_args.num_experts
+        if num_experts % degree:
+            divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - degree))
+            raise UserError(
+                f"parallelism.expert_parallel_degree = {degree} must divide the number of experts, "
+                f"model.args.moe_args.num_experts ({num_experts}); the nearest that does is "
+                f"{nearest}."
+            )
+
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
         """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =
         3 ×.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.moe import FeedForward, MoE
-from torchtitan.models.moe.balancing import record_load
+from torchtitan.models.moe.balancing import Load, record_load
 from torchtitan.ops.attention import AttentionMask, attention, document_mask
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.rope import apply_rope, rope_table
@@ -92,8 +92,8 @@ class TransformerBlock(nn.Module):
         mask: AttentionMask = None,
         positions_BS: Tensor | None = None,
         token_mask_BS: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the new hidden state and, with experts, this batch's tokens per expert.
+    ) -> tuple[Tensor, Load | None]:
+        """Returns the new hidden state and, with experts, this batch's load.
 
         The load is returned, not kept: a block may be recomputed in the backward pass, and only
         what leaves it is sure to happen once.
@@ -102,8 +102,8 @@ class TransformerBlock(nn.Module):
         normed = self.ffn_norm(x_BSD)
         if not self.moe_enabled:
             return x_BSD + self.feed_forward(normed), None
-        out, load_E = self.moe(normed, token_mask_BS, return_load=True)
-        return x_BSD + out, load_E
+        out, load = self.moe(normed, token_mask_BS, return_load=True)
+        return x_BSD + out, load
 
 
 class DeepSeekV3Model(BaseModel):
@@ -134,9 +134,9 @@ class DeepSeekV3Model(BaseModel):
         """
         x_BSD = self.tok_embeddings(tokens)
         for layer in self.layers.values():
-            x_BSD, load_E = layer(x_BSD, self.rope, attention_masks, positions, token_mask)
-            if load_E is not None and self.training and torch.is_grad_enabled():
-                record_load(layer.moe, load_E)
+            x_BSD, load = layer(x_BSD, self.rope, attention_masks, positions, token_mask)
+            if load is not None and self.training and torch.is_grad_enabled():
+                record_load(layer.moe, load)
         return self.output(self.norm(x_BSD))
 
     def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> AttentionMask:

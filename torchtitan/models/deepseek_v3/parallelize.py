@@ -1,11 +1,13 @@
-"""Where a DeepSeek model lives: activation checkpointing → compile → data parallel."""
+"""Where a DeepSeek model lives: experts → activation checkpointing → compile → data parallel."""
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.expert_parallel import apply_expert_parallel
 from torchtitan.distributed.fsdp import apply_data_parallel
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
+from torchtitan.models.moe.layout import say_expert_layout
 from torchtitan.ops.grouped_mm import why_loop
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.logging import logger
@@ -16,10 +18,24 @@ def parallelize_deepseekv3(
     model: BaseModel, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> BaseModel:
     """Change the model in place, in this order, on any device; each step logs one line."""
+    expert_mesh = parallel_dims.build_expert_mesh()
     _say_how_experts_compute(model.model_args, job_config)
+    say_expert_layout(
+        model.model_args.moe_args,
+        ep=parallel_dims.ep,
+        nodes=parallel_dims.nodes_per_ep_group,
+    )
+    apply_expert_parallel(
+        model.moe_layers(),
+        parallel_dims,
+        expert_mesh,
+        job_config.parallelism.expert_parallel_dispatch,
+    )
     apply_activation_checkpoint(model.layers, job_config.activation_checkpoint)
     apply_compile(model.layers, job_config.compile)
-    apply_data_parallel(model, parallel_dims, job_config.training, job_config.parallelism)
+    apply_data_parallel(
+        model, parallel_dims, expert_mesh, job_config.training, job_config.parallelism
+    )
     return model
 
 

@@ -7,7 +7,7 @@ activations cannot count a token twice.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,24 +30,36 @@ def count_tokens(ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None =
     return ones_N.new_zeros(num_experts).scatter_add_(0, ids_TK.flatten(), ones_N)
 
 
-def record_load(moe: "MoE", load_E: Tensor) -> None:
-    """Add one micro-batch's tokens per expert to the optimizer step's."""
-    moe.tokens_per_expert += load_E
+class Load(NamedTuple):
+    """tokens_E: int64 tokens per expert, padding left out. traffic: what travelled for them, see
+    `TokenDispatcher.dispatch`; None where nothing did.
+    """
+
+    tokens_E: Tensor
+    traffic: Tensor | None
+
+
+def record_load(moe: "MoE", load: Load) -> None:
+    """Add one micro-batch's load to the optimizer step's."""
+    moe.tokens_per_expert += load.tokens_E
+    if load.traffic is not None:
+        moe.traffic += load.traffic
 
 
 @torch.no_grad()
-def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) -> Tensor:
-    """Tokens per expert of the optimizer step, over all ranks of `group`: (layers, E) int64.
+def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) -> Load:
+    """The optimizer step's load over all ranks of `group`: (layers, E) and (layers, 4) int64.
 
     Takes the counts: they start again from zero. group: all ranks whose tokens differ (data
     parallel); None = this process alone. One all-reduce for all layers.
     """
-    load_LE = torch.stack([moe.tokens_per_expert for moe in moes])
+    both = torch.stack([torch.cat((moe.tokens_per_expert, moe.traffic)) for moe in moes])
     if group is not None:
-        dist.all_reduce(load_LE, group=group)
+        dist.all_reduce(both, group=group)
     for moe in moes:
         moe.tokens_per_expert.zero_()
-    return load_LE
+        moe.traffic.zero_()
+    return Load(both[:, :-4], both[:, -4:])
 
 
 @torch.no_grad()

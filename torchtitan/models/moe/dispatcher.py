@@ -4,11 +4,12 @@ A dispatcher is a plain object without state of the current batch; what `combine
 the frozen record.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from torchtitan.ops.permute import ExpertOrder, expand_rows, reduce_rows, sort_by_expert
+from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
 
 
 class TokenDispatcher(Protocol):
@@ -22,7 +23,9 @@ class TokenDispatcher(Protocol):
         ids_TK: int64 experts of each token. weights_TK: their routing weights, fp32.
 
         Returns rows_RD sorted by expert; counts_L, int64 rows of each local expert; and a record
-        whose `weights_R` holds the routing weight of every row.
+        with `weights_R`, the routing weight of every row, and `traffic`: int64 tokens sent to this
+        rank, to others of its node, to other nodes, and the copies that one per expert would have
+        made (4,), or None where nothing travels.
         """
         ...
 
@@ -30,12 +33,17 @@ class TokenDispatcher(Protocol):
         """Sum each token's rows (in fp32) into (T, D), in the rows' dtype."""
         ...
 
+    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
+        """Start `layer(x)` so that it overlaps with dispatch; call what comes back for its result."""
+        ...
+
 
 class LocalRecord(NamedTuple):
     """weights_R: routing weight of every row. order: how rows and tokens belong together."""
 
     weights_R: Tensor
-    order: ExpertOrder
+    order: RowOrder
+    traffic: None = None
 
 
 class LocalDispatcher:
@@ -47,9 +55,12 @@ class LocalDispatcher:
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, LocalRecord]:
-        order = sort_by_expert(ids_TK, self.num_experts)
-        weights_R = weights_TK.flatten()[order.copy_of_row_N]
-        return expand_rows(x_TD, order), order.counts_E, LocalRecord(weights_R, order)
+        order = sort_slots(ids_TK, self.num_experts)
+        weights_R = weights_TK.flatten()[order.slot_of_row_R]
+        return expand_rows(x_TD, order), order.counts, LocalRecord(weights_R, order)
 
     def combine(self, rows_RD: Tensor, record: LocalRecord) -> Tensor:
         return reduce_rows(rows_RD, record.order)
+
+    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
+        return lambda: layer(x_TD)

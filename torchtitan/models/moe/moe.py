@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.moe.args import MoEArgs, check_routing
-from torchtitan.models.moe.balancing import count_tokens
+from torchtitan.models.moe.balancing import Load, count_tokens
 from torchtitan.models.moe.dispatcher import LocalDispatcher, TokenDispatcher
-from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop
+from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop, local_part
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.swiglu import swiglu
 
@@ -157,17 +157,19 @@ class GroupedExperts(nn.Module):
         counts_L: int64 rows of each expert. weights_R: factors on the experts' outputs.
         """
         mm = grouped_mm if self.use_grouped_mm else grouped_mm_loop
-        gate_RF = mm(rows_RD, self.w1.transpose(1, 2), counts_L)
-        up_RF = mm(rows_RD, self.w3.transpose(1, 2), counts_L)
-        hidden_RF = swiglu(gate_RF, up_RF, weights_R)
-        return mm(hidden_RF, self.w2.transpose(1, 2), counts_L)
+        w1_LDF, w2_LFD, w3_LDF = (
+            local_part(weight).transpose(1, 2) for weight in (self.w1, self.w2, self.w3)
+        )
+        hidden_RF = swiglu(mm(rows_RD, w1_LDF, counts_L), mm(rows_RD, w3_LDF, counts_L), weights_R)
+        return mm(hidden_RF, w2_LFD, counts_L)
 
 
 class MoE(nn.Module):
     """Routed experts plus shared ones.
 
     Buffers: `expert_bias` (E,) fp32, part of the state dict (None without balancing);
-    `tokens_per_expert` (E,) int64, tokens of the current optimizer step (see balancing.py).
+    `tokens_per_expert` (E,) int64 and `traffic` (4,) int64, tokens and their ways of the current
+    optimizer step (see balancing.py).
     """
 
     def __init__(self, moe_args: MoEArgs, dim: int, hidden_dim: int):
@@ -207,11 +209,12 @@ class MoE(nn.Module):
             torch.zeros(moe_args.num_experts, dtype=torch.int64),
             persistent=False,
         )
+        self.register_buffer("traffic", torch.zeros(4, dtype=torch.int64), persistent=False)
 
     def forward(
         self, x_BSD: Tensor, token_mask_BS: Tensor | None = None, *, return_load: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, S, D) to (B, S, D); with `return_load` also the int64 tokens per expert (E,).
+    ) -> Tensor | tuple[Tensor, Load]:
+        """(B, S, D) to (B, S, D); with `return_load` also the batch's load.
 
         token_mask_BS: bool, False = padding, which is computed but not counted in the load.
         """
@@ -219,6 +222,8 @@ class MoE(nn.Module):
         token_mask_T = None if token_mask_BS is None else token_mask_BS.flatten()
         weights_TK, ids_TK, load_E = self.router(x_TD, self.expert_bias, token_mask_T)
 
+        if self.shared_experts is not None:
+            shared = self.dispatcher.beside(self.shared_experts, x_TD)
         rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
         weights_R = record.weights_R
         if self.score_before_experts:
@@ -228,9 +233,9 @@ class MoE(nn.Module):
         out_TD = self.dispatcher.combine(rows_RD, record)
 
         if self.shared_experts is not None:
-            out_TD = out_TD + self.shared_experts(x_TD)
+            out_TD = out_TD + shared()
         out_BSD = out_TD.view_as(x_BSD)
-        return (out_BSD, load_E) if return_load else out_BSD
+        return (out_BSD, Load(load_E, record.traffic)) if return_load else out_BSD
 
     def init_weights(self, init_std: float) -> None:
         """Fill a layer that stands alone; inside a model, the model does."""
@@ -239,6 +244,7 @@ class MoE(nn.Module):
 
     def init_buffers(self) -> None:
         self.tokens_per_expert.zero_()
+        self.traffic.zero_()
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 

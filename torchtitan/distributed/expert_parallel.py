@@ -1,0 +1,314 @@
+"""Expert parallelism: each rank holds some of the experts, and tokens travel to them.
+
+Two dispatchers behind the interface of models/moe/dispatcher.py. With experts spread evenly and in
+order over the ranks of an EP group, and these over nodes:
+
+    all-to-all     a token goes once to each *rank* that has experts of it
+    node-limited   a token goes once to each *node* that has experts of it, to the rank at the
+                   sender's own place there, which passes it on to the ranks inside the node
+
+Both are made of hops. A hop sends a row once to each destination, with the list of its experts
+there and their weights; on the way back the partial sums of the destinations (summed in fp32, sent
+in the rows' dtype) are summed. Weights are applied on the expert's side; gradients flow back
+through the same hops, those of the weights too.
+
+Letters: P rows at some place of the way, K slots of a row (expert ids, −1 = empty), D model dim.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
+from torchtitan.tools.logging import logger
+
+
+def apply_expert_parallel(
+    moes: Mapping[int, nn.Module],
+    dims: ParallelDims,
+    expert_mesh: DeviceMesh | None,
+    dispatch: str,
+) -> None:
+    """Spread the experts of each layer over `dims.ep` ranks, and give it the dispatcher that brings
+    tokens there. dispatch: "all_to_all", "node_limited", or "auto": the latter where EP groups span
+    nodes. expert_mesh: of `ParallelDims.build_expert_mesh`. In place, before FSDP; logs one line.
+    """
+    if expert_mesh is None:
+        return
+    mesh = expert_mesh["ep"]
+    spans_nodes = dims.nodes_per_ep_group > 1
+    node_limited = dispatch == "node_limited" or (dispatch == "auto" and spans_nodes)
+    num_experts = next(iter(moes.values())).experts.w1.size(0)
+    if node_limited:
+        groups = _node_groups(mesh, dims)
+        make = partial(NodeLimitedDispatcher, *groups, num_experts)
+    else:
+        make = partial(AllToAllDispatcher, mesh.get_group(), num_experts, dims.node_size)
+    for moe in moes.values():
+        for name, param in list(moe.experts.named_parameters()):
+            local = distribute_tensor(param.data, mesh, [Shard(0)], src_data_rank=None)
+            moe.experts.register_parameter(name, nn.Parameter(local))
+        moe.dispatcher = make()
+    logger.info(
+        "Expert parallel: %d ranks of %d experts each, one copy of a token per %s",
+        dims.ep,
+        num_experts // dims.ep,
+        "destination node, then per rank" if node_limited else "destination rank",
+    )
+
+
+def _node_groups(
+    mesh: DeviceMesh, dims: ParallelDims
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Of this rank's EP group: the ranks at its place on each node, and the ranks of its node."""
+    ranks_per_node = dims.ep // dims.nodes_per_ep_group
+    between = within = None
+    for first in range(0, dims.world_size, dims.ep):  # every rank helps to make every group
+        grid = torch.arange(first, first + dims.ep).view(-1, ranks_per_node)
+        for ranks in grid.T.tolist():
+            group = dist.new_group(ranks)
+            between = group if dist.get_rank() in ranks else between
+        for ranks in grid.tolist():
+            group = dist.new_group(ranks)
+            within = group if dist.get_rank() in ranks else within
+    return between, within
+
+
+class Rows(NamedTuple):
+    """x_PD: hidden states. ids_PK: int64 experts of each row, counted from the first that this
+    place is responsible for. weights_PK: their routing weights, 0 in empty slots.
+    """
+
+    x_PD: Tensor
+    ids_PK: Tensor
+    weights_PK: Tensor
+
+
+class HopRecord(NamedTuple):
+    """The way back of a hop: order of the rows sent, numbers sent to and received from each rank."""
+
+    order: RowOrder
+    sent: list[int]
+    received: list[int]
+
+
+class Record(NamedTuple):
+    """weights_R, traffic: see `TokenDispatcher.dispatch`. hops in the order they were taken, and
+    the order of the rows by local expert.
+    """
+
+    weights_R: Tensor
+    traffic: Tensor
+    hops: tuple[HopRecord, ...]
+    order: RowOrder
+
+
+class Hop:
+    """Send rows to the ranks of `group`, each of which stands for `num_experts / size` experts."""
+
+    def __init__(self, group: dist.ProcessGroup, num_experts: int):
+        self.group = group
+        self.size = group.size()
+        self.experts_per_rank = num_experts // self.size
+
+    def destinations(self, ids_PK: Tensor) -> Tensor:
+        """The rank of each slot's expert, but only in a row's first slot for that rank; else −1."""
+        ranks_PK = torch.div(ids_PK, self.experts_per_rank, rounding_mode="floor")
+        same_PKK = ranks_PK.unsqueeze(2) == ranks_PK.unsqueeze(1)
+        repeated_PK = same_PKK.tril(diagonal=-1).any(dim=2)
+        return ranks_PK.masked_fill(repeated_PK | (ids_PK < 0), -1)
+
+    def go(
+        self, rows: Rows, destination_PK: Tensor, sent: list[int], received: list[int]
+    ) -> tuple[Rows, HopRecord]:
+        """sent, received: rows to and from each rank of the group."""
+        order = sort_slots(destination_PK, self.size, num_rows=sum(sent))
+        row_of = order.slot_of_row_R // destination_PK.size(1)
+        rank_R = destination_PK.flatten()[order.slot_of_row_R]
+        ids_RK = rows.ids_PK[row_of] - (rank_R * self.experts_per_rank).unsqueeze(1)
+        there_RK = (ids_RK >= 0) & (ids_RK < self.experts_per_rank)
+        ids_RK = ids_RK.masked_fill(~there_RK, -1)
+        weights_RK = expand_rows(rows.weights_PK, order).masked_fill(~there_RK, 0)
+        # One message for both: expert ids are exact in fp32.
+        slots = torch.cat((weights_RK, ids_RK.to(weights_RK.dtype)), dim=1)
+        slots = self._exchange(slots, received, sent)
+        x = self._exchange(expand_rows(rows.x_PD, order), received, sent)
+        weights, ids = slots.chunk(2, dim=1)
+        arrived = Rows(x, ids.detach().long(), weights)
+        return arrived, HopRecord(order, sent, received)
+
+    def back(self, x_PD: Tensor, record: HopRecord) -> Tensor:
+        """Return the rows that came with `go` to their senders, and sum there."""
+        x_RD = self._exchange(x_PD, record.sent, record.received)
+        return reduce_rows(x_RD, record.order)
+
+    def _exchange(self, x: Tensor, received: list[int], sent: list[int]) -> Tensor:
+        return all_to_all_single_autograd(x.contiguous(), received, sent, self.group)
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        """counts: (size, …) int64, a line for each rank. Returns the lines the others had for us."""
+        counts = counts.contiguous()
+        out = torch.empty_like(counts)
+        dist.all_to_all_single(out, counts, group=self.group)
+        return out
+
+
+def count_destinations(destination_PK: Tensor, num_destinations: int) -> Tensor:
+    """Slots bound for each destination (−1 = none): (num_destinations,) int64. No host sync."""
+    bins = destination_PK.flatten() + 1
+    ones = torch.ones_like(bins)
+    return ones.new_zeros(num_destinations + 1).scatter_add_(0, bins, ones)[1:]
+
+
+class AllToAllDispatcher:
+    """One copy of a token per destination rank.
+
+    ranks_per_node: to tell near from far in the traffic; consecutive ranks of the group share a
+    node.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, num_experts: int, ranks_per_node: int):
+        self.hop = Hop(group, num_experts)
+        self.local_experts = num_experts // group.size()
+        self.tier_of_rank = _tiers(group, ranks_per_node)
+        self.side_stream = _SideStream()
+
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor, Record]:
+        hop = self.hop
+        destination_TK = hop.destinations(ids_TK)
+        sent = count_destinations(destination_TK, hop.size)
+        slots = count_destinations(ids_TK // hop.experts_per_rank, hop.size)
+        received = hop.exchange_counts(torch.stack((sent, slots), dim=1))
+        # host sync: the all-to-all wants its split sizes as integers
+        sent_rows, (received_rows, received_slots) = sent.tolist(), received.T.tolist()
+        rows, record = hop.go(
+            Rows(x_TD, ids_TK, weights_TK), destination_TK, sent_rows, received_rows
+        )
+        traffic = _traffic(sent, self.tier_of_rank.to(sent.device), slots.sum())
+        return _into_expert_order(rows, self.local_experts, sum(received_slots), traffic, (record,))
+
+    def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
+        return self.hop.back(reduce_rows(rows_RD, record.order), record.hops[0])
+
+    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
+        return self.side_stream.run(layer, x_TD)
+
+
+class NodeLimitedDispatcher:
+    """One copy of a token per destination node, then one per rank inside it.
+
+    between: the ranks at this rank's place on each node, by node. within: the ranks of this node.
+    """
+
+    def __init__(self, between: dist.ProcessGroup, within: dist.ProcessGroup, num_experts: int):
+        self.between = Hop(between, num_experts)
+        self.within = Hop(within, self.between.experts_per_rank)
+        self.local_experts = self.within.experts_per_rank
+        self.tier_of_node = _tiers(between, 1)
+        self.tier_of_rank = _tiers(within, within.size())
+        self.side_stream = _SideStream()
+
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor, Record]:
+        between, within = self.between, self.within
+        to_node_TK = between.destinations(ids_TK)
+        out, relayed, arriving = self._counts(ids_TK, to_node_TK)
+        # host sync: split sizes of both hops at once; (rows out, in), (relayed out, in), slots in
+        to_nodes, from_nodes = out.T.tolist()
+        to_ranks, from_ranks, slots = torch.cat((relayed, arriving), dim=1).T.tolist()
+
+        rows, first = between.go(Rows(x_TD, ids_TK, weights_TK), to_node_TK, to_nodes, from_nodes)
+        rows, second = within.go(rows, within.destinations(rows.ids_PK), to_ranks, from_ranks)
+        traffic = _traffic(out[:, 0], self.tier_of_node.to(out.device), (ids_TK >= 0).sum())
+        traffic = traffic + _traffic(
+            relayed[:, 0], self.tier_of_rank.to(out.device), torch.zeros_like(traffic[0])
+        )
+        return _into_expert_order(rows, self.local_experts, sum(slots), traffic, (first, second))
+
+    def _counts(self, ids_TK: Tensor, to_node_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What both hops will carry, told ahead so that the host waits only once.
+
+        Each sender tells its peer on node n how many rows it sends there, and for each rank of that
+        node, how many of these rows and slots go on to it. Returns (nodes, 2) rows to and from each
+        node; (ranks, 1) rows to relay to each rank; (ranks, 2) rows and slots coming from each
+        rank.
+        """
+        nodes, ranks = self.between.size, self.within.size
+        rank_TK = torch.div(ids_TK, self.local_experts, rounding_mode="floor")
+        same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
+        first_TK = rank_TK.masked_fill(same_TKK.tril(diagonal=-1).any(dim=2), -1)
+        rows_out = count_destinations(to_node_TK, nodes)
+        onward = torch.stack(
+            [count_destinations(table, nodes * ranks) for table in (first_TK, rank_TK)]
+        )
+        told = torch.cat(
+            (rows_out.view(nodes, 1), onward.view(2, nodes, ranks).swapaxes(0, 1).flatten(1)), dim=1
+        )
+        heard = self.between.exchange_counts(told)
+        rows_in, relayed = heard[:, 0], heard[:, 1:].sum(dim=0).view(2, ranks).T
+        arriving = self.within.exchange_counts(relayed)
+        return torch.stack((rows_out, rows_in), dim=1), relayed[:, :1], arriving
+
+    def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
+        x_PD = self.within.back(reduce_rows(rows_RD, record.order), record.hops[1])
+        return self.between.back(x_PD, record.hops[0])
+
+    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
+        return self.side_stream.run(layer, x_TD)
+
+
+def _into_expert_order(
+    rows: Rows, num_experts: int, num_rows: int, traffic: Tensor, hops: tuple[HopRecord, ...]
+) -> tuple[Tensor, Tensor, Record]:
+    """The rows that arrived, one copy for each of their local experts, sorted by expert."""
+    order = sort_slots(rows.ids_PK, num_experts, num_rows=num_rows)
+    weights_R = rows.weights_PK.flatten()[order.slot_of_row_R]
+    return expand_rows(rows.x_PD, order), order.counts, Record(weights_R, traffic, hops, order)
+
+
+def _tiers(group: dist.ProcessGroup, ranks_per_node: int) -> Tensor:
+    """For each rank of the group: 0 = this rank, 1 = another of its node, 2 = another node."""
+    me, ranks = group.rank(), torch.arange(group.size())
+    tiers = torch.where(ranks // ranks_per_node == me // ranks_per_node, 1, 2)
+    tiers[me] = 0
+    return tiers
+
+
+def _traffic(sent: Tensor, tiers: Tensor, copies: Tensor) -> Tensor:
+    by_tier = sent.new_zeros(3).scatter_add_(0, tiers, sent)
+    return torch.cat((by_tier, copies.view(1)))
+
+
+class _SideStream:
+    """Runs a layer on a CUDA stream of its own, beside what the main stream does next."""
+
+    def __init__(self):
+        self.stream: torch.cuda.Stream | None = None
+
+    def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+        if x.device.type != "cuda":
+            return lambda: layer(x)
+        self.stream = self.stream or torch.cuda.Stream(x.device)
+        main, side = torch.cuda.current_stream(), self.stream
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            out = layer(x)
+        x.record_stream(side)
+
+        def result() -> Tensor:
+            main.wait_stream(side)
+            out.record_stream(main)
+            return out
+
+        return result
