@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_run import losses, records, tiny
+from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.train import main
 
 REPO = Path(__file__).parents[2]
 V02_TOML = REPO / "tests/unit_tests/config/v02/debug_model.toml"
@@ -70,6 +73,49 @@ def test_two_processes_train_with_everything_a_toml_offers(run_train, tmp_path):
     assert "3 steps of 16 sequences of 32 tokens" in output
     assert "FSDP: weights split over 2 ranks" in output
     assert "[rank0]:[titan]" in output and "[rank1]:[titan rank 1]" in output
+
+
+def write_sequences(path: Path, count: int, length: int) -> None:
+    """Documents that, with their first and last token, are one sequence each: ranks that take
+    turns in reading them get, all together, what one process gets."""
+    tokenizer = load_tokenizer(str(REPO / "tests/assets/tokenizer"))
+    letters = [c for c in "abcdefghijklmnopqrstuvwxyz" if len(tokenizer.encode(" " + c)) == 1]
+    chooser = random.Random(3)
+    texts = [" ".join(chooser.choices(letters, k=length - 2)) for _ in range(count)]
+    assert {len(tokenizer.encode(text)) for text in texts} == {length - 2}
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def test_the_debug_model_with_experts_on_four_ranks_of_two_nodes_trains_like_one_process(
+    run_train, tmp_path
+):
+    """The flavor's own sizes."""
+    write_sequences(tmp_path / "data.jsonl", count=40, length=32)
+    settings = {
+        "job.config_file": REPO / "train_configs/debug_model.toml",
+        "model.flavor": "debugmodel_node_limited",
+        "training.dataset": "text",
+        "training.dataset_path": tmp_path / "data.jsonl",
+        "training.seq_len": 32,
+        "training.steps": 3,
+        "training.global_batch_size": 8,
+        "training.mixed_precision_param": "float32",
+        "lr_scheduler.warmup_steps": 0,
+        "metrics.log_freq": 1,
+        "debug.seed": 7,
+    }
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    out = "--job.dump_folder=" + str(tmp_path / "out")
+    spread = ["--parallelism.expert_parallel_degree=4", "--parallelism.expert_parallel_node_size=2"]
+    done = run_train(*options, *spread, out, "--training.local_batch_size=2", NGPU="4")
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "4 ranks of 2 experts each, one copy of a token per destination node" in output
+    assert "Expert layout: 8 experts over 4 ranks on 2 nodes; a token meets" in output
+    alone = "--job.dump_folder=" + str(tmp_path / "alone")
+    assert main([*options, alone, "--training.local_batch_size=8"]) == 0
+    assert len(losses(tmp_path / "out")) == 3
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
 def test_a_file_written_for_torchtitan_v02_runs_at_once(run_train):

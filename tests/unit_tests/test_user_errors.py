@@ -200,6 +200,30 @@ def test_a_mistake_is_told_in_one_sentence_and_nothing_starts(
             ["data_parallel_replicate_degree = 4 does not divide", "(6)", "set it to 3 or 6."],
         ),
         (
+            4,
+            ["--parallelism.expert_parallel_degree=3"],
+            ["expert_parallel_degree = 3 must divide", "shard degree (4)", "set it to 2 or 4."],
+        ),
+        (
+            4,
+            ["--parallelism.expert_parallel_degree=2", "--parallelism.expert_parallel_node_size=3"],
+            ["expert_parallel_node_size = 3 must divide", "degree (2)", "set it to 2 or 4."],
+        ),
+        (
+            16,
+            ["--parallelism.expert_parallel_degree=16"],
+            [
+                "expert_parallel_degree = 16 must divide",
+                "num_experts (8)",
+                "nearest that does is 8",
+            ],
+        ),
+        (
+            3,
+            ["--parallelism.expert_parallel_degree=3"],
+            ["expert_parallel_degree = 3 must divide", "num_experts (8)", "nearest that does is"],
+        ),
+        (
             2,
             ["--training.global_batch_size=12"],
             ["training.global_batch_size = 12 must be -1 or a multiple of 8", "degree (2)"],

@@ -208,8 +208,7 @@ class Parallelism:
     expert_parallel_degree: int = 1
     """Processes over which experts are distributed."""
     expert_parallel_dispatch: Literal["auto", "all_to_all", "node_limited"] = "auto"
-    """A token travels once per rank, or once per node and then inside it; auto: the latter where
-    experts span nodes (ours)."""
+    """A token travels once per rank or per node; auto: per node where experts span nodes (ours)."""
     expert_parallel_node_size: int | None = None
     """Consecutive processes that share a node; unset: as torchrun started them (ours)."""
     expert_tensor_parallel_degree: int = 1

@@ -237,7 +237,8 @@ def _check_expert_parallel(parallelism: Parallelism, replicate: int, shard: int)
         )
     size = parallelism.expert_parallel_node_size
     if size is not None and (size < 1 or 0 not in (degree % size, size % degree)):
-        fitting = [n for n in range(1, degree + 1) if degree % n == 0]
+        largest = max(size, 0) + degree  # a multiple of `degree` lies in between
+        fitting = [n for n in range(1, largest + 1) if 0 in (degree % n, n % degree)]
         raise UserError(
             f"parallelism.expert_parallel_node_size = {size} must divide "
             f"parallelism.expert_parallel_degree ({degree}) or be a multiple of it; set it to "

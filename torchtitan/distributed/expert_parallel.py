@@ -93,7 +93,7 @@ class Rows(NamedTuple):
 
 
 class HopRecord(NamedTuple):
-    """The way back of a hop: order of the rows sent, numbers sent to and received from each rank."""
+    """The way back of a hop: order of the rows sent, how many went to and came from each rank."""
 
     order: RowOrder
     sent: list[int]
@@ -154,7 +154,7 @@ class Hop:
         return all_to_all_single_autograd(x.contiguous(), received, sent, self.group)
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
-        """counts: (size, …) int64, a line for each rank. Returns the lines the others had for us."""
+        """counts: (size, …) int64, a line for each rank. Returns what the others had for us."""
         counts = counts.contiguous()
         out = torch.empty_like(counts)
         dist.all_to_all_single(out, counts, group=self.group)

@@ -6,7 +6,6 @@ import pytest
 import tomli
 
 from torchtitan.config import ConfigManager, JobConfig, to_dict, validate
-from torchtitan.tools.errors import UserError
 
 V02 = Path(__file__).parent / "v02"
 
@@ -31,6 +30,8 @@ OURS = {
     "training.dataset_text_key",
     "training.dataset_num_workers",
     "training.non_finite_loss",
+    "parallelism.expert_parallel_dispatch",
+    "parallelism.expert_parallel_node_size",
 }
 
 
@@ -79,11 +80,7 @@ def test_v02_file_runs_at_once(name, world_size):
     validate(load(f"{name}.toml"), world_size)
 
 
-def test_v02_16b_runs_without_expert_parallelism_and_is_refused_with_it():
-    validate(load("16b.toml", "--parallelism.expert_parallel_degree=1"), 8, "cuda")
-    with pytest.raises(UserError) as error:
-        validate(load("16b.toml"), 8, "cuda")
-    assert str(error.value) == (
-        "expert parallelism is not supported yet, but parallelism.expert_parallel_degree = 8; "
-        "set it to 1."
-    )
+def test_v02_16b_runs_with_its_expert_parallelism():
+    config = load("16b.toml")
+    assert config.parallelism.expert_parallel_degree == 8
+    validate(config, 8, "cuda")

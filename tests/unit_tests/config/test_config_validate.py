@@ -48,7 +48,6 @@ def test_defaults_are_fine_for_any_number_of_processes(world_size):
         ),
         ("parallelism.pipeline_parallel_degree", 4, "pipeline parallelism; 4; 1"),
         ("parallelism.context_parallel_degree", 2, "context parallelism; 2; 1"),
-        ("parallelism.expert_parallel_degree", 8, "expert parallelism; 8; 1"),
         (
             "parallelism.expert_tensor_parallel_degree",
             2,
@@ -280,6 +279,78 @@ def test_dp_degrees_resolve_exactly_when_they_can_cover_all_processes(replicate,
         assert [resolve_dp_degrees(Parallelism(replicate, shard), world_size)] == solutions
     except UserError:
         assert solutions == []
+
+
+# By replicate degree, the expert-parallel degrees of 12 processes.
+EXPERT_DEGREES = {
+    1: {1, 2, 3, 4, 6, 12},
+    2: {1, 2, 3, 6, 12},
+    3: {1, 2, 4, 12},
+    4: {1, 3, 6, 12},
+    6: {1, 2, 4, 6, 12},
+    12: {1, 2, 3, 4, 6, 12},
+}
+
+
+@pytest.mark.parametrize("replicate", EXPERT_DEGREES)
+def test_expert_parallel_degree_takes_part_of_a_replica_or_whole_replicas(replicate):
+    for degree in range(1, 17):
+        values = dict(
+            parallelism__data_parallel_replicate_degree=replicate,
+            parallelism__expert_parallel_degree=degree,
+        )
+        if degree in EXPERT_DEGREES[replicate]:
+            accept(12, **values)
+        else:
+            sentence = refusal(12, **values)
+            assert sentence.startswith(f"parallelism.expert_parallel_degree = {degree} ")
+
+
+@pytest.mark.parametrize(
+    "world_size, replicate, degree, sentence_end",
+    [
+        (8, 1, 3, "shard degree (8), {rule} (8); set it to 2 or 4."),
+        (8, 1, 16, "shard degree (8), {rule} (8); set it to 8."),
+        (8, 1, 0, "shard degree (8), {rule} (8); set it to 1."),
+        (8, 2, 6, "shard degree (4), {rule} (8); set it to 4 or 8."),
+        # 4 ranks would be two thirds of a replica, 9 one and a half.
+        (36, 6, 4, "shard degree (6), {rule} (36); set it to 3 or 6."),
+        (36, 6, 9, "shard degree (6), {rule} (36); set it to 6 or 12."),
+        (1, 1, 2, "shard degree (1), {rule} (1); set it to 1."),
+    ],
+)
+def test_expert_parallel_degree_that_does_not_fit_names_the_nearest_that_do(
+    world_size, replicate, degree, sentence_end
+):
+    sentence = refusal(
+        world_size,
+        parallelism__data_parallel_replicate_degree=replicate,
+        parallelism__expert_parallel_degree=degree,
+    )
+    rule = "or be a multiple of it that divides the number of processes"
+    assert sentence == (
+        f"parallelism.expert_parallel_degree = {degree} must divide the data-parallel "
+        + sentence_end.format(rule=rule)
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, None])
+def test_node_size_may_split_an_expert_group_evenly_or_hold_several(size):
+    accept(8, parallelism__expert_parallel_degree=4, parallelism__expert_parallel_node_size=size)
+
+
+@pytest.mark.parametrize(
+    "size, nearest",
+    [(3, "2 or 4"), (6, "4 or 8"), (5, "4 or 8"), (9, "8 or 12"), (0, "1"), (-2, "1")],
+)
+def test_node_size_that_does_not_fit_names_the_nearest_that_do(size, nearest):
+    sentence = refusal(
+        8, parallelism__expert_parallel_degree=4, parallelism__expert_parallel_node_size=size
+    )
+    assert sentence == (
+        f"parallelism.expert_parallel_node_size = {size} must divide "
+        f"parallelism.expert_parallel_degree (4) or be a multiple of it; set it to {nearest}."
+    )
 
 
 @pytest.mark.parametrize(

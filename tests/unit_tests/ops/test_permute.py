@@ -81,3 +81,75 @@ def test_no_tokens():
     assert order.counts.tolist() == [0] * E
     assert expand_rows(torch.empty(0, D), order).shape == (0, D)
     assert reduce_rows(torch.empty(0, D), order).shape == (0, D)
+
+
+# ---------------------------------------------------------------------------------------------
+# Slots without a copy
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places() -> torch.Tensor:
+    """Row 0 goes everywhere, row 3 nowhere, the others to some; nobody wants destination 2."""
+    return torch.tensor(
+        [[5, 0, 4], [-1, 3, -1], [1, -1, 0], [-1, -1, -1], [-1, 0, 5], [4, 5, -1], [-1, -1, 1]]
+    )
+
+
+def taken(places: torch.Tensor) -> int:
+    return int((places >= 0).sum())
+
+
+def test_empty_slots_have_no_row(places):
+    order = sort_slots(places, E, num_rows=taken(places))
+    rows = copies_in_order(places)
+    assert order.slot_of_row_R.tolist() == [t * K + k for t, k in rows]
+    for row, (t, k) in enumerate(rows):
+        assert order.row_of_slot_PK[t, k] == row
+    assert torch.equal(order.taken_PK, places >= 0)
+    assert order.counts.tolist() == [3, 2, 0, 1, 2, 3]
+    x = torch.randn(T, D)
+    assert torch.equal(expand_rows(x, order), torch.stack([x[t] for t, _ in rows]))
+
+
+def test_empty_slots_add_nothing_not_even_nan(places):
+    order = sort_slots(places, E, num_rows=taken(places))
+    rows = torch.randn(taken(places), D, dtype=torch.float64)
+    rows[-1] = float("nan")  # the row that an empty slot's index is clamped to
+    expected = torch.zeros(T, D, dtype=torch.float64)
+    for row, (t, _) in zip(rows, copies_in_order(places), strict=True):
+        expected[t] += row
+    out = reduce_rows(rows, order)
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    assert out[3].tolist() == [0.0] * D and out.isnan().any(dim=1).sum() == 1
+
+
+def test_gradients_are_right_with_empty_slots(places):
+    order = sort_slots(places, E, num_rows=taken(places))
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(taken(places), D, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: expand_rows(t, order), x)
+    assert torch.autograd.gradcheck(lambda t: reduce_rows(t, order), rows)
+
+
+def test_no_empty_slot_after_all(ids):
+    full, told = sort_slots(ids, E), sort_slots(ids, E, num_rows=T * K)
+    assert torch.equal(full.slot_of_row_R, told.slot_of_row_R)
+    assert torch.equal(full.row_of_slot_PK, told.row_of_slot_PK)
+    assert torch.equal(full.counts, told.counts)
+    rows = torch.randn(T * K, D)
+    assert torch.equal(reduce_rows(rows, full), reduce_rows(rows, told))
+
+
+@pytest.mark.parametrize("num_rows_in", [0, 4])
+def test_only_empty_slots(num_rows_in):
+    """No row at all, of tokens that are there (R = 0) or not (P = 0): zeros, and gradients too."""
+    order = sort_slots(torch.full((num_rows_in, K), -1), E, num_rows=0)
+    assert order.counts.tolist() == [0] * E
+    x = torch.randn(num_rows_in, D, requires_grad=True)
+    rows = expand_rows(x, order)
+    assert rows.shape == (0, D)
+    out = reduce_rows(rows, order)
+    assert torch.equal(out, torch.zeros(num_rows_in, D))
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.zeros(num_rows_in, D))

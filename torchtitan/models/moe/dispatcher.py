@@ -34,7 +34,7 @@ class TokenDispatcher(Protocol):
         ...
 
     def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
-        """Start `layer(x)` so that it overlaps with dispatch; call what comes back for its result."""
+        """Start `layer(x)`, to overlap with dispatch; call what is returned for its result."""
         ...
 
 

@@ -4,7 +4,10 @@ Node-limited routing bounds the *groups* of a token. It bounds the nodes as well
 stands on one node, and fully only where a node holds one group.
 """
 
+import math
+
 import torch
+from torch import nn
 
 from torchtitan.models.moe.args import MoEArgs
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter
@@ -18,35 +21,48 @@ def say_expert_layout(args: MoEArgs, *, ep: int, nodes: int) -> None:
     """Log one line on what travels between nodes, and warn where groups and nodes don't match."""
     if ep == 1:
         return
-    per_node = args.num_experts // nodes
-    line = f"Expert layout: {args.num_experts} experts over {ep} ranks on {nodes} nodes"
+    line = f"Expert layout: {args.num_experts} experts over {ep} ranks on {nodes} node"
     if nodes > 1:
-        line += f"; a token meets {expected_remote_nodes(args, nodes):.2f} remote nodes"
+        line += f"s; a token meets {expected_remote_nodes(args, nodes):.2f} remote nodes"
         if args.num_expert_groups is not None:
             line += f" ({expected_remote_nodes(args, nodes, limited=False):.2f} without the limit)"
         line += ", under random routing"
     logger.info("%s", line)
-    if nodes == 1 or args.num_expert_groups is None:
-        return
-    group_size = args.num_experts // args.num_expert_groups
+    if nodes > 1 and args.num_expert_groups not in (None, nodes):
+        logger.warning("%s; %s", _mismatch(args, nodes), _better_layout(args, ep, nodes))
+
+
+def _mismatch(args: MoEArgs, nodes: int) -> str:
+    group_size, per_node = args.num_experts // args.num_expert_groups, args.num_experts // nodes
     if per_node % group_size and group_size % per_node:
-        logger.warning(
-            "Groups of %d experts straddle nodes of %d: a group limit doesn't bound a token's "
-            "nodes; use num_expert_groups = %d, one group a node",
-            group_size,
-            per_node,
-            nodes,
+        return (
+            f"Groups of {group_size} experts straddle nodes of {per_node}: a group limit doesn't "
+            "bound a token's nodes"
         )
-    elif per_node != group_size:
-        logger.warning(
-            "%s: num_limited_groups limits the nodes best with one group a node, that is "
-            "num_expert_groups = %d for %d nodes",
-            f"{per_node // group_size} groups share a node"
-            if per_node > group_size
-            else f"a group spans {group_size // per_node} nodes",
-            nodes,
-            nodes,
+    crowd = (
+        f"{per_node // group_size} groups share a node"
+        if per_node > group_size
+        else f"A group spans {group_size // per_node} nodes"
+    )
+    return f"{crowd}: num_limited_groups limits the nodes best with one group a node"
+
+
+def _better_layout(args: MoEArgs, ep: int, nodes: int) -> str:
+    """One group a node: by as many groups as nodes, or as many nodes as groups."""
+    per_node = args.num_experts // nodes
+    # The same share of all experts as now, and enough for top_k.
+    share = math.ceil(args.num_limited_groups * nodes / args.num_expert_groups)
+    limited = max(share, math.ceil(args.top_k / per_node))
+    advice = f"use num_expert_groups = {nodes} and num_limited_groups = {limited}"
+    if per_node == 1 and args.group_score_func == "top2_sum":
+        advice += " (with group_score_func = 'max': a group has one expert)"
+    degree = args.num_expert_groups * ep // nodes
+    if args.num_experts % degree == 0 and degree > 1:
+        advice += (
+            f", or keep the groups and set expert_parallel_degree = {degree}, "
+            f"{args.num_expert_groups} nodes of {ep // nodes}"
         )
+    return advice
 
 
 @torch.no_grad()
@@ -56,16 +72,17 @@ def expected_remote_nodes(args: MoEArgs, nodes: int, *, limited: bool = True) ->
     By the router itself, on independent normal logits; the experts stand in order on `nodes` nodes,
     and the token on any of them alike.
     """
-    router = TokenChoiceTopKRouter(
-        dim=args.num_experts,
-        num_experts=args.num_experts,
-        num_expert_groups=args.num_expert_groups if limited else None,
-        num_limited_groups=args.num_limited_groups if limited else None,
-        top_k=args.top_k,
-        score_func=args.score_func,
-        group_score_func=args.group_score_func,
-    )
-    router.gate.weight.copy_(torch.eye(args.num_experts))
+    with torch.device("meta"):  # draws no random numbers, which belong to the run
+        router = TokenChoiceTopKRouter(
+            dim=args.num_experts,
+            num_experts=args.num_experts,
+            num_expert_groups=args.num_expert_groups if limited else None,
+            num_limited_groups=args.num_limited_groups if limited else None,
+            top_k=args.top_k,
+            score_func=args.score_func,
+            group_score_func=args.group_score_func,
+        )
+    router.gate.weight = nn.Parameter(torch.eye(args.num_experts))
     logits = torch.randn(_TOKENS, args.num_experts, generator=torch.Generator().manual_seed(0))
     _, ids_TK, _ = router(logits)
     met_TN = torch.zeros(_TOKENS, nodes).scatter_(1, ids_TK // (args.num_experts // nodes), 1)

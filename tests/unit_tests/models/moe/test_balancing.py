@@ -92,7 +92,7 @@ def test_count_tokens_is_bincount():
 def test_training_counts_every_routed_copy_once_a_layer():
     model = make_model()
     model(batch(0)).sum().backward()
-    loads = step_loads(list(model.moe_layers().values()))
+    loads = step_loads(list(model.moe_layers().values())).tokens_E
     assert loads.shape == (3, 8) and loads.dtype == torch.int64
     assert loads.sum(dim=1).tolist() == [4 * 12 * 2] * 3
 
@@ -120,19 +120,19 @@ def test_padding_is_never_counted():
     real = torch.ones_like(tokens, dtype=torch.bool)
     real[1:] = False  # whole rows, so that the other rows' routing can be checked alone
     model(tokens, token_mask=real)
-    padded = step_loads(list(model.moe_layers().values()))
+    padded = step_loads(list(model.moe_layers().values())).tokens_E
     model(tokens[:1])
-    assert torch.equal(padded, step_loads(list(model.moe_layers().values())))
+    assert torch.equal(padded, step_loads(list(model.moe_layers().values())).tokens_E)
 
 
 def test_taking_the_loads_starts_again_from_zero():
     model = make_model()
     moes = list(model.moe_layers().values())
     model(batch(0))
-    first = step_loads(moes)
-    assert first.any() and not step_loads(moes).any()
+    first = step_loads(moes).tokens_E
+    assert first.any() and not step_loads(moes).tokens_E.any()
     model(batch(0))
-    assert torch.equal(step_loads(moes), first)
+    assert torch.equal(step_loads(moes).tokens_E, first)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -193,9 +193,9 @@ def test_balancing_evens_out_a_lopsided_router():
     violation = []
     for _ in range(100):
         _, load = layer(x, return_load=True)
-        violation.append(load.max().item() / load.float().mean().item() - 1)
+        violation.append(load.tokens_E.max().item() / load.tokens_E.float().mean().item() - 1)
         record_load(layer, load)
-        update_expert_bias([layer], step_loads([layer]))
+        update_expert_bias([layer], step_loads([layer]).tokens_E)
     assert violation[0] > 1.0 and violation[-1] < 0.3
 
 
@@ -212,7 +212,7 @@ def trajectory(model: DeepSeekV3Model, accumulation: int = 1, steps: int = 4) ->
         model.zero_grad()
         for part in batch(step).chunk(accumulation):
             mean_square(model(part)).backward()
-        loads.append(step_loads(moes))
+        loads.append(step_loads(moes).tokens_E)
         update_expert_bias(moes, loads[-1])
         biases.append(torch.stack([moe.expert_bias for moe in moes]))
     gradients = {name: param.grad for name, param in model.named_parameters()}

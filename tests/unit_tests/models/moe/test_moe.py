@@ -133,7 +133,8 @@ def test_call_returns_a_tensor_and_the_load_on_request():
     assert isinstance(out, torch.Tensor) and out.shape == x.shape and out.dtype == x.dtype
     same, load = layer(x, return_load=True)
     assert torch.equal(out, same)
-    assert load.dtype == torch.int64 and load.sum() == BATCH * SEQ * 2
+    assert load.tokens_E.dtype == torch.int64 and load.tokens_E.sum() == BATCH * SEQ * 2
+    assert load.traffic is None
     assert layer.tokens_per_expert.sum() == 0  # calling keeps nothing
 
 
@@ -145,7 +146,8 @@ def test_padding_is_computed_but_not_counted():
     real[0, 3:] = False
     out, load = layer(x, real, return_load=True)
     _, ids, _ = layer.router(x.flatten(0, 1), layer.expert_bias)
-    assert torch.equal(load, torch.bincount(ids[real.flatten()].flatten(), minlength=4))
+    expected = torch.bincount(ids[real.flatten()].flatten(), minlength=4)
+    assert torch.equal(load.tokens_E, expected)
     assert torch.equal(out, layer(x))
 
 

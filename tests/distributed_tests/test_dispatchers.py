@@ -1,0 +1,176 @@
+"""A layer whose experts live on other ranks computes what it computes with all of them at home."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.distributed_tests.expert_ranks import (
+    Routing,
+    Way,
+    check_routing,
+    make_dispatcher,
+    ways,
+)
+from torchtitan.models.moe import MoE, MoEArgs
+
+# Multiples of 16 bytes in fp32, so that experts take the grouped GEMM.
+DIM, HIDDEN, EXPERTS = 16, 8, 16
+GROUPS = {"num_expert_groups": 8, "num_limited_groups": 4}
+
+
+def layer_cases(world_size: int) -> list[MoEArgs]:
+    cases = [
+        MoEArgs(
+            num_experts=EXPERTS,
+            num_shared_experts=shared,
+            top_k=top_k,
+            score_before_experts=before,
+            route_norm=top_k > 1,  # alone it makes the weight a constant, without a gradient
+            **groups,
+        )
+        for top_k in range(1, 9)
+        for groups in ({}, GROUPS)
+        for before in (False, True)
+        for shared in (0, 1)
+    ]
+    # Eight processes are slow: a third, with every value of every option.
+    return cases[::3] if world_size == 8 else cases
+
+
+def make_layer(args: MoEArgs, dtype: torch.dtype) -> MoE:
+    torch.manual_seed(3)
+    moe = MoE(args, dim=DIM, hidden_dim=HIDDEN)
+    moe.init_weights(0.3)
+    moe.expert_bias.normal_(std=0.1)
+    return moe.to(dtype)
+
+
+def tokens_by_rank(world_size: int, dtype: torch.dtype) -> list[Tensor]:
+    """As many as come, none at all on rank 1; and what their outputs are multiplied with."""
+    num_tokens = [0 if rank == 1 else 3 + rank * 5 % 7 for rank in range(world_size)]
+    generator = torch.Generator().manual_seed(4)
+    both = torch.randn(sum(num_tokens), 2, DIM, dtype=dtype, generator=generator)
+    return list(both.split(num_tokens))
+
+
+def outputs_and_gradients(moe: MoE, tokens_T2D: Tensor) -> dict[str, Tensor]:
+    x_TD, toward_TD = tokens_T2D.unbind(1)
+    x_TD = x_TD.clone().requires_grad_()
+    out_TD = moe(x_TD.unsqueeze(0)).squeeze(0)
+    (out_TD * toward_TD).sum().backward()
+    gradients = {name: param.grad for name, param in moe.named_parameters()}
+    return {"out": out_TD.detach(), "x": x_TD.grad} | gradients
+
+
+def layers_on_this_rank(way: Way, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Of every case: this rank's tokens through a layer that holds this rank's experts only."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    results = []
+    for args in layer_cases(world_size):
+        moe = make_layer(args, dtype)
+        for name, param in list(moe.experts.named_parameters()):
+            setattr(moe.experts, name, nn.Parameter(param.detach().chunk(world_size)[rank]))
+        moe.dispatcher = make_dispatcher(way, EXPERTS)
+        results.append(outputs_and_gradients(moe, tokens_by_rank(world_size, dtype)[rank]))
+    return results
+
+
+def assert_equal_one_process(by_rank: list[list[dict]], dtype: torch.dtype, rel: float) -> None:
+    tokens = torch.cat(tokens_by_rank(len(by_rank), dtype))
+    for args, parts in zip(layer_cases(len(by_rank)), zip(*by_rank, strict=True), strict=True):
+        for name, expected in outputs_and_gradients(make_layer(args, dtype), tokens).items():
+            values = [part[name] for part in parts]
+            spread = name in ("out", "x") or name.startswith("experts.")
+            got = torch.cat(values) if spread else torch.stack(values).sum(dim=0)
+            assert expected.norm() > 0, (name, args)
+            error = ((got - expected).norm() / expected.norm()).item()
+            assert error <= rel, f"{name} is off by {error:.1e} with {args}"
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_layer_with_experts_elsewhere_equals_one_process(ranks, world_size):
+    for way in ways(world_size):
+        by_rank = ranks(world_size).run(layers_on_this_rank, way, torch.float32)
+        assert_equal_one_process(by_rank, torch.float32, rel=1e-6)
+
+
+@pytest.mark.parametrize("way", [("all_to_all", 2), ("node_limited", 2)])
+def test_layer_with_experts_elsewhere_equals_one_process_in_fp64(ranks, way):
+    by_rank = ranks(4).run(layers_on_this_rank, way, torch.float64)
+    assert_equal_one_process(by_rank, torch.float64, rel=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# Routings made by hand
+# ---------------------------------------------------------------------------------------------
+
+# From the number of ranks to the experts of every token of every rank; 2 experts a rank.
+PATTERNS = {
+    "all tokens to one rank": lambda n: [[[2, 3], [3, 2]] for _ in range(n)],
+    "all tokens to one expert": lambda n: [[[5 % n]] * 3 for _ in range(n)],
+    "none to one rank": lambda n: [[[0, 1], [0, 2 * n - 1]] for _ in range(n)],
+    "one token in all": lambda n: [[[0, 3, 1]] if r == n - 1 else [] for r in range(n)],
+    "no token at all": lambda n: [[] for _ in range(n)],
+    "zero tokens on every other rank": lambda n: [[[0, 3]] * (r % 2 * 4) for r in range(n)],
+    "all experts of a token on one rank": lambda n: [
+        [[2 * t + 1, 2 * t] for t in range(n)] for _ in range(n)
+    ],
+    "every expert of a token on another rank": lambda n: [
+        [[(2 * i + t) % (2 * n) for i in range(n)] for t in range(3)] for _ in range(n)
+    ],
+    "every expert": lambda n: [[list(range(2 * n))] * 2 for _ in range(n)],
+    "every token stays at home": lambda n: [[[2 * r, 2 * r + 1]] * 3 for r in range(n)],
+    "every token goes far away": lambda n: [[[(2 * r + n) % (2 * n)]] * 3 for r in range(n)],
+}
+
+
+@pytest.mark.parametrize("world_size", [4, 8])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_pattern(ranks, pattern, world_size):
+    routing = PATTERNS[pattern](world_size)
+    top_k = len(next((tokens[0] for tokens in routing if tokens), [0]))
+    ranks(world_size).run(check_routing, ways(world_size), routing, top_k, 2)
+
+
+@st.composite
+def routings(draw: st.DrawFn) -> tuple[Routing, int]:
+    """Any, of a few tokens on each of four ranks with two experts each."""
+    top_k = draw(st.integers(1, 8))
+    token = st.permutations(range(8)).map(lambda experts: experts[:top_k])
+    return [draw(st.lists(token, max_size=4)) for _ in range(4)], top_k
+
+
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(routings())
+def test_any_pattern(ranks, routing_and_top_k):
+    # No shrinking: a rank that fails takes its pool along, and a new one takes seconds.
+    ranks(4).run(check_routing, ways(4), *routing_and_top_k, 2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rounding
+# ---------------------------------------------------------------------------------------------
+
+
+def sums_of_bf16(way: Way) -> list[float]:
+    """Two tokens of rank 0, whose experts return 256, 1 and 1: all on the last rank, or each on a
+    rank of its own."""
+    rank, experts_per_rank = dist.get_rank(), 4
+    dispatcher = make_dispatcher(way, experts_per_rank * dist.get_world_size())
+    ids_TK = torch.tensor([[12, 13, 14], [0, 4, 8]])[: 2 if rank == 0 else 0]
+    x_TD = torch.ones(len(ids_TK), 1, dtype=torch.bfloat16)
+    rows_RD, counts_L, record = dispatcher.dispatch(x_TD, ids_TK, torch.ones(ids_TK.shape))
+    outputs_L = torch.tensor([256.0 if rank in (0, 3) else 1.0, 1.0, 1.0, 1.0])
+    rows_RD = rows_RD * outputs_L.repeat_interleave(counts_L).unsqueeze(1).to(torch.bfloat16)
+    out_TD = dispatcher.combine(rows_RD, record)
+    assert out_TD.dtype == torch.bfloat16
+    return out_TD.flatten().tolist()
+
+
+@pytest.mark.parametrize("way", [("all_to_all", 2), ("node_limited", 4)])
+def test_partial_sums_of_bf16_rows_are_fp32(ranks, way):
+    """256 + 1 is 256 in bf16: with one rounding a sum, all three make 258."""
+    assert ranks(4).run(sums_of_bf16, way)[0] == [258.0, 258.0]
