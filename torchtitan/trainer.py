@@ -428,6 +428,7 @@ class Trainer:
         )
 
     def _log(self, result: StepResult, interval: Interval) -> None:
+        skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
         self.metrics.log(
             step=self.step,
             loss=result.loss,
@@ -439,5 +440,8 @@ class Trainer:
             step_seconds=interval.step_seconds,
             data_seconds=interval.data_seconds,
             expert_loads=result.loads,
-            extra={"skipped_steps": self.skipped_steps},
+            extra={
+                "skipped_steps": self.skipped_steps,
+                "skipped_documents": sum_over_ranks(skipped).item(),
+            },
         )
