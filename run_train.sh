@@ -5,13 +5,35 @@
 #   CONFIG_FILE  TOML file (default: train_configs/debug_model.toml)
 #   LOG_RANK     ranks whose output is shown, such as 0,1 (default: 0)
 #   COMM_MODE    fake_backend: one process plays rank 0 of NGPU, without any communication
-#   arguments    overrides of the TOML, such as --training.steps 20
+#   arguments    overrides of the TOML, such as --training.steps 20; --help lists them
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$repo/scripts/setup_env.sh"
 
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-[ -z "${CUDA_VISIBLE_DEVICES+set}" ] || gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+refuse() { # sentence
+  echo "$1" >&2
+  exit 2
+}
+[[ ${NGPU:-1} =~ ^[1-9][0-9]{0,5}$ ]] ||
+  refuse "NGPU is '$NGPU': it is the number of processes, from 1; leave it out for one a GPU (without a GPU, 2)."
+[[ ${LOG_RANK:=0} =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+  refuse "LOG_RANK is '$LOG_RANK': it lists the ranks whose output is shown, such as 0 or 0,1."
+[[ ${COMM_MODE:-fake_backend} = fake_backend ]] ||
+  refuse "COMM_MODE is '$COMM_MODE': the only mode is fake_backend; leave it out to train."
+
+set_up
+train=(-m torchtitan.train --job.config_file "${CONFIG_FILE:-$repo/train_configs/debug_model.toml}" "$@")
+export LOG_RANK PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
+for argument in "$@"; do
+  case $argument in -h | --help) exec "$PYTHON" "${train[@]}" ;; esac
+done
+
+gpus=0
+# torch knows best, but its import takes seconds: only a machine with a GPU's driver asks it.
+if command -v nvidia-smi rocm-smi >/dev/null || [ -e /dev/nvidia0 ] || [ -e /dev/kfd ]; then
+  gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+  [ "$gpus" -gt 0 ] || echo "no GPU visible to this torch: running on CPU" >&2
+fi
 if [ "$gpus" -gt 0 ]; then
   NGPU=${NGPU:-$gpus}
 else
@@ -19,18 +41,16 @@ else
   # torchrun would give each process one thread; a laptop has more cores than processes.
   cores=$(nproc)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
-  # All processes are on this machine; its own name need not resolve to an address.
-  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 fi
-CONFIG_FILE=${CONFIG_FILE:-$repo/train_configs/debug_model.toml}
-train=(-m torchtitan.train --job.config_file "$CONFIG_FILE" "$@")
-export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
-
-if [ "${COMM_MODE:-}" = fake_backend ]; then
-  RANK=0 LOCAL_RANK=0 WORLD_SIZE=$NGPU exec "$PYTHON" "${train[@]}" --comm.mode fake_backend
-fi
-# A wrong config is told here, in one sentence, before torchrun would wrap it into its own report.
-WORLD_SIZE=$NGPU "$PYTHON" "${train[@]}" --job.check_config
+# All processes are on this machine, whose own name need not resolve to an address; gloo runs
+# beside NCCL too.
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NGPU" \
-  --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 "${train[@]}"
+
+if [ -n "${COMM_MODE:-}" ]; then
+  LOG_RANK=0 RANK=0 LOCAL_RANK=0 WORLD_SIZE=$NGPU exec "$PYTHON" "${train[@]}" --comm.mode "$COMM_MODE"
+fi
+# A wrong config is told here, in one sentence, before any process meets another.
+WORLD_SIZE=$NGPU LOCAL_WORLD_SIZE=$NGPU LOG_RANK=0 "$PYTHON" "${train[@]}" --job.check_config
+exec "$PYTHON" "$repo/scripts/launch.py" --standalone --nproc-per-node "$NGPU" \
+  --local-ranks-filter "$LOG_RANK" --role rank --tee 3 "${train[@]}"

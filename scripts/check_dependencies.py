@@ -1,42 +1,62 @@
-"""Whether this interpreter has what pyproject.toml asks for: exit code 0, or 1.
+"""What this interpreter lacks of pyproject.toml, a line each; exit code 1 where that is anything.
 
-`check_dependencies.py PYPROJECT [EXTRA ...]`; an extra is a name of optional dependencies.
-Standard library only (tomllib is there from Python 3.11): it runs before anything is installed.
+    check_dependencies.py PYPROJECT [EXTRA,... [CONSTRAINTS]]
+
+With a constraints file, versions must equal its pins and packages must be installed to the end.
+The repository's own package need not be installed: the scripts set PYTHONPATH. Standard library
+only: this runs before anything is there.
 """
 
-import importlib.metadata
 import re
 import sys
-import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:  # before 3.11
+    print("Python>=3.11")
+    sys.exit(1)
 
 
-def missing(requirements: list[str]) -> list[str]:
-    """Requirements whose package is absent or older than its lower bound."""
-    return [requirement for requirement in requirements if not _is_met(requirement)]
+def missing(requirements: list[str], pins: dict[str, str] | None = None) -> list[str]:
+    """Requirements whose package is absent, older than its lower bound, or not as pinned."""
+    return [requirement for requirement in requirements if not _is_met(requirement, pins)]
 
 
-def _is_met(requirement: str) -> bool:
-    name, bound = re.fullmatch(r"([\w.-]+)(?:\[.*\])?\s*(?:>=\s*([\d.]+))?.*", requirement).groups()
+def _is_met(requirement: str, pins: dict[str, str] | None) -> bool:
+    parts = re.fullmatch(r"([\w.-]+)(?:\[.*\])?\s*(?:>=\s*([\d.]+))?", requirement)
+    assert parts, f"{requirement}: only lower bounds are understood here"
+    name, bound = parts.groups()
     try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        package = distribution(name)
+    except PackageNotFoundError:
         return False
-    return bound is None or _numbers(version) >= _numbers(bound)
+    if pins is not None and not package.read_text("RECORD"):  # what pip writes last
+        return False
+    if bound is not None and _numbers(package.version) < _numbers(bound):
+        return False
+    public, _, _ = package.version.partition("+")  # a local build, such as 2.13.0+cpu, is as good
+    return public == (pins or {}).get(name, public)
 
 
 def _numbers(version: str) -> list[int]:
     return [int(n) for n in re.match(r"[\d.]*", version).group().strip(".").split(".")]
 
 
-def main(pyproject: str, *extras: str) -> int:
-    with open(pyproject, "rb") as file:
-        project = tomllib.load(file)["project"]
+def read_pins(constraints: str) -> dict[str, str]:
+    """Name to version, of the lines `name==version`."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", Path(constraints).read_text(), re.MULTILINE))
+
+
+def main(pyproject: str, extras: str = "", constraints: str | None = None) -> int:
+    project = tomllib.loads(Path(pyproject).read_text())["project"]
     wanted = list(project["dependencies"])
-    for extra in extras:
+    for extra in filter(None, extras.split(",")):
         wanted += project["optional-dependencies"][extra]
-    absent = missing(wanted)
-    if absent:
-        print("missing:", ", ".join(absent), file=sys.stderr)
+    absent = missing(wanted, read_pins(constraints) if constraints else None)
+    for requirement in absent:
+        print(requirement)
     return bool(absent)
 
 

@@ -1,16 +1,13 @@
 """Renew the contract of the debug model: its losses as a file, and their picture in the docs.
 
-python scripts/plot_losses.py outputs/metrics.jsonl        (needs matplotlib)
+python scripts/plot_losses.py outputs/metrics.jsonl        (needs matplotlib, extra 'docs')
 """
 
 import json
+import math
 import sys
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from typing import NoReturn
 
 REPO = Path(__file__).parents[1]
 LOSSES = REPO / "tests/assets/losses/deepseek_v3_debugmodel_cpu.txt"
@@ -19,18 +16,51 @@ PICTURE = REPO / "docs/debug_model_loss.png"
 UNIGRAM_ENTROPY = 6.4340
 
 
-def main(metrics: str) -> None:
-    records = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
-    losses = [record["loss"] for record in records]
-    assert [record["step"] for record in records] == list(range(1, len(records) + 1)), (
-        "one record for each step is needed: run with --metrics.log_freq 1 into a new folder"
-    )
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        refuse("Give the path of one metrics.jsonl, for example outputs/metrics.jsonl.")
+    losses = read_losses(Path(arguments[0]))
+    draw(losses)
     LOSSES.parent.mkdir(parents=True, exist_ok=True)
     LOSSES.write_text("".join(f"{loss!r}\n" for loss in losses))
-    draw(losses)
+
+
+def refuse(sentence: str) -> NoReturn:
+    """For what the user can mend; like torchtitan.train, exit code 2."""
+    print(sentence, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_losses(path: Path) -> list[float]:
+    """The loss of each step from 1 on."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        steps = [record["step"] for record in records]
+        losses = [float(record["loss"]) for record in records]
+    except OSError as error:
+        refuse(f"{path} cannot be read ({error.strerror}); correct the path.")
+    except (ValueError, KeyError, TypeError):
+        refuse(
+            f"{path} is no metrics.jsonl (each line a JSON object with 'step' and 'loss'); give "
+            "the one that a run wrote into its job.dump_folder."
+        )
+    if not steps or steps != list(range(1, len(steps) + 1)):
+        refuse(
+            f"{path} has not one record for each step from 1 on (found {_short(steps)}); run with "
+            "--metrics.log_freq 1 into a new --job.dump_folder."
+        )
+    for step, loss in zip(steps, losses, strict=True):
+        if not math.isfinite(loss):
+            refuse(f"{path} has the loss {loss} at step {step}; give a run that went well.")
+    return losses
+
+
+def _short(steps: list[int]) -> str:
+    return ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "") or "none"
 
 
 def draw(losses: list[float], window: int = 10) -> None:
+    plt = import_pyplot()
     smooth = [
         sum(part) / len(part)
         for i in range(len(losses))
@@ -53,5 +83,16 @@ def draw(losses: list[float], window: int = 10) -> None:
     figure.savefig(PICTURE)
 
 
+def import_pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        refuse("matplotlib is not installed; run pip install matplotlib.")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

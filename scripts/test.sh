@@ -2,7 +2,8 @@
 # Run the tests (no GPU needed; arguments go to pytest). Sets itself up on the first call.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-EXTRAS=test source "$repo/scripts/setup_env.sh"
+source "$repo/scripts/setup_env.sh"
+set_up test
 cd "$repo"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

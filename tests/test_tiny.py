@@ -36,7 +36,9 @@ def test_each_step_has_its_line_of_numbers(run):
 
 
 def test_tensorboard_shows_the_same_numbers_and_the_expert_load(run):
-    events = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(
+        str(next((run / "tb").iterdir())), size_guidance={"scalars": 0}
+    ).Reload()
     shown = [(event.step, event.value) for event in events.Scalars("loss")]
     assert shown == [(n + 1, pytest.approx(loss)) for n, loss in enumerate(losses(run))]
     assert "layer_max_violation/layer_1" in events.Tags()["scalars"]

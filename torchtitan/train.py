@@ -5,8 +5,9 @@ import sys
 
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.tools.errors import RunError, UserError
+from torchtitan.tools.last_words import leave_last_words
 from torchtitan.tools.logging import init_logger, logger
-from torchtitan.trainer import Trainer, check_config
+from torchtitan.trainer import Checked, Trainer, check_config
 
 __all__ = ["Trainer", "main"]
 
@@ -16,27 +17,33 @@ def main(argv: list[str] | None = None) -> int:
     init_logger()
     try:
         config = ConfigManager().parse_args(argv)
-        check_config(config)
+        if config.job.check_config:  # the run itself will tell what it found
+            logger.setLevel("WARNING")
+        checked = check_config(config)
     except UserError as error:  # every rank finds the same mistake: one of them tells it
         if int(os.environ.get("RANK", 0)) == 0:
             logger.error("%s", error)
         return 2
     if config.job.check_config:
         return 0
-    try:
-        run(config)
-    except (UserError, RunError) as error:  # perhaps this rank's own
-        logger.error("%s", error)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+    return run(config, checked)
 
 
-def run(config: JobConfig) -> None:
-    trainer = Trainer(config)
+def run(config: JobConfig, checked: Checked) -> int:
+    trainer = None
     try:
+        trainer = Trainer(config, checked)
         trainer.train()
+    except (UserError, RunError) as error:  # perhaps this rank's own
+        exit_code = 2 if isinstance(error, UserError) else 1
+        logger.error("%s", error)
+        # Before the trainer closes: then the other ranks fail, and the launcher ends this one too.
+        leave_last_words(str(error), exit_code)
+        return exit_code
     finally:
-        trainer.close()
+        if trainer is not None:
+            trainer.close()
+    return 0
 
 
 if __name__ == "__main__":

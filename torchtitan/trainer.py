@@ -453,7 +453,21 @@ class Trainer:
             values,
         )
 
+    def _traffic_of(self, result: StepResult) -> dict[str, object]:
+        """Tokens sent in the step's dispatch, over all ranks; nothing without expert parallelism."""
+        if self.dims.ep == 1 or not result.traffic:
+            return {}
+        layers = {layer: counts.tolist() for layer, counts in result.traffic.items()}
+        _, node, remote, copies = (sum(column) for column in zip(*layers.values(), strict=True))
+        return {
+            "tokens_sent_node": node,
+            "tokens_sent_remote": remote,
+            "expert_copies": copies,
+            "layer_tokens_sent_remote": {layer: counts[2] for layer, counts in layers.items()},
+        }
+
     def _log(self, result: StepResult, interval: Interval) -> None:
+        skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
         self.metrics.log(
             step=self.step,
             loss=result.loss,
@@ -465,5 +479,9 @@ class Trainer:
             step_seconds=interval.step_seconds,
             data_seconds=interval.data_seconds,
             expert_loads=result.loads,
-            extra={"skipped_steps": self.skipped_steps},
+            extra={
+                "skipped_steps": self.skipped_steps,
+                "skipped_documents": sum_over_ranks(skipped).item(),
+                **self._traffic_of(result),
+            },
         )

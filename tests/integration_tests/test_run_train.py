@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,31 +15,44 @@ from tests.tiny_run import losses, records, tiny
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.train import main
 
+# A run by itself takes ten seconds; machines that run the tests may be busy.
+pytestmark = pytest.mark.timeout(240)
+
 REPO = Path(__file__).parents[2]
 V02_TOML = REPO / "tests/unit_tests/config/v02/debug_model.toml"
 
 # The script's own settings, and what it is to find out itself.
-NOT_INHERITED = "NGPU CONFIG_FILE LOG_RANK COMM_MODE PYTHONPATH RANK LOCAL_RANK WORLD_SIZE".split()
+NOT_INHERITED = (
+    "NGPU CONFIG_FILE LOG_RANK COMM_MODE PYTHONPATH RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
+).split()
+
+# What the `python` that the script finds does after it has noted its call: work, or nothing but
+# count GPUs as torch would.
+WORKS = f'exec {sys.executable} "$@"'
+COUNTS_GPUS = '[ "$1" != -c ] || echo "$GPUS"'
 
 
 @pytest.fixture
 def run_train(tmp_path):
     """Calls the script from an empty folder, in this interpreter's environment.
 
-    The `python` that it finds notes each of its calls in the file `calls` before it works.
+    The `python` that it finds notes the processes asked for and the arguments, a line a call, in
+    the file `calls`. `call.install(name, script)` puts another program into the PATH.
     """
-    bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
+    bin_folder, calls, empty = tmp_path / "bin", tmp_path / "calls", tmp_path / "cwd"
     bin_folder.mkdir()
-    python = bin_folder / "python"
-    python.write_text(f'#!/bin/sh\necho "$*" >> {calls}\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    empty = tmp_path / "cwd"
     empty.mkdir()
 
-    def call(*options: str, **variables: str) -> subprocess.CompletedProcess:
+    def install(name: str, script: str) -> None:
+        program = bin_folder / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+
+    def call(*options: str, python: str = WORKS, **variables: str) -> subprocess.CompletedProcess:
+        install("python", f'echo "${{WORLD_SIZE:-no}} processes: $*" >> {calls}\n{python}')
         env = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         env |= {
-            "VIRTUAL_ENV": sys.prefix,
+            "VIRTUAL_ENV": str(tmp_path),  # activated: `python` counts
             "PATH": f"{bin_folder}:{os.environ['PATH']}",
             "CUDA_VISIBLE_DEVICES": "",  # the CPU is there everywhere
             "OMP_NUM_THREADS": "1",
@@ -52,18 +66,17 @@ def run_train(tmp_path):
             timeout=180,
         )
 
-    call.cwd, call.calls = empty, calls
+    call.cwd, call.calls, call.install = empty, calls, install
     return call
 
 
 def test_two_processes_train_with_everything_a_toml_offers(run_train, tmp_path):
-    """Accumulation, document masks, loader processes; LOG_RANK shows the ranks that it names."""
+    """Accumulation, document masks, loader processes; the ranks of LOG_RANK speak."""
     options = {
         "training__steps": 3,
         "training__global_batch_size": 16,
         "training__dataset_num_workers": 1,
         "model__args.attn_mask_type": "block_causal",
-        "lr_scheduler__warmup_steps": 20,  # longer than the run: every rank warns
     }
     done = run_train(*tiny(tmp_path / "out", **options), NGPU="2", LOG_RANK="0,1")
     output = done.stdout + done.stderr
@@ -72,7 +85,8 @@ def test_two_processes_train_with_everything_a_toml_offers(run_train, tmp_path):
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "out"))
     assert "3 steps of 16 sequences of 32 tokens" in output
     assert "FSDP: weights split over 2 ranks" in output
-    assert "[rank0]:[titan]" in output and "[rank1]:[titan rank 1]" in output
+    assert re.search(r"^\[rank0\]:\[titan\] \S+ I step: ", output, re.MULTILINE)
+    assert re.search(r"^\[rank1\]:\[titan rank 1\] \S+ I Training: ", output, re.MULTILINE)
 
 
 def write_sequences(path: Path, count: int, length: int) -> None:
@@ -142,7 +156,7 @@ def test_a_wrong_config_is_one_sentence_and_torchrun_is_not_started(run_train, t
     assert len(sentences) == 1 and done.stdout == ""
     assert "the number of processes is 2; set data_parallel_shard_degree to 2" in sentences[0]
     started = run_train.calls.read_text()
-    assert "torchtitan.train" in started and "torch.distributed.run" not in started
+    assert "torchtitan.train" in started and "launch.py" not in started
     assert not (tmp_path / "out").exists()
 
 
@@ -153,14 +167,72 @@ def test_the_fake_backend_plays_one_of_64_ranks(run_train, tmp_path):
     assert "one process plays rank 0 of 64" in done.stderr
     assert "2 steps of 256 sequences of 32 tokens" in done.stderr
     assert [record["tokens_seen"] for record in records(tmp_path / "out")] == [8192, 16384]
-    assert "torch.distributed.run" not in run_train.calls.read_text()
+    assert "launch.py" not in run_train.calls.read_text()
 
 
-def test_a_failure_in_training_is_the_exit_code(run_train, tmp_path):
-    """Found by a rank, after the processes have met: torchrun reports that it failed."""
+def test_a_mistake_that_one_rank_meets_late_is_the_last_line_and_exit_code_2(run_train, tmp_path):
+    """Rank 0 fails too, in its communication; rank 1, whose output is not shown, knows why."""
     data = tmp_path / "data.jsonl"
-    data.write_text('{"txet": "a text under the wrong key"}\n' * 8)
-    options = tiny(tmp_path / "out", training__dataset="text", training__dataset_path=data)
-    done = run_train(*options, NGPU="2")
-    assert done.returncode != 0
-    assert "training.dataset 'text' has no usable document" in done.stdout + done.stderr
+    data.write_text(json.dumps({"text": "a good text. " * 400}) + '\n{"broken\n')
+    options = {"training__dataset": "text", "training__dataset_path": data, "debug__seed": 0}
+    done = run_train(*tiny(tmp_path / "out", **options), NGPU="2")
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r"\[titan\] \S+ E rank 1: training.dataset 'text' had no usable document", last)
+
+
+def test_training_that_fails_by_itself_is_the_last_line_and_exit_code_1(run_train, tmp_path):
+    done = run_train(*tiny(tmp_path / "out", optimizer__lr=1e30), NGPU="1")
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r"\[titan\] \S+ E rank 0: step 2: .* is not finite", last)
+
+
+def test_a_crash_is_reported_by_torchrun(tmp_path):
+    """Nothing is known about it: the launcher hides no traceback."""
+    script = tmp_path / "crash.py"
+    script.write_text("1 / 0\n")
+    done = subprocess.run(
+        [sys.executable, REPO / "scripts/launch.py", "--standalone", script],
+        env=os.environ | {"PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr and "ChildFailedError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "variable, value",
+    [("NGPU", "0"), ("NGPU", "abc"), ("NGPU", "-1"), ("LOG_RANK", "one"), ("COMM_MODE", "fake")],
+)
+def test_a_wrong_variable_is_one_sentence_and_nothing_is_started(run_train, variable, value):
+    done = run_train(**{variable: value})
+    assert done.returncode == 2 and done.stdout == ""
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith(f"{variable} is '{value}': ")
+    assert not run_train.calls.exists()
+
+
+def test_help_is_shown_once_by_one_process(run_train):
+    done = run_train("--help", NGPU="2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--training.steps") == 1
+    started = run_train.calls.read_text()
+    assert started.count("torchtitan.train") == 1 and "launch.py" not in started
+
+
+def test_every_gpu_that_torch_sees_gets_a_process(run_train):
+    run_train.install("nvidia-smi", "exit 1")  # being there is all that is asked of it
+    done = run_train(python=COUNTS_GPUS, GPUS="3")
+    assert done.returncode == 0 and done.stderr == ""
+    *_, check, launch = run_train.calls.read_text().splitlines()
+    assert check.startswith("3 processes: -m torchtitan.train")
+    assert "launch.py" in launch and "--nproc-per-node 3" in launch
+
+
+def test_a_torch_that_sees_no_gpu_of_the_machine_trains_on_the_cpu_and_says_so(run_train):
+    run_train.install("nvidia-smi", "echo GPU 0: one that this torch was not built for")
+    done = run_train(python=COUNTS_GPUS, GPUS="0")
+    assert done.stderr.splitlines() == ["no GPU visible to this torch: running on CPU"]
+    assert "--nproc-per-node 2" in run_train.calls.read_text()

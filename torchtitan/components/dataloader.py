@@ -15,6 +15,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger
 
+# In the dictionary of an example: how many documents the dataset passed over on the way to it.
+SKIPPED = "skipped_documents"
+
 _START_ANEW = (
     'or begin the data anew with checkpoint.exclude_from_loading = ["dataloader"] and keep the rest'
 )
@@ -38,6 +41,8 @@ class ParallelAwareDataLoader(Stateful):
     state_dict() is {"dp_rank_<r>": text, "dp_degree": n}: merged over the ranks it is the position
     of the whole run. The entry is JSON, so loading it never runs anything. It is the position
     after the last batch handed out, however many the workers have prepared beyond it.
+
+    `skipped_documents` is how many unusable documents of this rank lie before that position.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class ParallelAwareDataLoader(Stateful):
         self._num_workers = num_workers
         self._dp_degree = dp_degree
         self._key = f"dp_rank_{dp_rank}"
+        self.skipped_documents = 0
         with warnings.catch_warnings():
             # torchdata 0.11 still calls torch.set_vital, which torch 2.13 warns about.
             warnings.filterwarnings("ignore", message=".*set_vital.*")
@@ -69,7 +75,9 @@ class ParallelAwareDataLoader(Stateful):
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            yield from self._loader
+            for batch in self._loader:
+                self.skipped_documents += _take_skipped(batch)
+                yield batch
         except UserError as error:
             # From a worker it comes wrapped in that worker's traceback; the sentence is the end.
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
@@ -78,6 +86,7 @@ class ParallelAwareDataLoader(Stateful):
         entry = {
             "num_workers": self._num_workers,
             "identity": self._identity,
+            "skipped_documents": self.skipped_documents,
             "loader": self._loader.state_dict(),
         }
         return {self._key: json.dumps(entry), "dp_degree": self._dp_degree}
@@ -100,6 +109,7 @@ class ParallelAwareDataLoader(Stateful):
         saved = entry["identity"]
         for name in sorted(saved.keys() | self._identity.keys()):
             _check_same(name, saved.get(name), self._identity.get(name))
+        self.skipped_documents = entry["skipped_documents"]
         self._loader.load_state_dict(entry["loader"])
 
 
@@ -123,6 +133,13 @@ def build_dataloader(
         dp_rank=dp_rank,
         dp_degree=dp_degree,
     )
+
+
+def _take_skipped(batch: Any) -> int:
+    """Remove the count from a batch of (dictionary, labels); other datasets have none."""
+    if isinstance(batch, list | tuple) and isinstance(batch[0], dict) and SKIPPED in batch[0]:
+        return int(batch[0].pop(SKIPPED).sum())
+    return 0
 
 
 def _check_same(what: str, saved: object, ours: object) -> None:

@@ -25,9 +25,11 @@ class MetricsLogger:
     """Logs at step 1, at each multiple of `log_freq` and at the last step.
 
     Rank 0 writes the console line, `dump_folder/metrics.jsonl` and, with `enable_tensorboard`,
-    event files in `dump_folder/save_tb_folder`. With `save_for_all_ranks` rank k > 0 writes
-    `metrics.rank_k.jsonl` and `save_tb_folder/rank_k` too, else nothing. `peak_flops` is the
-    device's (tools/flops.py); None leaves MFU out. `world_size` counts devices.
+    event files in a dated folder of this run in `dump_folder/save_tb_folder`. With
+    `save_for_all_ranks` rank k > 0 writes `metrics.rank_k.jsonl` and `save_tb_folder/rank_k` too,
+    else nothing. A run resumed after `start_step` steps goes on in the files of the newest run; a
+    new one keeps the older runs' beside its own. `peak_flops` is the device's (tools/flops.py);
+    None leaves MFU out. `world_size` counts devices.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class MetricsLogger:
         peak_flops: float | None,
         rank: int = 0,
         world_size: int = 1,
+        start_step: int = 0,
     ) -> None:
         self.log_freq = log_freq
         self.total_steps = total_steps
@@ -60,9 +63,10 @@ class MetricsLogger:
         if rank == 0 or save_for_all_ranks:
             suffix = "" if rank == 0 else f"rank_{rank}"
             name = f"metrics.{suffix}.jsonl" if suffix else "metrics.jsonl"
-            self.jsonl = JsonlWriter(Path(dump_folder, name))
+            self.jsonl = JsonlWriter(Path(dump_folder, name), start_step)
             if enable_tensorboard:
-                self.tensorboard = TensorBoardWriter(Path(dump_folder, save_tb_folder, suffix))
+                parent = Path(dump_folder, save_tb_folder, suffix)
+                self.tensorboard = TensorBoardWriter(parent, start_step)
         if rank == 0:
             self._introduce()
 
@@ -75,7 +79,10 @@ class MetricsLogger:
             f"{self.flops_per_token / 1e9:,.3f} GFLOP per token; records in {self.jsonl.file.name}"
         )
         if self.tensorboard is not None:
-            logger.info(f"metrics: tensorboard --logdir {self.tensorboard.folder}")
+            folder = self.tensorboard.folder
+            logger.info(
+                f"metrics: this run's curves in {folder}; tensorboard --logdir {folder.parent}"
+            )
 
     def should_log(self, step: int) -> bool:
         """Whether step (from 1) is logged; the same answer on every rank."""

@@ -2,10 +2,12 @@
 
 import base64
 import binascii
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import tokenizers
@@ -45,6 +47,16 @@ class Tokenizer(ABC):
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    # Of all that decides which ids a text gets, special ids aside: the content of the files.
+    _content_hash: str
+
+    def identity(self) -> dict[str, Any]:
+        """What the ids of a text depend on: a data position in tokens means nothing without."""
+        specials = repr((self.bos_id, self.eos_id, self.pad_id))
+        return {
+            "tokenizer entries": self.vocab_size,
+            "tokenizer hash": _hash(self._content_hash, specials),
+        }
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
@@ -75,6 +87,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         ids = _special_ids(path.parent, self._tokenizer.token_to_id)
         self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], ids["pad"]
+        self._content_hash = _hash(self._json)
 
     def _build(self) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
@@ -128,6 +141,7 @@ class TikTokenTokenizer(Tokenizer):
         self._known = frozenset(ranks.values()) | frozenset(specials.values())
         self.vocab_size = max(self._known) + 1
         self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], ids["pad"]
+        self._content_hash = _hash(repr(sorted(ranks.items())), pattern)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -254,6 +268,10 @@ def _read_json(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise _unreadable(path, "JSON", error) from error
     return content
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _required(token_id: int | None, argument: str, role: str) -> int:

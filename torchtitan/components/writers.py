@@ -8,30 +8,36 @@ is a picture of one byte per channel, made with numpy alone.
 import json
 import math
 import os
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from torchtitan.tools.logging import logger
 
 _TAIL_BYTES = 2**20  # More than the longest line: some 100 layers make 10 kB.
+_RUN_NAME = re.compile(r"(\d{8}-\d{4})(?:-(\d\d+))?")
 
 Record = Mapping[str, float | int | Mapping[int, float]]
 
 
 class JsonlWriter:
-    """One JSON object a line, flushed at once, always appended: a resumed run goes on in the file.
+    """One JSON object a line, flushed at once. A resumed run goes on in the file of the newest run;
+    a new one (start_step 0) moves that aside as metrics.1.jsonl, metrics.2.jsonl and so on.
 
     Floats have full precision. A number that is not finite becomes the string "NaN", "Infinity" or
     "-Infinity": JSON has no such numbers; `float()` and JavaScript's `Number()` read these words.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(path)
+        if start_step == 0:
+            _move_aside(path)
+        else:
+            _drop_torn_line(path)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -40,6 +46,17 @@ class JsonlWriter:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _move_aside(path: Path) -> None:
+    """Keep an earlier run's file under the next free number; one without a record may go."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    pattern = re.compile(rf"{re.escape(path.stem)}\.(\d+){re.escape(path.suffix)}")
+    found = [pattern.fullmatch(other.name) for other in path.parent.iterdir()]
+    number = 1 + max((int(match[1]) for match in found if match), default=0)
+    kept = path.rename(path.with_name(f"{path.stem}.{number}{path.suffix}"))
+    logger.info(f"metrics: {path} of an earlier run is now {kept.name}")
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -67,18 +84,20 @@ def _finite(value):
 class TensorBoardWriter:
     """Scalars under the record's names, per-layer numbers under `name/layer_N`, and one image.
 
-    The event file is opened at the first record, because only then it is known from which step on
-    the curves of an earlier, interrupted run in the same folder are to be replaced.
+    Each new run has its own dated folder below `parent`, which shows all of them. A resumed run
+    goes on in the newest; what the interrupted one wrote after `start_step` is replaced.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.writer: SummaryWriter | None = None
+    def __init__(self, parent: Path, start_step: int) -> None:
+        # Costs a second and needs a package, so only runs that want TensorBoard import it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        newest = _newest_run(parent)
+        self.folder = newest if newest and start_step else parent / _next_run_name(newest)
+        self.writer = SummaryWriter(str(self.folder), purge_step=start_step + 1)
 
     def write(self, record: Record, heatmap: np.ndarray | None) -> None:
         step = record["step"]
-        if self.writer is None:
-            self.writer = SummaryWriter(str(self.folder), purge_step=step)
         for name, value in record.items():
             if isinstance(value, Mapping):
                 for layer, number in value.items():
@@ -90,8 +109,22 @@ class TensorBoardWriter:
         self.writer.flush()
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        self.writer.close()
+
+
+def _newest_run(parent: Path) -> Path | None:
+    runs = parent.iterdir() if parent.is_dir() else ()
+    return max((run for run in runs if _RUN_NAME.fullmatch(run.name)), default=None)
+
+
+def _next_run_name(newest: Path | None) -> str:
+    """YYYYMMDD-HHMM in local time; names only ever rise, so a second run within the minute (or
+    the hour that comes twice in autumn) is numbered: YYYYMMDD-HHMM-02."""
+    now = time.strftime("%Y%m%d-%H%M")
+    if newest is None or newest.name < now:
+        return now
+    minute, number = _RUN_NAME.fullmatch(newest.name).groups()
+    return f"{minute}-{int(number or 1) + 1:02d}"
 
 
 # Dark blue (idle) through teal (average) to pale yellow (overloaded). The brightness only ever

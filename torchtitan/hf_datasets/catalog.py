@@ -6,9 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtitan.hf_datasets.files import DocumentFile, IndexedFile, find_files, open_file
+from torchtitan.hf_datasets.files import (
+    DocumentFile,
+    GroupedFile,
+    IndexedFile,
+    find_files,
+    open_file,
+)
 from torchtitan.hf_datasets.records import Skips
-from torchtitan.hf_datasets.sources import HubStream, IndexedFiles, Shard, Source, StreamedFiles
+from torchtitan.hf_datasets.row_groups import GroupedFiles
+from torchtitan.hf_datasets.sources import HubStream, IndexedFiles, Source, StreamedFiles
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -117,11 +124,13 @@ def _open_files(name: str, paths: Sequence[Path], text_key: str) -> Source:
             f"(first: {trouble[0]}); mend them or correct training.dataset_path."
         )
     size = sum(file.size for file in files)
+    grouped = [file for file in files if isinstance(file, GroupedFile)]
     indexed = [file for file in files if isinstance(file, IndexedFile)]
-    if len(indexed) < len(files):
+    if len(grouped) < len(files):
         logger.info(f"Data {name}: {len(files)} files, {size:,} bytes, read as a stream (gzip)")
         return StreamedFiles(name, files)
-    source = IndexedFiles(name, indexed)
+    all_indexed = len(indexed) == len(files)
+    source = IndexedFiles(name, indexed) if all_indexed else GroupedFiles(name, grouped)
     logger.info(f"Data {name}: {len(source):,} documents, {len(files)} files, {size:,} bytes")
     return source
 
@@ -150,8 +159,7 @@ def _hub_failed(name: str, where: HubDataset, error: Exception) -> UserError:
 
 def _check_usable(source: Source) -> None:
     skips = Skips()
-    reader = source.open(seed=0, epoch=0, shard=Shard())
-    for record in itertools.islice(reader, PROBED_DOCUMENTS):
+    for record in itertools.islice(source.probe(), PROBED_DOCUMENTS):
         if not record.problem:
             return
         skips.add(record)

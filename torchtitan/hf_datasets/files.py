@@ -1,8 +1,8 @@
 """Local files of documents: JSON lines, parquet and plain text, found by path and read by place."""
 
-import functools
 import glob
 import gzip
+import itertools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -38,13 +38,32 @@ class DocumentFile(ABC):
         """(place, record) from place `start` on, for the places that `keep` wants."""
 
 
-class IndexedFile(DocumentFile):
-    """A file any of whose documents can be read at once."""
+class GroupedFile(DocumentFile):
+    """A file that is read in groups of documents: how many each has, and its bytes in memory."""
 
     length: int
+    group_rows: np.ndarray
+    group_bytes: np.ndarray
+
+    @abstractmethod
+    def open_group(self, group: int) -> Callable[[int], Record]:
+        """Read a group; what comes back gives its documents by row (0 is the group's first) and
+        holds the group's memory for as long as it is kept."""
+
+
+class IndexedFile(GroupedFile):
+    """A file any of whose documents can be read alone: one group that takes no memory."""
+
+    def __init__(self, path: Path, text_key: str, length: int) -> None:
+        super().__init__(path, text_key)
+        self.length = length
+        self.group_rows, self.group_bytes = np.array([length]), np.array([0])
 
     @abstractmethod
     def read(self, place: int) -> Record: ...
+
+    def open_group(self, group: int) -> Callable[[int], Record]:
+        return self.read
 
     def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
         return ((place, self.read(place)) for place in range(start, self.length) if keep(place))
@@ -54,9 +73,8 @@ class JsonLinesFile(IndexedFile):
     """One JSON object a line. In memory: where each line starts, eight bytes a line."""
 
     def __init__(self, path: Path, text_key: str) -> None:
-        super().__init__(path, text_key)
         self._bounds = _line_bounds(path)
-        self.length = len(self._bounds) - 1
+        super().__init__(path, text_key, len(self._bounds) - 1)
 
     def read(self, place: int) -> Record:
         start, end = int(self._bounds[place]), int(self._bounds[place + 1])
@@ -66,8 +84,8 @@ class JsonLinesFile(IndexedFile):
         return record_of_json_line(f"{self.path} line {place + 1}", line, self.text_key)
 
 
-class ParquetFile(IndexedFile):
-    """A column of strings. A document costs the reading of its row group, the last few are kept."""
+class ParquetFile(GroupedFile):
+    """A column of strings. One document costs the reading of its whole row group."""
 
     def __init__(self, path: Path, text_key: str) -> None:
         super().__init__(path, text_key)
@@ -77,29 +95,57 @@ class ParquetFile(IndexedFile):
                 self._has_text = text_key in file.schema_arrow.names
         except pyarrow.ArrowException as error:
             raise OSError(f"it is no parquet file ({str(error)[:80]})") from error
-        rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
-        self._bounds = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+        groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
+        paths = [meta.schema.column(number).path for number in range(meta.num_columns)]
+        # A nested column has several, which start with its name; read and refused as no string.
+        ours = [n for n, name in enumerate(paths) if f"{name}.".startswith(f"{text_key}.")]
         self.length = meta.num_rows
+        self.group_rows = np.array([group.num_rows for group in groups], np.int64)
+        self.group_bytes = np.array(
+            [sum(group.column(n).total_uncompressed_size for n in ours) for group in groups],
+            np.int64,
+        )
 
-    def read(self, place: int) -> Record:
-        where = f"{self.path} row {place + 1}"
+    def open_group(self, group: int) -> Callable[[int], Record]:
+        before = int(self.group_rows[:group].sum())
+        column, problem = self._read_group(group)
+
+        def read(row: int) -> Record:
+            where = f"{self.path} row {before + row + 1}"
+            if column is None:
+                return Record(where, problem=problem)
+            try:
+                return record_of_text(where, column[row].as_py(), self.text_key)
+            except UnicodeDecodeError:
+                return Record(where, problem="wrong encoding")
+
+        return read
+
+    def _read_group(self, group: int) -> tuple[pyarrow.ChunkedArray | None, str]:
+        """The texts, or None and why not."""
         if not self._has_text:
-            return Record(where, problem=f"no '{self.text_key}' key")
-        group = int(np.searchsorted(self._bounds, place, side="right")) - 1
+            return None, f"no '{self.text_key}' key"
         try:
-            column = _read_row_group(str(self.path), group, self.text_key)
-            text = column[place - int(self._bounds[group])].as_py()
-        except UnicodeDecodeError:
-            return Record(where, problem="wrong encoding")
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                table = file.read_row_group(group, columns=[self.text_key])
         except (pyarrow.ArrowException, OSError):
-            return Record(where, problem="unreadable row group")
-        return record_of_text(where, text, self.text_key)
+            return None, "unreadable row group"
+        return table.column(self.text_key), ""
+
+    def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
+        bounds = itertools.pairwise([0, *np.cumsum(self.group_rows).tolist()])
+        for group, (first, end) in enumerate(bounds):
+            places = [place for place in range(max(first, start), end) if keep(place)]
+            if places:
+                read = self.open_group(group)
+                yield from ((place, read(place - first)) for place in places)
 
 
 class TextFile(IndexedFile):
     """A whole file of plain text is one document."""
 
-    length = 1
+    def __init__(self, path: Path, text_key: str) -> None:
+        super().__init__(path, text_key, length=1)
 
     def read(self, place: int) -> Record:
         return record_of_bytes(str(self.path), self.path.read_bytes(), "the file")
@@ -179,10 +225,3 @@ def _line_bounds(path: Path) -> np.ndarray:
     if bounds[-1].size == 0 or bounds[-1][-1] != position:
         bounds.append(np.array([position], np.int64))  # the last line has no newline
     return np.concatenate(bounds)
-
-
-# Content of files, not state: the same arguments always give the same column.
-@functools.lru_cache(maxsize=4)
-def _read_row_group(path: str, group: int, column: str) -> pyarrow.ChunkedArray:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[column]).column(column)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torchtitan.tools.logging import logger
 
-# How many skipped documents a loader process names one by one; the rest are only counted.
+# How many skipped documents a loader process names one by one; from then on it reports how many
+# they have become at 10, 100, 1,000, ... (some data never ends, so no epoch's summary may come).
 NAMED_SKIPS = 3
 
 
@@ -63,23 +64,45 @@ def record_of_json_line(where: str, line: bytes, text_key: str) -> Record:
 
 
 class Skips:
-    """Names the first few skipped documents in the log, counts all; one summary an epoch."""
+    """Names the first few skipped documents in the log and reports their number as it grows.
+
+    `counts` are those of the epoch; the log goes by what this process has seen since it started.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.first: Record | None = None
-        self._named = 0
+        self._seen: Counter[str] = Counter()
+        self._next_report = 10
+        self._new = 0
 
     def add(self, record: Record) -> None:
         self.counts[record.problem] += 1
         self.first = self.first or record
-        if self._named < NAMED_SKIPS:
-            self._named += 1
-            rest = "; further ones are only counted" if self._named == NAMED_SKIPS else ""
+        self._seen[record.problem] += 1
+        self._new += 1
+        total = self._seen.total()
+        if total <= NAMED_SKIPS:
+            rest = "; further ones are counted" if total == NAMED_SKIPS else ""
             logger.warning(f"Skipped {record.where}: {record.problem}{rest}")
+        elif total == self._next_report:
+            self._next_report *= 10
+            logger.warning(
+                f"Skipped {total:,} documents so far ({_list(self._seen)}), the last: "
+                f"{record.where}: {record.problem}"
+            )
+
+    def take_new(self) -> int:
+        """How many were added since the last call."""
+        new, self._new = self._new, 0
+        return new
 
     def start_epoch(self, counts: Mapping[str, int]) -> None:
         self.counts = Counter(counts)
 
     def __str__(self) -> str:
-        return ", ".join(f"{number:,} {problem}" for problem, number in self.counts.most_common())
+        return _list(self.counts)
+
+
+def _list(counts: Counter[str]) -> str:
+    return ", ".join(f"{number:,} {problem}" for problem, number in counts.most_common())

@@ -1,6 +1,7 @@
 """Sources of documents: who gets which ones in an epoch, in which order, and how to come back.
 
-Two kinds. Indexed files can be read at any place, so an epoch is one permutation of everything.
+Three kinds. Indexed files can be read at any place, so an epoch is one permutation of everything.
+Row groups (parquet, row_groups.py) are put in a new order and shuffled in those open together.
 Streams (the hub, gzip files) can only be read from the front, so they are shuffled window by
 window. A reader yields the records of one epoch of one shard, and its state is the position of
 the next record: read again from there, the same records follow.
@@ -10,7 +11,7 @@ import bisect
 import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +72,10 @@ class Source(ABC):
     @abstractmethod
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader: ...
 
+    def probe(self) -> Iterator[Record]:
+        """Some documents, as cheaply as they come: is there anything usable at all?"""
+        return self.open(0, 0, Shard())
+
     @abstractmethod
     def check_shards(self, dp_degree: int, num_workers: int) -> None:
         """Raise UserError where some loader process would have nothing to read."""
@@ -93,13 +98,13 @@ class IndexedFiles(Source):
         return self._files[file].read(document - before)
 
     def identity(self) -> dict:
-        return {"data documents": len(self), "data bytes": sum(file.size for file in self._files)}
+        return {**identity_of_files(self._files), "data documents": len(self)}
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         return _PermutedReader(self, seed, epoch, shard)
 
     def check_shards(self, dp_degree: int, num_workers: int) -> None:
-        _check_enough(self.name, len(self), "documents", dp_degree, num_workers)
+        check_enough(self.name, len(self), "documents", dp_degree, num_workers)
 
 
 class _PermutedReader(Reader):
@@ -137,15 +142,19 @@ class StreamedFiles(Source):
         self.files = files
 
     def identity(self) -> dict:
-        return {"data files": len(self.files), "data bytes": sum(file.size for file in self.files)}
+        return identity_of_files(self.files)
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
+        return WindowShuffledReader(self._stream(seed, epoch, shard), seed, epoch, WINDOW)
+
+    def probe(self) -> Iterator[Record]:
+        return self._stream(0, 0, Shard())
+
+    def _stream(self, seed: int, epoch: int, shard: Shard) -> Reader:
         numbers = list(order(len(self.files), seed, epoch))
         if len(numbers) % shard.count == 0:
-            own = _FilesReader(self.files, numbers[shard.index :: shard.count], Shard())
-        else:
-            own = _FilesReader(self.files, numbers, shard)
-        return WindowShuffledReader(own, seed, epoch, WINDOW)
+            return _FilesReader(self.files, numbers[shard.index :: shard.count], Shard())
+        return _FilesReader(self.files, numbers, shard)
 
     def check_shards(self, dp_degree: int, num_workers: int) -> None:
         """How many lines a gzip file has shows only in reading; see TextDataset for the rest."""
@@ -195,22 +204,37 @@ class HubStream(Source):
         self._text_key = text_key
 
     def identity(self) -> dict:
-        return {"training.dataset": self.name}
+        """What `datasets` tells without reading; a change of the documents alone stays unseen."""
+        info, split = self._dataset.info, str(self._dataset.split)
+        known = (info.splits or {}).get(split)
+        return {
+            "training.dataset": self.name,
+            "training.dataset_text_key": self._text_key,
+            "data config": info.config_name,
+            "data split": split,
+            "data files": self._dataset.num_shards,
+            "data documents": known and known.num_examples,
+        }
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
+        return WindowShuffledReader(self._stream(shard), seed, epoch, WINDOW)
+
+    def probe(self) -> Iterator[Record]:
+        return self._stream(Shard())
+
+    def _stream(self, shard: Shard) -> Reader:
         from datasets.distributed import split_dataset_by_node
 
         own = copy.deepcopy(self._dataset)  # an iteration leaves its position in the object
         if shard.dp_degree > 1:
             own = split_dataset_by_node(own, rank=shard.dp_rank, world_size=shard.dp_degree)
-        stream = _HubReader(self.name, own, self._text_key)
-        return WindowShuffledReader(stream, seed, epoch, WINDOW)
+        return _HubReader(self.name, own, self._text_key)
 
     def check_shards(self, dp_degree: int, num_workers: int) -> None:
         files = self._dataset.num_shards
         if files % dp_degree == 0:  # else `datasets` lets all ranks read all files
             files //= dp_degree
-        _check_enough(self.name, files, "files for each data-parallel rank", 1, num_workers)
+        check_enough(self.name, files, "files for each data-parallel rank", 1, num_workers)
 
 
 class _HubReader(Reader):
@@ -279,7 +303,15 @@ class WindowShuffledReader(Reader):
             self._taken = state["taken"]
 
 
-def _check_enough(name: str, have: int, what: str, dp_degree: int, num_workers: int) -> None:
+def identity_of_files(files: Sequence[DocumentFile]) -> dict:
+    return {
+        "training.dataset_text_key": files[0].text_key,
+        "data files": len(files),
+        "data bytes": sum(file.size for file in files),
+    }
+
+
+def check_enough(name: str, have: int, what: str, dp_degree: int, num_workers: int) -> None:
     if have < dp_degree * num_workers:
         raise UserError(
             f"training.dataset '{name}' has {have} {what}, too few for {dp_degree} data-parallel "

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import IterableDataset, get_worker_info
 
-from torchtitan.components.dataloader import ParallelAwareDataLoader, build_dataloader
+from torchtitan.components.dataloader import SKIPPED, ParallelAwareDataLoader, build_dataloader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.hf_datasets.catalog import open_source
@@ -31,6 +31,8 @@ Example = tuple[dict[str, torch.Tensor], torch.Tensor]
 class TextDataset(IterableDataset, Stateful):
     """The examples of one data-parallel rank: ({"input": int64 [seq_len]}, int64 labels [seq_len]).
 
+    Beside "input" stands SKIPPED, how many documents were skipped since this process's last
+    example: a sum that the loader takes out again, over however many processes.
     infinite=True goes on with the next epoch, in a new order, without a gap. infinite=False ends
     after one epoch; its last example is filled up, and the filling has the label IGNORE_INDEX.
     Each `iter()` begins at the loaded state, once, and otherwise at the start.
@@ -59,7 +61,11 @@ class TextDataset(IterableDataset, Stateful):
 
     def identity(self) -> dict:
         """What the meaning of a state depends on, for the loader to compare on resume."""
-        return {"training.seed": self.seed, **self.source.identity()}
+        return {
+            "training.seed": self.seed,
+            **self.tokenizer.identity(),
+            **self.source.identity(),
+        }
 
     def state_dict(self) -> dict:
         # One string: torchdata ships changes of nested dictionaries between processes, and a key
@@ -83,7 +89,7 @@ class TextDataset(IterableDataset, Stateful):
                 return
             carry = window[-1:]
             self._position = {**stream.position(), "carry": carry}
-            yield self._example(window)
+            yield self._example(window, stream.take_skipped())
             if len(window) <= self.seq_len:  # filled up: the end of finite data
                 return
 
@@ -92,12 +98,15 @@ class TextDataset(IterableDataset, Stateful):
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         return Shard(self.dp_rank, self.dp_degree, worker, num_workers)
 
-    def _example(self, window: list[int]) -> Example:
+    def _example(self, window: list[int], skipped: int) -> Example:
         missing = self.seq_len + 1 - len(window)
         fill = next((i for i in (self.tokenizer.pad_id, self.tokenizer.eos_id) if i is not None), 0)
         inputs = window[:-1] + [fill] * missing
         labels = window[1:] + [IGNORE_INDEX] * missing
-        return {"input": torch.tensor(inputs)}, torch.tensor(labels)
+        return (
+            {"input": torch.tensor(inputs), SKIPPED: torch.tensor(skipped)},
+            torch.tensor(labels),
+        )
 
 
 class _TokenStream:
@@ -128,6 +137,10 @@ class _TokenStream:
             self._token += len(piece)
             taken += piece
         return taken
+
+    def take_skipped(self) -> int:
+        """How many documents were skipped since the last call."""
+        return self._skips.take_new()
 
     def position(self) -> dict:
         return {

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import subprocess
 import sys
 import time
 from contextlib import closing
@@ -121,7 +122,7 @@ def test_without_a_known_peak_there_is_no_mfu(tmp_path, console):
 def test_dense_model_has_no_expert_numbers(tmp_path):
     log_once(tmp_path, changes=dict(expert_loads={}), enable_tensorboard=True)
     assert not any("violation" in name or "load" in name for name in records(tmp_path)[0])
-    assert event_files(tmp_path / "tb").Tags()["images"] == []
+    assert event_files(only_run(tmp_path)).Tags()["images"] == []
 
 
 def test_not_a_number_and_infinity_are_strings_in_valid_json(tmp_path):
@@ -138,8 +139,31 @@ def test_not_a_number_and_infinity_are_strings_in_valid_json(tmp_path):
 
 def test_resumed_run_appends(tmp_path):
     log_once(tmp_path, step=10)
-    log_once(tmp_path, step=20)
+    log_once(tmp_path, step=20, start_step=10)
     assert [record["step"] for record in records(tmp_path)] == [10, 20]
+
+
+def test_a_new_run_keeps_the_records_of_the_earlier_ones_beside_its_own(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="torchtitan")
+    for loss in (5.0, 4.0, 3.0):
+        log_once(tmp_path, changes=dict(loss=loss), rank=1, save_for_all_ranks=True)
+        log_once(tmp_path, changes=dict(loss=loss))
+    log_once(tmp_path, step=2, start_step=1, changes=dict(loss=2.0))
+    expected = {"metrics.1.jsonl": [5.0], "metrics.2.jsonl": [4.0], "metrics.jsonl": [3.0, 2.0]}
+    found = {name: [record["loss"] for record in records(tmp_path, name)] for name in expected}
+    assert found == expected
+    others = {"metrics.rank_1.jsonl", "metrics.rank_1.1.jsonl", "metrics.rank_1.2.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == set(expected) | others
+    assert any(
+        line.endswith("metrics.jsonl of an earlier run is now metrics.2.jsonl")
+        for line in caplog.messages
+    )
+
+
+def test_a_run_that_ended_before_its_first_record_leaves_nothing_aside(tmp_path):
+    logger_for(tmp_path).close()
+    log_once(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_line_torn_by_a_kill_is_dropped_on_resume_and_whole_lines_stay(tmp_path):
@@ -147,7 +171,7 @@ def test_line_torn_by_a_kill_is_dropped_on_resume_and_whole_lines_stay(tmp_path)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"step": 20, "loss": 3.1')
-    log_once(tmp_path, step=20)
+    log_once(tmp_path, step=20, start_step=10)
     assert path.read_bytes().startswith(whole)
     assert [record["step"] for record in records(tmp_path)] == [10, 20]
 
@@ -178,11 +202,17 @@ def test_other_ranks_write_their_own_files_when_asked(tmp_path, caplog):
     log_once(tmp_path, rank=1, world_size=2, enable_tensorboard=True, save_for_all_ranks=True)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.rank_1.jsonl", "tb"}
     assert records(tmp_path, "metrics.rank_1.jsonl")[0]["loss"] == STEP["loss"]
-    assert event_files(tmp_path / "tb" / "rank_1").Scalars("loss")
+    (run,) = (tmp_path / "tb" / "rank_1").iterdir()
+    assert event_files(run).Scalars("loss")
     assert not caplog.messages, "the console is rank 0's"
 
 
 # ---------------------------------------------------------------- TensorBoard
+
+
+def only_run(folder):
+    (run,) = (folder / "tb").iterdir()
+    return run
 
 
 def event_files(folder):
@@ -200,7 +230,7 @@ def test_tensorboard_has_every_number_of_the_json_record(tmp_path):
             expected |= {f"{name}/layer_{layer}": number for layer, number in value.items()}
         elif name not in ("step", "time"):
             expected[name] = value
-    events = event_files(tmp_path / "tb")
+    events = event_files(only_run(tmp_path))
     assert set(events.Tags()["scalars"]) == set(expected)
     for name, value in expected.items():
         (point,) = events.Scalars(name)
@@ -213,9 +243,48 @@ def test_steps_repeated_after_a_resume_replace_the_old_curve(tmp_path):
         first.log(step=step, **{**STEP, "loss": loss})
     first.close()
     time.sleep(1.1)  # Event files are ordered by the second in their name.
-    log_once(tmp_path, step=20, enable_tensorboard=True, changes=dict(loss=4.5))
-    points = [(p.step, p.value) for p in event_files(tmp_path / "tb").Scalars("loss")]
+    changes = dict(enable_tensorboard=True, start_step=10)
+    log_once(tmp_path, step=20, changes=dict(loss=4.5), **changes)
+    points = [(p.step, p.value) for p in event_files(only_run(tmp_path)).Scalars("loss")]
     assert points == [(10, 5.0), (20, 4.5)]
+
+
+def test_each_new_run_has_its_own_curves_and_a_resume_goes_on_with_the_newest(
+    tmp_path, monkeypatch, console
+):
+    def run(clock, loss, **settings):
+        monkeypatch.setattr("time.strftime", lambda pattern: clock)
+        logger_for(tmp_path, enable_tensorboard=True, **settings).close()
+        folder = re.search(r"curves in (\S+);", console())[1]
+        log_once(tmp_path, enable_tensorboard=True, start_step=1, step=2, changes=dict(loss=loss))
+        return Path(folder)
+
+    clocks = ["20260102-0959", "20260102-1000", "20260102-1000", "20260102-1000", "20260102-0930"]
+    folders = [run(clock, loss=float(n)) for n, clock in enumerate(clocks)]
+    names = [folder.relative_to(tmp_path / "tb").name for folder in folders]
+    assert names[:2] == clocks[:2] and names == sorted(set(names)), "unique, in order of time"
+    assert sorted((tmp_path / "tb").iterdir()) == folders
+    for n, folder in enumerate(folders):
+        assert [point.value for point in event_files(folder).Scalars("loss")] == [n]
+
+
+def test_a_run_is_dated_as_in_torchtitan(tmp_path):
+    before = time.strftime("%Y%m%d-%H%M")
+    log_once(tmp_path, enable_tensorboard=True)
+    assert before <= only_run(tmp_path).name <= time.strftime("%Y%m%d-%H%M")
+
+
+def test_without_tensorboard_it_is_not_even_imported(tmp_path):
+    """On each of thousands of ranks it would cost a second and some memory."""
+    code = (
+        "import sys, torch; from torchtitan.components.metrics import MetricsLogger\n"
+        f"MetricsLogger(dump_folder={str(tmp_path)!r}, log_freq=1, total_steps=1, "
+        "enable_tensorboard=False, save_tb_folder='tb', save_for_all_ranks=False, "
+        "disable_color_printing=True, device=torch.device('cpu'), flops_per_token=1.0, "
+        "peak_flops=None)\n"
+        "assert not any(name.startswith('tensorboard') for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def brightness(pixels):
@@ -224,7 +293,7 @@ def brightness(pixels):
 
 def test_heat_map_in_tensorboard_shows_the_overloaded_expert_brightest(tmp_path):
     log_once(tmp_path, enable_tensorboard=True)
-    (image,) = event_files(tmp_path / "tb").Images("expert_load")
+    (image,) = event_files(only_run(tmp_path)).Images("expert_load")
     pixels = np.array(Image.open(io.BytesIO(image.encoded_image_string)))
     assert pixels.shape[0] / 2 == pixels.shape[1] / 4, "2 layers down, 4 experts across, square"
     cell = pixels.shape[0] // 2

@@ -44,6 +44,41 @@ def any_tokenizer(request, tmp_path):
     return load_tokenizer(str(write_ranks(tmp_path / "a.tiktoken")))
 
 
+def test_the_identity_tells_tokenizers_apart_that_give_other_ids(tmp_path):
+    def identity(name, ranks, config=None):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_ranks(folder / "a.tiktoken", ranks)
+        (folder / "tiktoken.json").write_text(json.dumps(config or {}))
+        return load_tokenizer(str(folder)).identity()
+
+    swapped = RANKS | {b"th": RANKS[b"the"], b"the": RANKS[b"th"]}
+    ends = {"special_tokens": {"<a>": 266, "<b>": 267}, "eos_token": "<a>"}
+    different = [
+        identity("plain", RANKS),
+        identity("same size", swapped),
+        identity("split", RANKS, {"pattern": r"\w+|\W+"}),
+        identity("ends", RANKS, ends),
+        identity("other end", RANKS, ends | {"eos_token": "<b>"}),
+        load_tokenizer(str(SHIPPED)).identity(),
+    ]
+    assert len({json.dumps(one) for one in different}) == len(different)
+    assert identity("again", RANKS) == different[0], "the place of the files means nothing"
+
+
+def test_the_identity_of_a_json_tokenizer_is_that_of_its_file(tmp_path):
+    shutil.copytree(SHIPPED, tmp_path / "copy")
+    ours, copy = load_tokenizer(str(SHIPPED)), load_tokenizer(str(tmp_path / "copy"))
+    assert ours.identity() == copy.identity() == pickle.loads(pickle.dumps(ours)).identity()
+    file = tmp_path / "copy/tokenizer.json"
+    content = json.loads(file.read_text())
+    merges = content["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+    file.write_text(json.dumps(content))
+    changed = load_tokenizer(str(tmp_path / "copy"))
+    assert changed.vocab_size == ours.vocab_size and changed.identity() != ours.identity()
+
+
 def test_huggingface_ids_are_those_of_tokenizers():
     oracle = tokenizers.Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
     ours = load_tokenizer(str(SHIPPED))

@@ -6,5 +6,8 @@ class OneTokenAByte:
 
     bos_id, eos_id, pad_id, vocab_size = 256, 257, 258, 259
 
+    def identity(self):
+        return {"tokenizer entries": 259, "tokenizer hash": "bytes"}
+
     def encode(self, text, add_bos=False, add_eos=False):
         return [256] * add_bos + list(text.encode()) + [257] * add_eos

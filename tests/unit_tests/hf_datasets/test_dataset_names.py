@@ -1,9 +1,14 @@
 """training.dataset and training.dataset_path: what each name means, and what refuses it."""
 
+import gzip
+import json
+from pathlib import Path
+
 import datasets
 import pytest
 
-from torchtitan.hf_datasets import build_text_dataloader, open_source
+from tests.unit_tests.hf_datasets.byte_tokenizer import OneTokenAByte
+from torchtitan.hf_datasets import build_text_dataloader, files, open_source
 from torchtitan.hf_datasets.sources import HubStream, Shard
 from torchtitan.tools.errors import UserError
 
@@ -77,6 +82,66 @@ def build(path, tokenizer, **changes):
     settings = dict(text_key="text", seq_len=8, batch_size=2, dp_rank=0, dp_degree=1, seed=0)
     settings |= dict(dataset_name="mine", dataset_path=str(path), num_workers=0) | changes
     return build_text_dataloader(tokenizer=tokenizer, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"tokenizer": "bytes"}, "with tokenizer entries = 2048, and this run has 259"),
+        ({"text_key": "body"}, "with training.dataset_text_key = text, and this run has body"),
+        ({"dataset_path": "b.jsonl"}, "with data bytes = "),
+    ],
+)
+def test_a_position_in_other_tokens_or_documents_is_refused(tmp_path, tokenizer, changes, sentence):
+    (tmp_path / "a.jsonl").write_text('{"text": "this is one", "body": "this is another"}\n' * 20)
+    (tmp_path / "b.jsonl").write_text('{"text": "this is another one"}\n' * 20)
+    loader = build(tmp_path / "a.jsonl", tokenizer)
+    next(iter(loader))
+    state = loader.state_dict()
+    build(tmp_path / "a.jsonl", tokenizer).load_state_dict(state)
+    if "dataset_path" in changes:
+        changes = {"dataset_path": str(tmp_path / "b.jsonl")}
+    other = OneTokenAByte() if changes.pop("tokenizer", None) else tokenizer
+    with pytest.raises(UserError, match=sentence):
+        build(tmp_path / "a.jsonl", other, **changes).load_state_dict(state)
+
+
+def test_what_is_known_of_a_hub_dataset_is_part_of_its_identity(tmp_path):
+    def identity(files, text_key="text"):
+        paths = [str(tmp_path / f"{number}.jsonl") for number in range(files)]
+        for path in paths:
+            Path(path).write_text('{"text": "x"}\n')
+        rows = datasets.load_dataset("json", data_files=paths, split="train", streaming=True)
+        return HubStream("org/name", rows, text_key).identity()
+
+    assert identity(2) == identity(2) == json.loads(json.dumps(identity(2)))
+    assert identity(2) != identity(3) and identity(2) != identity(2, "body")
+    assert identity(2)["data split"] == "train"
+
+
+@pytest.mark.parametrize("kind", ["hub", "gzip"])
+def test_one_usable_document_is_enough_to_know_that_a_stream_has_some(tmp_path, monkeypatch, kind):
+    """A window of 2,048 documents through the network, on each rank, was the price before."""
+    read = []
+    if kind == "hub":
+
+        def generate():
+            for number in range(5000):
+                read.append(number)
+                yield {"text": f"document {number}"}
+
+        rows = datasets.IterableDataset.from_generator(generate)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+        source = open_source("org/name", None, "text")
+    else:
+        original = files.record_of_json_line
+        counting = lambda *args: read.append(args) or original(*args)  # noqa: E731
+        monkeypatch.setattr(files, "record_of_json_line", counting)
+        path = tmp_path / "a.jsonl.gz"
+        path.write_bytes(gzip.compress(b'{"text": "x"}\n' * 5000))
+        source = open_source("text", str(path), "text")
+    assert 1 <= len(read) <= 2
+    assert len(list(source.open(0, 0, Shard()))) == 5000, "the probe used nothing up"
 
 
 def test_fewer_documents_than_loader_processes_are_refused(jsonl, tokenizer):

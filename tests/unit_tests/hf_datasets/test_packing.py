@@ -5,6 +5,8 @@ import json
 from collections import Counter
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,12 +15,20 @@ from hypothesis import strategies as st
 from tests.unit_tests.hf_datasets.byte_tokenizer import OneTokenAByte
 from torchtitan.components.dataloader import build_dataloader
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.hf_datasets import TextDataset, open_source
+from torchtitan.hf_datasets import TextDataset, open_source, row_groups
 from torchtitan.hf_datasets import sources as sources_module
 from torchtitan.hf_datasets.order import order
 from torchtitan.hf_datasets.sources import HubStream, Shard, WindowShuffledReader
 
 TEXTS = [f"document {n} " + "word " * (n % 13) + str(n * n) for n in range(41)]
+
+KINDS = ["plain", "gzip", "parquet", "hub"]
+
+
+@pytest.fixture(autouse=True)
+def small_pools(monkeypatch):
+    """Two or three of the row groups below are open together (in this process, not in workers)."""
+    monkeypatch.setattr(row_groups, "POOL_BYTES", 700)
 
 
 def pack(texts, tokenizer, seq_len):
@@ -38,7 +48,7 @@ def lists(examples):
 
 
 def make_source(kind, folder, texts=TEXTS):
-    """The same documents as an indexed file, as a stream of gzip files, and as a hub stream."""
+    """The same documents as indexed files, streamed gzip files, row groups, and a hub stream."""
     if kind == "hub":
         paths = []
         for number in range(4):
@@ -48,6 +58,10 @@ def make_source(kind, folder, texts=TEXTS):
         rows = datasets.load_dataset("json", data_files=paths, split="train", streaming=True)
         return HubStream("org/name", rows, "text")
     for number in range(3):
+        if kind == "parquet":
+            table = pa.table({"text": texts[number::3]})
+            pq.write_table(table, folder / f"parquet{number}.parquet", row_group_size=4)
+            continue
         lines = [json.dumps({"text": t}) + "\n" for t in texts[number::3]]
         path = folder / f"{kind}{number}.jsonl"
         path.write_text("".join(lines))
@@ -102,7 +116,7 @@ def test_a_tokenizer_without_begin_end_and_pad_packs_the_bare_text(jsonl):
 
 # `datasets` itself splits a hub stream over real worker processes: tested with them below.
 LAYOUTS = [("hub", 1, 1), ("hub", 2, 1), ("hub", 3, 1)]
-LAYOUTS += [(kind, *n) for kind in ("plain", "gzip") for n in ((1, 1), (3, 1), (2, 3), (5, 2))]
+LAYOUTS += [(kind, *n) for kind in KINDS[:3] for n in ((1, 1), (3, 1), (2, 3), (5, 2))]
 
 
 @pytest.mark.parametrize(("kind", "dp_degree", "num_workers"), LAYOUTS)
@@ -150,7 +164,7 @@ def test_a_stream_with_damage_resumes_at_every_record(tmp_path, monkeypatch, sha
         assert list(again) == records[taken:], f"resumed after {taken} records"
 
 
-@pytest.mark.parametrize("kind", ["plain", "gzip", "hub"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_epoch_has_its_own_order_and_a_seed_always_the_same(tmp_path, kind):
     source = make_source(kind, tmp_path)
 
@@ -170,7 +184,7 @@ def test_infinite_data_goes_on_with_the_next_epoch_without_a_gap(tmp_path):
     assert lists(found) == expected
 
 
-@pytest.mark.parametrize("kind", ["plain", "gzip", "hub"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("infinite", [True, False])
 def test_resume_at_every_example_gives_the_same_rest(tmp_path, monkeypatch, kind, infinite):
     """Over two epoch borders; windows of 8 documents, so that resumes fall inside windows."""
@@ -238,12 +252,34 @@ def test_a_window_is_shuffled_within_itself_only(tmp_path):
         assert sorted(shuffled[start : start + 10]) == sorted(unshuffled[start : start + 10])
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_loader_knows_the_skipped_documents_of_the_run(jsonl, num_workers):
+    """Those before the last batch, of all its workers; a resumed run counts on, none twice."""
+    texts = [TEXTS[n] if n % 3 else "" for n in range(30)]
+    source = open_source("mine", str(jsonl("a.jsonl", texts + ["last"])), "text")
+    loader = loader_of(source, num_workers, infinite=False)
+    counts, states = [], []
+    for batch in loader:
+        assert list(batch[0]) == ["input"], "the trainer's batch holds the model's input only"
+        counts.append(loader.skipped_documents)
+        states.append(json.loads(json.dumps(loader.state_dict())))
+    records = source.open(1, 0, Shard())
+    last_usable = max(n for n, record in enumerate(source.open(1, 0, Shard())) if record.text)
+    assert num_workers or counts[-1] == sum(not r.text for r in list(records)[:last_usable])
+    assert 7 <= counts[-1] <= 10 and counts == sorted(counts)
+    for taken in (0, 3, len(states) - 2):
+        again = loader_of(source, num_workers, infinite=False)
+        again.load_state_dict(states[taken])
+        rest = [again.skipped_documents for _ in again]
+        assert rest == counts[taken + 1 :], f"resumed after batch {taken}"
+
+
 def loader_of(source, num_workers, infinite=True):
     dataset = TextDataset(source, OneTokenAByte(), 40, seed=1, infinite=infinite)
     return build_dataloader(dataset, batch_size=2, num_workers=num_workers, dp_rank=0, dp_degree=1)
 
 
-@pytest.mark.parametrize("kind", ["plain", "hub"])
+@pytest.mark.parametrize("kind", ["plain", "parquet", "hub"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_loader_resumes_with_the_same_batches(tmp_path, kind, num_workers):
     """Through the loader and its worker processes, across epoch borders, state as JSON."""
