@@ -454,7 +454,7 @@ class Trainer:
         )
 
     def _traffic_of(self, result: StepResult) -> dict[str, object]:
-        """Tokens sent in the step's dispatch, over all ranks; nothing without expert parallelism."""
+        """Tokens sent in the step, over all ranks; nothing without expert parallelism."""
         if self.dims.ep == 1 or not result.traffic:
             return {}
         layers = {layer: counts.tolist() for layer, counts in result.traffic.items()}
