@@ -28,7 +28,7 @@ from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config import (
     JobConfig,
     Parallelism,
-    resolve_dp_degrees,
+    resolve_degrees,
     resolve_global_batch_size,
     to_dict,
     validate,
@@ -141,14 +141,11 @@ def build_model(
 
 def build_parallel_dims(config: JobConfig) -> ParallelDims:
     world_size = dist.get_world_size()
-    replicate, shard = resolve_dp_degrees(config.parallelism, world_size)
     return ParallelDims(
-        dp_replicate=replicate,
-        dp_shard=shard,
         world_size=world_size,
         device_type=device_type(),
-        ep=config.parallelism.expert_parallel_degree,
         node_size=resolve_node_size(config.parallelism, world_size),
+        **resolve_degrees(config.parallelism, world_size)._asdict(),
     )
 
 
@@ -159,11 +156,9 @@ def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
     """
     if parallelism.expert_parallel_node_size is not None:
         return parallelism.expert_parallel_node_size
-    local, ep = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        parallelism.expert_parallel_degree,
-    )
-    return local if 0 in (local % ep, ep % local) else math.gcd(local, ep)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    span = parallelism.expert_parallel_degree * parallelism.expert_tensor_parallel_degree
+    return local if 0 in (local % span, span % local) else math.gcd(local, span)
 
 
 def build_metrics(
@@ -329,7 +324,7 @@ class Trainer:
             tokenizer=self.tokenizer,
             seq_len=training.seq_len,
             batch_size=training.local_batch_size,
-            dp_rank=self.rank,
+            dp_rank=self.dims.dp_rank(self.rank),
             dp_degree=self.dims.dp_degree,
             seed=seed,
             num_workers=training.dataset_num_workers,
