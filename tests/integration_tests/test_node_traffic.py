@@ -11,7 +11,7 @@ import pytest
 
 REPO = Path(__file__).parents[2]
 SCRIPT = str(REPO / "scripts/measure_node_traffic.py")
-SMALL = "--nodes 2 --ranks_per_node 1 --num_experts 8 --top_k 4 --routings 2:1 --tokens 64 --steps 1"
+SMALL = "--nodes 2 --ranks_per_node 1 --num_experts 8 --top_k 4 --routings 2:1 --tokens 64"
 
 
 def measure(*arguments: str, command: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -40,7 +40,9 @@ def test_without_root_it_says_so(tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 def test_the_wire_carries_what_arithmetic_says(tmp_path):
     """2 nodes, top-4 in one group of two (a node each): a token's rows all go to one node."""
-    done = measure(*SMALL.split(), "--dim", "1024", "--rate_mbit", "0", "--out", str(tmp_path))
+    done = measure(
+        *SMALL.split(), "--steps", "1", "--dim", "1024", "--rate_mbit", "0", "--out", str(tmp_path)
+    )
     if done.returncode == 2:
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr
