@@ -362,7 +362,7 @@ class Trainer:
         """One optimizer step over `accumulation` micro-batches."""
         micro_batches = self._next_batches(batches, interval)
         valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
-        valid_tokens = sum_over_ranks(valid.to(self.device)).clamp(min=1)
+        valid_tokens = sum_over_ranks(valid.to(self.device), self.dims.loss_group).clamp(min=1)
 
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
@@ -405,8 +405,8 @@ class Trainer:
     def _update(self, local_loss: Tensor, grad_norm: Tensor) -> StepResult:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
-        loads_LE, traffic_L23 = step_loads(moes, dist.group.WORLD) if moes else ([], [])
-        losses = torch.stack(gather_from_ranks(local_loss))
+        loads_LE, traffic_L23 = step_loads(moes, self.dims.stage_group) if moes else ([], [])
+        losses = torch.stack(gather_from_ranks(local_loss, self.dims.loss_group))
         # host sync: a non-finite step must be known before the weights change
         *rank_losses, norm = torch.cat((losses, grad_norm.view(1))).tolist()
         if all(map(math.isfinite, [*rank_losses, norm])):
@@ -419,7 +419,7 @@ class Trainer:
         self.lr_scheduler.step()
         return StepResult(
             loss=sum(rank_losses),
-            max_loss=max(rank_losses) * self.dims.dp_degree,
+            max_loss=max(rank_losses) * self.dims.loss_degree,
             grad_norm=norm,
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
@@ -427,7 +427,8 @@ class Trainer:
         )
 
     def _handle_non_finite(self, rank_losses: list[float], grad_norm: float) -> None:
-        ranks = [r for r, loss in enumerate(rank_losses) if not math.isfinite(loss)]
+        group = dist.get_process_group_ranks(self.dims.loss_group)
+        ranks = [r for r, x in zip(group, rank_losses, strict=True) if not math.isfinite(x)]
         what = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient norm"
         values = f"losses by rank {rank_losses}, gradient norm {grad_norm}"
         self.skips_in_a_row += 1
@@ -464,6 +465,7 @@ class Trainer:
 
     def _log(self, result: StepResult, interval: Interval) -> None:
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
+        skipped = sum_over_ranks(skipped, self.dims.data_mesh["dp"].get_group())
         traffic = self._traffic_of(result)
         self.metrics.log(
             step=self.step,
@@ -478,7 +480,7 @@ class Trainer:
             expert_loads=result.loads,
             extra={
                 "skipped_steps": self.skipped_steps,
-                "skipped_documents": sum_over_ranks(skipped).item(),
+                "skipped_documents": skipped.item(),
                 **traffic,
             },
         )

@@ -6,12 +6,21 @@ experts are spread over the same ranks in two ways:
     dense     (pp, dp_replicate, fsdp, tp)        fsdp = dp_shard · cp
     experts   (pp, dp_replicate, fsdp, ep, etp)   each EP group holds all experts between its ranks,
                                                   and FSDP shards over what is left
+
+What a step adds up over ranks goes over one of three groups:
+
+    loss      dp x cp: ranks that read different tokens (loss, valid tokens). The ranks of a TP
+              group read the same and have the same loss; with PP only the last stage has one.
+    stage     dp x cp x tp: ranks that hold the same layers. Between layers TP splits the sequence
+              too, so over a stage each token meets each router exactly once (expert load, traffic).
+    dp        ranks that read different files (skipped documents)
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -52,6 +61,11 @@ class ParallelDims:
         return rank % self.stage_size // (self.cp * self.tp)
 
     @property
+    def loss_degree(self) -> int:
+        """Ranks that read different tokens."""
+        return self.dp_degree * self.cp
+
+    @property
     def fsdp(self) -> int:
         """Ranks over which FSDP splits dense weights."""
         return self.dp_shard * self.cp
@@ -89,6 +103,25 @@ class ParallelDims:
             (self.pp, self.stage_size // spread, self.expert_fsdp, self.ep, self.etp),
             mesh_dim_names=("pp", "dp_replicate", "fsdp", "ep", "etp"),
         )
+
+    @cached_property
+    def data_mesh(self) -> DeviceMesh:
+        """Of the tokens. Axes of any size: `pp`, `dp`, `cp`, `tp`."""
+        return init_device_mesh(
+            self.device_type,
+            (self.pp, self.dp_degree, self.cp, self.tp),
+            mesh_dim_names=("pp", "dp", "cp", "tp"),
+        )
+
+    @cached_property
+    def loss_group(self) -> dist.ProcessGroup:
+        """Ranks whose tokens differ, at this rank's place of pp and tp; see the top of the file."""
+        return self.data_mesh["dp", "cp"]._flatten("loss").get_group()
+
+    @cached_property
+    def stage_group(self) -> dist.ProcessGroup:
+        """All ranks of this rank's pipeline stage."""
+        return self.data_mesh["dp", "cp", "tp"]._flatten("stage").get_group()
 
     @property
     def ep_groups(self) -> torch.Tensor:

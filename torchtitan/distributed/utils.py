@@ -97,14 +97,16 @@ def set_determinism(config: Debug, device: torch.device) -> int:
     return seed
 
 
-def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, in place; equal on every rank afterwards."""
-    dist.all_reduce(value)
+def sum_over_ranks(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Sum over the ranks of `group` (None: all), in place; equal on each of them afterwards."""
+    dist.all_reduce(value, group=group)
     return value
 
 
-def gather_from_ranks(value: torch.Tensor) -> list[torch.Tensor]:
-    """The same tensor of every rank, by rank."""
-    out = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(out, value)
+def gather_from_ranks(
+    value: torch.Tensor, group: dist.ProcessGroup | None = None
+) -> list[torch.Tensor]:
+    """The same tensor of every rank of `group` (None: all), by rank."""
+    out = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(out, value, group=group)
     return out
