@@ -339,6 +339,6 @@ def window_of(shard: Shard) -> int:
 def check_enough(name: str, documents: int, lanes: int) -> None:
     if documents < lanes:
         raise UserError(
-            f"training.dataset_lanes = {lanes} must be at most {documents}, the number of documents "
-            f"of training.dataset '{name}'; lower it, or leave it unset."
+            f"training.dataset_lanes = {lanes} must be at most {documents}, the number of "
+            f"documents of training.dataset '{name}'; lower it, or leave it unset."
         )

@@ -1,4 +1,4 @@
-"""One order of examples: each layout sees the same batches, and any goes on where another stopped."""
+"""One order of examples: all layouts see the same batches, and each goes on for another."""
 
 import json
 import re
@@ -106,6 +106,15 @@ CHAIN = [
 ]
 
 
+def comparable(state):
+    """Without what `datasets` says of itself, which differs after a resume and means the same; how
+    many documents of the stream were read stands beside it."""
+    state = json.loads(json.dumps(state))
+    for position in state["lanes"].values():
+        position["reader"].get("stream", {}).pop("dataset", None)
+    return state
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chain_of_layouts_is_one_run(tmp_path, small_windows, kind):
     """What was seen is the uninterrupted order, no example twice and none left out, over an epoch
@@ -119,7 +128,7 @@ def test_a_chain_of_layouts_is_one_run(tmp_path, small_windows, kind):
         assert Counter(step) == Counter(alone.take(len(step)))
         seen += step
         state = run.state()
-        assert state == alone.state()
+        assert comparable(state) == comparable(alone.state())
         assert state == json.loads(json.dumps(state))
     assert Counter(seen) == Counter(expected_order(source, len(seen)))
     assert state["skipped_documents"] >= 7, "of an epoch 8 are, and all lanes are in the second"
