@@ -227,13 +227,12 @@ def train_on_text(options: list[str], dump_folder: str) -> list[float]:
     ("world_size", "options"),
     [
         (1, ["--training.local_batch_size=2"]),
-        (1, ["--training.local_batch_size=1", "--training.dataset_num_workers=2"]),
         (2, ["--training.local_batch_size=4"]),
         (4, ["--training.local_batch_size=1"]),
     ],
 )
 def test_every_layout_reads_the_same_text(ranks, world_size, options, tmp_path) -> None:
-    """Ranks, accumulation and loader workers take turns at one order of sequences."""
+    """Ranks and accumulation take turns at one order of sequences."""
     alone = ranks(1).run(train_on_text, ["--training.local_batch_size=8"], str(tmp_path))[0]
     assert len(set(alone)) == STEPS
     for losses in ranks(world_size).run(train_on_text, options, str(tmp_path)):
