@@ -62,7 +62,7 @@ class TextDataset(IterableDataset):
     def identity(self) -> dict:
         """What the meaning of a position depends on, for the loader to compare on resume."""
         return {
-            "training.seed": self.seed,
+            "debug.seed": self.seed,
             "training.dataset_lanes": self.num_lanes,
             **self.tokenizer.identity(),
             **self.source.identity(),
