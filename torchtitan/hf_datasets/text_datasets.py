@@ -148,11 +148,12 @@ def build_text_dataloader(
         infinite=infinite,
     )
     loader = build_dataloader(dataset)
-    _report_lanes(source.name, dataset.num_lanes, share)
+    report_lanes(source.name, dataset.num_lanes, share)
     return loader
 
 
-def _report_lanes(name: str, lanes: int, share: Share) -> None:
+def report_lanes(name: str, lanes: int, share: Share) -> None:
+    """Say how many there are, and where this layout reads them twice or more: a number that fits."""
     logger.info(f"Data {name}: dealt to {lanes} lanes")
     times = share.times_made(lanes)
     if times >= 2:
