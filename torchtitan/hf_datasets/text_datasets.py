@@ -153,7 +153,7 @@ def build_text_dataloader(
 
 
 def report_lanes(name: str, lanes: int, share: Share) -> None:
-    """Say how many there are, and where this layout reads them twice or more: a number that fits."""
+    """Say how many there are and, where this layout reads them twice, which number fits it."""
     logger.info(f"Data {name}: dealt to {lanes} lanes")
     times = share.times_made(lanes)
     if times >= 2:
