@@ -29,7 +29,9 @@ OURS = {
     "optimizer.weight_decay_on",
     "training.dataset_text_key",
     "training.dataset_num_workers",
+    "training.dataset_lanes",
     "training.non_finite_loss",
+    "metrics.log_traffic",
     "parallelism.expert_parallel_dispatch",
     "parallelism.expert_parallel_node_size",
 }
