@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan.components.dataloader import ParallelAwareDataLoader
-from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsLogger, device_name
 from torchtitan.components.optimizer import build_optimizer
@@ -36,6 +37,7 @@ from torchtitan.config import (
 )
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import check_compile_backend
+from torchtitan.distributed.context_parallel import positions_of
 from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_grad_norm
@@ -94,6 +96,15 @@ def check_config(config: JobConfig) -> Checked:
         )
     model_args.check_tokenizer(tokenizer.eos_id)
     model_args.check_expert_parallel(config.parallelism.expert_parallel_degree)
+    model_args.check_tensor_parallel(
+        config.parallelism.tensor_parallel_degree,
+        experts=config.parallelism.expert_tensor_parallel_degree,
+    )
+    model_args.check_context_parallel(
+        config.parallelism.context_parallel_degree,
+        method=config.parallelism.context_parallel_rotate_method,
+        tensor_parallel=config.parallelism.tensor_parallel_degree,
+    )
     check_dataset(config.training.dataset, config.training.dataset_path)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
@@ -287,6 +298,11 @@ class Trainer:
             save_config(config, self.model_args)
         seed = set_determinism(config.debug, self.device)
         self.dims = build_parallel_dims(config)
+        # With context parallelism: of this rank's part of each sequence.
+        self.positions = None
+        if self.dims.cp > 1:
+            cp_rank = self.dims.data_mesh["cp"].get_local_rank()
+            self.positions = positions_of(cp_rank, self.dims.cp, training.seq_len).to(self.device)
         self.dataloader = self._build_dataloader(seed)
         self.model = build_model(spec, self.model_args, self.dims, config, self.device)
         set_timeout(config.comm.init_timeout_seconds)  # also of the groups that are new now
@@ -302,7 +318,9 @@ class Trainer:
         self.lr_scheduler = build_lr_scheduler(
             self.optimizer, total_steps=training.steps, **asdict(config.lr_scheduler)
         )
-        self.loss_fn = cross_entropy_sum
+        self.loss_fn = build_loss(
+            self.dims, disable_loss_parallel=config.parallelism.disable_loss_parallel
+        )
         if config.compile.enable and "loss" in config.compile.components:
             self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
 
@@ -363,7 +381,7 @@ class Trainer:
         """One optimizer step over `accumulation` micro-batches."""
         micro_batches = self._next_batches(batches, interval)
         valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
-        valid_tokens = sum_over_ranks(valid.to(self.device), self.dims.loss_group).clamp(min=1)
+        valid_tokens = sum_over_ranks(valid.to(self.device), self.dims.dp_group).clamp(min=1)
 
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
@@ -378,15 +396,26 @@ class Trainer:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
         inputs, labels = batch
         tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
+        masks = self._attention_masks(tokens)
+        if self.positions is not None:
+            tokens, labels = tokens[:, self.positions], labels[:, self.positions]
         logits = self.model(
             tokens,
-            attention_masks=self.model.get_attention_masks(tokens, self.tokenizer.eos_id),
+            attention_masks=masks,
+            positions=None if self.positions is None else self.positions.unsqueeze(0),
             token_mask=labels != IGNORE_INDEX,
         )
         loss = self.loss_fn(logits, labels) / valid_tokens
         del logits  # frees the largest activation as soon as its gradient is there
         loss.backward()
         return loss.detach()
+
+    def _attention_masks(self, tokens: Tensor) -> Any:
+        """Of whole sequences; with gathered keys, for the positions that this rank computes."""
+        gathers = self.config.parallelism.context_parallel_rotate_method == "allgather"
+        return self.model.get_attention_masks(
+            tokens, self.tokenizer.eos_id, self.positions if gathers else None
+        )
 
     def close(self) -> None:
         """Release files and process groups; safe to call twice."""
@@ -466,7 +495,7 @@ class Trainer:
 
     def _log(self, result: StepResult, interval: Interval) -> None:
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
-        skipped = sum_over_ranks(skipped, self.dims.data_mesh["dp"].get_group())
+        skipped = sum_over_ranks(skipped, self.dims.dp_group)
         traffic = self._traffic_of(result)
         self.metrics.log(
             step=self.step,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from torchtitan.config.degrees import nearest, resolve_degrees
+from torchtitan.config.degrees import Degrees, nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
@@ -24,6 +24,8 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_choices(config)
     _check_profiling(config, device_type)
     degrees = resolve_degrees(config.parallelism, world_size)
+    _check_sequence(config.training.seq_len, degrees)
+    _check_async_tensor_parallel(config, device_type)
     resolve_global_batch_size(config, degrees.dp_replicate * degrees.dp_shard)
 
 
@@ -38,11 +40,7 @@ def _get(config: JobConfig, key: str) -> Any:
 # key, what it may hold, the feature. Keys that only shape one of these features (the pipeline
 # schedule, checkpoint.interval, [quantize], ...) have no effect without it and may hold anything.
 _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
-    ("parallelism.tensor_parallel_degree", (1,), "tensor parallelism"),
-    ("parallelism.enable_async_tensor_parallel", (False,), "asynchronous tensor parallelism"),
     ("parallelism.pipeline_parallel_degree", (1,), "pipeline parallelism"),
-    ("parallelism.context_parallel_degree", (1,), "context parallelism"),
-    ("parallelism.expert_tensor_parallel_degree", (1,), "tensor parallelism of experts"),
     ("checkpoint.enable", (False,), "saving and loading checkpoints"),
     ("checkpoint.create_seed_checkpoint", (False,), "a seed checkpoint"),
     (
@@ -197,3 +195,36 @@ def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
             f"set it to {nearest(wanted, [number for number in (below, below + unit) if number])}."
         )
     return wanted
+
+
+def _check_sequence(seq_len: int, degrees: Degrees) -> None:
+    """TP splits each rank's part of a sequence evenly; CP splits sequences into 2 x cp chunks, an
+    early and a late one for each rank, so that causal attention costs all ranks the same."""
+    tp, cp = degrees.tp, degrees.cp
+    unit = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
+    if seq_len % unit == 0:
+        return
+    of = {"context_parallel_degree": cp, "tensor_parallel_degree": tp}
+    names = " and ".join(f"parallelism.{name} ({n})" for name, n in of.items() if n > 1)
+    below = seq_len // unit * unit
+    legal = nearest(seq_len, [n for n in (below, below + unit) if n])
+    raise UserError(
+        f"training.seq_len = {seq_len} must be a multiple of {unit}, so that {names} split it "
+        f"evenly; set it to {legal}."
+    )
+
+
+def _check_async_tensor_parallel(config: JobConfig, device_type: str) -> None:
+    if not config.parallelism.enable_async_tensor_parallel:
+        return
+    reason = None
+    if config.parallelism.tensor_parallel_degree == 1:
+        reason = "needs parallelism.tensor_parallel_degree of 2 or more"
+    elif device_type != "cuda":
+        reason = f"needs CUDA GPUs, but this run is on {device_type}"
+    elif not config.compile.enable or "model" not in config.compile.components:
+        reason = 'is done by the compiler: it needs compile.enable with "model" in its components'
+    if reason:
+        raise UserError(
+            f"parallelism.enable_async_tensor_parallel = true {reason}; set it to false."
+        )

@@ -9,11 +9,11 @@ experts are spread over the same ranks in two ways:
 
 What a step adds up over ranks goes over one of three groups:
 
-    loss      dp x cp: ranks that read different tokens (loss, valid tokens). The ranks of a TP
-              group read the same and have the same loss; with PP only the last stage has one.
+    dp        ranks that read different sequences (valid tokens, skipped documents)
+    loss      dp x cp: ranks that have a loss of their own. The ranks of a TP group compute the same
+              one; with PP only the last stage has any.
     stage     dp x cp x tp: ranks that hold the same layers. Between layers TP splits the sequence
               too, so over a stage each token meets each router exactly once (expert load, traffic).
-    dp        ranks that read different files (skipped documents)
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class ParallelDims:
 
     @property
     def loss_degree(self) -> int:
-        """Ranks that read different tokens."""
+        """Ranks that have a loss of their own."""
         return self.dp_degree * self.cp
 
     @property
@@ -113,9 +113,14 @@ class ParallelDims:
             mesh_dim_names=("pp", "dp", "cp", "tp"),
         )
 
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks that read different sequences, at this rank's place of pp, cp and tp."""
+        return self.data_mesh["dp"].get_group()
+
     @cached_property
     def loss_group(self) -> dist.ProcessGroup:
-        """Ranks whose tokens differ, at this rank's place of pp and tp; see the top of the file."""
+        """Ranks that have a loss of their own, at this rank's place of pp and tp."""
         return self.data_mesh["dp", "cp"]._flatten("loss").get_group()
 
     @cached_property

@@ -60,6 +60,24 @@ class BaseModelArgs:
                 "set it to 1."
             )
 
+    def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
+        """Raise `UserError` where the matrices can't be split over `degree` ranks, or each expert's
+        over `experts`.
+        """
+        if degree > 1:
+            raise UserError(
+                f"parallelism.tensor_parallel_degree = {degree}, but this model has no plan for "
+                "tensor parallelism; set it to 1."
+            )
+
+    def check_context_parallel(self, degree: int, *, method: str, tensor_parallel: int) -> None:
+        """Raise `UserError` where attention can't work on sequences split over `degree` ranks."""
+        if degree > 1:
+            raise UserError(
+                f"parallelism.context_parallel_degree = {degree}, but this model has no plan for "
+                "context parallelism; set it to 1."
+            )
+
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
         """FLOPs of forward and backward per token, without recomputation (2 per multiply-add)."""
         raise NotImplementedError
@@ -126,6 +144,12 @@ class BaseModel(nn.Module):
         """The `MoE` module of every layer that has one, by layer number."""
         raise NotImplementedError
 
-    def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> Any:
-        """Masks for `forward`, or None for causal attention. Raises `UserError` without eos_id."""
+    def get_attention_masks(
+        self, tokens_BS: Tensor, eos_id: int | None, queries_Q: Tensor | None = None
+    ) -> Any:
+        """Masks for `forward`, or None for causal attention. Raises `UserError` without eos_id.
+
+        queries_Q: with context parallelism, the positions in the sequence that this rank computes;
+        the mask is for those against all tokens up to the last of them.
+        """
         raise NotImplementedError

@@ -127,6 +127,27 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
                 f"{nearest}."
             )
 
+    def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
+        sizes = {"n_heads": self.n_heads, "vocab_size": self.vocab_size}
+        if self.n_dense_layers:
+            sizes["inter_dim"] = self.inter_dim
+        shared = self.moe_args.num_shared_experts
+        if shared and self.n_dense_layers < self.n_layers:
+            sizes["moe_inter_dim x moe_args.num_shared_experts"] = self.moe_inter_dim * shared
+        _check_divides("tensor_parallel_degree", degree, sizes)
+        _check_divides(
+            "expert_tensor_parallel_degree", experts, {"moe_inter_dim": self.moe_inter_dim}
+        )
+
+    def check_context_parallel(self, degree: int, *, method: str, tensor_parallel: int) -> None:
+        if method == "alltoall":
+            _check_divides(
+                'context_parallel_rotate_method = "alltoall" deals out heads: '
+                "parallelism.context_parallel_degree",
+                degree,
+                {"n_heads / tensor_parallel_degree": self.n_heads // tensor_parallel},
+            )
+
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
         """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =
         3 ×.
@@ -155,3 +176,14 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
     def _active_moe_weights(self) -> int:
         experts = self.moe_args.top_k + self.moe_args.num_shared_experts
         return self.dim * (3 * self.moe_inter_dim * experts + self.moe_args.num_experts)
+
+
+def _check_divides(key: str, degree: int, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if size % degree:
+            legal = [n for n in range(1, size + 1) if size % n == 0]
+            nearest = min(legal, key=lambda n: abs(n - degree))
+            raise UserError(
+                f"parallelism.{key} = {degree} must divide model.args.{name} ({size}); the nearest "
+                f"that does is {nearest}."
+            )
