@@ -7,11 +7,13 @@ from torch.distributed.tensor import DTensor
 
 from tests.reference.training import train_plainly
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.trainer import Interval, Trainer
 
 STEPS, SEQUENCES, SEQ_LEN = 3, 8, 16
+EOS = load_tokenizer(JobConfig().model.hf_assets_path).eos_id
 LR, MAX_NORM, WEIGHT_DECAY = 2e-3, 0.5, 0.1
 FP32 = "--training.mixed_precision_param=float32"
 # Everything once: dense and MoE layers, compressed queries, groups, sigmoid with bias.
@@ -49,11 +51,13 @@ def config_of(*options: str) -> JobConfig:
 
 
 def global_batches() -> list[tuple[Tensor, Tensor]]:
-    """Random text whose sequences end in paddings of very different lengths."""
+    """Random text of documents of 5 tokens on average, whose sequences end in paddings of very
+    different lengths."""
     generator = torch.Generator().manual_seed(5)
     steps = []
     for step in range(STEPS):
         tokens = torch.randint(0, 2048, (SEQUENCES, SEQ_LEN + 1), generator=generator)
+        tokens[torch.rand(tokens.shape, generator=generator) < 0.2] = EOS
         labels = tokens[:, 1:].clone()
         for sequence in range(SEQUENCES):
             labels[sequence, SEQ_LEN - (sequence * (step + 1)) % SEQ_LEN :] = IGNORE_INDEX
@@ -76,7 +80,7 @@ def train_on_this_rank(options: list[str], dump_folder: str) -> dict:
     for _ in range(STEPS):
         trainer.step += 1
         results.append(trainer.train_step(batches, Interval()))
-    state = {name: _whole(tensor) for name, tensor in trainer.model.state_dict().items()}
+    state = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     trainer.close()
     return {
         "losses": [result.loss for result in results],
@@ -85,7 +89,7 @@ def train_on_this_rank(options: list[str], dump_folder: str) -> dict:
     }
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
@@ -100,13 +104,50 @@ def assert_trained_alike(result: dict, expected: dict) -> None:
         assert error <= 1e-5 * tensor.norm().item(), f"{name} is off by {error:.1e}"
 
 
+def first_gradients(options: list[str], dump_folder: str) -> dict[str, Tensor]:
+    """Of the first global batch, before clipping; whole tensors on every rank."""
+    trainer = Trainer(config_of(FP32, *options, f"--job.dump_folder={dump_folder}"))
+    tokens, labels = global_batches()[0]
+    share = SEQUENCES // trainer.dims.dp_degree
+    first = trainer.dims.dp_rank(trainer.rank) * share
+    mine = slice(first, first + share)
+    trainer.forward_backward(
+        ({"input": tokens[mine]}, labels[mine]), (labels != IGNORE_INDEX).sum()
+    )
+    gradients = {n: whole(p.grad) for n, p in trainer.model.named_parameters()}
+    trainer.close()
+    return gradients
+
+
 @pytest.fixture(scope="module")
 def one_process() -> dict:
+    return train_alone()
+
+
+@pytest.fixture(scope="module")
+def one_process_with_documents() -> dict:
+    """Attention ends where a document does."""
+    return train_alone(mask_of=document_mask)
+
+
+def train_alone(**options) -> dict:
     args = deepseekv3_args["debugmodel_node_limited"].for_run(overrides=MODEL, seq_len=SEQ_LEN)
     torch.manual_seed(7)
     model = DeepSeekV3Model(args)
     model.init_weights()
     losses, norms = train_plainly(
-        model, global_batches(), lr=LR, max_norm=MAX_NORM, weight_decay=WEIGHT_DECAY
+        model, global_batches(), lr=LR, max_norm=MAX_NORM, weight_decay=WEIGHT_DECAY, **options
     )
     return {"losses": losses, "norms": norms, "state": model.state_dict()}
+
+
+def document_mask(tokens: Tensor) -> Tensor:
+    """Token by token: back to the last end of a document before it."""
+    mask = torch.zeros(len(tokens), 1, SEQ_LEN, SEQ_LEN, dtype=torch.bool)
+    for sequence, row in enumerate(tokens.tolist()):
+        for query in range(SEQ_LEN):
+            for key in range(query, -1, -1):
+                if row[key] == EOS and key < query:
+                    break
+                mask[sequence, 0, query, key] = True
+    return mask

@@ -205,12 +205,13 @@ def _check_sequence(seq_len: int, degrees: Degrees) -> None:
     if seq_len % unit == 0:
         return
     of = {"context_parallel_degree": cp, "tensor_parallel_degree": tp}
-    names = " and ".join(f"parallelism.{name} ({n})" for name, n in of.items() if n > 1)
+    names = [f"parallelism.{name} ({n})" for name, n in of.items() if n > 1]
+    split = "split" if len(names) > 1 else "splits"
     below = seq_len // unit * unit
     legal = nearest(seq_len, [n for n in (below, below + unit) if n])
     raise UserError(
-        f"training.seq_len = {seq_len} must be a multiple of {unit}, so that {names} split it "
-        f"evenly; set it to {legal}."
+        f"training.seq_len = {seq_len} must be a multiple of {unit}, so that {' and '.join(names)} "
+        f"{split} it evenly; set it to {legal}."
     )
 
 

@@ -42,6 +42,16 @@ class TensorParallel:
         self.group = mesh.get_group()
         self.degree, self.rank = mesh.size(), mesh.get_local_rank()
 
+    def overlap_communication(self) -> None:
+        """From now on the compiler cuts a collective next to a matrix product into pieces that
+        overlap with pieces of the product, through symmetric memory ("asynchronous TP").
+        """
+        import torch._inductor.config
+        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+        torch._inductor.config._micro_pipeline_tp = True
+        enable_symm_mem_for_group(self.group.group_name)
+
     def replicate(self, *modules: nn.Module) -> None:
         for module in modules:
             self._place(module, Replicate())
@@ -100,6 +110,11 @@ class TensorParallel:
 
     def output(self, module: nn.Linear, *, whole_logits: bool) -> None:
         """Rows are split: (B, S/tp, D) to logits (B, S, V/tp), or gathered to (B, S, V)."""
+
+        def only_logits(_, args: tuple) -> None:
+            assert all(arg is None for arg in args[1:]), "the loss of split logits: build_loss"
+
+        module.register_forward_pre_hook(only_logits)
         self.gather_input(module)
         self.column(module)
         if whole_logits:

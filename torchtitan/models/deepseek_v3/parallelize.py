@@ -50,6 +50,8 @@ def parallelize_deepseekv3(
 
 def _apply_tensor_parallel(model: BaseModel, dims: ParallelDims, parallelism: Parallelism) -> None:
     tp = TensorParallel(dims.mesh["tp"])
+    if parallelism.enable_async_tensor_parallel:
+        tp.overlap_communication()
     tp.embedding(model.tok_embeddings)
     for layer in model.layers.values():
         tp.replicate(layer.attention_norm, layer.ffn_norm)
