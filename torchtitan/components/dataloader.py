@@ -91,6 +91,9 @@ class ParallelAwareDataLoader(Stateful):
         }
         return {self._key: json.dumps(entry), "dp_degree": self._dp_degree}
 
+    def local_state(self) -> dict[str, Any]:
+        return self.state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             logger.warning(
@@ -111,6 +114,11 @@ class ParallelAwareDataLoader(Stateful):
             _check_same(name, saved.get(name), self._identity.get(name))
         self.skipped_documents = entry["skipped_documents"]
         self._loader.load_state_dict(entry["loader"])
+
+
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The position of the whole run from `local_state()` of all ranks."""
+    return {name: value for state in states for name, value in state.items()}
 
 
 def build_dataloader(
