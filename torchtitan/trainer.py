@@ -240,8 +240,8 @@ def profilers(config: JobConfig, rank: int) -> Iterator[Callable[[], None]]:
 class StepResult:
     """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact
     when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer;
-    traffic: see `TokenDispatcher.dispatch`, by layer. verdict: what became of the step. stop: a rank
-    was asked to end the run.
+    traffic: see `TokenDispatcher.dispatch`, by layer. verdict: what became of the step. stop: some
+    rank was asked to end the run.
     """
 
     loss: float

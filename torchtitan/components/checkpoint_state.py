@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from torchtitan.components.dataloader import ParallelAwareDataLoader, merge_states
 from torchtitan.components.lr_scheduler import resume_lr_scheduler
@@ -46,7 +46,7 @@ class RunState:
         *,
         model: nn.Module,
         optimizer: Optimizer,
-        lr_scheduler: LRScheduler,
+        lr_scheduler: LambdaLR,
         dataloader: ParallelAwareDataLoader,
         progress: Progress,
     ) -> None:

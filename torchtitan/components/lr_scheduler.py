@@ -16,7 +16,7 @@ import math
 from typing import Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from torchtitan.tools.logging import logger
 
@@ -95,13 +95,14 @@ def build_lr_scheduler(
     return LambdaLR(optimizer, factor)
 
 
-def resume_lr_scheduler(scheduler: LRScheduler, steps: int) -> None:
+def resume_lr_scheduler(scheduler: LambdaLR, steps: int) -> None:
     """Go on after `steps` steps, with the base rates that the optimizer has now (the config's)."""
-    scheduler.last_epoch = steps
-    rates = scheduler.get_lr()
+    factors = [factor(steps) for factor in scheduler.lr_lambdas]
+    rates = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    scheduler.load_state_dict(scheduler.state_dict() | {"_last_lr": rates})
+    state = scheduler.state_dict()
+    scheduler.load_state_dict(state | {"last_epoch": steps, "_last_lr": rates})
 
 
 def _phase_lengths(
