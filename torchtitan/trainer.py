@@ -346,6 +346,7 @@ class Trainer:
             dp_degree=self.dims.dp_degree,
             seed=seed,
             num_workers=training.dataset_num_workers,
+            num_lanes=training.dataset_lanes,
         )
 
     def train(self) -> None:

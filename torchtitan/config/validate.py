@@ -99,6 +99,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "1 or more",
         lambda value: value >= 1,
         "training.local_batch_size training.seq_len training.steps training.gc_freq "
+        "training.dataset_lanes "
         "metrics.log_freq profiling.profile_freq profiling.profiler_active "
         "comm.init_timeout_seconds comm.train_timeout_seconds checkpoint.interval",
     ),
