@@ -1,5 +1,6 @@
 """What the ranks of the resume tests do: tiny runs, and all that such a run has become."""
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def options(folder: Path, changes: dict[str, Any]) -> list[str]:
 
 
 def train(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """Train to the end. Returns this rank's share of all state."""
+    """Train to the end. Returns all state, and this rank's random numbers."""
+    # The pool's processes are daemons, which may not have children; these end with the loader.
+    multiprocessing.current_process()._config["daemon"] = False
     trainer = Trainer(ConfigManager().parse_args(options(folder, changes)))
     trainer.train()
     state = whole_state(trainer)

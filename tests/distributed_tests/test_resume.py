@@ -72,3 +72,30 @@ NEXT = dict(zip(LAYOUTS, [*list(LAYOUTS)[1:], *list(LAYOUTS)[:1]], strict=True))
 def run_of(world_size: int, settings: dict) -> dict:
     size = {"training__local_batch_size": BATCH // world_size}
     return settings | size | SAVES | {"checkpoint__interval": 2, "training__steps": 3}
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory):
+    """The folder and the losses of a run of a layout, trained once."""
+    runs = {}
+
+    def run(layout: str):
+        if layout not in runs:
+            world_size, settings = LAYOUTS[layout]
+            folder = tmp_path_factory.mktemp("saved")
+            result = ranks(world_size).run(train, folder, run_of(world_size, settings))[0]
+            runs[layout] = (folder, result["losses"])
+        return runs[layout]
+
+    return run
+
+
+@pytest.mark.parametrize(("source", "target"), NEXT.items())
+def test_any_layout_goes_on_from_any_other(ranks, saved, source, target, tmp_path):
+    folder, expected = saved(source)
+    world_size, settings = LAYOUTS[target]
+    loaded = ranks(world_size).run(
+        losses_after_loading, folder, run_of(world_size, settings), 2, tmp_path
+    )[0]
+    assert len(loaded) == 1, "step 3 alone was left to do"
+    assert loaded[0] == pytest.approx(expected[2], rel=1e-6)
