@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.components.checkpoint import build_checkpoint_manager
+from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.dataloader import ParallelAwareDataLoader
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
@@ -427,6 +427,11 @@ class Trainer:
         self.step = state["step"]
         self.tokens_seen = state["tokens_seen"]
         self.watch.load_state_dict(state["loss_watch"])
+
+    def save_seed(self) -> None:
+        """The weights as they were initialised, as step 0: any layout can begin from them."""
+        self.checkpoint.save(self.run_state, 0, WEIGHTS)
+        self.checkpoint.finish()
 
     def _rewind(self) -> None:
         """Back to the last checkpoint; the data goes on after the batch that was just read."""

@@ -57,7 +57,9 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     }
 
 
-def losses_after_loading(folder: Path, changes: dict[str, Any], step: int, out: Path) -> list[float]:
+def losses_after_loading(
+    folder: Path, changes: dict[str, Any], step: int, out: Path
+) -> list[float]:
     """Losses of a run of another layout that begins from folder's checkpoint of a step."""
     changes = changes | {
         "checkpoint__initial_load_path": folder / f"checkpoint/step-{step}",
