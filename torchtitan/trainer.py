@@ -381,7 +381,8 @@ class Trainer:
                     set_timeout(config.comm.train_timeout_seconds, self.checkpoint.group)
                     timeout_set = True
             self.checkpoint.finish()
-        logger.info("Training finished after step %d", self.step)
+        how = "finished" if self.step >= steps else f"stopped short of {steps} steps,"
+        logger.info("Training %s after step %d", how, self.step)
 
     def train_step(self, batches: Iterator[Batch], interval: Interval) -> StepResult:
         """One optimizer step over `accumulation` micro-batches."""

@@ -36,7 +36,8 @@ def explain_lost_peer(error: BaseException, step: int) -> str | None:
     recorder = ""
     if dist.get_backend() == "nccl":
         recorder = "; what each rank did last is in the files of comm.save_traces_folder"
-    reason = str(error).strip().splitlines()[0][:200]
+    # Without the place in gloo's sources, and without its guesses.
+    reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).split(". ")[0].splitlines()[0][:200]
     return f"step {step}: {who} ({_collective(error)}: {reason}){recorder}."
 
 
