@@ -472,7 +472,8 @@ class Trainer:
             self.optimizer.step()
             update_expert_bias(moes, loads_LE)
         lr = self.lr_scheduler.get_last_lr()[0]
-        self.lr_scheduler.step()
+        if verdict != "rewind":
+            self.lr_scheduler.step()
         return StepResult(
             loss=sum(rank_losses),
             max_loss=max(rank_losses) * self.dims.dp_degree,

@@ -236,36 +236,38 @@ def mounted(*arguments: str):
         subprocess.run(["umount", arguments[-1]], check=True)
 
 
-def test_a_full_disk_is_said_training_goes_on_and_the_next_interval_succeeds(tmp_path, capfd):
-    """A checkpoint has 4.5 MB, the disk 8: with another file in the way it does not fit."""
-    folder = tmp_path / "out/checkpoint"
-    folder.mkdir(parents=True)
+def test_a_full_disk_is_said_training_goes_on_and_the_next_interval_succeeds(
+    tmp_path, caplog, capfd
+):
+    """A checkpoint has 4.5 MB and the disk 11; 4 of them are taken by another while it trains."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
     with mounted("-t", "tmpfs", "-o", "size=11m", "tmpfs", str(folder)):
-        options = tiny(tmp_path / "out", **SAVES | {"training__steps": 5})
-        ballast = folder / "ballast"
-        with closing(Trainer(ConfigManager().parse_args(options))) as trainer:
-            log, seen = trainer.metrics.log, []
+        options = SAVES | {"training__steps": 5, "checkpoint__keep_latest_k": 1}
+        with closing(Trainer(ConfigManager().parse_args(tiny(tmp_path, **options)))) as trainer:
+            log = trainer.metrics.log
 
-            def fill_and_free(**record):
-                log(**record)
-                seen.append(record["step"])
-                if record["step"] == 2:
-                    ballast.write_bytes(bytes(4 << 20))
-                if record["step"] == 4:
-                    ballast.unlink()
-                    shutil.rmtree(folder / "step-1")
+            def fill_and_free(*, step, **record):
+                log(step=step, **record)
+                if step == 2:
+                    (folder / "ballast").write_bytes(bytes(4 << 20))
+                if step == 4:
+                    assert [path.name for path in folder.glob("step-*")] == ["step-1"]
+                    (folder / "ballast").unlink()
 
             trainer.metrics.log = fill_and_free
-            trainer.checkpoint.settings = trainer.checkpoint.settings.__class__(
-                enable=True, interval=1, keep_latest_k=1, last_save_model_only=False
-            )
             trainer.train()
-        said = capfd.readouterr().err
-        assert "checkpoint of step 2 could not be written" in said
-        assert "No space left on device" in said and "older checkpoints are as they were" in said
-        assert seen == [1, 2, 3, 4, 5], "training went on"
+        failures = [text for text in caplog.messages if "could not be written" in text]
+        assert [text.partition(" could")[0] for text in failures] == [
+            "the checkpoint of step 2",
+            "the checkpoint of step 3",
+        ]
+        assert "No space left on device" in failures[0]
+        assert "older checkpoints are as they were" in failures[0]
+        assert len(losses(tmp_path)) == 5, "training went on"
         assert [path.name for path in folder.iterdir()] == ["step-5"]
-        assert "passed over" not in rerun(tmp_path / "out", capfd)
+        assert main(tiny(tmp_path, **options)) == 0
+        assert "passed over" not in capfd.readouterr().err
 
 
 def test_a_read_only_folder_is_said_and_the_run_fails_in_the_end(run, capfd):
