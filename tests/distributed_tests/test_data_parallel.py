@@ -89,6 +89,17 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
+def assert_trained_alike(result: dict, expected: dict) -> None:
+    """Losses, norms and every tensor after the last step, the tensors by their norm: AdamW divides
+    by |gradient|, so an element whose gradient is next to nothing moves by its rounding error."""
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert result["state"].keys() == expected["state"].keys()
+    for name, tensor in expected["state"].items():
+        error = (result["state"][name] - tensor).norm().item()
+        assert error <= 1e-5 * tensor.norm().item(), f"{name} is off by {error:.1e}"
+
+
 @pytest.fixture(scope="module")
 def one_process() -> dict:
     args = deepseekv3_args["debugmodel_node_limited"].for_run(overrides=MODEL, seq_len=SEQ_LEN)
@@ -171,14 +182,7 @@ def test_every_layout_trains_like_one_process(ranks, one_process, layout, tmp_pa
     options = [FP32, "--activation_checkpoint.mode=none", *options]
     pool: Ranks = ranks(world_size)
     for result in pool.run(train_on_this_rank, options, str(tmp_path)):
-        assert result["losses"] == pytest.approx(one_process["losses"], rel=1e-6)
-        assert result["norms"] == pytest.approx(one_process["norms"], rel=1e-5)
-        assert result["state"].keys() == one_process["state"].keys()
-        for name, expected in one_process["state"].items():
-            # AdamW's first steps divide by |gradient|: rounding there counts relative to the step.
-            torch.testing.assert_close(
-                result["state"][name], expected, rtol=1e-5, atol=LR * 1e-2, msg=name
-            )
+        assert_trained_alike(result, one_process)
 
 
 def test_bf16_is_the_same_on_one_process_and_under_each_layout(ranks, tmp_path) -> None:

@@ -67,6 +67,8 @@ class Metrics:
     """Folder for TensorBoard files, inside job.dump_folder."""
     save_for_all_ranks: bool = False
     """Write metrics on every rank instead of on rank 0 only."""
+    log_traffic: bool = False
+    """With expert parallelism, a second console line says what travelled between ranks (ours)."""
     enable_wandb: bool = False
     """Send metrics to Weights & Biases."""
 
