@@ -214,3 +214,30 @@ def test_the_same_layout_repeats_bit_for_bit(ranks, tmp_path) -> None:
     assert first["losses"] == again["losses"]
     for name, tensor in first["state"].items():
         assert torch.equal(tensor, again["state"][name]), name
+
+
+def train_on_text(options: list[str], dump_folder: str) -> list[float]:
+    """The losses of a run as users start it, on the shipped text."""
+    trainer = Trainer(config_of(*options, FP32, f"--job.dump_folder={dump_folder}"))
+    batches, losses = iter(trainer.dataloader), []
+    for _ in range(STEPS):
+        trainer.step += 1
+        losses.append(trainer.train_step(batches, Interval()).loss)
+    trainer.close()
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (1, ["--training.local_batch_size=2"]),
+        (2, ["--training.local_batch_size=4"]),
+        (4, ["--training.local_batch_size=1"]),
+    ],
+)
+def test_every_layout_reads_the_same_text(ranks, world_size, options, tmp_path) -> None:
+    """Ranks and accumulation take turns at one order of sequences."""
+    alone = ranks(1).run(train_on_text, ["--training.local_batch_size=8"], str(tmp_path))[0]
+    assert len(set(alone)) == STEPS
+    for losses in ranks(world_size).run(train_on_text, options, str(tmp_path)):
+        assert losses == pytest.approx(alone, rel=1e-6)
