@@ -1,4 +1,4 @@
-"""Hugging Face folders straight into any layout and out of it: one process's loss, and its bytes."""
+"""Hugging Face folders straight into any layout and out of it: one process's loss and bytes."""
 
 import copy
 import dataclasses
