@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.components.hf_files import (
+    CONFIG,
     INDEX,
     SCALE,
     HFFolder,
@@ -39,15 +41,21 @@ Offset = tuple[int, ...]
 
 @torch.no_grad()
 def load_hf(
-    model: nn.Module, adapter: StateDictAdapter, path: str | Path, *, quantized: bool = False
+    model: nn.Module,
+    adapter: StateDictAdapter,
+    path: str | Path,
+    *,
+    quantized: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Fill `model` (or this rank's part of it) in place; parameters keep their dtype.
 
-    quantized: the folder has block-wise FP8 weights (`weight_scale_inv`). Raises `UserError` that
-    lists missing, surplus and misshapen tensors by name; the model is then as it was.
+    quantized: the folder has block-wise FP8 weights (`weight_scale_inv`). group: all ranks. Raises
+    `UserError` that lists missing, surplus and misshapen tensors by name; the model is then as it
+    was.
     """
     state = get_model_state_dict(model)
-    with _all_or_none():
+    with _all_or_none(group):
         folder = HFFolder(path)
         check_folder(folder, adapter, quantized=quantized)
     by_file = defaultdict(list)
@@ -55,9 +63,9 @@ def load_hf(
         if piece.ours in state:
             by_file[folder.file_of[piece.name]].append(piece)
     mine = [piece for pieces in by_file.values() for piece in pieces]
-    with _all_or_none():
+    with _all_or_none(group):
         check_shapes(folder, mine)
-    with _all_or_none():
+    with _all_or_none(group):
         for piece in mine:
             _read_piece(folder, adapter, piece, state[piece.ours])
     folder.close()
@@ -86,8 +94,28 @@ def check_folder(folder: HFFolder, adapter: StateDictAdapter, *, quantized: bool
         else:
             reasons[reason] = reasons.get(reason, 0) + 1
     _refuse(folder, {"lacks": missing, "has beside it": sorted(surplus)})
+    _say_differences(folder, adapter)
     for reason, count in sorted(reasons.items()):
         logger.info("%s: %d tensors left out (%s)", folder.path, count, reason)
+
+
+def _say_differences(folder: HFFolder, adapter: StateDictAdapter) -> None:
+    """What config.json says otherwise than the run's arguments, and no shape would show."""
+    if not folder.config or _rank() != 0:
+        return
+    theirs = type(adapter)(adapter.args_of(folder.config)).hf_config()
+    free = ("max_position_embeddings", "initializer_range")
+    differing = [
+        f"{name} {theirs.get(name)} ({value} here)"
+        for name, value in adapter.hf_config().items()
+        if theirs.get(name) != value and name not in free
+    ]
+    if differing:
+        logger.warning(
+            "%s means another model than model.args in %s; the weights are loaded all the same",
+            folder.path / CONFIG,
+            ", ".join(differing),
+        )
 
 
 def check_shapes(folder: HFFolder, pieces: list[Piece]) -> None:
@@ -162,36 +190,38 @@ def save_hf(
     *,
     dtype: torch.dtype,
     assets_path: str | Path | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write `model` as a Hugging Face folder: safetensors, index, config.json, tokenizer files.
 
     dtype: of the weights; the router's bias stays fp32 and is written minus its mean. assets_path:
     folder with the tokenizer and, if there is one, a config.json to take token ids and the like
-    from. The folder appears under its name when it is whole; one that was there is replaced. Raises
-    `UserError` where Hugging Face has no such model or the folder can't be written.
+    from. group: all ranks; its patience must outlast the slowest disk. The folder appears under its
+    name when it is whole; one that was there is replaced. Raises `UserError` where Hugging Face has
+    no such model, `OSError` where the folder can't be written.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     state = get_model_state_dict(model)
     pieces = adapter.pieces()
-    with _all_or_none():
-        config = adapter.hf_config()
+    with _all_or_none(group):
+        adapter.check_export()
         writer = HFWriter(tmp, plan_layout(pieces, dtype))
         if _rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
             writer.create()
-    with _all_or_none():
+    with _all_or_none(group):
         for piece in pieces:
             if piece.ours in state and _writes(state[piece.ours]):
                 _write_piece(writer, piece, state[piece.ours])
         writer.close()
-    _report_routing(adapter, state, dtype)
-    with _all_or_none():
+    _report_routing(adapter, state, dtype, group)
+    with _all_or_none(group):
         if _rank() == 0:
             (tmp / INDEX).write_text(writer.layout.index() + "\n", encoding="utf-8")
             copy_assets(assets_path, tmp)
-            write_config(config, tmp, assets_path=assets_path, dtype=dtype, fp8=False)
+            write_config(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=False)
             replace_folder(tmp, path)
     logger.info("Saved %s: Hugging Face format, %s", path, str(dtype).removeprefix("torch."))
 
@@ -234,15 +264,14 @@ def replace_folder(tmp: Path, path: Path) -> None:
 
 
 def _report_routing(
-    adapter: StateDictAdapter, state: dict[str, Tensor], dtype: torch.dtype
+    adapter: StateDictAdapter,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    group: dist.ProcessGroup | None,
 ) -> None:
     names = [name for name in adapter.router_names() if name in state]
     whole = {n: t.full_tensor() if isinstance(t := state[n], DTensor) else t for n in names}
-    changes = routing_changes(adapter, whole, dtype)
-    gathered = [changes]
-    if dist.is_initialized():
-        gathered = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, changes)
+    gathered = _gather(routing_changes(adapter, whole, dtype), group)
     log_routing_changes({k: v for each in gathered for k, v in each.items()}, dtype)
 
 
@@ -280,20 +309,28 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """The value of every rank; of this process alone where there are no others."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
 @contextmanager
-def _all_or_none() -> Iterator[None]:
-    """What one rank raises, all raise, at the end of the block: no rank is left waiting."""
+def _all_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """A `UserError` or `OSError` of one rank is raised by all, at the end of the block: no rank is
+    left waiting."""
     error: Exception | None = None
     try:
         yield
-    except OSError as caught:
-        error = UserError(f"the Hugging Face folder can't be written or read: {caught}.")
-    except UserError as caught:
+    except (UserError, OSError) as caught:
         error = caught
-    sentences = [str(error) if error else None]
-    if dist.is_initialized():
-        sentences = [None] * dist.get_world_size()
-        dist.all_gather_object(sentences, str(error) if error else None)
-    told = next((sentence for sentence in sentences if sentence), None)
-    if told:
-        raise UserError(told)
+    kinds = (
+        (type(error) if isinstance(error, UserError) else OSError, str(error)) if error else None
+    )
+    told = next((kind for kind in _gather(kinds, group) if kind), None)
+    if told is not None:
+        kind, sentence = told
+        raise kind(sentence) from error

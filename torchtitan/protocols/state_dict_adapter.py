@@ -50,9 +50,16 @@ class StateDictAdapter(ABC):
 
     @abstractmethod
     def hf_config(self) -> dict[str, Any]:
-        """The `config.json` of the model. Raises `UserError` where Hugging Face has no class that
-        computes what this model computes.
-        """
+        """The `config.json` of the model."""
+
+    @abstractmethod
+    def check_export(self) -> None:
+        """Raise `UserError` where Hugging Face has no class that computes what this model does."""
+
+    @classmethod
+    @abstractmethod
+    def args_of(cls, hf_config: Mapping[str, Any]) -> BaseModelArgs:
+        """Arguments of the model that a `config.json` describes. Raises `UserError` for others."""
 
     def routing_changes(
         self, state: Mapping[str, Tensor], written: Mapping[str, Tensor]

@@ -1,16 +1,17 @@
-"""The Hugging Face `config.json` of a model, from its arguments: DeepSeek-V2 or -V3."""
+"""A model's Hugging Face `config.json` (DeepSeek-V2 or -V3) from its arguments, and back."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
+from torchtitan.models.moe import MoEArgs
 from torchtitan.tools.errors import UserError
 
 
 def make_hf_config(args: DeepSeekV3ModelArgs) -> dict[str, Any]:
-    """What transformers and vLLM need to compute what this model computes.
+    """What transformers and vLLM need to compute what this model computes (`check_export`).
 
-    Sigmoid scores are V3's (`DeepseekV3ForCausalLM`), softmax scores V2's. Raises `UserError` for
-    a model that is neither; `args` then name the field.
+    Sigmoid scores are V3's (`DeepseekV3ForCausalLM`), softmax scores V2's.
     """
     common = {
         "vocab_size": args.vocab_size,
@@ -58,7 +59,6 @@ def _positions(args: DeepSeekV3ModelArgs) -> dict[str, Any]:
 def _routing(args: DeepSeekV3ModelArgs) -> dict[str, Any]:
     moe = args.moe_args
     is_v3 = moe.score_func == "sigmoid"
-    _check_routing(args)
     groups = moe.num_expert_groups or 1
     config = {
         "n_routed_experts": moe.num_experts,
@@ -84,7 +84,8 @@ def _routing(args: DeepSeekV3ModelArgs) -> dict[str, Any]:
     }
 
 
-def _check_routing(args: DeepSeekV3ModelArgs) -> None:
+def check_export(args: DeepSeekV3ModelArgs) -> None:
+    """Raise `UserError` for a model that is neither V2 nor V3 for Hugging Face."""
     moe = args.moe_args
     family = "V3 (score_func 'sigmoid')" if moe.score_func == "sigmoid" else "V2 (softmax)"
     is_v3, has_bias = moe.score_func == "sigmoid", moe.load_balance_coeff is not None
@@ -112,3 +113,101 @@ def _check_routing(args: DeepSeekV3ModelArgs) -> None:
                 "train with that, or keep the checkpoint in our own format "
                 "(checkpoint.last_save_in_hf = false)."
             )
+
+
+# ------------------------------------------------------------------ the other way
+
+
+def read_hf_config(config: Mapping[str, Any]) -> DeepSeekV3ModelArgs:
+    """The arguments of the model that a published `config.json` describes.
+
+    Raises `UserError` naming the first key whose value this architecture has not.
+    """
+    model_type = config.get("model_type")
+    if model_type not in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
+        raise UserError(
+            f"config.json has model_type {model_type!r}, but deepseek_v3 here reads 'deepseek_v2', "
+            "'deepseek_v3' and 'kimi_k2'; name the folder of such a model."
+        )
+    fixed = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "moe_layer_freq": 1,
+    }
+    for key, value in fixed.items():
+        _refuse(key, config.get(key, value), value)
+    try:
+        return DeepSeekV3ModelArgs(
+            vocab_size=config["vocab_size"],
+            max_seq_len=config["max_position_embeddings"],
+            dim=config["hidden_size"],
+            inter_dim=config["intermediate_size"],
+            moe_inter_dim=config["moe_intermediate_size"],
+            n_layers=config["num_hidden_layers"],
+            n_dense_layers=config["first_k_dense_replace"],
+            n_heads=config["num_attention_heads"],
+            norm_eps=config["rms_norm_eps"],
+            q_lora_rank=config["q_lora_rank"] or 0,
+            kv_lora_rank=config["kv_lora_rank"],
+            qk_nope_head_dim=config["qk_nope_head_dim"],
+            qk_rope_head_dim=config["qk_rope_head_dim"],
+            v_head_dim=config["v_head_dim"],
+            moe_args=_read_routing(config, is_v3=model_type != "deepseek_v2"),
+            **_read_positions(config),
+        )
+    except KeyError as error:
+        raise UserError(f"config.json lacks {error}, which says how large the model is.") from None
+
+
+def _read_positions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`, all others `rope_scaling` beside `rope_theta`."""
+    parameters = config.get("rope_parameters") or {}
+    scaling = parameters or config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
+    if kind == "default":
+        return {"rope_theta": theta, "yarn": "off"}
+    _refuse("rope_scaling.type", kind, "yarn")
+    mscale = scaling.get("mscale_all_dim", 0.0)
+    _refuse("rope_scaling.mscale", scaling.get("mscale", 1.0), mscale)
+    return {
+        "rope_theta": theta,
+        "yarn": "on",
+        "rope_factor": float(scaling["factor"]),
+        "original_seq_len": scaling["original_max_position_embeddings"],
+        "beta_fast": float(scaling.get("beta_fast", 32)),
+        "beta_slow": float(scaling.get("beta_slow", 1)),
+        "mscale": float(mscale),
+    }
+
+
+def _read_routing(config: Mapping[str, Any], *, is_v3: bool) -> MoEArgs:
+    _refuse("scoring_func", config.get("scoring_func"), None, "sigmoid" if is_v3 else "softmax")
+    methods = ["noaux_tc"] if is_v3 else ["greedy", "group_limited_greedy"]
+    method = config.get("topk_method") or methods[0]
+    _refuse("topk_method", method, *methods)
+    groups = config.get("n_group") or 1
+    grouped = groups > 1 and method != "greedy"
+    return MoEArgs(
+        num_experts=config["n_routed_experts"],
+        num_shared_experts=config.get("n_shared_experts") or 0,
+        score_func="sigmoid" if is_v3 else "softmax",
+        route_norm=is_v3 and config["norm_topk_prob"],
+        route_scale=float(config["routed_scaling_factor"]),
+        score_before_experts=False,
+        top_k=config["num_experts_per_tok"],
+        num_expert_groups=groups if grouped else None,
+        num_limited_groups=config["topk_group"] if grouped else None,
+        group_score_func="max" if grouped and not is_v3 else "top2_sum",
+        load_balance_coeff=1e-3 if is_v3 else None,
+    )
+
+
+def _refuse(key: str, value: Any, *allowed: Any) -> None:
+    if value not in allowed:
+        known = " or ".join(repr(each) for each in allowed if each is not None)
+        raise UserError(
+            f"config.json has {key} = {value!r}, but this architecture is only built with {known}; "
+            "such weights would mean something else here."
+        )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
-from torchtitan.models.deepseek_v3.hf_config import make_hf_config
+from torchtitan.models.deepseek_v3.hf_config import check_export, make_hf_config, read_hf_config
 from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
 from torchtitan.models.deepseek_v3.routing_change import routing_change
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
@@ -118,6 +118,13 @@ class DeepSeekV3StateDictAdapter(StateDictAdapter):
 
     def hf_config(self) -> dict[str, Any]:
         return make_hf_config(self.model_args)
+
+    def check_export(self) -> None:
+        check_export(self.model_args)
+
+    @classmethod
+    def args_of(cls, hf_config: Mapping[str, Any]) -> DeepSeekV3ModelArgs:
+        return read_hf_config(hf_config)
 
     # ------------------------------------------------------------------ routing
 
