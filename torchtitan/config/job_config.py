@@ -141,6 +141,10 @@ class Training:
     """Field of jsonl and parquet records that holds the text (ours)."""
     dataset_num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process (ours)."""
+    dataset_lanes: int | None = None
+    """Streams that the documents are dealt to, examples taken from them by turns; unset: by the
+    data. A multiple of the data-parallel degree (with workers: times theirs, times
+    local_batch_size) reads nothing twice. Another number is another order of the data (ours)."""
     local_batch_size: int = 8
     """Sequences per forward pass and data-parallel rank."""
     global_batch_size: int = -1
@@ -163,8 +167,12 @@ class Training:
     """Steps from one collection of Python garbage to the next."""
     gc_debug: bool = False
     """Collect fully at every step and warn about cycles that hold tensors."""
-    non_finite_loss: Literal["stop", "skip_step"] = "stop"
-    """What a loss or gradient norm that is not finite does: stop, or skip the step (ours)."""
+    non_finite_loss: Literal["stop", "skip_step", "rewind"] = "stop"
+    """What a loss or gradient norm that is not finite does; rewind = to the checkpoint (ours)."""
+    loss_spike: Literal["warn", "skip_step", "rewind"] = "warn"
+    """What a loss spike does (ours)."""
+    loss_spike_factor: float | None = None
+    """A loss above so many medians of the last 32 is a spike; unset: none is (ours)."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +223,10 @@ class Parallelism:
     """Processes over which each expert's matrices are split."""
 
 
+# What checkpoint.exclude_from_loading may name.
+CHECKPOINT_PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Saving and loading; without effect as long as enable is false."""
@@ -248,7 +260,7 @@ class Checkpoint:
     load_step: int = -1
     """Step of the checkpoint to load; -1: the latest."""
     exclude_from_loading: list[str] = _listing()
-    """Parts of the state that are not loaded."""
+    """Of model, optimizer, lr_scheduler, dataloader, train_state and rng: what is not loaded."""
     enable_first_step_checkpoint: bool = False
     """Save after the first step too."""
     create_seed_checkpoint: bool = False

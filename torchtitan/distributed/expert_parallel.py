@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -34,24 +33,23 @@ from torchtitan.tools.logging import logger
 def apply_expert_parallel(
     moes: Mapping[int, nn.Module],
     dims: ParallelDims,
-    expert_mesh: DeviceMesh | None,
     dispatch: str,
 ) -> None:
     """Spread the experts of each layer over `dims.ep` ranks, and give it the dispatcher that brings
     tokens there. dispatch: "all_to_all", "node_limited", or "auto": the latter where EP groups span
-    nodes. expert_mesh: of `ParallelDims.build_expert_mesh`. In place, before FSDP; logs one line.
+    nodes. In place, before FSDP; logs one line.
     """
-    if expert_mesh is None:
+    if dims.ep == 1:
         return
-    mesh = expert_mesh["ep"]
+    mesh = dims.expert_mesh["ep"]
     spans_nodes = dims.nodes_per_ep_group > 1
     node_limited = dispatch == "node_limited" or (dispatch == "auto" and spans_nodes)
     num_experts = next(iter(moes.values())).experts.w1.size(0)
     if node_limited:
-        groups = _node_groups(mesh, dims)
-        make = partial(NodeLimitedDispatcher, *groups, num_experts)
+        make = partial(NodeLimitedDispatcher, *_node_groups(dims), num_experts)
     else:
-        make = partial(AllToAllDispatcher, mesh.get_group(), num_experts, dims.node_size)
+        ranks_per_node = dims.ep // dims.nodes_per_ep_group
+        make = partial(AllToAllDispatcher, mesh.get_group(), num_experts, ranks_per_node)
     for moe in moes.values():
         for name, param in list(moe.experts.named_parameters()):
             local = distribute_tensor(param.data, mesh, [Shard(0)], src_data_rank=None)
@@ -65,14 +63,10 @@ def apply_expert_parallel(
     )
 
 
-def _node_groups(
-    mesh: DeviceMesh, dims: ParallelDims
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def _node_groups(dims: ParallelDims) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Of this rank's EP group: the ranks at its place on each node, and the ranks of its node."""
-    ranks_per_node = dims.ep // dims.nodes_per_ep_group
     between = within = None
-    for first in range(0, dims.world_size, dims.ep):  # every rank helps to make every group
-        grid = torch.arange(first, first + dims.ep).view(-1, ranks_per_node)
+    for grid in dims.ep_groups:  # every rank helps to make every group
         for ranks in grid.T.tolist():
             group = dist.new_group(ranks)
             between = group if dist.get_rank() in ranks else between
@@ -84,7 +78,7 @@ def _node_groups(
 
 class Rows(NamedTuple):
     """x_PD: hidden states. ids_PK: int64 experts of each row, counted from the first that this
-    place is responsible for. weights_PK: their routing weights, 0 in empty slots.
+    place is responsible for. weights_PK: their routing weights; those of empty slots mean nothing.
     """
 
     x_PD: Tensor
@@ -136,7 +130,7 @@ class Hop:
         ids_RK = rows.ids_PK[row_of] - (rank_R * self.experts_per_rank).unsqueeze(1)
         there_RK = (ids_RK >= 0) & (ids_RK < self.experts_per_rank)
         ids_RK = ids_RK.masked_fill(~there_RK, -1)
-        weights_RK = expand_rows(rows.weights_PK, order).masked_fill(~there_RK, 0)
+        weights_RK = expand_rows(rows.weights_PK, order)
         # One message for both: expert ids are exact in fp32.
         slots = torch.cat((weights_RK, ids_RK.to(weights_RK.dtype)), dim=1)
         slots = self._exchange(slots, received, sent)
