@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import gather
 from torchtitan.ops.attention import AttentionMask, attention
 from torchtitan.tools.logging import logger
@@ -34,6 +35,13 @@ def positions_of(rank: int, degree: int, seq_len: int) -> Tensor:
     """int64 positions (S/cp,) in a sequence that this rank holds: its early chunk, its late one."""
     chunks = torch.arange(seq_len).chunk(2 * degree)
     return torch.cat((chunks[rank], chunks[2 * degree - 1 - rank]))
+
+
+def positions_of_this_rank(dims: ParallelDims, seq_len: int, device: torch.device) -> Tensor | None:
+    """`positions_of`; None without context parallelism."""
+    if dims.cp == 1:
+        return None
+    return positions_of(dims.data_mesh["cp"].get_local_rank(), dims.cp, seq_len).to(device)
 
 
 def apply_context_parallel(

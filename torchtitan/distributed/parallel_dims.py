@@ -7,13 +7,13 @@ experts are spread over the same ranks in two ways:
     experts   (pp, dp_replicate, fsdp, ep, etp)   each EP group holds all experts between its ranks,
                                                   and FSDP shards over what is left
 
-What a step adds up over ranks goes over one of three groups:
+What a step adds up over ranks is added up over some of them only:
 
-    dp        ranks that read different sequences (valid tokens, skipped documents)
-    loss      dp x cp: ranks that have a loss of their own. The ranks of a TP group compute the same
-              one; with PP only the last stage has any.
-    stage     dp x cp x tp: ranks that hold the same layers. Between layers TP splits the sequence
-              too, so over a stage each token meets each router exactly once (expert load, traffic).
+    valid tokens, skipped documents   dp: ranks that read different sequences
+    losses                            of the last pipeline stage, which has them, one rank of each
+                                      TP group, whose ranks compute the same
+    expert load, traffic              a stage, dp x cp x tp: between layers TP splits the sequence,
+                                      so over a stage each token meets each router exactly once
 """
 
 from dataclasses import dataclass
@@ -59,11 +59,6 @@ class ParallelDims:
 
     def dp_rank(self, rank: int) -> int:
         return rank % self.stage_size // (self.cp * self.tp)
-
-    @property
-    def loss_degree(self) -> int:
-        """Ranks that have a loss of their own."""
-        return self.dp_degree * self.cp
 
     @property
     def fsdp(self) -> int:
@@ -118,10 +113,11 @@ class ParallelDims:
         """Ranks that read different sequences, at this rank's place of pp, cp and tp."""
         return self.data_mesh["dp"].get_group()
 
-    @cached_property
-    def loss_group(self) -> dist.ProcessGroup:
-        """Ranks that have a loss of their own, at this rank's place of pp and tp."""
-        return self.data_mesh["dp", "cp"]._flatten("loss").get_group()
+    @property
+    def loss_ranks(self) -> list[int]:
+        """The ranks whose losses add up to that of the step; see the top of the file."""
+        ranks = torch.arange(self.world_size).view(self.pp, -1, self.tp)
+        return ranks[-1, :, 0].tolist()
 
     @cached_property
     def stage_group(self) -> dist.ProcessGroup:
