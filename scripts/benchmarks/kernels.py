@@ -97,7 +97,7 @@ def _maybe_compiled(function: Callable, options: argparse.Namespace) -> Callable
 
 
 def _moe(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterator[Row]:
-    """The routed part of an MoE layer, router included, against a plain chain around grouped GEMMs."""
+    """An MoE layer without shared experts, router included, against a plain chain."""
     moe_args = dataclasses.replace(args.moe_args, num_shared_experts=0)
     moe = MoE(moe_args, dim=args.dim, hidden_dim=args.moe_inter_dim)
     moe = moe.to(_random(1).device, torch.bfloat16)
@@ -258,7 +258,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         times = [_ms(row.get(f"{way}_ms")) for way in ("forward", "backward")]
         rates = [
-            f"{row[key]:,.0f} {unit}"
+            f"{row[key]:,.1f} {unit}"
             for unit, ending in (("TF/s", "tflops"), ("GB/s", "gb_s"))
             for way in ("forward", "backward")
             if (key := f"{way}_{ending}") in row

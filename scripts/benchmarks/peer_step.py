@@ -6,7 +6,6 @@ peer computes under bf16 autocast, as it does itself on one GPU; with bf16 weigh
 """
 
 import contextlib
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -146,13 +145,12 @@ def _known(cls: type, values: dict) -> dict:
 
 
 def _make_ready_for_cpu() -> None:
-    """What stops torchtitan 0.2.2 there: it imports Triton, which CPU builds of torch lack, though
-    its loop over experts needs none; and counts tokens by `histc`, which takes no integers.
+    """What stops torchtitan 0.2.2 there: a Triton kernel that it imports, though its loop over
+    experts needs none; and `histc`, by which it counts tokens, takes no integers.
     """
-    if importlib.util.find_spec("triton") is None:
-        triton, language = ModuleType("triton"), ModuleType("triton.language")
-        triton.jit, triton.language, language.constexpr = lambda function: function, language, None
-        sys.modules |= {"triton": triton, "triton.language": language}
+    kernels = ModuleType("torchtitan.models.moe.kernels")
+    kernels.generate_permute_indices = None
+    sys.modules[kernels.__name__] = kernels
     count = torch.histc
     torch.histc = lambda ids, **kwargs: count(ids.float(), **kwargs)
 
