@@ -62,7 +62,8 @@ GEMM_OF_SCOPE = {
 
 _GEMM = re.compile(r"aten::(mm|addmm|bmm|matmul|linear|_addmm)|mkldnn|gemm|cutlass|nvjet")
 _ATTENTION = re.compile(r"attention|flash|fmha|sdpa|flex", re.I)
-_OPTIMIZER = re.compile(r"adam|multi_tensor|sum_of_squares|_squares\b", re.I)
+_FUSED = re.compile(r"triton_(poi|red|per)_")  # inductor's, named after all that they replace
+_OPTIMIZER = re.compile(r"adam|multi_tensor|^_update$", re.I)
 _GROUPED = re.compile(r"grouped|GroupProblem", re.I)
 _LOSS = re.compile(r"nll_loss|cross_entropy", re.I)
 _ROUTER = re.compile(r"topk|sigmoid|bitonic|gatherTopK|router", re.I)
@@ -111,15 +112,18 @@ class StepProfile:
         self._scope_of_sequence = {number: s for (_, number), s in scope_of_forward.items() if s}
         busy: dict[str, float] = defaultdict(float)
         seen: dict[str, float] = defaultdict(float)
+        ranges = {e.name for e in events if e.is_user_annotation or e.name.startswith(RANGE)}
         for event in host:
             if on_gpu:
                 for kernel in event.kernels:
+                    if kernel.name in ranges:  # the shadow that a range throws on the device
+                        continue
                     busy[self.part(event, kernel.name)] += kernel.duration / 1e3
                     seen[kernel.name] += kernel.duration / 1e3
             elif not event.name.startswith(RANGE):
                 busy[self.part(event, event.name)] += event.self_cpu_time_total / 1e3
         if on_gpu:
-            _add_unlinked(busy, seen, events)
+            _add_unlinked(busy, seen, [e for e in events if e.name not in ranges])
         return busy
 
     def part(self, event: FunctionEvent, name: str) -> str:
@@ -130,7 +134,8 @@ class StepProfile:
         if backward:
             numbers = (e.sequence_nr for e in chain if _is_backward(e) and e.sequence_nr >= 0)
             scope = next(map(self._scope_of_sequence.get, numbers), None)
-        names = " ".join([name, *(e.name for e in chain[:3])])
+        ops = [e.name for e in chain[:3] if not e.name.startswith(RANGE)]
+        names = " ".join([name, *ops])
         by_name = _named_part(name, names, scope)
         if by_name:
             return by_name
@@ -142,7 +147,9 @@ class StepProfile:
         if _GEMM.search(names):
             sized = next(filter(None, map(self._part_of_gemm, chain[:4])), None)
             return sized or GEMM_OF_SCOPE.get(scope, "elementwise")
-        if scope == "attention" or scope == "experts" or scope == "dense FFN":
+        if scope in GEMM_OF_SCOPE:
+            return "elementwise"
+        if "embedding" in names:
             return "elementwise"
         if _ROUTER.search(name) and scope is None:
             return "router"
@@ -214,7 +221,8 @@ def _named_part(name: str, names: str, scope: str | None) -> str | None:
         return "head + loss"
     if _GROUPED.search(names):
         return "expert GEMMs"
-    if _ATTENTION.search(names) and scope in (None, "attention"):
+    core = _ATTENTION.search(names) and not _FUSED.match(name)
+    if core and scope in (None, "attention"):
         return "core attention"
     return None
 
@@ -235,12 +243,11 @@ def _add_unlinked(
     """Kernels that the profiler could not link to an operator, by their names alone."""
     total: dict[str, float] = defaultdict(float)
     for event in events:
-        on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if on_device and not event.is_user_annotation:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
             total[event.name] += event.time_range.elapsed_us() / 1e3
     for name, ms in total.items():
         rest = ms - seen.get(name, 0.0)
-        if rest > 1e-3 and not name.startswith(RANGE):
+        if rest > 1e-3:
             busy[_named_part(name, name, None) or "elementwise"] += rest
 
 

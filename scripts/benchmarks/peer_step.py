@@ -152,7 +152,7 @@ def _make_ready_for_cpu() -> None:
     kernels.generate_permute_indices = None
     sys.modules[kernels.__name__] = kernels
     count = torch.histc
-    torch.histc = lambda ids, **kwargs: count(ids.float(), **kwargs)
+    torch.histc = lambda ids, **kwargs: count(ids.float(), **kwargs).long()
 
 
 def run(name: str, told: dict) -> dict:

@@ -27,7 +27,8 @@ def check_peers(names: list[str], torchtitan_site: Path | None) -> None:
     for name in names:
         if name not in HOW_TO_GET:
             raise UserError(f"--peers: '{name}' is no peer{suggest(name, HOW_TO_GET)}")
-    if torchtitan_site and not (torchtitan_site / "torchtitan").is_dir():
+    # The record of an installation: this repository has a folder torchtitan, too.
+    if torchtitan_site and not list(torchtitan_site.glob("torchtitan-*.dist-info")):
         raise UserError(
             f"--torchtitan_site {torchtitan_site} holds no torchtitan: make it by "
             "pip install --no-deps --target FOLDER torchtitan==0.2.2."
