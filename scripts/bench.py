@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from benchmarks import kernels, our_step, peers
 from benchmarks.breakdown import PARTS
-from benchmarks.presets import PRESETS
+from benchmarks.presets import NO_FILES, PRESETS
 
 from torchtitan.tools.errors import RunError, UserError, suggest
 from torchtitan.tools.logging import init_logger, logger
@@ -92,9 +92,7 @@ def steps(options: argparse.Namespace, rest: list[str]) -> list[dict]:
     if len(options.preset) > 1:
         return [row for name in options.preset for row in _apart(name, options, rest)]
     name = options.preset[0] if options.preset else "-"
-    arguments = [*PRESETS.get(name, []), *rest]
-    if not options.preset:  # data that isn't here is no reason not to measure
-        arguments += [f"--{key}" for key in ("training.dataset=sample",)]
+    arguments = [*PRESETS.get(name, []), *rest, *NO_FILES]
     settings = our_step.settings_of(arguments, warmup=options.warmup, steps=options.steps)
     rows = [our_step.run(arguments, settings, profile=not options.no_breakdown)]
     if torch.cuda.is_available():

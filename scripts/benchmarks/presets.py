@@ -3,11 +3,15 @@
 A case is nothing but options: append your own to change it, or give a TOML file instead.
 """
 
-# What a speed row needs, whatever the model. Random tokens take the place of the data, so the
-# dataset and the tokenizer that ship with the package serve every model.
-BASE = [
+# Of every benchmark: random tokens take the place of the data, so what ships with the package serves
+# in place of a dataset and tokenizer that may not be here, and nothing is saved.
+NO_FILES = [
     "--training.dataset=sample",
     "--model.hf_assets_path=./tests/assets/tokenizer",
+    "--checkpoint.no_enable",
+]
+# Of a speed row, whatever the model.
+BASE = [
     "--lr_scheduler.warmup_steps=2",
     "--activation_checkpoint.mode=none",
     "--model.args.moe_args.load_balance_coeff=0.001",

@@ -74,6 +74,15 @@ def test_a_peer_that_is_not_there_is_named_with_the_way_to_get_it(rows):
     assert "pip install" in rows[1]["missing"] and "0.2.2" in rows[1]["missing"]
 
 
+def test_a_toml_whose_data_and_tokenizer_are_elsewhere_is_measured(script, capsys):
+    toml = SCRIPTS.parent / "train_configs/deepseek_v3_16b.toml"
+    small = [o for o in OPTIONS if "dataset" not in o] + ["--training.global_batch_size=-1"]
+    small += ["--model.args.vocab_size=2048", "--compile.no_enable"]
+    command = ["step", "--warmup=1", "--steps=1", "--no_breakdown"]
+    assert bench(*command, f"--job.config_file={toml}", *small) == 0
+    assert "ours" in capsys.readouterr().out
+
+
 def test_operators_find_their_parts(script):
     """One forward and backward pass of known operators: each under the part of its module."""
     from benchmarks.breakdown import StepProfile
@@ -169,11 +178,11 @@ def test_the_plain_chain_is_the_layer(script):
 
 
 def test_presets_are_runs_that_the_config_takes(script):
-    from benchmarks.presets import PRESETS
+    from benchmarks.presets import NO_FILES, PRESETS
 
     for name, options in PRESETS.items():
         if name != "16b-full":  # early_step_in_backward, see the hot path
-            check_config(ConfigManager().parse_args(options))
+            check_config(ConfigManager().parse_args([*options, *NO_FILES]))
     assert {"16b8-b4-fp32", "16b8-b8-bf16-docs", "671b3-b2-bf16", "16b-full"} <= set(PRESETS)
 
 
