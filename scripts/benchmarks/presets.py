@@ -3,8 +3,8 @@
 A case is nothing but options: append your own to change it, or give a TOML file instead.
 """
 
-# Of every benchmark: random tokens take the place of the data, so what ships with the package serves
-# in place of a dataset and tokenizer that may not be here, and nothing is saved.
+# Of every benchmark: random tokens take the place of the data, so what ships with the package
+# serves instead of a dataset and a tokenizer that may not be here, and nothing is saved.
 NO_FILES = [
     "--training.dataset=sample",
     "--model.hf_assets_path=./tests/assets/tokenizer",
