@@ -108,10 +108,10 @@ def torchtitan(told: dict) -> tuple[nn.Module, LossOf]:
     torch.set_default_dtype(DTYPES[told["weights"]])
     with torch.device("meta"):
         model = DeepSeekV3Model(model_args)
+    torch.set_default_dtype(torch.float32)  # its rotary table is no bf16
     model.to_empty(device=told["device"])
     with torch.no_grad():
         model.init_weights(buffer_device=torch.device(told["device"]))
-    torch.set_default_dtype(torch.float32)
     if told["compile"]:
         settings = SimpleNamespace(backend="inductor", enable=True, components=["model", "loss"])
         apply_compile(model, settings, ep_enabled=False)
