@@ -48,8 +48,8 @@ class HFFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.file_of = self._list_tensors()
         self._open: tuple[str, Any] | None = None
+        self.file_of = self._list_tensors()
 
     def _list_tensors(self) -> dict[str, str]:
         """Tensor to file."""
