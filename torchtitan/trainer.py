@@ -29,6 +29,7 @@ from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsLogger, device_name
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.components.traffic import traffic_line, traffic_numbers
 from torchtitan.config import (
     JobConfig,
     Parallelism,
@@ -39,6 +40,7 @@ from torchtitan.config import (
 )
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import check_compile_backend
+from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.utils import (
@@ -314,8 +316,9 @@ class Trainer:
         if config.compile.enable and "loss" in config.compile.components:
             self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
 
-        global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
-        self.accumulation = global_batch_size // (training.local_batch_size * self.dims.dp_degree)
+        self.global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
+        sequences_at_once = training.local_batch_size * self.dims.dp_degree
+        self.accumulation = self.global_batch_size // sequences_at_once
         self.metrics = build_metrics(config, self.model_args, self.device, start.step)
         self._open.callback(self.metrics.close)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
@@ -355,7 +358,7 @@ class Trainer:
         logger.info(
             "Training: %d steps of %d sequences of %d tokens",
             steps,
-            self.accumulation * config.training.local_batch_size * self.dims.dp_degree,
+            self.global_batch_size,
             config.training.seq_len,
         )
         batches, interval = iter(self.dataloader), Interval()
@@ -459,7 +462,7 @@ class Trainer:
     def _update(self, local_loss: Tensor, grad_norm: Tensor) -> StepResult:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
-        loads_LE, traffic_L4 = step_loads(moes, dist.group.WORLD) if moes else ([], [])
+        loads_LE, traffic_L23 = step_loads(moes, dist.group.WORLD) if moes else ([], [])
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.requested))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
@@ -472,33 +475,33 @@ class Trainer:
             self.optimizer.step()
             update_expert_bias(moes, loads_LE)
         lr = self.lr_scheduler.get_last_lr()[0]
-        self.lr_scheduler.step()
+        if verdict != "rewind":
+            self.lr_scheduler.step()
         return StepResult(
             loss=sum(rank_losses),
             max_loss=max(rank_losses) * self.dims.dp_degree,
             grad_norm=norm,
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
-            traffic=dict(zip(self.moes, traffic_L4, strict=True)),
+            traffic=dict(zip(self.moes, traffic_L23, strict=True)),
             verdict=verdict,
             stop=stop,
         )
 
     def _traffic_of(self, result: StepResult) -> dict[str, object]:
-        """Tokens sent in the step, over all ranks; nothing without expert parallelism."""
-        if self.dims.ep == 1 or not result.traffic:
+        """What expert parallelism sent in this step, over all ranks."""
+        if self.dims.ep == 1:
             return {}
-        layers = {layer: counts.tolist() for layer, counts in result.traffic.items()}
-        _, node, remote, copies = (sum(column) for column in zip(*layers.values(), strict=True))
-        return {
-            "tokens_sent_node": node,
-            "tokens_sent_remote": remote,
-            "expert_copies": copies,
-            "layer_tokens_sent_remote": {layer: counts[2] for layer, counts in layers.items()},
-        }
+        row = bytes_per_row(
+            self.model_args.dim,
+            next(iter(self.moes.values())).router.top_k,
+            TORCH_DTYPES[self.config.training.mixed_precision_param],
+        )
+        return traffic_numbers(result.traffic, row)
 
     def _log(self, result: StepResult, interval: Interval) -> None:
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
+        traffic = self._traffic_of(result)
         self.metrics.log(
             step=self.step,
             loss=result.loss,
@@ -514,6 +517,9 @@ class Trainer:
                 "skipped_steps": self.watch.skipped_steps,
                 "rewinds": self.watch.rewinds,
                 "skipped_documents": sum_over_ranks(skipped).item(),
-                **self._traffic_of(result),
+                **traffic,
             },
         )
+        if self.config.metrics.log_traffic and traffic:
+            tokens = self.global_batch_size * self.config.training.seq_len
+            logger.info("%s", traffic_line(traffic, tokens))

@@ -6,6 +6,10 @@ behind it, a run of d data-parallel ranks gives example N + m * d + r to rank r,
 after k examples on each rank, exactly the next k * d are used. Whatever the number of ranks, loader
 workers or accumulation steps, an optimizer step of G sequences sees the same G, and another layout
 goes on where the last one stopped.
+
+A loader process makes the whole of each lane that its examples meet. Where L is a multiple of d
+(with w workers and local batches of b: of d * w * b), no other process meets it; otherwise several
+read and tokenise the same lanes and each drops what is another's, which costs time and no more.
 """
 
 import itertools
@@ -217,7 +221,7 @@ def build_dataloader(dataset: LanesDataset) -> ParallelAwareDataLoader:
 
 
 def _check_complete(consumed: int, lanes: dict[int, dict], num_lanes: int) -> None:
-    """Of the examples below `consumed`, lane l has given l, l + num_lanes, l + 2 * num_lanes, ..."""
+    """Of the examples below `consumed`, each lane has given those with its number."""
     if consumed < 0 or lanes.keys() - range(num_lanes):
         raise ValueError(f"{consumed} examples of lanes {sorted(lanes)}")
     for lane in range(num_lanes):

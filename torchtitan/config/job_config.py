@@ -67,6 +67,8 @@ class Metrics:
     """Folder for TensorBoard files, inside job.dump_folder."""
     save_for_all_ranks: bool = False
     """Write metrics on every rank instead of on rank 0 only."""
+    log_traffic: bool = False
+    """With expert parallelism, a second console line says what travelled between ranks (ours)."""
     enable_wandb: bool = False
     """Send metrics to Weights & Biases."""
 
@@ -142,9 +144,7 @@ class Training:
     dataset_num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process (ours)."""
     dataset_lanes: int | None = None
-    """Streams that the documents are dealt to, examples taken from them by turns; unset: by the
-    data. A multiple of the data-parallel degree (with workers: times theirs, times
-    local_batch_size) reads nothing twice. Another number is another order of the data (ours)."""
+    """Token streams of the run that documents are dealt to; unset: chosen by the data (ours)."""
     local_batch_size: int = 8
     """Sequences per forward pass and data-parallel rank."""
     global_batch_size: int = -1

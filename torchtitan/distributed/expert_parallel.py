@@ -188,7 +188,7 @@ class AllToAllDispatcher:
         rows, record = hop.go(
             Rows(x_TD, ids_TK, weights_TK), destination_TK, sent_rows, received_rows
         )
-        traffic = _traffic(sent, self.tier_of_rank.to(sent.device), slots.sum())
+        traffic = torch.stack([_by_tier(rows, self.tier_of_rank) for rows in (sent, slots)])
         return _into_expert_order(rows, self.local_experts, sum(received_slots), traffic, (record,))
 
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
@@ -210,6 +210,9 @@ class NodeLimitedDispatcher:
         self.local_experts = self.within.experts_per_rank
         self.tier_of_node = _tiers(between, 1)
         self.tier_of_rank = _tiers(within, within.size())
+        # Of every rank of the EP group, by node.
+        self.tier_of_copy = self.tier_of_node.repeat_interleave(within.size())
+        self.tier_of_copy[self.tier_of_copy == 0] = self.tier_of_rank
         self.side_stream = _SideStream()
 
     def dispatch(
@@ -217,26 +220,26 @@ class NodeLimitedDispatcher:
     ) -> tuple[Tensor, Tensor, Record]:
         between, within = self.between, self.within
         to_node_TK = between.destinations(ids_TK)
-        out, relayed, arriving = self._counts(ids_TK, to_node_TK)
+        out, relayed, arriving, copies = self._counts(ids_TK, to_node_TK)
         # host sync: split sizes of both hops at once; (rows out, in), (relayed out, in), slots in
         to_nodes, from_nodes = out.T.tolist()
         to_ranks, from_ranks, slots = torch.cat((relayed, arriving), dim=1).T.tolist()
 
         rows, first = between.go(Rows(x_TD, ids_TK, weights_TK), to_node_TK, to_nodes, from_nodes)
         rows, second = within.go(rows, within.destinations(rows.ids_PK), to_ranks, from_ranks)
-        traffic = _traffic(out[:, 0], self.tier_of_node.to(out.device), (ids_TK >= 0).sum())
-        traffic = traffic + _traffic(
-            relayed[:, 0], self.tier_of_rank.to(out.device), torch.zeros_like(traffic[0])
+        rows_sent = _by_tier(out[:, 0], self.tier_of_node) + _by_tier(
+            relayed[:, 0], self.tier_of_rank
         )
+        traffic = torch.stack((rows_sent, _by_tier(copies, self.tier_of_copy)))
         return _into_expert_order(rows, self.local_experts, sum(slots), traffic, (first, second))
 
-    def _counts(self, ids_TK: Tensor, to_node_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _counts(self, ids_TK: Tensor, to_node_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What both hops will carry, told ahead so that the host waits only once.
 
         Each sender tells its peer on node n how many rows it sends there, and for each rank of that
         node, how many of these rows and slots go on to it. Returns (nodes, 2) rows to and from each
         node; (ranks, 1) rows to relay to each rank; (ranks, 2) rows and slots coming from each
-        rank.
+        rank; (nodes · ranks) copies that one per expert would send to each rank of the EP group.
         """
         nodes, ranks = self.between.size, self.within.size
         rank_TK = torch.div(ids_TK, self.local_experts, rounding_mode="floor")
@@ -252,7 +255,7 @@ class NodeLimitedDispatcher:
         heard = self.between.exchange_counts(told)
         rows_in, relayed = heard[:, 0], heard[:, 1:].sum(dim=0).view(2, ranks).T
         arriving = self.within.exchange_counts(relayed)
-        return torch.stack((rows_out, rows_in), dim=1), relayed[:, :1], arriving
+        return torch.stack((rows_out, rows_in), dim=1), relayed[:, :1], arriving, onward[1]
 
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
         x_PD = self.within.back(reduce_rows(rows_RD, record.order), record.hops[1])
@@ -279,9 +282,18 @@ def _tiers(group: dist.ProcessGroup, ranks_per_node: int) -> Tensor:
     return tiers
 
 
-def _traffic(sent: Tensor, tiers: Tensor, copies: Tensor) -> Tensor:
-    by_tier = sent.new_zeros(3).scatter_add_(0, tiers, sent)
-    return torch.cat((by_tier, copies.view(1)))
+def _by_tier(rows: Tensor, tiers: Tensor) -> Tensor:
+    return rows.new_zeros(3).scatter_add_(0, tiers.to(rows.device), rows)
+
+
+def bytes_per_row(dim: int, top_k: int, dtype: torch.dtype) -> int:
+    """What one row that goes to another rank costs on the way, forward and backward, in bytes.
+
+    Out and back, and the gradients of both: four times a hidden state, and twice (out, and their
+    gradients) the slots: K routing weights and K expert ids in fp32. A layer that is recomputed
+    sends the forward half once more. (Counts go once a layer and are left out.)
+    """
+    return 4 * dim * dtype.itemsize + 2 * 2 * top_k * torch.float32.itemsize
 
 
 class _SideStream:

@@ -17,7 +17,7 @@ START = {"taken": 0, "epoch": 0, "reader": None, "token": 0, "carry": []}
 
 # A lane may have bad luck with its part of an epoch (one damaged file); in this many epochs in a
 # row it would be the data.
-MOST_EMPTY_EPOCHS = 3
+MOST_EMPTY_EPOCHS = 10
 
 
 class Lane:

@@ -2,9 +2,10 @@
 
 Each epoch puts the row groups of all files in a new order, which lines up all documents. Each
 shard owns an equal stretch of that line, so it reads few groups besides its own. It walks its
-stretch pool by pool: as many groups as fit into its part of POOL_BYTES are open, and their documents come in
-a permuted order. A group is read once an epoch (once by each shard where a border of stretches
-falls into it), and the position of a document is computed, so resuming reads nothing twice.
+stretch pool by pool: as many groups as fit into its part of POOL_BYTES are open, and their
+documents come in a permuted order. A group is read once an epoch (once by each shard where a
+border of stretches falls into it), and the position of a document is computed, so resuming reads
+nothing twice.
 """
 
 import bisect

@@ -262,8 +262,7 @@ class _HubReader(Reader):
         self._name = name
         self._dataset = dataset
         self._text_key = text_key
-        self._number = 0
-        self._examples = None
+        self.load_state_dict({"number": 0, "dataset": None})
 
     def __next__(self) -> Record:
         if self._examples is None:
@@ -275,11 +274,12 @@ class _HubReader(Reader):
         return record_of_fields(where, fields, self._text_key)
 
     def state_dict(self) -> dict:
-        # Before its first document, `datasets` has no state to give.
-        inner = self._dataset.state_dict() if self._number else None
-        return {"number": self._number, "dataset": inner}
+        if self._examples is None:  # `datasets` tells a loaded position only once it iterates
+            return self._loaded
+        return {"number": self._number, "dataset": self._dataset.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        self._loaded = state
         self._number, self._examples = state["number"], None
         if state["dataset"] is not None:
             self._dataset.load_state_dict(state["dataset"])
@@ -339,6 +339,6 @@ def window_of(shard: Shard) -> int:
 def check_enough(name: str, documents: int, lanes: int) -> None:
     if documents < lanes:
         raise UserError(
-            f"training.dataset_lanes = {lanes} must be at most {documents}, the number of documents "
-            f"of training.dataset '{name}'; lower it, or leave it unset."
+            f"training.dataset_lanes = {lanes} must be at most {documents}, the number of "
+            f"documents of training.dataset '{name}'; lower it, or leave it unset."
         )

@@ -132,6 +132,7 @@ def test_names_that_torchtitan_had_say_what_took_their_place():
         (
             "1 or more",
             "training.local_batch_size training.seq_len training.steps training.gc_freq "
+            "training.dataset_lanes "
             "metrics.log_freq profiling.profile_freq profiling.profiler_active "
             "comm.init_timeout_seconds comm.train_timeout_seconds",
             [0, -1],

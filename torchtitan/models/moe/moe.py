@@ -168,7 +168,7 @@ class MoE(nn.Module):
     """Routed experts plus shared ones.
 
     Buffers: `expert_bias` (E,) fp32, part of the state dict (None without balancing);
-    `tokens_per_expert` (E,) int64 and `traffic` (4,) int64, tokens and their ways of the current
+    `tokens_per_expert` (E,) int64 and `traffic` (2, 3) int64, tokens and their ways of the current
     optimizer step (see balancing.py).
     """
 
@@ -209,7 +209,7 @@ class MoE(nn.Module):
             torch.zeros(moe_args.num_experts, dtype=torch.int64),
             persistent=False,
         )
-        self.register_buffer("traffic", torch.zeros(4, dtype=torch.int64), persistent=False)
+        self.register_buffer("traffic", torch.zeros(2, 3, dtype=torch.int64), persistent=False)
 
     def forward(
         self, x_BSD: Tensor, token_mask_BS: Tensor | None = None, *, return_load: bool = False
