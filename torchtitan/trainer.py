@@ -23,6 +23,7 @@ from torch import Tensor
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.dataloader import ParallelAwareDataLoader
+from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
 from torchtitan.components.loss_watch import LossWatch, Verdict
 from torchtitan.components.lr_scheduler import build_lr_scheduler
@@ -97,6 +98,7 @@ def check_config(config: JobConfig) -> Checked:
     model_args.check_tokenizer(tokenizer.eos_id)
     model_args.check_expert_parallel(config.parallelism.expert_parallel_degree)
     check_dataset(config.training.dataset, config.training.dataset_path)
+    check_hf(config, spec, model_args)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
 

@@ -51,6 +51,7 @@ from torchtitan.components.hf_checkpoint import (
     read_rows,
     replace_folder,
     routing_changes,
+    say_what_differs,
 )
 from torchtitan.components.hf_files import (
     INDEX,
@@ -137,6 +138,7 @@ def hf_to_checkpoint(
     Raises `UserError` that lists missing, surplus and misshapen tensors by name.
     """
     check_folder(source, adapter, quantized=source.quantized)
+    say_what_differs(source, adapter)
     by_file: dict[str, list[Piece]] = defaultdict(list)
     for piece in adapter.pieces():
         by_file[source.file_of[piece.name]].append(piece)
