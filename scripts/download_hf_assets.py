@@ -59,7 +59,7 @@ def download(args: argparse.Namespace) -> Path:
             "correct the name."
         ) from None
     except OSError as error:  # what all its errors of the network are, and those of the disk
-        reason = " ".join(str(error).split())[:150]
+        reason = str(error).strip().partition("\n")[0][:120]
         raise UserError(
             f"{args.repo_id} could not be fetched ({reason}); check the network (and the disk), or "
             f"copy the model's files to {target} by hand."

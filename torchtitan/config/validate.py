@@ -11,7 +11,7 @@ from typing import Any
 
 from torchtitan.config.checkpoint_rules import check_checkpoint
 from torchtitan.config.degrees import nearest, resolve_degrees
-from torchtitan.config.job_config import JobConfig
+from torchtitan.config.job_config import JobConfig, Validation
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
 
@@ -24,6 +24,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_ranges(config)
     _check_choices(config)
     _check_profiling(config, device_type)
+    _check_validation(config.validation)
     check_checkpoint(config, world_size)
     degrees = resolve_degrees(config.parallelism, world_size)
     resolve_global_batch_size(config, degrees.dp_replicate * degrees.dp_shard)
@@ -59,7 +60,6 @@ _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
     ("metrics.enable_wandb", (False,), "Weights & Biases"),
     ("training.enable_cpu_offload", (False,), "CPU offload"),
     ("optimizer.early_step_in_backward", (False,), "the optimizer step inside the backward pass"),
-    ("validation.enable", (False,), "validation"),
     ("comm.mode", ("default", "fake_backend"), "the local-tensor mode"),
 ]
 
@@ -177,6 +177,22 @@ def _check_profiling(config: JobConfig, device_type: str) -> None:
             f"profiling.profile_freq = {profiling.profile_freq} is shorter than one trace, "
             f"profiler_warmup ({profiling.profiler_warmup}) + profiler_active "
             f"({profiling.profiler_active}); set it to {covered} or more."
+        )
+
+
+def _check_validation(validation: Validation) -> None:
+    if not validation.enable:
+        return
+    for name in ("local_batch_size", "seq_len", "freq", "sample_tokens"):
+        if getattr(validation, name) < 1:
+            raise UserError(f"validation.{name} = {getattr(validation, name)} must be 1 or more.")
+    if validation.steps != -1 and validation.steps < 1:
+        raise UserError(
+            f"validation.steps = {validation.steps} must be 1 or more, or -1 for the whole dataset."
+        )
+    if "" in validation.sample_prompts:
+        raise UserError(
+            "validation.sample_prompts holds an empty text; write one, or leave it out."
         )
 
 

@@ -47,7 +47,7 @@ class _CachedAttend:
         latents, ropes = self._remember(latent, k_rope.squeeze(2))
         heads, nope = q_nope.size(2), q_nope.size(3)
         # Read here, inside of the layer's forward pass, where FSDP has gathered it.
-        up_HCL = self.attention.wkv_b.weight.unflatten(0, (heads, -1))
+        up_HCL = self.attention.wkv_b.weight.to(q_nope.dtype).unflatten(0, (heads, -1))
         q_latent = torch.einsum("bshc,hcl->bshl", q_nope, up_HCL[:, :nope])
         scores = torch.einsum("bshl,btl->bhst", q_latent, latents)
         scores = scores + torch.einsum("bshr,btr->bhst", q_rope, ropes)
