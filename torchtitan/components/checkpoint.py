@@ -41,6 +41,7 @@ from torchtitan.components.checkpoint_storage import (
     CheckpointWriter,
     read_tensor_index,
 )
+from torchtitan.components.hf_checkpoint import load_hf, save_hf
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
 from torchtitan.distributed.utils import RanksOf
 from torchtitan.protocols.model import BaseModelArgs
@@ -113,8 +114,6 @@ class CheckpointManager:
             return
         began = time.perf_counter()
         if start.in_hf:
-            from torchtitan.components.hf_checkpoint import load_hf
-
             quantized = self.settings.initial_load_in_hf_quantized
             path = str(start.path)
             load_hf(state.model, self._adapter, path, quantized=quantized, group=self.group)
@@ -274,8 +273,6 @@ class CheckpointManager:
         return self._stager
 
     def _export(self, state: RunState, step: int) -> None:
-        from torchtitan.components.hf_checkpoint import save_hf
-
         self._failed, began = None, time.perf_counter()
         path = self.folder / f"step-{step}-hf"
         try:
@@ -354,11 +351,24 @@ def build_checkpoint_manager(
         layout=layout,
         config_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
     )
-    adapter = spec.state_dict_adapter
+    settings = config.checkpoint
+    adapter = spec.state_dict_adapter and spec.state_dict_adapter(
+        model_args, config.model.hf_assets_path
+    )
+    if settings.initial_load_in_hf and settings.initial_load_path is None:
+        settings = replace(settings, initial_load_path=config.model.hf_assets_path)
+    if settings.enable and (settings.initial_load_in_hf or settings.last_save_in_hf):
+        if adapter is None:
+            raise UserError(
+                f"model.name '{config.model.name}' has no Hugging Face format; set "
+                "checkpoint.initial_load_in_hf and checkpoint.last_save_in_hf to false."
+            )
+        if settings.last_save_in_hf:
+            adapter.check_export()  # now, and not after weeks of training
     return CheckpointManager(
-        config.checkpoint,
-        folder=Path(config.job.dump_folder, config.checkpoint.folder),
+        settings,
+        folder=Path(config.job.dump_folder, settings.folder),
         total_steps=config.training.steps,
         identity=identity,
-        adapter=adapter and adapter(model_args, config.model.hf_assets_path),
+        adapter=adapter,
     )

@@ -31,6 +31,9 @@ OURS = {
     "training.dataset_num_workers",
     "training.dataset_lanes",
     "training.non_finite_loss",
+    "training.loss_spike",
+    "training.loss_spike_factor",
+    "metrics.log_traffic",
     "parallelism.expert_parallel_dispatch",
     "parallelism.expert_parallel_node_size",
 }
