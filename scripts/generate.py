@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.components.checkpoint_files import META, is_complete, read_json
 from torchtitan.components.checkpoint_storage import CheckpointReader
@@ -90,7 +91,10 @@ def make_config(args: argparse.Namespace, model_args: BaseModelArgs) -> JobConfi
 def load_weights(model: BaseModel, spec: TrainSpec, source: Path) -> None:
     if is_complete(source):
         state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        dcp.load(state, storage_reader=CheckpointReader(source))
+        try:
+            dcp.load(state, storage_reader=CheckpointReader(source))
+        except CheckpointException as error:
+            raise UserError(f"checkpoint {source} could not be loaded: {error}.") from None
         own = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         model.load_state_dict(own)
     else:
