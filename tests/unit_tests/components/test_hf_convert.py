@@ -120,6 +120,17 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_torn_line_of_the_journal_costs_one_unit(tmp_path):
+    journal = hf_convert.Journal(tmp_path / "out.tmp", {"a": 1})
+    journal.add("first", [1])
+    journal.add("second")
+    journal.path.write_text(journal.path.read_text()[:-3])
+    again = hf_convert.Journal(tmp_path / "out.tmp", {"a": 1})
+    assert again.continues and again.done == {"first": [1]}
+    again.add("third")
+    assert hf_convert.Journal(tmp_path / "out.tmp", {"a": 1}).done.keys() == {"first", "third"}
+
+
 def test_what_another_conversion_left_is_not_gone_on_with(folders, monkeypatch, tmp_path):
     hf, ours = folders
     stopped = []
@@ -233,7 +244,7 @@ def test_a_damaged_checkpoint_makes_no_folder(folders, tmp_path):
     (copy / "__0_1.distcp").write_bytes(bytes(data))
     with pytest.raises(UserError, match=r"is damaged: __0_1.distcp does not have the bytes"):
         checkpoint_to_hf(copy, tmp_path / "out", adapter(), dtype=torch.float32)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 def test_a_target_that_exists_is_left_alone(folders, tmp_path):
