@@ -420,13 +420,14 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
-        loss = self.loss_sum(batch) / valid_tokens
+        loss_sum, _ = self.loss_sum(batch)
+        loss = loss_sum / valid_tokens
         loss.backward()
         return loss.detach()
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """Of a batch, over its valid labels. (The logits, the largest activation, are freed with
-        this function's end as soon as their gradient is there.)"""
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Over this rank's valid labels of a batch, and how many these are. (The logits, the
+        largest activation, are freed as soon as their gradient is there.)"""
         inputs, labels = batch
         tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
         logits = self.model(
@@ -434,7 +435,7 @@ class Trainer:
             attention_masks=self.model.get_attention_masks(tokens, self.tokenizer.eos_id),
             token_mask=labels != IGNORE_INDEX,
         )
-        return self.loss_fn(logits, labels)
+        return self.loss_fn(logits, labels), (labels != IGNORE_INDEX).sum()
 
     def close(self) -> None:
         """Release files and process groups; safe to call twice."""

@@ -26,14 +26,14 @@ Batch = tuple[dict[str, Tensor], Tensor]
 class Validator:
     """loader: iterates once over this rank's share of the set each time it is asked to.
 
-    loss_sum: of a batch, over its valid labels, on the device.
+    loss_sum: over this rank's valid labels of a batch, and how many these are, on the device.
     """
 
     def __init__(
         self,
         settings: Validation,
         loader: Iterable[Batch],
-        loss_sum: Callable[[Batch], Tensor],
+        loss_sum: Callable[[Batch], tuple[Tensor, Tensor]],
         *,
         device: torch.device,
     ) -> None:
@@ -55,8 +55,7 @@ class Validator:
         model.eval()
         try:
             for batch in self._in_step():
-                totals[0] += self.loss_sum(batch).double()
-                totals[1] += (batch[1] != IGNORE_INDEX).sum().to(self.device)
+                totals += torch.stack([number.double() for number in self.loss_sum(batch)])
         finally:
             model.train(was_training)
         loss_sum, tokens = sum_over_ranks(totals).tolist()

@@ -41,11 +41,12 @@ class _CachedAttend:
         self.filled = 0
 
     def __call__(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor
+        self, q_BSHC: Tensor, latent_BSC: Tensor, k_rope_BS1C: Tensor, mask: Tensor
     ) -> Tensor:
         """mask: bool (B, 1, S, tokens remembered with these)."""
-        latents, ropes = self._remember(latent, k_rope.squeeze(2))
-        heads, nope = q_nope.size(2), q_nope.size(3)
+        latents, ropes = self._remember(latent_BSC, k_rope_BS1C.squeeze(2))
+        heads, nope = q_BSHC.size(2), self.attention.qk_nope_head_dim
+        q_nope, q_rope = q_BSHC[..., :nope], q_BSHC[..., nope:]
         # Read here, inside of the layer's forward pass, where FSDP has gathered it.
         up_HCL = self.attention.wkv_b.weight.to(q_nope.dtype).unflatten(0, (heads, -1))
         q_latent = torch.einsum("bshc,hcl->bshl", q_nope, up_HCL[:, :nope])

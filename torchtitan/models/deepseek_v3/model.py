@@ -62,26 +62,26 @@ class Attention(nn.Module):
         q = self.wq_b(self.q_norm(self.wq_a(x_BSD))) if self.compress_q else self.wq(x_BSD)
         q_BSHC = q.unflatten(-1, (self.n_heads, -1))
         q_nope, q_rope = q_BSHC.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q_rope = apply_rope(q_rope, rope, positions_BS)
+        q_BSHC = torch.cat((q_nope, apply_rope(q_rope, rope, positions_BS)), dim=-1)
 
         latent, k_rope = self.wkv_a(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), rope, positions_BS)
-        out_BSHC = self.attend(q_nope, q_rope, self.kv_norm(latent), k_rope, mask)
+        out_BSHC = self.attend(q_BSHC, self.kv_norm(latent), k_rope, mask)
         return self.wo(out_BSHC.flatten(-2))
 
     def attend(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: AttentionMask
+        self, q_BSHC: Tensor, latent_BSC: Tensor, k_rope_BS1C: Tensor, mask: AttentionMask
     ) -> Tensor:
-        """Every head's output (B, S, H, channels of v), of keys and values made from the latents.
-
-        q_nope, q_rope (B, S, H, C); latent (B, S, kv_lora_rank), normalised; k_rope (B, S, 1, C).
-        Generating text puts its cache here (latent_cache.py).
-        """
-        kv_BSHC = self.wkv_b(latent).unflatten(-1, (self.n_heads, -1))
-        k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        q_BSHC = torch.cat((q_nope, q_rope), dim=-1)
-        k_BSHC = torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), dim=-1)
+        """Attention on keys and values still compressed (latent_cache.py steps in here)."""
+        k_BSHC, v_BSHC = self.expand(latent_BSC, k_rope_BS1C)
         return attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
+
+    def expand(self, latent_BSC: Tensor, k_rope_BS1C: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every head."""
+        kv_BSHC = self.wkv_b(latent_BSC).unflatten(-1, (self.n_heads, -1))
+        k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_BSHC = torch.cat((k_nope, k_rope_BS1C.expand(-1, -1, self.n_heads, -1)), dim=-1)
+        return k_BSHC, v_BSHC
 
 
 class TransformerBlock(nn.Module):
