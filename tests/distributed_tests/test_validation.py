@@ -48,8 +48,10 @@ def trained(arguments: list[str]) -> int:
 
 LAYOUTS = {
     "FSDP 2": (2, {}),
-    "EP 2 x FSDP 2": (4, {"parallelism__expert_parallel_degree": 2}),
-    "FSDP 4, batches of 1": (4, {"validation__local_batch_size": 1}),
+    "EP 2 x FSDP 2, batches of 1": (
+        4,
+        {"parallelism__expert_parallel_degree": 2, "validation__local_batch_size": 1},
+    ),
 }
 
 

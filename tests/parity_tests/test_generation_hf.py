@@ -24,7 +24,6 @@ def longer(monkeypatch) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(v3(yarn=False), id="V3"),
         pytest.param(v3(yarn=True), id="V3 with YaRN"),
         pytest.param(v2_lite(yarn=False), id="V2-Lite"),
         pytest.param(v2(), id="V2", marks=needs_v2_mscale),
