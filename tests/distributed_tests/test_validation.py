@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from tests.tiny_run import losses, records, tiny
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import ConfigManager
+from torchtitan.config.validate import _check_validation
 from torchtitan.hf_datasets.validation_data import build_validation_dataloader
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
+from torchtitan.tools.errors import UserError
 from torchtitan.train import main
 from torchtitan.trainer import Trainer, check_config
 
@@ -37,6 +39,9 @@ def options(dump_folder: Path, texts: Path, **changes) -> list[str]:
         "validation__freq": 2,
         "training__global_batch_size": 8,
         "training__local_batch_size": 2,
+        "validation__sample_prompts": '["The quick", "A"]',
+        "validation__sample_tokens": 5,
+        "metrics__enable_tensorboard": "true",
     }
     return tiny(dump_folder, **(validation | changes))
 
@@ -56,10 +61,10 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def one_process(ranks, texts, tmp_path_factory) -> list[dict]:
+def one_process(ranks, texts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     assert ranks(1).run(trained, options(folder, texts)) == [0]
-    return records(folder)
+    return folder
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -67,11 +72,13 @@ def test_every_layout_finds_the_same_loss(ranks, one_process, texts, layout, tmp
     world_size, changes = LAYOUTS[layout]
     arguments = options(tmp_path, texts, **changes)
     assert ranks(world_size).run(trained, arguments) == [0] * world_size
-    for record, expected in zip(records(tmp_path), one_process, strict=True):
+    for record, expected in zip(records(tmp_path), records(one_process), strict=True):
         assert ("validation_loss" in record) == (record["step"] in (1, 2, 4))
         if "validation_loss" in record:
             assert record["validation_tokens"] == expected["validation_tokens"]
             assert record["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
+    written = texts_in_tensorboard(tmp_path / "tb")
+    assert written == texts_in_tensorboard(one_process / "tb") and len(written) == 2
 
 
 def test_the_loss_is_the_mean_over_all_tokens(texts, tmp_path):
@@ -105,33 +112,25 @@ def test_the_loss_is_the_mean_over_all_tokens(texts, tmp_path):
 
 def test_a_run_does_not_notice_that_it_is_validated(texts, tmp_path):
     """Its losses stay bitwise the same, samples and all."""
-    prompts = '["The quick", "A"]'
     assert main(options(tmp_path / "a", texts, validation__enable="false")) == 0
-    validated = options(
-        tmp_path / "b",
-        texts,
-        validation__sample_prompts=prompts,
-        validation__sample_tokens=5,
-        metrics__enable_tensorboard="true",
-    )
-    assert main(validated) == 0
+    assert main(options(tmp_path / "b", texts)) == 0
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    assert texts_in_tensorboard(tmp_path / "b" / "tb") == {"samples/1", "samples/2"}
 
 
-def texts_in_tensorboard(folder: Path) -> set[str]:
+def texts_in_tensorboard(folder: Path) -> dict[str, list[bytes]]:
+    """By tag, what was written at steps 1, 2 and 4."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (run,) = folder.iterdir()
     events = EventAccumulator(str(run)).Reload()
     tags = events.Tags()
     assert {"validation_loss", "validation_perplexity"} <= set(tags["scalars"])
-    names = {tag.removesuffix("/text_summary") for tag in tags["tensors"]}
+    written = {}
     for tag in tags["tensors"]:
-        (first, *_) = events.Tensors(tag)
-        assert first.tensor_proto.string_val[0].startswith(b"**")
         assert [event.step for event in events.Tensors(tag)] == [1, 2, 4]
-    return names
+        written[tag] = [event.tensor_proto.string_val[0] for event in events.Tensors(tag)]
+        assert all(text.startswith(b"**") for text in written[tag])
+    return written
 
 
 def test_steps_limits_the_batches(texts, tmp_path):
@@ -153,6 +152,28 @@ def test_what_cannot_be_is_refused_before_the_run(texts, tmp_path, capsys, chang
     assert main(options(tmp_path, texts, **changes)) == 2
     assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
+def test_split_sequences_and_matrices_write_no_samples(texts, tmp_path, axis):
+    """The rules alone: whether the axis itself is supported is another's check."""
+    split = {f"parallelism__{axis}_parallel_degree": 2}
+
+    def refusal(**changes) -> str:
+        arguments = options(tmp_path, texts, **split, **changes)
+        with pytest.raises(UserError) as caught:
+            _check_validation(ConfigManager().parse_args(arguments))
+        return str(caught.value)
+
+    assert refusal().startswith("validation.sample_prompts is set, but text is written token by ")
+    assert refusal(validation__sample_prompts="[]") == (
+        "validation.seq_len = 24 must equal training.seq_len (32) with "
+        f"parallelism.{axis}_parallel_degree = 2."
+    )
+    same = options(
+        tmp_path, texts, **split, validation__sample_prompts="[]", validation__seq_len=32
+    )
+    _check_validation(ConfigManager().parse_args(same))
 
 
 def test_without_validation_its_keys_may_hold_anything(texts, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torchtitan.config.checkpoint_rules import check_checkpoint
 from torchtitan.config.degrees import nearest, resolve_degrees
-from torchtitan.config.job_config import JobConfig, Validation
+from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
 
@@ -24,7 +24,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_ranges(config)
     _check_choices(config)
     _check_profiling(config, device_type)
-    _check_validation(config.validation)
+    _check_validation(config)
     check_checkpoint(config, world_size)
     degrees = resolve_degrees(config.parallelism, world_size)
     resolve_global_batch_size(config, degrees.dp_replicate * degrees.dp_shard)
@@ -180,7 +180,8 @@ def _check_profiling(config: JobConfig, device_type: str) -> None:
         )
 
 
-def _check_validation(validation: Validation) -> None:
+def _check_validation(config: JobConfig) -> None:
+    validation = config.validation
     if not validation.enable:
         return
     for name in ("local_batch_size", "seq_len", "freq", "sample_tokens"):
