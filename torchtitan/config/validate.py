@@ -195,6 +195,22 @@ def _check_validation(config: JobConfig) -> None:
         raise UserError(
             "validation.sample_prompts holds an empty text; write one, or leave it out."
         )
+    for axis in ("tensor", "context", "pipeline"):
+        key = f"parallelism.{axis}_parallel_degree"
+        degree = _get(config, key)
+        if degree == 1:
+            continue
+        if validation.sample_prompts:
+            raise UserError(
+                f"validation.sample_prompts is set, but text is written token by token, which "
+                f"{key} = {degree} can't split; leave it out, and read what scripts/generate.py "
+                "writes from a checkpoint."
+            )
+        if validation.seq_len != config.training.seq_len:
+            raise UserError(
+                f"validation.seq_len = {validation.seq_len} must equal training.seq_len "
+                f"({config.training.seq_len}) with {key} = {degree}."
+            )
 
 
 # ---------------------------------------------------------------------------------------------
