@@ -10,6 +10,9 @@ from types import ModuleType
 import pytest
 
 from tests.tiny_run import losses, tiny
+from torchtitan.components.hf_checkpoint import say_what_differs
+from torchtitan.components.hf_files import HFFolder
+from torchtitan.models.deepseek_v3 import DeepSeekV3StateDictAdapter
 from torchtitan.train import main
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -166,7 +169,7 @@ def test_a_model_that_hugging_face_lacks_is_told_before_the_run(tmp_path, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_a_config_that_means_another_model_is_told(run, tmp_path, caplog, monkeypatch):
+def test_a_config_that_means_another_model_is_told(run, tmp_path, caplog):
     """Shapes fit, the meaning doesn't: no error, but a warning that names it."""
     other = tmp_path / "hf"
     other.mkdir()
@@ -174,10 +177,6 @@ def test_a_config_that_means_another_model_is_told(run, tmp_path, caplog, monkey
         (other / file.name).write_bytes(file.read_bytes())
     config = json.loads((other / "config.json").read_text()) | {"routed_scaling_factor": 7.0}
     (other / "config.json").write_text(json.dumps(config))
-    from torchtitan.components.hf_checkpoint import say_what_differs
-    from torchtitan.components.hf_files import HFFolder
-    from torchtitan.models.deepseek_v3 import DeepSeekV3StateDictAdapter
-
     original = HFFolder(run / "checkpoint/step-2-hf").config
     adapter = DeepSeekV3StateDictAdapter(DeepSeekV3StateDictAdapter.args_of(original))
     say_what_differs(HFFolder(other), adapter)
