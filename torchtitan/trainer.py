@@ -363,7 +363,7 @@ class Trainer:
         settings = self.config.validation
         ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
         loader = build_validation_dataloader(settings, self.tokenizer, **ranks)
-        return Validator(settings, loader, self.loss_sum, device=self.device)
+        return Validator(settings, loader, self._loss_sum_once, device=self.device)
 
     def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
         training = self.config.training
@@ -454,6 +454,13 @@ class Trainer:
             token_mask=labels != IGNORE_INDEX,
         )
         return self.loss_fn(logits, labels), (labels != IGNORE_INDEX).sum()
+
+    def _loss_sum_once(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`loss_sum`, but zeros on ranks that only repeat another's (tensor parallelism)."""
+        numbers = self.loss_sum(batch)
+        if self.rank in self.dims.loss_ranks:
+            return numbers
+        return torch.zeros_like(numbers[0]), torch.zeros_like(numbers[1])
 
     def _attention_masks(self, tokens: Tensor) -> Any:
         """Of whole sequences; with gathered keys, for the positions that this rank computes."""
