@@ -40,12 +40,14 @@ from torchtitan.config import (
     to_dict,
     validate,
 )
+from torchtitan.config.pipeline import PipelinePlan, plan_pipeline
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import check_compile_backend
 from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_grad_norm
+from torchtitan.distributed.pipeline_parallel import Pipeline, cut_into_parts
 from torchtitan.distributed.utils import (
     gather_from_ranks,
     init_distributed,
@@ -112,11 +114,23 @@ def check_config(config: JobConfig) -> Checked:
         method=config.parallelism.context_parallel_rotate_method,
         tensor_parallel=config.parallelism.tensor_parallel_degree,
     )
+    pipeline_plan(config, model_args)
     check_dataset(config.training.dataset, config.training.dataset_path)
     check_hf(config, spec, model_args)
     check_validation_data(config.validation, model_args.max_seq_len)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
+
+
+def pipeline_plan(config: JobConfig, model_args: BaseModelArgs) -> PipelinePlan | None:
+    """None without pipeline parallelism. Raises `UserError`."""
+    if config.parallelism.pipeline_parallel_degree == 1:
+        return None
+    return plan_pipeline(
+        config.parallelism,
+        num_layers=model_args.n_layers,
+        local_batch_size=config.training.local_batch_size,
+    )
 
 
 def check_dump_folder(dump_folder: str) -> None:
@@ -142,8 +156,12 @@ def build_model(
     dims: ParallelDims,
     config: JobConfig,
     device: torch.device,
-) -> BaseModel:
-    """Shapes first (meta device), then spread over ranks, then each rank fills what it holds."""
+    plan: PipelinePlan | None,
+) -> tuple[BaseModel, list[BaseModel]]:
+    """Shapes first (meta device), then spread over ranks, then each rank fills what it holds.
+
+    Returns the model and, with a pipeline, its parts by stage.
+    """
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(TORCH_DTYPES[config.training.dtype])
     try:
@@ -155,15 +173,18 @@ def build_model(
     logger.info(
         "Model: %s %s, %s parameters", config.model.name, config.model.flavor, f"{num_params:,}"
     )
-    model = spec.parallelize_fn(model, dims, config)
+    parts = cut_into_parts(model, plan, dims.mesh["pp"].get_local_rank()) if plan else []
+    for part in parts or [model]:
+        spec.parallelize_fn(part, dims, config)
     model.to_empty(device=device)
     model.init_weights(buffer_device=device)
-    return model.train()
+    return model.train(), parts
 
 
-def build_parallel_dims(config: JobConfig) -> ParallelDims:
+def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None) -> ParallelDims:
     world_size = dist.get_world_size()
     return ParallelDims(
+        last_stage=plan.rank_of(len(plan.stages) - 1) if plan else 0,
         world_size=world_size,
         device_type=device_type(),
         node_size=resolve_node_size(config.parallelism, world_size),
@@ -309,7 +330,8 @@ class Trainer:
         logger.info("%s", config.job.description)
         if self.rank == 0:
             save_config(config, self.model_args)
-        self.dims = build_parallel_dims(config)
+        plan = pipeline_plan(config, self.model_args)
+        self.dims = build_parallel_dims(config, plan)
         # With context parallelism: of this rank's part of each sequence.
         self.positions = positions_of_this_rank(self.dims, training.seq_len, self.device)
         self.checkpoint = build_checkpoint_manager(config, spec, self.model_args, asdict(self.dims))
@@ -317,7 +339,7 @@ class Trainer:
         start = self.checkpoint.find_start()
         seed = self.checkpoint.seed = set_determinism(config.debug, self.device, start.seed)
         self.dataloader = self._build_dataloader(seed)
-        self.model = build_model(spec, self.model_args, self.dims, config, self.device)
+        self.model, parts = build_model(spec, self.model_args, self.dims, config, self.device, plan)
         # also of the groups that are new now
         set_timeout(config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.moes = self.model.moe_layers()
@@ -338,6 +360,7 @@ class Trainer:
         if config.compile.enable and "loss" in config.compile.components:
             self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
 
+        self.pipeline = self._build_pipeline(parts, plan) if plan else None
         self.global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
         sequences_at_once = training.local_batch_size * self.dims.dp_degree
         self.accumulation = self.global_batch_size // sequences_at_once
@@ -364,6 +387,21 @@ class Trainer:
         ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
         loader = build_validation_dataloader(settings, self.tokenizer, **ranks)
         return Validator(settings, loader, self._loss_sum_once, device=self.device)
+
+    def _build_pipeline(self, parts: list[BaseModel], plan: PipelinePlan) -> Pipeline:
+        training = self.config.training
+        return Pipeline(
+            parts,
+            plan,
+            self.config.parallelism,
+            mesh=self.dims.mesh["pp"],
+            device=self.device,
+            tokens_here=training.seq_len // self.dims.cp,
+            hidden=(training.seq_len // self.dims.cp // self.dims.tp, self.model_args.dim),
+            dtype=TORCH_DTYPES[training.mixed_precision_param],
+            loss_fn=self.loss_fn,
+            masks_of=self._attention_masks,
+        )
 
     def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
         training = self.config.training
@@ -443,15 +481,21 @@ class Trainer:
         """Over this rank's valid labels of a batch, and how many these are. (The logits, the
         largest activation, are freed as soon as their gradient is there.)"""
         inputs, labels = batch
-        tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
-        masks = self._attention_masks(tokens)
+        whole, labels = inputs["input"].to(self.device), labels.to(self.device)
+        tokens, positions = whole, None
         if self.positions is not None:
-            tokens, labels = tokens[:, self.positions], labels[:, self.positions]
+            tokens, labels = whole[:, self.positions], labels[:, self.positions]
+            positions = self.positions.unsqueeze(0)
+        mask = labels != IGNORE_INDEX
+        if self.pipeline is not None:
+            return self.pipeline.step(
+                tokens, labels, whole, valid_tokens, positions=positions, token_mask=mask
+            )
         logits = self.model(
             tokens,
-            attention_masks=masks,
-            positions=None if self.positions is None else self.positions.unsqueeze(0),
-            token_mask=labels != IGNORE_INDEX,
+            attention_masks=self._attention_masks(whole),
+            positions=positions,
+            token_mask=mask,
         )
         return self.loss_fn(logits, labels), (labels != IGNORE_INDEX).sum()
 
@@ -548,7 +592,7 @@ class Trainer:
             return {}
         row = bytes_per_row(
             self.model_args.dim,
-            next(iter(self.moes.values())).router.top_k,
+            self.model_args.moe_args.top_k,
             TORCH_DTYPES[self.config.training.mixed_precision_param],
         )
         return traffic_numbers(result.traffic, row)
@@ -565,6 +609,8 @@ class Trainer:
     def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> None:
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
         skipped = sum_over_ranks(skipped, self.dims.dp_group)
+        if self.pipeline is not None:  # of the layers on all stages
+            result.loads, result.traffic = self.pipeline.gather((result.loads, result.traffic))
         traffic = self._traffic_of(result)
         self.metrics.log(
             step=self.step,

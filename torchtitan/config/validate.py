@@ -43,7 +43,6 @@ def _get(config: JobConfig, key: str) -> Any:
 # key, what it may hold, the feature. Keys that only shape one of these features (the pipeline
 # schedule, checkpoint.interval, [quantize], ...) have no effect without it and may hold anything.
 _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
-    ("parallelism.pipeline_parallel_degree", (1,), "pipeline parallelism"),
     (
         "activation_checkpoint.mode",
         ("none", "full", "selective"),

@@ -75,9 +75,12 @@ def _give_dispatchers(moes: Mapping[int, nn.Module], dims: ParallelDims, dispatc
     mesh = dims.expert_mesh["ep"]
     spans_nodes = dims.nodes_per_ep_group > 1
     node_limited = dispatch == "node_limited" or (dispatch == "auto" and spans_nodes)
+    groups = dims.node_groups if node_limited else None  # also where a stage has no MoE layer
+    if not moes:
+        return
     num_experts = next(iter(moes.values())).experts.w1.size(0)
     if node_limited:
-        make = partial(NodeLimitedDispatcher, *_node_groups(dims), num_experts)
+        make = partial(NodeLimitedDispatcher, *groups, num_experts)
     else:
         ranks_per_node = dims.ep // dims.nodes_per_ep_group
         make = partial(AllToAllDispatcher, mesh.get_group(), num_experts, ranks_per_node)
@@ -89,19 +92,6 @@ def _give_dispatchers(moes: Mapping[int, nn.Module], dims: ParallelDims, dispatc
         num_experts // dims.ep,
         "destination node, then per rank" if node_limited else "destination rank",
     )
-
-
-def _node_groups(dims: ParallelDims) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Of this rank's EP group: the ranks at its place on each node, and the ranks of its node."""
-    between = within = None
-    for grid in dims.ep_groups:  # every rank helps to make every group
-        for ranks in grid.T.tolist():
-            group = dist.new_group(ranks)
-            between = group if dist.get_rank() in ranks else between
-        for ranks in grid.tolist():
-            group = dist.new_group(ranks)
-            within = group if dist.get_rank() in ranks else within
-    return between, within
 
 
 class Rows(NamedTuple):

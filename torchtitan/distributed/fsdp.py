@@ -110,9 +110,11 @@ def _shard_layers(
     model: BaseModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool
 ) -> None:
     options = {"mesh": mesh, "mp_policy": policy}
-    fully_shard(model.tok_embeddings, reshard_after_forward=reshard, **options)
+    if model.tok_embeddings is not None:
+        fully_shard(model.tok_embeddings, reshard_after_forward=reshard, **options)
     for layer in model.layers.values():
         fully_shard(layer, reshard_after_forward=reshard, **options)
     # The backward pass starts with these two: not worth freeing them in between.
-    fully_shard([model.norm, model.output], reshard_after_forward=False, **options)
+    if model.output is not None:
+        fully_shard([model.norm, model.output], reshard_after_forward=False, **options)
     fully_shard(model, reshard_after_forward=reshard, **options)

@@ -25,6 +25,8 @@ class BaseModelArgs:
 
     vocab_size: int
     max_seq_len: int
+    dim: int
+    n_layers: int
 
     def for_run(
         self,
@@ -133,16 +135,17 @@ def _checked(value: Any, kind: Any, key: str, current: Any) -> Any:
 
 class BaseModel(nn.Module):
     """A decoder: embedding, blocks by number, norm, output. Runs on one CPU without process groups.
+    Blocks, and the others (as None), may be absent where they lie on another pipeline stage.
 
     `forward(tokens, attention_masks=None, positions=None, token_mask=None) -> logits`: see
     `DeepSeekV3Model.forward`.
     """
 
     model_args: BaseModelArgs
-    tok_embeddings: nn.Embedding
+    tok_embeddings: nn.Embedding | None
     layers: nn.ModuleDict
-    norm: nn.RMSNorm
-    output: nn.Linear
+    norm: nn.RMSNorm | None
+    output: nn.Linear | None
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Fill all parameters and buffers; call after moving a meta-device model to its device."""

@@ -146,13 +146,16 @@ class DeepSeekV3Model(BaseModel):
 
         attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None =
         0, 1, …. token_mask: (B, S) bool, False = padding, left out of the expert load.
+
+        A pipeline's part without `tok_embeddings` takes the hidden states (B, S, D) of the one
+        before as `tokens`; one without `output` returns its own.
         """
-        x_BSD = self.tok_embeddings(tokens)
+        x_BSD = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         for layer in self.layers.values():
             x_BSD, load = layer(x_BSD, self.rope, attention_masks, positions, token_mask)
             if load is not None and self.training and torch.is_grad_enabled():
                 record_load(layer.moe, load)
-        return self.output(self.norm(x_BSD))
+        return x_BSD if self.output is None else self.output(self.norm(x_BSD))
 
     def get_attention_masks(
         self, tokens_BS: Tensor, eos_id: int | None, queries_Q: Tensor | None = None

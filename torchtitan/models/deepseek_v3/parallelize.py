@@ -52,7 +52,8 @@ def _apply_tensor_parallel(model: BaseModel, dims: ParallelDims, parallelism: Pa
     tp = TensorParallel(dims.mesh["tp"])
     if parallelism.enable_async_tensor_parallel:
         tp.overlap_communication()
-    tp.embedding(model.tok_embeddings)
+    if model.tok_embeddings is not None:  # None: it lies on another pipeline stage
+        tp.embedding(model.tok_embeddings)
     for layer in model.layers.values():
         tp.replicate(layer.attention_norm, layer.ffn_norm)
         _split_attention(layer.attention, tp)
@@ -67,8 +68,9 @@ def _apply_tensor_parallel(model: BaseModel, dims: ParallelDims, parallelism: Pa
             tp.column(feed_forward.w1, feed_forward.w3)
             tp.row(feed_forward.w2)
             tp.scatter_output(feed_forward)
-    tp.replicate(model.norm)
-    tp.output(model.output, whole_logits=parallelism.disable_loss_parallel)
+    if model.output is not None:
+        tp.replicate(model.norm)
+        tp.output(model.output, whole_logits=parallelism.disable_loss_parallel)
     logger.info("Tensor parallel: heads, hidden channels and vocabulary over %d ranks", tp.degree)
 
 
