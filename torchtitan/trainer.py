@@ -23,6 +23,7 @@ from torch import Tensor
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.dataloader import ParallelAwareDataLoader
+from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.loss_watch import LossWatch, Verdict
 from torchtitan.components.lr_scheduler import build_lr_scheduler
@@ -30,6 +31,7 @@ from torchtitan.components.metrics import MetricsLogger, device_name
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.traffic import traffic_line, traffic_numbers
+from torchtitan.components.validate import Validator
 from torchtitan.config import (
     JobConfig,
     Parallelism,
@@ -54,6 +56,10 @@ from torchtitan.distributed.utils import (
     sum_over_ranks,
 )
 from torchtitan.hf_datasets import build_text_dataloader, check_dataset
+from torchtitan.hf_datasets.validation_data import (
+    build_validation_dataloader,
+    check_validation_data,
+)
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
@@ -110,6 +116,8 @@ def check_config(config: JobConfig) -> Checked:
     )
     pipeline_plan(config, model_args)
     check_dataset(config.training.dataset, config.training.dataset_path)
+    check_hf(config, spec, model_args)
+    check_validation_data(config.validation, model_args.max_seq_len)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
 
@@ -372,6 +380,13 @@ class Trainer:
             progress=self,
         )
         self.checkpoint.load(self.run_state, start)
+        self.validator = self._build_validator() if config.validation.enable else None
+
+    def _build_validator(self) -> Validator:
+        settings = self.config.validation
+        ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
+        loader = build_validation_dataloader(settings, self.tokenizer, **ranks)
+        return Validator(settings, loader, self._loss_sum_once, device=self.device)
 
     def _build_pipeline(self, parts: list[BaseModel], plan: PipelinePlan) -> Pipeline:
         training = self.config.training
@@ -423,8 +438,9 @@ class Trainer:
                 result = self.train_step(batches, interval)
                 interval.step_seconds.append(time.perf_counter() - start)
                 stopping = result.stop
-                if self.metrics.should_log(self.step) or stopping:
-                    self._log(result, interval)
+                validation = self._validate()
+                if self.metrics.should_log(self.step) or validation or stopping:
+                    self._log(result, interval, validation)
                     interval = Interval()
                 rewound = result.verdict == "rewind"
                 if rewound:
@@ -456,6 +472,14 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
+        loss_sum, _ = self.loss_sum(batch)
+        loss = loss_sum / valid_tokens
+        loss.backward()
+        return loss.detach()
+
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Over this rank's valid labels of a batch, and how many these are. (The logits, the
+        largest activation, are freed as soon as their gradient is there.)"""
         inputs, labels = batch
         whole, labels = inputs["input"].to(self.device), labels.to(self.device)
         tokens, positions = whole, None
@@ -473,10 +497,14 @@ class Trainer:
             positions=positions,
             token_mask=mask,
         )
-        loss = self.loss_fn(logits, labels) / valid_tokens
-        del logits  # frees the largest activation as soon as its gradient is there
-        loss.backward()
-        return loss.detach()
+        return self.loss_fn(logits, labels), (labels != IGNORE_INDEX).sum()
+
+    def _loss_sum_once(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`loss_sum`, but zeros on ranks that only repeat another's (tensor parallelism)."""
+        numbers = self.loss_sum(batch)
+        if self.rank in self.dims.loss_ranks:
+            return numbers
+        return torch.zeros_like(numbers[0]), torch.zeros_like(numbers[1])
 
     def _attention_masks(self, tokens: Tensor) -> Any:
         """Of whole sequences; with gathered keys, for the positions that this rank computes."""
@@ -569,7 +597,16 @@ class Trainer:
         )
         return traffic_numbers(result.traffic, row)
 
-    def _log(self, result: StepResult, interval: Interval) -> None:
+    def _validate(self) -> dict[str, float]:
+        """The validation's numbers where it is due after this step, else none."""
+        validator = self.validator
+        if validator is None or not validator.is_due(self.step, self.config.training.steps):
+            return {}
+        numbers = validator.run(self.model, self.step)
+        self.metrics.log_texts(validator.samples(self.model, self.tokenizer, self.step), self.step)
+        return numbers
+
+    def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> None:
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
         skipped = sum_over_ranks(skipped, self.dims.dp_group)
         if self.pipeline is not None:  # of the layers on all stages
@@ -591,6 +628,7 @@ class Trainer:
                 "rewinds": self.watch.rewinds,
                 "skipped_documents": skipped.item(),
                 **traffic,
+                **validation,
             },
         )
         if self.config.metrics.log_traffic and traffic:

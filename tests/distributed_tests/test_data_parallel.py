@@ -22,6 +22,20 @@ def test_bf16_is_the_same_on_one_process_and_under_each_layout(ranks, tmp_path) 
         assert together[0]["norms"] == pytest.approx(alone["norms"], rel=1e-4)
 
 
+def test_bf16_stays_close_where_partial_sums_travel_in_bf16(ranks, tmp_path) -> None:
+    """TP adds up parts of activations in bf16, and CP and TP gradients of parts of a sequence."""
+    options = ["--training.mixed_precision_param=bfloat16", "--activation_checkpoint.mode=none"]
+    options += ["--training.local_batch_size=8"]
+    alone = ranks(1).run(train_on_this_rank, options, str(tmp_path))[0]
+    for degrees in (["tensor"], ["context"], ["tensor", "context"]):
+        more = [f"--parallelism.{name}_parallel_degree=2" for name in degrees]
+        together = ranks(2 ** len(degrees)).run(
+            train_on_this_rank, [*options, *more], str(tmp_path)
+        )
+        assert together[0]["losses"] == pytest.approx(alone["losses"], rel=2e-3)
+        assert together[0]["norms"] == pytest.approx(alone["norms"], rel=2e-2)
+
+
 def test_all_ranks_report_the_same_numbers(ranks, tmp_path) -> None:
     options = [FP32, "--training.local_batch_size=2", "--activation_checkpoint.mode=none"]
     first, *others = ranks(4).run(train_on_this_rank, options, str(tmp_path))

@@ -6,10 +6,13 @@ tensors live is decided in parallelize.py.
 Letters: B batch, S sequence, D model dim, H heads, C channels.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
+from torchtitan.models.deepseek_v3.latent_cache import latent_caches
 from torchtitan.models.moe import FeedForward, MoE
 from torchtitan.models.moe.balancing import Load, record_load
 from torchtitan.ops.attention import AttentionMask, attention, causal_mask, document_mask
@@ -69,7 +72,9 @@ class Attention(nn.Module):
     def attend(
         self, q_BSHC: Tensor, latent_BSC: Tensor, k_rope_BS1C: Tensor, mask: AttentionMask
     ) -> Tensor:
-        """Attention on keys and values still compressed (context parallelism steps in here)."""
+        """Attention on keys and values still compressed (context parallelism and latent_cache.py
+        step in here).
+        """
         k_BSHC, v_BSHC = self.expand(latent_BSC, k_rope_BS1C)
         return attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
 
@@ -159,6 +164,11 @@ class DeepSeekV3Model(BaseModel):
             return None if queries_Q is None else causal_mask(queries_Q)
         self.model_args.check_tokenizer(eos_id)
         return document_mask(tokens_BS, eos_id, queries_Q)
+
+    def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
+        return latent_caches(
+            [layer.attention for layer in self.layers.values()], batch_size, length
+        )
 
     def moe_layers(self) -> dict[int, nn.Module]:
         return {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
