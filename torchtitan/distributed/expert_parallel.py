@@ -23,7 +23,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import (
+    all_to_all_single,
+    all_to_all_single_autograd,
+)
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -167,10 +170,8 @@ class Hop:
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         """counts: (size, …) int64, a line for each rank. Returns what the others had for us."""
-        counts = counts.contiguous()
-        out = torch.empty_like(counts)
-        dist.all_to_all_single(out, counts, group=self.group)
-        return out
+        # The functional kind, whose result recomputation by operation can keep.
+        return all_to_all_single(counts.contiguous(), None, None, self.group)
 
 
 def count_destinations(destination_PK: Tensor, num_destinations: int) -> Tensor:
@@ -193,6 +194,7 @@ class AllToAllDispatcher:
         self.tier_of_rank = _tiers(group, ranks_per_node)
         self.side_stream = _SideStream()
 
+    @torch.compiler.disable  # split sizes of the all-to-all depend on the data
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Record]:
@@ -210,6 +212,7 @@ class AllToAllDispatcher:
         traffic = torch.stack([_by_tier(rows, self.tier_of_rank) for rows in (sent, slots)])
         return _into_expert_order(rows, self.local_experts, sum(received_slots), traffic, (record,))
 
+    @torch.compiler.disable
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
         return self.hop.back(reduce_rows(rows_RD, record.order), record.hops[0])
 
@@ -234,6 +237,7 @@ class NodeLimitedDispatcher:
         self.tier_of_copy[self.tier_of_copy == 0] = self.tier_of_rank
         self.side_stream = _SideStream()
 
+    @torch.compiler.disable  # split sizes of the all-to-all depend on the data
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Record]:
@@ -277,6 +281,7 @@ class NodeLimitedDispatcher:
         arriving = self.within.exchange_counts(relayed)
         return torch.stack((rows_out, rows_in), dim=1), relayed[:, :1], arriving, onward[1]
 
+    @torch.compiler.disable
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
         x_PD = self.within.back(reduce_rows(rows_RD, record.order), record.hops[1])
         return self.between.back(x_PD, record.hops[0])
@@ -294,11 +299,13 @@ class GatherDispatcher:
         self.inner = inner
         self.group = group
 
+    @torch.compiler.disable
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Any]:
         return self.inner.dispatch(*(gather(t, 0, self.group) for t in (x_TD, ids_TK, weights_TK)))
 
+    @torch.compiler.disable
     def combine(self, rows_RD: Tensor, record: Any) -> Tensor:
         return reduce_scatter(self.inner.combine(rows_RD, record), 0, self.group)
 
@@ -312,7 +319,10 @@ def _into_expert_order(
     """The rows that arrived, one copy for each of their local experts, sorted by expert."""
     order = sort_slots(rows.ids_PK, num_experts, num_rows=num_rows)
     weights_R = rows.weights_PK.flatten()[order.slot_of_row_R]
-    return expand_rows(rows.x_PD, order), order.counts, Record(weights_R, traffic, hops, order)
+    rows_RD = expand_rows(rows.x_PD, order)
+    for tensor in (rows_RD, weights_R):  # one compiled graph for any number of rows
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return rows_RD, order.counts, Record(weights_R, traffic, hops, order)
 
 
 def _tiers(group: dist.ProcessGroup, ranks_per_node: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Where a DeepSeek model lives: tensors → experts → context → activation checkpointing →
 compile → data parallel."""
 
+import torch
 from torch import nn
 
 from torchtitan.config import JobConfig, Parallelism
@@ -23,7 +24,7 @@ def parallelize_deepseekv3(
     model: BaseModel, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> BaseModel:
     """Change the model in place, in this order, on any device; each step logs one line."""
-    _say_how_experts_compute(model.model_args, job_config)
+    loops = _say_how_experts_compute(model.model_args, job_config)
     say_expert_layout(
         model.model_args.moe_args,
         ep=parallel_dims.ep,
@@ -42,8 +43,20 @@ def parallelize_deepseekv3(
             parallel_dims.data_mesh["cp"].get_group(),
             job_config.parallelism.context_parallel_rotate_method,
         )
-    apply_activation_checkpoint(model.layers, job_config.activation_checkpoint)
-    apply_compile(model.layers, job_config.compile)
+    # A layer that can be one graph is compiled together with its recomputation. One that can't (its
+    # experts loop, or tokens travel) is compiled piece by piece, inside of it: torch doesn't
+    # compile anything in a recomputed region that is not one graph.
+    in_pieces = loops or parallel_dims.ep * parallel_dims.etp > 1
+    if in_pieces:
+        apply_compile(model.layers, job_config.compile)
+        for moe in model.moe_layers().values():
+            # Recomputation must see the choice of experts, to keep it.
+            moe.router._choose = torch.compiler.disable(moe.router._choose)
+    apply_activation_checkpoint(
+        model.layers, job_config.activation_checkpoint, job_config.job.dump_folder
+    )
+    if not in_pieces:
+        apply_compile(model.layers, job_config.compile)
     apply_data_parallel(model, parallel_dims, job_config.training, job_config.parallelism)
     return model
 
@@ -93,7 +106,8 @@ def _split_attention(attention: nn.Module, tp: TensorParallel) -> None:
     tp.scatter_output(attention.wo)
 
 
-def _say_how_experts_compute(args: DeepSeekV3ModelArgs, job_config: JobConfig) -> None:
+def _say_how_experts_compute(args: DeepSeekV3ModelArgs, job_config: JobConfig) -> bool:
+    """True where they loop."""
     reason = "moe_args.use_grouped_mm is off"
     if args.moe_args.use_grouped_mm:
         reason = why_loop(
@@ -104,3 +118,4 @@ def _say_how_experts_compute(args: DeepSeekV3ModelArgs, job_config: JobConfig) -
         )
     if args.n_dense_layers < args.n_layers:
         logger.info("Experts: %s", f"a loop, because {reason}" if reason else "grouped GEMM")
+    return reason is not None
