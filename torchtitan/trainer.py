@@ -42,10 +42,11 @@ from torchtitan.config import (
 )
 from torchtitan.config.pipeline import PipelinePlan, plan_pipeline
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import check_memory_budget
 from torchtitan.distributed.compile import check_compile_backend
 from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.expert_parallel import bytes_per_row
-from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
+from torchtitan.distributed.fsdp import materialize, sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.pipeline_parallel import Pipeline, cut_into_parts
 from torchtitan.distributed.utils import (
@@ -89,6 +90,7 @@ def check_config(config: JobConfig) -> Checked:
     if config.comm.mode == "default":
         check_local_processes(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     check_compile_backend(config.compile)
+    check_memory_budget(config.activation_checkpoint)
     spec = get_train_spec(config.model.name)
     model_args = get_flavor(spec, config.model.name, config.model.flavor).for_run(
         overrides=config.model.args,
@@ -176,7 +178,7 @@ def build_model(
     parts = cut_into_parts(model, plan, dims.mesh["pp"].get_local_rank()) if plan else []
     for part in parts or [model]:
         spec.parallelize_fn(part, dims, config)
-    model.to_empty(device=device)
+    materialize(model, device, offload=config.training.enable_cpu_offload)
     model.init_weights(buffer_device=device)
     return model.train(), parts
 

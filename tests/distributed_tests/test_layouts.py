@@ -119,6 +119,10 @@ LAYOUTS = {
     "CP 2, FSDP 2, EP 4": layout(4, cp=2, ep=4),
     "CP 2, TP 2": layout(4, cp=2, tp=2),
     "CP 2, TP 2, by heads": layout(4, BY_HEADS, cp=2, tp=2),
+    # Recomputation and the compiler, where tokens travel
+    "EP 2, by operation": layout(2, BY_OPERATION, ep=2, ac="selective"),
+    "EP 2, compiled, recomputed": layout(2, *COMPILED, ep=2, ac="full"),
+    "EP 2, compiled, by operation": layout(2, *COMPILED, BY_OPERATION, ep=2, ac="selective"),
     # Three and more together
     "CP 2, TP 2, EP 4": layout(4, cp=2, tp=2, ep=4),
     "CP 2, TP 2, EP 2 of split experts": layout(4, cp=2, tp=2, ep=2, etp=2),

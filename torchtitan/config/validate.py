@@ -23,6 +23,8 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_renamed(config)
     _check_ranges(config)
     _check_choices(config)
+    _check_memory_budget(config)
+    _check_cpu_offload(config, world_size, device_type)
     _check_profiling(config, device_type)
     _check_validation(config)
     check_checkpoint(config, world_size)
@@ -43,19 +45,8 @@ def _get(config: JobConfig, key: str) -> Any:
 # key, what it may hold, the feature. Keys that only shape one of these features (the pipeline
 # schedule, checkpoint.interval, [quantize], ...) have no effect without it and may hold anything.
 _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
-    (
-        "activation_checkpoint.mode",
-        ("none", "full", "selective"),
-        "activation checkpointing by memory budget",
-    ),
-    (
-        "activation_checkpoint.visualize_memory_budget_pareto",
-        (False,),
-        "activation checkpointing by memory budget",
-    ),
     ("model.converters", ([],), "converting the model (FP8)"),
     ("metrics.enable_wandb", (False,), "Weights & Biases"),
-    ("training.enable_cpu_offload", (False,), "CPU offload"),
     ("optimizer.early_step_in_backward", (False,), "the optimizer step inside the backward pass"),
     ("comm.mode", ("default", "fake_backend"), "the local-tensor mode"),
 ]
@@ -159,6 +150,49 @@ def _check_choices(config: JobConfig) -> None:
             f"activation_checkpoint.determinism_check = {as_text(check)} must be "
             '"default" or "none".'
         )
+
+
+# Back-ends of torch.compile that choose what the backward pass recomputes.
+_BUDGETING = ("inductor", "aot_eager_decomp_partition")
+
+
+def _check_memory_budget(config: JobConfig) -> None:
+    settings, compiler = config.activation_checkpoint, config.compile
+    if not 0 <= settings.memory_budget <= 1:
+        raise UserError(
+            f"activation_checkpoint.memory_budget = {settings.memory_budget} must be between 0 "
+            "and 1."
+        )
+    if settings.mode != "memory_budget":
+        if settings.visualize_memory_budget_pareto:
+            raise UserError(
+                "activation_checkpoint.visualize_memory_budget_pareto = true draws what "
+                'activation_checkpoint.mode "memory_budget" chooses from, but the mode is '
+                f'"{settings.mode}"; set either.'
+            )
+        return
+    if not compiler.enable or "model" not in compiler.components:
+        raise UserError(
+            'activation_checkpoint.mode = "memory_budget" is kept to by the compiler: it needs '
+            'compile.enable with "model" in compile.components; set them, or another mode.'
+        )
+    if compiler.backend not in _BUDGETING:
+        raise UserError(
+            f'compile.backend = "{compiler.backend}" doesn\'t choose what is recomputed, which '
+            'activation_checkpoint.mode "memory_budget" needs; set it to "inductor".'
+        )
+
+
+def _check_cpu_offload(config: JobConfig, world_size: int, device_type: str) -> None:
+    if not config.training.enable_cpu_offload:
+        return
+    reason = None
+    if device_type == "cpu":
+        reason = "moves weights from an accelerator to the CPU, but this run is on the CPU"
+    elif world_size == 1:
+        reason = "is FSDP's, which one process doesn't use"
+    if reason:
+        raise UserError(f"training.enable_cpu_offload = true {reason}; set it to false.")
 
 
 def _check_profiling(config: JobConfig, device_type: str) -> None:

@@ -38,7 +38,7 @@ _KEPT = _ROUTING | {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "flex_attention",
     "aten::_grouped_mm",
-    # What autograd's all_to_all_single and reduce_scatter are made of: policies look below autograd.
+    # What the differentiable collectives are made of: policies look below autograd.
     "_c10d_functional::all_to_all_single",
     "_c10d_functional::reduce_scatter_tensor",
 }
@@ -49,8 +49,8 @@ def check_memory_budget(config: ActivationCheckpoint) -> None:
     """Raise `UserError` where its picture can't be drawn here."""
     if config.visualize_memory_budget_pareto and find_spec("matplotlib") is None:
         raise UserError(
-            "activation_checkpoint.visualize_memory_budget_pareto = true needs matplotlib, which is "
-            "not installed; install it, or set it to false."
+            "activation_checkpoint.visualize_memory_budget_pareto = true needs matplotlib, which "
+            "is not installed; install it, or set it to false."
         )
 
 

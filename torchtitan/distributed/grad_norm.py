@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchtitan.tools.utils import local_device
+
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -27,12 +29,13 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         nn.utils.get_total_norm(grads, foreach=True).square() / copies
         for copies, grads in by_copies.items()
     ]
-    total = torch.stack(squares).sum()
+    # On the device, where the ranks can meet; offloaded gradients are on the host.
+    total = torch.stack(squares).sum().to(local_device())
     dist.all_reduce(total)
     norm = total.sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch does
     for grads in by_copies.values():
-        torch._foreach_mul_(grads, factor)
+        torch._foreach_mul_(grads, factor.to(grads[0].device))
     return norm
 
 
