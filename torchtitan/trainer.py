@@ -48,7 +48,7 @@ from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.distributed.fsdp import materialize, sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_grad_norm
-from torchtitan.distributed.pipeline_parallel import Pipeline, cut_into_parts
+from torchtitan.distributed.pipeline_parallel import Pipeline, StepInputs, cut_into_parts
 from torchtitan.distributed.utils import (
     gather_from_ranks,
     init_distributed,
@@ -391,15 +391,18 @@ class Trainer:
         return Validator(settings, loader, self._loss_sum_once, device=self.device)
 
     def _build_pipeline(self, parts: list[BaseModel], plan: PipelinePlan) -> Pipeline:
-        training = self.config.training
+        training, tp, cp = self.config.training, self.dims.tp, self.dims.cp
+        tokens = training.seq_len // cp
+        vocab_parts = 1 if self.config.parallelism.disable_loss_parallel else tp
         return Pipeline(
             parts,
             plan,
             self.config.parallelism,
             mesh=self.dims.mesh["pp"],
             device=self.device,
-            tokens_here=training.seq_len // self.dims.cp,
-            hidden=(training.seq_len // self.dims.cp // self.dims.tp, self.model_args.dim),
+            tokens=(tokens,),
+            hidden=(tokens // tp, self.model_args.dim),
+            logits=(tokens, self.model_args.vocab_size // vocab_parts),
             dtype=TORCH_DTYPES[training.mixed_precision_param],
             loss_fn=self.loss_fn,
             masks_of=self._attention_masks,
@@ -474,6 +477,8 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
+        if self.pipeline is not None:
+            return self.pipeline.step(self._inputs(batch), valid_tokens)
         loss_sum, _ = self.loss_sum(batch)
         loss = loss_sum / valid_tokens
         loss.backward()
@@ -482,27 +487,30 @@ class Trainer:
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Over this rank's valid labels of a batch, and how many these are. (The logits, the
         largest activation, are freed as soon as their gradient is there.)"""
-        inputs, labels = batch
-        whole, labels = inputs["input"].to(self.device), labels.to(self.device)
-        tokens, positions = whole, None
-        if self.positions is not None:
-            tokens, labels = whole[:, self.positions], labels[:, self.positions]
-            positions = self.positions.unsqueeze(0)
-        mask = labels != IGNORE_INDEX
+        inputs = self._inputs(batch)
+        count = inputs.token_mask.sum()
         if self.pipeline is not None:
-            return self.pipeline.step(
-                tokens, labels, whole, valid_tokens, positions=positions, token_mask=mask
-            )
+            return self.pipeline.evaluate(inputs), count
         logits = self.model(
-            tokens,
-            attention_masks=self._attention_masks(whole),
-            positions=positions,
-            token_mask=mask,
+            inputs.tokens,
+            attention_masks=self._attention_masks(inputs.whole_tokens),
+            positions=inputs.positions,
+            token_mask=inputs.token_mask,
         )
-        return self.loss_fn(logits, labels), (labels != IGNORE_INDEX).sum()
+        return self.loss_fn(logits, inputs.labels), count
+
+    def _inputs(self, batch: Batch) -> StepInputs:
+        """On the device; with context parallelism, this rank's part of each sequence."""
+        tokens, labels = batch[0]["input"].to(self.device), batch[1].to(self.device)
+        whole, positions = tokens, None
+        if self.positions is not None:
+            tokens, labels = tokens[:, self.positions], labels[:, self.positions]
+            positions = self.positions.unsqueeze(0)
+        return StepInputs(tokens, labels, whole, positions, labels != IGNORE_INDEX)
 
     def _loss_sum_once(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`loss_sum`, but zeros on ranks that only repeat another's (tensor parallelism)."""
+        """`loss_sum`, but zeros on ranks that only repeat another's (tensor parallelism, earlier
+        stages of a pipeline)."""
         numbers = self.loss_sum(batch)
         if self.rank in self.dims.loss_ranks:
             return numbers

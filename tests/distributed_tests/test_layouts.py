@@ -3,6 +3,8 @@
 One row of LAYOUTS is a layout; one of REFUSALS is a combination that can't run and its sentence.
 """
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
@@ -59,6 +61,15 @@ BY_HEADS = "--parallelism.context_parallel_rotate_method=alltoall"
 BY_OPERATION = "--activation_checkpoint.selective_ac_option=op"
 ASYNC = "--parallelism.enable_async_tensor_parallel"
 COMPILED = ("--compile.enable", "--compile.backend=aot_eager")
+
+
+def pipeline(schedule: str, stages: int = 2) -> tuple[str, str]:
+    """Two stages: as the layer counts have it. Four: the embedding and the output alone."""
+    parts = [["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]
+    split = f"--parallelism.module_fqns_per_model_part={json.dumps(parts)}"
+    name = f"--parallelism.pipeline_parallel_schedule={schedule}"
+    return (name, split) if stages == 4 else (name,)
+
 
 LAYOUTS = {
     # Data parallel
@@ -132,6 +143,39 @@ LAYOUTS = {
     ),
     "HSDP 2 x 2, TP 2, EP 2 of split experts": layout(8, tp=2, ep=2, etp=2, replicate=2),
     "HSDP 2 x 2, CP 2, EP 8, by heads": layout(8, BY_HEADS, cp=2, ep=8, replicate=2),
+}
+
+
+# torch's schedules: stages, with one or two of them a rank.
+SCHEDULES = {
+    "GPipe": 2,
+    "1F1B": 2,
+    "LoopedBFS": 4,
+    "Interleaved1F1B": 4,
+    "InterleavedZeroBubble": 4,
+    "ZBVZeroBubble": 4,
+    "DualPipeV": 4,
+}
+for _name, _stages in SCHEDULES.items():
+    _options = pipeline(_name, _stages)
+    LAYOUTS |= {
+        f"PP 2, {_name}": layout(2, *_options, pp=2),
+        f"PP 2, {_name}, EP 2": layout(4, *_options, pp=2, ep=2),
+    }
+ZERO_BUBBLE = pipeline("InterleavedZeroBubble", 4)
+DUAL = pipeline("DualPipeV", 4)
+LAYOUTS |= {
+    "PP 2, accumulation": layout(2, pp=2, accumulation=2),
+    "PP 2, recomputed": layout(2, *ZERO_BUBBLE, pp=2, ac="full"),
+    "PP 2, DDP 2": layout(4, pp=2, replicate=2, shard=1),
+    "PP 2, FSDP 2, by operation": layout(4, BY_OPERATION, pp=2, ac="selective"),
+    "PP 2, FSDP 2, compiled": layout(4, *COMPILED, pp=2),
+    "PP 2, TP 2": layout(4, pp=2, tp=2),
+    "PP 2, CP 2": layout(4, pp=2, cp=2),
+    "PP 2, HSDP 2 x 2": layout(8, pp=2, replicate=2),
+    "PP 2, FSDP 2, TP 2, EP 2": layout(8, *DUAL, pp=2, tp=2, ep=2),
+    "PP 2, FSDP 2, CP 2, EP 2": layout(8, *ZERO_BUBBLE, pp=2, cp=2, ep=2),
+    "PP 2, CP 2, TP 2, EP 4, nodes of 2": layout(8, nodes_of(2), pp=2, cp=2, tp=2, ep=4),
 }
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -81,6 +82,7 @@ def train_on_this_rank(options: list[str], dump_folder: str) -> dict:
         trainer.step += 1
         results.append(trainer.train_step(batches, Interval()))
     state = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
+    state = of_all_stages(state, trainer)
     trainer.close()
     return {
         "losses": [result.loss for result in results],
@@ -91,6 +93,17 @@ def train_on_this_rank(options: list[str], dump_folder: str) -> dict:
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def of_all_stages(tensors: dict[str, Tensor], trainer: Trainer) -> dict[str, Tensor]:
+    """With those of the other pipeline stages; no tensor lies on two of them."""
+    if trainer.dims.pp == 1:
+        return tensors
+    by_stage: list[dict] = [{}] * trainer.dims.pp
+    dist.all_gather_object(by_stage, tensors, group=trainer.dims.mesh["pp"].get_group())
+    merged = {name: tensor for stage in by_stage for name, tensor in stage.items()}
+    assert len(merged) == sum(map(len, by_stage))
+    return merged
 
 
 def assert_trained_alike(result: dict, expected: dict) -> None:
@@ -115,6 +128,7 @@ def first_gradients(options: list[str], dump_folder: str) -> dict[str, Tensor]:
         ({"input": tokens[mine]}, labels[mine]), (labels != IGNORE_INDEX).sum()
     )
     gradients = {n: whole(p.grad) for n, p in trainer.model.named_parameters()}
+    gradients = of_all_stages(gradients, trainer)
     trainer.close()
     return gradients
 

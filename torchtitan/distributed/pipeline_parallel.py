@@ -7,7 +7,7 @@ what initialisation, optimizer and checkpoints see; a *part* is the same module 
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,10 @@ def cut_into_parts(model: BaseModel, plan: PipelinePlan, pp_rank: int) -> list[B
 
 
 def _part(model: BaseModel, names: set[str]) -> BaseModel:
-    part = copy.copy(model)  # shares everything, also the dict of buffers
+    part = copy.copy(model)
+    for name, value in vars(model).items():  # hooks and modules of its own, the same buffers
+        if isinstance(value, dict) and name != "_buffers":
+            setattr(part, name, copy.copy(value))
     part._modules = {
         name: module if name in names else None for name, module in model._modules.items()
     }
@@ -68,11 +71,23 @@ def _listing(names: list[str]) -> str:
     return ", ".join(span + others)
 
 
+class StepInputs(NamedTuple):
+    """tokens, labels, token_mask: (B, S) of this rank. whole_tokens: (B, S) of whole sequences, to
+    make masks of. positions: (1, S), None = 0, 1, ….
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    whole_tokens: Tensor
+    positions: Tensor | None
+    token_mask: Tensor
+
+
 class Pipeline:
     """This rank's stages and their schedule; `step` is a forward and backward pass of all ranks.
 
-    parts: of `cut_into_parts`, after parallelisation. tokens_here: of a sequence, on this rank.
-    hidden, dtype: of what travels between stages, without the batch.
+    parts: of `cut_into_parts`, after parallelisation. Shapes of one sequence on this rank: tokens
+    (S,); hidden (S, D), in `dtype`, what travels between stages; logits (S, V).
     """
 
     def __init__(
@@ -83,8 +98,9 @@ class Pipeline:
         *,
         mesh: DeviceMesh,
         device: torch.device,
-        tokens_here: int,
+        tokens: tuple[int],
         hidden: tuple[int, int],
+        logits: tuple[int, int],
         dtype: torch.dtype,
         loss_fn: LossFn,
         masks_of: Callable[[Tensor], Any],
@@ -94,63 +110,61 @@ class Pipeline:
         self.has_first, self.has_last = 0 in own, last in own
         self._loss_fn = loss_fn
         self._masks_of = masks_of
-        self._valid_tokens = torch.ones((), device=device)
+        self._divisor: Tensor | None = None
         self._group = group = mesh.get_group()
+        # Without examples, torch would find the shapes by running the parts, and experts would count
+        # tokens and send them.
+        B = plan.microbatch_size
+        at_first = torch.empty(B, *tokens, dtype=torch.int64, device="meta")
+        between = torch.empty(B, *hidden, dtype=dtype, device="meta", requires_grad=True)
+        at_last = torch.empty(B, *logits, dtype=dtype, device="meta", requires_grad=True)
         stages = []
         for part, index in zip(parts, own, strict=True):
             part.register_forward_pre_hook(self._make_masks, with_kwargs=True)
-            # Without an example of it, torch would find the shape of what comes out by running the
-            # part, and experts would count the tokens.
-            example = torch.empty(plan.microbatch_size, *hidden, dtype=dtype, device="meta")
-            tokens = torch.empty(
-                plan.microbatch_size, tokens_here, dtype=torch.int64, device="meta"
-            )
             stages.append(
                 PipelineStage(
                     part,
                     index,
                     last + 1,
                     device,
-                    input_args=tokens if index == 0 else example,
-                    output_args=None if index == last else example,
+                    input_args=at_first if index == 0 else between,
+                    output_args=at_last if index == last else between,
                     group=group,
                 )
             )
         self._schedule = _make_schedule(stages, plan, parallelism, self._loss)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self._loss_fn(logits, labels) / self._valid_tokens
+        return self._loss_fn(logits, labels) / self._divisor
 
     def _make_masks(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         # A mask is made for a micro-batch where it is used: torch splits along the batch what it
         # hands to the stages, and a mask need not have one.
         return args, kwargs | {"attention_masks": self._masks_of(kwargs.pop("whole_tokens"))}
 
-    def step(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        whole_tokens: Tensor,
-        valid_tokens: Tensor,
-        *,
-        positions: Tensor | None,
-        token_mask: Tensor,
-    ) -> Tensor:
-        """This rank's part of the step's loss (zero without the last stage); adds to the gradients.
+    def step(self, inputs: StepInputs, valid_tokens: Tensor) -> Tensor:
+        """This rank's part of the step's loss (0 without the last stage); adds to the gradients.
 
-        tokens, labels, token_mask: (B, S) of this rank. whole_tokens: (B, S) of whole sequences, to
-        make masks of. positions: (1, S) or None.
+        valid_tokens: of the whole step, what losses are divided by.
         """
-        self._valid_tokens = valid_tokens
-        kwargs = {"token_mask": token_mask, "whole_tokens": whole_tokens}
-        if positions is not None:
-            kwargs["positions"] = positions.expand(tokens.size(0), -1).contiguous()
-        args = (tokens,) if self.has_first else ()
+        self._divisor = valid_tokens
+        return self._run(self._schedule.step, inputs)
+
+    def evaluate(self, inputs: StepInputs) -> Tensor:
+        """The sum of this rank's losses (zero without the last stage), without gradients."""
+        self._divisor = torch.ones((), device=inputs.labels.device)
+        return self._run(self._schedule.eval, inputs)
+
+    def _run(self, run: Callable[..., Any], inputs: StepInputs) -> Tensor:
+        kwargs = {"token_mask": inputs.token_mask, "whole_tokens": inputs.whole_tokens}
+        if inputs.positions is not None:
+            kwargs["positions"] = inputs.positions.expand_as(inputs.tokens).contiguous()
+        args = (inputs.tokens,) if self.has_first else ()
         if not self.has_last:
-            self._schedule.step(*args, **kwargs)
-            return torch.zeros((), device=valid_tokens.device)
+            run(*args, **kwargs)
+            return torch.zeros((), device=inputs.labels.device)
         losses: list[Tensor] = []
-        self._schedule.step(*args, target=labels, losses=losses, **kwargs)
+        run(*args, target=inputs.labels, losses=losses, **kwargs)
         return torch.stack(losses).sum().detach()
 
     def gather(self, by_layer: tuple[dict[int, Any], ...]) -> tuple[dict[int, Any], ...]:
