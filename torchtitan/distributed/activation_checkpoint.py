@@ -8,6 +8,7 @@ sends every token where it went before, whatever has happened to the routing bia
 `memory_budget` leaves the choice to the compiler, which solves for the cheapest recomputation.
 """
 
+import copy
 import types
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,7 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
+    _CachedTorchDispatchMode,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
@@ -82,6 +84,15 @@ def apply_activation_checkpoint(
     )
 
 
+class _Again(_CachedTorchDispatchMode):
+    """Recomputes any number of times: schedules that split the backward pass of a stage (zero
+    bubble) do it twice, where torch's own gives each kept result out once."""
+
+    def __enter__(self):
+        self.storage = {op: copy.copy(results) for op, results in self.kept.items()}
+        return super().__enter__()
+
+
 def _recomputed(
     forward: Callable, make_policy: Callable[[], Callable], config: ActivationCheckpoint
 ) -> Callable:
@@ -90,7 +101,10 @@ def _recomputed(
     own, up to the limit of recompilations."""
 
     def contexts():
-        return create_selective_checkpoint_contexts(make_policy())
+        first, again = create_selective_checkpoint_contexts(make_policy())
+        again.__class__ = _Again
+        again.kept = again.storage
+        return first, again
 
     options = {
         "use_reentrant": False,
