@@ -569,7 +569,8 @@ class Trainer:
     def _update(self, local_loss: Tensor, grad_norm: Tensor) -> StepResult:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
-        loads_LE, traffic_L23 = step_loads(moes, self.dims.stage_group) if moes else ([], [])
+        group = self.dims.stage_group  # also where a stage has no experts: all ranks make it
+        loads_LE, traffic_L23 = step_loads(moes, group) if moes else ([], [])
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.requested))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
