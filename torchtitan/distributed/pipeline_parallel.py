@@ -112,8 +112,8 @@ class Pipeline:
         self._masks_of = masks_of
         self._divisor: Tensor | None = None
         self._group = group = mesh.get_group()
-        # Without examples, torch would find the shapes by running the parts, and experts would count
-        # tokens and send them.
+        # Without examples, torch would find the shapes by running the parts, and experts would
+        # count tokens and send them.
         B = plan.microbatch_size
         at_first = torch.empty(B, *tokens, dtype=torch.int64, device="meta")
         between = torch.empty(B, *hidden, dtype=dtype, device="meta", requires_grad=True)
