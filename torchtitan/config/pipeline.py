@@ -16,6 +16,8 @@ SINGLE = ("1F1B", "GPipe")
 LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 SCHEDULES = (*SINGLE, *LOOPED, *V_SHAPED)
+# They run a backward pass in two pieces, for the inputs and for the weights.
+SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SHAPED)
 _KEY = "parallelism.pipeline_parallel_"
 
 
@@ -51,6 +53,12 @@ def plan_pipeline(
     if schedule not in SCHEDULES:
         raise UserError(
             f"{_KEY}schedule = '{schedule}' is not a schedule{suggest(schedule, SCHEDULES)}"
+        )
+    if schedule in SPLIT_BACKWARD and parallelism.fsdp_reshard_after_forward == "always":
+        raise UserError(
+            'parallelism.fsdp_reshard_after_forward = "always" frees weights between the two pieces '
+            f"of {_KEY}schedule '{schedule}''s backward pass, which needs them; set it to "
+            '"default" or "never".'
         )
     if parallelism.module_fqns_per_model_part is not None:
         stages = _as_listed(parallelism.module_fqns_per_model_part, num_layers)

@@ -96,9 +96,10 @@ def _data_parallel_axes(mesh: DeviceMesh) -> DeviceMesh:
 
 def _reshard(dims: ParallelDims, parallelism: Parallelism) -> bool:
     # "default": free the gathered weights after the forward pass. Where nothing is split, keeping
-    # them costs no communication and saves a copy.
+    # them costs no communication and saves a copy; in a pipeline they would be gathered for each
+    # micro-batch.
     if parallelism.fsdp_reshard_after_forward == "default":
-        return dims.fsdp > 1
+        return dims.fsdp > 1 and dims.pp == 1
     return parallelism.fsdp_reshard_after_forward == "always"
 
 
