@@ -57,7 +57,7 @@ def plan_pipeline(
     if schedule in SPLIT_BACKWARD and parallelism.fsdp_reshard_after_forward == "always":
         raise UserError(
             'parallelism.fsdp_reshard_after_forward = "always" frees weights between the two pieces '
-            f"of {_KEY}schedule '{schedule}''s backward pass, which needs them; set it to "
+            f"pieces of the backward pass of {_KEY}schedule '{schedule}': set it to "
             '"default" or "never".'
         )
     if parallelism.module_fqns_per_model_part is not None:
