@@ -56,7 +56,7 @@ def plan_pipeline(
         )
     if schedule in SPLIT_BACKWARD and parallelism.fsdp_reshard_after_forward == "always":
         raise UserError(
-            'parallelism.fsdp_reshard_after_forward = "always" frees weights between the two pieces '
+            'parallelism.fsdp_reshard_after_forward = "always" frees weights between the two '
             f"pieces of the backward pass of {_KEY}schedule '{schedule}': set it to "
             '"default" or "never".'
         )
