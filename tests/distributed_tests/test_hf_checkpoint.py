@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.distributed_tests.test_expert_parallel import SPLIT_INSIDE
-from tests.distributed_tests.test_layouts import layout
+from tests.distributed_tests.test_layouts import DUAL, layout
 from tests.distributed_tests.training_ranks import (
     FP32,
     MODEL,
@@ -95,6 +95,9 @@ RUNS = {
     "EP 2, FSDP 2": layout(4, ep=2),
     "EP 2, HSDP 2 x 2": layout(4, ep=2, replicate=2),
     "DDP 2": layout(2, replicate=2, shard=1),
+    "TP 2": layout(2, tp=2),
+    "PP 2": layout(2, pp=2),
+    "PP 2, EP 2, two stages a rank": layout(4, *DUAL, pp=2, ep=2),
     "CP 2, TP 2, EP 2 of split experts": layout(4, cp=2, tp=2, ep=2, etp=2),
 }
 
