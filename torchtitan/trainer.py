@@ -19,15 +19,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.dataloader import ParallelAwareDataLoader
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
 from torchtitan.components.loss_watch import LossWatch, Verdict
-from torchtitan.components.lr_scheduler import build_lr_scheduler
+from torchtitan.components.lr_scheduler import (
+    build_lr_scheduler,
+    build_phase_lr_scheduler,
+    resume_lr_scheduler,
+)
 from torchtitan.components.metrics import MetricsLogger, device_name
 from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.schedule import Schedule, coefficients_set
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.traffic import traffic_line, traffic_numbers
 from torchtitan.config import (
@@ -95,6 +101,7 @@ def check_config(config: JobConfig) -> Checked:
             f"{tokenizer.vocab_size}, or name the tokenizer of this model."
         )
     model_args.check_tokenizer(tokenizer.eos_id)
+    model_args.check_coefficients(coefficients_set(config.schedule.phase))
     model_args.check_expert_parallel(config.parallelism.expert_parallel_degree)
     check_dataset(config.training.dataset, config.training.dataset_path)
     check_dump_folder(config.job.dump_folder)
@@ -163,6 +170,22 @@ def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     span = parallelism.expert_parallel_degree * parallelism.expert_tensor_parallel_degree
     return local if 0 in (local % span, span % local) else math.gcd(local, span)
+
+
+def build_schedule(config: JobConfig, dp_degree: int) -> Schedule:
+    schedule = Schedule(
+        config.schedule.phase,
+        lr=config.optimizer.lr,
+        batch_size=resolve_global_batch_size(config, dp_degree),
+    )
+    if schedule.phases:
+        num_steps = schedule.num_steps(config.training.seq_len)
+        text = f"Schedule: {len(schedule.phases)} phases end after step {num_steps}"
+        if config.training.steps == num_steps:
+            logger.info("%s, and so does the run", text)
+        else:
+            logger.warning("%s, but training.steps = %d", text, config.training.steps)
+    return schedule
 
 
 def build_metrics(
@@ -309,22 +332,18 @@ class Trainer:
         optimizer_settings = asdict(config.optimizer)
         optimizer_settings.pop("early_step_in_backward")
         self.optimizer = build_optimizer([self.model], **optimizer_settings)
-        self.lr_scheduler = build_lr_scheduler(
-            self.optimizer, total_steps=training.steps, **asdict(config.lr_scheduler)
-        )
+        self.step = self.tokens_seen = 0
+        self.schedule = build_schedule(config, self.dims.dp_degree)
+        self.now = self.schedule.at(0)
+        self.lr_scheduler = self._build_lr_scheduler()
         self.loss_fn = cross_entropy_sum
         if config.compile.enable and "loss" in config.compile.components:
             self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
 
-        self.global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
-        sequences_at_once = training.local_batch_size * self.dims.dp_degree
-        self.accumulation = self.global_batch_size // sequences_at_once
         self.metrics = build_metrics(config, self.model_args, self.device, start.step)
         self._open.callback(self.metrics.close)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
         self._open.callback(self.gc.close)
-        self.step = 0
-        self.tokens_seen = 0
         self.watch = LossWatch(training)
         self.stop = StopRequest()
         self.run_state = RunState(
@@ -335,6 +354,19 @@ class Trainer:
             progress=self,
         )
         self.checkpoint.load(self.run_state, start)
+
+    def _build_lr_scheduler(self) -> LambdaLR:
+        config = self.config
+        if not self.schedule.phases:
+            return build_lr_scheduler(
+                self.optimizer, total_steps=config.training.steps, **asdict(config.lr_scheduler)
+            )
+        return build_phase_lr_scheduler(
+            self.optimizer,
+            lambda: self.schedule.at(self.tokens_seen).lr,
+            lr=config.optimizer.lr,
+            warmup_steps=config.lr_scheduler.warmup_steps,
+        )
 
     def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
         training = self.config.training
@@ -358,7 +390,7 @@ class Trainer:
         logger.info(
             "Training: %d steps of %d sequences of %d tokens",
             steps,
-            self.global_batch_size,
+            self.now.batch_size,
             config.training.seq_len,
         )
         batches, interval = iter(self.dataloader), Interval()
@@ -389,6 +421,7 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch], interval: Interval) -> StepResult:
         """One optimizer step over `accumulation` micro-batches."""
+        self._enter_step()
         micro_batches = self._next_batches(batches, interval)
         valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
         valid_tokens = sum_over_ranks(valid.to(self.device)).clamp(min=1)
@@ -449,6 +482,23 @@ class Trainer:
         return self.stop if self.checkpoint.saves else nullcontext()
 
     # -------------------------------------------------------------- parts of a step
+
+    def _enter_step(self) -> None:
+        """What the schedule says for this step."""
+        now, before = self.schedule.at(self.tokens_seen), self.now
+        self.now = now
+        if not now.phase:
+            return
+        if now.phase != before.phase or self.step == 1:
+            logger.info("Step %d: phase %s begins: %s", self.step, now.title, now.describe())
+        resume_lr_scheduler(self.lr_scheduler, self.lr_scheduler.last_epoch)  # also after a rewind
+        self.model.set_coefficients(now.coefficients)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of this step."""
+        at_once = self.config.training.local_batch_size * self.dims.dp_degree
+        return self.now.batch_size // at_once
 
     def _next_batches(self, batches: Iterator[Batch], interval: Interval) -> list[Batch]:
         start = time.perf_counter()
@@ -516,9 +566,10 @@ class Trainer:
                 "skipped_steps": self.watch.skipped_steps,
                 "rewinds": self.watch.rewinds,
                 "skipped_documents": sum_over_ranks(skipped).item(),
+                **self.now.numbers(),
                 **traffic,
             },
         )
         if self.config.metrics.log_traffic and traffic:
-            tokens = self.global_batch_size * self.config.training.seq_len
+            tokens = self.now.batch_size * self.config.training.seq_len
             logger.info("%s", traffic_line(traffic, tokens))

@@ -22,6 +22,7 @@ from torchtitan.config.job_config import (
     to_dict,
 )
 from torchtitan.config.manager import ConfigManager
+from torchtitan.config.recipe import Phase, Schedule
 from torchtitan.config.validate import resolve_global_batch_size, validate
 
 __all__ = [
@@ -40,8 +41,10 @@ __all__ = [
     "Model",
     "Optimizer",
     "Parallelism",
+    "Phase",
     "Profiling",
     "Quantize",
+    "Schedule",
     "Training",
     "Validation",
     "resolve_degrees",

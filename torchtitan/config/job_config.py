@@ -8,6 +8,8 @@ The sentences below the fields are what `python -m torchtitan.train --help` prin
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from torchtitan.config.recipe import Schedule
+
 
 def _listing(*items: Any) -> Any:
     return field(default_factory=lambda: list(items))
@@ -417,6 +419,7 @@ class JobConfig:
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

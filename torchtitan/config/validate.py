@@ -12,6 +12,7 @@ from typing import Any
 from torchtitan.config.checkpoint_rules import check_checkpoint
 from torchtitan.config.degrees import nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schedule_rules import check_schedule
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
 
@@ -26,7 +27,8 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_profiling(config, device_type)
     check_checkpoint(config, world_size)
     degrees = resolve_degrees(config.parallelism, world_size)
-    resolve_global_batch_size(config, degrees.dp_replicate * degrees.dp_shard)
+    dp_degree = degrees.dp_replicate * degrees.dp_shard
+    check_schedule(config, resolve_global_batch_size(config, dp_degree), dp_degree)
 
 
 def _get(config: JobConfig, key: str) -> Any:

@@ -1,6 +1,7 @@
 """What the trainer may rely on in a model and in its arguments."""
 
 import dataclasses
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import (
     Any,
@@ -67,6 +68,13 @@ class BaseModelArgs:
                 "set it to 1."
             )
 
+    def check_coefficients(self, names: Set[str]) -> None:
+        """Raise `UserError` where a phase of the run sets a coefficient that this model has not."""
+        if names:
+            raise UserError(
+                f"[[schedule.phase]] sets {min(names)}, which this model has not; leave it out."
+            )
+
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
         """FLOPs of forward and backward per token, without recomputation (2 per multiply-add)."""
         raise NotImplementedError
@@ -128,6 +136,10 @@ class BaseModel(nn.Module):
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Fill all parameters and buffers; call after moving a meta-device model to its device."""
         raise NotImplementedError
+
+    def set_coefficients(self, values: Mapping[str, float]) -> None:
+        """Weights of losses, and speeds, that a phase of the run sets; `check_coefficients` has
+        seen their names."""
 
     def moe_layers(self) -> dict[int, nn.Module]:
         """The `MoE` module of every layer that has one, by layer number."""

@@ -27,6 +27,7 @@ OURS = {
     "job.check_config",
     "model.args",
     "optimizer.weight_decay_on",
+    "schedule.phase",
     "training.dataset_text_key",
     "training.dataset_num_workers",
     "training.dataset_lanes",

@@ -1,6 +1,7 @@
 """Sizes of the DeepSeek-V2/V3 architecture, its rules, and its FLOPs."""
 
 import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -128,6 +129,14 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
                 "token, which tells documents apart; name one in its tokenizer_config.json, or use "
                 "'causal'."
             )
+
+    def check_coefficients(self, names: Set[str]) -> None:
+        if "load_balance_coeff" in names and self.moe_args.load_balance_coeff is None:
+            raise UserError(
+                "[[schedule.phase]] sets load_balance_coeff, but the model has no expert bias: set "
+                "model.args.moe_args.load_balance_coeff to the speed of the start (0 is one)."
+            )
+        super().check_coefficients(names - {"load_balance_coeff"})
 
     def check_expert_parallel(self, degree: int) -> None:
         num_experts = self.moe_args.num_experts

@@ -6,6 +6,8 @@ tensors live is decided in parallelize.py.
 Letters: B batch, S sequence, D model dim, H heads, C channels.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -147,6 +149,10 @@ class DeepSeekV3Model(BaseModel):
 
     def moe_layers(self) -> dict[int, nn.Module]:
         return {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
+
+    def set_coefficients(self, values: Mapping[str, float]) -> None:
+        for moe in self.moe_layers().values():
+            moe.set_coefficients(values)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Matrices normal with `init_std`, norms one, expert bias zero.

@@ -4,6 +4,8 @@ Letters: B batch, S sequence, T tokens (B·S), D model dim, F expert hidden dim,
 groups, L local experts, K top-k, R rows received after dispatch.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -236,6 +238,10 @@ class MoE(nn.Module):
             out_TD = out_TD + shared()
         out_BSD = out_TD.view_as(x_BSD)
         return (out_BSD, Load(load_E, record.traffic)) if return_load else out_BSD
+
+    def set_coefficients(self, values: Mapping[str, float]) -> None:
+        """Those of this layer among `values`, for the steps to come."""
+        self.load_balance_coeff = values.get("load_balance_coeff", self.load_balance_coeff)
 
     def init_weights(self, init_std: float) -> None:
         """Fill a layer that stands alone; inside a model, the model does."""
