@@ -62,7 +62,7 @@ class TextDataset(IterableDataset):
     def identity(self) -> dict:
         """What the meaning of a position depends on, for the loader to compare on resume."""
         return {
-            "training.seed": self.seed,
+            "debug.seed": self.seed,
             "training.dataset_lanes": self.num_lanes,
             **self.tokenizer.identity(),
             **self.source.identity(),
@@ -148,11 +148,12 @@ def build_text_dataloader(
         infinite=infinite,
     )
     loader = build_dataloader(dataset)
-    _report_lanes(source.name, dataset.num_lanes, share)
+    report_lanes(source.name, dataset.num_lanes, share)
     return loader
 
 
-def _report_lanes(name: str, lanes: int, share: Share) -> None:
+def report_lanes(name: str, lanes: int, share: Share) -> None:
+    """Say how many there are and, where this layout reads them twice, which number fits it."""
     logger.info(f"Data {name}: dealt to {lanes} lanes")
     times = share.times_made(lanes)
     if times >= 2:

@@ -39,7 +39,7 @@ class Counting(IterableDataset):
         self.start(0, {})
 
     def identity(self):
-        return {"training.seed": self.seed}
+        return {"debug.seed": self.seed}
 
     def start(self, consumed, lanes):
         assert all(position.keys() == {"taken", "last"} for position in lanes.values())
@@ -180,7 +180,7 @@ def test_ranks_out_of_step_are_a_mistake_of_ours():
 
 def test_a_state_of_other_data_is_refused_with_the_way_out():
     _, state = run(2, dp_degree=1)
-    sentence = "with training.seed = 0, and this run has 5; resume with 0"
+    sentence = "with debug.seed = 0, and this run has 5; resume with 0"
     with pytest.raises(UserError, match=sentence) as error:
         build(seed=5).load_state_dict(state)
     assert 'checkpoint.exclude_from_loading = ["dataloader"]' in str(error.value)

@@ -15,7 +15,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.hf_datasets import TextDataset, open_source, row_groups
 from torchtitan.hf_datasets import sources as sources_module
 from torchtitan.hf_datasets.sources import Shard, lanes_of_documents, lanes_of_files
-from torchtitan.hf_datasets.text_datasets import _report_lanes
+from torchtitan.hf_datasets.text_datasets import report_lanes
 from torchtitan.tools.errors import UserError
 
 SEQ_LEN, LANES, SEED = 20, 3, 1
@@ -276,7 +276,7 @@ def test_a_position_of_other_readers_is_damaged(tmp_path):
     ],
 )
 def test_a_layout_that_reads_lanes_twice_is_told_which_number_does_not(share, line, log):
-    _report_lanes("mine", 64, share)
+    report_lanes("mine", 64, share)
     assert log[0] == "Data mine: dealt to 64 lanes"
     if line is None:
         assert len(log) == 1
