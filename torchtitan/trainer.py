@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from torchtitan.components.balance import (
+    Action,
+    Alarms,
+    Numbers,
+    balance_numbers,
+    cross_node_percent,
+    routing_numbers,
+    violation_numbers,
+)
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.dataloader import ParallelAwareDataLoader
@@ -60,7 +69,7 @@ from torchtitan.hf_datasets import build_text_dataloader, check_dataset
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.flops import peak_flops
 from torchtitan.tools.gc import GarbageCollection
 from torchtitan.tools.logging import logger
@@ -265,8 +274,9 @@ def profilers(config: JobConfig, rank: int) -> Iterator[Callable[[], None]]:
 class StepResult:
     """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact
     when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer;
-    traffic: see `TokenDispatcher.dispatch`, by layer. verdict: what became of the step. stop: some
-    rank was asked to end the run.
+    traffic: see `TokenDispatcher.dispatch`, by layer. watched: see models/moe/watch.py, by layer;
+    empty without metrics.log_routing. valid_tokens: of the step, over all ranks. verdict: what
+    became of the step. stop: some rank was asked to end the run.
     """
 
     loss: float
@@ -275,6 +285,8 @@ class StepResult:
     lr: float
     loads: dict[int, Tensor]
     traffic: dict[int, Tensor]
+    watched: dict[int, Tensor]
+    valid_tokens: int
     verdict: Verdict
     stop: bool
 
@@ -324,6 +336,8 @@ class Trainer:
         # also of the groups that are new now
         set_timeout(config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.moes = self.model.moe_layers()
+        for moe in self.moes.values():
+            moe.watch_routing = config.metrics.log_routing
         if self.moes and all(moe.expert_bias is None for moe in self.moes.values()):
             logger.warning(
                 "Nothing evens out the expert load: model.args.moe_args.load_balance_coeff is not "
@@ -345,6 +359,7 @@ class Trainer:
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
         self._open.callback(self.gc.close)
         self.watch = LossWatch(training)
+        self.alarms = Alarms(config.metrics.alarm)
         self.stop = StopRequest()
         self.run_state = RunState(
             model=self.model,
@@ -403,14 +418,19 @@ class Trainer:
                 result = self.train_step(batches, interval)
                 interval.step_seconds.append(time.perf_counter() - start)
                 stopping = result.stop
+                alarm: Action = "none"
                 if self.metrics.should_log(self.step) or stopping:
-                    self._log(result, interval)
+                    alarm = self._log(result, interval)
                     interval = Interval()
                 rewound = result.verdict == "rewind"
                 if rewound:
                     self._rewind()
                 # A rewind is saved at once: a restart must not meet the same batch again.
-                self.checkpoint.after_step(self.run_state, self.step, now=stopping or rewound)
+                save_now = stopping or rewound or alarm in ("checkpoint", "stop")
+                self.checkpoint.after_step(self.run_state, self.step, now=save_now)
+                if alarm == "stop":
+                    self.checkpoint.finish()
+                    raise RunError(f"{self.alarms.reason}, and its action is to stop.")
                 profile_step()
                 if not timeout_set:
                     set_timeout(config.comm.train_timeout_seconds, self.checkpoint.group)
@@ -433,12 +453,13 @@ class Trainer:
             sync_replicas_on_last_microbatch(self.model, is_last=is_last)
             loss += self.forward_backward(batch, valid_tokens)
         grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
-        return self._update(loss, grad_norm)
+        return self._update(loss, grad_norm, valid_tokens)
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
         inputs, labels = batch
         tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
+        self.model.set_tokens_in_step(valid_tokens)
         logits = self.model(
             tokens,
             attention_masks=self.model.get_attention_masks(tokens, self.tokenizer.eos_id),
@@ -509,15 +530,18 @@ class Trainer:
         self.tokens_seen += tokens
         return micro_batches
 
-    def _update(self, local_loss: Tensor, grad_norm: Tensor) -> StepResult:
+    def _update(self, local_loss: Tensor, grad_norm: Tensor, valid: Tensor) -> StepResult:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
-        loads_LE, traffic_L23 = step_loads(moes, dist.group.WORLD) if moes else ([], [])
+        loads_LE, traffic_L23, watched_L4 = (
+            step_loads(moes, dist.group.WORLD) if moes else ([], [], None)
+        )
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.requested))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
         # host sync: a non-finite step must be known before the weights change
-        *pairs, norm = torch.cat((gathered, grad_norm.view(1))).tolist()
+        last = torch.stack((valid.double(), grad_norm.double()))  # fp32 counts to 2**24 only
+        *pairs, valid_tokens, norm = torch.cat((gathered.double(), last)).tolist()
         rank_losses, stop = pairs[::2], any(pairs[1::2])
         verdict = self.watch.judge(self.step, rank_losses, norm)
         if verdict == "update":
@@ -533,6 +557,8 @@ class Trainer:
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
             traffic=dict(zip(self.moes, traffic_L23, strict=True)),
+            watched={} if watched_L4 is None else dict(zip(self.moes, watched_L4, strict=True)),
+            valid_tokens=int(valid_tokens),
             verdict=verdict,
             stop=stop,
         )
@@ -548,9 +574,22 @@ class Trainer:
         )
         return traffic_numbers(result.traffic, row)
 
-    def _log(self, result: StepResult, interval: Interval) -> None:
+    def _balance_of(self, result: StepResult, traffic: Mapping[str, object]) -> Numbers:
+        """How evenly the step used the experts; the same on all ranks."""
+        if not self.moes:
+            return {}
+        biases = {layer: moe.expert_bias for layer, moe in self.moes.items()}
+        router = next(iter(self.moes.values())).router
+        numbers = balance_numbers(result.loads, biases, router.num_expert_groups)
+        if result.watched:
+            numbers |= routing_numbers(result.watched, result.valid_tokens, result.loads)
+        return numbers | cross_node_percent(traffic)
+
+    def _log(self, result: StepResult, interval: Interval) -> Action:
+        """Also lets the alarms look; returns what they ask for."""
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
         traffic = self._traffic_of(result)
+        balance = self._balance_of(result, traffic)
         self.metrics.log(
             step=self.step,
             loss=result.loss,
@@ -568,8 +607,12 @@ class Trainer:
                 "skipped_documents": sum_over_ranks(skipped).item(),
                 **self.now.numbers(),
                 **traffic,
+                **balance,
             },
         )
+        watched = balance | violation_numbers(result.loads)
+        watched |= {"loss": result.loss, "grad_norm": result.grad_norm}
         if self.config.metrics.log_traffic and traffic:
             tokens = self.now.batch_size * self.config.training.seq_len
             logger.info("%s", traffic_line(traffic, tokens))
+        return self.alarms.check(self.step, watched)

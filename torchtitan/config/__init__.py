@@ -22,12 +22,13 @@ from torchtitan.config.job_config import (
     to_dict,
 )
 from torchtitan.config.manager import ConfigManager
-from torchtitan.config.recipe import Phase, Schedule
+from torchtitan.config.recipe import Alarm, Phase, Schedule
 from torchtitan.config.validate import resolve_global_batch_size, validate
 
 __all__ = [
     "CHECKPOINT_PARTS",
     "ActivationCheckpoint",
+    "Alarm",
     "Checkpoint",
     "Comm",
     "Compile",

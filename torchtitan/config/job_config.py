@@ -8,7 +8,7 @@ The sentences below the fields are what `python -m torchtitan.train --help` prin
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from torchtitan.config.recipe import Schedule
+from torchtitan.config.recipe import Alarm, Schedule
 
 
 def _listing(*items: Any) -> Any:
@@ -71,6 +71,10 @@ class Metrics:
     """Write metrics on every rank instead of on rank 0 only."""
     log_traffic: bool = False
     """With expert parallelism, a second console line says what travelled between ranks (ours)."""
+    log_routing: bool = False
+    """Also log what the router does: entropy, effect of the group limit, load by expert (ours)."""
+    alarm: list[Alarm] = _listing()
+    """Alarms on numbers of the log, [[metrics.alarm]]; keys of each: docs/recipe.md (ours)."""
     enable_wandb: bool = False
     """Send metrics to Weights & Biases."""
 

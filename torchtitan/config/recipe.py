@@ -1,4 +1,4 @@
-"""Settings of the training recipe that torchtitan has not: what changes during a run, in phases.
+"""Settings of the training recipe that torchtitan has not: tables that come in lists.
 
 Frozen dataclasses with a sentence per key, as in `job_config.py`, which takes them in.
 """
@@ -40,6 +40,22 @@ class Phase:
     """Weight of the sequence-wise balance loss (the report's alpha)."""
     mtp_loss_weight: float | None = None
     """Weight of the multi-token prediction loss (the report's lambda)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """A number of the log that must stay within bounds, looked at on every logged step."""
+
+    watch: str
+    """Which number, such as max_violation (all of them: docs/recipe.md)."""
+    above: float | None = None
+    """The alarm rings above this."""
+    below: float | None = None
+    """The alarm rings below this."""
+    times: int = 1
+    """Logged steps in a row that must be out of bounds before it rings."""
+    action: Literal["warn", "checkpoint", "stop"] = "warn"
+    """Warn only, save a checkpoint too, or (saved where checkpoints are enabled) end the run."""
 
 
 @dataclass(frozen=True)

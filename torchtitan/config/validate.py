@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+from torchtitan.config.alarm_rules import check_alarms
 from torchtitan.config.checkpoint_rules import check_checkpoint
 from torchtitan.config.degrees import nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
@@ -26,6 +27,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_choices(config)
     _check_profiling(config, device_type)
     check_checkpoint(config, world_size)
+    check_alarms(config)
     degrees = resolve_degrees(config.parallelism, world_size)
     dp_degree = degrees.dp_replicate * degrees.dp_shard
     check_schedule(config, resolve_global_batch_size(config, dp_degree), dp_degree)

@@ -141,6 +141,10 @@ class BaseModel(nn.Module):
         """Weights of losses, and speeds, that a phase of the run sets; `check_coefficients` has
         seen their names."""
 
+    def set_tokens_in_step(self, tokens: Tensor) -> None:
+        """The valid tokens of the optimizer step, over all ranks (scalar): what losses that arise
+        inside of layers are divided by. Before each forward pass."""
+
     def moe_layers(self) -> dict[int, nn.Module]:
         """The `MoE` module of every layer that has one, by layer number."""
         raise NotImplementedError

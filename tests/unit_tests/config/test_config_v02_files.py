@@ -32,6 +32,8 @@ OURS = {
     "training.dataset_num_workers",
     "training.dataset_lanes",
     "training.non_finite_loss",
+    "metrics.alarm",
+    "metrics.log_routing",
     "metrics.log_traffic",
     "parallelism.expert_parallel_dispatch",
     "parallelism.expert_parallel_node_size",

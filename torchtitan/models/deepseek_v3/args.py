@@ -114,7 +114,11 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         )
         for name in free.split():
             arguments.pop(name)
-        for name in ("use_grouped_mm", "_debug_force_load_balance", "load_balance_coeff"):
+        free = (
+            "use_grouped_mm _debug_force_load_balance load_balance_coeff sequence_balance_coeff "
+            "z_loss_coeff"
+        )
+        for name in free.split():
             arguments["moe_args"].pop(name)
         return arguments
 
@@ -136,7 +140,7 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
                 "[[schedule.phase]] sets load_balance_coeff, but the model has no expert bias: set "
                 "model.args.moe_args.load_balance_coeff to the speed of the start (0 is one)."
             )
-        super().check_coefficients(names - {"load_balance_coeff"})
+        super().check_coefficients(names - {"load_balance_coeff", "sequence_balance_coeff"})
 
     def check_expert_parallel(self, degree: int) -> None:
         num_experts = self.moe_args.num_experts

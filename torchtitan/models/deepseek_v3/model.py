@@ -150,6 +150,10 @@ class DeepSeekV3Model(BaseModel):
     def moe_layers(self) -> dict[int, nn.Module]:
         return {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
 
+    def set_tokens_in_step(self, tokens: Tensor) -> None:
+        for moe in self.moe_layers().values():
+            moe.tokens_in_step.copy_(tokens)
+
     def set_coefficients(self, values: Mapping[str, float]) -> None:
         for moe in self.moe_layers().values():
             moe.set_coefficients(values)
