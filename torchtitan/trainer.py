@@ -111,7 +111,7 @@ def check_config(config: JobConfig) -> Checked:
         )
     model_args.check_tokenizer(tokenizer.eos_id)
     model_args.check_coefficients(coefficients_set(config.schedule.phase))
-    model_args.check_expert_parallel(config.parallelism.expert_parallel_degree)
+    model_args.check_layout(config.parallelism)
     check_dataset(config.training.dataset, config.training.dataset_path)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
@@ -275,8 +275,9 @@ class StepResult:
     """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact
     when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer;
     traffic: see `TokenDispatcher.dispatch`, by layer. watched: see models/moe/watch.py, by layer;
-    empty without metrics.log_routing. valid_tokens: of the step, over all ranks. verdict: what
-    became of the step. stop: some rank was asked to end the run.
+    empty without metrics.log_routing. side_losses: by name, means as `loss` is. valid_tokens: of
+    the step, over all ranks. verdict: what became of the step. stop: some rank was asked to end
+    the run.
     """
 
     loss: float
@@ -286,6 +287,7 @@ class StepResult:
     loads: dict[int, Tensor]
     traffic: dict[int, Tensor]
     watched: dict[int, Tensor]
+    side_losses: dict[str, float]
     valid_tokens: int
     verdict: Verdict
     stop: bool
@@ -464,6 +466,7 @@ class Trainer:
             tokens,
             attention_masks=self.model.get_attention_masks(tokens, self.tokenizer.eos_id),
             token_mask=labels != IGNORE_INDEX,
+            **self.model.extra_inputs(tokens, labels, self.tokenizer.eos_id),
         )
         loss = self.loss_fn(logits, labels) / valid_tokens
         del logits  # frees the largest activation as soon as its gradient is there
@@ -548,6 +551,7 @@ class Trainer:
             self.checkpoint.before_update()
             self.optimizer.step()
             update_expert_bias(moes, loads_LE)
+        side = {name: sum_over_ranks(x) for name, x in self.model.take_side_losses().items()}
         lr = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
         return StepResult(
@@ -558,6 +562,7 @@ class Trainer:
             loads=dict(zip(self.moes, loads_LE, strict=True)),
             traffic=dict(zip(self.moes, traffic_L23, strict=True)),
             watched={} if watched_L4 is None else dict(zip(self.moes, watched_L4, strict=True)),
+            side_losses={name: x.item() / valid_tokens for name, x in side.items()},
             valid_tokens=int(valid_tokens),
             verdict=verdict,
             stop=stop,
@@ -605,6 +610,7 @@ class Trainer:
                 "skipped_steps": self.watch.skipped_steps,
                 "rewinds": self.watch.rewinds,
                 "skipped_documents": sum_over_ranks(skipped).item(),
+                **result.side_losses,
                 **self.now.numbers(),
                 **traffic,
                 **balance,

@@ -5,7 +5,7 @@ Three modes: every layer (`full`), every n-th layer (`selective`, option n), or 
 second matrix product; the rest, cheap, is recomputed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -33,7 +33,9 @@ _KEPT_OPS = {
 _MATMUL = torch.ops.aten.mm.default
 
 
-def apply_activation_checkpoint(layers: nn.ModuleDict, config: ActivationCheckpoint) -> None:
+def apply_activation_checkpoint(
+    layers: Mapping[str, nn.Module], config: ActivationCheckpoint
+) -> None:
     """Wrap the forward of the chosen layers in place; parameter names stay."""
     if config.mode == "none":
         return

@@ -106,7 +106,7 @@ def _shard_layers(
 ) -> None:
     options = {"mesh": mesh, "mp_policy": policy}
     fully_shard(model.tok_embeddings, reshard_after_forward=reshard, **options)
-    for layer in model.layers.values():
+    for layer in model.blocks().values():
         fully_shard(layer, reshard_after_forward=reshard, **options)
     # The backward pass starts with these two: not worth freeing them in between.
     fully_shard([model.norm, model.output], reshard_after_forward=False, **options)

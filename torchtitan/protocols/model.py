@@ -15,6 +15,7 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
+from torchtitan.config import Parallelism
 from torchtitan.config.schema import alternatives, as_text, matches
 from torchtitan.tools.errors import UserError, suggest
 
@@ -59,6 +60,10 @@ class BaseModelArgs:
 
     def check_tokenizer(self, eos_id: int | None) -> None:
         """Raise `UserError` where the model needs a token that the tokenizer doesn't have."""
+
+    def check_layout(self, parallelism: Parallelism) -> None:
+        """Raise `UserError` where this model can't be spread like that, experts included."""
+        self.check_expert_parallel(parallelism.expert_parallel_degree)
 
     def check_expert_parallel(self, degree: int) -> None:
         """Raise `UserError` where the experts can't be spread over so many ranks."""
@@ -140,6 +145,22 @@ class BaseModel(nn.Module):
     def set_coefficients(self, values: Mapping[str, float]) -> None:
         """Weights of losses, and speeds, that a phase of the run sets; `check_coefficients` has
         seen their names."""
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """All layers by name, those beside the main path included: the units in which weights are
+        gathered, activations recomputed, and code compiled."""
+        return dict(self.layers.items())
+
+    def extra_inputs(
+        self, tokens_BS: Tensor, labels_BS: Tensor, eos_id: int | None
+    ) -> dict[str, Any]:
+        """What `forward` takes besides, in training, by name: tensors made from whole sequences."""
+        return {}
+
+    def take_side_losses(self) -> dict[str, Tensor]:
+        """Losses beside the main one, by name, summed over this rank's tokens since the last call
+        and before their weights."""
+        return {}
 
     def set_tokens_in_step(self, tokens: Tensor) -> None:
         """The valid tokens of the optimizer step, over all ranks (scalar): what losses that arise

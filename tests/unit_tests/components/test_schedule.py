@@ -7,7 +7,7 @@ import pytest
 
 from tests.tiny_run import as_option, losses, records, tiny
 from torchtitan.components.schedule import Schedule
-from torchtitan.config import ConfigManager, Phase, validate
+from torchtitan.config import ConfigManager, JobConfig, Phase, validate
 from torchtitan.train import main
 
 
@@ -68,7 +68,7 @@ def test_steps_are_counted_without_walking_through_them():
 # ---------------------------------------------------------------------------------------------
 
 
-def published() -> tuple[Schedule, int]:
+def published() -> tuple[Schedule, JobConfig]:
     file = Path("train_configs/deepseek_v3_671b.toml")
     config = ConfigManager().parse_args([f"--job.config_file={file}"])
     validate(config, world_size=1024)
@@ -77,31 +77,35 @@ def published() -> tuple[Schedule, int]:
         lr=config.optimizer.lr,
         batch_size=config.training.global_batch_size,
     )
-    return schedule, config.training.steps
+    return schedule, config
 
 
 @pytest.mark.parametrize(
-    "tokens, lr, batch_size, bias_speed",
+    "tokens, lr, batch_size, coefficients",
     [
-        (0, 2.2e-4, 3072, 0.001),
-        (470e9, 2.2e-4, 15360, 0.001),
-        (9.99e12, 2.2e-4, 15360, 0.001),
-        (12.15e12, (2.2e-4 + 2.2e-5) / 2, 15360, 0.001),  # half of the cosine
-        (14.2999999e12, 2.2e-5, 15360, 0.001),
-        (14.31e12, 2.2e-5, 15360, 0.0),
-        (14.7e12, 7.3e-6, 15360, 0.0),
+        (0, 2.2e-4, 3072, (0.001, 0.3)),
+        (470e9, 2.2e-4, 15360, (0.001, 0.3)),
+        (9.99e12, 2.2e-4, 15360, (0.001, 0.3)),
+        (12.15e12, (2.2e-4 + 2.2e-5) / 2, 15360, (0.001, 0.1)),  # half of the cosine
+        (14.2999999e12, 2.2e-5, 15360, (0.001, 0.1)),
+        (14.31e12, 2.2e-5, 15360, (0.0, 0.1)),
+        (14.7e12, 7.3e-6, 15360, (0.0, 0.1)),
     ],
 )
-def test_671b_is_the_report(tokens, lr, batch_size, bias_speed):
-    now = published()[0].at(int(tokens))
+def test_671b_is_the_report(tokens, lr, batch_size, coefficients):
+    schedule, config = published()
+    now = schedule.at(int(tokens))
     assert now.lr == pytest.approx(lr, rel=1e-6) and now.batch_size == batch_size
-    assert now.coefficients["load_balance_coeff"] == bias_speed
+    start = {**config.model.args, **config.model.args["moe_args"]}
+    values = {**start, **now.coefficients}
+    assert (values["load_balance_coeff"], values["mtp_loss_weight"]) == coefficients
+    assert values["sequence_balance_coeff"] == 1e-4
 
 
 def test_671b_ends_with_its_phases_after_14_8_trillion_tokens():
-    schedule, steps = published()
+    schedule, config = published()
     assert schedule.tokens == 14.8e12
-    assert schedule.num_steps(seq_len=4096) == steps
+    assert schedule.num_steps(seq_len=4096) == config.training.steps
 
 
 # ---------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ def parallelize_deepseekv3(
         parallel_dims,
         job_config.parallelism.expert_parallel_dispatch,
     )
-    apply_activation_checkpoint(model.layers, job_config.activation_checkpoint)
-    apply_compile(model.layers, job_config.compile)
+    apply_activation_checkpoint(model.blocks(), job_config.activation_checkpoint)
+    apply_compile(model.blocks(), job_config.compile)
     apply_data_parallel(model, parallel_dims, job_config.training, job_config.parallelism)
     return model
 

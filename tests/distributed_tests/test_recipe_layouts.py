@@ -1,0 +1,94 @@
+"""What the recipe adds is the same on every layout: the router's losses, multi-token prediction,
+phases, optimizers."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed_tests.test_data_parallel import (
+    FP32,
+    assert_trained_alike,
+    train_on_this_rank,
+)
+from tests.distributed_tests.test_expert_parallel import DDP, REPLICATE, SIZE, ep, nodes_of
+from torchtitan.models.moe import MoE, MoEArgs
+
+NO_RECOMPUTE = "--activation_checkpoint.mode=none"
+LAYOUTS = {
+    "accumulation": (1, [SIZE + "2"]),
+    "FSDP 2, recomputation": (2, [SIZE + "4", "--activation_checkpoint.mode=full"]),
+    "FSDP 2, recomputation by operation": (
+        2,
+        [
+            SIZE + "2",
+            "--activation_checkpoint.mode=selective",
+            "--activation_checkpoint.selective_ac_option=op",
+        ],
+    ),
+    "DDP 2, EP 2": (2, [*ep(2), REPLICATE + "2", DDP, SIZE + "2"]),
+    "FSDP 4": (4, [SIZE + "1"]),
+    "EP 2 x HSDP 2 x 2": (4, [*ep(2, nodes_of(1)), REPLICATE + "2", SIZE + "2"]),
+    "EP 4, nodes of 2": (4, [*ep(4, nodes_of(2)), SIZE + "2"]),
+}
+# Weights large enough that a loss left out would show in the fifth digit.
+EVERYTHING = [
+    "--model.args.n_mtp_layers=2",
+    "--model.args.mtp_loss_weight=0.5",
+    "--model.args.moe_args.sequence_balance_coeff=0.1",
+    "--model.args.moe_args.z_loss_coeff=0.05",
+]
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks, tmp_path_factory) -> dict:
+    options = [FP32, NO_RECOMPUTE, *EVERYTHING, SIZE + "8"]
+    return ranks(1).run(train_on_this_rank, options, str(tmp_path_factory.mktemp("one")))[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_router_losses_and_mtp_train_like_one_process(ranks, one_process, layout, tmp_path):
+    world_size, options = LAYOUTS[layout]
+    options = [FP32, NO_RECOMPUTE, *EVERYTHING, *options]
+    for result in ranks(world_size).run(train_on_this_rank, options, str(tmp_path)):
+        assert_trained_alike(result, one_process)
+
+
+def test_each_of_them_moves_the_gradient(ranks, one_process, tmp_path):
+    """Otherwise the comparison above would say nothing about it."""
+    for n, option in enumerate(EVERYTHING[1:]):
+        without = [o for o in EVERYTHING if o != option] + [option.partition("=")[0] + "=0.0"]
+        options = [FP32, NO_RECOMPUTE, *without, SIZE + "8"]
+        norms = ranks(1).run(train_on_this_rank, options, str(tmp_path / str(n)))[0]["norms"]
+        assert norms[0] != pytest.approx(one_process["norms"][0], rel=1e-4), option
+
+
+# ---------------------------------------------------------------------------------------------
+# Sequences that are split over ranks
+# ---------------------------------------------------------------------------------------------
+
+
+def balance_gradients(split: bool) -> list[Tensor]:
+    """Of the sequence-wise loss alone, for the gate and this rank's tokens."""
+    torch.manual_seed(0)
+    args = MoEArgs(num_experts=8, top_k=2, num_shared_experts=0, sequence_balance_coeff=0.5)
+    layer = MoE(args, dim=4, hidden_dim=4).double().train()
+    layer.init_weights(0.5)
+    x, mask = torch.randn(3, 8, 4, dtype=torch.float64), torch.rand(3, 8) < 0.7
+    layer.tokens_in_step.copy_(mask.sum())
+    if split:
+        layer.sequence_group = dist.group.WORLD
+        mine = slice(dist.get_rank(), None, dist.get_world_size())  # parts need not be contiguous
+        x, mask = x[:, mine], mask[:, mine]
+    x = x.clone().requires_grad_()
+    (layer(x, mask) * 0).sum().backward()
+    return [layer.router.gate.weight.grad, x.grad]
+
+
+def test_a_split_sequence_is_balanced_as_a_whole(ranks):
+    gate, x = ranks(1).run(balance_gradients, False)[0]
+    parts = ranks(2).run(balance_gradients, True)
+    torch.testing.assert_close(sum(part[0] for part in parts), gate, rtol=1e-10, atol=1e-14)
+    whole = torch.stack([part[1] for part in parts], dim=2).flatten(1, 2)
+    torch.testing.assert_close(whole, x, rtol=1e-10, atol=1e-14)
+    assert gate.abs().max() > 1e-3
