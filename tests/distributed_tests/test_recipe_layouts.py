@@ -11,23 +11,21 @@ from tests.distributed_tests.test_data_parallel import (
     assert_trained_alike,
     train_on_this_rank,
 )
-from tests.distributed_tests.test_expert_parallel import DDP, REPLICATE, SIZE, ep, nodes_of
+from tests.distributed_tests.test_expert_parallel import (
+    DDP,
+    REPLICATE,
+    SIZE,
+    SPLIT_INSIDE,
+    ep,
+    nodes_of,
+)
 from torchtitan.models.moe import MoE, MoEArgs
 
 NO_RECOMPUTE = "--activation_checkpoint.mode=none"
 LAYOUTS = {
     "accumulation": (1, [SIZE + "2"]),
     "FSDP 2, recomputation": (2, [SIZE + "4", "--activation_checkpoint.mode=full"]),
-    "FSDP 2, recomputation by operation": (
-        2,
-        [
-            SIZE + "2",
-            "--activation_checkpoint.mode=selective",
-            "--activation_checkpoint.selective_ac_option=op",
-        ],
-    ),
     "DDP 2, EP 2": (2, [*ep(2), REPLICATE + "2", DDP, SIZE + "2"]),
-    "FSDP 4": (4, [SIZE + "1"]),
     "EP 2 x HSDP 2 x 2": (4, [*ep(2, nodes_of(1)), REPLICATE + "2", SIZE + "2"]),
     "EP 4, nodes of 2": (4, [*ep(4, nodes_of(2)), SIZE + "2"]),
 }
@@ -61,6 +59,24 @@ def test_each_of_them_moves_the_gradient(ranks, one_process, tmp_path):
         options = [FP32, NO_RECOMPUTE, *without, SIZE + "8"]
         norms = ranks(1).run(train_on_this_rank, options, str(tmp_path / str(n)))[0]["norms"]
         assert norms[0] != pytest.approx(one_process["norms"][0], rel=1e-4), option
+
+
+MUON = ["--optimizer.name=Muon", FP32, NO_RECOMPUTE]
+MUON_LAYOUTS = {
+    "FSDP 2": (2, [SIZE + "4"]),
+    "FSDP 4, uneven": (4, [SIZE + "2", "--model.args.kv_lora_rank=18"]),
+    "EP 2 x HSDP 2 x 2": (4, [*ep(2), REPLICATE + "2", SIZE + "2"]),
+    "EP 2 x FSDP 4, split inside of experts": (8, [*SPLIT_INSIDE, SIZE + "1"]),
+}
+
+
+@pytest.mark.parametrize("layout", MUON_LAYOUTS)
+def test_muon_trains_like_one_process(ranks, layout, tmp_path):
+    world_size, options = MUON_LAYOUTS[layout]
+    alone = ["--parallelism.expert_parallel_degree=1", REPLICATE + "1", SIZE + "8"]
+    expected = ranks(1).run(train_on_this_rank, [*MUON, *options, *alone], str(tmp_path))[0]
+    for result in ranks(world_size).run(train_on_this_rank, [*MUON, *options], str(tmp_path)):
+        assert_trained_alike(result, expected)
 
 
 # ---------------------------------------------------------------------------------------------

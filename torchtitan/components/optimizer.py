@@ -14,9 +14,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from torchtitan.components.muon import Muon
 from torchtitan.tools.errors import UserError
 
 _OPTIMIZERS = {"Adam": Adam, "AdamW": AdamW}
+# Matrices that Muon leaves to AdamW: a row of them belongs to one token of the vocabulary.
+_NOT_BY_MUON = ("tok_embeddings.", "output.")
 
 
 def build_optimizer(
@@ -30,6 +33,8 @@ def build_optimizer(
     weight_decay: float,
     weight_decay_on: Literal["matrices", "all"],
     implementation: Literal["fused", "foreach", "for-loop"],
+    muon_momentum: float = 0.95,
+    muon_adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
 ) -> Optimizer:
     """The optimizer of this rank: every trainable parameter of `model_parts` in exactly one group.
 
@@ -39,9 +44,22 @@ def build_optimizer(
     operation, the slowest and the leanest; all three compute the same update. Adam adds the decay
     to the gradient, AdamW takes it off the weight. Raises UserError for an unknown `name`.
     """
+    if name == "Muon":
+        return Muon(
+            _muon_groups(model_parts, weight_decay, weight_decay_on),
+            lr=lr,
+            momentum=muon_momentum,
+            adjust=muon_adjust,
+            adamw={
+                "betas": (beta1, beta2),
+                "eps": eps,
+                "fused": implementation == "fused",
+                "foreach": implementation == "foreach",
+            },
+        )
     if name not in _OPTIMIZERS:
         raise UserError(
-            f"optimizer.name = {name!r} is not known; choose one of {', '.join(_OPTIMIZERS)}"
+            f"optimizer.name = {name!r} is not known; choose one of {', '.join(_OPTIMIZERS)}, Muon"
         )
     return _OPTIMIZERS[name](
         _param_groups(_trainable(model_parts), weight_decay, weight_decay_on),
@@ -51,6 +69,19 @@ def build_optimizer(
         fused=implementation == "fused",
         foreach=implementation == "foreach",
     )
+
+
+def _muon_groups(
+    model_parts: list[nn.Module], weight_decay: float, weight_decay_on: str
+) -> list[dict[str, object]]:
+    named = [pair for part in model_parts for pair in part.named_parameters()]
+    left = {p for name, p in named if name.startswith(_NOT_BY_MUON)}
+    params = _trainable(model_parts)
+    matrices = [p for p in params if p.ndim >= 2 and p not in left]
+    chosen = set(matrices)
+    others = [p for p in params if p not in chosen]
+    by_muon = {"params": matrices, "weight_decay": weight_decay, "muon": True}
+    return [by_muon, *_param_groups(others, weight_decay, weight_decay_on)]
 
 
 def _trainable(model_parts: list[nn.Module]) -> list[nn.Parameter]:

@@ -103,8 +103,8 @@ class Model:
 class Optimizer:
     """The update rule."""
 
-    name: Literal["Adam", "AdamW"] = "AdamW"
-    """Adam adds weight_decay to the gradient, AdamW takes it off the weights."""
+    name: Literal["Adam", "AdamW", "Muon"] = "AdamW"
+    """Adam adds weight_decay to the gradient, AdamW takes it off; Muon: for matrices (ours)."""
     lr: float = 8e-4
     """Peak learning rate, before the factor of lr_scheduler."""
     beta1: float = 0.9
@@ -119,6 +119,10 @@ class Optimizer:
     """Decay only parameters with two or more dimensions, or all of them (ours)."""
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How the update is computed; the result is the same up to rounding."""
+    muon_momentum: float = 0.95
+    """With Muon: decay of the running mean of a matrix's gradients, in [0, 1) (ours)."""
+    muon_adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """With Muon: scale a matrix's update to the size of AdamW's, or as first published (ours)."""
     early_step_in_backward: bool = False
     """Update each parameter as soon as its gradient is there."""
 

@@ -122,7 +122,11 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("a finite number greater than 0", lambda value: 0 < value < math.inf, "optimizer.eps"),
     ("greater than 0 (inf switches clipping off)", lambda value: value > 0, "training.max_norm"),
-    ("at least 0 and less than 1", lambda v: 0 <= v < 1, "optimizer.beta1 optimizer.beta2"),
+    (
+        "at least 0 and less than 1",
+        lambda v: 0 <= v < 1,
+        "optimizer.beta1 optimizer.beta2 optimizer.muon_momentum",
+    ),
     (
         "between 0 and 1",
         lambda value: 0 <= value <= 1,

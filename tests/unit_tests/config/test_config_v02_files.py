@@ -26,6 +26,8 @@ UNSET = {
 OURS = {
     "job.check_config",
     "model.args",
+    "optimizer.muon_adjust",
+    "optimizer.muon_momentum",
     "optimizer.weight_decay_on",
     "schedule.phase",
     "training.dataset_text_key",
