@@ -4,7 +4,9 @@ phases, optimizers."""
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.distributed_tests.test_data_parallel import (
     FP32,
@@ -19,6 +21,7 @@ from tests.distributed_tests.test_expert_parallel import (
     ep,
     nodes_of,
 )
+from torchtitan.components.muon import Muon
 from torchtitan.models.moe import MoE, MoEArgs
 
 NO_RECOMPUTE = "--activation_checkpoint.mode=none"
@@ -77,6 +80,28 @@ def test_muon_trains_like_one_process(ranks, layout, tmp_path):
     expected = ranks(1).run(train_on_this_rank, [*MUON, *options, *alone], str(tmp_path))[0]
     for result in ranks(world_size).run(train_on_this_rank, [*MUON, *options], str(tmp_path)):
         assert_trained_alike(result, expected)
+
+
+def muon_on_a_grid() -> float:
+    """How far a matrix that is split in both dims, as under tensor parallelism, ends from one that
+    is not."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    torch.manual_seed(0)
+    start, grads = torch.randn(6, 8), torch.randn(3, 6, 8)
+    whole = nn.Parameter(start.clone())
+    place = (Shard(0), Shard(1))
+    split = nn.Parameter(distribute_tensor(start, mesh, place))
+    settings = {"lr": 0.1, "momentum": 0.9, "adjust": "original", "adamw": {}}
+    for p in (whole, split):
+        optimizer = Muon([{"params": [p], "muon": True}], **settings)
+        for grad in grads:
+            p.grad = grad if p is whole else distribute_tensor(grad, mesh, place)
+            optimizer.step()
+    return (split.full_tensor() - whole).abs().max().item()
+
+
+def test_muon_gathers_what_two_axes_split(ranks):
+    assert max(ranks(4).run(muon_on_a_grid)) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ sqrt(max(1, rows / columns)).
 **Split weights.** The steps need whole matrices. Experts that lie whole on their ranks need no
 communication. A matrix of which n ranks hold a part each goes to one of them, as one round of n
 matrices, a different one for each: every part travels once there and once back, and no rank
-computes what another one does. (Where a matrix is split over two axes, tensor and data parallel, it is
+computes what another one does. (Where two axes split a matrix, tensor and data parallel, it is
 gathered on all ranks instead.) Replicas (HSDP) each do the same.
 """
 
