@@ -553,7 +553,8 @@ class Trainer:
             update_expert_bias(moes, loads_LE)
         side = {name: sum_over_ranks(x) for name, x in self.model.take_side_losses().items()}
         lr = self.lr_scheduler.get_last_lr()[0]
-        self.lr_scheduler.step()
+        if verdict != "rewind":
+            self.lr_scheduler.step()
         return StepResult(
             loss=sum(rank_losses),
             max_loss=max(rank_losses) * self.dims.dp_degree,

@@ -18,7 +18,7 @@ _context.set_forkserver_preload(["torchtitan.train"])
 
 
 class Run:
-    """`world_size` processes that run `torchtitan.train.main(argv)`; what they say goes to `log`."""
+    """`world_size` processes in `torchtitan.train.main(argv)`; what they say is added to `log`."""
 
     def __init__(self, argv: list[str], world_size: int, log: Path) -> None:
         self.log = log

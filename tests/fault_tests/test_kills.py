@@ -53,10 +53,8 @@ def test_killed_at_random_moments_a_run_loses_nothing(undisturbed, tmp_path, mod
     """Five kills a mode, ten in all, of one rank or of both; a checkpoint is written after every
     step, so most of them hit a save. scripts/soak.py does the same with a launcher, and longer."""
     chooser = random.Random(mode)
-    argv, checkpoints = (
-        tiny(tmp_path, **SAVES, checkpoint__async_mode=mode),
-        tmp_path / "checkpoint",
-    )
+    argv = tiny(tmp_path, **SAVES, checkpoint__async_mode=mode)
+    checkpoints = tmp_path / "checkpoint"
     for life in range(5):
         before = max(whole_checkpoints(checkpoints), default=0)
         with Run(argv, 2, tmp_path / "log") as run:
@@ -78,11 +76,8 @@ def test_killed_at_random_moments_a_run_loses_nothing(undisturbed, tmp_path, mod
 def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_a_checkpoint(
     undisturbed, tmp_path, number
 ):
-    changes = SAVES | {
-        "checkpoint__interval": 1000,
-        "checkpoint__enable_first_step_checkpoint": True,
-    }
-    argv = tiny(tmp_path, **changes)
+    rarely = {"checkpoint__interval": 1000, "checkpoint__enable_first_step_checkpoint": True}
+    argv = tiny(tmp_path, **SAVES | rarely)
     with Run(argv, 2, tmp_path / "log") as run:
         run.wait_for(step_folder(tmp_path / "checkpoint", 1))
         run.kill(1, number)

@@ -204,5 +204,5 @@ def test_skipping_gives_up_on_a_model_that_is_lost(tmp_path):
         torch.nn.init.constant_(trainer.model.output.weight, math.nan)
         for _ in range(MAX_SKIPS_IN_A_ROW - 1):
             step(trainer, batches)
-        with pytest.raises(RunError, match="for the 10th step in a row .* those of step 1, the"):
+        with pytest.raises(RunError, match=", for the 10th step in a row; .* those of step 1, the"):
             step(trainer, batches)

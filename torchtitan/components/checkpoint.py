@@ -9,12 +9,11 @@ All methods are called on all ranks at the same step; DCP's protocol makes them 
 
 import hashlib
 import json
-import platform
 import shutil
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-import torchtitan
 from torchtitan.components.checkpoint_choice import (
     EVERYTHING,
     WEIGHTS,
     CheckpointChoice,
     Identity,
     Start,
+    make_meta,
     refuse_other_model,
     refuse_other_tensors,
 )
@@ -42,6 +41,7 @@ from torchtitan.components.checkpoint_storage import (
     CheckpointWriter,
     read_tensor_index,
 )
+from torchtitan.components.hf_checkpoint import load_hf, save_hf
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
 from torchtitan.distributed.utils import RanksOf
 from torchtitan.protocols.model import BaseModelArgs
@@ -114,10 +114,9 @@ class CheckpointManager:
             return
         began = time.perf_counter()
         if start.in_hf:
-            from torchtitan.components.hf_checkpoint import load_hf
-
             quantized = self.settings.initial_load_in_hf_quantized
-            load_hf(state.model, self._adapter, str(start.path), quantized=quantized)
+            path = str(start.path)
+            load_hf(state.model, self._adapter, path, quantized=quantized, group=self.group)
         else:
             self._load(state, start)
         logger.info(
@@ -203,9 +202,16 @@ class CheckpointManager:
             state.weights(dtype) if content == WEIGHTS else state.tensors(set(CHECKPOINT_PARTS))
         )
         numbers = state.numbers(self.group)
+        meta = make_meta(
+            self.identity,
+            step=step,
+            content=content,
+            tokens_seen=numbers["train_state"]["tokens_seen"],
+            seed=self.seed,
+        )
         texts = {
             NUMBERS: json.dumps(numbers, indent=1) + "\n",
-            META: json.dumps(self._meta(step, content, numbers), indent=2) + "\n",
+            META: json.dumps(meta, indent=2) + "\n",
         }
         writer = CheckpointWriter(self.folder, step, texts, self.settings.keep_latest_k)
         options = {"storage_writer": writer, "process_group": self.group}
@@ -250,28 +256,6 @@ class CheckpointManager:
             self._stager.close()
             self._stager = None
 
-    def _meta(self, step: int, content: str, numbers: dict[str, Any]) -> dict[str, Any]:
-        identity = self.identity
-        return {
-            "step": step,
-            "content": content,
-            "tokens_seen": numbers["train_state"]["tokens_seen"],
-            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seed": self.seed,
-            "layout": identity.layout,
-            "model": {
-                "name": identity.model,
-                "flavor": identity.flavor,
-                "args": identity.model_args,
-            },
-            "config_hash": identity.config_hash,
-            "versions": {
-                "torchtitan": torchtitan.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }
-
     def _get_stager(self) -> DefaultStager:
         """One for the run: it keeps the memory of its copies."""
         if self._stager is None:
@@ -289,8 +273,6 @@ class CheckpointManager:
         return self._stager
 
     def _export(self, state: RunState, step: int) -> None:
-        from torchtitan.components.hf_checkpoint import save_hf
-
         self._failed, began = None, time.perf_counter()
         path = self.folder / f"step-{step}-hf"
         try:
@@ -300,6 +282,7 @@ class CheckpointManager:
                 str(path),
                 dtype=TORCH_DTYPES[self.settings.export_dtype],
                 assets_path=self._adapter.hf_assets_path,
+                group=self.group,
             )
         except OSError as error:
             self._failed = f"{path} could not be written: {error}"
@@ -364,14 +347,28 @@ def build_checkpoint_manager(
         model=config.model.name,
         flavor=config.model.flavor,
         model_args=json.loads(json.dumps(model_args.weights_identity())),
+        all_args=asdict(model_args),
         layout=layout,
         config_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
     )
-    adapter = spec.state_dict_adapter
+    settings = config.checkpoint
+    adapter = spec.state_dict_adapter and spec.state_dict_adapter(
+        model_args, config.model.hf_assets_path
+    )
+    if settings.initial_load_in_hf and settings.initial_load_path is None:
+        settings = replace(settings, initial_load_path=config.model.hf_assets_path)
+    if settings.enable and (settings.initial_load_in_hf or settings.last_save_in_hf):
+        if adapter is None:
+            raise UserError(
+                f"model.name '{config.model.name}' has no Hugging Face format; set "
+                "checkpoint.initial_load_in_hf and checkpoint.last_save_in_hf to false."
+            )
+        if settings.last_save_in_hf:
+            adapter.check_export()  # now, and not after weeks of training
     return CheckpointManager(
-        config.checkpoint,
-        folder=Path(config.job.dump_folder, config.checkpoint.folder),
+        settings,
+        folder=Path(config.job.dump_folder, settings.folder),
         total_steps=config.training.steps,
         identity=identity,
-        adapter=adapter and adapter(model_args, config.model.hf_assets_path),
+        adapter=adapter,
     )

@@ -57,11 +57,6 @@ def _check_start(config: JobConfig, world_size: int) -> None:
             "checkpoint.last_save_in_hf = true, but Hugging Face's format holds only weights; set "
             "checkpoint.last_save_model_only to true."
         )
-    if checkpoint.initial_load_in_hf and checkpoint.initial_load_path is None:
-        raise UserError(
-            "checkpoint.initial_load_in_hf = true needs checkpoint.initial_load_path, the folder "
-            "with the safetensors files."
-        )
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
         raise UserError(
             "checkpoint.initial_load_model_only = false, but Hugging Face's format "

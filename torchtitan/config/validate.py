@@ -49,8 +49,6 @@ _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
     ("parallelism.pipeline_parallel_degree", (1,), "pipeline parallelism"),
     ("parallelism.context_parallel_degree", (1,), "context parallelism"),
     ("parallelism.expert_tensor_parallel_degree", (1,), "tensor parallelism of experts"),
-    ("checkpoint.initial_load_in_hf", (False,), "loading Hugging Face's format"),
-    ("checkpoint.last_save_in_hf", (False,), "saving in Hugging Face's format"),
     (
         "activation_checkpoint.mode",
         ("none", "full", "selective"),

@@ -36,6 +36,8 @@ OURS = {
     "training.non_finite_loss",
     "metrics.alarm",
     "metrics.log_routing",
+    "training.loss_spike",
+    "training.loss_spike_factor",
     "metrics.log_traffic",
     "parallelism.expert_parallel_dispatch",
     "parallelism.expert_parallel_node_size",
