@@ -76,7 +76,7 @@ class Muon(Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "muon": False})
         self.momentum, self.adjust = momentum, adjust
         others = [group for group in self.param_groups if not group["muon"]]
-        self._adamw = AdamW(others, lr=lr, **adamw)
+        self._adamw = AdamW(others or [{"params": []}], lr=lr, **adamw)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.tiny_run import as_option, records, tiny
 from tests.unit_tests.models.moe.test_balancing import ARGS, RECOMPUTE, batch
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
-from torchtitan.models.deepseek_v3 import DeepSeekV3Model
+from torchtitan.models.deepseek_v3 import DeepSeekV3Model, DeepSeekV3StateDictAdapter
 from torchtitan.models.deepseek_v3.mtp import mtp_inputs
 from torchtitan.train import main
 
@@ -170,3 +170,36 @@ def test_a_weight_needs_a_layer(tmp_path, capsys):
     phases = as_option([{"tokens": 128, "mtp_loss_weight": 0.1}])
     assert main([*tiny(tmp_path), phases]) == 2
     assert "model.args.n_mtp_layers is 0: set it to 1" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# Hugging Face
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_published_layout_goes_in_and_out():
+    """Names of DeepSeek-V3's files: layer 61 of 61, here 4 of 4, with copies of what is shared."""
+    model = make_model(1)
+    adapter = DeepSeekV3StateDictAdapter(model.model_args)
+    state = model.state_dict()
+    theirs = adapter.to_hf(state)
+    extra = {name.removeprefix("model.layers.4.") for name in theirs if ".layers.4." in name}
+    assert {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"} <= extra
+    assert {"self_attn.o_proj.weight", "mlp.gate.e_score_correction_bias"} <= extra
+    assert "mlp.experts.7.up_proj.weight" in extra
+    copies = {
+        "model.layers.4.embed_tokens.weight": state["tok_embeddings.weight"],
+        "model.layers.4.shared_head.head.weight": state["output.weight"],
+    }
+    again = adapter.from_hf(theirs | copies)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    assert {piece.name for piece in adapter.pieces()} == theirs.keys()
+    assert adapter.hf_config()["num_nextn_predict_layers"] == 1
+
+
+def test_a_model_without_it_leaves_the_extra_layer_out():
+    theirs = DeepSeekV3StateDictAdapter(make_model(1).model_args).to_hf(make_model(1).state_dict())
+    plain = make_model(0)
+    again = DeepSeekV3StateDictAdapter(plain.model_args).from_hf(theirs)
+    assert again.keys() == plain.state_dict().keys()
