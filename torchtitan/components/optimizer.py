@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from torchtitan.components.adamw_bf16 import AdamWBf16
 from torchtitan.components.muon import Muon
 from torchtitan.tools.errors import UserError
 
@@ -33,6 +34,7 @@ def build_optimizer(
     weight_decay: float,
     weight_decay_on: Literal["matrices", "all"],
     implementation: Literal["fused", "foreach", "for-loop"],
+    state_dtype: Literal["float32", "bfloat16"] = "float32",
     muon_momentum: float = 0.95,
     muon_adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
 ) -> Optimizer:
@@ -42,7 +44,8 @@ def build_optimizer(
     state then does not depend on the config. (Four where plain tensors stand beside DTensors.)
     `fused` is one kernel per group, `foreach` a kernel per operation, `for-loop` one per tensor and
     operation, the slowest and the leanest; all three compute the same update. Adam adds the decay
-    to the gradient, AdamW takes it off the weight. Raises UserError for an unknown `name`.
+    to the gradient, AdamW takes it off the weight. state_dtype "bfloat16": adamw_bf16.py, whatever
+    the implementation. Raises UserError for an unknown `name`.
     """
     if name == "Muon":
         return Muon(
@@ -57,6 +60,9 @@ def build_optimizer(
                 "foreach": implementation == "foreach",
             },
         )
+    if name == "AdamW" and state_dtype == "bfloat16":
+        groups = _param_groups(_trainable(model_parts), weight_decay, weight_decay_on)
+        return AdamWBf16(groups, lr=lr, betas=(beta1, beta2), eps=eps)
     if name not in _OPTIMIZERS:
         raise UserError(
             f"optimizer.name = {name!r} is not known; choose one of {', '.join(_OPTIMIZERS)}, Muon"

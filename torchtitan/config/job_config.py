@@ -119,6 +119,8 @@ class Optimizer:
     """Decay only parameters with two or more dimensions, or all of them (ours)."""
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How the update is computed; the result is the same up to rounding."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """With AdamW: type in which its running means are kept (ours)."""
     muon_momentum: float = 0.95
     """With Muon: decay of the running mean of a matrix's gradients, in [0, 1) (ours)."""
     muon_adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw"

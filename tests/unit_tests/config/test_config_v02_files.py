@@ -28,6 +28,7 @@ OURS = {
     "model.args",
     "optimizer.muon_adjust",
     "optimizer.muon_momentum",
+    "optimizer.state_dtype",
     "optimizer.weight_decay_on",
     "schedule.phase",
     "training.dataset_text_key",
