@@ -33,6 +33,7 @@ from torchtitan.components.balance import (
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.dataloader import ParallelAwareDataLoader
+from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
 from torchtitan.components.loss_watch import LossWatch, Verdict
 from torchtitan.components.lr_scheduler import (
@@ -45,6 +46,7 @@ from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.schedule import Schedule, coefficients_set
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.traffic import traffic_line, traffic_numbers
+from torchtitan.components.validate import Validator
 from torchtitan.config import (
     JobConfig,
     Parallelism,
@@ -66,6 +68,10 @@ from torchtitan.distributed.utils import (
     sum_over_ranks,
 )
 from torchtitan.hf_datasets import build_text_dataloader, check_dataset
+from torchtitan.hf_datasets.validation_data import (
+    build_validation_dataloader,
+    check_validation_data,
+)
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
@@ -113,6 +119,8 @@ def check_config(config: JobConfig) -> Checked:
     model_args.check_coefficients(coefficients_set(config.schedule.phase))
     model_args.check_layout(config.parallelism)
     check_dataset(config.training.dataset, config.training.dataset_path)
+    check_hf(config, spec, model_args)
+    check_validation_data(config.validation, model_args.max_seq_len)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
 
@@ -371,6 +379,13 @@ class Trainer:
             progress=self,
         )
         self.checkpoint.load(self.run_state, start)
+        self.validator = self._build_validator() if config.validation.enable else None
+
+    def _build_validator(self) -> Validator:
+        settings = self.config.validation
+        ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
+        loader = build_validation_dataloader(settings, self.tokenizer, **ranks)
+        return Validator(settings, loader, self.loss_sum, device=self.device)
 
     def _build_lr_scheduler(self) -> LambdaLR:
         config = self.config
@@ -421,8 +436,9 @@ class Trainer:
                 interval.step_seconds.append(time.perf_counter() - start)
                 stopping = result.stop
                 alarm: Action = "none"
-                if self.metrics.should_log(self.step) or stopping:
-                    alarm = self._log(result, interval)
+                validation = self._validate()
+                if self.metrics.should_log(self.step) or validation or stopping:
+                    alarm = self._log(result, interval, validation)
                     interval = Interval()
                 rewound = result.verdict == "rewind"
                 if rewound:
@@ -459,19 +475,24 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
+        self.model.set_tokens_in_step(valid_tokens)
+        loss_sum, _ = self.loss_sum(batch)
+        loss = loss_sum / valid_tokens
+        loss.backward()
+        return loss.detach()
+
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Over this rank's valid labels of a batch, and how many these are. (The logits, the
+        largest activation, are freed as soon as their gradient is there.)"""
         inputs, labels = batch
         tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
-        self.model.set_tokens_in_step(valid_tokens)
         logits = self.model(
             tokens,
             attention_masks=self.model.get_attention_masks(tokens, self.tokenizer.eos_id),
             token_mask=labels != IGNORE_INDEX,
             **self.model.extra_inputs(tokens, labels, self.tokenizer.eos_id),
         )
-        loss = self.loss_fn(logits, labels) / valid_tokens
-        del logits  # frees the largest activation as soon as its gradient is there
-        loss.backward()
-        return loss.detach()
+        return self.loss_fn(logits, labels), (labels != IGNORE_INDEX).sum()
 
     def close(self) -> None:
         """Release files and process groups; safe to call twice."""
@@ -591,7 +612,16 @@ class Trainer:
             numbers |= routing_numbers(result.watched, result.valid_tokens, result.loads)
         return numbers | cross_node_percent(traffic)
 
-    def _log(self, result: StepResult, interval: Interval) -> Action:
+    def _validate(self) -> dict[str, float]:
+        """The validation's numbers where it is due after this step, else none."""
+        validator = self.validator
+        if validator is None or not validator.is_due(self.step, self.config.training.steps):
+            return {}
+        numbers = validator.run(self.model, self.step)
+        self.metrics.log_texts(validator.samples(self.model, self.tokenizer, self.step), self.step)
+        return numbers
+
+    def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> Action:
         """Also lets the alarms look; returns what they ask for."""
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
         traffic = self._traffic_of(result)
@@ -615,6 +645,7 @@ class Trainer:
                 **self.now.numbers(),
                 **traffic,
                 **balance,
+                **validation,
             },
         )
         watched = balance | violation_numbers(result.loads)

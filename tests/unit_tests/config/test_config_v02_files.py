@@ -40,6 +40,9 @@ OURS = {
     "training.loss_spike",
     "training.loss_spike_factor",
     "metrics.log_traffic",
+    "validation.dataset_text_key",
+    "validation.sample_prompts",
+    "validation.sample_tokens",
     "parallelism.expert_parallel_dispatch",
     "parallelism.expert_parallel_node_size",
 }

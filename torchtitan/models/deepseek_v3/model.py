@@ -7,12 +7,14 @@ Letters: B batch, S sequence, D model dim, H heads, C channels.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
+from torchtitan.models.deepseek_v3.latent_cache import latent_caches
 from torchtitan.models.deepseek_v3.mtp import MTPInputs, MTPLayer, mtp_inputs, mtp_losses
 from torchtitan.models.moe import FeedForward, MoE
 from torchtitan.models.moe.aux_loss import attach_loss
@@ -68,12 +70,22 @@ class Attention(nn.Module):
 
         latent, k_rope = self.wkv_a(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), rope, positions_BS)
-        kv_BSHC = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (self.n_heads, -1))
-        k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k_BSHC = torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), dim=-1)
-
-        out_BSHC = attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
+        out_BSHC = self.attend(q_BSHC, self.kv_norm(latent), k_rope, mask)
         return self.wo(out_BSHC.flatten(-2))
+
+    def attend(
+        self, q_BSHC: Tensor, latent_BSC: Tensor, k_rope_BS1C: Tensor, mask: AttentionMask
+    ) -> Tensor:
+        """Attention on keys and values still compressed (latent_cache.py steps in here)."""
+        k_BSHC, v_BSHC = self.expand(latent_BSC, k_rope_BS1C)
+        return attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
+
+    def expand(self, latent_BSC: Tensor, k_rope_BS1C: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every head."""
+        kv_BSHC = self.wkv_b(latent_BSC).unflatten(-1, (self.n_heads, -1))
+        k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_BSHC = torch.cat((k_nope, k_rope_BS1C.expand(-1, -1, self.n_heads, -1)), dim=-1)
+        return k_BSHC, v_BSHC
 
 
 class TransformerBlock(nn.Module):
@@ -209,6 +221,11 @@ class DeepSeekV3Model(BaseModel):
             return None
         self.model_args.check_tokenizer(eos_id)
         return document_mask(tokens_BS, eos_id)
+
+    def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
+        return latent_caches(
+            [layer.attention for layer in self.layers.values()], batch_size, length
+        )
 
     def moe_layers(self) -> dict[int, nn.Module]:
         moes = {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
