@@ -68,6 +68,7 @@ from torchtitan.distributed.utils import (
     sum_over_ranks,
 )
 from torchtitan.hf_datasets import build_text_dataloader, check_dataset
+from torchtitan.hf_datasets.fim import FillInTheMiddle, check_fim_tokens
 from torchtitan.hf_datasets.validation_data import (
     build_validation_dataloader,
     check_validation_data,
@@ -116,6 +117,8 @@ def check_config(config: JobConfig) -> Checked:
             f"{tokenizer.vocab_size}, or name the tokenizer of this model."
         )
     model_args.check_tokenizer(tokenizer.eos_id)
+    if config.training.fim_rate > 0:
+        check_fim_tokens(tokenizer, config.training.fim_tokens)
     model_args.check_coefficients(coefficients_set(config.schedule.phase))
     model_args.check_layout(config.parallelism)
     check_dataset(config.training.dataset, config.training.dataset_path)
@@ -401,12 +404,15 @@ class Trainer:
         )
 
     def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
-        training = self.config.training
+        training, tokenizer = self.config.training, self.tokenizer
+        if training.fim_rate > 0:
+            rate, tokens = training.fim_rate, training.fim_tokens
+            tokenizer = FillInTheMiddle(tokenizer, rate=rate, tokens=tokens, seed=seed)
         return build_text_dataloader(
             dataset_name=training.dataset,
             dataset_path=training.dataset_path,
             text_key=training.dataset_text_key,
-            tokenizer=self.tokenizer,
+            tokenizer=tokenizer,
             seq_len=training.seq_len,
             batch_size=training.local_batch_size,
             dp_rank=self.dims.dp_rank(self.rank),

@@ -28,6 +28,15 @@ NO_RECOMPUTE = "--activation_checkpoint.mode=none"
 LAYOUTS = {
     "accumulation": (1, [SIZE + "2"]),
     "FSDP 2, recomputation": (2, [SIZE + "4", "--activation_checkpoint.mode=full"]),
+    "FSDP 2, compiled": (
+        2,
+        [
+            SIZE + "4",
+            "--compile.enable",
+            "--compile.backend=aot_eager",
+            "--activation_checkpoint.mode=full",
+        ],
+    ),
     "DDP 2, EP 2": (2, [*ep(2), REPLICATE + "2", DDP, SIZE + "2"]),
     "EP 2 x HSDP 2 x 2": (4, [*ep(2, nodes_of(1)), REPLICATE + "2", SIZE + "2"]),
     "EP 4, nodes of 2": (4, [*ep(4, nodes_of(2)), SIZE + "2"]),

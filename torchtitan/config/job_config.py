@@ -157,6 +157,10 @@ class Training:
     """Loader processes per rank; 0 loads in the training process (ours)."""
     dataset_lanes: int | None = None
     """Token streams of the run that documents are dealt to; unset: chosen by the data (ours)."""
+    fim_rate: float = 0.0
+    """Share of the documents that are rearranged to fill in their middle, in [0, 1] (ours)."""
+    fim_tokens: list[str] = _listing("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+    """Begin, hole and end token of fill-in-the-middle (ours; DeepSeek's)."""
     local_batch_size: int = 8
     """Sequences per forward pass and data-parallel rank."""
     global_batch_size: int = -1

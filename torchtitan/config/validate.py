@@ -132,7 +132,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "between 0 and 1",
         lambda value: 0 <= value <= 1,
-        "lr_scheduler.decay_ratio lr_scheduler.min_lr_factor",
+        "lr_scheduler.decay_ratio lr_scheduler.min_lr_factor training.fim_rate",
     ),
     # The seed is sent to all ranks as a signed 64-bit integer.
     ("between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63, "debug.seed"),

@@ -32,6 +32,8 @@ OURS = {
     "optimizer.weight_decay_on",
     "schedule.phase",
     "training.dataset_text_key",
+    "training.fim_rate",
+    "training.fim_tokens",
     "training.dataset_num_workers",
     "training.dataset_lanes",
     "training.non_finite_loss",
