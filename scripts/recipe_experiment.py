@@ -2,7 +2,7 @@
 
     python scripts/recipe_experiment.py outputs/recipe   (about 10 minutes on one core)
 
-Trains five variants with the same data and seed, prints their last losses and max-violations, and
+Trains six variants with the same data and seed, prints their last losses and max-violations, and
 draws docs/recipe_balance.png (extra 'docs'). A variant whose records are there is not run again.
 """
 
