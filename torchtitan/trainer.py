@@ -541,7 +541,7 @@ class Trainer:
         if not now.phase:
             return
         if now.phase != before.phase or self.step == 1:
-            logger.info("Step %d: phase %s begins: %s", self.step, now.title, now.describe())
+            logger.info("Step %d: in phase %s: %s", self.step, now.title, now.describe())
         resume_lr_scheduler(self.lr_scheduler, self.lr_scheduler.last_epoch)  # also after a rewind
         self.model.set_coefficients(now.coefficients)
 
