@@ -34,7 +34,7 @@ from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.dataloader import ParallelAwareDataLoader
 from torchtitan.components.hf_checkpoint import check_hf
-from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.loss_watch import LossWatch, Verdict
 from torchtitan.components.lr_scheduler import (
     build_lr_scheduler,
@@ -57,6 +57,7 @@ from torchtitan.config import (
 )
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import check_compile_backend
+from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_grad_norm
@@ -340,6 +341,8 @@ class Trainer:
         if self.rank == 0:
             save_config(config, self.model_args)
         self.dims = build_parallel_dims(config)
+        # With context parallelism: of this rank's part of each sequence.
+        self.positions = positions_of_this_rank(self.dims, training.seq_len, self.device)
         self.checkpoint = build_checkpoint_manager(config, spec, self.model_args, asdict(self.dims))
         self._open.callback(self.checkpoint.close)
         start = self.checkpoint.find_start()
@@ -363,7 +366,9 @@ class Trainer:
         self.schedule = build_schedule(config, self.dims.dp_degree)
         self.now = self.schedule.at(0)
         self.lr_scheduler = self._build_lr_scheduler()
-        self.loss_fn = cross_entropy_sum
+        self.loss_fn = build_loss(
+            self.dims, disable_loss_parallel=config.parallelism.disable_loss_parallel
+        )
         if config.compile.enable and "loss" in config.compile.components:
             self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
 
@@ -371,7 +376,7 @@ class Trainer:
         self._open.callback(self.metrics.close)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
         self._open.callback(self.gc.close)
-        self.watch = LossWatch(training)
+        self.watch = LossWatch(training, self.dims.loss_ranks)
         self.alarms = Alarms(config.metrics.alarm)
         self.stop = StopRequest()
         self.run_state = RunState(
@@ -388,7 +393,7 @@ class Trainer:
         settings = self.config.validation
         ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
         loader = build_validation_dataloader(settings, self.tokenizer, **ranks)
-        return Validator(settings, loader, self.loss_sum, device=self.device)
+        return Validator(settings, loader, self._loss_sum_once, device=self.device)
 
     def _build_lr_scheduler(self) -> LambdaLR:
         config = self.config
@@ -468,7 +473,7 @@ class Trainer:
         self._enter_step()
         micro_batches = self._next_batches(batches, interval)
         valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
-        valid_tokens = sum_over_ranks(valid.to(self.device)).clamp(min=1)
+        valid_tokens = sum_over_ranks(valid.to(self.device), self.dims.dp_group).clamp(min=1)
 
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
@@ -492,13 +497,32 @@ class Trainer:
         largest activation, are freed as soon as their gradient is there.)"""
         inputs, labels = batch
         tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
+        masks = self._attention_masks(tokens)
+        extra = self.model.extra_inputs(tokens, labels, self.tokenizer.eos_id)
+        if self.positions is not None:
+            tokens, labels = tokens[:, self.positions], labels[:, self.positions]
         logits = self.model(
             tokens,
-            attention_masks=self.model.get_attention_masks(tokens, self.tokenizer.eos_id),
+            attention_masks=masks,
+            positions=None if self.positions is None else self.positions.unsqueeze(0),
             token_mask=labels != IGNORE_INDEX,
-            **self.model.extra_inputs(tokens, labels, self.tokenizer.eos_id),
+            **extra,
         )
         return self.loss_fn(logits, labels), (labels != IGNORE_INDEX).sum()
+
+    def _loss_sum_once(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`loss_sum`, but zeros on ranks that only repeat another's (tensor parallelism)."""
+        numbers = self.loss_sum(batch)
+        if self.rank in self.dims.loss_ranks:
+            return numbers
+        return torch.zeros_like(numbers[0]), torch.zeros_like(numbers[1])
+
+    def _attention_masks(self, tokens: Tensor) -> Any:
+        """Of whole sequences; with gathered keys, for the positions that this rank computes."""
+        gathers = self.config.parallelism.context_parallel_rotate_method == "allgather"
+        return self.model.get_attention_masks(
+            tokens, self.tokenizer.eos_id, self.positions if gathers else None
+        )
 
     def close(self) -> None:
         """Release files and process groups; safe to call twice."""
@@ -564,7 +588,7 @@ class Trainer:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
         loads_LE, traffic_L23, watched_L4 = (
-            step_loads(moes, dist.group.WORLD) if moes else ([], [], None)
+            step_loads(moes, self.dims.stage_group) if moes else ([], [], None)
         )
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.requested))
@@ -572,19 +596,21 @@ class Trainer:
         # host sync: a non-finite step must be known before the weights change
         last = torch.stack((valid.double(), grad_norm.double()))  # fp32 counts to 2**24 only
         *pairs, valid_tokens, norm = torch.cat((gathered.double(), last)).tolist()
-        rank_losses, stop = pairs[::2], any(pairs[1::2])
+        rank_losses = [pairs[2 * rank] for rank in self.dims.loss_ranks]
+        stop = any(pairs[1::2])
         verdict = self.watch.judge(self.step, rank_losses, norm)
         if verdict == "update":
             self.checkpoint.before_update()
             self.optimizer.step()
             update_expert_bias(moes, loads_LE)
-        side = {name: sum_over_ranks(x) for name, x in self.model.take_side_losses().items()}
+        side = self.model.take_side_losses()
+        side = {name: sum_over_ranks(x, self.dims.dp_group) for name, x in side.items()}
         lr = self.lr_scheduler.get_last_lr()[0]
         if verdict != "rewind":
             self.lr_scheduler.step()
         return StepResult(
             loss=sum(rank_losses),
-            max_loss=max(rank_losses) * self.dims.dp_degree,
+            max_loss=max(rank_losses) * len(rank_losses),
             grad_norm=norm,
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
@@ -630,6 +656,7 @@ class Trainer:
     def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> Action:
         """Also lets the alarms look; returns what they ask for."""
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
+        skipped = sum_over_ranks(skipped, self.dims.dp_group)
         traffic = self._traffic_of(result)
         balance = self._balance_of(result, traffic)
         self.metrics.log(
@@ -646,7 +673,7 @@ class Trainer:
             extra={
                 "skipped_steps": self.watch.skipped_steps,
                 "rewinds": self.watch.rewinds,
-                "skipped_documents": sum_over_ranks(skipped).item(),
+                "skipped_documents": skipped.item(),
                 **result.side_losses,
                 **self.now.numbers(),
                 **traffic,

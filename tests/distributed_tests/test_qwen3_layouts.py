@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from tests.distributed_tests.test_data_parallel import (
+from tests.distributed_tests.test_expert_parallel import SIZE
+from tests.distributed_tests.test_layouts import nodes_of
+from tests.distributed_tests.training_ranks import (
     FP32,
     LR,
     MAX_NORM,
@@ -14,10 +16,17 @@ from tests.distributed_tests.test_data_parallel import (
     train_with,
     training_options,
 )
-from tests.distributed_tests.test_expert_parallel import DDP, REPLICATE, SIZE, ep, nodes_of
 from tests.reference.training import train_plainly
 from torchtitan.config import ConfigManager
 from torchtitan.models.qwen3 import Qwen3Model, qwen3_args
+
+DDP = "--parallelism.data_parallel_shard_degree=1"
+REPLICATE = "--parallelism.data_parallel_replicate_degree="
+
+
+def ep(degree: int, *more: str) -> list[str]:
+    return [f"--parallelism.expert_parallel_degree={degree}", *more]
+
 
 MODEL = {
     "n_layers": 2,

@@ -8,21 +8,24 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tests.distributed_tests.test_data_parallel import (
+from tests.distributed_tests.test_expert_parallel import SIZE, SPLIT_INSIDE
+from tests.distributed_tests.test_layouts import nodes_of
+from tests.distributed_tests.training_ranks import (
     FP32,
     assert_trained_alike,
     train_on_this_rank,
 )
-from tests.distributed_tests.test_expert_parallel import (
-    DDP,
-    REPLICATE,
-    SIZE,
-    SPLIT_INSIDE,
-    ep,
-    nodes_of,
-)
 from torchtitan.components.muon import Muon
 from torchtitan.models.moe import MoE, MoEArgs
+from torchtitan.tools.errors import UserError
+
+DDP = "--parallelism.data_parallel_shard_degree=1"
+REPLICATE = "--parallelism.data_parallel_replicate_degree="
+
+
+def ep(degree: int, *more: str) -> list[str]:
+    return [f"--parallelism.expert_parallel_degree={degree}", *more]
+
 
 NO_RECOMPUTE = "--activation_checkpoint.mode=none"
 LAYOUTS = {
@@ -62,6 +65,46 @@ def test_router_losses_and_mtp_train_like_one_process(ranks, one_process, layout
     options = [FP32, NO_RECOMPUTE, *EVERYTHING, *options]
     for result in ranks(world_size).run(train_on_this_rank, options, str(tmp_path)):
         assert_trained_alike(result, one_process)
+
+
+SPLIT_SEQUENCES = {
+    "CP 2": (2, ["--parallelism.context_parallel_degree=2", SIZE + "8"]),
+    "TP 2": (2, ["--parallelism.tensor_parallel_degree=2", SIZE + "8"]),
+    "CP 2 x TP 2": (
+        4,
+        [
+            "--parallelism.context_parallel_degree=2",
+            "--parallelism.tensor_parallel_degree=2",
+            SIZE + "8",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", SPLIT_SEQUENCES)
+def test_router_losses_know_whole_sequences(ranks, layout, tmp_path):
+    """CP and TP give each rank a part of every sequence to route."""
+    world_size, options = SPLIT_SEQUENCES[layout]
+    options = [FP32, NO_RECOMPUTE, *EVERYTHING[2:], *options]
+    alone = [FP32, NO_RECOMPUTE, *EVERYTHING[2:], SIZE + "8"]
+    expected = ranks(1).run(train_on_this_rank, alone, str(tmp_path))[0]
+    for result in ranks(world_size).run(train_on_this_rank, options, str(tmp_path)):
+        assert_trained_alike(result, expected)
+
+
+@pytest.mark.parametrize("key", ["context", "tensor"])
+def test_mtp_is_refused_where_sequences_are_split(ranks, key, tmp_path):
+    options = [FP32, EVERYTHING[0], f"--parallelism.{key}_parallel_degree=2", SIZE + "8"]
+    for sentence in ranks(2).run(refusal, options, str(tmp_path)):
+        assert f"parallelism.{key}_parallel_degree = 2 is not supported yet with" in sentence
+
+
+def refusal(options: list[str], dump_folder: str) -> str:
+    try:
+        train_on_this_rank(options, dump_folder)
+    except UserError as error:
+        return str(error)
+    return "not refused"
 
 
 def test_each_of_them_moves_the_gradient(ranks, one_process, tmp_path):

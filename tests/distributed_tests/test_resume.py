@@ -10,6 +10,8 @@ EP = "parallelism__expert_parallel_degree"
 NODES = "parallelism__expert_parallel_node_size"
 REPLICATE = "parallelism__data_parallel_replicate_degree"
 DISPATCH = "parallelism__expert_parallel_dispatch"
+TP, CP = "parallelism__tensor_parallel_degree", "parallelism__context_parallel_degree"
+ETP = "parallelism__expert_tensor_parallel_degree"
 ASYNC = {"checkpoint__async_mode": "async"}
 
 # Name: processes, settings. STEPS in one go against CUT, and the rest by a new start.
@@ -23,6 +25,7 @@ EXACT = {
     "FSDP 2, loader workers": (2, {"training__dataset_num_workers": 1}),
     "EP 2 x FSDP 2": (4, {EP: 2}),
     "HSDP 2 x 2": (4, {REPLICATE: 2}),
+    "CP 2, TP 2, EP 4": (4, {CP: 2, TP: 2, EP: 4}),
 }
 
 
@@ -65,12 +68,16 @@ LAYOUTS = {
     "EP 4 from DDP 4": (4, {EP: 4, REPLICATE: 4, **DDP}),
     "EP 2 x HSDP 2 x 2, nodes of 1": (4, {EP: 2, REPLICATE: 2, NODES: 1}),
     "DDP 4": (4, {REPLICATE: 4, **DDP}),
+    "TP 2 x FSDP 2, split experts": (4, {TP: 2, ETP: 2}),
+    "CP 2 x FSDP 2": (4, {CP: 2}),
+    "CP 2, TP 2, EP 4": (4, {CP: 2, TP: 2, EP: 4}),
 }
 NEXT = dict(zip(LAYOUTS, [*list(LAYOUTS)[1:], *list(LAYOUTS)[:1]], strict=True))
 
 
 def run_of(world_size: int, settings: dict) -> dict:
-    size = {"training__local_batch_size": BATCH // world_size}
+    readers = world_size // (settings.get(TP, 1) * settings.get(CP, 1))
+    size = {"training__local_batch_size": BATCH // readers}
     return settings | size | SAVES | {"checkpoint__interval": 2, "training__steps": 3}
 
 

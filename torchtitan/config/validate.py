@@ -11,7 +11,7 @@ from typing import Any
 
 from torchtitan.config.alarm_rules import check_alarms
 from torchtitan.config.checkpoint_rules import check_checkpoint
-from torchtitan.config.degrees import nearest, resolve_degrees
+from torchtitan.config.degrees import Degrees, nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schedule_rules import check_schedule
 from torchtitan.config.schema import as_text
@@ -35,6 +35,8 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     check_alarms(config)
     degrees = resolve_degrees(config.parallelism, world_size)
     dp_degree = degrees.dp_replicate * degrees.dp_shard
+    _check_sequence(config.training.seq_len, degrees)
+    _check_async_tensor_parallel(config, device_type)
     check_schedule(config, resolve_global_batch_size(config, dp_degree), dp_degree)
 
 
@@ -49,11 +51,7 @@ def _get(config: JobConfig, key: str) -> Any:
 # key, what it may hold, the feature. Keys that only shape one of these features (the pipeline
 # schedule, checkpoint.interval, [quantize], ...) have no effect without it and may hold anything.
 _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
-    ("parallelism.tensor_parallel_degree", (1,), "tensor parallelism"),
-    ("parallelism.enable_async_tensor_parallel", (False,), "asynchronous tensor parallelism"),
     ("parallelism.pipeline_parallel_degree", (1,), "pipeline parallelism"),
-    ("parallelism.context_parallel_degree", (1,), "context parallelism"),
-    ("parallelism.expert_tensor_parallel_degree", (1,), "tensor parallelism of experts"),
     (
         "activation_checkpoint.mode",
         ("none", "full", "selective"),
@@ -263,3 +261,37 @@ def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
             f"set it to {nearest(wanted, [number for number in (below, below + unit) if number])}."
         )
     return wanted
+
+
+def _check_sequence(seq_len: int, degrees: Degrees) -> None:
+    """TP splits each rank's part of a sequence evenly; CP splits sequences into 2 x cp chunks, an
+    early and a late one for each rank, so that causal attention costs all ranks the same."""
+    tp, cp = degrees.tp, degrees.cp
+    unit = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
+    if seq_len % unit == 0:
+        return
+    of = {"context_parallel_degree": cp, "tensor_parallel_degree": tp}
+    names = [f"parallelism.{name} ({n})" for name, n in of.items() if n > 1]
+    split = "split" if len(names) > 1 else "splits"
+    below = seq_len // unit * unit
+    legal = nearest(seq_len, [n for n in (below, below + unit) if n])
+    raise UserError(
+        f"training.seq_len = {seq_len} must be a multiple of {unit}, so that {' and '.join(names)} "
+        f"{split} it evenly; set it to {legal}."
+    )
+
+
+def _check_async_tensor_parallel(config: JobConfig, device_type: str) -> None:
+    if not config.parallelism.enable_async_tensor_parallel:
+        return
+    reason = None
+    if config.parallelism.tensor_parallel_degree == 1:
+        reason = "needs parallelism.tensor_parallel_degree of 2 or more"
+    elif device_type != "cuda":
+        reason = f"needs CUDA GPUs, but this run is on {device_type}"
+    elif not config.compile.enable or "model" not in config.compile.components:
+        reason = 'is done by the compiler: it needs compile.enable with "model" in its components'
+    if reason:
+        raise UserError(
+            f"parallelism.enable_async_tensor_parallel = true {reason}; set it to false."
+        )

@@ -18,7 +18,7 @@ Letters: P rows at some place of the way, K slots of a row (expert ids, −1 = e
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import gather, reduce_scatter
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import local_device
@@ -39,10 +40,38 @@ def apply_expert_parallel(
 ) -> None:
     """Spread the experts of each layer over `dims.ep` ranks, and give it the dispatcher that brings
     tokens there. dispatch: "all_to_all", "node_limited", or "auto": the latter where EP groups span
-    nodes. In place, before FSDP; logs one line.
+    nodes. With `dims.etp` > 1 the hidden channels of each expert are split, too. In place, before
+    FSDP; logs one line.
     """
-    if dims.ep == 1:
+    if dims.ep > 1:
+        _give_dispatchers(moes, dims, dispatch)
+    if dims.etp > 1:
+        group = dims.expert_mesh["etp"].get_group()
+        for moe in moes.values():
+            moe.dispatcher = GatherDispatcher(moe.dispatcher, group)
+        logger.info("Expert tensor parallel: each expert's hidden channels over %d ranks", dims.etp)
+    for moe in moes.values():
+        _split_experts(moe.experts, dims)
+
+
+def _split_experts(experts: nn.Module, dims: ParallelDims) -> None:
+    """Experts over ep, their hidden channels (w1, w3 (E, F, D), w2 (E, D, F)) over etp."""
+    degrees = {"ep": dims.ep, "etp": dims.etp}
+    axes = tuple(axis for axis, degree in degrees.items() if degree > 1)
+    if not axes:
         return
+    for name, param in list(experts.named_parameters()):
+        placements = {"ep": Shard(0), "etp": Shard(2 if name == "w2" else 1)}
+        local = distribute_tensor(
+            param.data,
+            dims.expert_mesh[axes],
+            [placements[axis] for axis in axes],
+            src_data_rank=None,
+        )
+        experts.register_parameter(name, nn.Parameter(local))
+
+
+def _give_dispatchers(moes: Mapping[int, nn.Module], dims: ParallelDims, dispatch: str) -> None:
     mesh = dims.expert_mesh["ep"]
     spans_nodes = dims.nodes_per_ep_group > 1
     node_limited = dispatch == "node_limited" or (dispatch == "auto" and spans_nodes)
@@ -53,9 +82,6 @@ def apply_expert_parallel(
         ranks_per_node = dims.ep // dims.nodes_per_ep_group
         make = partial(AllToAllDispatcher, mesh.get_group(), num_experts, ranks_per_node)
     for moe in moes.values():
-        for name, param in list(moe.experts.named_parameters()):
-            local = distribute_tensor(param.data, mesh, [Shard(0)], src_data_rank=None)
-            moe.experts.register_parameter(name, nn.Parameter(local))
         moe.dispatcher = make()
     logger.info(
         "Expert parallel: %d ranks of %d experts each, one copy of a token per %s",
@@ -267,6 +293,27 @@ class NodeLimitedDispatcher:
 
     def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
         return self.side_stream.run(layer, x_TD)
+
+
+class GatherDispatcher:
+    """Around another dispatcher, where each rank of `group` holds a part of the hidden channels of
+    the same experts: all of them get the tokens of all, and the outputs, partial sums, are added.
+    """
+
+    def __init__(self, inner: Any, group: dist.ProcessGroup):
+        self.inner = inner
+        self.group = group
+
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
+        return self.inner.dispatch(*(gather(t, 0, self.group) for t in (x_TD, ids_TK, weights_TK)))
+
+    def combine(self, rows_RD: Tensor, record: Any) -> Tensor:
+        return reduce_scatter(self.inner.combine(rows_RD, record), 0, self.group)
+
+    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
+        return self.inner.beside(layer, x_TD)
 
 
 def _into_expert_order(

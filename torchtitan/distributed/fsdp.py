@@ -87,17 +87,22 @@ def _shard_experts(
     """Experts' weights over the ranks that hold the same experts: a unit of their own per layer."""
     for moe in model.moe_layers().values():
         num_experts = moe.experts.w1.size(0)
-        # Fewer experts than ranks: split inside of the experts, where that comes out even.
-        split = mesh["fsdp"].size()
+        # Fewer experts than ranks: split inside of the experts, where that comes out even. Where
+        # their hidden channels are split already (etp), by model channels.
+        split, etp = mesh["fsdp"].size(), mesh["etp"].size()
+        dims = {
+            param: (2 if name != "w2" else 1) if etp > 1 else 1
+            for name, param in moe.experts.named_parameters()
+        }
         inside = split * mesh["ep"].size() > num_experts and all(
-            p.size(1) % split == 0 for p in moe.experts.parameters()
+            param.size(dim) % split == 0 for param, dim in dims.items()
         )
         fully_shard(
             moe.experts,
             mesh=_data_parallel_axes(mesh),
             mp_policy=policy,
             reshard_after_forward=reshard,
-            shard_placement_fn=(lambda p: Shard(1)) if inside else None,
+            shard_placement_fn=(lambda p, dims=dims: Shard(dims[p])) if inside else None,
         )
 
 

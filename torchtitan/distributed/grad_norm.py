@@ -2,8 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -12,21 +14,31 @@ from torch.distributed.tensor import DTensor
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients so that their L2 norm over all ranks is at most `max_norm`.
 
-    Returns the norm before clipping: a scalar, equal on all ranks. Dense weights and experts lie on
-    different meshes, which torch can't mix in one norm: one norm (and one all-reduce) for each
-    mesh, then the root of the sum of squares.
+    Returns the norm before clipping: a scalar, equal on all ranks. Each rank adds up the squares of
+    what it holds, a part of which r ranks hold the same counting 1/r; then one all-reduce over all
+    ranks, whatever the meshes (dense, experts, one for each pipeline stage).
     """
-    groups = defaultdict(list)
+    by_copies = defaultdict(list)
     for p in parameters:
         if p.grad is not None:
-            groups[p.grad.device_mesh if isinstance(p.grad, DTensor) else None].append(p)
-    norms = [_norm(group) for group in groups.values()]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
-    for group in groups.values():
-        nn.utils.clip_grads_with_norm_(group, max_norm, norm, foreach=True)
+            local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+            by_copies[_copies(p.grad)].append(local)
+    squares = [
+        nn.utils.get_total_norm(grads, foreach=True).square() / copies
+        for copies, grads in by_copies.items()
+    ]
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch does
+    for grads in by_copies.values():
+        torch._foreach_mul_(grads, factor)
     return norm
 
 
-def _norm(params: list[nn.Parameter]) -> Tensor:
-    norm = nn.utils.get_total_norm([p.grad for p in params], foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _copies(grad: Tensor) -> int:
+    """How many ranks hold the same numbers."""
+    if not isinstance(grad, DTensor):
+        return dist.get_world_size()
+    sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)
+    return prod(size for size, placement in sizes if placement.is_replicate())

@@ -6,12 +6,21 @@ experts are spread over the same ranks in two ways:
     dense     (pp, dp_replicate, fsdp, tp)        fsdp = dp_shard · cp
     experts   (pp, dp_replicate, fsdp, ep, etp)   each EP group holds all experts between its ranks,
                                                   and FSDP shards over what is left
+
+What a step adds up over ranks is added up over some of them only:
+
+    valid tokens, skipped documents   dp: ranks that read different sequences
+    losses                            of the last pipeline stage, which has them, one rank of each
+                                      TP group, whose ranks compute the same
+    expert load, traffic              a stage, dp x cp x tp: between layers TP splits the sequence,
+                                      so over a stage each token meets each router exactly once
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -89,6 +98,36 @@ class ParallelDims:
             (self.pp, self.stage_size // spread, self.expert_fsdp, self.ep, self.etp),
             mesh_dim_names=("pp", "dp_replicate", "fsdp", "ep", "etp"),
         )
+
+    @cached_property
+    def data_mesh(self) -> DeviceMesh:
+        """Of the tokens. Axes of any size: `pp`, `dp`, `cp`, `tp`."""
+        return init_device_mesh(
+            self.device_type,
+            (self.pp, self.dp_degree, self.cp, self.tp),
+            mesh_dim_names=("pp", "dp", "cp", "tp"),
+        )
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks that read different sequences, at this rank's place of pp, cp and tp."""
+        return self.data_mesh["dp"].get_group()
+
+    @cached_property
+    def sequence_group(self) -> dist.ProcessGroup:
+        """Ranks that hold (and route) the parts of the same sequences."""
+        return self.data_mesh["cp", "tp"]._flatten("sequence").get_group()
+
+    @property
+    def loss_ranks(self) -> list[int]:
+        """The ranks whose losses add up to that of the step; see the top of the file."""
+        ranks = torch.arange(self.world_size).view(self.pp, -1, self.tp)
+        return ranks[-1, :, 0].tolist()
+
+    @cached_property
+    def stage_group(self) -> dist.ProcessGroup:
+        """All ranks of this rank's pipeline stage."""
+        return self.data_mesh["dp", "cp", "tp"]._flatten("stage").get_group()
 
     @property
     def ep_groups(self) -> torch.Tensor:

@@ -26,23 +26,43 @@ _compiled_flex = torch.compile(flex_attention)
 _compiled_block_mask = torch.compile(create_block_mask)
 
 
-def document_mask(tokens_BS: Tensor, eos_id: int) -> Tensor | BlockMask:
+def document_mask(
+    tokens_BS: Tensor, eos_id: int, queries_Q: Tensor | None = None
+) -> Tensor | BlockMask:
     """Block-causal mask of packed text: a token sees the earlier tokens of its own document.
 
-    A document ends with (and includes) `eos_id`. CPU: bool (B, 1, S, S), True = may be seen,
-    because flex attention has no CPU backward. Accelerators: a flex `BlockMask`.
+    A document ends with (and includes) `eos_id`. queries_Q: see `causal_mask`; absent = all.
     """
     ends_BS = tokens_BS == eos_id
     document_BS = ends_BS.cumsum(dim=1) - ends_BS.int()
-    B, S = tokens_BS.shape
-    if tokens_BS.device.type == "cpu":
-        same_document = document_BS[:, None, :, None] == document_BS[:, None, None, :]
-        return same_document & torch.ones(S, S, dtype=torch.bool).tril()
+    if queries_Q is None:
+        queries_Q = torch.arange(tokens_BS.size(1), device=tokens_BS.device)
+        return _mask(queries_Q, document_BS)
+    return _mask(queries_Q, document_BS[:, : int(queries_Q[-1]) + 1])  # host sync: once a batch
+
+
+def causal_mask(queries_Q: Tensor) -> Tensor | BlockMask:
+    """Causal attention of a part of a sequence on its beginning.
+
+    queries_Q: int64 positions of the queries, in order; keys are all positions to the last of them.
+    """
+    num_keys = int(queries_Q[-1]) + 1  # host sync: once a batch
+    return _mask(queries_Q, queries_Q.new_zeros(1, num_keys))
+
+
+def _mask(queries_Q: Tensor, document_BK: Tensor) -> Tensor | BlockMask:
+    """CPU: bool (B, 1, Q, K), True = may be seen, because flex attention has no CPU backward.
+    Accelerators: a flex `BlockMask`.
+    """
+    B, K = document_BK.shape
+    if queries_Q.device.type == "cpu":
+        same_document = document_BK[:, None, queries_Q, None] == document_BK[:, None, None]
+        return same_document & (queries_Q[:, None] >= torch.arange(K))
 
     def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (document_BS[b, q] == document_BS[b, k])
+        return (queries_Q[q] >= k) & (document_BK[b, queries_Q[q]] == document_BK[b, k])
 
-    return _compiled_block_mask(may_see, B, None, S, S, device=tokens_BS.device)
+    return _compiled_block_mask(may_see, B, None, len(queries_Q), K, device=queries_Q.device)
 
 
 def attention(

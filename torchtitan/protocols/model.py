@@ -63,8 +63,12 @@ class BaseModelArgs:
         """Raise `UserError` where the model needs a token that the tokenizer doesn't have."""
 
     def check_layout(self, parallelism: Parallelism) -> None:
-        """Raise `UserError` where this model can't be spread like that, experts included."""
+        """Raise `UserError` where this model can't be spread like that."""
+        tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+        method = parallelism.context_parallel_rotate_method
         self.check_expert_parallel(parallelism.expert_parallel_degree)
+        self.check_tensor_parallel(tp, experts=parallelism.expert_tensor_parallel_degree)
+        self.check_context_parallel(cp, method=method, tensor_parallel=tp)
 
     def check_expert_parallel(self, degree: int) -> None:
         """Raise `UserError` where the experts can't be spread over so many ranks."""
@@ -79,6 +83,24 @@ class BaseModelArgs:
         if names:
             raise UserError(
                 f"[[schedule.phase]] sets {min(names)}, which this model has not; leave it out."
+            )
+
+    def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
+        """Raise `UserError` where the matrices can't be split over `degree` ranks, or each expert's
+        over `experts`.
+        """
+        if degree > 1:
+            raise UserError(
+                f"parallelism.tensor_parallel_degree = {degree}, but this model has no plan for "
+                "tensor parallelism; set it to 1."
+            )
+
+    def check_context_parallel(self, degree: int, *, method: str, tensor_parallel: int) -> None:
+        """Raise `UserError` where attention can't work on sequences split over `degree` ranks."""
+        if degree > 1:
+            raise UserError(
+                f"parallelism.context_parallel_degree = {degree}, but this model has no plan for "
+                "context parallelism; set it to 1."
             )
 
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
@@ -178,6 +200,12 @@ class BaseModel(nn.Module):
         """
         raise UserError(f"{type(self).__name__} can't generate text yet; use transformers or vLLM.")
 
-    def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> Any:
-        """Masks for `forward`, or None for causal attention. Raises `UserError` without eos_id."""
+    def get_attention_masks(
+        self, tokens_BS: Tensor, eos_id: int | None, queries_Q: Tensor | None = None
+    ) -> Any:
+        """Masks for `forward`, or None for causal attention. Raises `UserError` without eos_id.
+
+        queries_Q: with context parallelism, the positions in the sequence that this rank computes;
+        the mask is for those against all tokens up to the last of them.
+        """
         raise NotImplementedError

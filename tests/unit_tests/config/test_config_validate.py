@@ -32,19 +32,7 @@ def test_defaults_are_fine_for_any_number_of_processes(world_size):
 @pytest.mark.parametrize(
     "key, value, sentence",
     [
-        ("parallelism.tensor_parallel_degree", 2, "tensor parallelism; 2; 1"),
-        (
-            "parallelism.enable_async_tensor_parallel",
-            True,
-            "asynchronous tensor parallelism; true; false",
-        ),
         ("parallelism.pipeline_parallel_degree", 4, "pipeline parallelism; 4; 1"),
-        ("parallelism.context_parallel_degree", 2, "context parallelism; 2; 1"),
-        (
-            "parallelism.expert_tensor_parallel_degree",
-            2,
-            "tensor parallelism of experts; 2; 1",
-        ),
         (
             "activation_checkpoint.mode",
             "memory_budget",

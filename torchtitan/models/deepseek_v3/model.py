@@ -19,7 +19,7 @@ from torchtitan.models.deepseek_v3.mtp import MTPInputs, MTPLayer, mtp_inputs, m
 from torchtitan.models.moe import FeedForward, MoE
 from torchtitan.models.moe.aux_loss import attach_loss
 from torchtitan.models.moe.balancing import Load, record_load
-from torchtitan.ops.attention import AttentionMask, attention, document_mask
+from torchtitan.ops.attention import AttentionMask, attention, causal_mask, document_mask
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.rope import apply_rope, rope_table
 from torchtitan.protocols.model import BaseModel
@@ -76,7 +76,9 @@ class Attention(nn.Module):
     def attend(
         self, q_BSHC: Tensor, latent_BSC: Tensor, k_rope_BS1C: Tensor, mask: AttentionMask
     ) -> Tensor:
-        """Attention on keys and values still compressed (latent_cache.py steps in here)."""
+        """Attention on keys and values still compressed (context parallelism and latent_cache.py
+        step in here).
+        """
         k_BSHC, v_BSHC = self.expand(latent_BSC, k_rope_BS1C)
         return attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
 
@@ -216,11 +218,13 @@ class DeepSeekV3Model(BaseModel):
         self.mtp_loss.zero_()
         return sums
 
-    def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> AttentionMask:
+    def get_attention_masks(
+        self, tokens_BS: Tensor, eos_id: int | None, queries_Q: Tensor | None = None
+    ) -> AttentionMask:
         if self.model_args.attn_mask_type == "causal":
-            return None
+            return None if queries_Q is None else causal_mask(queries_Q)
         self.model_args.check_tokenizer(eos_id)
-        return document_mask(tokens_BS, eos_id)
+        return document_mask(tokens_BS, eos_id, queries_Q)
 
     def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
         return latent_caches(

@@ -1,11 +1,16 @@
-"""Where a DeepSeek model lives: experts → activation checkpointing → compile → data parallel."""
+"""Where a DeepSeek model lives: tensors → experts → context → activation checkpointing →
+compile → data parallel."""
 
-from torchtitan.config import JobConfig
+from torch import nn
+
+from torchtitan.config import JobConfig, Parallelism
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.context_parallel import apply_context_parallel
 from torchtitan.distributed.expert_parallel import apply_expert_parallel
 from torchtitan.distributed.fsdp import apply_data_parallel
+from torchtitan.distributed.tensor_parallel import TensorParallel
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.moe.layout import say_expert_layout
 from torchtitan.ops.grouped_mm import why_loop
@@ -24,15 +29,69 @@ def parallelize_deepseekv3(
         ep=parallel_dims.ep,
         nodes=parallel_dims.nodes_per_ep_group,
     )
+    if parallel_dims.tp > 1:
+        _apply_tensor_parallel(model, parallel_dims, job_config.parallelism)
     apply_expert_parallel(
         model.moe_layers(),
         parallel_dims,
         job_config.parallelism.expert_parallel_dispatch,
     )
+    if parallel_dims.cp > 1:
+        apply_context_parallel(
+            [layer.attention for layer in model.layers.values()],
+            parallel_dims.data_mesh["cp"].get_group(),
+            job_config.parallelism.context_parallel_rotate_method,
+        )
+    if parallel_dims.cp * parallel_dims.tp > 1:
+        for moe in model.moe_layers().values():
+            moe.sequence_group = parallel_dims.sequence_group
     apply_activation_checkpoint(model.blocks(), job_config.activation_checkpoint)
     apply_compile(model.blocks(), job_config.compile)
     apply_data_parallel(model, parallel_dims, job_config.training, job_config.parallelism)
     return model
+
+
+def _apply_tensor_parallel(model: BaseModel, dims: ParallelDims, parallelism: Parallelism) -> None:
+    tp = TensorParallel(dims.mesh["tp"])
+    if parallelism.enable_async_tensor_parallel:
+        tp.overlap_communication()
+    tp.embedding(model.tok_embeddings)
+    for layer in model.layers.values():
+        tp.replicate(layer.attention_norm, layer.ffn_norm)
+        _split_attention(layer.attention, tp)
+        if layer.moe_enabled:
+            # Each rank routes its part of the sequence; experts are spread by expert parallelism
+            # (etp = 1 or tp) and FSDP, whose mesh takes in the tp axis.
+            tp.split_mask(layer.moe)
+            tp.replicate(layer.moe.router.gate)
+        feed_forward = layer.moe.shared_experts if layer.moe_enabled else layer.feed_forward
+        if feed_forward is not None:
+            tp.gather_input(feed_forward)
+            tp.column(feed_forward.w1, feed_forward.w3)
+            tp.row(feed_forward.w2)
+            tp.scatter_output(feed_forward)
+    tp.replicate(model.norm)
+    tp.output(model.output, whole_logits=parallelism.disable_loss_parallel)
+    logger.info("Tensor parallel: heads, hidden channels and vocabulary over %d ranks", tp.degree)
+
+
+def _split_attention(attention: nn.Module, tp: TensorParallel) -> None:
+    """Heads are split. The matrices that compress work on this rank's part of the sequence, and
+    what is gathered is their narrow output: in V3 1536 + 576 channels a token instead of 7168, and
+    no rank repeats their work.
+    """
+    attention.n_heads //= tp.degree
+    if attention.compress_q:
+        tp.replicate(attention.wq_a, attention.q_norm)
+    wq = attention.wq_b if attention.compress_q else attention.wq
+    tp.gather_input(wq)
+    tp.column(wq)
+    # Gathered before the norm, together with the rotary key that all heads share.
+    tp.replicate(attention.wkv_a, attention.kv_norm)
+    tp.gather_output(attention.wkv_a)
+    tp.column(attention.wkv_b)
+    tp.row(attention.wo)
+    tp.scatter_output(attention.wo)
 
 
 def _say_how_experts_compute(args: DeepSeekV3ModelArgs, job_config: JobConfig) -> None:

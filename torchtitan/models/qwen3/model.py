@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchtitan.models.moe import FeedForward, MoE
 from torchtitan.models.moe.balancing import Load, record_load
 from torchtitan.models.qwen3.args import Qwen3ModelArgs
-from torchtitan.ops.attention import AttentionMask, attention, document_mask
+from torchtitan.ops.attention import AttentionMask, attention, causal_mask, document_mask
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.rope import apply_rope, rope_table
 from torchtitan.protocols.model import BaseModel
@@ -128,11 +128,13 @@ class Qwen3Model(BaseModel):
                 record_load(layer.moe, load)
         return self.output(self.norm(x_BSD))
 
-    def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> AttentionMask:
+    def get_attention_masks(
+        self, tokens_BS: Tensor, eos_id: int | None, queries_Q: Tensor | None = None
+    ) -> AttentionMask:
         if self.model_args.attn_mask_type == "causal":
-            return None
+            return None if queries_Q is None else causal_mask(queries_Q)
         self.model_args.check_tokenizer(eos_id)
-        return document_mask(tokens_BS, eos_id)
+        return document_mask(tokens_BS, eos_id, queries_Q)
 
     def moe_layers(self) -> dict[int, nn.Module]:
         return {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
