@@ -35,6 +35,12 @@ def tiny(dump_folder: Path, **changes: Any) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
+def as_option(phases: list[dict[str, Any]]) -> str:
+    """Phases of the schedule for the command line."""
+    tables = (", ".join(f"{k} = {json.dumps(v)}" for k, v in p.items()) for p in phases)
+    return f"--schedule.phase=[{', '.join(f'{{{table}}}' for table in tables)}]"
+
+
 def records(dump_folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (dump_folder / "metrics.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,16 +19,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
+from torchtitan.components.balance import (
+    Action,
+    Alarms,
+    Numbers,
+    balance_numbers,
+    cross_node_percent,
+    routing_numbers,
+    violation_numbers,
+)
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.dataloader import ParallelAwareDataLoader
 from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.loss_watch import LossWatch, Verdict
-from torchtitan.components.lr_scheduler import build_lr_scheduler
+from torchtitan.components.lr_scheduler import (
+    build_lr_scheduler,
+    build_phase_lr_scheduler,
+    resume_lr_scheduler,
+)
 from torchtitan.components.metrics import MetricsLogger, device_name
 from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.schedule import Schedule, coefficients_set
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.traffic import traffic_line, traffic_numbers
 from torchtitan.components.validate import Validator
@@ -57,6 +72,7 @@ from torchtitan.distributed.utils import (
     sum_over_ranks,
 )
 from torchtitan.hf_datasets import build_text_dataloader, check_dataset
+from torchtitan.hf_datasets.fim import FillInTheMiddle, check_fim_tokens
 from torchtitan.hf_datasets.validation_data import (
     build_validation_dataloader,
     check_validation_data,
@@ -64,7 +80,7 @@ from torchtitan.hf_datasets.validation_data import (
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.flops import peak_flops
 from torchtitan.tools.gc import GarbageCollection
 from torchtitan.tools.logging import logger
@@ -106,16 +122,10 @@ def check_config(config: JobConfig) -> Checked:
             f"{tokenizer.vocab_size}, or name the tokenizer of this model."
         )
     model_args.check_tokenizer(tokenizer.eos_id)
-    model_args.check_expert_parallel(config.parallelism.expert_parallel_degree)
-    model_args.check_tensor_parallel(
-        config.parallelism.tensor_parallel_degree,
-        experts=config.parallelism.expert_tensor_parallel_degree,
-    )
-    model_args.check_context_parallel(
-        config.parallelism.context_parallel_degree,
-        method=config.parallelism.context_parallel_rotate_method,
-        tensor_parallel=config.parallelism.tensor_parallel_degree,
-    )
+    if config.training.fim_rate > 0:
+        check_fim_tokens(tokenizer, config.training.fim_tokens)
+    model_args.check_coefficients(coefficients_set(config.schedule.phase))
+    model_args.check_layout(config.parallelism)
     pipeline_plan(config, model_args)
     check_dataset(config.training.dataset, config.training.dataset_path)
     check_hf(config, spec, model_args)
@@ -206,6 +216,22 @@ def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
     return local if 0 in (local % span, span % local) else math.gcd(local, span)
 
 
+def build_schedule(config: JobConfig, dp_degree: int) -> Schedule:
+    schedule = Schedule(
+        config.schedule.phase,
+        lr=config.optimizer.lr,
+        batch_size=resolve_global_batch_size(config, dp_degree),
+    )
+    if schedule.phases:
+        num_steps = schedule.num_steps(config.training.seq_len)
+        text = f"Schedule: {len(schedule.phases)} phases end after step {num_steps}"
+        if config.training.steps == num_steps:
+            logger.info("%s, and so does the run", text)
+        else:
+            logger.warning("%s, but training.steps = %d", text, config.training.steps)
+    return schedule
+
+
 def build_metrics(
     config: JobConfig, model_args: BaseModelArgs, device: torch.device, start_step: int
 ) -> MetricsLogger:
@@ -283,8 +309,10 @@ def profilers(config: JobConfig, rank: int) -> Iterator[Callable[[], None]]:
 class StepResult:
     """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact
     when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer;
-    traffic: see `TokenDispatcher.dispatch`, by layer. verdict: what became of the step. stop: some
-    rank was asked to end the run.
+    traffic: see `TokenDispatcher.dispatch`, by layer. watched: see models/moe/watch.py, by layer;
+    empty without metrics.log_routing. side_losses: by name, means as `loss` is. valid_tokens: of
+    the step, over all ranks. verdict: what became of the step. stop: some rank was asked to end
+    the run.
     """
 
     loss: float
@@ -293,6 +321,9 @@ class StepResult:
     lr: float
     loads: dict[int, Tensor]
     traffic: dict[int, Tensor]
+    watched: dict[int, Tensor]
+    side_losses: dict[str, float]
+    valid_tokens: int
     verdict: Verdict
     stop: bool
 
@@ -345,6 +376,8 @@ class Trainer:
         # also of the groups that are new now
         set_timeout(config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.moes = self.model.moe_layers()
+        for moe in self.moes.values():
+            moe.watch_routing = config.metrics.log_routing
         if self.moes and all(moe.expert_bias is None for moe in self.moes.values()):
             logger.warning(
                 "Nothing evens out the expert load: model.args.moe_args.load_balance_coeff is not "
@@ -353,9 +386,10 @@ class Trainer:
         optimizer_settings = asdict(config.optimizer)
         optimizer_settings.pop("early_step_in_backward")
         self.optimizer = build_optimizer([self.model], **optimizer_settings)
-        self.lr_scheduler = build_lr_scheduler(
-            self.optimizer, total_steps=training.steps, **asdict(config.lr_scheduler)
-        )
+        self.step = self.tokens_seen = 0
+        self.schedule = build_schedule(config, self.dims.dp_degree)
+        self.now = self.schedule.at(0)
+        self.lr_scheduler = self._build_lr_scheduler()
         self.loss_fn = build_loss(
             self.dims, disable_loss_parallel=config.parallelism.disable_loss_parallel
         )
@@ -363,16 +397,12 @@ class Trainer:
             self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
 
         self.pipeline = self._build_pipeline(parts, plan) if plan else None
-        self.global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
-        sequences_at_once = training.local_batch_size * self.dims.dp_degree
-        self.accumulation = self.global_batch_size // sequences_at_once
         self.metrics = build_metrics(config, self.model_args, self.device, start.step)
         self._open.callback(self.metrics.close)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
         self._open.callback(self.gc.close)
-        self.step = 0
-        self.tokens_seen = 0
         self.watch = LossWatch(training, self.dims.loss_ranks)
+        self.alarms = Alarms(config.metrics.alarm)
         self.stop = StopRequest()
         self.run_state = RunState(
             model=self.model,
@@ -408,13 +438,29 @@ class Trainer:
             masks_of=self._attention_masks,
         )
 
+    def _build_lr_scheduler(self) -> LambdaLR:
+        config = self.config
+        if not self.schedule.phases:
+            return build_lr_scheduler(
+                self.optimizer, total_steps=config.training.steps, **asdict(config.lr_scheduler)
+            )
+        return build_phase_lr_scheduler(
+            self.optimizer,
+            lambda: self.schedule.at(self.tokens_seen).lr,
+            lr=config.optimizer.lr,
+            warmup_steps=config.lr_scheduler.warmup_steps,
+        )
+
     def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
-        training = self.config.training
+        training, tokenizer = self.config.training, self.tokenizer
+        if training.fim_rate > 0:
+            rate, tokens = training.fim_rate, training.fim_tokens
+            tokenizer = FillInTheMiddle(tokenizer, rate=rate, tokens=tokens, seed=seed)
         return build_text_dataloader(
             dataset_name=training.dataset,
             dataset_path=training.dataset_path,
             text_key=training.dataset_text_key,
-            tokenizer=self.tokenizer,
+            tokenizer=tokenizer,
             seq_len=training.seq_len,
             batch_size=training.local_batch_size,
             dp_rank=self.dims.dp_rank(self.rank),
@@ -430,7 +476,7 @@ class Trainer:
         logger.info(
             "Training: %d steps of %d sequences of %d tokens",
             steps,
-            self.global_batch_size,
+            self.now.batch_size,
             config.training.seq_len,
         )
         batches, interval = iter(self.dataloader), Interval()
@@ -443,15 +489,20 @@ class Trainer:
                 result = self.train_step(batches, interval)
                 interval.step_seconds.append(time.perf_counter() - start)
                 stopping = result.stop
+                alarm: Action = "none"
                 validation = self._validate()
                 if self.metrics.should_log(self.step) or validation or stopping:
-                    self._log(result, interval, validation)
+                    alarm = self._log(result, interval, validation)
                     interval = Interval()
                 rewound = result.verdict == "rewind"
                 if rewound:
                     self._rewind()
                 # A rewind is saved at once: a restart must not meet the same batch again.
-                self.checkpoint.after_step(self.run_state, self.step, now=stopping or rewound)
+                save_now = stopping or rewound or alarm in ("checkpoint", "stop")
+                self.checkpoint.after_step(self.run_state, self.step, now=save_now)
+                if alarm == "stop":
+                    self.checkpoint.finish()
+                    raise RunError(f"{self.alarms.reason}, and its action is to stop.")
                 profile_step()
                 if not timeout_set:
                     set_timeout(config.comm.train_timeout_seconds, self.checkpoint.group)
@@ -462,6 +513,7 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch], interval: Interval) -> StepResult:
         """One optimizer step over `accumulation` micro-batches."""
+        self._enter_step()
         micro_batches = self._next_batches(batches, interval)
         valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
         valid_tokens = sum_over_ranks(valid.to(self.device), self.dims.dp_group).clamp(min=1)
@@ -473,10 +525,11 @@ class Trainer:
             sync_replicas_on_last_microbatch(self.model, is_last=is_last)
             loss += self.forward_backward(batch, valid_tokens)
         grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
-        return self._update(loss, grad_norm)
+        return self._update(loss, grad_norm, valid_tokens)
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
+        self.model.set_tokens_in_step(valid_tokens)
         if self.pipeline is not None:
             return self.pipeline.step(self._inputs(batch), valid_tokens)
         loss_sum, _ = self.loss_sum(batch)
@@ -496,6 +549,9 @@ class Trainer:
             attention_masks=self._attention_masks(inputs.whole_tokens),
             positions=inputs.positions,
             token_mask=inputs.token_mask,
+            **self.model.extra_inputs(
+                inputs.whole_tokens, batch[1].to(self.device), self.tokenizer.eos_id
+            ),
         )
         return self.loss_fn(logits, inputs.labels), count
 
@@ -557,6 +613,23 @@ class Trainer:
 
     # -------------------------------------------------------------- parts of a step
 
+    def _enter_step(self) -> None:
+        """What the schedule says for this step."""
+        now, before = self.schedule.at(self.tokens_seen), self.now
+        self.now = now
+        if not now.phase:
+            return
+        if now.phase != before.phase or self.step == 1:
+            logger.info("Step %d: in phase %s: %s", self.step, now.title, now.describe())
+        resume_lr_scheduler(self.lr_scheduler, self.lr_scheduler.last_epoch)  # also after a rewind
+        self.model.set_coefficients(now.coefficients)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of this step."""
+        at_once = self.config.training.local_batch_size * self.dims.dp_degree
+        return self.now.batch_size // at_once
+
     def _next_batches(self, batches: Iterator[Batch], interval: Interval) -> list[Batch]:
         start = time.perf_counter()
         micro_batches = [next(batches) for _ in range(self.accumulation)]
@@ -566,16 +639,17 @@ class Trainer:
         self.tokens_seen += tokens
         return micro_batches
 
-    def _update(self, local_loss: Tensor, grad_norm: Tensor) -> StepResult:
+    def _update(self, local_loss: Tensor, grad_norm: Tensor, valid: Tensor) -> StepResult:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
         group = self.dims.stage_group  # also where a stage has no experts: all ranks make it
-        loads_LE, traffic_L23 = step_loads(moes, group) if moes else ([], [])
+        loads_LE, traffic_L23, watched_L4 = step_loads(moes, group) if moes else ([], [], None)
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.requested))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
         # host sync: a non-finite step must be known before the weights change
-        *pairs, norm = torch.cat((gathered, grad_norm.view(1))).tolist()
+        last = torch.stack((valid.double(), grad_norm.double()))  # fp32 counts to 2**24 only
+        *pairs, valid_tokens, norm = torch.cat((gathered.double(), last)).tolist()
         rank_losses = [pairs[2 * rank] for rank in self.dims.loss_ranks]
         stop = any(pairs[1::2])
         verdict = self.watch.judge(self.step, rank_losses, norm)
@@ -583,6 +657,8 @@ class Trainer:
             self.checkpoint.before_update()
             self.optimizer.step()
             update_expert_bias(moes, loads_LE)
+        side = self.model.take_side_losses()
+        side = {name: sum_over_ranks(x, self.dims.dp_group) for name, x in side.items()}
         lr = self.lr_scheduler.get_last_lr()[0]
         if verdict != "rewind":
             self.lr_scheduler.step()
@@ -593,6 +669,9 @@ class Trainer:
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
             traffic=dict(zip(self.moes, traffic_L23, strict=True)),
+            watched={} if watched_L4 is None else dict(zip(self.moes, watched_L4, strict=True)),
+            side_losses={name: x.item() / valid_tokens for name, x in side.items()},
+            valid_tokens=int(valid_tokens),
             verdict=verdict,
             stop=stop,
         )
@@ -608,6 +687,17 @@ class Trainer:
         )
         return traffic_numbers(result.traffic, row)
 
+    def _balance_of(self, result: StepResult, traffic: Mapping[str, object]) -> Numbers:
+        """How evenly the step used the experts; the same on all ranks."""
+        if not self.moes:
+            return {}
+        biases = {layer: moe.expert_bias for layer, moe in self.moes.items()}
+        router = next(iter(self.moes.values())).router
+        numbers = balance_numbers(result.loads, biases, router.num_expert_groups)
+        if result.watched:
+            numbers |= routing_numbers(result.watched, result.valid_tokens, result.loads)
+        return numbers | cross_node_percent(traffic)
+
     def _validate(self) -> dict[str, float]:
         """The validation's numbers where it is due after this step, else none."""
         validator = self.validator
@@ -617,12 +707,14 @@ class Trainer:
         self.metrics.log_texts(validator.samples(self.model, self.tokenizer, self.step), self.step)
         return numbers
 
-    def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> None:
+    def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> Action:
+        """Also lets the alarms look; returns what they ask for."""
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
         skipped = sum_over_ranks(skipped, self.dims.dp_group)
         if self.pipeline is not None:  # of the layers on all stages
             result.loads, result.traffic = self.pipeline.gather((result.loads, result.traffic))
         traffic = self._traffic_of(result)
+        balance = self._balance_of(result, traffic)
         self.metrics.log(
             step=self.step,
             loss=result.loss,
@@ -638,10 +730,16 @@ class Trainer:
                 "skipped_steps": self.watch.skipped_steps,
                 "rewinds": self.watch.rewinds,
                 "skipped_documents": skipped.item(),
+                **result.side_losses,
+                **self.now.numbers(),
                 **traffic,
+                **balance,
                 **validation,
             },
         )
+        watched = balance | violation_numbers(result.loads)
+        watched |= {"loss": result.loss, "grad_norm": result.grad_norm}
         if self.config.metrics.log_traffic and traffic:
-            tokens = self.global_batch_size * self.config.training.seq_len
+            tokens = self.now.batch_size * self.config.training.seq_len
             logger.info("%s", traffic_line(traffic, tokens))
+        return self.alarms.check(self.step, watched)

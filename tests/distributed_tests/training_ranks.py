@@ -36,8 +36,13 @@ MODEL = {
 
 def config_of(*options: str) -> JobConfig:
     model = [f"--model.args.{name}={value}" for name, value in MODEL.items()]
-    fixed = [
-        "--model.flavor=debugmodel_node_limited",
+    flavor = "--model.flavor=debugmodel_node_limited"
+    return ConfigManager().parse_args([*training_options(), flavor, *model, *options])
+
+
+def training_options() -> list[str]:
+    """Of all models here."""
+    return [
         f"--training.seq_len={SEQ_LEN}",
         f"--training.steps={STEPS}",
         f"--training.global_batch_size={SEQUENCES}",
@@ -48,7 +53,6 @@ def config_of(*options: str) -> JobConfig:
         "--lr_scheduler.min_lr_factor=1",
         "--debug.seed=7",
     ]
-    return ConfigManager().parse_args([*fixed, *model, *options])
 
 
 def global_batches() -> list[tuple[Tensor, Tensor]]:
@@ -68,7 +72,11 @@ def global_batches() -> list[tuple[Tensor, Tensor]]:
 
 def train_on_this_rank(options: list[str], dump_folder: str) -> dict:
     """Run the trainer on this rank's share of the global batches."""
-    trainer = Trainer(config_of(*options, f"--job.dump_folder={dump_folder}"))
+    return train_with(config_of(*options, f"--job.dump_folder={dump_folder}"))
+
+
+def train_with(config: JobConfig) -> dict:
+    trainer = Trainer(config)
     size = trainer.config.training.local_batch_size
     share = SEQUENCES // trainer.dims.dp_degree
     first = trainer.dims.dp_rank(trainer.rank) * share

@@ -8,11 +8,14 @@ and steps counted from 0 (step 0 is the first optimizer step):
     decay     after that      from 1 towards the floor; the floor itself would be reached at step N,
                               one past the last, so that the last step still learns
 
+With [[schedule.phase]] only the warm-up is this; the phases say the rest (schedule.py).
+
 This is torchtitan v0.2's schedule, so that its TOML files mean the same here. The warm-up-stable-
 decay shape was made known by MiniCPM (https://arxiv.org/abs/2404.06395).
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 from torch.optim import Optimizer
@@ -91,6 +94,18 @@ def build_lr_scheduler(
             decay_type=decay_type,
             min_lr_factor=min_lr_factor,
         )
+
+    return LambdaLR(optimizer, factor)
+
+
+def build_phase_lr_scheduler(
+    optimizer: Optimizer, rate: Callable[[], float], *, lr: float, warmup_steps: int
+) -> LambdaLR:
+    """For a run with phases: linear warm-up in steps, times what the phases say now (`rate`, where
+    `lr` is the optimizer's own). `resume_lr_scheduler` asks again."""
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / max(1, warmup_steps)) * rate() / lr
 
     return LambdaLR(optimizer, factor)
 

@@ -244,6 +244,7 @@ def console_line(record: Record, total_steps: int, *, colour: bool) -> str:
         "loss": f"{record['loss']:8.5f}",
         "grad_norm": f"{record['grad_norm']:7.4f}",
         "lr": f"{record['lr']:.2e}",
+        **({"phase": str(record["phase"])} if "phase" in record else {}),
         "memory": f"{record['memory_gib']:5.2f}GiB({record['memory_percent']:.1f}%)",
         "tps": f"{record['tps']:,.0f}",
         "tflops": f"{record['tflops']:,.2f}",

@@ -14,9 +14,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from torchtitan.components.adamw_bf16 import AdamWBf16
+from torchtitan.components.muon import Muon
 from torchtitan.tools.errors import UserError
 
 _OPTIMIZERS = {"Adam": Adam, "AdamW": AdamW}
+# Matrices that Muon leaves to AdamW: a row of them belongs to one token of the vocabulary.
+_NOT_BY_MUON = ("tok_embeddings.", "output.")
 
 
 def build_optimizer(
@@ -30,6 +34,9 @@ def build_optimizer(
     weight_decay: float,
     weight_decay_on: Literal["matrices", "all"],
     implementation: Literal["fused", "foreach", "for-loop"],
+    state_dtype: Literal["float32", "bfloat16"] = "float32",
+    muon_momentum: float = 0.95,
+    muon_adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
 ) -> Optimizer:
     """The optimizer of this rank: every trainable parameter of `model_parts` in exactly one group.
 
@@ -37,11 +44,28 @@ def build_optimizer(
     state then does not depend on the config. (Four where plain tensors stand beside DTensors.)
     `fused` is one kernel per group, `foreach` a kernel per operation, `for-loop` one per tensor and
     operation, the slowest and the leanest; all three compute the same update. Adam adds the decay
-    to the gradient, AdamW takes it off the weight. Raises UserError for an unknown `name`.
+    to the gradient, AdamW takes it off the weight. state_dtype "bfloat16": adamw_bf16.py, whatever
+    the implementation. Raises UserError for an unknown `name`.
     """
+    if name == "Muon":
+        return Muon(
+            _muon_groups(model_parts, weight_decay, weight_decay_on),
+            lr=lr,
+            momentum=muon_momentum,
+            adjust=muon_adjust,
+            adamw={
+                "betas": (beta1, beta2),
+                "eps": eps,
+                "fused": implementation == "fused",
+                "foreach": implementation == "foreach",
+            },
+        )
+    if name == "AdamW" and state_dtype == "bfloat16":
+        groups = _param_groups(_trainable(model_parts), weight_decay, weight_decay_on)
+        return AdamWBf16(groups, lr=lr, betas=(beta1, beta2), eps=eps)
     if name not in _OPTIMIZERS:
         raise UserError(
-            f"optimizer.name = {name!r} is not known; choose one of {', '.join(_OPTIMIZERS)}"
+            f"optimizer.name = {name!r} is not known; choose one of {', '.join(_OPTIMIZERS)}, Muon"
         )
     return _OPTIMIZERS[name](
         _param_groups(_trainable(model_parts), weight_decay, weight_decay_on),
@@ -51,6 +75,19 @@ def build_optimizer(
         fused=implementation == "fused",
         foreach=implementation == "foreach",
     )
+
+
+def _muon_groups(
+    model_parts: list[nn.Module], weight_decay: float, weight_decay_on: str
+) -> list[dict[str, object]]:
+    named = [pair for part in model_parts for pair in part.named_parameters()]
+    left = {p for name, p in named if name.startswith(_NOT_BY_MUON)}
+    params = _trainable(model_parts)
+    matrices = [p for p in params if p.ndim >= 2 and p not in left]
+    chosen = set(matrices)
+    others = [p for p in params if p not in chosen]
+    by_muon = {"params": matrices, "weight_decay": weight_decay, "muon": True}
+    return [by_muon, *_param_groups(others, weight_decay, weight_decay_on)]
 
 
 def _trainable(model_parts: list[nn.Module]) -> list[nn.Parameter]:

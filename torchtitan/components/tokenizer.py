@@ -62,6 +62,10 @@ class Tokenizer(ABC):
     def _encode(self, text: str) -> list[int]: ...
 
     @abstractmethod
+    def token_id(self, text: str) -> int | None:
+        """Of the token spelled so, a special one perhaps; None where there is none."""
+
+    @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """The text, special tokens spelled out; ids that the tokenizer doesn't have give nothing
         (a model may have more rows than the tokenizer has entries)."""
@@ -107,6 +111,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def token_id(self, text: str) -> int | None:
+        return self._tokenizer.token_to_id(text)
+
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -148,6 +155,12 @@ class TikTokenTokenizer(Tokenizer):
         for start in range(0, len(text), LONGEST_PIECE):
             ids += self._encoding.encode_ordinary(text[start : start + LONGEST_PIECE])
         return ids
+
+    def token_id(self, text: str) -> int | None:
+        try:
+            return self._encoding.encode_single_token(text)
+        except KeyError:
+            return None
 
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode([i for i in ids if i in self._known])

@@ -1,8 +1,8 @@
 """How a log record reaches disk: JSON lines for programs, TensorBoard for eyes.
 
 A record is a flat dict of one logged step: numbers, and under a few names a number per MoE layer
-({layer id: number}). Both writers give every number the same name. The heat map of the expert load
-is a picture of one byte per channel, made with numpy alone.
+({layer id: number}, or a list with one per expert). Both writers give every number the same name.
+The heat map of the expert load is a picture of one byte per channel, made with numpy alone.
 """
 
 import json
@@ -21,7 +21,7 @@ from torchtitan.tools.logging import logger
 _TAIL_BYTES = 2**20  # More than the longest line: some 100 layers make 10 kB.
 _RUN_NAME = re.compile(r"(\d{8}-\d{4})(?:-(\d\d+))?")
 
-Record = Mapping[str, float | int | Mapping[int, float]]
+Record = Mapping[str, float | int | Mapping[int, float | list[float]]]
 
 
 class JsonlWriter:
@@ -101,6 +101,8 @@ class TensorBoardWriter:
         for name, value in record.items():
             if isinstance(value, Mapping):
                 for layer, number in value.items():
+                    if isinstance(number, list):  # one per expert: the heat map shows them
+                        continue
                     self.writer.add_scalar(f"{name}/layer_{layer}", number, step)
             elif name not in ("step", "time"):  # TensorBoard's own axes.
                 self.writer.add_scalar(name, value, step)

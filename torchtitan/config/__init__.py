@@ -22,11 +22,13 @@ from torchtitan.config.job_config import (
     to_dict,
 )
 from torchtitan.config.manager import ConfigManager
+from torchtitan.config.recipe import Alarm, Phase, Schedule
 from torchtitan.config.validate import resolve_global_batch_size, validate
 
 __all__ = [
     "CHECKPOINT_PARTS",
     "ActivationCheckpoint",
+    "Alarm",
     "Checkpoint",
     "Comm",
     "Compile",
@@ -40,8 +42,10 @@ __all__ = [
     "Model",
     "Optimizer",
     "Parallelism",
+    "Phase",
     "Profiling",
     "Quantize",
+    "Schedule",
     "Training",
     "Validation",
     "resolve_degrees",

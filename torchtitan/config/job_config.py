@@ -8,6 +8,8 @@ The sentences below the fields are what `python -m torchtitan.train --help` prin
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from torchtitan.config.recipe import Alarm, LRScheduler, Optimizer, Schedule
+
 
 def _listing(*items: Any) -> Any:
     return field(default_factory=lambda: list(items))
@@ -69,6 +71,10 @@ class Metrics:
     """Write metrics on every rank instead of on rank 0 only."""
     log_traffic: bool = False
     """With expert parallelism, a second console line says what travelled between ranks (ours)."""
+    log_routing: bool = False
+    """Also log what the router does: entropy, effect of the group limit, load by expert (ours)."""
+    alarm: list[Alarm] = _listing()
+    """Alarms on numbers of the log, [[metrics.alarm]]; keys of each: docs/recipe.md (ours)."""
     enable_wandb: bool = False
     """Send metrics to Weights & Biases."""
 
@@ -94,44 +100,6 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    """The update rule."""
-
-    name: Literal["Adam", "AdamW"] = "AdamW"
-    """Adam adds weight_decay to the gradient, AdamW takes it off the weights."""
-    lr: float = 8e-4
-    """Peak learning rate, before the factor of lr_scheduler."""
-    beta1: float = 0.9
-    """Decay of the running mean of gradients, in [0, 1)."""
-    beta2: float = 0.95
-    """Decay of the running mean of squared gradients, in [0, 1)."""
-    eps: float = 1e-8
-    """Added to the denominator of the update."""
-    weight_decay: float = 0.1
-    """Strength of the weight decay."""
-    weight_decay_on: Literal["matrices", "all"] = "matrices"
-    """Decay only parameters with two or more dimensions, or all of them (ours)."""
-    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """How the update is computed; the result is the same up to rounding."""
-    early_step_in_backward: bool = False
-    """Update each parameter as soon as its gradient is there."""
-
-
-@dataclass(frozen=True)
-class LRScheduler:
-    """The learning rate over the run: warm-up, stable, decay."""
-
-    warmup_steps: int = 200
-    """Steps of linear warm-up."""
-    decay_ratio: float | None = None
-    """Share of training.steps that decays, in [0, 1]; unset: all steps after the warm-up decay."""
-    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
-    """Shape of the decay."""
-    min_lr_factor: float = 0.0
-    """Where the decay ends, as a share of the peak learning rate, in [0, 1]."""
-
-
-@dataclass(frozen=True)
 class Training:
     """Data, batch, precision and length of the run."""
 
@@ -145,6 +113,10 @@ class Training:
     """Loader processes per rank; 0 loads in the training process (ours)."""
     dataset_lanes: int | None = None
     """Token streams of the run that documents are dealt to; unset: chosen by the data (ours)."""
+    fim_rate: float = 0.0
+    """Share of the documents that are rearranged to fill in their middle, in [0, 1] (ours)."""
+    fim_tokens: list[str] = _listing("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+    """Begin, hole and end token of fill-in-the-middle (ours; DeepSeek's)."""
     local_batch_size: int = 8
     """Sequences per forward pass and data-parallel rank."""
     global_batch_size: int = -1
@@ -423,6 +395,7 @@ class JobConfig:
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -5,6 +5,7 @@ them, and what it refuses is said again in one sentence (`UserError`), the same 
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import sys
@@ -16,7 +17,16 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.schema import KEYS, alternatives, build, flatten, matches, requirement
+from torchtitan.config.schema import (
+    KEYS,
+    alternatives,
+    build,
+    flatten,
+    make_row,
+    matches,
+    requirement,
+    row_type,
+)
 from torchtitan.config.schema import unknown as unknown_key
 from torchtitan.tools.errors import UserError, suggest
 
@@ -139,6 +149,8 @@ def _option_value(path: str, negated: bool, values: list[str]) -> str | bool:
             return switch and not negated
         if list[str] in alternatives(kind):
             return ",".join(values)
+        if values and matches(tables := parse_value(values[0]), kind) and row_type(kind):
+            _rows(kind, tables, f"command line: --{path}")  # says what is wrong inside a table
     if not values:
         raise UserError(f"{shown} needs a value, as in --{path}=VALUE.")
     if len(values) > 1:
@@ -217,6 +229,27 @@ def _lists_and_tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] 
         is_instance=lambda value: matches(value, info.type),
         str_from_instance=lambda value: ["None" if value is None else json.dumps(value)],
     )
+
+
+@_REGISTRY.primitive_rule
+def _lists_of_tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """[[table.key]] on the command line: a TOML array of inline tables."""
+    if row_type(info.type) is None:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TABLES",
+        instance_from_str=lambda texts: _rows(info.type, parse_value(texts[0]), ""),
+        is_instance=lambda value: isinstance(value, list),
+        str_from_instance=lambda rows: [json.dumps([dataclasses.asdict(row) for row in rows])],
+    )
+
+
+def _rows(kind: Any, tables: Any, where: str) -> list[Any]:
+    if not matches(tables, kind):
+        raise ValueError(str(tables))
+    rows = enumerate(tables, start=1)
+    return [make_row(row_type(kind), table, f"{where} {n}") for n, table in rows]
 
 
 # ---------------------------------------------------------------------------------------------

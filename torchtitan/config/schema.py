@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import json
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan.config.job_config import JobConfig
 from torchtitan.tools.errors import UserError, suggest
@@ -83,6 +83,8 @@ def matches(value: Any, kind: Any) -> bool:
         return any(matches(value, member) for member in get_args(kind))
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
+    if row_type(kind) is not None:
+        return isinstance(value, list) and all(isinstance(row, dict) for row in value)
     if get_origin(kind) is list:
         return isinstance(value, list) and all(matches(item, *get_args(kind)) for item in value)
     if get_origin(kind) is dict:
@@ -90,6 +92,12 @@ def matches(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float)
     return type(value) is kind  # not isinstance: true is no integer
+
+
+def row_type(kind: Any) -> type | None:
+    """The dataclass of which the key holds a list, written [[table.key]]; None for other keys."""
+    inner = get_args(kind)[0] if get_origin(kind) is list else None
+    return inner if dataclasses.is_dataclass(inner) else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -102,6 +110,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _describe(kind: Any) -> str:
+    if row_type(kind) is not None:
+        return "a list of tables"
     words = {
         str: "a string",
         int: "an integer",
@@ -115,6 +125,9 @@ def _describe(kind: Any) -> str:
 
 
 def _example(key: Key) -> str:
+    if (row := row_type(key.type)) is not None:
+        needed = [f for f in dataclasses.fields(row) if f.default is dataclasses.MISSING]
+        return f"[{{ {', '.join(f'{f.name} = 1000' for f in needed)} }}]"
     if key.default not in (None, "", [], {}):
         return as_text(key.default)
     by_type = {
@@ -130,7 +143,10 @@ def _example(key: Key) -> str:
 
 def requirement(path: str, value: Any) -> str:
     """What the key must hold, to follow "key = value": `must be an integer, for example 10000.`"""
-    key = KEYS[path]
+    return _requirement(KEYS[path], value)
+
+
+def _requirement(key: Key, value: Any) -> str:
     first = alternatives(key.type)[0]
     if get_origin(first) is Literal:
         return f"must be {_either(_nearest_first(str(value), get_args(first)))}."
@@ -231,9 +247,34 @@ def _checked(path: str, value: Any, source: str) -> Any:
     kind = KEYS[path].type
     if not matches(value, kind):
         raise UserError(f"{source}: {path} = {as_text(value)} {requirement(path, value)}")
+    if (row := row_type(kind)) is not None:
+        return [
+            make_row(row, table, f"{source}: {path} {n}") for n, table in enumerate(value, start=1)
+        ]
     if float in alternatives(kind) and type(value) is int:
         return float(value)
     return value
+
+
+def make_row(row: type, table: dict[str, Any], where: str) -> Any:
+    """One table of a list as its dataclass. `where` names it in messages: "x.toml: a.b 2"."""
+    hints = get_type_hints(row)
+    kinds = {field.name: hints[field.name] for field in dataclasses.fields(row)}
+    values = {}
+    for name, value in table.items():
+        if name in getattr(row, "REFUSED", {}):
+            raise UserError(f"{where}: {name} is not a key here: {row.REFUSED[name]}")
+        if name not in kinds:
+            raise UserError(f"{where}: unknown key '{name}'{suggest(name, kinds)}")
+        if not matches(value, kinds[name]):
+            key = Key(kinds[name], None)
+            raise UserError(f"{where}: {name} = {as_text(value)} {_requirement(key, value)}")
+        is_float = float in alternatives(kinds[name]) and type(value) is int
+        values[name] = float(value) if is_float else value
+    for field in dataclasses.fields(row):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{where}: {field.name} is missing, which each of these tables needs.")
+    return row(**values)
 
 
 def build(flat: dict[str, Any]) -> JobConfig:

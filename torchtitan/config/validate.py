@@ -9,11 +9,16 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+from torchtitan.config.alarm_rules import check_alarms
 from torchtitan.config.checkpoint_rules import check_checkpoint
 from torchtitan.config.degrees import Degrees, nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schedule_rules import check_schedule
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
+
+# Towards the new value a step moves a running mean by 1 - beta of the way; bf16 resolves 0.4 %.
+LARGEST_BF16_BETA = 0.99
 
 
 def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> None:
@@ -25,13 +30,16 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_choices(config)
     _check_memory_budget(config)
     _check_cpu_offload(config, world_size, device_type)
+    _check_state_dtype(config)
     _check_profiling(config, device_type)
     _check_validation(config)
     check_checkpoint(config, world_size)
+    check_alarms(config)
     degrees = resolve_degrees(config.parallelism, world_size)
+    dp_degree = degrees.dp_replicate * degrees.dp_shard
     _check_sequence(config.training.seq_len, degrees)
     _check_async_tensor_parallel(config, device_type)
-    resolve_global_batch_size(config, degrees.dp_replicate * degrees.dp_shard)
+    check_schedule(config, resolve_global_batch_size(config, dp_degree), dp_degree)
 
 
 def _get(config: JobConfig, key: str) -> Any:
@@ -104,11 +112,15 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("a finite number greater than 0", lambda value: 0 < value < math.inf, "optimizer.eps"),
     ("greater than 0 (inf switches clipping off)", lambda value: value > 0, "training.max_norm"),
-    ("at least 0 and less than 1", lambda v: 0 <= v < 1, "optimizer.beta1 optimizer.beta2"),
+    (
+        "at least 0 and less than 1",
+        lambda v: 0 <= v < 1,
+        "optimizer.beta1 optimizer.beta2 optimizer.muon_momentum",
+    ),
     (
         "between 0 and 1",
         lambda value: 0 <= value <= 1,
-        "lr_scheduler.decay_ratio lr_scheduler.min_lr_factor",
+        "lr_scheduler.decay_ratio lr_scheduler.min_lr_factor training.fim_rate",
     ),
     # The seed is sent to all ranks as a signed 64-bit integer.
     ("between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63, "debug.seed"),
@@ -193,6 +205,25 @@ def _check_cpu_offload(config: JobConfig, world_size: int, device_type: str) -> 
         reason = "is FSDP's, which one process doesn't use"
     if reason:
         raise UserError(f"training.enable_cpu_offload = true {reason}; set it to false.")
+
+
+def _check_state_dtype(config: JobConfig) -> None:
+    optimizer = config.optimizer
+    if optimizer.state_dtype == "float32":
+        return
+    if optimizer.name != "AdamW":
+        raise UserError(
+            f'optimizer.state_dtype = "bfloat16" is for AdamW, but optimizer.name is '
+            f'{as_text(optimizer.name)}; set state_dtype to "float32".'
+        )
+    for key in ("beta1", "beta2"):
+        beta = getattr(optimizer, key)
+        if beta > LARGEST_BF16_BETA:
+            raise UserError(
+                f'optimizer.{key} = {beta} with optimizer.state_dtype = "bfloat16": a step would '
+                "change the running mean by less than bf16 resolves; set it to "
+                f'{LARGEST_BF16_BETA} or less, or state_dtype to "float32".'
+            )
 
 
 def _check_profiling(config: JobConfig, device_type: str) -> None:

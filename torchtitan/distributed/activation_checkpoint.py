@@ -10,7 +10,7 @@ sends every token where it went before, whatever has happened to the routing bia
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,7 +57,7 @@ def check_memory_budget(config: ActivationCheckpoint) -> None:
 
 
 def apply_activation_checkpoint(
-    layers: nn.ModuleDict, config: ActivationCheckpoint, dump_folder: str = "."
+    layers: Mapping[str, nn.Module], config: ActivationCheckpoint, dump_folder: str = "."
 ) -> None:
     """Wrap the forward of the chosen layers in place; parameter names stay."""
     _set_memory_budget(config, dump_folder)
@@ -66,7 +66,8 @@ def apply_activation_checkpoint(
     by_op = config.mode == "selective" and config.selective_ac_option == "op"
     every = 1 if config.mode == "full" or by_op else int(config.selective_ac_option)
     # By global number: which layers recompute must not depend on a pipeline's cut.
-    chosen = [layer for i, layer in layers.items() if (int(i) + 1) % every == 0]
+    numbers = _numbers(layers)
+    chosen = [layer for name, layer in layers.items() if (numbers[name] + 1) % every == 0]
     _ignore_records_of_profiler()
     recomputed: dict[Callable, Callable] = {}
     for layer in chosen:
@@ -130,6 +131,14 @@ def _ignore_records_of_profiler() -> None:
             torch.ops.profiler._record_function_enter_new.default,
             torch.ops.profiler._record_function_exit._RecordFunction,
         }
+
+
+def _numbers(names: Iterable[str]) -> dict[str, int]:
+    """Of layers by their names "0", "1", …; others (multi-token prediction) come behind them."""
+    numbers = {name: int(name) for name in names if name.isdecimal()}
+    others = [name for name in names if name not in numbers]
+    first = max(numbers.values(), default=-1) + 1
+    return numbers | {name: first + k for k, name in enumerate(others)}
 
 
 def _matmul_shapes(layer: nn.Module, names: list[str]) -> set[torch.Size]:

@@ -1,7 +1,7 @@
 """torch.compile, layer by layer: equal layers share one compiled graph."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch._dynamo
@@ -24,7 +24,7 @@ def check_compile_backend(config: Compile) -> None:
         )
 
 
-def apply_compile(layers: nn.ModuleDict, config: Compile) -> None:
+def apply_compile(layers: Mapping[str, nn.Module], config: Compile) -> None:
     """Compile each layer's forward in place, inside of FSDP's hooks; parameter names stay."""
     if not config.enable or "model" not in config.components:
         return

@@ -131,7 +131,7 @@ def _shard_experts(
 def _shard_layers(model: BaseModel, reshard: bool, options: dict[str, Any]) -> None:
     if model.tok_embeddings is not None:
         fully_shard(model.tok_embeddings, reshard_after_forward=reshard, **options)
-    for layer in model.layers.values():
+    for layer in model.blocks().values():
         fully_shard(layer, reshard_after_forward=reshard, **options)
     # The backward pass starts with these two: not worth freeing them in between.
     if model.output is not None:

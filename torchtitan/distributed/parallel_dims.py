@@ -115,6 +115,11 @@ class ParallelDims:
         """Ranks that read different sequences, at this rank's place of pp, cp and tp."""
         return self.data_mesh["dp"].get_group()
 
+    @cached_property
+    def sequence_group(self) -> dist.ProcessGroup:
+        """Ranks that hold (and route) the parts of the same sequences."""
+        return self.data_mesh["cp", "tp"]._flatten("sequence").get_group()
+
     @property
     def loss_ranks(self) -> list[int]:
         """The ranks whose losses add up to that of the step; see the top of the file."""

@@ -1,6 +1,7 @@
 """What the trainer may rely on in a model and in its arguments."""
 
 import dataclasses
+from collections.abc import Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import (
@@ -15,6 +16,7 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
+from torchtitan.config import Parallelism
 from torchtitan.config.schema import alternatives, as_text, matches
 from torchtitan.tools.errors import UserError, suggest
 
@@ -62,12 +64,27 @@ class BaseModelArgs:
     def check_tokenizer(self, eos_id: int | None) -> None:
         """Raise `UserError` where the model needs a token that the tokenizer doesn't have."""
 
+    def check_layout(self, parallelism: Parallelism) -> None:
+        """Raise `UserError` where this model can't be spread like that."""
+        tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+        method = parallelism.context_parallel_rotate_method
+        self.check_expert_parallel(parallelism.expert_parallel_degree)
+        self.check_tensor_parallel(tp, experts=parallelism.expert_tensor_parallel_degree)
+        self.check_context_parallel(cp, method=method, tensor_parallel=tp)
+
     def check_expert_parallel(self, degree: int) -> None:
         """Raise `UserError` where the experts can't be spread over so many ranks."""
         if degree > 1:
             raise UserError(
                 f"parallelism.expert_parallel_degree = {degree}, but this model has no experts; "
                 "set it to 1."
+            )
+
+    def check_coefficients(self, names: Set[str]) -> None:
+        """Raise `UserError` where a phase of the run sets a coefficient that this model has not."""
+        if names:
+            raise UserError(
+                f"[[schedule.phase]] sets {min(names)}, which this model has not; leave it out."
             )
 
     def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
@@ -150,6 +167,30 @@ class BaseModel(nn.Module):
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Fill all parameters and buffers; call after moving a meta-device model to its device."""
         raise NotImplementedError
+
+    def set_coefficients(self, values: Mapping[str, float]) -> None:
+        """Weights of losses, and speeds, that a phase of the run sets; `check_coefficients` has
+        seen their names."""
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """All layers by name, those beside the main path included: the units in which weights are
+        gathered, activations recomputed, and code compiled."""
+        return dict(self.layers.items())
+
+    def extra_inputs(
+        self, tokens_BS: Tensor, labels_BS: Tensor, eos_id: int | None
+    ) -> dict[str, Any]:
+        """What `forward` takes besides, in training, by name: tensors made from whole sequences."""
+        return {}
+
+    def take_side_losses(self) -> dict[str, Tensor]:
+        """Losses beside the main one, by name, summed over this rank's tokens since the last call
+        and before their weights."""
+        return {}
+
+    def set_tokens_in_step(self, tokens: Tensor) -> None:
+        """The valid tokens of the optimizer step, over all ranks (scalar): what losses that arise
+        inside of layers are divided by. Before each forward pass."""
 
     def moe_layers(self) -> dict[int, nn.Module]:
         """The `MoE` module of every layer that has one, by layer number."""

@@ -1,9 +1,11 @@
 """Sizes of the DeepSeek-V2/V3 architecture, its rules, and its FLOPs."""
 
 import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from torchtitan.config import Parallelism
 from torchtitan.config.degrees import nearest
 from torchtitan.models.moe import MoEArgs
 from torchtitan.ops.rope import Yarn, yarn_softmax_factor
@@ -29,6 +31,9 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
     the softmax.
 
     init_std: of all matrices, normal (the V3 report's 0.006).
+
+    Multi-token prediction (mtp.py): n_mtp_layers (0: off; the V3 report trained with 1) and
+    mtp_loss_weight, its lambda.
     """
 
     vocab_size: int = 102400
@@ -59,6 +64,9 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
     beta_slow: float = 1.0
     mscale: float = 1.0
 
+    n_mtp_layers: int = 0
+    mtp_loss_weight: float = 0.3
+
     def __post_init__(self) -> None:
         positive = (
             "vocab_size max_seq_len dim inter_dim moe_inter_dim n_layers n_heads kv_lora_rank "
@@ -74,6 +82,11 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
             raise UserError(
                 f"n_dense_layers ({self.n_dense_layers}) must lie between 0 and n_layers "
                 f"({self.n_layers})."
+            )
+        if self.n_mtp_layers < 0 or self.mtp_loss_weight < 0:
+            raise UserError(
+                f"n_mtp_layers ({self.n_mtp_layers}) and mtp_loss_weight ({self.mtp_loss_weight}) "
+                "must be 0 (no multi-token prediction) or more."
             )
         if self.qk_rope_head_dim % 2:
             raise UserError(
@@ -110,11 +123,16 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         the bias, and the rest of what is left out changes only how the same is computed."""
         arguments = super().weights_identity()
         free = (
-            "init_std attn_mask_type yarn original_seq_len rope_factor beta_fast beta_slow mscale"
+            "init_std attn_mask_type yarn original_seq_len rope_factor beta_fast beta_slow mscale "
+            "mtp_loss_weight"
         )
         for name in free.split():
             arguments.pop(name)
-        for name in ("use_grouped_mm", "_debug_force_load_balance", "load_balance_coeff"):
+        free = (
+            "use_grouped_mm _debug_force_load_balance load_balance_coeff sequence_balance_coeff "
+            "z_loss_coeff"
+        )
+        for name in free.split():
             arguments["moe_args"].pop(name)
         return arguments
 
@@ -129,6 +147,31 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
                 "token, which tells documents apart; name one in its tokenizer_config.json, or use "
                 "'causal'."
             )
+
+    def check_coefficients(self, names: Set[str]) -> None:
+        if "load_balance_coeff" in names and self.moe_args.load_balance_coeff is None:
+            raise UserError(
+                "[[schedule.phase]] sets load_balance_coeff, but the model has no expert bias: set "
+                "model.args.moe_args.load_balance_coeff to the speed of the start (0 is one)."
+            )
+        if "mtp_loss_weight" in names and self.n_mtp_layers == 0:
+            raise UserError(
+                "[[schedule.phase]] sets mtp_loss_weight, but model.args.n_mtp_layers is 0: set it "
+                "to 1, or leave mtp_loss_weight out."
+            )
+
+    def check_layout(self, parallelism: Parallelism) -> None:
+        super().check_layout(parallelism)
+        if self.n_mtp_layers == 0:
+            return
+        for key in ("pipeline", "context", "tensor"):
+            degree = getattr(parallelism, f"{key}_parallel_degree")
+            if degree > 1:
+                raise UserError(
+                    f"parallelism.{key}_parallel_degree = {degree} is not supported yet with "
+                    f"multi-token prediction (model.args.n_mtp_layers = {self.n_mtp_layers}); set "
+                    "the degree to 1, or n_mtp_layers to 0."
+                )
 
     def check_expert_parallel(self, degree: int) -> None:
         num_experts = self.moe_args.num_experts
@@ -177,9 +220,11 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         weights += self.n_dense_layers * 3 * self.dim * self.inter_dim
         weights += (self.n_layers - self.n_dense_layers) * self._active_moe_weights()
         weights += self.dim * self.vocab_size  # output; the embedding is a look-up
+        mtp = self._attention_weights() + self._active_moe_weights()
+        weights += self.n_mtp_layers * (mtp + self.dim * (2 * self.dim + self.vocab_size))
         keys_per_query = seq_len / 2 if causal else seq_len
         core = 2 * self.n_heads * (self.qk_head_dim + self.v_head_dim) * keys_per_query
-        return 3 * (2 * weights + self.n_layers * core)
+        return 3 * (2 * weights + (self.n_layers + self.n_mtp_layers) * core)
 
     def _attention_weights(self) -> int:
         q_out = self.n_heads * self.qk_head_dim

@@ -75,7 +75,7 @@ def _routing(args: DeepSeekV3ModelArgs) -> dict[str, Any]:
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
             "topk_method": "noaux_tc",
-            "num_nextn_predict_layers": 0,
+            "num_nextn_predict_layers": args.n_mtp_layers,
         }
     return config | {
         "architectures": ["DeepseekV2ForCausalLM"],
@@ -119,7 +119,8 @@ def check_export(args: DeepSeekV3ModelArgs) -> None:
 
 
 def read_hf_config(config: Mapping[str, Any]) -> DeepSeekV3ModelArgs:
-    """The arguments of the model that a published `config.json` describes.
+    """The arguments of the model that a published `config.json` describes, multi-token prediction
+    left out (n_mtp_layers 0: it is for training).
 
     Raises `UserError` naming the first key whose value this architecture has not.
     """

@@ -6,14 +6,18 @@ tensors live is decided in parallelize.py.
 Letters: B batch, S sequence, D model dim, H heads, C channels.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.deepseek_v3.latent_cache import latent_caches
+from torchtitan.models.deepseek_v3.mtp import MTPInputs, MTPLayer, mtp_inputs, mtp_losses
 from torchtitan.models.moe import FeedForward, MoE
+from torchtitan.models.moe.aux_loss import attach_loss
 from torchtitan.models.moe.balancing import Load, record_load
 from torchtitan.ops.attention import AttentionMask, attention, causal_mask, document_mask
 from torchtitan.ops.init import init_parameters
@@ -131,9 +135,21 @@ class DeepSeekV3Model(BaseModel):
         self.layers = nn.ModuleDict(
             {str(i): TransformerBlock(i, model_args) for i in range(model_args.n_layers)}
         )
+        self.mtp = nn.ModuleDict(
+            {
+                str(k): MTPLayer(model_args, TransformerBlock(model_args.n_layers + k, model_args))
+                for k in range(model_args.n_mtp_layers)
+            }
+        )
+        self.mtp_loss_weight = model_args.mtp_loss_weight
         self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
         self.output = nn.Linear(model_args.dim, model_args.vocab_size, bias=False)
         self.register_buffer("rope", self._make_rope_table(), persistent=False)
+        for name, value in (
+            ("tokens_in_step", torch.ones(())),
+            ("mtp_loss", torch.zeros(model_args.n_mtp_layers)),
+        ):
+            self.register_buffer(name, value.float(), persistent=False)
 
     def forward(
         self,
@@ -141,21 +157,73 @@ class DeepSeekV3Model(BaseModel):
         attention_masks: AttentionMask = None,
         positions: Tensor | None = None,
         token_mask: Tensor | None = None,
+        mtp: MTPInputs | None = None,
     ) -> Tensor:
         """Logits (B, S, V) of int64 tokens (B, S).
 
         attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None =
-        0, 1, …. token_mask: (B, S) bool, False = padding, left out of the expert load.
+        0, 1, …. token_mask: (B, S) bool, False = padding, left out of the expert load. mtp: from
+        `extra_inputs`, in training; its loss then joins the backward pass of the logits.
 
         A pipeline's part without `tok_embeddings` takes the hidden states (B, S, D) of the one
         before as `tokens`; one without `output` returns its own.
         """
-        x_BSD = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        x_BSD, *embedded = self._embed(tokens, mtp)
         for layer in self.layers.values():
             x_BSD, load = layer(x_BSD, self.rope, attention_masks, positions, token_mask)
             if load is not None and self.training and torch.is_grad_enabled():
                 record_load(layer.moe, load)
-        return x_BSD if self.output is None else self.output(self.norm(x_BSD))
+        if self.output is None:
+            return x_BSD
+        h_BSD = self.norm(x_BSD)
+        if mtp is None:
+            return self.output(h_BSD)
+        return self._predict_further(h_BSD, embedded, mtp, attention_masks, positions)
+
+    def _embed(self, tokens: Tensor, mtp: MTPInputs | None) -> list[Tensor]:
+        """Embedding and head are called once each: FSDP gathers their weights for one call."""
+        if self.tok_embeddings is None:
+            return [tokens]
+        if mtp is None:
+            return [self.tok_embeddings(tokens)]
+        return list(self.tok_embeddings(torch.stack((tokens, *mtp.tokens_KBS))))
+
+    def _predict_further(
+        self,
+        h_BSD: Tensor,
+        embedded: list[Tensor],
+        mtp: MTPInputs,
+        mask: AttentionMask,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """The logits of the main model; see mtp.py for the rest."""
+        hidden = [h_BSD]
+        for layer, x_BSD, labels in zip(self.mtp.values(), embedded, mtp.labels_KBS, strict=True):
+            counted = labels != -100
+            h_BSD, load = layer(hidden[-1], x_BSD, self.rope, mask, positions, counted)
+            record_load(layer.block.moe, load)
+            hidden.append(h_BSD)
+        every = self.output(torch.stack(hidden))
+        losses = mtp_losses(every[1:], mtp.labels_KBS)
+        self.mtp_loss += losses.detach()
+        weight = self.mtp_loss_weight / len(self.mtp)
+        return attach_loss(every[0], weight * losses.sum() / self.tokens_in_step)
+
+    def extra_inputs(
+        self, tokens_BS: Tensor, labels_BS: Tensor, eos_id: int | None
+    ) -> dict[str, Any]:
+        if not self.mtp or not self.training:
+            return {}
+        apart = self.model_args.attn_mask_type == "block_causal"
+        return {"mtp": mtp_inputs(tokens_BS, labels_BS, len(self.mtp), eos_id if apart else None)}
+
+    def blocks(self) -> dict[str, nn.Module]:
+        return {**dict(self.layers.items()), **{f"mtp.{k}": each for k, each in self.mtp.items()}}
+
+    def take_side_losses(self) -> dict[str, Tensor]:
+        sums = {f"mtp_loss_{k + 1}": each for k, each in enumerate(self.mtp_loss.clone())}
+        self.mtp_loss.zero_()
+        return sums
 
     def get_attention_masks(
         self, tokens_BS: Tensor, eos_id: int | None, queries_Q: Tensor | None = None
@@ -171,7 +239,19 @@ class DeepSeekV3Model(BaseModel):
         )
 
     def moe_layers(self) -> dict[int, nn.Module]:
-        return {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
+        moes = {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
+        first = self.model_args.n_layers
+        return moes | {first + int(k): layer.block.moe for k, layer in self.mtp.items()}
+
+    def set_tokens_in_step(self, tokens: Tensor) -> None:
+        self.tokens_in_step.copy_(tokens)
+        for moe in self.moe_layers().values():
+            moe.tokens_in_step.copy_(tokens)
+
+    def set_coefficients(self, values: Mapping[str, float]) -> None:
+        self.mtp_loss_weight = values.get("mtp_loss_weight", self.mtp_loss_weight)
+        for moe in self.moe_layers().values():
+            moe.set_coefficients(values)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Matrices normal with `init_std`, norms one, expert bias zero.
@@ -181,15 +261,19 @@ class DeepSeekV3Model(BaseModel):
         init_parameters(self, self.model_args.init_std)
         for moe in self.moe_layers().values():
             moe.init_buffers()
+        self.tokens_in_step.fill_(1)
+        self.mtp_loss.zero_()
         self.rope = self._make_rope_table().to(buffer_device or self.rope.device)
 
     def _apply(self, fn, recurse: bool = True):
         # `model.bfloat16()` and friends must not round the rotary table: its cosines would be off
-        # by up to 2e-3, and neighbouring positions of the slow pairs would become one.
-        table = self.rope
+        # by up to 2e-3, and neighbouring positions of the slow pairs would become one. Nor what is
+        # counted.
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if self.rope.dtype != table.dtype:
-            self.rope = table.to(self.rope.device)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype != before[name].dtype:
+                setattr(self, name, before[name].to(buffer.device))
         return self
 
     def _make_rope_table(self) -> Tensor:

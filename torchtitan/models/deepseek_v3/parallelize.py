@@ -43,20 +43,23 @@ def parallelize_deepseekv3(
             parallel_dims.data_mesh["cp"].get_group(),
             job_config.parallelism.context_parallel_rotate_method,
         )
+    if parallel_dims.cp * parallel_dims.tp > 1:
+        for moe in model.moe_layers().values():
+            moe.sequence_group = parallel_dims.sequence_group
     # A layer that can be one graph is compiled together with its recomputation. One that can't (its
     # experts loop, or tokens travel) is compiled piece by piece, inside of it: torch doesn't
     # compile anything in a recomputed region that is not one graph.
     in_pieces = loops or parallel_dims.ep * parallel_dims.etp > 1
     if in_pieces:
-        apply_compile(model.layers, job_config.compile)
+        apply_compile(model.blocks(), job_config.compile)
         for moe in model.moe_layers().values():
             # Recomputation must see the choice of experts, to keep it.
             moe.router._choose = torch.compiler.disable(moe.router._choose)
     apply_activation_checkpoint(
-        model.layers, job_config.activation_checkpoint, job_config.job.dump_folder
+        model.blocks(), job_config.activation_checkpoint, job_config.job.dump_folder
     )
     if not in_pieces:
-        apply_compile(model.layers, job_config.compile)
+        apply_compile(model.blocks(), job_config.compile)
     apply_data_parallel(model, parallel_dims, job_config.training, job_config.parallelism)
     return model
 

@@ -71,13 +71,27 @@ _TABLE = {
     "norm.weight": _Row("model.norm.weight"),
     "output.weight": _Row("lm_head.weight"),
 }
+# Multi-token prediction: their layers behind the last one, so {} is n_layers + our number.
+_MTP = {
+    **{
+        f"mtp.{{}}.block.{ours}": _TABLE[f"layers.{{}}.{ours}"]
+        for ours in _IN_LAYER
+        if not ours.startswith("feed_forward.")
+    },
+    "mtp.{}.enorm.weight": _Row("model.layers.{}.enorm.weight"),
+    "mtp.{}.hnorm.weight": _Row("model.layers.{}.hnorm.weight"),
+    "mtp.{}.eh_proj.weight": _Row("model.layers.{}.eh_proj.weight"),
+    "mtp.{}.norm.weight": _Row("model.layers.{}.shared_head.norm.weight"),
+}
+# Copies of the model's own in the layers of _MTP; not read, and not written again.
+_SHARED = ("embed_tokens.weight", "shared_head.head.weight")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _GATE = re.compile(r"layers\.(\d+)\.moe\.router\.gate\.weight")
 
 
-def _row_of(ours: str) -> tuple[_Row, list[str]]:
-    """The table's row for one of our names, and the numbers in it."""
-    return _TABLE[_NUMBER.sub("{}", ours)], _NUMBER.findall(ours)
+def _row_of(ours: str) -> _Row:
+    form = _NUMBER.sub("{}", ours)
+    return _MTP[form] if form in _MTP else _TABLE[form]
 
 
 class DeepSeekV3StateDictAdapter(StateDictAdapter):
@@ -95,19 +109,23 @@ class DeepSeekV3StateDictAdapter(StateDictAdapter):
             return {n: t.shape for n, t in DeepSeekV3Model(self.model_args).state_dict().items()}
 
     def pieces(self) -> list[Piece]:
-        return [piece for name, shape in self._shapes.items() for piece in _pieces_of(name, shape)]
+        shapes = self._shapes.items()
+        return [piece for name, shape in shapes for piece in self._pieces_of(name, shape)]
 
     def left_out(self, name: str) -> str | None:
         if name.endswith(".rotary_emb.inv_freq"):
             return "rotary frequencies, which are computed"
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if layer and int(layer[1]) >= self.model_args.n_layers:
+        if (layer := re.match(r"model\.layers\.(\d+)\.", name)) is None:
+            return None
+        first = self.model_args.n_layers
+        if int(layer[1]) >= first + self.model_args.n_mtp_layers:
             return "multi-token prediction, which this model has not"
+        if int(layer[1]) >= first and name.removeprefix(layer[0]) in _SHARED:
+            return "multi-token prediction's copies of embedding and head, which it shares here"
         return None
 
     def row_order(self, piece: Piece, hf_config: Mapping[str, Any]) -> Tensor | None:
-        row, _ = _row_of(piece.ours)
-        if not row.rope or hf_config.get("rope_interleave", True):
+        if not _row_of(piece.ours).rope or hf_config.get("rope_interleave", True):
             return None
         args, rows = self.model_args, torch.arange(piece.shape[0])
         head_size = piece.shape[0] if "wkv_a" in piece.ours else args.qk_head_dim
@@ -151,13 +169,18 @@ class DeepSeekV3StateDictAdapter(StateDictAdapter):
     # ------------------------------------------------------------------ whole state dicts
 
     def from_hf(self, hf_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        theirs_to_ours = {row.theirs: ours for ours, row in _TABLE.items()}
+        first_mtp = self.model_args.n_layers
+        in_model = {row.theirs: ours for ours, row in _TABLE.items()}
+        in_mtp = {row.theirs: ours for ours, row in _MTP.items()}
         out: dict[str, Tensor] = {}
         stacks: dict[str, dict[int, Tensor]] = {}
         surplus = []
         for name, tensor in hf_state_dict.items():
             numbers = [int(n) for n in _NUMBER.findall(name)]
-            ours = theirs_to_ours.get(_NUMBER.sub("{}", name))
+            table = in_model
+            if numbers and numbers[0] >= first_mtp:
+                table, numbers[0] = in_mtp, numbers[0] - first_mtp
+            ours = table.get(_NUMBER.sub("{}", name))
             if self.left_out(name):
                 continue
             if ours is None:
@@ -204,18 +227,19 @@ class DeepSeekV3StateDictAdapter(StateDictAdapter):
     def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         for name, tensor in state_dict.items():
-            for piece in _pieces_of(name, tensor.shape):
+            for piece in self._pieces_of(name, tensor.shape):
                 # clone: safetensors refuses tensors that share storage
                 out[piece.name] = tensor if piece.index is None else tensor[piece.index].clone()
         return out
 
-
-def _pieces_of(ours: str, shape: torch.Size) -> list[Piece]:
-    row, numbers = _row_of(ours)
-    kinds = {"fp32": row.fp32, "fp8": row.fp8, "centred": row.centred}
-    if row.theirs.count("{}") <= len(numbers):
-        return [Piece(row.theirs.format(*numbers), ours, None, tuple(shape), **kinds)]
-    return [
-        Piece(row.theirs.format(*numbers, expert), ours, expert, tuple(shape[1:]), **kinds)
-        for expert in range(shape[0])
-    ]
+    def _pieces_of(self, ours: str, shape: torch.Size) -> list[Piece]:
+        row, numbers = _row_of(ours), [int(number) for number in _NUMBER.findall(ours)]
+        if ours.startswith("mtp."):
+            numbers[0] += self.model_args.n_layers
+        kinds = {"fp32": row.fp32, "fp8": row.fp8, "centred": row.centred}
+        if row.theirs.count("{}") <= len(numbers):
+            return [Piece(row.theirs.format(*numbers), ours, None, tuple(shape), **kinds)]
+        return [
+            Piece(row.theirs.format(*numbers, expert), ours, expert, tuple(shape[1:]), **kinds)
+            for expert in range(shape[0])
+        ]

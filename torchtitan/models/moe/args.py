@@ -1,5 +1,6 @@
 """What a mixture-of-experts layer is made of, and the rules that its numbers must keep."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +29,8 @@ class MoEArgs:
         (arXiv 2408.15664), per optimizer step; 0 = a bias that
         stays as it was loaded, None = no bias.
     _debug_force_load_balance: ignore the router's choice and spread tokens evenly (benchmarks).
+    sequence_balance_coeff: weight of the sequence-wise balance loss (the V3 report trains with
+        0.0001). z_loss_coeff: weight of the router's z-loss (ST-MoE: 0.001). Both: aux_loss.py.
     group_score_func: a group's score is the sum of its two best experts (V3) or its best one (V2).
     """
 
@@ -47,6 +50,8 @@ class MoEArgs:
     _debug_force_load_balance: bool = False
 
     group_score_func: GroupScoreFunc = "top2_sum"
+    sequence_balance_coeff: float = 0.0
+    z_loss_coeff: float = 0.0
 
     def __post_init__(self) -> None:
         check_routing(
@@ -61,6 +66,9 @@ class MoEArgs:
             raise UserError(
                 f"num_shared_experts ({self.num_shared_experts}) must be 0 (none) or more."
             )
+        for name in ("sequence_balance_coeff", "z_loss_coeff"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} ({getattr(self, name)}) must be 0 (off) or more.")
         if self.load_balance_coeff is not None and self.load_balance_coeff < 0:
             raise UserError(
                 f"load_balance_coeff ({self.load_balance_coeff}) must be 0 (a bias that stays as "

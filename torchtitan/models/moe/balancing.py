@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtitan.models.moe.watch import step_watch
+
 if TYPE_CHECKING:
     from torchtitan.models.moe.moe import MoE
 
@@ -32,11 +34,13 @@ def count_tokens(ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None =
 
 class Load(NamedTuple):
     """tokens_E: int64 tokens per expert, padding left out. traffic: what travelled for them, see
-    `TokenDispatcher.dispatch`; None where nothing did.
+    `TokenDispatcher.dispatch`; None where nothing did. watched: see watch.py; None where nobody
+    watches.
     """
 
     tokens_E: Tensor
     traffic: Tensor | None
+    watched: Tensor | None = None
 
 
 def record_load(moe: "MoE", load: Load) -> None:
@@ -44,11 +48,14 @@ def record_load(moe: "MoE", load: Load) -> None:
     moe.tokens_per_expert += load.tokens_E
     if load.traffic is not None:
         moe.traffic += load.traffic
+    if load.watched is not None:
+        moe.watched += load.watched
 
 
 @torch.no_grad()
 def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) -> Load:
-    """The optimizer step's load over all ranks of `group`: (layers, E) and (layers, 2, 3) int64.
+    """The optimizer step's load over all ranks of `group`: (layers, E) and (layers, 2, 3) int64;
+    where routers are watched, also (layers, 4) fp32.
 
     Takes the counts: they start again from zero. group: all ranks that hold these layers, each of
     which routes tokens of its own; None = this process alone. One all-reduce for all layers.
@@ -60,7 +67,9 @@ def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) ->
         moe.tokens_per_expert.zero_()
         moe.traffic.zero_()
     num_experts = moes[0].tokens_per_expert.numel()
-    return Load(both[:, :num_experts], both[:, num_experts:].unflatten(1, moes[0].traffic.shape))
+    traffic = both[:, num_experts:].unflatten(1, moes[0].traffic.shape)
+    watched = step_watch(moes, group) if moes[0].watch_routing else None
+    return Load(both[:, :num_experts], traffic, watched)
 
 
 @torch.no_grad()

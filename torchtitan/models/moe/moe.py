@@ -4,13 +4,18 @@ Letters: B batch, S sequence, T tokens (B·S), D model dim, F expert hidden dim,
 groups, L local experts, K top-k, R rows received after dispatch.
 """
 
+from collections.abc import Mapping
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.moe.args import MoEArgs, check_routing
+from torchtitan.models.moe.aux_loss import attach_loss, sequence_balance_sum, z_sum
 from torchtitan.models.moe.balancing import Load, count_tokens
 from torchtitan.models.moe.dispatcher import LocalDispatcher, TokenDispatcher
+from torchtitan.models.moe.watch import SUMS, entropy_sum, limited_sum
 from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop, local_part
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.swiglu import swiglu
@@ -79,15 +84,21 @@ class TokenChoiceTopKRouter(nn.Module):
         self._debug_force_load_balance = _debug_force_load_balance
 
     def forward(
-        self, x_TD: Tensor, expert_bias: Tensor | None = None, token_mask_T: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        x_TD: Tensor,
+        expert_bias: Tensor | None = None,
+        token_mask_T: Tensor | None = None,
+        *,
+        return_scores: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Choose experts and their weights.
 
         expert_bias: (E,) fp32, added to the scores for the choice only. token_mask_T: bool, False =
         not counted in num_tokens_per_expert.
 
         Returns top_scores (T, K) fp32, the weights; selected_experts_indices (T, K) int64;
-        num_tokens_per_expert (E,) int64.
+        num_tokens_per_expert (E,) int64; with `return_scores` also logits and scores (T, E), at
+        least fp32.
         """
         dtype = torch.promote_types(x_TD.dtype, torch.float32)  # at least fp32; fp64 stays
         logits_TE = F.linear(x_TD.to(dtype), self.gate.weight.to(dtype))
@@ -100,7 +111,8 @@ class TokenChoiceTopKRouter(nn.Module):
             # 1e-20 keeps a sum of underflowed sigmoids from dividing by zero.
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
         weights_TK = weights_TK * self.route_scale
-        return weights_TK, ids_TK, count_tokens(ids_TK, self.num_experts, token_mask_T)
+        routing = weights_TK, ids_TK, count_tokens(ids_TK, self.num_experts, token_mask_T)
+        return (*routing, logits_TE, scores_TE) if return_scores else routing
 
     def _choose(self, scores_TE: Tensor, expert_bias: Tensor | None) -> Tensor:
         if self._debug_force_load_balance:
@@ -169,7 +181,8 @@ class MoE(nn.Module):
 
     Buffers: `expert_bias` (E,) fp32, part of the state dict (None without balancing);
     `tokens_per_expert` (E,) int64 and `traffic` (2, 3) int64, tokens and their ways of the current
-    optimizer step (see balancing.py).
+    optimizer step (see balancing.py); `watched` (4,) fp32, what watch.py sums over the step;
+    `tokens_in_step` () fp32, by which the router's own losses are divided (see aux_loss.py).
     """
 
     def __init__(self, moe_args: MoEArgs, dim: int, hidden_dim: int):
@@ -200,6 +213,11 @@ class MoE(nn.Module):
         )
         self.score_before_experts = moe_args.score_before_experts
         self.load_balance_coeff = moe_args.load_balance_coeff
+        self.sequence_balance_coeff = moe_args.sequence_balance_coeff
+        self.z_loss_coeff = moe_args.z_loss_coeff
+        self.watch_routing = False  # fill `watched`
+        # The ranks that hold the other parts of each sequence (context parallelism), if any.
+        self.sequence_group: dist.ProcessGroup | None = None
         bias_E = None
         if moe_args.load_balance_coeff is not None:
             bias_E = torch.zeros(moe_args.num_experts, dtype=torch.float32)
@@ -210,6 +228,11 @@ class MoE(nn.Module):
             persistent=False,
         )
         self.register_buffer("traffic", torch.zeros(2, 3, dtype=torch.int64), persistent=False)
+        for name, value in (
+            ("watched", torch.zeros(len(SUMS))),
+            ("tokens_in_step", torch.ones(())),
+        ):
+            self.register_buffer(name, value.float(), persistent=False)
 
     def forward(
         self, x_BSD: Tensor, token_mask_BS: Tensor | None = None, *, return_load: bool = False
@@ -220,7 +243,11 @@ class MoE(nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         token_mask_T = None if token_mask_BS is None else token_mask_BS.flatten()
-        weights_TK, ids_TK, load_E = self.router(x_TD, self.expert_bias, token_mask_T)
+        watched = None
+        if self._needs_scores:
+            weights_TK, ids_TK, load_E, watched = self._route_and_watch(x_BSD, token_mask_BS)
+        else:
+            weights_TK, ids_TK, load_E = self.router(x_TD, self.expert_bias, token_mask_T)
 
         if self.shared_experts is not None:
             shared = self.dispatcher.beside(self.shared_experts, x_TD)
@@ -235,7 +262,35 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             out_TD = out_TD + shared()
         out_BSD = out_TD.view_as(x_BSD)
-        return (out_BSD, Load(load_E, record.traffic)) if return_load else out_BSD
+        return (out_BSD, Load(load_E, record.traffic, watched)) if return_load else out_BSD
+
+    @property
+    def _needs_scores(self) -> bool:
+        wanted = self.watch_routing or self.sequence_balance_coeff or self.z_loss_coeff
+        return bool(wanted) and self.training and torch.is_grad_enabled()
+
+    def _route_and_watch(
+        self, x_BSD: Tensor, mask_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The router's three results, its losses attached to the weights, and the batch's sums."""
+        mask_T = None if mask_BS is None else mask_BS.flatten()
+        weights_TK, ids_TK, load_E, logits_TE, scores_TE = self.router(
+            x_BSD.flatten(0, 1), self.expert_bias, mask_T, return_scores=True
+        )
+        scores_BSE = scores_TE.unflatten(0, x_BSD.shape[:2])
+        balance = sequence_balance_sum(scores_BSE, mask_BS, self.router.top_k, self.sequence_group)
+        z = z_sum(logits_TE, mask_T)
+        loss = self.sequence_balance_coeff * balance + self.z_loss_coeff * z
+        weights_TK = attach_loss(weights_TK, loss / self.tokens_in_step)
+        limited = limited_sum(scores_TE, self.expert_bias, ids_TK, mask_T)
+        sums = (balance, z, entropy_sum(scores_TE, mask_T), limited)
+        watched = torch.stack([s.detach().float() for s in sums])
+        return weights_TK, ids_TK, load_E, watched
+
+    def set_coefficients(self, values: Mapping[str, float]) -> None:
+        """Those of this layer among `values`, for the steps to come."""
+        for name in ("load_balance_coeff", "sequence_balance_coeff"):
+            setattr(self, name, values.get(name, getattr(self, name)))
 
     def init_weights(self, init_std: float) -> None:
         """Fill a layer that stands alone; inside a model, the model does."""
@@ -245,15 +300,18 @@ class MoE(nn.Module):
     def init_buffers(self) -> None:
         self.tokens_per_expert.zero_()
         self.traffic.zero_()
+        self.watched.zero_()
+        self.tokens_in_step.fill_(1)
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
     def _apply(self, fn, recurse: bool = True):
         # `model.bfloat16()` and friends must not round the bias: in bf16 its updates of 1e-3 are
         # lost once it has grown, and most tokens of a model with biases near 7 change their
-        # experts.
-        bias_E = self.expert_bias
+        # experts. Sums over a step would stop growing.
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if bias_E is not None and self.expert_bias.dtype != torch.float32:
-            self.expert_bias = bias_E.to(self.expert_bias.device)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype != before[name].dtype:
+                setattr(self, name, before[name].to(buffer.device))
         return self

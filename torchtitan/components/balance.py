@@ -1,0 +1,139 @@
+"""How evenly the experts are used: numbers of a log record, and the alarms that watch them.
+
+All come from counts that are summed over ranks, so every rank has the same numbers and an alarm
+that ends the run ends it on all of them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchtitan.components.metrics import load_balance, relative_load
+from torchtitan.config import Alarm
+from torchtitan.tools.logging import logger
+
+Numbers = dict[str, float | dict[int, float | list[float]]]
+
+
+def balance_numbers(
+    loads: Mapping[int, Tensor], biases: Mapping[int, Tensor | None], num_groups: int | None
+) -> Numbers:
+    """Of one step's tokens per expert (E,), by layer; each number for the worst layer, and by layer
+    as `layer_<name>`.
+
+    dead_experts: without a token (in all layers together). load_entropy: of the shares, over ln E;
+    1 = even. bias_range: largest minus smallest bias. max_group_load: of the fullest expert group,
+    over the mean.
+    """
+    if not loads:
+        return {}
+    relative_LE = relative_load(torch.stack(list(loads.values())).cpu())
+    by_layer = {
+        "dead_experts": (relative_LE == 0).sum(dim=1).tolist(),
+        "load_entropy": _entropy(relative_LE).tolist(),
+    }
+    worst = {"dead_experts": sum, "load_entropy": min}
+    if all(bias is not None for bias in biases.values()):
+        by_layer["bias_range"] = [(b.max() - b.min()).item() for b in biases.values()]
+    if num_groups is not None:
+        groups_LG = relative_LE.unflatten(1, (num_groups, -1)).mean(dim=2)
+        by_layer["max_group_load"] = groups_LG.max(dim=1).values.tolist()
+    numbers: Numbers = {name: worst.get(name, max)(values) for name, values in by_layer.items()}
+    return numbers | {
+        f"layer_{name}": dict(zip(loads, values, strict=True)) for name, values in by_layer.items()
+    }
+
+
+def _entropy(relative_LE: Tensor) -> Tensor:
+    shares_LE = relative_LE / relative_LE.sum(dim=1, keepdim=True)
+    return torch.special.entr(shares_LE).sum(dim=1) / math.log(max(2, relative_LE.size(1)))
+
+
+def routing_numbers(
+    sums: Mapping[int, Tensor], tokens: int, loads: Mapping[int, Tensor]
+) -> Numbers:
+    """What `metrics.log_routing` adds, as means over the step's `tokens` (valid ones, all ranks).
+
+    sums: (4,) by layer, see models/moe/watch.py. router_balance_loss, router_z_loss: before their
+    weights; router_entropy; limited_percent: tokens whose experts the group limit has changed; each
+    as mean over layers and by layer. layer_expert_load: of each expert, over the mean.
+    """
+    names = ("router_balance_loss", "router_z_loss", "router_entropy", "limited_percent")
+    scale = torch.tensor([1.0, 1.0, 1.0, 100.0]) / max(1, tokens)
+    means = {layer: (each.cpu() * scale).tolist() for layer, each in sums.items()}
+    numbers: Numbers = {}
+    for i, name in enumerate(names):
+        by_layer = {layer: values[i] for layer, values in means.items()}
+        numbers[name] = sum(by_layer.values()) / max(1, len(by_layer))
+        numbers[f"layer_{name}"] = by_layer
+    relative_LE = relative_load(torch.stack(list(loads.values())).cpu())
+    rounded = [[round(load, 4) for load in line] for line in relative_LE.tolist()]
+    return numbers | {"layer_expert_load": dict(zip(loads, rounded, strict=True))}
+
+
+def cross_node_percent(traffic: Mapping[str, object]) -> dict[str, float]:
+    """Of the rows that dispatch sent, those to other nodes; nothing where nothing was sent."""
+    rows = [traffic.get(f"rows_sent_{tier}", 0) for tier in ("self", "node", "remote")]
+    return {"cross_node_percent": 100 * rows[2] / sum(rows)} if sum(rows) else {}
+
+
+def violation_numbers(loads: Mapping[int, Tensor]) -> dict[str, float]:
+    """`max_violation`, `mean_max_violation`, `min_load`: those of metrics.py, for the alarms."""
+    if not loads:
+        return {}
+    every = load_balance(list(loads), relative_load(torch.stack(list(loads.values())).cpu()))
+    return {name: value for name, value in every.items() if isinstance(value, float)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Alarms
+# ---------------------------------------------------------------------------------------------
+
+Action = Literal["none", "warn", "checkpoint", "stop"]
+_STRENGTH: tuple[Action, ...] = ("none", "warn", "checkpoint", "stop")
+
+
+class Alarms:
+    """Watches the numbers of logged steps. Counts anew after a restart."""
+
+    def __init__(self, alarms: Sequence[Alarm]):
+        self.alarms = list(alarms)
+        self._in_a_row = [0] * len(self.alarms)
+        self.reason = ""  # of the strongest action of the last check
+
+    def check(self, step: int, numbers: Mapping[str, object]) -> Action:
+        """The strongest action that this logged step asks for; says why in the log.
+
+        An alarm rings when its number has been out of bounds `times` logged steps in a row, and
+        then again after as many.
+        """
+        strongest: Action = "none"
+        for n, alarm in enumerate(self.alarms):
+            value = numbers.get(alarm.watch)
+            if value is None or not _out_of_bounds(alarm, value):
+                self._in_a_row[n] = 0
+                continue
+            self._in_a_row[n] += 1
+            if self._in_a_row[n] < alarm.times:
+                continue
+            self._in_a_row[n] = 0
+            reason = _reason(step, alarm, value)
+            logger.warning("%s", reason)
+            if _STRENGTH.index(alarm.action) > _STRENGTH.index(strongest):
+                strongest, self.reason = alarm.action, reason
+        return strongest
+
+
+def _out_of_bounds(alarm: Alarm, value: float) -> bool:
+    too_high = alarm.above is not None and value > alarm.above
+    return too_high or (alarm.below is not None and value < alarm.below)
+
+
+def _reason(step: int, alarm: Alarm, value: float) -> str:
+    high = alarm.above is not None and value > alarm.above
+    bound = f"above {alarm.above:g}" if high else f"below {alarm.below:g}"
+    times = f" {alarm.times} times in a row" if alarm.times > 1 else ""
+    return f"step {step}: alarm: {alarm.watch} = {value:.4g} is {bound}{times}"

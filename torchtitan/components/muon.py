@@ -1,0 +1,222 @@
+"""Muon for the matrices, AdamW for the rest, as one optimizer.
+
+Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) replaces a matrix's momentum
+by the nearest matrix with orthonormal rows or columns, found by five Newton-Schulz steps. A stack
+of experts (E, F, D) is E matrices. Embedding, output and all vectors keep AdamW.
+
+How long a step is: an update of this kind has root-mean-square 1/sqrt(max(rows, columns)).
+`match_rms_adamw` (Moonlight, arXiv 2502.16982) multiplies it by 0.2 · sqrt(max(rows, columns)), the
+size of AdamW's updates, so that both kinds share one learning rate; `original` by
+sqrt(max(1, rows / columns)).
+
+**Split weights.** The steps need whole matrices. Experts that lie whole on their ranks need no
+communication. A matrix of which n ranks hold a part each goes to one of them, as one round of n
+matrices, a different one for each: every part travels once there and once back, and no rank
+computes what another one does. (Where two axes split a matrix, tensor and data parallel, it is
+gathered on all ranks instead.) Replicas (HSDP) each do the same.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import AdamW, Optimizer
+
+# Quintic, tuned for the slope at zero: singular values end between 0.7 and 1.2, not at 1.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_EPS = 1e-7
+
+
+def orthogonalise(x: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly, of every matrix in (..., rows, columns).
+
+    dtype: of the computation and the result; absent = bf16 on accelerators, as published, and fp32
+    on CPUs, which are slower in bf16.
+    """
+    a, b, c = _COEFFICIENTS
+    dtype = dtype or (torch.float32 if x.device.type == "cpu" else torch.bfloat16)
+    tall = x.size(-2) > x.size(-1)
+    x = (x.mT if tall else x).to(dtype)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=_EPS)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def step_size(shape: Sequence[int], adjust: str) -> float:
+    """By which the orthogonal update is multiplied, besides the learning rate."""
+    rows, columns = shape[-2:]
+    if adjust == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+class Muon(Optimizer):
+    """groups: those with "muon": True go by Muon, the others by `adamw` (its settings).
+
+    Nesterov momentum, decoupled weight decay. Works on plain tensors and on DTensors; momentum is
+    kept like the parameter is.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, object]],
+        *,
+        lr: float,
+        momentum: float,
+        adjust: str,
+        adamw: dict[str, object],
+    ):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "muon": False})
+        self.momentum, self.adjust = momentum, adjust
+        others = [group for group in self.param_groups if not group["muon"]]
+        self._adamw = AdamW(others or [{"params": []}], lr=lr, **adamw)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        # The inner optimizer has no state of its own: it sees ours, also after it was loaded.
+        self._adamw.state = self.state
+        self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        self._adamw.step()
+        for group in self.param_groups:
+            if group["muon"]:
+                self._step_matrices(group)
+
+    def _step_matrices(self, group: dict[str, object]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        updates = [self._momentum_of(p) for p in params]
+        for p, update in zip(params, _orthogonalise_parts(params, updates), strict=True):
+            local = _local(p)
+            local.mul_(1 - group["lr"] * group["weight_decay"])
+            local.add_(update, alpha=-group["lr"] * step_size(p.shape, self.adjust))
+
+    def _momentum_of(self, p: nn.Parameter) -> Tensor:
+        """Of this rank's part, with Nesterov's look ahead."""
+        state = self.state[p]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(p)
+        momentum, grad = _local(state["momentum"]), _local(p.grad)
+        momentum.lerp_(grad, 1 - self.momentum)
+        return grad.lerp(momentum, self.momentum)
+
+
+# ---------------------------------------------------------------------------------------------
+# Matrices that are split over ranks
+# ---------------------------------------------------------------------------------------------
+
+
+class _Split(NamedTuple):
+    """The ranks that hold a matrix between them, and the dim of it that is split."""
+
+    group: dist.ProcessGroup
+    dim: int
+
+
+class _Part(NamedTuple):
+    """One matrix of a round: this rank's part of it, with the split dim first, and the length of
+    that dim in the whole."""
+
+    local: Tensor
+    length: int
+
+
+def _orthogonalise_parts(params: list[nn.Parameter], updates: list[Tensor]) -> list[Tensor]:
+    """`orthogonalise` of each whole matrix: this rank's part of it, in fp32 or wider."""
+    results: list[Tensor | None] = [None] * len(params)
+    rounds: dict[_Split, list[int]] = defaultdict(list)
+    for n, (p, update) in enumerate(zip(params, updates, strict=True)):
+        split = _split_of(p)
+        if split is None:
+            results[n] = orthogonalise(update)
+        elif isinstance(split, _Split):
+            rounds[split].append(n)
+        else:
+            results[n] = _orthogonalise_gathered(p, update)
+    for split, members in rounds.items():
+        parts = [(n, part) for n in members for part in _matrices(params[n], updates[n], split)]
+        done = defaultdict(list)
+        for (n, _), each in zip(parts, _in_rounds([p for _, p in parts], split.group), strict=True):
+            done[n].append(each.transpose(0, split.dim))
+        for n, matrices in done.items():
+            results[n] = torch.stack(matrices) if params[n].ndim == 3 else matrices[0]
+    return [result.to(update.dtype) for result, update in zip(results, updates, strict=True)]
+
+
+def _split_of(p: nn.Parameter) -> _Split | str | None:
+    """None where this rank holds whole matrices; "twice" where several axes split them."""
+    if not isinstance(p, DTensor):
+        return None
+    splits = []
+    for axis, placement in enumerate(p.placements):
+        dim = getattr(placement, "dim", None)  # of Shard and _StridedShard
+        of_matrix = dim is not None and dim >= p.ndim - 2
+        if of_matrix and p.device_mesh.size(axis) > 1:
+            splits.append(_Split(p.device_mesh.get_group(axis), dim - (p.ndim - 2)))
+    if len(splits) > 1:
+        return "twice"
+    return splits[0] if splits else None
+
+
+def _matrices(p: nn.Parameter, update: Tensor, split: _Split) -> list[_Part]:
+    """The matrices of this rank's stack, or the one that there is."""
+    length = p.shape[p.ndim - 2 + split.dim]
+    stack = update if p.ndim == 3 else update.unsqueeze(0)
+    return [_Part(matrix.transpose(0, split.dim), length) for matrix in stack]
+
+
+def _in_rounds(parts: list[_Part], group: dist.ProcessGroup) -> list[Tensor]:
+    """`orthogonalise` of each whole matrix: this rank's part, by rounds of one matrix a rank."""
+    size = dist.get_world_size(group)
+    # Large ones first, so that those of a round cost about the same; equal on all ranks.
+    order = sorted(range(len(parts)), key=lambda n: -parts[n].length * parts[n].local.size(1))
+    results: list[Tensor | None] = [None] * len(parts)
+    for start in range(0, len(order), size):
+        members = order[start : start + size]
+        done = _one_round([parts[n] for n in members], group)
+        for n, result in zip(members, done, strict=True):
+            results[n] = result
+    return results
+
+
+def _one_round(parts: list[_Part], group: dist.ProcessGroup) -> list[Tensor]:
+    """The whole of matrix n meets on rank n. At most as many matrices as ranks."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    like = parts[0].local
+    dtype = torch.float32 if like.device.type == "cpu" else torch.bfloat16
+    sent = [part.local.numel() for part in parts] + [0] * (size - len(parts))
+    mine = parts[rank] if rank < len(parts) else None
+    columns = mine.local.size(1) if mine else 0
+    received = [rows * columns for rows in _rows_by_rank(mine.length if mine else 0, size)]
+    flat = torch.cat([part.local.to(dtype).flatten() for part in parts])
+    whole = torch.empty(sum(received), dtype=dtype, device=like.device)
+    dist.all_to_all_single(whole, flat, received, sent, group=group)
+    if mine:
+        whole = orthogonalise(whole.view(mine.length, columns), dtype=dtype).flatten()
+    dist.all_to_all_single(flat, whole, sent, received, group=group)
+    pieces = flat.split(sent[: len(parts)])
+    return [piece.view(part.local.shape) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def _rows_by_rank(length: int, size: int) -> list[int]:
+    """How `Shard` splits a dim: as torch.chunk does."""
+    most = -(-length // size)
+    return [max(0, min(most, length - rank * most)) for rank in range(size)]
+
+
+def _orthogonalise_gathered(p: DTensor, update: Tensor) -> Tensor:
+    like = p.grad
+    whole = DTensor.from_local(
+        update, p.device_mesh, p.placements, shape=like.shape, stride=like.stride()
+    ).full_tensor()
+    done = orthogonalise(whole).to(update.dtype)
+    return distribute_tensor(done, p.device_mesh, p.placements, src_data_rank=None).to_local()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

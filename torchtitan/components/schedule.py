@@ -1,0 +1,123 @@
+"""What holds at a point of the run: the phases of [[schedule.phase]] as one function of tokens.
+
+Nothing is remembered: the values follow from the tokens seen before the step alone, so a run that
+is resumed, or rewound, in the middle of a phase goes on as it was. Without phases all of it stays
+as the config says, and `lr_scheduler` shapes the learning rate.
+
+    learning rate   from the rate at the end of the phase before (first: optimizer.lr)
+    batch size      in stairs of equal height, so that the layout can't change the sizes; the sizes
+                    from first to last share the phase evenly (first: training.global_batch_size)
+    coefficients    constant in a phase (first: those of the model arguments)
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torchtitan.config import Phase
+
+
+@dataclass(frozen=True)
+class Now:
+    """The values of one optimizer step. phase: from 1, 0 without phases. A coefficient that is None
+    is the model's own."""
+
+    phase: int
+    name: str
+    lr: float
+    batch_size: int
+    load_balance_coeff: float | None = None
+    sequence_balance_coeff: float | None = None
+    mtp_loss_weight: float | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.phase} '{self.name}'" if self.name else str(self.phase)
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Those that some phase up to now has set."""
+        values = {name: getattr(self, name) for name in COEFFICIENTS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def describe(self) -> str:
+        parts = [f"learning rate {self.lr:.3g}", f"{self.batch_size} sequences a step"]
+        return ", ".join(parts + [f"{name} {v:g}" for name, v in self.coefficients.items()])
+
+    def numbers(self) -> dict[str, float]:
+        """For the log; nothing without phases."""
+        if not self.phase:
+            return {}
+        return {"phase": self.phase, "batch_size": self.batch_size, **self.coefficients}
+
+
+COEFFICIENTS = ("load_balance_coeff", "sequence_balance_coeff", "mtp_loss_weight")
+
+
+def coefficients_set(phases: Sequence[Phase]) -> set[str]:
+    """The coefficients that some phase sets."""
+    return {n for phase in phases for n in COEFFICIENTS if getattr(phase, n) is not None}
+
+
+class Schedule:
+    """lr, batch_size: of the run before its first phase."""
+
+    def __init__(self, phases: Sequence[Phase], *, lr: float, batch_size: int):
+        self.phases = list(phases)
+        self._before = [Now(0, "", lr, batch_size)]  # the values at the end of each phase
+        for n, phase in enumerate(self.phases, start=1):
+            self._before.append(_entered(self._before[-1], phase, n))
+
+    @property
+    def tokens(self) -> float:
+        """Of all phases."""
+        return sum(phase.tokens for phase in self.phases)
+
+    def at(self, tokens: int) -> Now:
+        """For the step that has `tokens` behind it. After the last phase its end holds."""
+        start = 0.0
+        for n, phase in enumerate(self.phases):
+            if tokens < start + phase.tokens:
+                return _within(self._before[n], self._before[n + 1], phase, tokens - start)
+            start += phase.tokens
+        return self._before[-1]
+
+    def num_steps(self, seq_len: int) -> int:
+        """Optimizer steps until the phases are over."""
+        tokens = steps = 0
+        end = 0.0
+        for phase in self.phases:
+            end += phase.tokens
+            while tokens < end:
+                tokens_of_step = self.at(tokens).batch_size * seq_len
+                alike = phase.batch_size_shape == "constant"
+                number = math.ceil((end - tokens) / tokens_of_step) if alike else 1
+                tokens += number * tokens_of_step
+                steps += number
+        return steps
+
+
+def _entered(before: Now, phase: Phase, number: int) -> Now:
+    """The values at the end of the phase."""
+    named = {
+        name: getattr(phase, name)
+        for name in ("lr", "batch_size", *COEFFICIENTS)
+        if getattr(phase, name) is not None
+    }
+    return replace(before, phase=number, name=phase.name, **named)
+
+
+def _within(before: Now, end: Now, phase: Phase, tokens: float) -> Now:
+    progress = tokens / phase.tokens
+    now = end
+    if phase.lr_shape != "constant":
+        left = (
+            1 - progress if phase.lr_shape == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        )
+        now = replace(now, lr=end.lr + (before.lr - end.lr) * left)
+    if phase.batch_size_shape == "linear":
+        stairs = abs(end.batch_size - before.batch_size) // phase.batch_size_step
+        climbed = math.floor(progress * (stairs + 1))
+        step = math.copysign(phase.batch_size_step, end.batch_size - before.batch_size)
+        now = replace(now, batch_size=before.batch_size + int(step) * climbed)
+    return now

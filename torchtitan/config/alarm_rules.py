@@ -1,0 +1,40 @@
+"""Which alarms of [[metrics.alarm]] can ring."""
+
+import math
+
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schema import as_text
+from torchtitan.tools.errors import UserError, suggest
+
+# Numbers of the log that are the same on all ranks; those of the second line need log_routing.
+ALWAYS = (
+    "loss grad_norm max_violation mean_max_violation min_load dead_experts load_entropy bias_range "
+    "max_group_load cross_node_percent"
+).split()
+ON_REQUEST = "router_balance_loss router_z_loss router_entropy limited_percent".split()
+
+
+def check_alarms(config: JobConfig) -> None:
+    """Raise `UserError` for the first alarm that could never ring, or could not act."""
+    for n, alarm in enumerate(config.metrics.alarm, start=1):
+        where = f"metrics.alarm {n}"
+        if alarm.watch not in (*ALWAYS, *ON_REQUEST):
+            raise UserError(
+                f"{where}: watch = {as_text(alarm.watch)} is no number that an alarm can watch"
+                f"{suggest(alarm.watch, [*ALWAYS, *ON_REQUEST])}"
+            )
+        if alarm.watch in ON_REQUEST and not config.metrics.log_routing:
+            raise UserError(
+                f"{where}: {alarm.watch} is measured only with metrics.log_routing = true; set it."
+            )
+        bounds = [bound for bound in (alarm.above, alarm.below) if bound is not None]
+        if not bounds or any(math.isnan(bound) for bound in bounds):
+            raise UserError(f"{where}: set above, below or both to the bounds of {alarm.watch}.")
+        if alarm.times < 1:
+            raise UserError(f"{where}: times = {alarm.times} must be 1 or more.")
+        saves = config.checkpoint.enable and not config.checkpoint.load_only
+        if alarm.action == "checkpoint" and not saves:
+            raise UserError(
+                f'{where}: action = "checkpoint" needs checkpoint.enable = true (and load_only = '
+                'false); set that, or choose "warn" or "stop".'
+            )

@@ -1,0 +1,111 @@
+"""Settings of the training recipe: update rule, learning rate, phases, alarms.
+
+Frozen dataclasses with a sentence per key, as in `job_config.py`, which takes them in.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The update rule."""
+
+    name: Literal["Adam", "AdamW", "Muon"] = "AdamW"
+    """Adam adds weight_decay to the gradient, AdamW takes it off; Muon: for matrices (ours)."""
+    lr: float = 8e-4
+    """Peak learning rate, before the factor of lr_scheduler."""
+    beta1: float = 0.9
+    """Decay of the running mean of gradients, in [0, 1)."""
+    beta2: float = 0.95
+    """Decay of the running mean of squared gradients, in [0, 1)."""
+    eps: float = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: float = 0.1
+    """Strength of the weight decay."""
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    """Decay only parameters with two or more dimensions, or all of them (ours)."""
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """How the update is computed; the result is the same up to rounding."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """With AdamW: type in which its running means are kept (ours)."""
+    muon_momentum: float = 0.95
+    """With Muon: decay of the running mean of a matrix's gradients, in [0, 1) (ours)."""
+    muon_adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """With Muon: scale a matrix's update to the size of AdamW's, or as first published (ours)."""
+    early_step_in_backward: bool = False
+    """Update each parameter as soon as its gradient is there."""
+
+
+@dataclass(frozen=True)
+class LRScheduler:
+    """The learning rate over the run: warm-up, stable, decay."""
+
+    warmup_steps: int = 200
+    """Steps of linear warm-up."""
+    decay_ratio: float | None = None
+    """Share of training.steps that decays, in [0, 1]; unset: all steps after the warm-up decay."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the decay."""
+    min_lr_factor: float = 0.0
+    """Where the decay ends, as a share of the peak learning rate, in [0, 1]."""
+
+
+# Why a key that one might look for in a phase is not there, and what to do instead.
+_ONE_LENGTH = (
+    "a run has one sequence length, because its memory and its compiled code depend on it; extend "
+    "the context in a run of its own, with training.seq_len and model.args.yarn in its file and "
+    "checkpoint.initial_load_path set to the last checkpoint of this one (docs/recipe.md)."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of the run, counted in tokens. What a phase leaves out stays as it was."""
+
+    REFUSED: ClassVar[dict[str, str]] = {"seq_len": _ONE_LENGTH, "yarn": _ONE_LENGTH}
+
+    name: str = ""
+    """What the log calls the phase."""
+    tokens: float
+    """Length of the phase: tokens over all ranks, padding included."""
+    lr: float | None = None
+    """Learning rate, reached as lr_shape says."""
+    lr_shape: Literal["constant", "linear", "cosine"] = "constant"
+    """constant: lr from the start of the phase on; else a curve from the rate before to lr."""
+    batch_size: int | None = None
+    """Sequences per optimizer step, reached as batch_size_shape says."""
+    batch_size_shape: Literal["constant", "linear"] = "constant"
+    """constant: batch_size from the start of the phase on; linear: stairs from the size before."""
+    batch_size_step: int | None = None
+    """With batch_size_shape "linear": height of a stair, in sequences."""
+    load_balance_coeff: float | None = None
+    """Speed of the expert bias (the report's gamma)."""
+    sequence_balance_coeff: float | None = None
+    """Weight of the sequence-wise balance loss (the report's alpha)."""
+    mtp_loss_weight: float | None = None
+    """Weight of the multi-token prediction loss (the report's lambda)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """A number of the log that must stay within bounds, looked at on every logged step."""
+
+    watch: str
+    """Which number, such as max_violation (all of them: docs/recipe.md)."""
+    above: float | None = None
+    """The alarm rings above this."""
+    below: float | None = None
+    """The alarm rings below this."""
+    times: int = 1
+    """Logged steps in a row that must be out of bounds before it rings."""
+    action: Literal["warn", "checkpoint", "stop"] = "warn"
+    """Warn only, save a checkpoint too, or (saved where checkpoints are enabled) end the run."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What changes during the run: [[schedule.phase]], one table a phase, in order (ours)."""
+
+    phase: list[Phase] = field(default_factory=list)
+    """Phases, which replace lr_scheduler's decay; keys of each: docs/recipe.md (ours)."""

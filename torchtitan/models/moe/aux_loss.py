@@ -1,0 +1,78 @@
+"""Losses of the router beside the model's own: sequence-wise balance, and the z-loss.
+
+Balance inside of a sequence (DeepSeek-V3 report, arXiv 2412.19437, equations 17 to 20), for a
+sequence of S tokens with scores s:
+
+    L = alpha · Σ_i f_i P_i     f_i = E / (K S) · tokens that have expert i among the K best of s
+                                P_i = mean over the tokens of s_i / Σ_j s_j
+
+A sequence is a row of the batch, also where several documents are packed into it; padding doesn't
+count. The K best are taken before bias and group limit, as the report writes it.
+
+z-loss (ST-MoE, arXiv 2202.08906): the mean over tokens of (log Σ_i exp(logit_i))², which keeps
+logits small.
+
+**Scaling.** Both are means over all tokens of the optimizer step: a sequence weighs as much as it
+has tokens, and everything is divided by `tokens_in_step`, the valid tokens of all ranks and
+micro-batches, as the main loss is. So accumulation, DP and EP need no correction. Where a sequence
+is split over ranks (CP), its f is counted over all of them; the rest is a sum over tokens already.
+
+The losses enter the backward pass where they arise (`_Attach`), so a layer's output and the model's
+stay what they are, and recomputing the layer changes nothing.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def sequence_balance_sum(
+    scores_BSE: Tensor,
+    mask_BS: Tensor | None,
+    top_k: int,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Σ over sequences of S · L / alpha: scalar.
+
+    mask_BS: bool, False = padding. group: the ranks that hold the other parts of these sequences;
+    each gets the share of its own tokens.
+    """
+    ids_BSK = scores_BSE.detach().topk(top_k, dim=-1, sorted=False).indices
+    chosen_BSE = torch.zeros_like(scores_BSE, requires_grad=False).scatter_(-1, ids_BSK, 1.0)
+    share_BSE = scores_BSE / scores_BSE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    tokens_BS = torch.ones_like(share_BSE[..., 0]) if mask_BS is None else mask_BS.to(share_BSE)
+    counts_BE = torch.einsum("bse,bs->be", chosen_BSE, tokens_BS.detach())
+    length_B = tokens_BS.detach().sum(dim=1)
+    if group is not None:
+        both = torch.cat((counts_BE, length_B.unsqueeze(1)), dim=1)
+        dist.all_reduce(both, group=group)
+        counts_BE, length_B = both[:, :-1], both[:, -1]
+    f_BE = counts_BE * (scores_BSE.size(-1) / top_k) / length_B.clamp(min=1).unsqueeze(1)
+    return (f_BE * torch.einsum("bse,bs->be", share_BSE, tokens_BS)).sum()
+
+
+def z_sum(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Σ over tokens of (log Σ exp logits)²: scalar."""
+    z_T = logits_TE.logsumexp(dim=-1).square()
+    return (z_T if mask_T is None else z_T * mask_T).sum()
+
+
+def attach_loss(tensor: Tensor, loss: Tensor) -> Tensor:
+    """`tensor`, whose backward pass also is that of `loss` (a scalar)."""
+    return _Attach.apply(tensor, loss)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = (loss.dtype, loss.device)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, device = ctx.like
+        return grad, torch.ones((), dtype=dtype, device=device)

@@ -1,0 +1,52 @@
+"""What the router of a layer does, beyond the load: four sums over the tokens of a step.
+
+balance   sequence-wise balance loss before its weight (aux_loss.py); 1 = even
+z         z-loss before its weight
+entropy   of a token's scores, over ln E: 1 = undecided, 0 = one expert
+limited   tokens whose experts the group limit has changed
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchtitan.models.moe.moe import MoE
+
+SUMS = ("balance", "z", "entropy", "limited")
+
+
+@torch.no_grad()
+def entropy_sum(scores_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Σ over tokens of the entropy of score_i / Σ scores, over ln E: scalar."""
+    share_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    entropy_T = torch.special.entr(share_TE).sum(dim=-1) / math.log(max(2, scores_TE.size(-1)))
+    return (entropy_T if mask_T is None else entropy_T * mask_T).sum()
+
+
+@torch.no_grad()
+def limited_sum(
+    scores_TE: Tensor, expert_bias: Tensor | None, ids_TK: Tensor, mask_T: Tensor | None
+) -> Tensor:
+    """Tokens that would have had other experts without the group limit: scalar."""
+    for_choice_TE = scores_TE if expert_bias is None else scores_TE + expert_bias
+    best_T = for_choice_TE.topk(ids_TK.size(1), dim=-1).values[:, -1]
+    worst_T = for_choice_TE.gather(1, ids_TK).amin(dim=-1)
+    changed_T = worst_T < best_T
+    return (changed_T if mask_T is None else changed_T & mask_T).sum().to(scores_TE.dtype)
+
+
+@torch.no_grad()
+def step_watch(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) -> Tensor:
+    """The optimizer step's sums over all ranks of `group`: (layers, 4) fp32, and takes them: they
+    start again from zero."""
+    sums_L4 = torch.stack([moe.watched for moe in moes])
+    if group is not None:
+        dist.all_reduce(sums_L4, group=group)
+    for moe in moes:
+        moe.watched.zero_()
+    return sums_L4

@@ -1,0 +1,199 @@
+"""Hugging Face's names and `config.json` for Qwen3, dense and with experts."""
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtitan.models.moe import MoEArgs
+from torchtitan.models.qwen3.args import Qwen3ModelArgs
+from torchtitan.models.qwen3.model import Qwen3Model
+from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
+from torchtitan.tools.errors import UserError
+
+# Ours to theirs. {} is the layer's number; of experts, who are a stack here, {} is theirs besides.
+_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.attention.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "layers.{}.attention.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
+    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.moe.router.gate.weight": "model.layers.{}.mlp.gate.weight",
+    "layers.{}.moe.experts.w1": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "layers.{}.moe.experts.w2": "model.layers.{}.mlp.experts.{}.down_proj.weight",
+    "layers.{}.moe.experts.w3": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class Qwen3StateDictAdapter(StateDictAdapter):
+    """Values are the same in both; experts are one matrix each there and stacks here."""
+
+    model_args: Qwen3ModelArgs
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            return {n: t.shape for n, t in Qwen3Model(self.model_args).state_dict().items()}
+
+    def pieces(self) -> list[Piece]:
+        return [piece for name, shape in self._shapes.items() for piece in _pieces_of(name, shape)]
+
+    def left_out(self, name: str) -> str | None:
+        if name.endswith(".rotary_emb.inv_freq"):
+            return "rotary frequencies, which are computed"
+        return None
+
+    def row_order(self, piece: Piece, hf_config: Mapping[str, Any]) -> Tensor | None:
+        return None
+
+    def from_hf(self, hf_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        theirs = {name: t for name, t in hf_state_dict.items() if not self.left_out(name)}
+        pieces = self.pieces()
+        wanted = {piece.name for piece in pieces}
+        for problem, wrong in (("lacks", wanted - theirs.keys()), ("has", theirs.keys() - wanted)):
+            if wrong:
+                raise UserError(
+                    f"the Hugging Face state dict {problem} {min(wrong)} (and {len(wrong) - 1} "
+                    "other names), unlike the Qwen3 model of these model.args: make them match its "
+                    "config.json."
+                )
+        stacks: dict[str, list[Tensor]] = {}
+        for piece in pieces:
+            stacks.setdefault(piece.ours, []).append(theirs[piece.name])
+        indexed = {piece.ours for piece in pieces if piece.index is not None}
+        return {n: torch.stack(ts) if n in indexed else ts[0] for n, ts in stacks.items()}
+
+    def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for name, tensor in state_dict.items():
+            for piece in _pieces_of(name, tensor.shape):
+                # clone: safetensors refuses tensors that share storage
+                out[piece.name] = tensor if piece.index is None else tensor[piece.index].clone()
+        return out
+
+    def hf_config(self) -> dict[str, Any]:
+        args, moe = self.model_args, self.model_args.moe_args
+        config = {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "vocab_size": args.vocab_size,
+            "hidden_size": args.dim,
+            "intermediate_size": args.hidden_dim,
+            "num_hidden_layers": args.n_layers,
+            "num_attention_heads": args.n_heads,
+            "num_key_value_heads": args.n_kv_heads,
+            "head_dim": args.head_dim,
+            "max_position_embeddings": args.max_seq_len,
+            "rope_theta": args.rope_theta,
+            "rms_norm_eps": args.norm_eps,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "initializer_range": args.init_std,
+        }
+        if args.moe_enabled:
+            config |= {
+                "architectures": ["Qwen3MoeForCausalLM"],
+                "model_type": "qwen3_moe",
+                "moe_intermediate_size": args.moe_inter_dim,
+                "num_experts": moe.num_experts,
+                "num_experts_per_tok": moe.top_k,
+                "norm_topk_prob": moe.route_norm,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+            }
+        return config
+
+    def check_export(self) -> None:
+        moe = self.model_args.moe_args
+        needed = {
+            "score_func": "softmax",
+            "score_before_experts": False,
+            "load_balance_coeff": None,
+            "num_shared_experts": 0,
+            "num_expert_groups": None,
+            "route_scale": 1.0,
+        }
+        for name, value in needed.items():
+            if self.model_args.moe_enabled and getattr(moe, name) != value:
+                raise UserError(
+                    f"no Hugging Face model computes this one: with model.args.moe_args.{name} = "
+                    f"{getattr(moe, name)!r} it is not a Qwen3, which has {value!r} there; train "
+                    "with that, or keep the checkpoint in our own format "
+                    "(checkpoint.last_save_in_hf = false)."
+                )
+
+    @classmethod
+    def args_of(cls, hf_config: Mapping[str, Any]) -> Qwen3ModelArgs:
+        return _read_config(hf_config)
+
+
+def _pieces_of(ours: str, shape: torch.Size) -> list[Piece]:
+    theirs, numbers = _NAMES[_NUMBER.sub("{}", ours)], _NUMBER.findall(ours)
+    if theirs.count("{}") <= len(numbers):
+        return [Piece(theirs.format(*numbers), ours, None, tuple(shape))]
+    return [
+        Piece(theirs.format(*numbers, expert), ours, expert, tuple(shape[1:]))
+        for expert in range(shape[0])
+    ]
+
+
+def _read_config(config: Mapping[str, Any]) -> Qwen3ModelArgs:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    fixed = {
+        "model_type": (config.get("model_type"), "qwen3", "qwen3_moe"),
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (config.get("attention_bias", False), False),
+        "tie_word_embeddings": (config.get("tie_word_embeddings", False), False),
+        "use_sliding_window": (config.get("use_sliding_window", False), False),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "decoder_sparse_step": (config.get("decoder_sparse_step", 1), 1),
+        "mlp_only_layers": (config.get("mlp_only_layers") or [], []),
+    }
+    for key, (value, *allowed) in fixed.items():
+        if value not in allowed:
+            raise UserError(
+                f"config.json has {key} = {value!r}, but qwen3 here is only built with "
+                f"{' or '.join(map(repr, allowed))}; such weights would mean something else here."
+            )
+    is_moe = config["model_type"] == "qwen3_moe"
+    sizes: dict[str, Any] = {}
+    if is_moe:
+        experts = config.get("num_experts", config.get("num_local_experts"))
+        sizes["moe_inter_dim"] = config["moe_intermediate_size"]
+        sizes["moe_args"] = MoEArgs(
+            num_experts=experts,
+            num_shared_experts=0,
+            top_k=config["num_experts_per_tok"],
+            score_func="softmax",
+            route_norm=config["norm_topk_prob"],
+            score_before_experts=False,
+            load_balance_coeff=None,
+        )
+    return Qwen3ModelArgs(
+        vocab_size=config["vocab_size"],
+        max_seq_len=config["max_position_embeddings"],
+        dim=config["hidden_size"],
+        n_layers=config["num_hidden_layers"],
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        hidden_dim=config["intermediate_size"],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 1e6))),
+        moe_enabled=is_moe,
+        **sizes,
+    )
