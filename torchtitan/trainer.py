@@ -687,13 +687,17 @@ class Trainer:
         )
         return traffic_numbers(result.traffic, row)
 
-    def _balance_of(self, result: StepResult, traffic: Mapping[str, object]) -> Numbers:
+    def _balance_of(
+        self,
+        result: StepResult,
+        biases: Mapping[int, Tensor | None],
+        traffic: Mapping[str, object],
+    ) -> Numbers:
         """How evenly the step used the experts; the same on all ranks."""
-        if not self.moes:
+        if not result.loads:
             return {}
-        biases = {layer: moe.expert_bias for layer, moe in self.moes.items()}
-        router = next(iter(self.moes.values())).router
-        numbers = balance_numbers(result.loads, biases, router.num_expert_groups)
+        num_groups = self.model_args.moe_args.num_expert_groups
+        numbers = balance_numbers(result.loads, biases, num_groups)
         if result.watched:
             numbers |= routing_numbers(result.watched, result.valid_tokens, result.loads)
         return numbers | cross_node_percent(traffic)
@@ -711,10 +715,13 @@ class Trainer:
         """Also lets the alarms look; returns what they ask for."""
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
         skipped = sum_over_ranks(skipped, self.dims.dp_group)
+        biases = {layer: moe.expert_bias for layer, moe in self.moes.items()}
         if self.pipeline is not None:  # of the layers on all stages
-            result.loads, result.traffic = self.pipeline.gather((result.loads, result.traffic))
+            result.loads, result.traffic, result.watched, biases = self.pipeline.gather(
+                (result.loads, result.traffic, result.watched, biases)
+            )
         traffic = self._traffic_of(result)
-        balance = self._balance_of(result, traffic)
+        balance = self._balance_of(result, biases, traffic)
         self.metrics.log(
             step=self.step,
             loss=result.loss,

@@ -170,7 +170,9 @@ class Pipeline:
     def gather(self, by_layer: tuple[dict[int, Any], ...]) -> tuple[dict[int, Any], ...]:
         """Of all stages together, in the order of the layers; every rank calls it."""
         of_stages: list[Any] = [None] * self._group.size()
-        on_cpu = tuple({i: t.cpu() for i, t in layers.items()} for layers in by_layer)
+        on_cpu = tuple(
+            {i: None if t is None else t.cpu() for i, t in layers.items()} for layers in by_layer
+        )
         dist.all_gather_object(of_stages, on_cpu, group=self._group)
         merged = []
         for parts in zip(*of_stages, strict=True):

@@ -283,7 +283,7 @@ def test_max_seq_len_follows_the_run_unless_set():
 def test_forced_balance_is_set_for_the_run_and_refused_without_experts():
     args = TINY.for_run(overrides={}, seq_len=16, force_load_balance=True)
     assert args.moe_args._debug_force_load_balance and not TINY.moe_args._debug_force_load_balance
-    dense = BaseModelArgs(vocab_size=8, max_seq_len=16)
+    dense = BaseModelArgs(vocab_size=8, max_seq_len=16, dim=8, n_layers=1)
     with pytest.raises(
         UserError, match="debug.moe_force_load_balance is true, but this model has no"
     ):
