@@ -12,6 +12,8 @@ from torchtitan.config.degrees import nearest
 from torchtitan.config.job_config import Parallelism
 from torchtitan.tools.errors import UserError, suggest
 
+# Modules beside the layers, on the first and the last stage.
+ENDS = ("tok_embeddings", "norm", "output")
 SINGLE = ("1F1B", "GPipe")
 LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")

@@ -21,7 +21,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from torchtitan.config import Parallelism
-from torchtitan.config.pipeline import PipelinePlan
+from torchtitan.config.pipeline import ENDS, PipelinePlan
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.logging import logger
 
@@ -57,7 +57,8 @@ def _part(model: BaseModel, names: set[str]) -> BaseModel:
         if isinstance(value, dict) and name != "_buffers":
             setattr(part, name, copy.copy(value))
     part._modules = {
-        name: module if name in names else None for name, module in model._modules.items()
+        name: None if name in ENDS and name not in names else module
+        for name, module in model._modules.items()
     }
     kept = {i: layer for i, layer in model.layers.items() if f"layers.{i}" in names}
     part._modules["layers"] = nn.ModuleDict(kept)
