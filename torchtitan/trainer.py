@@ -20,11 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan.components.dataloader import ParallelAwareDataLoader
-from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.components.fused_adam import FusedAdam
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsLogger, device_name
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.components.working_weights import WorkingWeights
 from torchtitan.config import (
     JobConfig,
     Parallelism,
@@ -36,7 +38,7 @@ from torchtitan.config import (
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import check_compile_backend
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
-from torchtitan.distributed.grad_norm import clip_grad_norm
+from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
 from torchtitan.distributed.utils import (
     gather_from_ranks,
     init_distributed,
@@ -137,6 +139,20 @@ def build_model(
     model.to_empty(device=device)
     model.init_weights(buffer_device=device)
     return model.train()
+
+
+def build_working_weights(
+    model: BaseModel, config: JobConfig, accumulation: int
+) -> WorkingWeights | None:
+    """For one process, unless it keeps and computes in fp32; see components/working_weights.py."""
+    training, early = config.training, config.optimizer.early_step_in_backward
+    if dist.get_world_size() > 1:
+        return None
+    if training.dtype == training.mixed_precision_param == "float32" and not early:
+        return None
+    dtype = TORCH_DTYPES[training.mixed_precision_param]
+    fused = config.optimizer.implementation == "fused"
+    return WorkingWeights(model, dtype, fp32_grads=accumulation > 1 or not fused)
 
 
 def build_parallel_dims(config: JobConfig) -> ParallelDims:
@@ -299,18 +315,16 @@ class Trainer:
                 "Nothing evens out the expert load: model.args.moe_args.load_balance_coeff is not "
                 "set (1e-3 is the usual speed of the bias)"
             )
-        optimizer_settings = asdict(config.optimizer)
-        optimizer_settings.pop("early_step_in_backward")
-        self.optimizer = build_optimizer([self.model], **optimizer_settings)
+        global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
+        self.accumulation = global_batch_size // (training.local_batch_size * self.dims.dp_degree)
+        self.optimizer = build_optimizer(
+            [self.model],
+            working=build_working_weights(self.model, config, self.accumulation),
+            **asdict(config.optimizer),
+        )
         self.lr_scheduler = build_lr_scheduler(
             self.optimizer, total_steps=training.steps, **asdict(config.lr_scheduler)
         )
-        self.loss_fn = cross_entropy_sum
-        if config.compile.enable and "loss" in config.compile.components:
-            self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
-
-        global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
-        self.accumulation = global_batch_size // (training.local_batch_size * self.dims.dp_degree)
         self.metrics = build_metrics(config, self.model_args, self.device)
         self._open.callback(self.metrics.close)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
@@ -372,20 +386,29 @@ class Trainer:
             is_last = i == len(micro_batches) - 1
             sync_replicas_on_last_microbatch(self.model, is_last=is_last)
             loss += self.forward_backward(batch, valid_tokens)
-        grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
-        return self._update(loss, grad_norm)
+        return self._update(loss, self._clip())
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients, now or when the optimizer reads them; their norm before."""
+        optimizer, max_norm = self.optimizer, self.config.training.max_norm
+        if not isinstance(optimizer, FusedAdam):
+            return clip_grad_norm(self.model.parameters(), max_norm)
+        if optimizer.early_step:
+            return optimizer.early_grad_norm()
+        grad_norm, optimizer.grad_factor = clip_factor(self.model.parameters(), max_norm)
+        return grad_norm
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
         inputs, labels = batch
         tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
-        logits = self.model(
+        loss_sum = self.model(
             tokens,
             attention_masks=self.model.get_attention_masks(tokens, self.tokenizer.eos_id),
             token_mask=labels != IGNORE_INDEX,
+            labels=labels,
         )
-        loss = self.loss_fn(logits, labels) / valid_tokens
-        del logits  # frees the largest activation as soon as its gradient is there
+        loss = loss_sum / valid_tokens
         loss.backward()
         return loss.detach()
 

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Labels that count neither in the loss nor in its divisor: PyTorch's and Hugging Face's convention.
-IGNORE_INDEX = -100
+from torchtitan.ops.linear_cross_entropy import IGNORE_INDEX
 
 
 def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from torchtitan.components.fused_adam import FusedAdam
+from torchtitan.components.working_weights import WorkingWeights
 from torchtitan.tools.errors import UserError
 
 _OPTIMIZERS = {"Adam": Adam, "AdamW": AdamW}
@@ -30,6 +32,8 @@ def build_optimizer(
     weight_decay: float,
     weight_decay_on: Literal["matrices", "all"],
     implementation: Literal["fused", "foreach", "for-loop"],
+    early_step_in_backward: bool = False,
+    working: WorkingWeights | None = None,
 ) -> Optimizer:
     """The optimizer of this rank: every trainable parameter of `model_parts` in exactly one group.
 
@@ -38,16 +42,27 @@ def build_optimizer(
     `fused` is one kernel per group, `foreach` a kernel per operation, `for-loop` one per tensor and
     operation, the slowest and the leanest; all three compute the same update. Adam adds the decay
     to the gradient, AdamW takes it off the weight. Raises UserError for an unknown `name`.
+
+    working: the model's working weights; `fused` writes them too. early_step_in_backward: see
+    `FusedAdam`, needs both.
     """
     if name not in _OPTIMIZERS:
         raise UserError(
             f"optimizer.name = {name!r} is not known; choose one of {', '.join(_OPTIMIZERS)}"
         )
+    groups = _param_groups(_trainable(model_parts), weight_decay, weight_decay_on)
+    settings = {"lr": lr, "betas": (beta1, beta2), "eps": eps}
+    if working is not None and implementation == "fused":
+        return FusedAdam(
+            groups,
+            decoupled=name == "AdamW",
+            working=working,
+            early_step=early_step_in_backward,
+            **settings,
+        )
     return _OPTIMIZERS[name](
-        _param_groups(_trainable(model_parts), weight_decay, weight_decay_on),
-        lr=lr,
-        betas=(beta1, beta2),
-        eps=eps,
+        groups,
+        **settings,
         fused=implementation == "fused",
         foreach=implementation == "foreach",
     )

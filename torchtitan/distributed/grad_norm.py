@@ -10,23 +10,45 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients so that their L2 norm over all ranks is at most `max_norm`.
-
-    Returns the norm before clipping: a scalar, equal on all ranks. Dense weights and experts lie on
-    different meshes, which torch can't mix in one norm: one norm (and one all-reduce) for each
-    mesh, then the root of the sum of squares.
+    """Scale gradients so that their L2 norm over all ranks is at most `max_norm`; returns the norm
+    before.
     """
-    groups = defaultdict(list)
-    for p in parameters:
-        if p.grad is not None:
-            groups[p.grad.device_mesh if isinstance(p.grad, DTensor) else None].append(p)
-    norms = [_norm(group) for group in groups.values()]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
-    for group in groups.values():
+    groups = _by_mesh(parameters)
+    norm = _global_norm(groups)
+    for group in groups:
         nn.utils.clip_grads_with_norm_(group, max_norm, norm, foreach=True)
     return norm
 
 
+@torch.no_grad()
+def clip_factor(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
+    """The norm, and what to multiply gradients by instead of clipping them in a pass of its own."""
+    norm = _global_norm(_by_mesh(parameters))
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch does
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Dense weights and experts lie on different meshes, which torch can't mix in one norm."""
+    groups = defaultdict(list)
+    for p in parameters:
+        if p.grad is not None:
+            groups[p.grad.device_mesh if isinstance(p.grad, DTensor) else None].append(p)
+    return list(groups.values())
+
+
+def _global_norm(groups: list[list[nn.Parameter]]) -> Tensor:
+    """L2 norm over all ranks, a scalar that is equal on all of them: one norm (and one all-reduce)
+    for each mesh, then the root of the sum of squares.
+    """
+    norms = [_norm(group) for group in groups]
+    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+
+
 def _norm(params: list[nn.Parameter]) -> Tensor:
-    norm = nn.utils.get_total_norm([p.grad for p in params], foreach=True)
+    grads = [p.grad for p in params]
+    if isinstance(grads[0], DTensor):
+        norm = nn.utils.get_total_norm(grads, foreach=True)
+    else:  # bf16 gradients: one pass, sums in fp32
+        norms = torch._foreach_norm(grads, 2.0, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+        norm = torch.linalg.vector_norm(torch.stack(norms))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

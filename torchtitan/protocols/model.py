@@ -108,8 +108,8 @@ def _checked(value: Any, kind: Any, key: str, current: Any) -> Any:
 class BaseModel(nn.Module):
     """A decoder: embedding, blocks by number, norm, output. Runs on one CPU without process groups.
 
-    `forward(tokens, attention_masks=None, positions=None, token_mask=None) -> logits`: see
-    `DeepSeekV3Model.forward`.
+    `forward(tokens, attention_masks=None, positions=None, token_mask=None, labels=None) -> logits`,
+    with labels the summed loss: see `DeepSeekV3Model.forward`.
     """
 
     model_args: BaseModelArgs

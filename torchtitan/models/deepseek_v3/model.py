@@ -7,6 +7,7 @@ Letters: B batch, S sequence, D model dim, H heads, C channels.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
@@ -14,6 +15,7 @@ from torchtitan.models.moe import FeedForward, MoE
 from torchtitan.models.moe.balancing import Load, record_load
 from torchtitan.ops.attention import AttentionMask, attention, document_mask
 from torchtitan.ops.init import init_parameters
+from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan.ops.rope import apply_rope, rope_table
 from torchtitan.protocols.model import BaseModel
 
@@ -23,7 +25,11 @@ class Attention(nn.Module):
 
     Keys and values come from one normalised latent of `kv_lora_rank` channels; queries from another
     (or directly). Position sits in `qk_rope_head_dim` extra channels, for keys shared by all heads.
+
+    w_in: the weights that take the layer's input, as one (components/working_weights.py).
     """
+
+    w_in: Tensor | None = None
 
     def __init__(self, args: DeepSeekV3ModelArgs):
         super().__init__()
@@ -36,6 +42,8 @@ class Attention(nn.Module):
 
         q_out = args.n_heads * args.qk_head_dim
         self.compress_q = args.q_lora_rank > 0
+        first_of_q = "wq_a.weight" if self.compress_q else "wq.weight"
+        self.fused_weights = {"w_in": ((first_of_q, "wkv_a.weight"), 0)}
         if self.compress_q:
             self.wq_a = nn.Linear(args.dim, args.q_lora_rank, bias=False)
             self.q_norm = nn.RMSNorm(args.q_lora_rank, eps=args.norm_eps)
@@ -56,12 +64,13 @@ class Attention(nn.Module):
         positions_BS: Tensor | None = None,
     ) -> Tensor:
         """rope: table of `rope_table`. mask, positions_BS: see `DeepSeekV3Model.forward`."""
-        q = self.wq_b(self.q_norm(self.wq_a(x_BSD))) if self.compress_q else self.wq(x_BSD)
+        q, kv = self._project(x_BSD)
+        q = self.wq_b(self.q_norm(q)) if self.compress_q else q
         q_BSHC = q.unflatten(-1, (self.n_heads, -1))
         q_nope, q_rope = q_BSHC.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_BSHC = torch.cat((q_nope, apply_rope(q_rope, rope, positions_BS)), dim=-1)
 
-        latent, k_rope = self.wkv_a(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent, k_rope = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), rope, positions_BS)
         kv_BSHC = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (self.n_heads, -1))
         k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
@@ -69,6 +78,14 @@ class Attention(nn.Module):
 
         out_BSHC = attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
         return self.wo(out_BSHC.flatten(-2))
+
+    def _project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (or their latent); keys' and values' latent with the shared rotary channels."""
+        if self.w_in is not None:
+            kv_channels = self.kv_lora_rank + self.qk_rope_head_dim
+            both = F.linear(x_BSD, self.w_in)
+            return both.split([self.w_in.size(0) - kv_channels, kv_channels], dim=-1)
+        return (self.wq_a if self.compress_q else self.wq)(x_BSD), self.wkv_a(x_BSD)
 
 
 class TransformerBlock(nn.Module):
@@ -106,8 +123,18 @@ class TransformerBlock(nn.Module):
         return x_BSD + out, load
 
 
+class Output(nn.Linear):
+    """Hidden states to logits, or with labels straight to the loss, without holding the logits."""
+
+    def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Logits (..., V), or with labels the scalar of `linear_cross_entropy`."""
+        if labels_BS is None:
+            return super().forward(x_BSD)
+        return linear_cross_entropy(x_BSD.flatten(0, -2), self.weight, labels_BS.flatten())
+
+
 class DeepSeekV3Model(BaseModel):
-    """Tokens to logits."""
+    """Tokens to logits, or to the loss."""
 
     def __init__(self, model_args: DeepSeekV3ModelArgs):
         super().__init__()
@@ -117,7 +144,7 @@ class DeepSeekV3Model(BaseModel):
             {str(i): TransformerBlock(i, model_args) for i in range(model_args.n_layers)}
         )
         self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
-        self.output = nn.Linear(model_args.dim, model_args.vocab_size, bias=False)
+        self.output = Output(model_args.dim, model_args.vocab_size, bias=False)
         self.register_buffer("rope", self._make_rope_table(), persistent=False)
 
     def forward(
@@ -126,8 +153,10 @@ class DeepSeekV3Model(BaseModel):
         attention_masks: AttentionMask = None,
         positions: Tensor | None = None,
         token_mask: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, S, V) of int64 tokens (B, S).
+        """Logits (B, S, V) of int64 tokens (B, S); with int64 labels (B, S) the sum of their losses
+        instead (scalar, see `linear_cross_entropy`).
 
         attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None =
         0, 1, …. token_mask: (B, S) bool, False = padding, left out of the expert load.
@@ -137,7 +166,7 @@ class DeepSeekV3Model(BaseModel):
             x_BSD, load = layer(x_BSD, self.rope, attention_masks, positions, token_mask)
             if load is not None and self.training and torch.is_grad_enabled():
                 record_load(layer.moe, load)
-        return self.output(self.norm(x_BSD))
+        return self.output(self.norm(x_BSD), labels)
 
     def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> AttentionMask:
         if self.model_args.attn_mask_type == "causal":

@@ -12,14 +12,23 @@ from torchtitan.models.moe.args import MoEArgs, check_routing
 from torchtitan.models.moe.balancing import Load, count_tokens
 from torchtitan.models.moe.dispatcher import LocalDispatcher, TokenDispatcher
 from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop, local_part
+from torchtitan.ops.expert_ffn import expert_ffn
 from torchtitan.ops.init import init_parameters
+from torchtitan.ops.permute import sort_slots
+from torchtitan.ops.router_logits import router_logits
 from torchtitan.ops.swiglu import swiglu
 
 __all__ = ["MoEArgs", "FeedForward", "TokenChoiceTopKRouter", "GroupedExperts", "MoE"]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU feed-forward layer: w2(silu(w1 x) · w3 x), (..., dim) to (..., dim)."""
+    """SwiGLU feed-forward layer: w2(silu(w1 x) · w3 x), (..., dim) to (..., dim).
+
+    w13: both weights as one, where working weights are kept (components/working_weights.py).
+    """
+
+    fused_weights = {"w13": (("w1.weight", "w3.weight"), 0)}
+    w13: Tensor | None = None
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -28,6 +37,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.w13 is not None:
+            return self.w2(swiglu(*F.linear(x, self.w13).chunk(2, dim=-1)))
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
@@ -89,8 +100,7 @@ class TokenChoiceTopKRouter(nn.Module):
         Returns top_scores (T, K) fp32, the weights; selected_experts_indices (T, K) int64;
         num_tokens_per_expert (E,) int64.
         """
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)  # at least fp32; fp64 stays
-        logits_TE = F.linear(x_TD.to(dtype), self.gate.weight.to(dtype))
+        logits_TE = router_logits(x_TD, self.gate.weight)
         scores_TE = (
             logits_TE.sigmoid() if self.score_func == "sigmoid" else logits_TE.softmax(dim=-1)
         )
@@ -142,7 +152,13 @@ class TokenChoiceTopKRouter(nn.Module):
 
 
 class GroupedExperts(nn.Module):
-    """SwiGLU experts as stacked weights: w1, w3 (E, F, D) and w2 (E, D, F)."""
+    """SwiGLU experts as stacked weights: w1, w3 (E, F, D) and w2 (E, D, F).
+
+    w13: (E, 2F, D), gate over up, where working weights are kept (components/working_weights.py).
+    """
+
+    fused_weights = {"w13": (("w1", "w3"), 1)}
+    w13: Tensor | None = None
 
     def __init__(self, *, dim: int, hidden_dim: int, num_experts: int, use_grouped_mm: bool = True):
         super().__init__()
@@ -224,18 +240,37 @@ class MoE(nn.Module):
 
         if self.shared_experts is not None:
             shared = self.dispatcher.beside(self.shared_experts, x_TD)
+        out_TD, traffic = self._routed(x_TD, ids_TK, weights_TK)
+
+        if self.shared_experts is not None:
+            out_TD = out_TD + shared()
+        out_BSD = out_TD.view_as(x_BSD)
+        return (out_BSD, Load(load_E, traffic)) if return_load else out_BSD
+
+    def _routed(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Dispatch, compute, combine; the traffic, too."""
+        if self._all_in_one:
+            experts, order = self.experts, sort_slots(ids_TK, self.router.num_experts)
+            return expert_ffn(x_TD, experts.w13, experts.w2, weights_TK, order), None
         rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
         weights_R = record.weights_R
         if self.score_before_experts:
             rows_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
             weights_R = None
         rows_RD = self.experts(rows_RD, counts_L, weights_R)
-        out_TD = self.dispatcher.combine(rows_RD, record)
+        return self.dispatcher.combine(rows_RD, record), record.traffic
 
-        if self.shared_experts is not None:
-            out_TD = out_TD + shared()
-        out_BSD = out_TD.view_as(x_BSD)
-        return (out_BSD, Load(load_E, record.traffic)) if return_load else out_BSD
+    @property
+    def _all_in_one(self) -> bool:
+        """Whether the three verbs can be one operator: the same numbers, fewer bytes."""
+        return (
+            self.experts.w13 is not None
+            and self.experts.use_grouped_mm
+            and isinstance(self.dispatcher, LocalDispatcher)
+            and not self.score_before_experts
+        )
 
     def init_weights(self, init_std: float) -> None:
         """Fill a layer that stands alone; inside a model, the model does."""
