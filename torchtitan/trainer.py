@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torchtitan.components.dataloader import ParallelAwareDataLoader
 from torchtitan.components.fused_adam import FusedAdam
-from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsLogger, device_name
 from torchtitan.components.optimizer import build_optimizer
@@ -325,6 +325,11 @@ class Trainer:
         self.lr_scheduler = build_lr_scheduler(
             self.optimizer, total_steps=training.steps, **asdict(config.lr_scheduler)
         )
+        # The model's own loss holds no logits; a CPU has the memory, and one GEMM is its fastest.
+        self.model_has_loss = self.device.type != "cpu"
+        self.loss_fn = cross_entropy_sum
+        if config.compile.enable and "loss" in config.compile.components:
+            self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
         self.metrics = build_metrics(config, self.model_args, self.device)
         self._open.callback(self.metrics.close)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
@@ -401,14 +406,17 @@ class Trainer:
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
         inputs, labels = batch
+        eos_id = self.tokenizer.eos_id
+        masks = self.model.get_attention_masks(inputs["input"], eos_id, self.device)
         tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
-        loss_sum = self.model(
+        out = self.model(
             tokens,
-            attention_masks=self.model.get_attention_masks(tokens, self.tokenizer.eos_id),
+            attention_masks=masks,
             token_mask=labels != IGNORE_INDEX,
-            labels=labels,
+            labels=labels if self.model_has_loss else None,
         )
-        loss = loss_sum / valid_tokens
+        loss = (out if self.model_has_loss else self.loss_fn(out, labels)) / valid_tokens
+        del out  # frees the largest activation as soon as its gradient is there
         loss.backward()
         return loss.detach()
 
@@ -462,9 +470,8 @@ class Trainer:
             skips = "" if stop else f" for the {self.skips_in_a_row}th step in a row"
             skip = ", or set training.non_finite_loss to 'skip_step'" if stop else ""
             raise RunError(
-                f"step {self.step}: {what} is not finite{skips} ({values}); the weights are still "
-                f"those of step {last}, the last one with finite numbers; lower optimizer.lr or "
-                f"training.max_norm{skip}."
+                f"step {self.step}: {what} is not finite{skips} ({values}); "
+                f"{self._weights_are(last)}; lower optimizer.lr or training.max_norm{skip}."
             )
         self.skipped_steps += 1
         logger.warning(
@@ -475,6 +482,11 @@ class Trainer:
             what,
             values,
         )
+
+    def _weights_are(self, last: int) -> str:
+        if self.config.optimizer.early_step_in_backward:
+            return "the weights have taken this step already and are lost"
+        return f"the weights are still those of step {last}, the last one with finite numbers"
 
     def _traffic_of(self, result: StepResult) -> dict[str, object]:
         """Tokens sent in the step, over all ranks; nothing without expert parallelism."""

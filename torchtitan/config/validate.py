@@ -25,6 +25,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     replicate, shard = resolve_dp_degrees(config.parallelism, world_size)
     _check_expert_parallel(config.parallelism, replicate, shard)
     resolve_global_batch_size(config, replicate * shard)
+    _check_early_step(config, world_size)
 
 
 def _get(config: JobConfig, key: str) -> Any:
@@ -58,7 +59,6 @@ _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
     ("model.converters", ([],), "converting the model (FP8)"),
     ("metrics.enable_wandb", (False,), "Weights & Biases"),
     ("training.enable_cpu_offload", (False,), "CPU offload"),
-    ("optimizer.early_step_in_backward", (False,), "the optimizer step inside the backward pass"),
     ("validation.enable", (False,), "validation"),
     ("comm.mode", ("default", "fake_backend"), "the local-tensor mode"),
 ]
@@ -260,3 +260,30 @@ def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
             f"set it to {_nearest(wanted, [number for number in (below, below + unit) if number])}."
         )
     return wanted
+
+
+def _check_early_step(config: JobConfig, world_size: int) -> None:
+    """A step in the backward pass comes before the norm of all gradients, and before the next
+    micro-batch.
+    """
+    if not config.optimizer.early_step_in_backward:
+        return
+    one_pass = (-1, config.training.local_batch_size)
+    rules = [
+        ("training.max_norm", (math.inf,), "clipping needs the norm of all gradients"),
+        ("training.non_finite_loss", ("stop",), "a step that was taken can't be skipped"),
+        ("training.global_batch_size", one_pass, "a gradient is gone after one forward pass"),
+        ("optimizer.implementation", ("fused",), "only this one updates single parameters"),
+    ]
+    for key, allowed, reason in rules:
+        if _get(config, key) not in allowed:
+            raise UserError(
+                f"{key} = {as_text(_get(config, key))} can't be had with "
+                f"optimizer.early_step_in_backward = true, because {reason}; set it to "
+                f"{as_text(allowed[-1])}, or early_step_in_backward to false."
+            )
+    if world_size > 1:
+        raise UserError(
+            "optimizer.early_step_in_backward = true works on one process, but this run has "
+            f"{world_size}; set it to false: FSDP spreads gradients over the processes."
+        )

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 from torchtitan.config import ActivationCheckpoint
+from torchtitan.ops import document_attention, expert_ffn  # noqa: F401 (makes their operators)
 from torchtitan.tools.logging import logger
 
 _KEPT_OPS = {
@@ -25,8 +25,9 @@ _KEPT_OPS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    flex_attention,
     torch.ops.aten._grouped_mm.default,
+    torch.ops.torchtitan.document_attention.default,
+    torch.ops.torchtitan.expert_ffn.default,
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }

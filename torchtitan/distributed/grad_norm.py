@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchtitan.ops.grad_norm import total_norm
+
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -46,9 +48,6 @@ def _global_norm(groups: list[list[nn.Parameter]]) -> Tensor:
 
 def _norm(params: list[nn.Parameter]) -> Tensor:
     grads = [p.grad for p in params]
-    if isinstance(grads[0], DTensor):
-        norm = nn.utils.get_total_norm(grads, foreach=True)
-    else:  # bf16 gradients: one pass, sums in fp32
-        norms = torch._foreach_norm(grads, 2.0, dtype=torch.promote_types(grads[0].dtype, torch.float32))
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not isinstance(grads[0], DTensor):
+        return total_norm(grads)
+    return nn.utils.get_total_norm(grads, foreach=True).full_tensor()

@@ -53,7 +53,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None  # scaled in place: good for one backward pass
         if grads is None:
             raise RuntimeError("linear_cross_entropy can be differentiated only once")
-        return *(g if g is None else g.mul_(grad_loss) for g in grads), None
+        there = [g for g in grads if g is not None]
+        torch._foreach_mul_(there, grad_loss)
+        return *grads, None
 
 
 def _loss_dtype(x: Tensor) -> torch.dtype:

@@ -126,6 +126,10 @@ class BaseModel(nn.Module):
         """The `MoE` module of every layer that has one, by layer number."""
         raise NotImplementedError
 
-    def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> Any:
-        """Masks for `forward`, or None for causal attention. Raises `UserError` without eos_id."""
+    def get_attention_masks(
+        self, tokens_BS: Tensor, eos_id: int | None, device: torch.device | None = None
+    ) -> Any:
+        """Masks for `forward` on `device` (absent: where the tokens are), or None for causal
+        attention; cheapest from tokens on the CPU. Raises `UserError` without eos_id.
+        """
         raise NotImplementedError

@@ -73,11 +73,6 @@ def test_defaults_are_fine_for_any_number_of_processes(world_size):
         ),
         ("metrics.enable_wandb", True, "Weights & Biases; true; false"),
         ("training.enable_cpu_offload", True, "CPU offload; true; false"),
-        (
-            "optimizer.early_step_in_backward",
-            True,
-            "the optimizer step inside the backward pass; true; false",
-        ),
         ("validation.enable", True, "validation; true; false"),
         (
             "comm.mode",

@@ -168,11 +168,13 @@ class DeepSeekV3Model(BaseModel):
                 record_load(layer.moe, load)
         return self.output(self.norm(x_BSD), labels)
 
-    def get_attention_masks(self, tokens_BS: Tensor, eos_id: int | None) -> AttentionMask:
+    def get_attention_masks(
+        self, tokens_BS: Tensor, eos_id: int | None, device: torch.device | None = None
+    ) -> AttentionMask:
         if self.model_args.attn_mask_type == "causal":
             return None
         self.model_args.check_tokenizer(eos_id)
-        return document_mask(tokens_BS, eos_id)
+        return document_mask(tokens_BS, eos_id, device)
 
     def moe_layers(self) -> dict[int, nn.Module]:
         return {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
