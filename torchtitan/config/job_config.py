@@ -112,8 +112,7 @@ class Optimizer:
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How the update is computed; the result is the same up to rounding."""
     early_step_in_backward: bool = False
-    """Update each parameter as soon as its gradient is there, which then needs no memory: for one
-    process, without clipping (max_norm = inf)."""
+    """Update each parameter as soon as its gradient is there (one process, max_norm = inf)."""
 
 
 @dataclass(frozen=True)
@@ -289,8 +288,7 @@ class Compile:
     enable: bool = False
     """Compile the parts named in components."""
     components: list[str] = _listing("model", "loss")
-    """What to compile: model (each block on its own), loss (only where logits are held; on one GPU
-    the loss has kernels of its own), or both."""
+    """What to compile: model (each block on its own), loss (where logits are held), or both."""
     backend: str = "inductor"
     """Back-end of torch.compile."""
 

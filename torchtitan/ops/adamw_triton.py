@@ -11,9 +11,27 @@ from torch import Tensor
 
 @triton.jit
 def _update(
-    param, grad, mean, square, copy, factor, inner, param_stride, grad_stride, copy_stride,
-    lr, beta1, beta2, eps, decay, l2, correction1, correction2,
-    COPY: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    param,
+    grad,
+    mean,
+    square,
+    copy,
+    factor,
+    inner,
+    param_stride,
+    grad_stride,
+    copy_stride,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    decay,
+    l2,
+    correction1,
+    correction2,
+    COPY: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     within = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     outer = tl.program_id(1).to(tl.int64)

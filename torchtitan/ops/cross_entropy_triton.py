@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 @triton.jit
-def _cross_entropy(logits, labels, losses, V: tl.constexpr, ignore, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_entropy(
+    logits, labels, losses, V: tl.constexpr, ignore, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * V
     label = tl.load(labels + token)
@@ -45,7 +47,13 @@ def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, ignore: int, with_grad: 
     if T:
         block = min(8192, triton.next_power_of_2(V))
         _cross_entropy[(T,)](
-            logits_TV, labels_T, losses_T, V=V, ignore=ignore, WITH_GRAD=with_grad, BLOCK=block,
+            logits_TV,
+            labels_T,
+            losses_T,
+            V=V,
+            ignore=ignore,
+            WITH_GRAD=with_grad,
+            BLOCK=block,
             num_warps=16 if block >= 4096 else 4,
         )
     return losses_T

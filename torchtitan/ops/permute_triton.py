@@ -24,9 +24,7 @@ def _reduce(
     tl.store(out + token * D + cols, total.to(out.dtype.element_ty), mask=inside)
 
 
-def reduce_rows(
-    rows_RD: Tensor, row_of_slot_TK: Tensor, taken_TK: Tensor | None = None
-) -> Tensor:
+def reduce_rows(rows_RD: Tensor, row_of_slot_TK: Tensor, taken_TK: Tensor | None = None) -> Tensor:
     (T, K), D = row_of_slot_TK.shape, rows_RD.size(1)
     out_TD = rows_RD.new_empty(T, D)
     if T:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 @triton.jit
-def _forward(gate_up, weights, slots, out, F: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr):
+def _forward(
+    gate_up, weights, slots, out, F: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < F
@@ -25,8 +27,16 @@ def _forward(gate_up, weights, slots, out, F: tl.constexpr, BLOCK: tl.constexpr,
 
 @triton.jit
 def _backward(
-    grad_hidden, gate_up, weights, slots, grad_gate_up, hidden_out, grad_weights,
-    F: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
+    grad_hidden,
+    gate_up,
+    weights,
+    slots,
+    grad_gate_up,
+    hidden_out,
+    grad_weights,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     weight = 1.0
@@ -65,7 +75,12 @@ def forward(gate_up_R2F: Tensor, weights_N: Tensor | None, slot_of_row_R: Tensor
     if R:
         block = _block(F)
         _forward[(R, triton.cdiv(F, block))](
-            gate_up_R2F, weights_N, slot_of_row_R, out_RF, F=F, BLOCK=block,
+            gate_up_R2F,
+            weights_N,
+            slot_of_row_R,
+            out_RF,
+            F=F,
+            BLOCK=block,
             WEIGHTED=weights_N is not None,
         )
     return out_RF
@@ -82,7 +97,15 @@ def backward(
     grad_weights_N = None if weights_N is None else torch.empty_like(weights_N)
     if R:
         _backward[(R,)](
-            grad_RF, gate_up_R2F, weights_N, slot_of_row_R, grad_gate_up_R2F, hidden_RF,
-            grad_weights_N, F=F, BLOCK=_block(F), WEIGHTED=weights_N is not None,
+            grad_RF,
+            gate_up_R2F,
+            weights_N,
+            slot_of_row_R,
+            grad_gate_up_R2F,
+            hidden_RF,
+            grad_weights_N,
+            F=F,
+            BLOCK=_block(F),
+            WEIGHTED=weights_N is not None,
         )
     return grad_gate_up_R2F, hidden_RF, grad_weights_N
