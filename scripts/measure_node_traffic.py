@@ -21,14 +21,15 @@ import time
 from operator import itemgetter
 from pathlib import Path
 
+import torch
 from played_nodes import LINK, PlayedNodes, check_can_play
 
+from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.models.moe.args import check_routing
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.logging import init_logger, logger
 
 REPO = Path(__file__).parents[1]
-FP32 = 4  # bytes; the activations' and the routing weights' dtype here
 TITLES = {"plain": "plain", "all_to_all": "all-to-all", "node_limited": "node-limited"}
 COLOURS = {"plain": "#b9c6d6", "all_to_all": "#5b8db8", "node_limited": "#1f4e79"}
 
@@ -161,11 +162,11 @@ def check_probe(ranks: list[dict], ranks_per_node: int) -> None:
 def payload_per_row(dispatcher: str, dim: int, top_k: int) -> int:
     """Bytes of a row that leaves its node, out and back, forward and backward.
 
-    Four hidden states; ours also carry K routing weights and K expert ids out, and their gradients
-    back. (Row counts go once a layer and are left out: less than a kilobyte a rank.)
+    The baseline sends four hidden states and nothing else.
     """
-    slots = 0 if dispatcher == "plain" else 2 * top_k
-    return FP32 * (4 * dim + 2 * slots)
+    if dispatcher == "plain":
+        return 4 * dim * torch.float32.itemsize
+    return bytes_per_row(dim, top_k, torch.float32)
 
 
 def summarise(ranks: list[dict], options: argparse.Namespace) -> list[dict]:
@@ -195,7 +196,7 @@ def measured(steps_of_rank: list[list[dict]], options: argparse.Namespace) -> di
     steps_of_node = steps_of_rank[:: options.ranks_per_node]  # one rank of each tells the counters
     everyones = [step for steps in steps_of_rank for step in steps]
     tokens = options.tokens * len(everyones)
-    meter = sum(step["meter"][2] for step in everyones)
+    meter = sum(step["meter"][0][2] for step in everyones)
     rows = sum(step["counted_rows"] for step in everyones)
     if meter != rows:
         raise RunError(

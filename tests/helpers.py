@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 
 class Ranks:
-    """`world_size` gloo processes, started once (starting costs seconds) and used by many tests.
+    """`world_size` processes, started once (starting costs seconds) and used by many tests.
 
-    A failure in one of them ends them all, so that nothing waits for a rank that is gone; the next
+    On a machine with a GPU for each of them they use those and NCCL, else the CPU and gloo. A
+    failure in one of them ends them all, so that nothing waits for a rank that is gone; the next
     `run` starts new ones.
     """
 
@@ -74,8 +75,16 @@ class Ranks:
 def _serve(pipe: Connection, store: str, rank: int, world_size: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "gloo"
+    if torch.cuda.device_count() >= world_size:
+        torch.cuda.set_device(rank)
+        backend = "cuda:nccl,cpu:gloo"
+    else:  # torch.cuda.is_available() is false from here on
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
     with contextlib.suppress(EOFError):  # the tests are over
         while True:
             fn, args = pickle.loads(pipe.recv_bytes())

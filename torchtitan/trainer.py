@@ -26,17 +26,19 @@ from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsLogger, device_name
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.components.traffic import traffic_line, traffic_numbers
 from torchtitan.components.working_weights import WorkingWeights
 from torchtitan.config import (
     JobConfig,
     Parallelism,
-    resolve_dp_degrees,
+    resolve_degrees,
     resolve_global_batch_size,
     to_dict,
     validate,
 )
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import check_compile_backend
+from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
 from torchtitan.distributed.utils import (
@@ -157,14 +159,11 @@ def build_working_weights(
 
 def build_parallel_dims(config: JobConfig) -> ParallelDims:
     world_size = dist.get_world_size()
-    replicate, shard = resolve_dp_degrees(config.parallelism, world_size)
     return ParallelDims(
-        dp_replicate=replicate,
-        dp_shard=shard,
         world_size=world_size,
         device_type=device_type(),
-        ep=config.parallelism.expert_parallel_degree,
         node_size=resolve_node_size(config.parallelism, world_size),
+        **resolve_degrees(config.parallelism, world_size)._asdict(),
     )
 
 
@@ -175,11 +174,9 @@ def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
     """
     if parallelism.expert_parallel_node_size is not None:
         return parallelism.expert_parallel_node_size
-    local, ep = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        parallelism.expert_parallel_degree,
-    )
-    return local if 0 in (local % ep, ep % local) else math.gcd(local, ep)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    span = parallelism.expert_parallel_degree * parallelism.expert_tensor_parallel_degree
+    return local if 0 in (local % span, span % local) else math.gcd(local, span)
 
 
 def build_metrics(
@@ -315,8 +312,9 @@ class Trainer:
                 "Nothing evens out the expert load: model.args.moe_args.load_balance_coeff is not "
                 "set (1e-3 is the usual speed of the bias)"
             )
-        global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
-        self.accumulation = global_batch_size // (training.local_batch_size * self.dims.dp_degree)
+        self.global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
+        sequences_at_once = training.local_batch_size * self.dims.dp_degree
+        self.accumulation = self.global_batch_size // sequences_at_once
         self.optimizer = build_optimizer(
             [self.model],
             working=build_working_weights(self.model, config, self.accumulation),
@@ -348,10 +346,11 @@ class Trainer:
             tokenizer=self.tokenizer,
             seq_len=training.seq_len,
             batch_size=training.local_batch_size,
-            dp_rank=self.rank,
+            dp_rank=self.dims.dp_rank(self.rank),
             dp_degree=self.dims.dp_degree,
             seed=seed,
             num_workers=training.dataset_num_workers,
+            num_lanes=training.dataset_lanes,
         )
 
     def train(self) -> None:
@@ -360,7 +359,7 @@ class Trainer:
         logger.info(
             "Training: %d steps of %d sequences of %d tokens",
             steps,
-            self.accumulation * config.training.local_batch_size * self.dims.dp_degree,
+            self.global_batch_size,
             config.training.seq_len,
         )
         batches, interval = iter(self.dataloader), Interval()
@@ -438,7 +437,7 @@ class Trainer:
     def _update(self, local_loss: Tensor, grad_norm: Tensor) -> StepResult:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
-        loads_LE, traffic_L4 = step_loads(moes, dist.group.WORLD) if moes else ([], [])
+        loads_LE, traffic_L23 = step_loads(moes, dist.group.WORLD) if moes else ([], [])
         losses = torch.stack(gather_from_ranks(local_loss))
         # host sync: a non-finite step must be known before the weights change
         *rank_losses, norm = torch.cat((losses, grad_norm.view(1))).tolist()
@@ -456,7 +455,7 @@ class Trainer:
             grad_norm=norm,
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
-            traffic=dict(zip(self.moes, traffic_L4, strict=True)),
+            traffic=dict(zip(self.moes, traffic_L23, strict=True)),
         )
 
     def _handle_non_finite(self, rank_losses: list[float], grad_norm: float) -> None:
@@ -489,20 +488,19 @@ class Trainer:
         return f"the weights are still those of step {last}, the last one with finite numbers"
 
     def _traffic_of(self, result: StepResult) -> dict[str, object]:
-        """Tokens sent in the step, over all ranks; nothing without expert parallelism."""
-        if self.dims.ep == 1 or not result.traffic:
+        """What expert parallelism sent in this step, over all ranks."""
+        if self.dims.ep == 1:
             return {}
-        layers = {layer: counts.tolist() for layer, counts in result.traffic.items()}
-        _, node, remote, copies = (sum(column) for column in zip(*layers.values(), strict=True))
-        return {
-            "tokens_sent_node": node,
-            "tokens_sent_remote": remote,
-            "expert_copies": copies,
-            "layer_tokens_sent_remote": {layer: counts[2] for layer, counts in layers.items()},
-        }
+        row = bytes_per_row(
+            self.model_args.dim,
+            next(iter(self.moes.values())).router.top_k,
+            TORCH_DTYPES[self.config.training.mixed_precision_param],
+        )
+        return traffic_numbers(result.traffic, row)
 
     def _log(self, result: StepResult, interval: Interval) -> None:
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
+        traffic = self._traffic_of(result)
         self.metrics.log(
             step=self.step,
             loss=result.loss,
@@ -517,6 +515,9 @@ class Trainer:
             extra={
                 "skipped_steps": self.skipped_steps,
                 "skipped_documents": sum_over_ranks(skipped).item(),
-                **self._traffic_of(result),
+                **traffic,
             },
         )
+        if self.config.metrics.log_traffic and traffic:
+            tokens = self.global_batch_size * self.config.training.seq_len
+            logger.info("%s", traffic_line(traffic, tokens))

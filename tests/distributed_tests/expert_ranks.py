@@ -42,14 +42,19 @@ def _node_groups(node_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     return between[rank % node_size], within[rank // node_size]
 
 
-def expected_traffic(way: Way, routing: Routing, experts_per_rank: int, rank: int) -> list[int]:
-    """Rows that this rank sends, over all hops: to itself, in its node, to other nodes; and the
-    copies that one per expert would have made of its tokens."""
+def expected_traffic(
+    way: Way, routing: Routing, experts_per_rank: int, rank: int
+) -> list[list[int]]:
+    """Rows that this rank sends, over all hops, to itself, in its node, to other nodes; and the
+    copies that one per expert would have sent of its tokens."""
     kind, node_size = way
-    sent = [0, 0, 0]
+    sent, copies = [0, 0, 0], [0, 0, 0]
 
-    def send(to: int) -> None:
-        sent[0 if to == rank else 1 if to // node_size == rank // node_size else 2] += 1
+    def send(to: int, counted: list[int] = sent) -> None:
+        counted[0 if to == rank else 1 if to // node_size == rank // node_size else 2] += 1
+
+    for expert in sum(routing[rank], []):
+        send(expert // experts_per_rank, copies)
 
     for sender, tokens in enumerate(routing):
         for experts in tokens:
@@ -65,7 +70,7 @@ def expected_traffic(way: Way, routing: Routing, experts_per_rank: int, rank: in
                 for home in homes if relay == rank else ():
                     if home // node_size == node:
                         send(home)
-    return [*sent, sum(len(experts) for experts in routing[rank])]
+    return [sent, copies]
 
 
 def check_routing(all_ways: list[Way], routing: Routing, top_k: int, experts_per_rank: int) -> None:

@@ -7,8 +7,8 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed_tests.test_data_parallel import (
     FP32,
-    LR,
     SEQUENCES,
+    assert_trained_alike,
     config_of,
     global_batches,
     one_process,  # noqa: F401 (a fixture)
@@ -64,12 +64,7 @@ def test_every_layout_trains_like_one_process(ranks, one_process, layout, tmp_pa
     world_size, options = LAYOUTS[layout]
     options = [FP32, "--activation_checkpoint.mode=none", *options]
     for result in ranks(world_size).run(train_on_this_rank, options, str(tmp_path)):
-        assert result["losses"] == pytest.approx(one_process["losses"], rel=1e-6)
-        assert result["norms"] == pytest.approx(one_process["norms"], rel=1e-5)
-        for name, expected in one_process["state"].items():
-            torch.testing.assert_close(
-                result["state"][name], expected, rtol=1e-5, atol=LR * 1e-2, msg=name
-            )
+        assert_trained_alike(result, one_process)
 
 
 def first_gradients(options: list[str], dump_folder: str) -> dict[str, Tensor]:
@@ -147,9 +142,4 @@ def test_fewer_experts_than_ranks_train_like_one_process(ranks, tmp_path):
     expected = ranks(1).run(train_on_this_rank, [*options, *alone], str(tmp_path))[0]
     results = ranks(8).run(train_on_this_rank, [*options, SIZE + "1"], str(tmp_path))
     for result in results:
-        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-6)
-        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-5)
-        for name, tensor in expected["state"].items():
-            torch.testing.assert_close(
-                result["state"][name], tensor, rtol=1e-5, atol=LR * 1e-2, msg=name
-            )
+        assert_trained_alike(result, expected)

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_run import losses, records, tiny
-from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.hf_datasets.order import order
 from torchtitan.train import main
 
 # A run by itself takes ten seconds; machines that run the tests may be busy.
@@ -89,27 +88,13 @@ def test_two_processes_train_with_everything_a_toml_offers(run_train, tmp_path):
     assert re.search(r"^\[rank1\]:\[titan rank 1\] \S+ I Training: ", output, re.MULTILINE)
 
 
-def write_sequences(path: Path, count: int, length: int) -> None:
-    """Documents that, with their first and last token, are one sequence each: ranks that take
-    turns in reading them get, all together, what one process gets."""
-    tokenizer = load_tokenizer(str(REPO / "tests/assets/tokenizer"))
-    letters = [c for c in "abcdefghijklmnopqrstuvwxyz" if len(tokenizer.encode(" " + c)) == 1]
-    chooser = random.Random(3)
-    texts = [" ".join(chooser.choices(letters, k=length - 2)) for _ in range(count)]
-    assert {len(tokenizer.encode(text)) for text in texts} == {length - 2}
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
 def test_the_debug_model_with_experts_on_four_ranks_of_two_nodes_trains_like_one_process(
     run_train, tmp_path
 ):
     """The flavor's own sizes."""
-    write_sequences(tmp_path / "data.jsonl", count=40, length=32)
     settings = {
         "job.config_file": REPO / "train_configs/debug_model.toml",
         "model.flavor": "debugmodel_node_limited",
-        "training.dataset": "text",
-        "training.dataset_path": tmp_path / "data.jsonl",
         "training.seq_len": 32,
         "training.steps": 3,
         "training.global_batch_size": 8,
@@ -174,7 +159,9 @@ def test_a_mistake_that_one_rank_meets_late_is_the_last_line_and_exit_code_2(run
     """Rank 0 fails too, in its communication; rank 1, whose output is not shown, knows why."""
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"text": "a good text. " * 400}) + '\n{"broken\n')
-    options = {"training__dataset": "text", "training__dataset_path": data, "debug__seed": 0}
+    options = {"training__dataset": "text", "training__dataset_path": data}
+    options |= {"training__dataset_lanes": 2, "debug__seed": 14}
+    assert {order(2, 14, epoch)[0] for epoch in range(11)} == {0}, "the broken one is rank 1's"
     done = run_train(*tiny(tmp_path / "out", **options), NGPU="2")
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]

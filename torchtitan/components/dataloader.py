@@ -1,145 +1,234 @@
-"""Batches of one data-parallel rank: torchdata's StatefulDataLoader, our rules for its state."""
+"""Batches of one data-parallel rank, cut from one global order of examples; and the position in it.
 
+The examples of a run are numbered n = 0, 1, 2, ...; example n is the next one of lane n modulo L,
+and a lane is a stream of its own. So what is example n depends on the data alone. With N examples
+behind it, a run of d data-parallel ranks gives example N + m * d + r to rank r, m = 0, 1, 2, ...:
+after k examples on each rank, exactly the next k * d are used. Whatever the number of ranks, loader
+workers or accumulation steps, an optimizer step of G sequences sees the same G, and another layout
+goes on where the last one stopped.
+
+A loader process makes the whole of each lane that its examples meet. Where L is a multiple of d
+(with w workers and local batches of b: of d * w * b), no other process meets it; otherwise several
+read and tokenise the same lanes and each drops what is another's, which costs time and no more.
+"""
+
+import itertools
 import json
 import multiprocessing
 import os
 import threading
-import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.distributed.checkpoint.stateful import Stateful
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger
 
-# In the dictionary of an example: how many documents the dataset passed over on the way to it.
+# In the dictionary of an example, for the loader, which takes them out again: how many documents
+# were passed over to make it, and (JSON) the position of its lane behind it.
 SKIPPED = "skipped_documents"
+POSITION = "position"
 
 _START_ANEW = (
     'or begin the data anew with checkpoint.exclude_from_loading = ["dataloader"] and keep the rest'
 )
 
 
-class ResumableDataset(Protocol):
-    """An IterableDataset whose state_dict is its position, and which says what that depends on."""
+@dataclass(frozen=True)
+class Share:
+    """Which examples a data-parallel rank takes, and which of them each of its workers makes.
 
-    def identity(self) -> dict[str, Any]: ...
+    Local batch i holds the rank's examples m in [i * batch_size, (i + 1) * batch_size); worker k
+    of w makes the batches k, k + w, k + 2w, ... (torch hands them out by turns).
+    """
 
-    def state_dict(self) -> dict[str, Any]: ...
+    dp_rank: int = 0
+    dp_degree: int = 1
+    batch_size: int = 1
+    num_workers: int = 0
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+    @property
+    def processes(self) -> int:
+        """That make examples, over all ranks."""
+        return self.dp_degree * max(1, self.num_workers)
+
+    def examples(self, first: int, worker: int = 0) -> Iterator[int]:
+        """The numbers of this loader process's examples, without end; `first` is N."""
+        for batch in itertools.count(worker, max(1, self.num_workers)):
+            for m in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                yield first + m * self.dp_degree + self.dp_rank
+
+    def examples_here(self, first: int) -> Iterator[int]:
+        """`examples` of the process that calls, which may be a worker."""
+        info = get_worker_info()
+        return self.examples(first, info.id if info else 0)
+
+    def lanes(self, num_lanes: int, examples: Iterator[int]) -> set[int]:
+        """The lanes that these examples meet: after num_lanes batches they meet the same again."""
+        return {n % num_lanes for n in itertools.islice(examples, num_lanes * self.batch_size)}
+
+    def times_made(self, num_lanes: int) -> float:
+        """How often an example is made on average: each process makes all of the lanes it meets."""
+        met = self.lanes(num_lanes, self.examples(0))
+        return len(met) * self.processes / num_lanes
+
+
+class LanesDataset(Protocol):
+    """An IterableDataset that yields the examples of `share.examples_here`, with POSITION."""
+
+    share: Share
+    num_lanes: int
+    infinite: bool
+
+    def identity(self) -> dict[str, Any]:
+        """What the meaning of a position depends on."""
+        ...
+
+    def start(self, consumed: int, lanes: dict[int, dict]) -> None:
+        """The next `iter()` begins behind `consumed` examples; a lane not named at its start."""
+        ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
 
-class ParallelAwareDataLoader(Stateful):
-    """Iterates over batches; its state has one entry for each data-parallel rank.
+class ParallelAwareDataLoader:
+    """Iterates over the batches of one data-parallel rank.
 
-    state_dict() is {"dp_rank_<r>": text, "dp_degree": n}: merged over the ranks it is the position
-    of the whole run. The entry is JSON, so loading it never runs anything. It is the position
-    after the last batch handed out, however many the workers have prepared beyond it.
+    The position of the run is what all ranks know together: `merge_states` of every rank's
+    `local_state()` is stored once, and `load_state_dict` takes it in any layout. It is the position
+    behind the last batch handed out, however many the workers have prepared beyond it. It is made
+    of what JSON can hold, so loading it never runs anything.
 
-    `skipped_documents` is how many unusable documents of this rank lie before that position.
+    `skipped_documents` summed over the ranks is how many unusable documents lie before it.
     """
 
-    def __init__(
-        self,
-        dataset: ResumableDataset,
-        *,
-        batch_size: int,
-        num_workers: int,
-        dp_rank: int,
-        dp_degree: int,
-    ) -> None:
-        self._identity = dataset.identity()
-        self._num_workers = num_workers
-        self._dp_degree = dp_degree
-        self._key = f"dp_rank_{dp_rank}"
+    def __init__(self, dataset: LanesDataset) -> None:
+        self._dataset = dataset
+        self._share = share = dataset.share
+        self._first = 0  # N: the examples of the run before the current iteration
+        self._batches = 0  # of this iteration that were handed out
+        self._lanes: dict[int, str] = {}
         self.skipped_documents = 0
-        with warnings.catch_warnings():
-            # torchdata 0.11 still calls torch.set_vital, which torch 2.13 warns about.
-            warnings.filterwarnings("ignore", message=".*set_vital.*")
-            self._loader = StatefulDataLoader(
-                dataset,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                multiprocessing_context=_worker_context(dataset) if num_workers else None,
-                worker_init_fn=_start_worker,
-                # torch draws a seed for the workers: from here, so that the run's own random
-                # numbers are the same however often an iteration starts.
-                generator=torch.Generator().manual_seed(0),
-            )
+        self._loader = DataLoader(
+            dataset,
+            batch_size=share.batch_size,
+            num_workers=share.num_workers,
+            multiprocessing_context=_worker_context(dataset) if share.num_workers else None,
+            worker_init_fn=_start_worker,
+            # torch draws a seed for the workers: from here, so that the run's own random
+            # numbers are the same however often an iteration starts.
+            generator=torch.Generator().manual_seed(0),
+        )
 
     def __iter__(self) -> Iterator[Any]:
+        """From the loaded position, once; and otherwise from the beginning of the data."""
+        if self._batches:
+            self._start(0, {}, 0)
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[Any]:
+        examples = itertools.count(self._first + self._share.dp_rank, self._share.dp_degree)
         try:
             for batch in self._loader:
-                self.skipped_documents += _take_skipped(batch)
+                self._batches += 1
+                self.skipped_documents += int(batch[0].pop(SKIPPED).sum())
+                for position, n in zip(batch[0].pop(POSITION), examples, strict=False):
+                    self._lanes[n % self._dataset.num_lanes] = position
                 yield batch
         except UserError as error:
             # From a worker it comes wrapped in that worker's traceback; the sentence is the end.
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
-    def state_dict(self) -> dict[str, Any]:
-        entry = {
-            "num_workers": self._num_workers,
-            "identity": self._identity,
+    def local_state(self) -> dict[str, Any]:
+        """What this rank knows of the position, for `merge_states`."""
+        assert self._dataset.infinite, "a single pass through the data has no position to resume"
+        taken = self._batches * self._share.batch_size
+        return {
+            "dp_rank": self._share.dp_rank,
+            "consumed": self._first + taken * self._share.dp_degree,
+            "lanes": {str(lane): json.loads(text) for lane, text in self._lanes.items()},
+            "identity": self._dataset.identity(),
             "skipped_documents": self.skipped_documents,
-            "loader": self._loader.state_dict(),
         }
-        return {self._key: json.dumps(entry), "dp_degree": self._dp_degree}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not state_dict:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a merged state. Raises `UserError` where it is damaged or of other data."""
+        if not state:
             logger.warning(
                 "The checkpoint has no data position: the data starts from its beginning"
             )
             return
-        degree = state_dict.get("dp_degree")
-        _check_same("the data-parallel degree", degree, self._dp_degree)
-        if self._key not in state_dict:
+        try:
+            saved, ours = state["identity"], self._dataset.identity()
+            for name in sorted(saved.keys() | ours.keys()):
+                _check_same(name, saved.get(name), ours.get(name))
+            lanes = {int(lane): position for lane, position in state["lanes"].items()}
+            _check_complete(state["consumed"], lanes, self._dataset.num_lanes)
+            self._start(int(state["consumed"]), lanes, int(state["skipped_documents"]))
+        except UserError:
+            raise
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
-                f"The checkpoint's data position has no entry '{self._key}' (it has "
-                f"{sorted(state_dict)}), so it is damaged; take another checkpoint, {_START_ANEW}."
-            )
-        entry = json.loads(state_dict[self._key])
-        _check_same("training.dataset_num_workers", entry["num_workers"], self._num_workers)
-        saved = entry["identity"]
-        for name in sorted(saved.keys() | self._identity.keys()):
-            _check_same(name, saved.get(name), self._identity.get(name))
-        self.skipped_documents = entry["skipped_documents"]
-        self._loader.load_state_dict(entry["loader"])
+                f"The checkpoint's data position is damaged ({type(error).__name__}: {error}); "
+                f"take another checkpoint, {_START_ANEW}."
+            ) from None
+
+    def _start(self, consumed: int, lanes: dict[int, dict], skipped: int) -> None:
+        self._dataset.start(consumed, lanes)
+        self._first, self._batches = consumed, 0
+        # What all ranks have in common, one of them tells.
+        tells = self._share.dp_rank == 0
+        self._lanes = {lane: json.dumps(p) for lane, p in lanes.items()} if tells else {}
+        self.skipped_documents = skipped if tells else 0
 
 
-def build_dataloader(
-    dataset: ResumableDataset,
-    *,
-    batch_size: int,
-    num_workers: int,
-    dp_rank: int,
-    dp_degree: int,
-) -> ParallelAwareDataLoader:
-    """A loader over what is already this rank's part of the data (the dataset splits it)."""
-    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The position of the run from the `local_state()` of all ranks, in any order.
+
+    Ranks that share their data (tensor parallelism) may all be there. Where a lane is shared, the
+    rank that took its last example knows best.
+    """
+    ranks = {state["dp_rank"]: state for state in states}
+    consumed = {state["consumed"] for state in ranks.values()}
+    assert len(consumed) == 1, f"the ranks have taken different numbers of batches: {consumed}"
+    lanes: dict[str, dict] = {}
+    for state in ranks.values():
+        for lane, position in state["lanes"].items():
+            if lane not in lanes or position["taken"] > lanes[lane]["taken"]:
+                lanes[lane] = position
+    return {
+        "consumed": consumed.pop(),
+        "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0]))),
+        "identity": states[0]["identity"],
+        "skipped_documents": sum(state["skipped_documents"] for state in ranks.values()),
+    }
+
+
+def build_dataloader(dataset: LanesDataset) -> ParallelAwareDataLoader:
+    """A loader over the examples of the dataset's share."""
+    share = dataset.share
+    for name, value, least in (
+        ("batch_size", share.batch_size, 1),
+        ("num_workers", share.num_workers, 0),
+    ):
         if value < least:
             raise UserError(f"The data loader's {name} = {value} must be at least {least}.")
-    assert 0 <= dp_rank < dp_degree, (dp_rank, dp_degree)
-    return ParallelAwareDataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        dp_rank=dp_rank,
-        dp_degree=dp_degree,
-    )
+    assert 0 <= share.dp_rank < share.dp_degree, share
+    return ParallelAwareDataLoader(dataset)
 
 
-def _take_skipped(batch: Any) -> int:
-    """Remove the count from a batch of (dictionary, labels); other datasets have none."""
-    if isinstance(batch, list | tuple) and isinstance(batch[0], dict) and SKIPPED in batch[0]:
-        return int(batch[0].pop(SKIPPED).sum())
-    return 0
+def _check_complete(consumed: int, lanes: dict[int, dict], num_lanes: int) -> None:
+    """Of the examples below `consumed`, each lane has given those with its number."""
+    if consumed < 0 or lanes.keys() - range(num_lanes):
+        raise ValueError(f"{consumed} examples of lanes {sorted(lanes)}")
+    for lane in range(num_lanes):
+        due = len(range(lane, consumed, num_lanes))
+        taken = lanes[lane]["taken"] if lane in lanes else 0
+        if taken != due:
+            raise ValueError(f"lane {lane} has given {taken} of {due} examples")
 
 
 def _check_same(what: str, saved: object, ours: object) -> None:
@@ -150,7 +239,7 @@ def _check_same(what: str, saved: object, ours: object) -> None:
         )
 
 
-def _worker_context(dataset: ResumableDataset) -> multiprocessing.context.BaseContext:
+def _worker_context(dataset: LanesDataset) -> multiprocessing.context.BaseContext:
     """Workers come from a clean server process, not as forks of the trainer: a fork copies the
     locks of CUDA's, NCCL's and gloo's threads without the threads, and may wait for them forever.
     """

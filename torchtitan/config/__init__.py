@@ -1,5 +1,6 @@
 """The settings of a run: what they are, how they are read, what they may be; without torch."""
 
+from torchtitan.config.degrees import Degrees, resolve_degrees
 from torchtitan.config.job_config import (
     ActivationCheckpoint,
     Checkpoint,
@@ -20,7 +21,7 @@ from torchtitan.config.job_config import (
     to_dict,
 )
 from torchtitan.config.manager import ConfigManager
-from torchtitan.config.validate import resolve_dp_degrees, resolve_global_batch_size, validate
+from torchtitan.config.validate import resolve_global_batch_size, validate
 
 __all__ = [
     "ActivationCheckpoint",
@@ -29,6 +30,7 @@ __all__ = [
     "Compile",
     "ConfigManager",
     "Debug",
+    "Degrees",
     "Job",
     "JobConfig",
     "LRScheduler",
@@ -40,7 +42,7 @@ __all__ = [
     "Quantize",
     "Training",
     "Validation",
-    "resolve_dp_degrees",
+    "resolve_degrees",
     "resolve_global_batch_size",
     "to_dict",
     "validate",

@@ -67,6 +67,8 @@ class Metrics:
     """Folder for TensorBoard files, inside job.dump_folder."""
     save_for_all_ranks: bool = False
     """Write metrics on every rank instead of on rank 0 only."""
+    log_traffic: bool = False
+    """With expert parallelism, a second console line says what travelled between ranks (ours)."""
     enable_wandb: bool = False
     """Send metrics to Weights & Biases."""
 
@@ -141,6 +143,8 @@ class Training:
     """Field of jsonl and parquet records that holds the text (ours)."""
     dataset_num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process (ours)."""
+    dataset_lanes: int | None = None
+    """Token streams of the run that documents are dealt to; unset: chosen by the data (ours)."""
     local_batch_size: int = 8
     """Sequences per forward pass and data-parallel rank."""
     global_batch_size: int = -1

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from torchtitan.config.job_config import JobConfig, Parallelism
+from torchtitan.config.degrees import nearest, resolve_degrees
+from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
 
@@ -22,9 +23,8 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_ranges(config)
     _check_choices(config)
     _check_profiling(config, device_type)
-    replicate, shard = resolve_dp_degrees(config.parallelism, world_size)
-    _check_expert_parallel(config.parallelism, replicate, shard)
-    resolve_global_batch_size(config, replicate * shard)
+    degrees = resolve_degrees(config.parallelism, world_size)
+    resolve_global_batch_size(config, degrees.dp_replicate * degrees.dp_shard)
     _check_early_step(config, world_size)
 
 
@@ -99,6 +99,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "1 or more",
         lambda value: value >= 1,
         "training.local_batch_size training.seq_len training.steps training.gc_freq "
+        "training.dataset_lanes "
         "metrics.log_freq profiling.profile_freq profiling.profiler_active "
         "comm.init_timeout_seconds comm.train_timeout_seconds",
     ),
@@ -182,70 +183,6 @@ def _check_profiling(config: JobConfig, device_type: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def _nearest(value: int, legal: list[int]) -> str:
-    """The legal numbers next to `value` on both sides: "4 or 8"."""
-    below = [number for number in legal if number < value][-1:]
-    above = [number for number in legal if number > value][:1]
-    return " or ".join(str(number) for number in below + above)
-
-
-def resolve_dp_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
-    """(replicate, shard): the data-parallel degrees with -1 resolved; UserError if they don't fit.
-
-    Their product is `world_size`, as long as no other kind of parallelism is supported.
-    """
-    replicate = parallelism.data_parallel_replicate_degree
-    shard = parallelism.data_parallel_shard_degree
-    if replicate < 1:
-        raise UserError(
-            f"parallelism.data_parallel_replicate_degree = {replicate} must be 1 or more."
-        )
-    if shard < 1 and shard != -1:
-        raise UserError(
-            f"parallelism.data_parallel_shard_degree = {shard} must be 1 or more, or -1 for all "
-            "processes that the other degrees leave."
-        )
-    if world_size % replicate:
-        divisors = [number for number in range(1, world_size + 1) if world_size % number == 0]
-        raise UserError(
-            f"parallelism.data_parallel_replicate_degree = {replicate} does not divide the number "
-            f"of processes ({world_size}); set it to {_nearest(replicate, divisors)}."
-        )
-    rest = world_size // replicate
-    if shard not in (-1, rest):
-        raise UserError(
-            f"parallelism.data_parallel_replicate_degree ({replicate}) x "
-            f"data_parallel_shard_degree ({shard}) = {replicate * shard}, but the number of "
-            f"processes is {world_size}; set data_parallel_shard_degree to {rest} (or to -1, which "
-            f"means the rest), or start {replicate * shard} processes."
-        )
-    return replicate, rest
-
-
-def _check_expert_parallel(parallelism: Parallelism, replicate: int, shard: int) -> None:
-    """EP groups are made of the ranks that FSDP shards over, or, where they are larger, of whole
-    replicas."""
-    degree, processes = parallelism.expert_parallel_degree, replicate * shard
-    legal = [
-        n for n in range(1, processes + 1) if processes % n == 0 and 0 in (shard % n, n % shard)
-    ]
-    if degree not in legal:
-        raise UserError(
-            f"parallelism.expert_parallel_degree = {degree} must divide the data-parallel shard "
-            f"degree ({shard}), or be a multiple of it that divides the number of processes "
-            f"({processes}); set it to {_nearest(degree, legal)}."
-        )
-    size = parallelism.expert_parallel_node_size
-    if size is not None and (size < 1 or 0 not in (degree % size, size % degree)):
-        largest = max(size, 0) + degree  # a multiple of `degree` lies in between
-        fitting = [n for n in range(1, largest + 1) if 0 in (degree % n, n % degree)]
-        raise UserError(
-            f"parallelism.expert_parallel_node_size = {size} must divide "
-            f"parallelism.expert_parallel_degree ({degree}) or be a multiple of it; set it to "
-            f"{_nearest(size, fitting)}."
-        )
-
-
 def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
     """Sequences per optimizer step, -1 resolved; a multiple of one forward pass of all ranks."""
     wanted, local = config.training.global_batch_size, config.training.local_batch_size
@@ -257,7 +194,7 @@ def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
         raise UserError(
             f"training.global_batch_size = {wanted} must be -1 or a multiple of {unit}, "
             f"training.local_batch_size ({local}) x the data-parallel degree ({dp_degree}); "
-            f"set it to {_nearest(wanted, [number for number in (below, below + unit) if number])}."
+            f"set it to {nearest(wanted, [number for number in (below, below + unit) if number])}."
         )
     return wanted
 

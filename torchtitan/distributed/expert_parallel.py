@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -34,24 +33,23 @@ from torchtitan.tools.logging import logger
 def apply_expert_parallel(
     moes: Mapping[int, nn.Module],
     dims: ParallelDims,
-    expert_mesh: DeviceMesh | None,
     dispatch: str,
 ) -> None:
     """Spread the experts of each layer over `dims.ep` ranks, and give it the dispatcher that brings
     tokens there. dispatch: "all_to_all", "node_limited", or "auto": the latter where EP groups span
-    nodes. expert_mesh: of `ParallelDims.build_expert_mesh`. In place, before FSDP; logs one line.
+    nodes. In place, before FSDP; logs one line.
     """
-    if expert_mesh is None:
+    if dims.ep == 1:
         return
-    mesh = expert_mesh["ep"]
+    mesh = dims.expert_mesh["ep"]
     spans_nodes = dims.nodes_per_ep_group > 1
     node_limited = dispatch == "node_limited" or (dispatch == "auto" and spans_nodes)
     num_experts = next(iter(moes.values())).experts.w1.size(0)
     if node_limited:
-        groups = _node_groups(mesh, dims)
-        make = partial(NodeLimitedDispatcher, *groups, num_experts)
+        make = partial(NodeLimitedDispatcher, *_node_groups(dims), num_experts)
     else:
-        make = partial(AllToAllDispatcher, mesh.get_group(), num_experts, dims.node_size)
+        ranks_per_node = dims.ep // dims.nodes_per_ep_group
+        make = partial(AllToAllDispatcher, mesh.get_group(), num_experts, ranks_per_node)
     for moe in moes.values():
         for name, param in list(moe.experts.named_parameters()):
             local = distribute_tensor(param.data, mesh, [Shard(0)], src_data_rank=None)
@@ -65,14 +63,10 @@ def apply_expert_parallel(
     )
 
 
-def _node_groups(
-    mesh: DeviceMesh, dims: ParallelDims
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def _node_groups(dims: ParallelDims) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Of this rank's EP group: the ranks at its place on each node, and the ranks of its node."""
-    ranks_per_node = dims.ep // dims.nodes_per_ep_group
     between = within = None
-    for first in range(0, dims.world_size, dims.ep):  # every rank helps to make every group
-        grid = torch.arange(first, first + dims.ep).view(-1, ranks_per_node)
+    for grid in dims.ep_groups:  # every rank helps to make every group
         for ranks in grid.T.tolist():
             group = dist.new_group(ranks)
             between = group if dist.get_rank() in ranks else between
@@ -84,7 +78,7 @@ def _node_groups(
 
 class Rows(NamedTuple):
     """x_PD: hidden states. ids_PK: int64 experts of each row, counted from the first that this
-    place is responsible for. weights_PK: their routing weights, 0 in empty slots.
+    place is responsible for. weights_PK: their routing weights; those of empty slots mean nothing.
     """
 
     x_PD: Tensor
@@ -136,7 +130,7 @@ class Hop:
         ids_RK = rows.ids_PK[row_of] - (rank_R * self.experts_per_rank).unsqueeze(1)
         there_RK = (ids_RK >= 0) & (ids_RK < self.experts_per_rank)
         ids_RK = ids_RK.masked_fill(~there_RK, -1)
-        weights_RK = expand_rows(rows.weights_PK, order).masked_fill(~there_RK, 0)
+        weights_RK = expand_rows(rows.weights_PK, order)
         # One message for both: expert ids are exact in fp32.
         slots = torch.cat((weights_RK, ids_RK.to(weights_RK.dtype)), dim=1)
         slots = self._exchange(slots, received, sent)
@@ -194,7 +188,7 @@ class AllToAllDispatcher:
         rows, record = hop.go(
             Rows(x_TD, ids_TK, weights_TK), destination_TK, sent_rows, received_rows
         )
-        traffic = _traffic(sent, self.tier_of_rank.to(sent.device), slots.sum())
+        traffic = torch.stack([_by_tier(rows, self.tier_of_rank) for rows in (sent, slots)])
         return _into_expert_order(rows, self.local_experts, sum(received_slots), traffic, (record,))
 
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
@@ -216,6 +210,9 @@ class NodeLimitedDispatcher:
         self.local_experts = self.within.experts_per_rank
         self.tier_of_node = _tiers(between, 1)
         self.tier_of_rank = _tiers(within, within.size())
+        # Of every rank of the EP group, by node.
+        self.tier_of_copy = self.tier_of_node.repeat_interleave(within.size())
+        self.tier_of_copy[self.tier_of_copy == 0] = self.tier_of_rank
         self.side_stream = _SideStream()
 
     def dispatch(
@@ -223,26 +220,26 @@ class NodeLimitedDispatcher:
     ) -> tuple[Tensor, Tensor, Record]:
         between, within = self.between, self.within
         to_node_TK = between.destinations(ids_TK)
-        out, relayed, arriving = self._counts(ids_TK, to_node_TK)
+        out, relayed, arriving, copies = self._counts(ids_TK, to_node_TK)
         # host sync: split sizes of both hops at once; (rows out, in), (relayed out, in), slots in
         to_nodes, from_nodes = out.T.tolist()
         to_ranks, from_ranks, slots = torch.cat((relayed, arriving), dim=1).T.tolist()
 
         rows, first = between.go(Rows(x_TD, ids_TK, weights_TK), to_node_TK, to_nodes, from_nodes)
         rows, second = within.go(rows, within.destinations(rows.ids_PK), to_ranks, from_ranks)
-        traffic = _traffic(out[:, 0], self.tier_of_node.to(out.device), (ids_TK >= 0).sum())
-        traffic = traffic + _traffic(
-            relayed[:, 0], self.tier_of_rank.to(out.device), torch.zeros_like(traffic[0])
+        rows_sent = _by_tier(out[:, 0], self.tier_of_node) + _by_tier(
+            relayed[:, 0], self.tier_of_rank
         )
+        traffic = torch.stack((rows_sent, _by_tier(copies, self.tier_of_copy)))
         return _into_expert_order(rows, self.local_experts, sum(slots), traffic, (first, second))
 
-    def _counts(self, ids_TK: Tensor, to_node_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _counts(self, ids_TK: Tensor, to_node_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What both hops will carry, told ahead so that the host waits only once.
 
         Each sender tells its peer on node n how many rows it sends there, and for each rank of that
         node, how many of these rows and slots go on to it. Returns (nodes, 2) rows to and from each
         node; (ranks, 1) rows to relay to each rank; (ranks, 2) rows and slots coming from each
-        rank.
+        rank; (nodes · ranks) copies that one per expert would send to each rank of the EP group.
         """
         nodes, ranks = self.between.size, self.within.size
         rank_TK = torch.div(ids_TK, self.local_experts, rounding_mode="floor")
@@ -258,7 +255,7 @@ class NodeLimitedDispatcher:
         heard = self.between.exchange_counts(told)
         rows_in, relayed = heard[:, 0], heard[:, 1:].sum(dim=0).view(2, ranks).T
         arriving = self.within.exchange_counts(relayed)
-        return torch.stack((rows_out, rows_in), dim=1), relayed[:, :1], arriving
+        return torch.stack((rows_out, rows_in), dim=1), relayed[:, :1], arriving, onward[1]
 
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
         x_PD = self.within.back(reduce_rows(rows_RD, record.order), record.hops[1])
@@ -285,9 +282,18 @@ def _tiers(group: dist.ProcessGroup, ranks_per_node: int) -> Tensor:
     return tiers
 
 
-def _traffic(sent: Tensor, tiers: Tensor, copies: Tensor) -> Tensor:
-    by_tier = sent.new_zeros(3).scatter_add_(0, tiers, sent)
-    return torch.cat((by_tier, copies.view(1)))
+def _by_tier(rows: Tensor, tiers: Tensor) -> Tensor:
+    return rows.new_zeros(3).scatter_add_(0, tiers.to(rows.device), rows)
+
+
+def bytes_per_row(dim: int, top_k: int, dtype: torch.dtype) -> int:
+    """What one row that goes to another rank costs on the way, forward and backward, in bytes.
+
+    Out and back, and the gradients of both: four times a hidden state, and twice (out, and their
+    gradients) the slots: K routing weights and K expert ids in fp32. A layer that is recomputed
+    sends the forward half once more. (Counts go once a layer and are left out.)
+    """
+    return 4 * dim * dtype.itemsize + 2 * 2 * top_k * torch.float32.itemsize
 
 
 class _SideStream:

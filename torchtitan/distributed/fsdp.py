@@ -1,6 +1,6 @@
 """DDP, FSDP and HSDP, all three through FSDP2's `fully_shard`.
 
-On a mesh (dp_replicate, dp_shard), FSDP is (1, n), DDP is (n, 1) and HSDP anything between, so that
+On a mesh (dp_replicate, fsdp), FSDP is (1, n), DDP is (n, 1) and HSDP anything between, so that
 all of them share one mixed-precision policy and give the same numbers. Gradients are *summed* over
 ranks, never averaged: the loss is already divided by the tokens of the whole step
 (components/loss.py).
@@ -21,7 +21,6 @@ from torchtitan.tools.utils import TORCH_DTYPES
 def apply_data_parallel(
     model: BaseModel,
     dims: ParallelDims,
-    expert_mesh: DeviceMesh | None,
     training: Training,
     parallelism: Parallelism,
 ) -> None:
@@ -41,9 +40,9 @@ def apply_data_parallel(
         cast_forward_inputs=False,  # positions, masks and the rotary table keep their dtypes
     )
     reshard = _reshard(dims, parallelism)
-    if expert_mesh is not None:
-        _shard_experts(model, expert_mesh, policy, reshard)
-    _shard_layers(model, _data_parallel_mesh(dims), policy, reshard)
+    if dims.expert_mesh is not None:
+        _shard_experts(model, dims.expert_mesh, policy, reshard)
+    _shard_layers(model, _data_parallel_axes(dims.mesh), policy, reshard)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Both lines together: a factor without the forced sum needs PREMUL_SUM, which gloo
@@ -70,16 +69,15 @@ def sync_replicas_on_last_microbatch(model: nn.Module, *, is_last: bool) -> None
         model.set_is_last_backward(is_last)
 
 
-def _data_parallel_mesh(dims: ParallelDims) -> DeviceMesh:
-    mesh = dims.build_mesh()
-    return mesh if dims.dp_replicate > 1 else mesh["dp_shard"]
+def _data_parallel_axes(mesh: DeviceMesh) -> DeviceMesh:
+    return mesh["dp_replicate", "fsdp"] if mesh["dp_replicate"].size() > 1 else mesh["fsdp"]
 
 
 def _reshard(dims: ParallelDims, parallelism: Parallelism) -> bool:
     # "default": free the gathered weights after the forward pass. Where nothing is split, keeping
     # them costs no communication and saves a copy.
     if parallelism.fsdp_reshard_after_forward == "default":
-        return dims.dp_shard > 1
+        return dims.fsdp > 1
     return parallelism.fsdp_reshard_after_forward == "always"
 
 
@@ -87,17 +85,16 @@ def _shard_experts(
     model: BaseModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool
 ) -> None:
     """Experts' weights over the ranks that hold the same experts: a unit of their own per layer."""
-    axes = ("dp_replicate", "dp_shard") if mesh["dp_replicate"].size() > 1 else "dp_shard"
     for moe in model.moe_layers().values():
         num_experts = moe.experts.w1.size(0)
         # Fewer experts than ranks: split inside of the experts, where that comes out even.
-        split = mesh["dp_shard"].size()
+        split = mesh["fsdp"].size()
         inside = split * mesh["ep"].size() > num_experts and all(
             p.size(1) % split == 0 for p in moe.experts.parameters()
         )
         fully_shard(
             moe.experts,
-            mesh=mesh[axes],
+            mesh=_data_parallel_axes(mesh),
             mp_policy=policy,
             reshard_after_forward=reshard,
             shard_placement_fn=(lambda p: Shard(1)) if inside else None,

@@ -1,80 +1,114 @@
 """The degrees of parallelism, and the device meshes that they span.
 
-Dense weights and experts are spread over the same ranks in two ways:
+Ranks are laid out as (pp, dp_replicate, dp_shard, cp, tp), the last fastest. Dense weights and
+experts are spread over the same ranks in two ways:
 
-    dense     (dp_replicate, dp_shard)
-    experts   (dp_replicate, dp_shard / ep, ep): each EP group is `ep` consecutive ranks that hold
-    all
-              experts between them, and FSDP shards over what is left
+    dense     (pp, dp_replicate, fsdp, tp)        fsdp = dp_shard · cp
+    experts   (pp, dp_replicate, fsdp, ep, etp)   each EP group holds all experts between its ranks,
+                                                  and FSDP shards over what is left
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelDims:
-    """dp_replicate × dp_shard = world_size. Checked before, by `torchtitan.config.validate`.
+    """The degrees of `torchtitan.config.resolve_degrees`, which has checked them.
 
-    ep: ranks over which experts are spread. node_size: consecutive ranks that share a node.
+    node_size: consecutive ranks that share a node.
     """
 
-    dp_replicate: int
-    dp_shard: int
     world_size: int
     device_type: str
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
     ep: int = 1
+    etp: int = 1
     node_size: int = 1
 
     def __post_init__(self) -> None:
-        assert self.dp_replicate * self.dp_shard == self.world_size, self
-        assert self.world_size % self.ep == 0, self
+        dense = self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+        assert dense == self.world_size, self
+        assert self.stage_size % (self.ep * self.etp) == 0, self
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage."""
+        return self.world_size // self.pp
 
     @property
     def dp_degree(self) -> int:
-        """Ranks that see different data."""
+        """Data-parallel ranks: they read different sequences."""
         return self.dp_replicate * self.dp_shard
 
+    def dp_rank(self, rank: int) -> int:
+        return rank % self.stage_size // (self.cp * self.tp)
+
     @property
-    def expert_shard(self) -> int:
+    def fsdp(self) -> int:
+        """Ranks over which FSDP splits dense weights."""
+        return self.dp_shard * self.cp
+
+    @property
+    def expert_fsdp(self) -> int:
         """Ranks over which FSDP splits the experts of an EP rank; 1 where EP uses them all up."""
-        return max(1, self.dp_shard // self.ep)
+        return max(1, self.fsdp * self.tp // (self.ep * self.etp))
 
     @property
     def nodes_per_ep_group(self) -> int:
-        return max(1, self.ep // self.node_size)
+        return max(1, self.ep * self.etp // self.node_size)
 
-    def build_mesh(self) -> DeviceMesh:
-        """Axes `dp_replicate` (weights copied) and `dp_shard` (weights split), of any size."""
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """Of dense weights. Axes of any size: `pp`, `dp_replicate`, `fsdp`, `tp`."""
         return init_device_mesh(
             self.device_type,
-            (self.dp_replicate, self.dp_shard),
-            mesh_dim_names=("dp_replicate", "dp_shard"),
+            (self.pp, self.dp_replicate, self.fsdp, self.tp),
+            mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"),
         )
 
-    def build_expert_mesh(self) -> DeviceMesh | None:
-        """Axes `dp_replicate`, `dp_shard` and `ep`, of any size, over the same ranks; None = no EP.
+    @cached_property
+    def expert_mesh(self) -> DeviceMesh | None:
+        """Axes of any size: `pp`, `dp_replicate`, `fsdp`, `ep`, `etp`; None where experts are
+        spread as dense weights are.
 
-        With DDP (dp_shard = 1) the EP groups are taken out of the replicas.
+        Where an EP group is larger than a replica (DDP: dp_shard = 1), it takes several in.
         """
-        if self.ep == 1:
+        if self.ep == 1 and self.tp == 1:
             return None
-        replicate = self.world_size // (self.expert_shard * self.ep)
+        spread = self.expert_fsdp * self.ep * self.etp
         return init_device_mesh(
             self.device_type,
-            (replicate, self.expert_shard, self.ep),
-            mesh_dim_names=("dp_replicate", "dp_shard", "ep"),
+            (self.pp, self.stage_size // spread, self.expert_fsdp, self.ep, self.etp),
+            mesh_dim_names=("pp", "dp_replicate", "fsdp", "ep", "etp"),
         )
+
+    @property
+    def ep_groups(self) -> torch.Tensor:
+        """The ranks of every EP group, by node: (groups, nodes, ranks of a node) int64."""
+        ranks = torch.arange(self.world_size).view(-1, self.ep, self.etp).transpose(1, 2)
+        return ranks.reshape(self.world_size // self.ep, self.nodes_per_ep_group, -1)
 
     def describe(self) -> str:
         """What users call this layout."""
         if self.world_size == 1:
             return "one process"
-        if self.dp_shard == 1:
+        degrees = {"PP": self.pp, "CP": self.cp, "TP": self.tp}
+        others = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
+        return ", ".join([*others, self._describe_data_parallel()])
+
+    def _describe_data_parallel(self) -> str:
+        if self.dp_replicate * self.fsdp == 1:
+            return "no data parallelism"
+        if self.fsdp == 1:
             return f"DDP: weights on each of {self.dp_replicate} ranks"
         if self.dp_replicate == 1:
-            return f"FSDP: weights split over {self.dp_shard} ranks"
-        return (
-            f"HSDP: {self.dp_replicate} replicas, weights of each split over {self.dp_shard} ranks"
-        )
+            return f"FSDP: weights split over {self.fsdp} ranks"
+        return f"HSDP: {self.dp_replicate} replicas, weights of each split over {self.fsdp} ranks"

@@ -64,45 +64,27 @@ def record_of_json_line(where: str, line: bytes, text_key: str) -> Record:
 
 
 class Skips:
-    """Names the first few skipped documents in the log and reports their number as it grows.
-
-    `counts` are those of the epoch; the log goes by what this process has seen since it started.
-    """
+    """What a loader process has skipped since it started: the first few are named in the log, then
+    their number as it grows."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.first: Record | None = None
-        self._seen: Counter[str] = Counter()
         self._next_report = 10
-        self._new = 0
 
     def add(self, record: Record) -> None:
         self.counts[record.problem] += 1
         self.first = self.first or record
-        self._seen[record.problem] += 1
-        self._new += 1
-        total = self._seen.total()
+        total = self.counts.total()
         if total <= NAMED_SKIPS:
             rest = "; further ones are counted" if total == NAMED_SKIPS else ""
             logger.warning(f"Skipped {record.where}: {record.problem}{rest}")
         elif total == self._next_report:
             self._next_report *= 10
             logger.warning(
-                f"Skipped {total:,} documents so far ({_list(self._seen)}), the last: "
+                f"Skipped {total:,} documents so far ({self}), the last: "
                 f"{record.where}: {record.problem}"
             )
 
-    def take_new(self) -> int:
-        """How many were added since the last call."""
-        new, self._new = self._new, 0
-        return new
-
-    def start_epoch(self, counts: Mapping[str, int]) -> None:
-        self.counts = Counter(counts)
-
     def __str__(self) -> str:
-        return _list(self.counts)
-
-
-def _list(counts: Counter[str]) -> str:
-    return ", ".join(f"{number:,} {problem}" for problem, number in counts.most_common())
+        return ", ".join(f"{number:,} {problem}" for problem, number in self.counts.most_common())

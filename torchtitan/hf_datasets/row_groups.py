@@ -2,9 +2,10 @@
 
 Each epoch puts the row groups of all files in a new order, which lines up all documents. Each
 shard owns an equal stretch of that line, so it reads few groups besides its own. It walks its
-stretch pool by pool: as many groups as fit into POOL_BYTES are open, and their documents come in
-a permuted order. A group is read once an epoch (once by each shard where a border of stretches
-falls into it), and the position of a document is computed, so resuming reads nothing twice.
+stretch pool by pool: as many groups as fit into its part of POOL_BYTES are open, and their
+documents come in a permuted order. A group is read once an epoch (once by each shard where a
+border of stretches falls into it), and the position of a document is computed, so resuming reads
+nothing twice.
 """
 
 import bisect
@@ -16,11 +17,18 @@ import numpy as np
 from torchtitan.hf_datasets.files import GroupedFile
 from torchtitan.hf_datasets.order import order
 from torchtitan.hf_datasets.records import Record
-from torchtitan.hf_datasets.sources import Reader, Shard, Source, check_enough, identity_of_files
+from torchtitan.hf_datasets.sources import (
+    Reader,
+    Shard,
+    Source,
+    check_enough,
+    identity_of_files,
+    lanes_of_documents,
+)
 
-# Text held open by a loader process: some 60,000 web pages, or one row group that is larger.
+# Text held open by all lanes together: some 120,000 web pages. A lane holds a row group at least.
 # Changing it changes the order of everybody's resumed runs.
-POOL_BYTES = 128 * 2**20
+POOL_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class GroupedFiles(Source):
         self._files = files
         self._groups = [(file, n) for file in files for n in range(len(file.group_rows))]
         self._rows = np.concatenate([file.group_rows for file in files])
+        self._lines: dict[tuple[int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self._rows.sum())
@@ -50,14 +59,30 @@ class GroupedFiles(Source):
         return {**identity_of_files(self._files), "data documents": len(self)}
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
-        return _PoolReader(_pools(self._pieces(seed, epoch, shard)), seed, epoch)
+        pools = _pools(self._pieces(seed, epoch, shard), POOL_BYTES // shard.count)
+        return _PoolReader(pools, seed, epoch)
 
-    def check_shards(self, dp_degree: int, num_workers: int) -> None:
-        check_enough(self.name, len(self), "documents", dp_degree, num_workers)
+    def num_lanes(self) -> int:
+        """Few enough for each lane to have a row group of its own and to hold it in memory."""
+        group_bytes = sum(int(file.group_bytes.sum()) for file in self._files) / len(self._groups)
+        most = min(len(self._groups), int(POOL_BYTES / max(1, group_bytes)))
+        return lanes_of_documents(len(self), most)
+
+    def check_lanes(self, lanes: int) -> None:
+        check_enough(self.name, len(self), lanes)
+
+    def _line(self, seed: int, epoch: int) -> np.ndarray:
+        """All row groups in the epoch's order. Kept for the lanes that come to this epoch next."""
+        if (seed, epoch) not in self._lines:
+            while len(self._lines) > 1:
+                del self._lines[min(self._lines)]
+            line = order(len(self._groups), seed, epoch)
+            self._lines[seed, epoch] = np.fromiter(line, np.int64)
+        return self._lines[seed, epoch]
 
     def _pieces(self, seed: int, epoch: int, shard: Shard) -> list[Piece]:
         """The shard's stretch of the epoch's line; no two shards differ by more than a document."""
-        groups = np.fromiter(order(len(self._groups), seed, epoch), np.int64)
+        groups = self._line(seed, epoch)
         ends = np.cumsum(self._rows[groups])
         begins = ends - self._rows[groups]
         low, high = (len(self) * index // shard.count for index in (shard.index, shard.index + 1))
@@ -71,13 +96,13 @@ class GroupedFiles(Source):
         return pieces
 
 
-def _pools(pieces: list[Piece]) -> list[list[Piece]]:
+def _pools(pieces: list[Piece], pool_bytes: int) -> list[list[Piece]]:
     pools: list[list[Piece]] = []
     room = 0
     for piece in pieces:
         if not pools or piece.size > room:
             pools.append([])
-            room = POOL_BYTES
+            room = pool_bytes
         pools[-1].append(piece)
         room -= piece.size
     return pools

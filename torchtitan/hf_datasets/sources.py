@@ -1,17 +1,18 @@
-"""Sources of documents: who gets which ones in an epoch, in which order, and how to come back.
+"""Sources of documents: which lane gets which ones, in which order, and how to come back.
 
 Three kinds. Indexed files can be read at any place, so an epoch is one permutation of everything.
 Row groups (parquet, row_groups.py) are put in a new order and shuffled in those open together.
 Streams (the hub, gzip files) can only be read from the front, so they are shuffled window by
 window. A reader yields the records of one epoch of one shard, and its state is the position of
-the next record: read again from there, the same records follow.
+the next record: read again from there, the same records follow. The shards are the lanes of
+components/dataloader.py: how many there are never depends on who reads them.
 """
 
 import bisect
 import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,26 +22,39 @@ from torchtitan.hf_datasets.order import order
 from torchtitan.hf_datasets.records import Record, record_of_fields
 from torchtitan.tools.errors import UserError
 
-# Documents of a stream that are shuffled among each other; read again when a run resumes.
-WINDOW = 2048
+# Documents of a stream that are shuffled among each other, in all lanes together (a process that
+# reads every lane holds so many); read again when a run resumes.
+WINDOW = 4096
+# A lane costs an open file and a line in the checkpoint. More are good for more ranks only, and 64
+# share well among the usual powers of two.
+MOST_LANES = 64
+# Lanes that differ by one document (or file) more or less are as good as equal from here on, and
+# one bad document leaves others in its lane.
+EVEN_PARTS = 16
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One loader process among all of the run."""
+    """The part of a lane: `index` of `count`."""
 
-    dp_rank: int = 0
-    dp_degree: int = 1
-    worker: int = 0
-    num_workers: int = 1
+    index: int = 0
+    count: int = 1
 
-    @property
-    def index(self) -> int:
-        return self.dp_rank * self.num_workers + self.worker
 
-    @property
-    def count(self) -> int:
-        return self.dp_degree * self.num_workers
+def choose_lanes(possible: Iterable[int]) -> int:
+    """The most even number, and of those the largest: d ranks read none of L lanes twice where d
+    divides L, and d is mostly a power of two."""
+    return max(possible, key=lambda lanes: (lanes & -lanes, lanes))
+
+
+def lanes_of_documents(documents: int, most: int = MOST_LANES) -> int:
+    return choose_lanes(range(1, max(1, min(most, MOST_LANES, documents // EVEN_PARTS)) + 1))
+
+
+def lanes_of_files(files: int) -> int:
+    """Files that are read whole: as many for each lane, or almost."""
+    lanes = range(1, min(files, MOST_LANES) + 1)
+    return choose_lanes(n for n in lanes if files % n == 0 or files // n >= EVEN_PARTS)
 
 
 class Reader(ABC):
@@ -77,8 +91,11 @@ class Source(ABC):
         return self.open(0, 0, Shard())
 
     @abstractmethod
-    def check_shards(self, dp_degree: int, num_workers: int) -> None:
-        """Raise UserError where some loader process would have nothing to read."""
+    def num_lanes(self) -> int:
+        """The number of shards that suits this source, by its data alone."""
+
+    def check_lanes(self, lanes: int) -> None:  # noqa: B027 - a stream's length is not known
+        """Raise UserError where some lane would have nothing to read."""
 
 
 class IndexedFiles(Source):
@@ -103,8 +120,11 @@ class IndexedFiles(Source):
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         return _PermutedReader(self, seed, epoch, shard)
 
-    def check_shards(self, dp_degree: int, num_workers: int) -> None:
-        check_enough(self.name, len(self), "documents", dp_degree, num_workers)
+    def num_lanes(self) -> int:
+        return lanes_of_documents(len(self))
+
+    def check_lanes(self, lanes: int) -> None:
+        check_enough(self.name, len(self), lanes)
 
 
 class _PermutedReader(Reader):
@@ -133,8 +153,8 @@ class _PermutedReader(Reader):
 class StreamedFiles(Source):
     """Files of which some can only be read from the front (gzip): a stream, its files permuted.
 
-    With a multiple of shards, each shard reads its own files; otherwise all shards read all files
-    and each keeps its lines.
+    With no more shards than files each shard reads files of its own; otherwise all shards read all
+    files and each keeps its lines.
     """
 
     def __init__(self, name: str, files: Sequence[DocumentFile]) -> None:
@@ -145,19 +165,20 @@ class StreamedFiles(Source):
         return identity_of_files(self.files)
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
-        return WindowShuffledReader(self._stream(seed, epoch, shard), seed, epoch, WINDOW)
+        stream = self._stream(seed, epoch, shard)
+        return WindowShuffledReader(stream, seed, epoch, window_of(shard))
+
+    def num_lanes(self) -> int:
+        return lanes_of_files(len(self.files))
 
     def probe(self) -> Iterator[Record]:
         return self._stream(0, 0, Shard())
 
     def _stream(self, seed: int, epoch: int, shard: Shard) -> Reader:
         numbers = list(order(len(self.files), seed, epoch))
-        if len(numbers) % shard.count == 0:
+        if shard.count <= len(numbers):
             return _FilesReader(self.files, numbers[shard.index :: shard.count], Shard())
         return _FilesReader(self.files, numbers, shard)
-
-    def check_shards(self, dp_degree: int, num_workers: int) -> None:
-        """How many lines a gzip file has shows only in reading; see TextDataset for the rest."""
 
 
 class _FilesReader(Reader):
@@ -194,7 +215,7 @@ class _FilesReader(Reader):
 class HubStream(Source):
     """A streaming `datasets.IterableDataset`.
 
-    `datasets` splits it over ranks when asked and over the loader workers by itself. Its own
+    `datasets` splits it by files, or by documents where there are fewer files than shards. Its own
     shuffle forgets its buffer when a run resumes, so the windows are shuffled here.
     """
 
@@ -217,7 +238,10 @@ class HubStream(Source):
         }
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
-        return WindowShuffledReader(self._stream(shard), seed, epoch, WINDOW)
+        return WindowShuffledReader(self._stream(shard), seed, epoch, window_of(shard))
+
+    def num_lanes(self) -> int:
+        return lanes_of_files(self._dataset.num_shards)
 
     def probe(self) -> Iterator[Record]:
         return self._stream(Shard())
@@ -226,15 +250,11 @@ class HubStream(Source):
         from datasets.distributed import split_dataset_by_node
 
         own = copy.deepcopy(self._dataset)  # an iteration leaves its position in the object
-        if shard.dp_degree > 1:
-            own = split_dataset_by_node(own, rank=shard.dp_rank, world_size=shard.dp_degree)
+        if shard.count <= own.num_shards:
+            own = own.shard(shard.count, shard.index, contiguous=False)
+        else:
+            own = split_dataset_by_node(own, rank=shard.index, world_size=shard.count)
         return _HubReader(self.name, own, self._text_key)
-
-    def check_shards(self, dp_degree: int, num_workers: int) -> None:
-        files = self._dataset.num_shards
-        if files % dp_degree == 0:  # else `datasets` lets all ranks read all files
-            files //= dp_degree
-        check_enough(self.name, files, "files for each data-parallel rank", 1, num_workers)
 
 
 class _HubReader(Reader):
@@ -242,23 +262,24 @@ class _HubReader(Reader):
         self._name = name
         self._dataset = dataset
         self._text_key = text_key
-        self._number = 0
-        self._examples = None
+        self.load_state_dict({"number": 0, "dataset": None})
 
     def __next__(self) -> Record:
         if self._examples is None:
-            self._examples = iter(self._dataset)
-        fields = next(self._examples)
+            # Plain `iter` would split the files over the loader's workers once more.
+            self._examples = self._dataset.iter(batch_size=1)
+        fields = {key: column[0] for key, column in next(self._examples).items()}
         self._number += 1
-        where = f"{self._name}, document {self._number} of this rank's stream"
+        where = f"{self._name}, document {self._number} of this lane's stream"
         return record_of_fields(where, fields, self._text_key)
 
     def state_dict(self) -> dict:
-        # Before its first document, `datasets` has no state to give.
-        inner = self._dataset.state_dict() if self._number else None
-        return {"number": self._number, "dataset": inner}
+        if self._examples is None:  # `datasets` tells a loaded position only once it iterates
+            return self._loaded
+        return {"number": self._number, "dataset": self._dataset.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        self._loaded = state
         self._number, self._examples = state["number"], None
         if state["dataset"] is not None:
             self._dataset.load_state_dict(state["dataset"])
@@ -311,10 +332,13 @@ def identity_of_files(files: Sequence[DocumentFile]) -> dict:
     }
 
 
-def check_enough(name: str, have: int, what: str, dp_degree: int, num_workers: int) -> None:
-    if have < dp_degree * num_workers:
+def window_of(shard: Shard) -> int:
+    return max(1, WINDOW // shard.count)
+
+
+def check_enough(name: str, documents: int, lanes: int) -> None:
+    if documents < lanes:
         raise UserError(
-            f"training.dataset '{name}' has {have} {what}, too few for {dp_degree} data-parallel "
-            f"rank(s) with {num_workers} loader process(es) each; give it more, smaller ones, or "
-            "lower the data-parallel degree or training.dataset_num_workers."
+            f"training.dataset_lanes = {lanes} must be at most {documents}, the number of "
+            f"documents of training.dataset '{name}'; lower it, or leave it unset."
         )

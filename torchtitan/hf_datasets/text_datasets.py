@@ -1,41 +1,41 @@
-"""Packed text: documents become one stream of tokens, cut into training examples.
-
-The stream of a loader process is `bos document eos bos document eos ...`, epoch after epoch. A
-window of seq_len + 1 tokens gives input = window[:-1] and labels = window[1:]; the next window
-starts on the last token of this one, so every token but the very first is a label exactly once.
-"""
+"""Text as training examples: the windows of the lanes, and who takes which."""
 
 import json
 from collections.abc import Iterator
 
 import torch
-from torch.distributed.checkpoint.stateful import Stateful
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
-from torchtitan.components.dataloader import SKIPPED, ParallelAwareDataLoader, build_dataloader
+from torchtitan.components.dataloader import (
+    POSITION,
+    SKIPPED,
+    ParallelAwareDataLoader,
+    Share,
+    build_dataloader,
+)
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.hf_datasets.catalog import open_source
+from torchtitan.hf_datasets.lanes import START, Lane
 from torchtitan.hf_datasets.records import Skips
-from torchtitan.hf_datasets.sources import Reader, Shard, Source
-from torchtitan.tools.errors import UserError
+from torchtitan.hf_datasets.sources import Shard, Source
 from torchtitan.tools.logging import logger
 
-# Where a run starts. `reader` is the position of the current document (None: of the first one of
-# the epoch), `token` how many of its tokens are read, `carry` the last token of the last window.
-START = {"epoch": 0, "reader": None, "token": 0, "documents": 0, "skipped": {}, "carry": []}
-
-Example = tuple[dict[str, torch.Tensor], torch.Tensor]
+Example = tuple[dict, torch.Tensor]
 
 
-class TextDataset(IterableDataset, Stateful):
-    """The examples of one data-parallel rank: ({"input": int64 [seq_len]}, int64 labels [seq_len]).
+class TextDataset(IterableDataset):
+    """The examples of a share: ({"input": int64 [seq_len]}, labels int64 [seq_len]).
 
-    Beside "input" stands SKIPPED, how many documents were skipped since this process's last
-    example: a sum that the loader takes out again, over however many processes.
-    infinite=True goes on with the next epoch, in a new order, without a gap. infinite=False ends
-    after one epoch; its last example is filled up, and the filling has the label IGNORE_INDEX.
-    Each `iter()` begins at the loaded state, once, and otherwise at the start.
+    Beside "input" stand SKIPPED, an int64 scalar, and POSITION, which the loader takes out again.
+
+    num_lanes None lets the source decide. A process opens the lanes that its share meets. Where
+    others meet one too, it reads the others' windows of it and drops them.
+
+    infinite=True goes on with the next epoch of each lane, in a new order, without a gap.
+    infinite=False is a single pass: each rank ends when its own lanes have, so the ranks may get
+    different numbers of batches, and whoever steps them together has to agree on the end. The last
+    window of a lane is filled up, and the filling has the label IGNORE_INDEX.
     """
 
     def __init__(
@@ -44,158 +44,80 @@ class TextDataset(IterableDataset, Stateful):
         tokenizer: Tokenizer,
         seq_len: int,
         *,
-        dp_rank: int = 0,
-        dp_degree: int = 1,
+        share: Share = Share(),  # noqa: B008 - it is frozen
+        num_lanes: int | None = None,
         seed: int = 0,
         infinite: bool = True,
     ) -> None:
         self.source = source
         self.tokenizer = tokenizer
         self.seq_len = seq_len
-        self.dp_rank = dp_rank
-        self.dp_degree = dp_degree
+        self.share = share
+        self.num_lanes = source.num_lanes() if num_lanes is None else num_lanes
         self.seed = seed
         self.infinite = infinite
-        self._position: dict = START
-        self._loaded: dict | None = None
+        self.start(0, {})
+        source.check_lanes(self.num_lanes)
 
     def identity(self) -> dict:
-        """What the meaning of a state depends on, for the loader to compare on resume."""
+        """What the meaning of a position depends on, for the loader to compare on resume."""
         return {
-            "training.seed": self.seed,
+            "debug.seed": self.seed,
+            "training.dataset_lanes": self.num_lanes,
             **self.tokenizer.identity(),
             **self.source.identity(),
         }
 
-    def state_dict(self) -> dict:
-        # One string: torchdata ships changes of nested dictionaries between processes, and a key
-        # that disappears (a new epoch's `skipped`) would stay behind.
-        return {"position": json.dumps(self._position)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self._position = self._loaded = json.loads(state["position"])
+    def start(self, consumed: int, lanes: dict[int, dict]) -> None:
+        """Each `iter()` from now on begins behind `consumed` examples, at these positions."""
+        for lane, position in lanes.items():
+            if position.keys() != START.keys():
+                raise ValueError(f"lane {lane} has {sorted(position)}")
+        self._consumed, self._positions = consumed, lanes
 
     def __iter__(self) -> Iterator[Example]:
-        # Not a generator itself: the loaded state is used up now, not at the first example.
-        self._position, self._loaded = self._loaded or START, None
-        return self._examples(self._position)
+        # Not a generator itself: the position is taken now, not at the first example.
+        return self._examples(self._consumed, self._positions)
 
-    def _examples(self, state: dict) -> Iterator[Example]:
-        stream = _TokenStream(self, self._shard(), state)
-        carry: list[int] = state["carry"]
-        while True:
-            window = carry + stream.take(self.seq_len + 1 - len(carry))
-            if len(window) < 2:  # nothing left that could be a label
+    def _examples(self, consumed: int, positions: dict[int, dict]) -> Iterator[Example]:
+        skips = Skips()
+        lanes: dict[int, Lane] = {}
+        running = self.share.lanes(self.num_lanes, self.share.examples_here(consumed))
+        for n in self.share.examples_here(consumed):
+            number, index = divmod(n, self.num_lanes)
+            if index not in lanes:
+                lanes[index] = self._open_lane(index, skips, positions.get(index, START))
+            window = lanes[index].window(number)
+            if window:
+                yield self._example(window, lanes[index])
+                continue
+            running.discard(index)
+            if not running:
                 return
-            carry = window[-1:]
-            self._position = {**stream.position(), "carry": carry}
-            yield self._example(window, stream.take_skipped())
-            if len(window) <= self.seq_len:  # filled up: the end of finite data
-                return
 
-    def _shard(self) -> Shard:
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        return Shard(self.dp_rank, self.dp_degree, worker, num_workers)
+    def _open_lane(self, index: int, skips: Skips, position: dict) -> Lane:
+        return Lane(
+            self.source,
+            self.tokenizer,
+            Shard(index, self.num_lanes),
+            skips,
+            seq_len=self.seq_len,
+            seed=self.seed,
+            infinite=self.infinite,
+            position=position,
+        )
 
-    def _example(self, window: list[int], skipped: int) -> Example:
+    def _example(self, window: list[int], lane: Lane) -> Example:
         missing = self.seq_len + 1 - len(window)
         fill = next((i for i in (self.tokenizer.pad_id, self.tokenizer.eos_id) if i is not None), 0)
         inputs = window[:-1] + [fill] * missing
         labels = window[1:] + [IGNORE_INDEX] * missing
-        return (
-            {"input": torch.tensor(inputs), SKIPPED: torch.tensor(skipped)},
-            torch.tensor(labels),
-        )
-
-
-class _TokenStream:
-    """The tokens of a loader process, document after document, epoch after epoch."""
-
-    def __init__(self, dataset: TextDataset, shard: Shard, state: dict) -> None:
-        self._dataset = dataset
-        self._shard = shard
-        self._skips = Skips()
-        self._open_epoch(state["epoch"])
-        self._skips.start_epoch(state["skipped"])
-        self._documents: int = state["documents"]
-        self._tokens: list[int] = []
-        self._token = 0
-        if state["reader"] is not None:  # in the middle of a document: read it again
-            self._reader.load_state_dict(state["reader"])
-            self._documents -= 1
-            self._next_document()
-            self._token = state["token"]
-
-    def take(self, count: int) -> list[int]:
-        """The next `count` tokens; fewer only where the data ends."""
-        taken: list[int] = []
-        while len(taken) < count:
-            if self._token >= len(self._tokens) and not self._next_document():
-                break
-            piece = self._tokens[self._token : self._token + count - len(taken)]
-            self._token += len(piece)
-            taken += piece
-        return taken
-
-    def take_skipped(self) -> int:
-        """How many documents were skipped since the last call."""
-        return self._skips.take_new()
-
-    def position(self) -> dict:
-        return {
-            "epoch": self._epoch,
-            "reader": self._document_start,
-            "token": self._token,
-            "documents": self._documents,
-            "skipped": dict(self._skips.counts),
+        example = {
+            "input": torch.tensor(inputs),
+            SKIPPED: torch.tensor(lane.skipped),
+            POSITION: json.dumps(lane.position()),
         }
-
-    def _open_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._documents = 0
-        self._document_start: dict | None = None
-        self._skips.start_epoch({})
-        self._reader: Reader = self._dataset.source.open(self._dataset.seed, epoch, self._shard)
-
-    def _next_document(self) -> bool:
-        """Tokenise the next usable document; False at the end of finite data."""
-        while True:
-            start = self._reader.state_dict()
-            record = next(self._reader, None)
-            if record is None:
-                self._finish_epoch()
-                if not self._dataset.infinite:
-                    return False
-                self._open_epoch(self._epoch + 1)
-            elif record.problem:
-                self._skips.add(record)
-            else:
-                break
-        tokenizer = self._dataset.tokenizer
-        self._tokens = tokenizer.encode(
-            record.text,
-            add_bos=tokenizer.bos_id is not None,
-            add_eos=tokenizer.eos_id is not None,
-        )
-        self._token, self._document_start = 0, start
-        self._documents += 1
-        return True
-
-    def _finish_epoch(self) -> None:
-        name, shard = self._dataset.source.name, self._shard
-        place = f"loader process {shard.index + 1} of {shard.count}"
-        if not self._documents:
-            raise UserError(
-                f"training.dataset '{name}' had no usable document for {place} in epoch "
-                f"{self._epoch} (skipped: {self._skips or 'none'}); give it more documents, or "
-                "lower the data-parallel degree or training.dataset_num_workers."
-            )
-        if self._skips.counts:
-            logger.warning(
-                f"Data {name}, epoch {self._epoch}, {place}: {self._documents:,} documents read, "
-                f"{self._skips.counts.total():,} skipped ({self._skips})"
-            )
+        return example, torch.tensor(labels)
 
 
 def build_text_dataloader(
@@ -210,24 +132,35 @@ def build_text_dataloader(
     dp_degree: int,
     seed: int,
     num_workers: int,
+    num_lanes: int | None = None,
     infinite: bool = True,
 ) -> ParallelAwareDataLoader:
     """Batches ({"input": [batch_size, seq_len]}, labels [batch_size, seq_len]) of this rank."""
     source = open_source(dataset_name, dataset_path, text_key)
-    source.check_shards(dp_degree, max(1, num_workers))
+    share = Share(dp_rank, dp_degree, batch_size, num_workers)
     dataset = TextDataset(
         source,
         tokenizer,
         seq_len,
-        dp_rank=dp_rank,
-        dp_degree=dp_degree,
+        share=share,
+        num_lanes=num_lanes,
         seed=seed,
         infinite=infinite,
     )
-    return build_dataloader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        dp_rank=dp_rank,
-        dp_degree=dp_degree,
-    )
+    loader = build_dataloader(dataset)
+    report_lanes(source.name, dataset.num_lanes, share)
+    return loader
+
+
+def report_lanes(name: str, lanes: int, share: Share) -> None:
+    """Say how many there are and, where this layout reads them twice, which number fits it."""
+    logger.info(f"Data {name}: dealt to {lanes} lanes")
+    times = share.times_made(lanes)
+    if times >= 2:
+        # Without workers only the ranks share; with them each batch is another process's.
+        good = share.dp_degree if share.num_workers < 2 else share.processes * share.batch_size
+        logger.warning(
+            f"Data {name}: {share.processes} loader processes share {lanes} lanes so that each "
+            f"token is made {times:.1f} times; a multiple of {good} as training.dataset_lanes "
+            "makes it once"
+        )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 class RowOrder(NamedTuple):
-    """slot_of_row_R, row_of_slot_PK: int64 (GPU: maybe int32) indices as above. taken_PK: bool, None = all are taken.
-    counts: int64 (GPU: maybe int32) rows of each destination.
+    """slot_of_row_R, row_of_slot_PK: indices as above. taken_PK: bool, None = all are taken.
+    counts: rows of each destination. Integers are int64, or int32 where a GPU's kernel sorted.
     """
 
     slot_of_row_R: Tensor

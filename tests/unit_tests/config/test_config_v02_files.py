@@ -29,6 +29,7 @@ OURS = {
     "optimizer.weight_decay_on",
     "training.dataset_text_key",
     "training.dataset_num_workers",
+    "training.dataset_lanes",
     "training.non_finite_loss",
     "parallelism.expert_parallel_dispatch",
     "parallelism.expert_parallel_node_size",

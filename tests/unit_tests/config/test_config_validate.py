@@ -3,16 +3,8 @@
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from torchtitan.config import (
-    JobConfig,
-    Parallelism,
-    resolve_dp_degrees,
-    resolve_global_batch_size,
-    validate,
-)
+from torchtitan.config import JobConfig, resolve_global_batch_size, validate
 from torchtitan.config.schema import build
 from torchtitan.tools.errors import UserError
 
@@ -135,6 +127,7 @@ def test_names_that_torchtitan_had_say_what_took_their_place():
         (
             "1 or more",
             "training.local_batch_size training.seq_len training.steps training.gc_freq "
+            "training.dataset_lanes "
             "metrics.log_freq profiling.profile_freq profiling.profiler_active "
             "comm.init_timeout_seconds comm.train_timeout_seconds",
             [0, -1],
@@ -202,150 +195,8 @@ def test_profiling_needs_room_for_a_trace_and_cuda_for_snapshots():
 
 
 # ---------------------------------------------------------------------------------------------
-# Degrees and batch size
+# Batch size
 # ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "replicate, shard, world_size, resolved",
-    [
-        (1, -1, 8, (1, 8)),
-        (2, -1, 8, (2, 4)),
-        (8, 1, 8, (8, 1)),
-        (2, 4, 8, (2, 4)),
-        (1, 1, 1, (1, 1)),
-    ],
-)
-def test_dp_degrees_resolve(replicate, shard, world_size, resolved):
-    assert resolve_dp_degrees(Parallelism(replicate, shard), world_size) == resolved
-
-
-@pytest.mark.parametrize(
-    "replicate, shard, sentence",
-    [
-        (0, -1, "parallelism.data_parallel_replicate_degree = 0 must be 1 or more."),
-        (
-            1,
-            0,
-            "parallelism.data_parallel_shard_degree = 0 must be 1 or more, or -1 for all processes "
-            "that the other degrees leave.",
-        ),
-        (
-            3,
-            -1,
-            "parallelism.data_parallel_replicate_degree = 3 does not divide the number of "
-            "processes (8); set it to 2 or 4.",
-        ),
-        (
-            16,
-            1,
-            "parallelism.data_parallel_replicate_degree = 16 does not divide the number of "
-            "processes (8); set it to 8.",
-        ),
-        (
-            2,
-            3,
-            "parallelism.data_parallel_replicate_degree (2) x data_parallel_shard_degree (3) = 6, "
-            "but the number of processes is 8; set data_parallel_shard_degree to 4 (or to -1, "
-            "which means the rest), or start 6 processes.",
-        ),
-    ],
-)
-def test_degrees_that_do_not_fit_name_the_nearest_that_do(replicate, shard, sentence):
-    assert refusal(
-        8,
-        parallelism__data_parallel_replicate_degree=replicate,
-        parallelism__data_parallel_shard_degree=shard,
-    ) == sentence  # fmt: skip
-
-
-@given(
-    replicate=st.integers(-2, 9),
-    shard=st.integers(-2, 9),
-    world_size=st.integers(1, 12),
-)
-def test_dp_degrees_resolve_exactly_when_they_can_cover_all_processes(replicate, shard, world_size):
-    solutions = [
-        (replicate, s)
-        for s in range(1, world_size + 1)
-        if replicate * s == world_size and shard in (s, -1)
-    ]
-    try:
-        assert [resolve_dp_degrees(Parallelism(replicate, shard), world_size)] == solutions
-    except UserError:
-        assert solutions == []
-
-
-# By replicate degree, the expert-parallel degrees of 12 processes.
-EXPERT_DEGREES = {
-    1: {1, 2, 3, 4, 6, 12},
-    2: {1, 2, 3, 6, 12},
-    3: {1, 2, 4, 12},
-    4: {1, 3, 6, 12},
-    6: {1, 2, 4, 6, 12},
-    12: {1, 2, 3, 4, 6, 12},
-}
-
-
-@pytest.mark.parametrize("replicate", EXPERT_DEGREES)
-def test_expert_parallel_degree_takes_part_of_a_replica_or_whole_replicas(replicate):
-    for degree in range(1, 17):
-        values = dict(
-            parallelism__data_parallel_replicate_degree=replicate,
-            parallelism__expert_parallel_degree=degree,
-        )
-        if degree in EXPERT_DEGREES[replicate]:
-            accept(12, **values)
-        else:
-            sentence = refusal(12, **values)
-            assert sentence.startswith(f"parallelism.expert_parallel_degree = {degree} ")
-
-
-@pytest.mark.parametrize(
-    "world_size, replicate, degree, sentence_end",
-    [
-        (8, 1, 3, "shard degree (8), {rule} (8); set it to 2 or 4."),
-        (8, 1, 16, "shard degree (8), {rule} (8); set it to 8."),
-        (8, 1, 0, "shard degree (8), {rule} (8); set it to 1."),
-        (8, 2, 6, "shard degree (4), {rule} (8); set it to 4 or 8."),
-        # 4 ranks would be two thirds of a replica, 9 one and a half.
-        (36, 6, 4, "shard degree (6), {rule} (36); set it to 3 or 6."),
-        (36, 6, 9, "shard degree (6), {rule} (36); set it to 6 or 12."),
-        (1, 1, 2, "shard degree (1), {rule} (1); set it to 1."),
-    ],
-)
-def test_expert_parallel_degree_that_does_not_fit_names_the_nearest_that_do(
-    world_size, replicate, degree, sentence_end
-):
-    sentence = refusal(
-        world_size,
-        parallelism__data_parallel_replicate_degree=replicate,
-        parallelism__expert_parallel_degree=degree,
-    )
-    rule = "or be a multiple of it that divides the number of processes"
-    assert sentence == (
-        f"parallelism.expert_parallel_degree = {degree} must divide the data-parallel "
-        + sentence_end.format(rule=rule)
-    )
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, None])
-def test_node_size_may_split_an_expert_group_evenly_or_hold_several(size):
-    accept(8, parallelism__expert_parallel_degree=4, parallelism__expert_parallel_node_size=size)
-
-
-@pytest.mark.parametrize(
-    "size, nearest",
-    [(3, "2 or 4"), (6, "4 or 8"), (5, "4 or 8"), (9, "8 or 12"), (0, "1"), (-2, "1")],
-)
-def test_node_size_that_does_not_fit_names_the_nearest_that_do(size, nearest):
-    sentence = refusal(
-        8, parallelism__expert_parallel_degree=4, parallelism__expert_parallel_node_size=size
-    )
-    assert sentence == (
-        f"parallelism.expert_parallel_node_size = {size} must divide "
-        f"parallelism.expert_parallel_degree (4) or be a multiple of it; set it to {nearest}."
-    )
 
 
 @pytest.mark.parametrize(

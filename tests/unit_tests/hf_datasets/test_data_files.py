@@ -133,22 +133,17 @@ def test_bad_documents_are_counted_and_only_the_first_and_some_milestones_are_na
     log.clear()
     list(TextDataset(source, tokenizer, seq_len=4, infinite=False))
     named = [line for line in log if "Skipped" in line]
-    summary = [line for line in log if "epoch 0" in line]
     assert len(named) == 5 and all(f"{path} line " in line for line in named)
     for line, total in zip(named[3:], (10, 100), strict=True):
         counts = re.fullmatch(rf"Skipped {total} documents so far \((.*)\), the last: .*", line)
         assert sum(int(number) for number in re.findall(r"(\d+) [e']", counts[1])) == total
-    assert summary == [
-        "Data mine, epoch 0, loader process 1 of 1: 10 documents read, 250 skipped "
-        "(200 empty text, 50 'text' is not a string)"
-    ]
 
 
 def test_skipped_documents_are_reported_though_the_epoch_never_ends(jsonl, tokenizer, log):
     """What is reported grows with the data read, over many epochs, and the log stays short."""
-    source = open_source("mine", str(jsonl("a.jsonl", ["good"] + [""] * 9)), "text")
+    source = open_source("mine", str(jsonl("a.jsonl", ["good"] * 2 + [""] * 18)), "text")
     log.clear()
-    for _ in zip(range(200), TextDataset(source, tokenizer, seq_len=4), strict=False):
+    for _ in zip(range(200), TextDataset(source, tokenizer, seq_len=4, num_lanes=2), strict=False):
         pass
     reported = [line.split(" ")[1] for line in log if "so far" in line]
     assert reported == ["10", "100", "1,000"]

@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from tests.unit_tests.hf_datasets.byte_tokenizer import OneTokenAByte
+from torchtitan.components.dataloader import merge_states
 from torchtitan.hf_datasets import build_text_dataloader, files, open_source
 from torchtitan.hf_datasets.sources import HubStream, Shard
 from torchtitan.tools.errors import UserError
@@ -97,7 +98,7 @@ def test_a_position_in_other_tokens_or_documents_is_refused(tmp_path, tokenizer,
     (tmp_path / "b.jsonl").write_text('{"text": "this is another one"}\n' * 20)
     loader = build(tmp_path / "a.jsonl", tokenizer)
     next(iter(loader))
-    state = loader.state_dict()
+    state = merge_states([loader.local_state()])
     build(tmp_path / "a.jsonl", tokenizer).load_state_dict(state)
     if "dataset_path" in changes:
         changes = {"dataset_path": str(tmp_path / "b.jsonl")}
@@ -144,25 +145,28 @@ def test_one_usable_document_is_enough_to_know_that_a_stream_has_some(tmp_path, 
     assert len(list(source.open(0, 0, Shard()))) == 5000, "the probe used nothing up"
 
 
-def test_fewer_documents_than_loader_processes_are_refused(jsonl, tokenizer):
+def test_fewer_documents_than_lanes_are_refused(jsonl, tokenizer):
     path = jsonl("a.jsonl", ["x"] * 7)
-    build(path, tokenizer, dp_degree=7)
-    for changes in ({"dp_degree": 8}, {"dp_degree": 4, "num_workers": 2}):
-        with pytest.raises(UserError, match="'mine' has 7 documents, too few for"):
-            build(path, tokenizer, **changes)
+    for dp_degree in (1, 8):  # more ranks than documents are no reason
+        build(path, tokenizer, dp_degree=dp_degree, num_lanes=7)
+    with pytest.raises(UserError, match="dataset_lanes = 8 must be at most 7, the number of doc"):
+        build(path, tokenizer, num_lanes=8)
 
 
-def test_a_hub_dataset_with_fewer_files_than_workers_is_refused():
-    rows = datasets.Dataset.from_list([{"text": "x"}] * 12).to_iterable_dataset(num_shards=6)
-    source = HubStream("org/name", rows, "text")
-    source.check_shards(dp_degree=2, num_workers=3)
-    source.check_shards(dp_degree=4, num_workers=6)  # 4 does not divide 6: all ranks read all
-    with pytest.raises(UserError, match="'org/name' has 3 files for each"):
-        source.check_shards(dp_degree=2, num_workers=4)
+@pytest.mark.parametrize("lanes", [3, 4, 6, 8])
+def test_the_lanes_of_a_hub_dataset_are_its_files_or_else_its_documents(lanes):
+    rows = datasets.Dataset.from_list([{"text": str(n)} for n in range(12)])
+    source = HubStream("org/name", rows.to_iterable_dataset(num_shards=6), "text")
+    assert source.num_lanes() == 6
+    shards = [[r.text for r in source.open(0, 0, Shard(lane, lanes))] for lane in range(lanes)]
+    assert sorted(text for shard in shards for text in shard) == sorted(map(str, range(12)))
+    if lanes in (3, 6):  # files of two documents each
+        assert {len(shard) for shard in shards} == {12 // lanes}
 
 
-def test_a_process_with_only_bad_documents_stops_instead_of_turning_for_ever(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": ""}\n')
-    with pytest.raises(UserError, match="'mine' had no usable document for loader process"):
-        for rank in range(2):
-            next(iter(build(tmp_path, tokenizer, dp_rank=rank, dp_degree=2)))
+def test_data_that_gives_nothing_stops_instead_of_turning_for_ever(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + '{"text": ""}\n' * 50)
+    loader = build(tmp_path, tokenizer, num_lanes=51)
+    sentence = "'mine' had no usable document for lane . of 51 in 10 epochs .*dataset_lanes"
+    with pytest.raises(UserError, match=sentence):
+        next(iter(loader))

@@ -61,10 +61,10 @@ def test_a_row_group_is_read_once_by_each_shard_that_has_a_part_of_it(
     folder, reads, monkeypatch, pool, shards
 ):
     """One read a document, as before, was 1,000 times too slow."""
-    pool_of(pool, monkeypatch)
+    pool_of(pool * shards, monkeypatch)
     source = open_source("text", str(folder), "text")
     reads.clear()
-    parts = [places(source.open(3, 1, Shard(rank, shards))) for rank in range(shards)]
+    parts = [places(source.open(3, 1, Shard(index, shards))) for index in range(shards)]
     assert sorted(place for part in parts for place in part) == EVERYTHING
     assert {len(part) for part in parts} <= {240 // shards, -(-240 // shards)}
     # shards - 1 borders cut the line of groups, each at most one group.

@@ -18,7 +18,6 @@ def parallelize_deepseekv3(
     model: BaseModel, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> BaseModel:
     """Change the model in place, in this order, on any device; each step logs one line."""
-    expert_mesh = parallel_dims.build_expert_mesh()
     _say_how_experts_compute(model.model_args, job_config)
     say_expert_layout(
         model.model_args.moe_args,
@@ -28,14 +27,11 @@ def parallelize_deepseekv3(
     apply_expert_parallel(
         model.moe_layers(),
         parallel_dims,
-        expert_mesh,
         job_config.parallelism.expert_parallel_dispatch,
     )
     apply_activation_checkpoint(model.layers, job_config.activation_checkpoint)
     apply_compile(model.layers, job_config.compile)
-    apply_data_parallel(
-        model, parallel_dims, expert_mesh, job_config.training, job_config.parallelism
-    )
+    apply_data_parallel(model, parallel_dims, job_config.training, job_config.parallelism)
     return model
 
 

@@ -48,18 +48,19 @@ def record_load(moe: "MoE", load: Load) -> None:
 
 @torch.no_grad()
 def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) -> Load:
-    """The optimizer step's load over all ranks of `group`: (layers, E) and (layers, 4) int64.
+    """The optimizer step's load over all ranks of `group`: (layers, E) and (layers, 2, 3) int64.
 
     Takes the counts: they start again from zero. group: all ranks whose tokens differ (data
     parallel); None = this process alone. One all-reduce for all layers.
     """
-    both = torch.stack([torch.cat((moe.tokens_per_expert, moe.traffic)) for moe in moes])
+    both = torch.stack([torch.cat((moe.tokens_per_expert, moe.traffic.flatten())) for moe in moes])
     if group is not None:
         dist.all_reduce(both, group=group)
     for moe in moes:
         moe.tokens_per_expert.zero_()
         moe.traffic.zero_()
-    return Load(both[:, :-4], both[:, -4:])
+    num_experts = moes[0].tokens_per_expert.numel()
+    return Load(both[:, :num_experts], both[:, num_experts:].unflatten(1, moes[0].traffic.shape))
 
 
 @torch.no_grad()

@@ -23,9 +23,9 @@ class TokenDispatcher(Protocol):
         ids_TK: int64 experts of each token. weights_TK: their routing weights, fp32.
 
         Returns rows_RD sorted by expert; counts_L, int64 rows of each local expert; and a record
-        with `weights_R`, the routing weight of every row, and `traffic`: int64 tokens sent to this
-        rank, to others of its node, to other nodes, and the copies that one per expert would have
-        made (4,), or None where nothing travels.
+        with `weights_R`, the routing weight of every row, and `traffic`, None where nothing
+        travels: (2, 3) int64 rows sent (first line), and what one copy of a token per expert would
+        have sent (second line), to this rank, to others of its node, and to other nodes.
         """
         ...
 

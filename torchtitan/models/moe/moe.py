@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchtitan.models.moe.args import MoEArgs, check_routing
 from torchtitan.models.moe.balancing import Load, count_tokens
 from torchtitan.models.moe.dispatcher import LocalDispatcher, TokenDispatcher
-from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop, local_part
 from torchtitan.ops.expert_ffn import expert_ffn
+from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop, local_part
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.permute import sort_slots
 from torchtitan.ops.router_logits import router_logits
@@ -184,7 +184,7 @@ class MoE(nn.Module):
     """Routed experts plus shared ones.
 
     Buffers: `expert_bias` (E,) fp32, part of the state dict (None without balancing);
-    `tokens_per_expert` (E,) int64 and `traffic` (4,) int64, tokens and their ways of the current
+    `tokens_per_expert` (E,) int64 and `traffic` (2, 3) int64, tokens and their ways of the current
     optimizer step (see balancing.py).
     """
 
@@ -225,7 +225,7 @@ class MoE(nn.Module):
             torch.zeros(moe_args.num_experts, dtype=torch.int64),
             persistent=False,
         )
-        self.register_buffer("traffic", torch.zeros(4, dtype=torch.int64), persistent=False)
+        self.register_buffer("traffic", torch.zeros(2, 3, dtype=torch.int64), persistent=False)
 
     def forward(
         self, x_BSD: Tensor, token_mask_BS: Tensor | None = None, *, return_load: bool = False

@@ -1,0 +1,71 @@
+"""What expert parallelism sent in a step, as numbers of a log record and as a line for the console.
+
+From the dispatchers' meter, summed over ranks and micro-batches: rows sent (hidden states with
+their expert ids and weights), and how many one copy of a token per expert would have sent; each to
+the same rank, to another rank of the node, and to another node. (Node-limited dispatch takes two
+hops, and both count.)
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+_TIERS = ("self", "node", "remote")
+Numbers = dict[str, float | dict[int, float]]
+
+
+def traffic_numbers(traffic: Mapping[int, Tensor], bytes_per_row: int) -> Numbers:
+    """Of one step. traffic: (2, 3) int64 by layer. bytes_per_row: forward and backward.
+
+    `rows_sent_<tier>`, `bytes_sent_<tier>` (tier: self, node, remote; nothing leaves the rank for
+    "self", so it has no bytes), `traffic_saved_percent` of the rows to other nodes (and
+    `..._off_rank_percent` of all that leave their rank) against one copy per expert; the first
+    three also by layer, as `layer_<name>`.
+    """
+    if not traffic:
+        return {}
+    layers = {
+        layer: _numbers_of(counts.tolist(), bytes_per_row) for layer, counts in traffic.items()
+    }
+    total = _numbers_of(sum(traffic.values()).tolist(), bytes_per_row)
+    by_layer = {
+        f"layer_{name}": {layer: numbers[name] for layer, numbers in layers.items()}
+        for name in total
+        if name != "rows_sent_self"
+    }
+    return {**total, **by_layer}
+
+
+def _numbers_of(counts: list[list[int]], bytes_per_row: int) -> dict[str, float]:
+    sent, copies = (dict(zip(_TIERS, line, strict=True)) for line in counts)
+    numbers = {f"rows_sent_{tier}": rows for tier, rows in sent.items()}
+    numbers |= {f"bytes_sent_{tier}": sent[tier] * bytes_per_row for tier in ("node", "remote")}
+    numbers["traffic_saved_off_rank_percent"] = _saved_percent(
+        sent["node"] + sent["remote"], copies["node"] + copies["remote"]
+    )
+    if copies["remote"]:
+        numbers["traffic_saved_percent"] = _saved_percent(sent["remote"], copies["remote"])
+    return numbers
+
+
+def _saved_percent(sent: int, copies: int) -> float:
+    return 100 * (1 - sent / copies) if copies else 0.0
+
+
+def traffic_line(numbers: Numbers, tokens: int) -> str:
+    """For people: a token's share of a layer. tokens: that all ranks together processed."""
+    layers = numbers["layer_rows_sent_remote"]
+    per_token = 1 / (tokens * len(layers))
+
+    def part(tier: str) -> str:
+        rows, size = numbers[f"rows_sent_{tier}"] * per_token, numbers[f"bytes_sent_{tier}"]
+        return f"{rows:.2f} rows a token and layer ({size / 2**20:,.1f} MiB in all)"
+
+    line = f"traffic: to other nodes {part('remote')}, inside nodes {part('node')}"
+    if "traffic_saved_percent" in numbers:
+        by_layer = numbers["layer_traffic_saved_percent"].items()
+        line += (
+            f"; {numbers['traffic_saved_percent']:.0f}% of one copy per expert saved between nodes"
+            f" (layer {', '.join(f'{layer}: {percent:.0f}%' for layer, percent in by_layer)})"
+        )
+    return line

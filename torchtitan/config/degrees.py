@@ -1,0 +1,135 @@
+"""How the degrees of parallelism share the processes: resolved, or refused in a sentence.
+
+Ranks are laid out as (pp, dp_replicate, dp_shard, cp, tp), the last axis fastest; the experts of a
+pipeline stage as (dp_replicate, what is left, ep, etp) over the same ranks.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+from torchtitan.config.job_config import Parallelism
+from torchtitan.tools.errors import UserError
+
+
+class Degrees(NamedTuple):
+    """pp · dp_replicate · dp_shard · cp · tp = number of processes. etp is 1 or tp."""
+
+    pp: int
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+    ep: int
+    etp: int
+
+
+def resolve_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
+    """All degrees, with a data_parallel_shard_degree of -1 resolved. Raises `UserError`."""
+    given = {
+        "pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
+        "tensor_parallel_degree": parallelism.tensor_parallel_degree,
+        "context_parallel_degree": parallelism.context_parallel_degree,
+        "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
+    }
+    rest = _take_off(given, world_size)
+    shard = parallelism.data_parallel_shard_degree
+    if shard < 1 and shard != -1:
+        raise UserError(
+            f"parallelism.data_parallel_shard_degree = {shard} must be 1 or more, or -1 for all "
+            "processes that the other degrees leave."
+        )
+    if shard not in (-1, rest):
+        factors = given | {"data_parallel_shard_degree": shard}
+        shown = [name for name, n in factors.items() if n > 1 or name.startswith("data")]
+        product = prod(factors.values())
+        raise UserError(
+            f"parallelism.{' x '.join(f'{name} ({factors[name]})' for name in shown)} = {product}, "
+            f"but the number of processes is {world_size}; set data_parallel_shard_degree to "
+            f"{rest} (or to -1, which means the rest), or start {product} processes."
+        )
+    pp, tp, cp, replicate = given.values()
+    ep, etp = parallelism.expert_parallel_degree, parallelism.expert_tensor_parallel_degree
+    degrees = Degrees(pp, replicate, rest, cp, tp, ep, etp)
+    _check_experts(degrees, world_size // pp)
+    _check_node_size(parallelism.expert_parallel_node_size, degrees)
+    return degrees
+
+
+def nearest(value: int, legal: list[int]) -> str:
+    """The legal numbers next to `value` on both sides: "4 or 8"."""
+    below = [number for number in legal if number < value][-1:]
+    above = [number for number in legal if number > value][:1]
+    return " or ".join(str(number) for number in below + above)
+
+
+def _take_off(given: dict[str, int], world_size: int) -> int:
+    """Processes that these degrees leave, taken off one after the other."""
+    rest, taken = world_size, []
+    for name, degree in given.items():
+        if degree < 1:
+            raise UserError(f"parallelism.{name} = {degree} must be 1 or more.")
+        if rest % degree:
+            over = f" over {' x '.join(taken)}" if taken else ""
+            raise UserError(
+                f"parallelism.{name} = {degree} does not divide the number of processes{over} "
+                f"({rest}); set it to {nearest(degree, _divisors(rest))}."
+            )
+        rest //= degree
+        taken += [f"{name} ({degree})"] if degree > 1 else []
+    return rest
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _check_experts(degrees: Degrees, stage: int) -> None:
+    """EP groups are made of the ranks of one replica, or, where they are larger, of whole ones.
+
+    stage: processes of a pipeline stage.
+    """
+    if degrees.etp not in (1, degrees.tp):
+        raise UserError(
+            f"parallelism.expert_tensor_parallel_degree = {degrees.etp} must be 1 or "
+            f"parallelism.tensor_parallel_degree ({degrees.tp}); set it to "
+            f"{' or '.join(str(n) for n in sorted({1, degrees.tp}))}."
+        )
+    replica = degrees.dp_shard * degrees.cp * degrees.tp // degrees.etp
+    most = stage // degrees.etp
+    legal = [n for n in _divisors(most) if 0 in (replica % n, n % replica)]
+    if degrees.ep in legal:
+        return
+    parts = {"data-parallel shard": degrees.dp_shard, "context-parallel": degrees.cp}
+    if degrees.etp == 1:
+        parts["tensor-parallel"] = degrees.tp
+    shown = [name for name, n in parts.items() if n > 1] or ["data-parallel shard"]
+    processes = "the number of processes"
+    if degrees.pp > 1:
+        processes += " of a pipeline stage"
+    if degrees.etp > 1:
+        processes += " over expert_tensor_parallel_degree"
+    raise UserError(
+        f"parallelism.expert_parallel_degree = {degrees.ep} must divide the "
+        f"{' x '.join(shown)} degree ({replica}), or be a multiple of it that divides "
+        f"{processes} ({most}); set it to {nearest(degrees.ep, legal)}."
+    )
+
+
+def _check_node_size(size: int | None, degrees: Degrees) -> None:
+    """An EP group covers ep · etp consecutive ranks: parts of them, or several such, make a node;
+    a node never ends between the ranks that split one expert."""
+    span = degrees.ep * degrees.etp
+
+    def fits(n: int) -> bool:
+        return n % span == 0 or (span % n == 0 and n % degrees.etp == 0)
+
+    if size is None or (size >= 1 and fits(size)):
+        return
+    largest = max(size, 0) + span  # a multiple of `span` lies in between
+    what = "parallelism.expert_parallel_degree"
+    if degrees.etp > 1:
+        what += " x expert_tensor_parallel_degree"
+    raise UserError(
+        f"parallelism.expert_parallel_node_size = {size} must divide {what} ({span}) or be a "
+        f"multiple of it; set it to {nearest(size, [n for n in range(1, largest + 1) if fits(n)])}."
+    )
