@@ -31,6 +31,7 @@ OURS = {
     "training.dataset_num_workers",
     "training.dataset_lanes",
     "training.non_finite_loss",
+    "metrics.log_traffic",
     "parallelism.expert_parallel_dispatch",
     "parallelism.expert_parallel_node_size",
 }
