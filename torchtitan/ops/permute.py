@@ -92,6 +92,19 @@ def _(destination_PK, num_destinations):
     return int32(destination_PK.numel()), int32(*destination_PK.shape), int32(num_destinations)
 
 
+@torch.library.custom_op("torchtitan::count_tokens", mutates_args=(), device_types="cuda")
+def count_tokens(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:
+    """(E,) int64: tokens of each expert, of those that the mask (bool) lets count. On a GPU."""
+    from torchtitan.ops import permute_triton
+
+    return permute_triton.count_tokens(ids_TK, num_experts, mask_T)
+
+
+@count_tokens.register_fake
+def _(ids_TK, num_experts, mask_T):
+    return ids_TK.new_empty(num_experts, dtype=torch.int64)
+
+
 @torch.library.custom_op("torchtitan::reduce_rows", mutates_args=(), device_types="cuda")
 def _reduce_rows(rows_RD: Tensor, row_of_slot_PK: Tensor, taken_PK: Tensor | None) -> Tensor:
     from torchtitan.ops import permute_triton

@@ -50,10 +50,15 @@ _SLOTS = 512
 
 
 @triton.jit
-def _count(ids, counts, N, P, E: tl.constexpr, SLOTS: tl.constexpr):
+def _count(
+    ids, mask, counts, N, P, K, E: tl.constexpr, SLOTS: tl.constexpr, MASKED: tl.constexpr
+):
     program = tl.program_id(0)
     slots = program * SLOTS + tl.arange(0, SLOTS)
-    expert = tl.load(ids + slots, mask=slots < N, other=E).to(tl.int32)
+    counted = slots < N
+    if MASKED:
+        counted = tl.load(mask + slots // K, mask=counted, other=0).to(tl.int1)
+    expert = tl.load(ids + slots, mask=counted, other=E).to(tl.int32)
     experts = tl.arange(0, E)
     hits = (expert[:, None] == experts[None, :]).to(tl.int32)
     tl.store(counts + experts * P + program, tl.sum(hits, axis=0))
@@ -78,13 +83,26 @@ def sort_slots(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor
     """(slot_of_row_R, row_of_slot_TK, counts_E), all int32. Experts are rounded up to a power of
     two inside.
     """
-    N = ids_TK.numel()
-    E, P = triton.next_power_of_2(num_experts), triton.cdiv(N, _SLOTS)
-    counts_EP = torch.empty(E, P, dtype=torch.int32, device=ids_TK.device)
+    N, counts_EP = ids_TK.numel(), _counts_by_program(ids_TK, num_experts, None)
+    E, P = counts_EP.shape
     slot_of_row = torch.empty(N, dtype=torch.int32, device=ids_TK.device)
     row_of_slot_TK = torch.empty(ids_TK.shape, dtype=torch.int32, device=ids_TK.device)
-    _count[(P,)](ids_TK, counts_EP, N, P, E=E, SLOTS=_SLOTS)
     ends_EP = counts_EP.flatten().cumsum(0, dtype=torch.int32).view(E, P)
     _place[(P,)](ids_TK, ends_EP - counts_EP, slot_of_row, row_of_slot_TK, N, P, E=E, SLOTS=_SLOTS)
     ends_E = ends_EP[:num_experts, -1]
     return slot_of_row, row_of_slot_TK, ends_E.diff(prepend=ends_E.new_zeros(1))
+
+
+def count_tokens(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:
+    """(E,) int64: tokens of each expert, of those that the mask lets count."""
+    return _counts_by_program(ids_TK, num_experts, mask_T)[:num_experts].sum(dim=1)
+
+
+def _counts_by_program(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:
+    K, N = ids_TK.size(1), ids_TK.numel()
+    E, P = triton.next_power_of_2(num_experts), triton.cdiv(N, _SLOTS)
+    counts_EP = torch.empty(E, P, dtype=torch.int32, device=ids_TK.device)
+    _count[(P,)](
+        ids_TK, mask_T, counts_EP, N, P, K, E=E, SLOTS=_SLOTS, MASKED=mask_T is not None
+    )
+    return counts_EP

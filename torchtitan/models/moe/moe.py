@@ -16,6 +16,7 @@ from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop, local_part
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.permute import sort_slots
 from torchtitan.ops.router_logits import router_logits
+from torchtitan.ops.routing import Rule, can_route, route
 from torchtitan.ops.swiglu import swiglu
 
 __all__ = ["MoEArgs", "FeedForward", "TokenChoiceTopKRouter", "GroupedExperts", "MoE"]
@@ -101,6 +102,9 @@ class TokenChoiceTopKRouter(nn.Module):
         num_tokens_per_expert (E,) int64.
         """
         logits_TE = router_logits(x_TD, self.gate.weight)
+        if can_route(logits_TE, self._rule) and not self._debug_force_load_balance:
+            weights_TK, ids_TK = route(logits_TE, expert_bias, self._rule)
+            return weights_TK, ids_TK, count_tokens(ids_TK, self.num_experts, token_mask_T)
         scores_TE = (
             logits_TE.sigmoid() if self.score_func == "sigmoid" else logits_TE.softmax(dim=-1)
         )
@@ -111,6 +115,18 @@ class TokenChoiceTopKRouter(nn.Module):
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
         weights_TK = weights_TK * self.route_scale
         return weights_TK, ids_TK, count_tokens(ids_TK, self.num_experts, token_mask_T)
+
+    @property
+    def _rule(self) -> Rule:
+        return Rule(
+            top_k=self.top_k,
+            groups=self.num_expert_groups or 0,
+            limited=self.num_limited_groups or 0,
+            top2=self.group_score_func == "top2_sum",
+            sigmoid=self.score_func == "sigmoid",
+            norm=self.route_norm,
+            scale=self.route_scale,
+        )
 
     def _choose(self, scores_TE: Tensor, expert_bias: Tensor | None) -> Tensor:
         if self._debug_force_load_balance:
