@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtitan.components.cuda_graph import GraphedPass
 from torchtitan.components.dataloader import ParallelAwareDataLoader
 from torchtitan.components.fused_adam import FusedAdam
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
@@ -315,9 +317,11 @@ class Trainer:
         self.global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
         sequences_at_once = training.local_batch_size * self.dims.dp_degree
         self.accumulation = self.global_batch_size // sequences_at_once
+        self.working = build_working_weights(self.model, config, self.accumulation)
+        self.graphed = GraphedPass(self._pass) if config.compile.cuda_graph else None
         self.optimizer = build_optimizer(
             [self.model],
-            working=build_working_weights(self.model, config, self.accumulation),
+            working=self.working,
             **asdict(config.optimizer),
         )
         self.lr_scheduler = build_lr_scheduler(
@@ -384,7 +388,8 @@ class Trainer:
         valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
         valid_tokens = sum_over_ranks(valid.to(self.device)).clamp(min=1)
 
-        self.optimizer.zero_grad()
+        if self.graphed is None or not self.graphed.holds_grads:
+            self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
@@ -408,6 +413,20 @@ class Trainer:
         eos_id = self.tokenizer.eos_id
         masks = self.model.get_attention_masks(inputs["input"], eos_id, self.device)
         tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
+        if self.graphed is None:
+            return self._pass(tokens, labels, valid_tokens, masks)
+        if masks is not None:
+            raise UserError(
+                "compile.cuda_graph = true needs the same kernels in every step, but the documents "
+                "of model.args.attn_mask_type 'block_causal' change; set either to its default."
+            )
+        if self.working is not None:
+            self.working.refresh()
+        return self.graphed(tokens, labels, valid_tokens)
+
+    def _pass(
+        self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor, masks: Any = None
+    ) -> Tensor:
         out = self.model(
             tokens,
             attention_masks=masks,

@@ -295,6 +295,8 @@ class Compile:
     """What to compile: model (each block on its own), loss (where logits are held), or both."""
     backend: str = "inductor"
     """Back-end of torch.compile."""
+    cuda_graph: bool = False
+    """Replay forward and backward pass as one CUDA graph: for small models on one GPU (ours)."""
 
 
 @dataclass(frozen=True)

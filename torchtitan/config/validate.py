@@ -26,6 +26,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     degrees = resolve_degrees(config.parallelism, world_size)
     resolve_global_batch_size(config, degrees.dp_replicate * degrees.dp_shard)
     _check_early_step(config, world_size)
+    _check_cuda_graph(config, world_size, device_type)
 
 
 def _get(config: JobConfig, key: str) -> Any:
@@ -223,4 +224,25 @@ def _check_early_step(config: JobConfig, world_size: int) -> None:
         raise UserError(
             "optimizer.early_step_in_backward = true works on one process, but this run has "
             f"{world_size}; set it to false: FSDP spreads gradients over the processes."
+        )
+
+
+def _check_cuda_graph(config: JobConfig, world_size: int, device_type: str) -> None:
+    """A graph repeats the same kernels on the same memory."""
+    if not config.compile.cuda_graph:
+        return
+    one_pass = (-1, config.training.local_batch_size)
+    reason = None
+    if device_type != "cuda":
+        reason = f"this run is on {device_type}"
+    elif world_size > 1:
+        reason = f"this run has {world_size}"
+    elif config.training.global_batch_size not in one_pass:
+        reason = f"training.global_batch_size = {config.training.global_batch_size} takes several"
+    elif config.optimizer.early_step_in_backward:
+        reason = "optimizer.early_step_in_backward changes what the pass does from step to step"
+    if reason is not None:
+        raise UserError(
+            "compile.cuda_graph = true is for one process on a CUDA GPU and one forward pass a "
+            f"step, but {reason}; set it to false."
         )

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 from torchtitan.config import ActivationCheckpoint
-from torchtitan.ops import document_attention, expert_ffn  # noqa: F401 (makes their operators)
+from torchtitan.ops import document_attention, expert_ffn, mla_attention  # noqa: F401 (makes their operators)
 from torchtitan.tools.logging import logger
 
 _KEPT_OPS = {
@@ -28,6 +28,7 @@ _KEPT_OPS = {
     torch.ops.aten._grouped_mm.default,
     torch.ops.torchtitan.document_attention.default,
     torch.ops.torchtitan.expert_ffn.default,
+    torch.ops.torchtitan.mla_attention.default,
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }

@@ -50,9 +50,7 @@ _SLOTS = 512
 
 
 @triton.jit
-def _count(
-    ids, mask, counts, N, P, K, E: tl.constexpr, SLOTS: tl.constexpr, MASKED: tl.constexpr
-):
+def _count(ids, mask, counts, N, P, K, E: tl.constexpr, SLOTS: tl.constexpr, MASKED: tl.constexpr):
     program = tl.program_id(0)
     slots = program * SLOTS + tl.arange(0, SLOTS)
     counted = slots < N
@@ -102,7 +100,5 @@ def _counts_by_program(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) 
     K, N = ids_TK.size(1), ids_TK.numel()
     E, P = triton.next_power_of_2(num_experts), triton.cdiv(N, _SLOTS)
     counts_EP = torch.empty(E, P, dtype=torch.int32, device=ids_TK.device)
-    _count[(P,)](
-        ids_TK, mask_T, counts_EP, N, P, K, E=E, SLOTS=_SLOTS, MASKED=mask_T is not None
-    )
+    _count[(P,)](ids_TK, mask_T, counts_EP, N, P, K, E=E, SLOTS=_SLOTS, MASKED=mask_T is not None)
     return counts_EP

@@ -56,7 +56,9 @@ def _route(
     chosen_ids = tl.zeros((K_PADDED,), tl.int64)
     for k in tl.static_range(K):
         best = tl.argmax(choice, axis=0)
-        chosen = tl.where(slots == k, tl.sum(tl.where(experts == best, scores, 0.0), axis=0), chosen)
+        chosen = tl.where(
+            slots == k, tl.sum(tl.where(experts == best, scores, 0.0), axis=0), chosen
+        )
         chosen_ids = tl.where(slots == k, best.to(tl.int64), chosen_ids)
         choice = tl.where(experts == best, float("-inf"), choice)
     if NORM:

@@ -32,6 +32,7 @@ OURS = {
     "training.dataset_lanes",
     "training.non_finite_loss",
     "metrics.log_traffic",
+    "compile.cuda_graph",
     "parallelism.expert_parallel_dispatch",
     "parallelism.expert_parallel_node_size",
 }

@@ -16,6 +16,7 @@ from torchtitan.models.moe.balancing import Load, record_load
 from torchtitan.ops.attention import AttentionMask, attention, document_mask
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
+from torchtitan.ops.mla_attention import can_fuse, mla_attention
 from torchtitan.ops.rope import apply_rope, rope_table
 from torchtitan.protocols.model import BaseModel
 
@@ -67,17 +68,46 @@ class Attention(nn.Module):
         q, kv = self._project(x_BSD)
         q = self.wq_b(self.q_norm(q)) if self.compress_q else q
         q_BSHC = q.unflatten(-1, (self.n_heads, -1))
+        latent, k_rope = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv_BSHC = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (self.n_heads, -1))
+        if self._can_fuse(q_BSHC, mask):
+            out_BSHC = mla_attention(
+                q_BSHC,
+                kv_BSHC,
+                k_rope,
+                rope,
+                v_channels=self.v_head_dim,
+                scale=self.softmax_scale,
+                mask=mask,
+                positions_BS=positions_BS,
+            )
+            return self.wo(out_BSHC.flatten(-2))
+
         q_nope, q_rope = q_BSHC.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_BSHC = torch.cat((q_nope, apply_rope(q_rope, rope, positions_BS)), dim=-1)
 
-        latent, k_rope = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), rope, positions_BS)
-        kv_BSHC = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (self.n_heads, -1))
         k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         k_BSHC = torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), dim=-1)
 
         out_BSHC = attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
         return self.wo(out_BSHC.flatten(-2))
+
+    def _can_fuse(self, q_BSHC: Tensor, mask: AttentionMask) -> bool:
+        """Whether one operator does for the lines between the projections: on the GPU of a single
+        process (parallel layouts take the lines apart).
+        """
+        return (
+            self.w_in is not None
+            and not isinstance(mask, Tensor)
+            and can_fuse(
+                q_BSHC.device.type,
+                q_BSHC.dtype,
+                self.qk_nope_head_dim,
+                self.qk_rope_head_dim,
+                self.v_head_dim,
+            )
+        )
 
     def _project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (or their latent); keys' and values' latent with the shared rotary channels."""
