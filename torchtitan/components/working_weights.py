@@ -11,6 +11,7 @@ for all. With parameters of the compute type the fused tensor takes their place 
 For one process. With several, FSDP keeps fp32 shards and gathers them in bf16, to the same effect.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ class WorkingWeights:
             self._copy_of[p] = part
             self._seen_version[p] = p._version
             p.grad_dtype = torch.float32 if self.fp32_grads else dtype
-        tensor.register_post_accumulate_grad_hook(lambda _: self._hand_over(fused))
+        tensor.register_post_accumulate_grad_hook(self._hook(len(self._fused)))
         self._fused.append(fused)
         module.__dict__[name] = tensor
 
@@ -84,10 +85,19 @@ class WorkingWeights:
             return
         if self.fp32_grads:
             param.grad_dtype = torch.float32
-        param.register_post_accumulate_grad_hook(self._call_after_grad)
+        param.register_post_accumulate_grad_hook(self._hook(None))
 
-    def _hand_over(self, fused: _Fused) -> None:
+    def _hook(self, index: int | None) -> Callable[[Tensor], None]:
+        # Weak: Python's collector can't see through a tensor's hooks, so that a cycle through them
+        # would keep all weights for ever.
+        me = weakref.ref(self)
+        if index is None:
+            return lambda param: me()._call_after_grad(param)
+        return lambda _: me()._hand_over(index)
+
+    def _hand_over(self, index: int) -> None:
         """Bring a fresh gradient to the parameters that it belongs to."""
+        fused = self._fused[index]
         grad, fused.tensor.grad = fused.tensor.grad, None
         for p, part in zip(fused.params, fused.parts(grad), strict=True):
             if not self.fp32_grads:

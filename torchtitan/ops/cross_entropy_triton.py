@@ -57,3 +57,17 @@ def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, ignore: int, with_grad: 
             num_warps=16 if block >= 4096 else 4,
         )
     return losses_T
+
+
+@triton.jit
+def _scale(x, factor, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    scaled = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32) * tl.load(factor)
+    tl.store(x + at, scaled.to(x.dtype.element_ty), mask=at < N)
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x (contiguous) times a scalar tensor, in place."""
+    N = x.numel()
+    _scale[(triton.cdiv(N, 4096),)](x, factor, N, BLOCK=4096)
+    return x

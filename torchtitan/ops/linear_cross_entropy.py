@@ -53,9 +53,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None  # scaled in place: good for one backward pass
         if grads is None:
             raise RuntimeError("linear_cross_entropy can be differentiated only once")
-        there = [g for g in grads if g is not None]
-        torch._foreach_mul_(there, grad_loss)
-        return *grads, None
+        return *(g if g is None else _scale_(g, grad_loss) for g in grads), None
+
+
+def _scale_(x: Tensor, factor: Tensor) -> Tensor:
+    if not x.is_cuda or x.dtype == torch.float64:
+        return x.mul_(factor)
+    # torch's product of bf16 and an fp32 scalar tensor runs at a fifth of the memory's speed.
+    from torchtitan.ops import cross_entropy_triton
+
+    return cross_entropy_triton.scale_(x, factor)
 
 
 def _loss_dtype(x: Tensor) -> torch.dtype:
