@@ -318,7 +318,7 @@ class Trainer:
         sequences_at_once = training.local_batch_size * self.dims.dp_degree
         self.accumulation = self.global_batch_size // sequences_at_once
         self.working = build_working_weights(self.model, config, self.accumulation)
-        self.graphed = GraphedPass(self._pass) if config.compile.cuda_graph else None
+        self.graphed = GraphedPass(self._pass_and_clip) if config.compile.cuda_graph else None
         self.optimizer = build_optimizer(
             [self.model],
             working=self.working,
@@ -388,8 +388,9 @@ class Trainer:
         valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
         valid_tokens = sum_over_ranks(valid.to(self.device)).clamp(min=1)
 
-        if self.graphed is None or not self.graphed.holds_grads:
-            self.optimizer.zero_grad()
+        if self.graphed is not None:
+            return self._update(*self._graphed_pass(micro_batches[0], valid_tokens))
+        self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
@@ -409,12 +410,19 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
+        tokens, labels, masks = self._to_device(batch)
+        return self._pass(tokens, labels, valid_tokens, masks)
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Any]:
+        """Tokens, labels, attention masks."""
         inputs, labels = batch
-        eos_id = self.tokenizer.eos_id
-        masks = self.model.get_attention_masks(inputs["input"], eos_id, self.device)
-        tokens, labels = inputs["input"].to(self.device), labels.to(self.device)
-        if self.graphed is None:
-            return self._pass(tokens, labels, valid_tokens, masks)
+        tokens, eos_id = inputs["input"], self.tokenizer.eos_id
+        masks = self.model.get_attention_masks(tokens, eos_id, self.device)
+        return tokens.to(self.device), labels.to(self.device), masks
+
+    def _graphed_pass(self, batch: Batch, valid_tokens: Tensor) -> tuple[Tensor, ...]:
+        """Loss and gradient norm of a step whose kernels are replayed."""
+        tokens, labels, masks = self._to_device(batch)
         if masks is not None:
             raise UserError(
                 "compile.cuda_graph = true needs the same kernels in every step, but the documents "
@@ -422,7 +430,15 @@ class Trainer:
             )
         if self.working is not None:
             self.working.refresh()
-        return self.graphed(tokens, labels, valid_tokens)
+        if not self.graphed.holds_grads:
+            self.optimizer.zero_grad()
+        loss_and_norm = self.graphed(tokens, labels, valid_tokens)
+        if isinstance(self.optimizer, FusedAdam):
+            self.optimizer.as_graph = self.graphed.holds_grads
+        return loss_and_norm
+
+    def _pass_and_clip(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self._pass(*inputs), self._clip()
 
     def _pass(
         self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor, masks: Any = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from torchtitan.components.working_weights import WorkingWeights
-from torchtitan.ops.adamw import adamw_update
+from torchtitan.ops.adamw import adamw_update, step_numbers
 
 
 class FusedAdam(AdamW):
@@ -21,6 +21,7 @@ class FusedAdam(AdamW):
 
     decoupled: AdamW's weight decay, otherwise Adam's. early_step: each parameter is updated, and
     its gradient freed, as soon as the backward pass has made it; `step` then has nothing to do.
+    as_graph: set it once gradients and grad_factor stay in place: `step` then replays its kernels.
     """
 
     def __init__(
@@ -34,20 +35,37 @@ class FusedAdam(AdamW):
     ):
         super().__init__(params, fused=False, foreach=False, **settings)
         self.grad_factor: Tensor | None = None
+        self.early_step = early_step
+        self.as_graph = False
         self._decoupled = decoupled
         self._working = working
         self._early_norms: list[Tensor] = []
-        self.early_step = early_step
+        self._graph: torch.cuda.CUDAGraph | None = None
+        # By index: loading a state dict makes new groups.
+        self._group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
+        # What changes from step to step, a row for each parameter, on its device.
+        self._row_of = {p: i for i, p in enumerate(self._group_of)}
+        self._numbers: Tensor | None = None
         if early_step:
-            group_of = {p: group for group in self.param_groups for p in group["params"]}
-            working.after_grad = lambda p: self._step_early(p, group_of[p])
+            working.after_grad = self._step_early
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group)
+        params = [p for p in self._group_of if p.grad is not None]
+        if not params:
+            return
+        rows = torch.zeros(len(self._row_of), 4)
+        for p in params:
+            rows[self._row_of[p]] = self._count_step(p)
+        self._static_numbers(params[0].device).copy_(rows, non_blocking=True)
+        if not self.as_graph:
+            self._update_all(params)
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._update_all(params)
+        self._graph.replay()
 
     def early_grad_norm(self) -> Tensor:
         """Norm of all gradients since the last call; with early_step."""
@@ -56,30 +74,45 @@ class FusedAdam(AdamW):
         return norm
 
     @torch.no_grad()
-    def _step_early(self, param: nn.Parameter, group: dict[str, object]) -> None:
+    def _step_early(self, param: nn.Parameter) -> None:
         self._early_norms.append(torch.linalg.vector_norm(param.grad, dtype=torch.float32))
-        self._update(param, group)
+        numbers = self._static_numbers(param.device)[self._row_of[param]]
+        numbers.copy_(self._count_step(param), non_blocking=True)
+        self._update(param)
         param.grad = None
 
-    def _update(self, param: nn.Parameter, group: dict[str, object]) -> None:
-        state = self.state[param]
+    def _static_numbers(self, device: torch.device) -> Tensor:
+        if self._numbers is None:
+            self._numbers = torch.zeros(len(self._row_of), 4, device=device)
+        return self._numbers
+
+    def _count_step(self, param: nn.Parameter) -> Tensor:
+        """One more step of this parameter; its numbers."""
+        state, group = self.state[param], self.param_groups[self._group_of[param]]
         if not state:
             state["step"] = torch.tensor(0.0)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(param, memory_format=torch.contiguous_format)
         state["step"] += 1
+        decay = group["weight_decay"] if self._decoupled else 0.0
+        return step_numbers(int(state["step"]), group["lr"], group["betas"], decay)
+
+    def _update_all(self, params: list[nn.Parameter]) -> None:
+        for p in params:
+            self._update(p)
+
+    def _update(self, param: nn.Parameter) -> None:
+        state, group = self.state[param], self.param_groups[self._group_of[param]]
         adamw_update(
             param,
             param.grad,
             state["exp_avg"],
             state["exp_avg_sq"],
+            self._numbers[self._row_of[param]],
             copy=self._working.copy_of(param),
             factor=self.grad_factor,
-            step=int(state["step"]),
-            lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=self._decoupled,
+            l2=0.0 if self._decoupled else group["weight_decay"],
         )
         self._working.written(param)

@@ -8,70 +8,47 @@ import torch
 from torch import Tensor
 
 
+def step_numbers(step: int, lr: float, betas: tuple[float, float], decay: float) -> Tensor:
+    """What an update needs that changes from step to step, as a tensor, so that a recorded CUDA
+    graph can be told: lr, lr · decay, 1 − beta1^step, 1 − beta2^step (fp32). step: from 1.
+    """
+    return torch.tensor([lr, lr * decay, 1 - betas[0] ** step, 1 - betas[1] ** step])
+
+
 @torch.no_grad()
 def adamw_update(
     param: Tensor,
     grad: Tensor,
     mean: Tensor,
     square: Tensor,
+    numbers_4: Tensor,
     *,
     copy: Tensor | None = None,
     factor: Tensor | None = None,
-    step: int,
-    lr: float,
     betas: tuple[float, float],
     eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    l2: float = 0.0,
 ) -> None:
     """Change `param`, `mean` and `square`, and `copy`, the parameter in another dtype, with them.
 
-    factor: scalar tensor that the gradient is multiplied by (clipping). step: 1 in the first step.
-    decoupled: AdamW's weight decay, otherwise Adam's. mean, square: contiguous; the others may be
-    parts of a wider tensor, cut along one dim.
+    numbers_4: of `step_numbers`, on the parameter's device. factor: scalar tensor that the gradient
+    is multiplied by (clipping). l2: Adam's weight decay, added to the gradient. mean, square:
+    contiguous; the others may be parts of a wider tensor, cut along one dim.
     """
     if param.numel() == 0:
         return
-    scalars = {
-        "lr": lr,
-        "beta1": betas[0],
-        "beta2": betas[1],
-        "eps": eps,
-        "decay": lr * weight_decay if decoupled else 0.0,
-        "l2": 0.0 if decoupled else weight_decay,
-        "correction1": 1 - betas[0] ** step,
-        "correction2": 1 - betas[1] ** step,
-    }
     if param.is_cuda:
         from torchtitan.ops import adamw_triton
 
-        adamw_triton.update(param, grad, mean, square, copy, factor, **scalars)
-    else:
-        _update(param, grad, mean, square, copy, factor, **scalars)
-
-
-def _update(
-    param: Tensor,
-    grad: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    copy: Tensor | None,
-    factor: Tensor | None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    l2: float,
-    correction1: float,
-    correction2: float,
-) -> None:
-    g = grad.float() if factor is None else grad.float() * factor
+        adamw_triton.update(
+            param, grad, mean, square, numbers_4, copy, factor, betas=betas, eps=eps, l2=l2
+        )
+        return
+    lr, decay, correction1, correction2 = numbers_4
     p, m, v = param.float(), mean.float(), square.float()
-    g = g + l2 * p
-    m = m + (g - m) * (1 - beta1)
-    v = v + (g * g - v) * (1 - beta2)
+    g = (grad.float() if factor is None else grad.float() * factor) + l2 * p
+    m = m + (g - m) * (1 - betas[0])
+    v = v + (g * g - v) * (1 - betas[1])
     p = p * (1 - decay) - lr * (m / correction1) / ((v / correction2).sqrt() + eps)
     for tensor, value in ((param, p), (mean, m), (square, v), (copy, p)):
         if tensor is not None:

@@ -15,20 +15,17 @@ def _update(
     grad,
     mean,
     square,
+    numbers,
     copy,
     factor,
     inner,
     param_stride,
     grad_stride,
     copy_stride,
-    lr,
     beta1,
     beta2,
     eps,
-    decay,
     l2,
-    correction1,
-    correction2,
     COPY: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -44,6 +41,8 @@ def _update(
     g = tl.load(grad + within, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(mean + within, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(square + within, mask=inside, other=0.0).to(tl.float32)
+    lr, decay = tl.load(numbers), tl.load(numbers + 1)
+    correction1, correction2 = tl.load(numbers + 2), tl.load(numbers + 3)
     if SCALE:
         g *= tl.load(factor)
     g += l2 * p
@@ -64,9 +63,13 @@ def update(
     grad: Tensor,
     mean: Tensor,
     square: Tensor,
+    numbers_4: Tensor,
     copy: Tensor | None,
     factor: Tensor | None,
-    **scalars: float,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    l2: float,
 ) -> None:
     tensors = [param, grad] + ([] if copy is None else [copy])
     # Rows lie apart where a tensor is a part of a fused one; inside of a row all is dense.
@@ -78,11 +81,14 @@ def update(
         grad,
         mean,
         square,
+        numbers_4,
         copy,
         factor,
         inner,
         *(0 if t is None or dense else t.stride(0) for t in (param, grad, copy)),
-        **scalars,
+        *betas,
+        eps,
+        l2,
         COPY=copy is not None,
         SCALE=factor is not None,
         BLOCK=block,

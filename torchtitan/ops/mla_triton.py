@@ -1,5 +1,5 @@
-"""Queries, keys and values of MLA brought into the attention kernel's form, and their gradients back,
-in one Triton kernel each; twin: the plain lines of `Attention.forward`.
+"""MLA's queries, keys and values brought into the attention kernel's form, and gradients back, in
+one Triton kernel each; twin: the plain lines of `Attention.forward`.
 
 Forward turns the rotary channels of queries and of the shared key, and writes each head's key next
 to it: every input is read once, every output written once. Backward turns the gradients back and

@@ -1,4 +1,7 @@
-"""The router's choice, a program a token, and its backward pass, in Triton; twin: ops/routing.py."""
+"""The router's choice and its backward pass, a program a token, in Triton.
+
+Twin: `TokenChoiceTopKRouter.forward` (models/moe/moe.py).
+"""
 
 import torch
 import triton

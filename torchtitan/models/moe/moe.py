@@ -189,8 +189,9 @@ class GroupedExperts(nn.Module):
         counts_L: int64 rows of each expert. weights_R: factors on the experts' outputs.
         """
         mm = grouped_mm if self.use_grouped_mm else grouped_mm_loop
+        w1, w3 = (self.w1, self.w3) if self.w13 is None else self.w13.chunk(2, dim=1)
         w1_LDF, w2_LFD, w3_LDF = (
-            local_part(weight).transpose(1, 2) for weight in (self.w1, self.w2, self.w3)
+            local_part(weight).transpose(1, 2) for weight in (w1, self.w2, w3)
         )
         hidden_RF = swiglu(mm(rows_RD, w1_LDF, counts_L), mm(rows_RD, w3_LDF, counts_L), weights_R)
         return mm(hidden_RF, w2_LFD, counts_L)
