@@ -4,6 +4,7 @@
 #   NGPU         processes (default: every GPU; without a GPU, 2)
 #   CONFIG_FILE  TOML file (default: train_configs/debug_model.toml)
 #   LOG_RANK     ranks whose output is shown, such as 0,1 (default: 0)
+#   MAX_RESTARTS times that a failed run begins anew by itself, from its newest checkpoint (default: 0)
 #   COMM_MODE    fake_backend: one process plays rank 0 of NGPU, without any communication
 #   arguments    overrides of the TOML, such as --training.steps 20; --help lists them
 set -euo pipefail
@@ -18,6 +19,8 @@ refuse() { # sentence
   refuse "NGPU is '$NGPU': it is the number of processes, from 1; leave it out for one a GPU (without a GPU, 2)."
 [[ ${LOG_RANK:=0} =~ ^[0-9]+(,[0-9]+)*$ ]] ||
   refuse "LOG_RANK is '$LOG_RANK': it lists the ranks whose output is shown, such as 0 or 0,1."
+[[ ${MAX_RESTARTS:=0} =~ ^[0-9]{1,6}$ ]] ||
+  refuse "MAX_RESTARTS is '$MAX_RESTARTS': it is how often a failed run begins anew by itself, from 0."
 [[ ${COMM_MODE:-fake_backend} = fake_backend ]] ||
   refuse "COMM_MODE is '$COMM_MODE': the only mode is fake_backend; leave it out to train."
 
@@ -52,5 +55,5 @@ if [ -n "${COMM_MODE:-}" ]; then
 fi
 # A wrong config is told here, in one sentence, before any process meets another.
 WORLD_SIZE=$NGPU LOCAL_WORLD_SIZE=$NGPU LOG_RANK=0 "$PYTHON" "${train[@]}" --job.check_config
-exec "$PYTHON" "$repo/scripts/launch.py" --standalone --nproc-per-node "$NGPU" \
+exec "$PYTHON" "$repo/scripts/launch.py" --standalone --nproc-per-node "$NGPU" --max-restarts "$MAX_RESTARTS" \
   --local-ranks-filter "$LOG_RANK" --role rank --tee 3 "${train[@]}"

@@ -1,12 +1,15 @@
 """Entry point: `torchrun -m torchtitan.train --job.config_file X.toml [--section.key value]`."""
 
+import logging
 import os
 import sys
 
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.distributed.lost_peers import explain_lost_peer
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.last_words import leave_last_words
 from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.orphans import end_with_the_launcher
 from torchtitan.trainer import Checked, Trainer, check_config
 
 __all__ = ["Trainer", "main"]
@@ -30,16 +33,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(config: JobConfig, checked: Checked) -> int:
+    end_with_the_launcher()
     trainer = None
     try:
         trainer = Trainer(config, checked)
-        trainer.train()
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.save_seed()
+        else:
+            trainer.train()
     except (UserError, RunError) as error:  # perhaps this rank's own
         exit_code = 2 if isinstance(error, UserError) else 1
         logger.error("%s", error)
         # Before the trainer closes: then the other ranks fail, and the launcher ends this one too.
         leave_last_words(str(error), exit_code)
         return exit_code
+    except Exception as error:
+        sentence = explain_lost_peer(error, trainer.step if trainer else 0)
+        if sentence is None:
+            raise
+        logger.error("%s", sentence)
+        leave_last_words(sentence, 1)
+        logging.shutdown()
+        os._exit(1)  # groups can't be closed any more, and threads that save would wait in them
     finally:
         if trainer is not None:
             trainer.close()

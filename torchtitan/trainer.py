@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
+from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.cuda_graph import GraphedPass
 from torchtitan.components.dataloader import ParallelAwareDataLoader
 from torchtitan.components.fused_adam import FusedAdam
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.components.loss_watch import LossWatch, Verdict
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsLogger, device_name
 from torchtitan.components.optimizer import build_optimizer
@@ -54,11 +57,12 @@ from torchtitan.hf_datasets import build_text_dataloader, check_dataset
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
-from torchtitan.tools.errors import RunError, UserError
+from torchtitan.tools.errors import UserError
 from torchtitan.tools.flops import peak_flops
 from torchtitan.tools.gc import GarbageCollection
 from torchtitan.tools.logging import logger
 from torchtitan.tools.profiling import maybe_memory_snapshot, maybe_profile
+from torchtitan.tools.signals import StopRequest
 from torchtitan.tools.utils import (
     TORCH_DTYPES,
     check_local_processes,
@@ -68,9 +72,6 @@ from torchtitan.tools.utils import (
 
 Batch = tuple[dict[str, Tensor], Tensor]
 Checked = tuple[TrainSpec, BaseModelArgs, Tokenizer]
-
-# Further steps without a finite loss or gradient mean a model that is lost, not a bad batch.
-MAX_SKIPS_IN_A_ROW = 10
 
 # ------------------------------------------------------------------ build
 
@@ -182,7 +183,7 @@ def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
 
 
 def build_metrics(
-    config: JobConfig, model_args: BaseModelArgs, device: torch.device
+    config: JobConfig, model_args: BaseModelArgs, device: torch.device, start_step: int
 ) -> MetricsLogger:
     settings, compute_dtype = config.metrics, TORCH_DTYPES[config.training.mixed_precision_param]
     return MetricsLogger(
@@ -198,6 +199,7 @@ def build_metrics(
         peak_flops=peak_flops(device_name(device), compute_dtype),
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
+        start_step=start_step,
     )
 
 
@@ -257,7 +259,8 @@ def profilers(config: JobConfig, rank: int) -> Iterator[Callable[[], None]]:
 class StepResult:
     """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact
     when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer;
-    traffic: see `TokenDispatcher.dispatch`, by layer.
+    traffic: see `TokenDispatcher.dispatch`, by layer. verdict: what became of the step. stop: some
+    rank was asked to end the run.
     """
 
     loss: float
@@ -266,6 +269,8 @@ class StepResult:
     lr: float
     loads: dict[int, Tensor]
     traffic: dict[int, Tensor]
+    verdict: Verdict
+    stop: bool
 
 
 @dataclass
@@ -303,11 +308,15 @@ class Trainer:
         logger.info("%s", config.job.description)
         if self.rank == 0:
             save_config(config, self.model_args)
-        seed = set_determinism(config.debug, self.device)
         self.dims = build_parallel_dims(config)
+        self.checkpoint = build_checkpoint_manager(config, spec, self.model_args, asdict(self.dims))
+        self._open.callback(self.checkpoint.close)
+        start = self.checkpoint.find_start()
+        seed = self.checkpoint.seed = set_determinism(config.debug, self.device, start.seed)
         self.dataloader = self._build_dataloader(seed)
         self.model = build_model(spec, self.model_args, self.dims, config, self.device)
-        set_timeout(config.comm.init_timeout_seconds)  # also of the groups that are new now
+        # also of the groups that are new now
+        set_timeout(config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.moes = self.model.moe_layers()
         if self.moes and all(moe.expert_bias is None for moe in self.moes.values()):
             logger.warning(
@@ -332,14 +341,22 @@ class Trainer:
         self.loss_fn = cross_entropy_sum
         if config.compile.enable and "loss" in config.compile.components:
             self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
-        self.metrics = build_metrics(config, self.model_args, self.device)
+        self.metrics = build_metrics(config, self.model_args, self.device, start.step)
         self._open.callback(self.metrics.close)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
         self._open.callback(self.gc.close)
         self.step = 0
         self.tokens_seen = 0
-        self.skipped_steps = 0
-        self.skips_in_a_row = 0
+        self.watch = LossWatch(training, early_step=config.optimizer.early_step_in_backward)
+        self.stop = StopRequest()
+        self.run_state = RunState(
+            model=self.model,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            dataloader=self.dataloader,
+            progress=self,
+        )
+        self.checkpoint.load(self.run_state, start)
 
     def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
         training = self.config.training
@@ -367,20 +384,30 @@ class Trainer:
             config.training.seq_len,
         )
         batches, interval = iter(self.dataloader), Interval()
-        with profilers(config, self.rank) as profile_step:
-            while self.step < steps:
+        stopping = timeout_set = False
+        with profilers(config, self.rank) as profile_step, self._listening():
+            while self.step < steps and not stopping:
                 self.step += 1
                 self.gc.run(self.step)
                 start = time.perf_counter()
                 result = self.train_step(batches, interval)
                 interval.step_seconds.append(time.perf_counter() - start)
-                if self.metrics.should_log(self.step):
+                stopping = result.stop
+                if self.metrics.should_log(self.step) or stopping:
                     self._log(result, interval)
                     interval = Interval()
+                rewound = result.verdict == "rewind"
+                if rewound:
+                    self._rewind()
+                # A rewind is saved at once: a restart must not meet the same batch again.
+                self.checkpoint.after_step(self.run_state, self.step, now=stopping or rewound)
                 profile_step()
-                if self.step == 1:
-                    set_timeout(config.comm.train_timeout_seconds)
-        logger.info("Training finished after step %d", self.step)
+                if not timeout_set:
+                    set_timeout(config.comm.train_timeout_seconds, self.checkpoint.group)
+                    timeout_set = True
+            self.checkpoint.finish()
+        how = "finished" if self.step >= steps else f"stopped short of {steps} steps,"
+        logger.info("Training %s after step %d", how, self.step)
 
     def train_step(self, batches: Iterator[Batch], interval: Interval) -> StepResult:
         """One optimizer step over `accumulation` micro-batches."""
@@ -388,6 +415,8 @@ class Trainer:
         valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
         valid_tokens = sum_over_ranks(valid.to(self.device)).clamp(min=1)
 
+        if self.config.optimizer.early_step_in_backward:
+            self.checkpoint.before_update()
         if self.graphed is not None:
             return self._update(*self._graphed_pass(micro_batches[0], valid_tokens))
         self.optimizer.zero_grad()
@@ -458,6 +487,34 @@ class Trainer:
         """Release files and process groups; safe to call twice."""
         self._open.close()
 
+    # -------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters that a checkpoint keeps, JSON only, the same on all ranks."""
+        watch = self.watch.state_dict()
+        return {"step": self.step, "tokens_seen": self.tokens_seen, "loss_watch": watch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.tokens_seen = state["tokens_seen"]
+        self.watch.load_state_dict(state["loss_watch"])
+
+    def save_seed(self) -> None:
+        """The weights as they were initialised, as step 0: any layout can begin from them."""
+        self.checkpoint.save(self.run_state, 0, WEIGHTS)
+        self.checkpoint.finish()
+
+    def _rewind(self) -> None:
+        """Back to the last checkpoint; the data goes on after the batch that was just read."""
+        self.optimizer.zero_grad()
+        to_step, tokens_seen = self.checkpoint.rewind(self.run_state)
+        self.watch.count_rewind(self.step, to_step)
+        self.step, self.tokens_seen = to_step, tokens_seen
+
+    def _listening(self) -> AbstractContextManager:
+        """Signals ask for a last checkpoint where there are checkpoints, else they just end us."""
+        return self.stop if self.checkpoint.saves else nullcontext()
+
     # -------------------------------------------------------------- parts of a step
 
     def _next_batches(self, batches: Iterator[Batch], interval: Interval) -> list[Batch]:
@@ -473,17 +530,20 @@ class Trainer:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
         loads_LE, traffic_L23 = step_loads(moes, dist.group.WORLD) if moes else ([], [])
-        losses = torch.stack(gather_from_ranks(local_loss))
+        # A request to stop travels with the loss: all ranks end after the same step.
+        asked = torch.full_like(local_loss, float(self.stop.requested))
+        gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
         # host sync: a non-finite step must be known before the weights change
-        *rank_losses, norm = torch.cat((losses, grad_norm.view(1))).tolist()
-        if all(map(math.isfinite, [*rank_losses, norm])):
+        *pairs, norm = torch.cat((gathered, grad_norm.view(1))).tolist()
+        rank_losses, stop = pairs[::2], any(pairs[1::2])
+        verdict = self.watch.judge(self.step, rank_losses, norm)
+        if verdict == "update":
+            self.checkpoint.before_update()
             self.optimizer.step()
             update_expert_bias(moes, loads_LE)
-            self.skips_in_a_row = 0
-        else:
-            self._handle_non_finite(rank_losses, norm)
         lr = self.lr_scheduler.get_last_lr()[0]
-        self.lr_scheduler.step()
+        if verdict != "rewind":
+            self.lr_scheduler.step()
         return StepResult(
             loss=sum(rank_losses),
             max_loss=max(rank_losses) * self.dims.dp_degree,
@@ -491,36 +551,9 @@ class Trainer:
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
             traffic=dict(zip(self.moes, traffic_L23, strict=True)),
+            verdict=verdict,
+            stop=stop,
         )
-
-    def _handle_non_finite(self, rank_losses: list[float], grad_norm: float) -> None:
-        ranks = [r for r, loss in enumerate(rank_losses) if not math.isfinite(loss)]
-        what = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient norm"
-        values = f"losses by rank {rank_losses}, gradient norm {grad_norm}"
-        self.skips_in_a_row += 1
-        stop = self.config.training.non_finite_loss == "stop"
-        if stop or self.skips_in_a_row == MAX_SKIPS_IN_A_ROW:
-            last = self.step - self.skips_in_a_row
-            skips = "" if stop else f" for the {self.skips_in_a_row}th step in a row"
-            skip = ", or set training.non_finite_loss to 'skip_step'" if stop else ""
-            raise RunError(
-                f"step {self.step}: {what} is not finite{skips} ({values}); "
-                f"{self._weights_are(last)}; lower optimizer.lr or training.max_norm{skip}."
-            )
-        self.skipped_steps += 1
-        logger.warning(
-            "Step %d skipped (%d so far): %s is not finite (%s); weights and expert bias keep the "
-            "values of the step before",
-            self.step,
-            self.skipped_steps,
-            what,
-            values,
-        )
-
-    def _weights_are(self, last: int) -> str:
-        if self.config.optimizer.early_step_in_backward:
-            return "the weights have taken this step already and are lost"
-        return f"the weights are still those of step {last}, the last one with finite numbers"
 
     def _traffic_of(self, result: StepResult) -> dict[str, object]:
         """What expert parallelism sent in this step, over all ranks."""
@@ -548,7 +581,8 @@ class Trainer:
             data_seconds=interval.data_seconds,
             expert_loads=result.loads,
             extra={
-                "skipped_steps": self.skipped_steps,
+                "skipped_steps": self.watch.skipped_steps,
+                "rewinds": self.watch.rewinds,
                 "skipped_documents": sum_over_ranks(skipped).item(),
                 **traffic,
             },

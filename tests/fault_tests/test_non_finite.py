@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.tiny_run import records, tiny
 from torchtitan import trainer as trainer_module
 from torchtitan.components.loss import cross_entropy_sum
+from torchtitan.components.loss_watch import MAX_SKIPS_IN_A_ROW
 from torchtitan.config import ConfigManager
 from torchtitan.tools.errors import RunError
 from torchtitan.train import main
@@ -107,7 +108,7 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, kind):
         loss = step(skipping, batches)
         assert math.isfinite(loss) == kind.startswith("gradient")
         assert_same_bits(state_of(skipping), before)
-        assert skipping.skipped_steps == 1
+        assert skipping.watch.skipped_steps == 1
 
         next(twin_batches), next(twin_batches)
         for _ in range(2):
@@ -171,7 +172,7 @@ def poison_rank_1(folder: Path, policy: str, kind: str, layout: str) -> dict:
     unchanged = all(torch.equal(value, before[name]) for name, value in state_of(trainer).items())
     if sentence is None:
         loss = step(trainer, batches)
-    skipped = trainer.skipped_steps
+    skipped = trainer.watch.skipped_steps
     trainer.close()
     return {"sentence": sentence, "unchanged": unchanged, "skipped": skipped, "loss": loss}
 
@@ -201,7 +202,7 @@ def test_skipping_gives_up_on_a_model_that_is_lost(tmp_path):
         batches = iter(trainer.dataloader)
         step(trainer, batches)
         torch.nn.init.constant_(trainer.model.output.weight, math.nan)
-        for _ in range(trainer_module.MAX_SKIPS_IN_A_ROW - 1):
+        for _ in range(MAX_SKIPS_IN_A_ROW - 1):
             step(trainer, batches)
-        with pytest.raises(RunError, match="for the 10th step in a row .* those of step 1, the"):
+        with pytest.raises(RunError, match=", for the 10th step in a row; .* those of step 1, the"):
             step(trainer, batches)

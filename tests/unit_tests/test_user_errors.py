@@ -140,7 +140,10 @@ MISTAKES = {
         ["--parallelism.pipeline_parallel_degree=2"],
         ["pipeline parallelism is not supported yet, but parallelism.pipeline_parallel_degree = 2"],
     ),
-    "checkpoints": (["--checkpoint.enable"], ["not supported yet, but checkpoint.enable = true"]),
+    "checkpoint that is not there": (
+        ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--checkpoint.load_only"],
+        ["checkpoint.create_seed_checkpoint saves and checkpoint.load_only forbids it"],
+    ),
     "FP8": (
         ["--model.converters=quantize.linear.float8"],
         ["not supported yet, but model.converters = ", "set it to []."],

@@ -41,17 +41,24 @@ class FusedAdam(AdamW):
         self._working = working
         self._early_norms: list[Tensor] = []
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._recorded: list[nn.Parameter] = []
         # By index: loading a state dict makes new groups.
         self._group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
         # What changes from step to step, a row for each parameter, on its device.
         self._row_of = {p: i for i, p in enumerate(self._group_of)}
         self._numbers: Tensor | None = None
+        # At once: who asks for the state before the first step would else fill it by a step on
+        # gradients of another type.
+        for p in self._group_of:
+            self.state[p]["step"] = torch.tensor(0.0)
+            for name in ("exp_avg", "exp_avg_sq"):
+                self.state[p][name] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         if early_step:
             working.after_grad = self._step_early
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        params = [p for p in self._group_of if p.grad is not None]
+        params = self._recorded or [p for p in self._group_of if p.grad is not None]
         if not params:
             return
         rows = torch.zeros(len(self._row_of), 4)
@@ -65,6 +72,7 @@ class FusedAdam(AdamW):
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._update_all(params)
+            self._recorded = params
         self._graph.replay()
 
     def early_grad_norm(self) -> Tensor:
@@ -89,10 +97,6 @@ class FusedAdam(AdamW):
     def _count_step(self, param: nn.Parameter) -> Tensor:
         """One more step of this parameter; its numbers."""
         state, group = self.state[param], self.param_groups[self._group_of[param]]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(param, memory_format=torch.contiguous_format)
         state["step"] += 1
         decay = group["weight_decay"] if self._decoupled else 0.0
         return step_numbers(int(state["step"]), group["lr"], group["betas"], decay)

@@ -66,7 +66,7 @@ def build_lr_scheduler(
 ) -> LambdaLR:
     """A `LambdaLR` over `lr_factor`; call its `step()` once after each `optimizer.step()`.
 
-    Its state is the step count and the base rates; the schedule itself comes from the config, so a
+    A checkpoint keeps its step count; the rates and the schedule itself come from the config, so a
     resumed run may change `training.steps`. Warns where the phases had to be shortened.
     """
     warmup, decay = _phase_lengths(total_steps, warmup_steps, decay_ratio)
@@ -93,6 +93,16 @@ def build_lr_scheduler(
         )
 
     return LambdaLR(optimizer, factor)
+
+
+def resume_lr_scheduler(scheduler: LambdaLR, steps: int) -> None:
+    """Go on after `steps` steps, with the base rates that the optimizer has now (the config's)."""
+    factors = [factor(steps) for factor in scheduler.lr_lambdas]
+    rates = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    state = scheduler.state_dict()
+    scheduler.load_state_dict(state | {"last_epoch": steps, "_last_lr": rates})
 
 
 def _phase_lengths(

@@ -2,6 +2,7 @@
 
 from torchtitan.config.degrees import Degrees, resolve_degrees
 from torchtitan.config.job_config import (
+    CHECKPOINT_PARTS,
     ActivationCheckpoint,
     Checkpoint,
     Comm,
@@ -24,6 +25,7 @@ from torchtitan.config.manager import ConfigManager
 from torchtitan.config.validate import resolve_global_batch_size, validate
 
 __all__ = [
+    "CHECKPOINT_PARTS",
     "ActivationCheckpoint",
     "Checkpoint",
     "Comm",

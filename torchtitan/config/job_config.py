@@ -167,8 +167,12 @@ class Training:
     """Steps from one collection of Python garbage to the next."""
     gc_debug: bool = False
     """Collect fully at every step and warn about cycles that hold tensors."""
-    non_finite_loss: Literal["stop", "skip_step"] = "stop"
-    """What a loss or gradient norm that is not finite does: stop, or skip the step (ours)."""
+    non_finite_loss: Literal["stop", "skip_step", "rewind"] = "stop"
+    """What a loss or gradient norm that is not finite does; rewind = to the checkpoint (ours)."""
+    loss_spike: Literal["warn", "skip_step", "rewind"] = "warn"
+    """What a loss spike does (ours)."""
+    loss_spike_factor: float | None = None
+    """A loss above so many medians of the last 32 is a spike; unset: none is (ours)."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,10 @@ class Parallelism:
     """Processes over which each expert's matrices are split."""
 
 
+# What checkpoint.exclude_from_loading may name.
+CHECKPOINT_PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Saving and loading; without effect as long as enable is false."""
@@ -252,7 +260,7 @@ class Checkpoint:
     load_step: int = -1
     """Step of the checkpoint to load; -1: the latest."""
     exclude_from_loading: list[str] = _listing()
-    """Parts of the state that are not loaded."""
+    """Of model, optimizer, lr_scheduler, dataloader, train_state and rng: what is not loaded."""
     enable_first_step_checkpoint: bool = False
     """Save after the first step too."""
     create_seed_checkpoint: bool = False

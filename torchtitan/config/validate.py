@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+from torchtitan.config.checkpoint_rules import check_checkpoint
 from torchtitan.config.degrees import nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import as_text
@@ -23,6 +24,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_ranges(config)
     _check_choices(config)
     _check_profiling(config, device_type)
+    check_checkpoint(config, world_size)
     degrees = resolve_degrees(config.parallelism, world_size)
     resolve_global_batch_size(config, degrees.dp_replicate * degrees.dp_shard)
     _check_early_step(config, world_size)
@@ -45,8 +47,6 @@ _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
     ("parallelism.pipeline_parallel_degree", (1,), "pipeline parallelism"),
     ("parallelism.context_parallel_degree", (1,), "context parallelism"),
     ("parallelism.expert_tensor_parallel_degree", (1,), "tensor parallelism of experts"),
-    ("checkpoint.enable", (False,), "saving and loading checkpoints"),
-    ("checkpoint.create_seed_checkpoint", (False,), "a seed checkpoint"),
     (
         "activation_checkpoint.mode",
         ("none", "full", "selective"),
@@ -102,13 +102,13 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "training.local_batch_size training.seq_len training.steps training.gc_freq "
         "training.dataset_lanes "
         "metrics.log_freq profiling.profile_freq profiling.profiler_active "
-        "comm.init_timeout_seconds comm.train_timeout_seconds",
+        "comm.init_timeout_seconds comm.train_timeout_seconds checkpoint.interval",
     ),
     (
         "0 or more",
         lambda value: value >= 0,
         "lr_scheduler.warmup_steps training.dataset_num_workers profiling.profiler_warmup "
-        "comm.trace_buf_size",
+        "comm.trace_buf_size checkpoint.keep_latest_k",
     ),
     (
         "a finite number, 0 or more",
@@ -125,11 +125,13 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     # The seed is sent to all ranks as a signed 64-bit integer.
     ("between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63, "debug.seed"),
+    ("0 or more, or -1 for the newest", lambda value: value >= -1, "checkpoint.load_step"),
+    ("a finite number above 1", lambda v: 1 < v < math.inf, "training.loss_spike_factor"),
     (
         "a name, not empty",
         lambda value: value.strip() != "",
         "job.dump_folder job.save_config_file model.name model.flavor training.dataset "
-        "training.dataset_text_key compile.backend",
+        "training.dataset_text_key compile.backend checkpoint.folder",
     ),
 ]
 
@@ -209,7 +211,8 @@ def _check_early_step(config: JobConfig, world_size: int) -> None:
     one_pass = (-1, config.training.local_batch_size)
     rules = [
         ("training.max_norm", (math.inf,), "clipping needs the norm of all gradients"),
-        ("training.non_finite_loss", ("stop",), "a step that was taken can't be skipped"),
+        ("training.non_finite_loss", ("rewind", "stop"), "a step that was taken can't be skipped"),
+        ("training.loss_spike", ("rewind", "warn"), "a step that was taken can't be skipped"),
         ("training.global_batch_size", one_pass, "a gradient is gone after one forward pass"),
         ("optimizer.implementation", ("fused",), "only this one updates single parameters"),
     ]

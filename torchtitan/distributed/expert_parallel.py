@@ -17,6 +17,7 @@ Letters: P rows at some place of the way, K slots of a row (expert ids, −1 = e
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import local_device
 
 
 def apply_expert_parallel(
@@ -184,7 +186,8 @@ class AllToAllDispatcher:
         slots = count_destinations(ids_TK // hop.experts_per_rank, hop.size)
         received = hop.exchange_counts(torch.stack((sent, slots), dim=1))
         # host sync: the all-to-all wants its split sizes as integers
-        sent_rows, (received_rows, received_slots) = sent.tolist(), received.T.tolist()
+        counts = torch.cat((sent.unsqueeze(1), received), dim=1).T.tolist()
+        sent_rows, received_rows, received_slots = counts
         rows, record = hop.go(
             Rows(x_TD, ids_TK, weights_TK), destination_TK, sent_rows, received_rows
         )
@@ -222,8 +225,9 @@ class NodeLimitedDispatcher:
         to_node_TK = between.destinations(ids_TK)
         out, relayed, arriving, copies = self._counts(ids_TK, to_node_TK)
         # host sync: split sizes of both hops at once; (rows out, in), (relayed out, in), slots in
-        to_nodes, from_nodes = out.T.tolist()
-        to_ranks, from_ranks, slots = torch.cat((relayed, arriving), dim=1).T.tolist()
+        told = torch.cat((out.T.flatten(), relayed.flatten(), arriving.T.flatten())).tolist()
+        sizes = [between.size] * 2 + [within.size] * 3
+        to_nodes, from_nodes, to_ranks, from_ranks, slots = _split_list(told, sizes)
 
         rows, first = between.go(Rows(x_TD, ids_TK, weights_TK), to_node_TK, to_nodes, from_nodes)
         rows, second = within.go(rows, within.destinations(rows.ids_PK), to_ranks, from_ranks)
@@ -276,14 +280,19 @@ def _into_expert_order(
 
 def _tiers(group: dist.ProcessGroup, ranks_per_node: int) -> Tensor:
     """For each rank of the group: 0 = this rank, 1 = another of its node, 2 = another node."""
-    me, ranks = group.rank(), torch.arange(group.size())
+    me, ranks = group.rank(), torch.arange(group.size(), device=local_device())
     tiers = torch.where(ranks // ranks_per_node == me // ranks_per_node, 1, 2)
     tiers[me] = 0
     return tiers
 
 
 def _by_tier(rows: Tensor, tiers: Tensor) -> Tensor:
-    return rows.new_zeros(3).scatter_add_(0, tiers.to(rows.device), rows)
+    return rows.new_zeros(3).scatter_add_(0, tiers, rows)
+
+
+def _split_list(numbers: list[int], sizes: list[int]) -> list[list[int]]:
+    rest = iter(numbers)
+    return [list(islice(rest, size)) for size in sizes]
 
 
 def bytes_per_row(dim: int, top_k: int, dtype: torch.dtype) -> int:

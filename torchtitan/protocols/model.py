@@ -43,6 +43,13 @@ class BaseModelArgs:
             )
         return args.with_forced_load_balance() if force_load_balance else args
 
+    def weights_identity(self) -> dict[str, Any]:
+        """The arguments that must be the same for weights to mean the same, as JSON would have
+        them. Not the sequence length: it may grow."""
+        arguments = dataclasses.asdict(self)
+        arguments.pop("max_seq_len")
+        return arguments
+
     def with_forced_load_balance(self) -> Self:
         """A copy that routes tokens evenly, for benchmarks. Models without experts refuse."""
         raise UserError(

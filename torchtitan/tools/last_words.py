@@ -16,15 +16,18 @@ def leave_last_words(sentence: str, exit_code: int) -> None:
     """Append this rank's sentence, if a launcher listens."""
     if ERROR_FILE in os.environ:
         rank = int(os.environ.get("RANK", 0))
-        line = json.dumps({"rank": rank, "exit_code": exit_code, "sentence": sentence})
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        words = {"rank": rank, "attempt": attempt, "exit_code": exit_code, "sentence": sentence}
         with open(os.environ[ERROR_FILE], "a") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(words) + "\n")
 
 
 def read_last_words(path: Path) -> tuple[str, int] | None:
     """The first rank's "rank 1: ..." and exit code, None where no rank has left any: the first is
-    the cause, whatever comes after it may follow from it."""
+    the cause, whatever comes after it may follow from it. Of several attempts the last one's."""
     if not path.exists():
         return None
-    first = json.loads(path.read_text().splitlines()[0])
+    words = [json.loads(line) for line in path.read_text().splitlines()]
+    last = max(each["attempt"] for each in words)
+    first = next(each for each in words if each["attempt"] == last)
     return f"rank {first['rank']}: {first['sentence']}", first["exit_code"]

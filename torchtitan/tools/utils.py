@@ -6,7 +6,11 @@ import torch
 
 from torchtitan.tools.errors import UserError
 
-TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TORCH_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
 
 
 def device_type() -> str:

@@ -31,6 +31,8 @@ OURS = {
     "training.dataset_num_workers",
     "training.dataset_lanes",
     "training.non_finite_loss",
+    "training.loss_spike",
+    "training.loss_spike_factor",
     "metrics.log_traffic",
     "compile.cuda_graph",
     "parallelism.expert_parallel_dispatch",

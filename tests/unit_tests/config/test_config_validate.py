@@ -45,8 +45,6 @@ def test_defaults_are_fine_for_any_number_of_processes(world_size):
             2,
             "tensor parallelism of experts; 2; 1",
         ),
-        ("checkpoint.enable", True, "saving and loading checkpoints; true; false"),
-        ("checkpoint.create_seed_checkpoint", True, "a seed checkpoint; true; false"),
         (
             "activation_checkpoint.mode",
             "memory_budget",

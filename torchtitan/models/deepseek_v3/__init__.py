@@ -1,7 +1,9 @@
 """The DeepSeek family: flavors and how the trainer gets them.
 
 Numbers of 16B (V2-Lite), 236B (V2) and 671B (V3) are those of the official inference configurations
-(config_16B/236B/671B.json of deepseek-ai/DeepSeek-V3).
+(config_16B/236B/671B.json of deepseek-ai/DeepSeek-V3); Moonlight-16B-A3B and Kimi-K2 are the V3
+architecture with the numbers of their published config.json (moonshotai on the Hugging Face hub).
+Released weights of all but Moonlight went through YaRN: to continue them, set model.args.yarn "on".
 """
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
@@ -111,6 +113,50 @@ deepseekv3_args = {
             score_before_experts=False,
         ),
         q_lora_rank=1536,
+    ),
+    "Moonlight-16B-A3B": DeepSeekV3ModelArgs(
+        vocab_size=163840,
+        dim=2048,
+        inter_dim=11264,
+        moe_inter_dim=1408,
+        n_layers=27,
+        n_dense_layers=1,
+        n_heads=16,
+        norm_eps=1e-5,
+        moe_args=MoEArgs(
+            num_experts=64,
+            num_shared_experts=2,
+            top_k=6,
+            score_func="sigmoid",
+            route_norm=True,
+            route_scale=2.446,
+            score_before_experts=False,
+        ),
+        q_lora_rank=0,
+        rope_theta=50000.0,
+        yarn="off",  # trained at 8192 as it is
+    ),
+    "Kimi-K2": DeepSeekV3ModelArgs(
+        vocab_size=163840,
+        dim=7168,
+        inter_dim=18432,
+        moe_inter_dim=2048,
+        n_layers=61,
+        n_dense_layers=1,
+        n_heads=64,
+        moe_args=MoEArgs(
+            num_experts=384,
+            num_shared_experts=1,
+            top_k=8,
+            score_func="sigmoid",
+            route_norm=True,
+            route_scale=2.827,
+            score_before_experts=False,
+        ),
+        q_lora_rank=1536,
+        rope_theta=50000.0,
+        rope_factor=32.0,
+        beta_fast=1.0,
     ),
 }
 

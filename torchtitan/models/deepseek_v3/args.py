@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from torchtitan.models.moe import MoEArgs
 from torchtitan.ops.rope import Yarn, yarn_softmax_factor
@@ -103,6 +103,19 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         if self.use_yarn:
             scale *= yarn_softmax_factor(self.rope_factor, self.mscale)
         return scale
+
+    def weights_identity(self) -> dict[str, Any]:
+        """Longer contexts change RoPE's scaling, fine-tuning may change the mask and the speed of
+        the bias, and the rest of what is left out changes only how the same is computed."""
+        arguments = super().weights_identity()
+        free = (
+            "init_std attn_mask_type yarn original_seq_len rope_factor beta_fast beta_slow mscale"
+        )
+        for name in free.split():
+            arguments.pop(name)
+        for name in ("use_grouped_mm", "_debug_force_load_balance", "load_balance_coeff"):
+            arguments["moe_args"].pop(name)
+        return arguments
 
     def with_forced_load_balance(self) -> Self:
         moe_args = dataclasses.replace(self.moe_args, _debug_force_load_balance=True)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, DeepSeekV3ModelArgs, deepseekv3_args
 from torchtitan.models.deepseek_v3 import model as model_file
+from torchtitan.models.deepseek_v3.hf_config import make_hf_config
 from torchtitan.models.moe import MoEArgs
 from torchtitan.ops.rope import Yarn
 from torchtitan.protocols.model import BaseModelArgs, override_fields
@@ -50,6 +51,52 @@ OFFICIAL_MOE = {
     "route_scale": (1.0, 16.0, 2.5),
     "score_before_experts": (False, False, False),
 }
+# Of the published config.json files, under their own names: moonshotai/Moonlight-16B-A3B, and
+# moonshotai/Kimi-K2-Base (YaRN factor 32; the later Kimi-K2-0905 has 64).
+PUBLISHED = {
+    "hidden_size": (2048, 7168),
+    "intermediate_size": (11264, 18432),
+    "moe_intermediate_size": (1408, 2048),
+    "num_hidden_layers": (27, 61),
+    "first_k_dense_replace": (1, 1),
+    "num_attention_heads": (16, 64),
+    "num_key_value_heads": (16, 64),
+    "q_lora_rank": (None, 1536),
+    "kv_lora_rank": (512, 512),
+    "qk_nope_head_dim": (128, 128),
+    "qk_rope_head_dim": (64, 64),
+    "v_head_dim": (128, 128),
+    "rms_norm_eps": (1e-5, 1e-6),
+    "rope_theta": (50000.0, 50000.0),
+    "vocab_size": (163840, 163840),
+    "n_routed_experts": (64, 384),
+    "n_shared_experts": (2, 1),
+    "num_experts_per_tok": (6, 8),
+    "n_group": (1, 1),
+    "topk_group": (1, 1),
+    "norm_topk_prob": (True, True),
+    "routed_scaling_factor": (2.446, 2.827),
+    "scoring_func": ("sigmoid", "sigmoid"),
+    "topk_method": ("noaux_tc", "noaux_tc"),
+    "rope_scaling": (
+        None,
+        {
+            "type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 1.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    ),
+    "tie_word_embeddings": (False, False),
+    "attention_bias": (False, False),
+    "moe_layer_freq": (1, 1),
+    "num_nextn_predict_layers": (0, 0),
+    "max_position_embeddings": (8192, 131072),
+    "architectures": (["DeepseekV3ForCausalLM"],) * 2,
+}
 TINY = DeepSeekV3ModelArgs(
     vocab_size=64,
     max_seq_len=32,
@@ -76,6 +123,15 @@ def test_every_number_is_the_official_one(column, flavor):
     }
 
 
+@pytest.mark.parametrize("column, flavor", [(0, "Moonlight-16B-A3B"), (1, "Kimi-K2")])
+def test_every_number_is_the_published_one(column, flavor):
+    """Through our own config.json, whose keys are tested against transformers elsewhere."""
+    seq_len = PUBLISHED["max_position_embeddings"][column]
+    args = deepseekv3_args[flavor].for_run(overrides={}, seq_len=seq_len)
+    config = make_hf_config(args)
+    assert {n: config[n] for n in PUBLISHED} == {n: v[column] for n, v in PUBLISHED.items()}
+
+
 def test_group_rule_and_selection_bias_are_the_family_members_own():
     assert deepseekv3_args["236B"].moe_args.group_score_func == "max"
     assert deepseekv3_args["671B"].moe_args.group_score_func == "top2_sum"
@@ -97,7 +153,14 @@ def test_debug_flavors():
 
 @pytest.mark.parametrize(
     "flavor, total",
-    [("16B", 15_706_484_224), ("236B", 235_741_434_880), ("671B", 671_026_404_352)],
+    [
+        ("16B", 15_706_484_224),
+        ("236B", 235_741_434_880),
+        ("671B", 671_026_404_352),
+        # The hub counts the selection biases too.
+        ("Moonlight-16B-A3B", 15_960_110_208 - 26 * 64),
+        ("Kimi-K2", 1_026_408_232_448 - 60 * 384),
+    ],
 )
 def test_parameter_totals_are_the_published_models(flavor, total):
     with torch.device("meta"):

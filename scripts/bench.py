@@ -1,0 +1,156 @@
+"""Benchmark a whole training step or single kernels, with peers side by side: table and JSON.
+
+    python scripts/bench.py step --job.config_file train_configs/debug_model.toml
+    python scripts/bench.py step --preset 16b8-b4-fp32 --peers torchtitan transformers+liger
+    python scripts/bench.py kernels --widths 16B 671B
+    python scripts/bench.py presets
+
+One process, one device. `step` takes every option of a training run and trains on random tokens.
+What a breakdown's parts mean: benchmarks/breakdown.py. How to read it all: docs/performance.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from benchmarks import kernels, our_step, peers
+from benchmarks.breakdown import PARTS
+from benchmarks.presets import NO_FILES, PRESETS
+
+from torchtitan.tools.errors import RunError, UserError, suggest
+from torchtitan.tools.logging import init_logger, logger
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and those left for the training run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser("step", help="the whole step", allow_abbrev=False)
+    step.add_argument("--preset", nargs="+", default=[], metavar="NAME", help="see `presets`")
+    step.add_argument("--peers", nargs="+", default=[], metavar="NAME", help="peers to run, too")
+    step.add_argument("--torchtitan_site", type=Path, help="folder with torchtitan 0.2.2")
+    step.add_argument("--warmup", type=_positive, default=5, help="steps that don't count")
+    step.add_argument("--steps", type=_positive, default=10, help="steps that are timed")
+    step.add_argument("--peer_seconds", type=float, default=300, help="after which a peer is ended")
+    step.add_argument("--no_breakdown", action="store_true", help="leave torch.profiler out")
+    kernels_parser = commands.add_parser("kernels", help="single operations", allow_abbrev=False)
+    kernels.add_arguments(kernels_parser)
+    commands.add_parser("presets", help="list the cases of docs/performance.md")
+    for command in (step, kernels_parser):
+        command.add_argument("--out", type=Path, help="JSON file for all rows")
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command != "step":
+        parser.error(f"unknown options: {' '.join(rest)}")
+    return options, rest
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 the run failed, 2 the user can mend it."""
+    init_logger()
+    options, rest = parse(argv)
+    try:
+        if options.command == "presets":
+            print("\n".join(f"{name}: {' '.join(args)}" for name, args in PRESETS.items()))
+            return 0
+        if options.out and not options.out.absolute().parent.is_dir():
+            raise UserError(f"--out {options.out}: make its folder first, or name another file.")
+        if options.command == "kernels":
+            rows = kernels.run(options)
+            text = kernels.table(rows)
+        else:
+            rows = steps(options, rest)
+            text = step_table(rows)
+    except (UserError, RunError) as error:
+        logger.error("%s", error)
+        return 2 if isinstance(error, UserError) else 1
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(text)
+    return 0
+
+
+# ------------------------------------------------------------------------------------ whole steps
+
+
+def steps(options: argparse.Namespace, rest: list[str]) -> list[dict]:
+    """Rows of all presets: ours, then the peers'. Several presets: a process for each of them."""
+    peers.check_peers(options.peers, options.torchtitan_site)
+    for name in options.preset:
+        if name not in PRESETS:
+            raise UserError(f"--preset: '{name}' is none{suggest(name, PRESETS)}")
+    if len(options.preset) > 1:
+        return [row for name in options.preset for row in _apart(name, options, rest)]
+    name = options.preset[0] if options.preset else "-"
+    arguments = [*PRESETS.get(name, []), *rest, *NO_FILES]
+    settings = our_step.settings_of(arguments, warmup=options.warmup, steps=options.steps)
+    rows = [our_step.run(arguments, settings, profile=not options.no_breakdown)]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    rows += [
+        peers.run_peer(
+            peer,
+            settings,
+            torchtitan_site=options.torchtitan_site,
+            seconds=options.peer_seconds,
+        )
+        for peer in options.peers
+    ]
+    return [{"case": name} | row for row in rows]
+
+
+def _apart(preset: str, options: argparse.Namespace, rest: list[str]) -> list[dict]:
+    """One preset in a process of its own: neither memory nor compiled code of others is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "rows.json")
+        command = [sys.executable, __file__, "step", "--preset", preset, "--out", str(out)]
+        command += [f"--{name}={getattr(options, name)}" for name in ("warmup", "steps")]
+        command += [f"--peer_seconds={options.peer_seconds}"]
+        command += ["--no_breakdown"] * options.no_breakdown
+        if options.torchtitan_site:
+            command += ["--torchtitan_site", str(options.torchtitan_site)]
+        if options.peers:
+            command += ["--peers", *options.peers]
+        done = subprocess.run([*command, *rest], stdout=subprocess.DEVNULL, check=False)
+        if out.exists():
+            return json.loads(out.read_text())
+        failed = f"exit code {done.returncode}; its message stands above"
+        return [{"case": preset, "name": "ours", "failed": failed}]
+
+
+def step_table(rows: list[dict]) -> str:
+    """Speed and memory of all rows, then the parts of ours."""
+    lines = ["case               name                 tokens/s  (q1-q3)         TFLOPS  MFU%   GiB"]
+    for row in rows:
+        start = f"{row['case']:18} {row['name']:19}"
+        if "tokens_per_second" not in row:
+            lines.append(f"{start} {row.get('missing') or 'failed: ' + row['failed']}")
+            continue
+        speed = row["tokens_per_second"]
+        spread = f"({speed['q1']:,.0f}-{speed['q3']:,.0f})"
+        mfu = "-" if row["mfu_percent"] is None else f"{row['mfu_percent']:.1f}"
+        lines.append(
+            f"{start} {speed['median']:9,.0f}  {spread:17} {row['tflops']:5,.1f} {mfu:>5} "
+            f"{row['peak_gib']:5.1f}  loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"
+        )
+    for row in rows:
+        if "breakdown" in row:
+            parts = row["breakdown"]["ms"]
+            listed = ", ".join(f"{part} {parts[part]:.1f}" for part in PARTS)
+            lines.append(f"{row['case']}, ms of {sum(parts.values()):.1f}: {listed}")
+    where = next((row["machine"] for row in rows if "machine" in row), None)
+    return "\n".join([*lines, json.dumps(where)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What ours and the peers share beyond the clock: the tokens, and how a row is made of seconds.
+
+Imports nothing of ours but the clock, so that a peer of the same import name can use it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.timing import machine, quartiles
+
+MEAN_DOCUMENT = 200  # tokens, about that of the text that ships with the package
+
+
+def summary(
+    name: str,
+    settings: dict[str, object],
+    seconds: list[float],
+    losses: list[float],
+    accumulation: int = 1,
+) -> dict[str, object]:
+    tokens = settings["batch"] * settings["seq_len"] * accumulation
+    per_second = quartiles([tokens / s for s in seconds])
+    flops = per_second["median"] * settings["flops_per_token"]
+    peak = settings["peak_flops"]
+    return {
+        "name": name,
+        "step_seconds": quartiles(seconds),
+        "tokens_per_second": per_second,
+        "tflops": flops / 1e12,
+        "mfu_percent": None if peak is None else 100 * flops / peak,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "settings": settings,
+        "machine": machine(),
+    }
+
+
+def random_batches(
+    settings: dict[str, object],
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Uniform tokens from a fixed seed, for ever; with document masks the ends of documents too."""
+    args = settings["model_args"]
+    generator = torch.Generator().manual_seed(0)
+    shape = (settings["batch"], settings["seq_len"] + 1)
+    while True:
+        tokens = torch.randint(args["vocab_size"], shape, generator=generator)
+        if args["attn_mask_type"] == "block_causal":
+            ends = torch.rand(shape, generator=generator) < 1 / MEAN_DOCUMENT
+            tokens[ends] = settings["eos_id"]
+        yield {"input": tokens[:, :-1].contiguous()}, tokens[:, 1:].contiguous()

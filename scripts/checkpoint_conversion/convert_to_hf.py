@@ -1,0 +1,80 @@
+"""A checkpoint of a run → a Hugging Face folder for transformers, vLLM and the like.
+
+    python scripts/checkpoint_conversion/convert_to_hf.py outputs/checkpoint/step-1000 my-model \\
+        --assets assets/hf/DeepSeek-V3 [--dtype bfloat16] [--fp8]
+
+Needs memory for about one file of the checkpoint's. Interrupted (Ctrl-C), it goes on when called
+again. A run can also write the folder itself: checkpoint.last_save_in_hf.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from torchtitan.components.checkpoint_files import META, read_json
+from torchtitan.components.hf_convert import checkpoint_to_hf
+from torchtitan.components.hf_files import MAX_FILE_BYTES
+from torchtitan.protocols.model import override_fields
+from torchtitan.protocols.state_dict_adapter import StateDictAdapter
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.utils import TORCH_DTYPES
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="a step-N folder")
+    parser.add_argument("hf_folder", type=Path, help="folder to make")
+    parser.add_argument(
+        "--assets", type=Path, help="folder with the tokenizer (and a config.json to complete)"
+    )
+    parser.add_argument("--dtype", choices=TORCH_DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--fp8",
+        action="store_true",
+        help="matrices in FP8 with scales per 128 x 128, as DeepSeek's",
+    )
+    parser.add_argument(
+        "--max_file_gb", type=float, default=MAX_FILE_BYTES / 1e9, help="size of a file in 10^9 B"
+    )
+    return parser.parse_args(argv)
+
+
+def adapter_of(checkpoint: Path) -> StateDictAdapter:
+    """For the model that the checkpoint's meta.json describes."""
+    model = read_json(checkpoint, META)["model"]
+    spec = get_train_spec(model["name"])
+    template = next(iter(spec.model_args.values()))
+    return spec.state_dict_adapter(override_fields(template, model["all_args"], "model.args"))
+
+
+def convert(args: argparse.Namespace) -> None:
+    checkpoint_to_hf(
+        args.checkpoint,
+        args.hf_folder,
+        adapter_of(args.checkpoint),
+        dtype=TORCH_DTYPES[args.dtype],
+        fp8=args.fp8,
+        assets_path=args.assets,
+        max_file_bytes=int(args.max_file_gb * 1e9),
+    )
+    logger.info("Made %s", args.hf_folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    init_logger()
+    args = parse(argv)
+    try:
+        convert(args)
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+    except KeyboardInterrupt:
+        logger.info("Interrupted; the same command goes on from here")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

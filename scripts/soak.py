@@ -1,0 +1,164 @@
+"""Kill a training run at random moments, over and over, and see whether anything is lost.
+
+    python scripts/soak.py [--kills 30] [--ranks 2] [--seed 0] [options of torchtitan.train]
+
+First the run goes through undisturbed. Then the same command, in another folder, is started by
+scripts/launch.py, and after a random time one of its ranks, all of them, or all with the launcher
+are killed with SIGKILL; then it is typed again, until there were enough kills, and once more to its
+end. After every kill each complete checkpoint must be readable to the last byte, and in the end
+every loss of every life must be the undisturbed run's, bit for bit. Exit code 0 if so, else 1.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from torchtitan.components.checkpoint_files import damage, step_folder, steps_with_folder
+
+LAUNCHER = Path(__file__).with_name("launch.py")
+# A model that steps in milliseconds and saves after every second one, so that kills meet saves.
+SETTINGS = {
+    "model.args.n_layers": 2,
+    "model.args.dim": 64,
+    "model.args.n_heads": 2,
+    "model.args.inter_dim": 64,
+    "model.args.moe_inter_dim": 32,
+    "training.seq_len": 32,
+    "training.local_batch_size": 2,
+    "training.dataset": "sample",
+    "activation_checkpoint.mode": "none",
+    "metrics.log_freq": 1,
+    "debug.seed": 7,
+    "checkpoint.enable": True,
+    "checkpoint.interval": 2,
+    "checkpoint.keep_latest_k": 3,
+    "checkpoint.last_save_model_only": False,
+    "checkpoint.async_mode": "async",
+}
+
+
+def start(folder: Path, args: argparse.Namespace) -> subprocess.Popen:
+    settings = SETTINGS | {"job.dump_folder": folder, "training.steps": args.steps}
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, LAUNCHER, "--standalone", "--nproc-per-node", str(args.ranks)]
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen(
+            [*command, "-m", "torchtitan.train", *options, *args.options],
+            stdout=log,
+            stderr=log,
+            env={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | os.environ,
+        )
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Process ids of the launcher's children."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == launcher:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def kill_some(run: subprocess.Popen, chooser: random.Random) -> str:
+    """SIGKILL to one rank, to all, or to all and the launcher."""
+    ranks, kind = ranks_of(run.pid), chooser.choice(["one rank", "all ranks", "everything"])
+    if kind == "one rank":
+        ranks = [chooser.choice(ranks)] if ranks else []
+    if kind == "everything":
+        run.kill()
+    for pid in ranks:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    run.wait(timeout=120)
+    return kind
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of complete checkpoints; ends the soak with a sentence where one is not readable."""
+    checkpoints = folder / "checkpoint"
+    steps = [step for step, whole in steps_with_folder(checkpoints).items() if whole]
+    for step in steps:
+        problem = damage(step_folder(checkpoints, step))
+        if problem:
+            sys.exit(f"LOST: complete checkpoint of step {step} is unreadable: {problem}")
+    return steps
+
+
+def losses(folder: Path) -> dict[int, set[float]]:
+    """By step, of all lives of the run."""
+    found: dict[int, set[float]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found.setdefault(record["step"], set()).add(record["loss"])
+    return found
+
+
+def soak(folder: Path, args: argparse.Namespace) -> int:
+    chooser, kills, in_saves = random.Random(args.seed), 0, 0
+    while kills < args.kills:
+        before = max(whole_steps(folder), default=0)
+        if before >= args.steps:
+            sys.exit(f"the run was over after {kills} kills: give it more --steps")
+        run = start(folder, args)
+        goal = before + chooser.randint(0, 6)
+        while run.poll() is None and max(_complete(folder), default=0) < goal:
+            time.sleep(0.02)
+        time.sleep(chooser.uniform(0, 0.5))
+        if run.poll() is not None:
+            sys.exit(f"LOST: it ended by itself with {run.returncode}: see {folder / 'log'}")
+        kind = kill_some(run, chooser)
+        kills += 1
+        half_written = len(list((folder / "checkpoint").glob("*.tmp")))
+        in_saves += half_written > 0
+        after = max(whole_steps(folder), default=0)
+        during = ", during a save" if half_written else ""
+        print(f"kill {kills}: {kind}{during}; saved up to step {after}", flush=True)
+    return in_saves
+
+
+def _complete(folder: Path) -> list[int]:
+    return [step for step, whole in steps_with_folder(folder / "checkpoint").items() if whole]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=None, help="default: 10 for each kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args, args.options = parser.parse_known_args()
+    args.steps = args.steps or 10 * args.kills
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        calm, disturbed = Path(name, "calm"), Path(name, "disturbed")
+        calm.mkdir(), disturbed.mkdir()
+        if start(calm, args).wait() != 0:
+            sys.exit((calm / "log").read_text())
+        in_saves = soak(disturbed, args)
+        if start(disturbed, args).wait() != 0:
+            sys.exit((disturbed / "log").read_text())
+        whole_steps(disturbed)
+        expected, found = losses(calm), losses(disturbed)
+        wrong = {step: values for step, values in found.items() if values != expected.get(step)}
+        if wrong or found.keys() != expected.keys():
+            sys.exit(f"LOST: losses differ in steps {sorted(wrong) or 'that are missing'}")
+    print(
+        f"nothing lost: {args.kills} kills ({in_saves} during a save), {args.steps} steps, every "
+        "loss bit for bit, every complete checkpoint readable"
+    )
+
+
+if __name__ == "__main__":
+    main()

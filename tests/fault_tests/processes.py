@@ -1,0 +1,82 @@
+"""Real processes that train and may be killed, started cheaply: forks of one that has torch loaded.
+
+What a launcher does for a rank is done here by hand (its variables and the address to meet at), so
+that a restart costs milliseconds instead of the seconds that importing torch takes.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torchtitan.train"])
+
+
+class Run:
+    """`world_size` processes in `torchtitan.train.main(argv)`; what they say is added to `log`."""
+
+    def __init__(self, argv: list[str], world_size: int, log: Path) -> None:
+        self.log = log
+        port = _free_port()
+        self.ranks = [
+            _context.Process(target=_train, args=(argv, rank, world_size, port, log))
+            for rank in range(world_size)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.ranks:
+            process.kill()
+            process.join()
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        os.kill(self.ranks[rank].pid, number)
+
+    def exit_codes(self, seconds: float = 60) -> list[int | None]:
+        """Of all ranks, when they have ended; None for one that has not."""
+        deadline = time.monotonic() + seconds
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.ranks]
+
+    def wait_for(self, path: Path, seconds: float = 60) -> None:
+        """Until a file is there."""
+        deadline = time.monotonic() + seconds
+        while not path.exists():
+            assert time.monotonic() < deadline, f"{path} did not come:\n{self.log.read_text()}"
+            assert all(process.is_alive() for process in self.ranks), self.log.read_text()
+            time.sleep(0.01)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _train(argv: list[str], rank: int, world_size: int, port: int, log: Path) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "LOG_RANK": ",".join(map(str, range(world_size))),
+    }
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    from torchtitan.train import main
+
+    sys.exit(main(argv))

@@ -1,0 +1,131 @@
+"""Processes that are killed, asked to stop, or hang: the next start goes on bit for bit."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fault_tests.processes import Run
+from tests.tiny_run import losses, records, tiny
+from torchtitan.components.checkpoint_files import damage, step_folder, steps_with_folder
+
+STEPS = 24
+SAVES = {
+    "training__steps": STEPS,
+    "training__local_batch_size": 1,
+    "checkpoint__enable": True,
+    "checkpoint__interval": 1,
+    "checkpoint__keep_latest_k": 2,
+    "checkpoint__last_save_model_only": False,
+    "comm__train_timeout_seconds": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[int, float]:
+    """Losses by step of a run of two processes that nobody touches."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with Run(tiny(folder, **SAVES), 2, folder / "log") as run:
+        assert run.exit_codes() == [0, 0], run.log.read_text()
+    return dict(enumerate(losses(folder), start=1))
+
+
+def losses_by_step(folder: Path) -> dict[int, set[float]]:
+    """Of all lives of a run: a step that two of them have done must have one loss all the same."""
+    found: dict[int, set[float]] = {}
+    for record in records(folder):
+        found.setdefault(record["step"], set()).add(record["loss"])
+    return found
+
+
+def whole_checkpoints(folder: Path) -> list[int]:
+    """Steps that have their marker; every one of them must be readable."""
+    complete = [step for step, whole in steps_with_folder(folder).items() if whole]
+    problems = {step: damage(step_folder(folder, step)) for step in complete}
+    assert not any(problems.values()), problems
+    return complete
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_killed_at_random_moments_a_run_loses_nothing(undisturbed, tmp_path, mode):
+    """Five kills a mode, ten in all, of one rank or of both; a checkpoint is written after every
+    step, so most of them hit a save. scripts/soak.py does the same with a launcher, and longer."""
+    chooser = random.Random(mode)
+    argv = tiny(tmp_path, **SAVES, checkpoint__async_mode=mode)
+    checkpoints = tmp_path / "checkpoint"
+    for life in range(5):
+        before = max(whole_checkpoints(checkpoints), default=0)
+        with Run(argv, 2, tmp_path / "log") as run:
+            run.wait_for(step_folder(checkpoints, before + 2))
+            time.sleep(chooser.uniform(0, 0.2))
+            for rank in chooser.choice([[0], [1], [0, 1]]):
+                run.kill(rank)
+            codes = run.exit_codes()
+            assert None not in codes and -signal.SIGKILL in codes, (life, codes)
+        assert max(whole_checkpoints(checkpoints)) >= before + 2
+    with Run(argv, 2, tmp_path / "log") as run:
+        assert run.exit_codes() == [0, 0], run.log.read_text()
+    assert losses_by_step(tmp_path) == {step: {loss} for step, loss in undisturbed.items()}
+    assert whole_checkpoints(checkpoints) == [STEPS - 1, STEPS]
+    assert not list(checkpoints.glob("*.tmp")) + list(checkpoints.glob("*.old"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_a_checkpoint(
+    undisturbed, tmp_path, number
+):
+    rarely = {"checkpoint__interval": 1000, "checkpoint__enable_first_step_checkpoint": True}
+    argv = tiny(tmp_path, **SAVES | rarely)
+    with Run(argv, 2, tmp_path / "log") as run:
+        run.wait_for(step_folder(tmp_path / "checkpoint", 1))
+        run.kill(1, number)
+        assert run.exit_codes() == [0, 0], run.log.read_text()
+    last = losses(tmp_path)
+    assert 1 < len(last) < STEPS, "it did not wait for the end"
+    assert whole_checkpoints(tmp_path / "checkpoint") == [1, len(last)]
+    assert f"{number.name}: the run ends after this step" in run.log.read_text()
+    with Run(argv, 2, tmp_path / "log") as run:
+        assert run.exit_codes() == [0, 0], run.log.read_text()
+    assert losses(tmp_path) == list(undisturbed.values())
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    """The first one waits for the step, which waits for a rank that is stopped."""
+    with Run(tiny(tmp_path, **SAVES), 2, tmp_path / "log") as run:
+        run.wait_for(step_folder(tmp_path / "checkpoint", 2))
+        run.kill(1, signal.SIGSTOP)
+        time.sleep(0.3)  # rank 0 comes to wait for rank 1
+        run.kill(0, signal.SIGTERM)
+        time.sleep(0.1)
+        assert run.ranks[0].is_alive()
+        run.kill(0, signal.SIGTERM)
+        began = time.monotonic()
+        run.ranks[0].join(10)
+        assert run.ranks[0].exitcode == 128 + signal.SIGTERM and time.monotonic() - began < 2
+
+
+def test_ranks_that_lose_a_peer_end_and_name_it(tmp_path):
+    with Run(tiny(tmp_path, **SAVES), 3, tmp_path / "log") as run:
+        run.wait_for(step_folder(tmp_path / "checkpoint", 2))
+        run.kill(1)
+        assert run.exit_codes(20) == [1, -signal.SIGKILL, 1], run.log.read_text()
+    said = run.log.read_text()
+    assert said.count("rank 1 has gone (") == 2 and "Traceback" not in said, said
+
+
+def test_ranks_whose_peer_hangs_end_within_the_timeout_and_name_it_and_the_collective(tmp_path):
+    argv = tiny(tmp_path, **SAVES | {"comm__train_timeout_seconds": 3, "checkpoint__enable": False})
+    with Run(argv, 3, tmp_path / "log") as run:
+        run.wait_for(tmp_path / "metrics.jsonl")
+        while len(losses(tmp_path)) < 3:
+            time.sleep(0.01)
+        run.kill(2, signal.SIGSTOP)
+        began = time.monotonic()
+        run.ranks[0].join(20)
+        run.ranks[1].join(5)
+        assert run.ranks[0].exitcode == run.ranks[1].exitcode == 1, run.log.read_text()
+        assert time.monotonic() - began < 3 + 8 + 5
+    said = run.log.read_text()
+    assert said.count("rank 2 does not answer (") == 2, said

@@ -1,0 +1,374 @@
+"""Saving and loading a run: when, which one, and what a failure means.
+
+A save may fail (a full disk, a read-only folder): it is said, older checkpoints stay as they are,
+training goes on and the next interval tries again. Only the last save of a run must succeed.
+Loading takes the newest whole checkpoint of the run's own folder; a damaged one is passed over.
+
+All methods are called on all ranks at the same step; DCP's protocol makes them agree on failures.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+
+from torchtitan.components.checkpoint_choice import (
+    EVERYTHING,
+    WEIGHTS,
+    CheckpointChoice,
+    Identity,
+    Start,
+    make_meta,
+    refuse_other_model,
+    refuse_other_tensors,
+)
+from torchtitan.components.checkpoint_files import META, NUMBERS, clean_up, read_json, step_folder
+from torchtitan.components.checkpoint_state import RunState
+from torchtitan.components.checkpoint_storage import (
+    CheckpointReader,
+    CheckpointWriter,
+    read_tensor_index,
+)
+from torchtitan.components.hf_checkpoint import load_hf, save_hf
+from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
+from torchtitan.distributed.utils import RanksOf
+from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.protocols.state_dict_adapter import StateDictAdapter
+from torchtitan.protocols.train_spec import TrainSpec
+from torchtitan.tools.errors import RunError, UserError
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import TORCH_DTYPES
+
+# A save or load may keep the fastest rank waiting for the slowest disk.
+PATIENCE = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save in the background. staged: its copies are made, so weights may change."""
+
+    step: int
+    started: float
+    staged: Future | None
+    written: Future
+
+
+class CheckpointManager:
+    """Of one run. adapter: to and from Hugging Face's format, where the model has one."""
+
+    def __init__(
+        self,
+        settings: Checkpoint,
+        *,
+        folder: Path,
+        total_steps: int,
+        identity: Identity,
+        adapter: StateDictAdapter | None,
+    ) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.total_steps = total_steps
+        self.identity = identity
+        self.saves = settings.enable and not settings.load_only
+        self.seed = 0  # of this run; the trainer sets it when it is known
+        self.group: dist.ProcessGroup | None = None
+        self._adapter = adapter
+        self._choice: CheckpointChoice | None = None
+        self._pending: _Pending | None = None
+        self._failed: str | None = None  # why the last attempt did not succeed
+        self._stager: DefaultStager | None = None
+        if settings.enable:
+            # Its own group: saves in the background must not meet the collectives of training, and
+            # their waiting has nothing to do with comm.train_timeout_seconds.
+            self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._ranks = RanksOf(self.group)
+            self._choice = CheckpointChoice(settings, folder, total_steps, self._ranks)
+
+    def find_start(self) -> Start:
+        """The checkpoint to begin from. Raises `UserError` for one that is asked for and isn't
+        there, or where every checkpoint is damaged."""
+        if self._choice is None or self.settings.create_seed_checkpoint:
+            return Start()
+        if self._ranks.rank == 0 and self.saves:
+            clean_up(self.folder)
+        return self._choice.find_start()
+
+    # -------------------------------------------------------------- load
+
+    def load(self, state: RunState, start: Start) -> None:
+        """Fill the parts of `state` that `start` names. Raises `UserError` for a checkpoint of
+        another model, before anything is changed."""
+        if start.path is None:
+            return
+        began = time.perf_counter()
+        if start.in_hf:
+            quantized = self.settings.initial_load_in_hf_quantized
+            path = str(start.path)
+            load_hf(state.model, self._adapter, path, quantized=quantized, group=self.group)
+        else:
+            self._load(state, start)
+        logger.info(
+            "Loaded %s of %s in %.2f s: %d steps are done",
+            ", ".join(part for part in CHECKPOINT_PARTS if part in start.parts),
+            start.path,
+            time.perf_counter() - began,
+            start.step,
+        )
+
+    def _load(self, state: RunState, start: Start) -> None:
+        meta = read_json(start.path, META)
+        refuse_other_model(start.path, meta, self.identity)
+        same_layout = meta["layout"] == self.identity.layout
+        parts = set(start.parts) - (set() if same_layout else {"rng"})
+        tensors = state.tensors(parts)
+        index = read_tensor_index(start.path)
+        refuse_other_tensors(start.path, index, tensors, self._ranks)
+        try:
+            dcp.load(tensors, storage_reader=CheckpointReader(start.path), process_group=self.group)
+        except CheckpointException as error:
+            raise UserError(
+                f"checkpoint {start.path} could not be loaded: {_reason(error)}; take another one."
+            ) from None
+        state.take_tensors(tensors)
+        state.load_numbers(read_json(start.path, NUMBERS), parts)
+        if "rng" in start.parts and not same_layout:
+            torch.manual_seed(meta["seed"] + start.step)  # another layout: other random streams
+
+    def rewind(self, state: RunState) -> tuple[int, int]:
+        """Back to the newest whole checkpoint in everything but the data position and the
+        trainer's counters. Returns its step and its tokens seen. Raises `RunError` where there is
+        none."""
+        self._wait()
+        try:
+            path = self._choice.newest()
+        except UserError as error:
+            raise RunError(f"can't rewind: {error}") from None
+        if path is None:
+            raise RunError(
+                f"can't rewind: {self.folder} holds no checkpoint yet; set "
+                "checkpoint.enable_first_step_checkpoint, or a shorter checkpoint.interval."
+            )
+        start = self._choice.start_of(path, set(CHECKPOINT_PARTS))
+        kept = frozenset({"model", "optimizer", "lr_scheduler", "rng"})
+        self.load(state, replace(start, parts=start.parts & kept))
+        return start.step, read_json(path, META)["tokens_seen"]
+
+    # -------------------------------------------------------------- save
+
+    def after_step(self, state: RunState, step: int, *, now: bool = False) -> None:
+        """Save where this step is due (or `now`), and tell of finished saves."""
+        self._poll()
+        if not self.saves or not (self._is_due(step) or now):
+            return
+        last = step == self.total_steps
+        if last and self.settings.last_save_in_hf:
+            self._wait()
+            self._export(state, step)
+        elif last and self.settings.last_save_model_only:
+            self.save(state, step, WEIGHTS, TORCH_DTYPES[self.settings.export_dtype])
+        else:
+            self.save(state, step)
+
+    def _is_due(self, step: int) -> bool:
+        first = step == 1 and self.settings.enable_first_step_checkpoint
+        return first or step % self.settings.interval == 0 or step == self.total_steps
+
+    def save(
+        self,
+        state: RunState,
+        step: int,
+        content: str = EVERYTHING,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Save now, in the background where `checkpoint.async_mode` says so.
+
+        dtype: of the weights where they are all that is saved.
+        """
+        began = time.perf_counter()
+        self._wait()
+        tensors = (
+            state.weights(dtype) if content == WEIGHTS else state.tensors(set(CHECKPOINT_PARTS))
+        )
+        numbers = state.numbers(self.group)
+        meta = make_meta(
+            self.identity,
+            step=step,
+            content=content,
+            tokens_seen=numbers["train_state"]["tokens_seen"],
+            seed=self.seed,
+        )
+        texts = {
+            NUMBERS: json.dumps(numbers, indent=1) + "\n",
+            META: json.dumps(meta, indent=2) + "\n",
+        }
+        writer = CheckpointWriter(self.folder, step, texts, self.settings.keep_latest_k)
+        options = {"storage_writer": writer, "process_group": self.group}
+        self._failed = None
+        if self.settings.async_mode == "disabled":
+            try:
+                dcp.save(tensors, **options)
+            except CheckpointException as error:
+                self._tell_failure(step, error)
+            else:
+                self._tell_success(step, began)
+            return
+        response = dcp.async_save(tensors, async_stager=self._get_stager(), **options)
+        if isinstance(response, AsyncSaveResponse):
+            staged, written = response.staging_completion, response.upload_completion
+        else:  # copied already
+            staged, written = None, response
+        self._pending = _Pending(step, began, staged, written)
+        logger.info(
+            "Checkpoint of step %d goes to disk in the background; training stood still for %.3f s",
+            step,
+            time.perf_counter() - began,
+        )
+
+    def before_update(self) -> None:
+        """Weights are about to change: wait until a save's copies of them are made."""
+        if self._pending is not None and self._pending.staged is not None:
+            began = time.perf_counter()
+            self._pending.staged.result()
+            waited = time.perf_counter() - began
+            self._pending = replace(self._pending, staged=None)
+            logger.info("... and for another %.3f s until its copy was made", waited)
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises `RunError` if it has failed."""
+        self._wait()
+        if self._failed is not None:
+            raise RunError(f"the last save of the run has failed: {self._failed}")
+
+    def close(self) -> None:
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
+
+    def _get_stager(self) -> DefaultStager:
+        """One for the run: it keeps the memory of its copies."""
+        if self._stager is None:
+            cuda = torch.cuda.is_available()
+            pinned = self.settings.async_mode == "async_with_pinned_mem" and cuda
+            # With pinned memory the copy runs beside the next step, up to its weight update.
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=pinned,
+                    use_shared_memory=False,
+                    use_async_staging=pinned,
+                    use_non_blocking_copy=pinned,
+                )
+            )
+        return self._stager
+
+    def _export(self, state: RunState, step: int) -> None:
+        self._failed, began = None, time.perf_counter()
+        path = self.folder / f"step-{step}-hf"
+        try:
+            save_hf(
+                state.model,
+                self._adapter,
+                str(path),
+                dtype=TORCH_DTYPES[self.settings.export_dtype],
+                assets_path=self._adapter.hf_assets_path,
+                group=self.group,
+            )
+        except OSError as error:
+            self._failed = f"{path} could not be written: {error}"
+            logger.error("%s", self._failed)
+        else:
+            seconds = time.perf_counter() - began
+            logger.info("Saved %s in Hugging Face's format in %.2f s", path, seconds)
+
+    # -------------------------------------------------------------- saves that are under way
+
+    def _poll(self) -> None:
+        if self._pending is not None and self._pending.written.done():
+            self._wait()
+
+    def _wait(self) -> None:
+        """Until the save in the background is on disk, or has failed."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.written.result()
+        except CheckpointException as error:
+            self._tell_failure(pending.step, error)
+        else:
+            self._tell_success(pending.step, pending.started)
+
+    def _tell_success(self, step: int, began: float) -> None:
+        path = step_folder(self.folder, step)
+        logger.info("Saved %s in %.3f s", path, time.perf_counter() - began)
+
+    def _tell_failure(self, step: int, error: CheckpointException) -> None:
+        self._failed = (
+            f"the checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}"
+        )
+        if self._ranks.rank == 0:
+            # What it has written may be what fills the disk.
+            shutil.rmtree(self.folder / f"step-{step}.tmp", ignore_errors=True)
+            logger.error(
+                "%s; older checkpoints are as they were, and the next save is due at the next "
+                "multiple of checkpoint.interval (%d)",
+                self._failed,
+                self.settings.interval,
+            )
+
+
+def _reason(error: CheckpointException) -> str:
+    """ "rank 1: No space left on device (…)" of the first rank that failed."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+    return f"rank {rank}: {cause if isinstance(cause, OSError | UserError) else repr(cause)}"
+
+
+def build_checkpoint_manager(
+    config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs, layout: dict[str, Any]
+) -> CheckpointManager:
+    """layout: degrees by name. Every rank calls it: where checkpoints are enabled it makes a
+    process group."""
+    settings = to_dict(config)
+    settings.pop("job")  # where a run's files go is not what it computes
+    text = json.dumps(settings, sort_keys=True)
+    # As JSON has it, to compare with what comes back from disk.
+    identity = Identity(
+        model=config.model.name,
+        flavor=config.model.flavor,
+        model_args=json.loads(json.dumps(model_args.weights_identity())),
+        all_args=asdict(model_args),
+        layout=layout,
+        config_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
+    )
+    settings = config.checkpoint
+    adapter = spec.state_dict_adapter and spec.state_dict_adapter(
+        model_args, config.model.hf_assets_path
+    )
+    if settings.initial_load_in_hf and settings.initial_load_path is None:
+        settings = replace(settings, initial_load_path=config.model.hf_assets_path)
+    if settings.enable and (settings.initial_load_in_hf or settings.last_save_in_hf):
+        if adapter is None:
+            raise UserError(
+                f"model.name '{config.model.name}' has no Hugging Face format; set "
+                "checkpoint.initial_load_in_hf and checkpoint.last_save_in_hf to false."
+            )
+        if settings.last_save_in_hf:
+            adapter.check_export()  # now, and not after weeks of training
+    return CheckpointManager(
+        settings,
+        folder=Path(config.job.dump_folder, settings.folder),
+        total_steps=config.training.steps,
+        identity=identity,
+        adapter=adapter,
+    )

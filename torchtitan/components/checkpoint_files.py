@@ -1,0 +1,206 @@
+"""Folders of checkpoints: which are whole, how one becomes so, which go. No tensors here.
+
+    <folder>/step-120/        a checkpoint, exactly if COMPLETE is in it
+        __0_0.distcp …        tensors, a file per rank      .metadata   which tensor lies where
+        state.json            everything that is no tensor  meta.json   for people
+        manifest.json         size and SHA-256 of all files above
+        COMPLETE              SHA-256 of manifest.json; written last
+    <folder>/step-140.tmp/    being written, or left by a save that died
+    <folder>/step-120.old/    a former step-120 whose place a new one is about to take
+
+Every change of a name is one atomic rename, so a process that is killed at any moment leaves either
+the state before it or the state after it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
+
+MARKER, MANIFEST, META, NUMBERS = "COMPLETE", "manifest.json", "meta.json", "state.json"
+TENSOR_INDEX = ".metadata"
+_STEP = re.compile(r"step-(\d+)")
+_LEFTOVER = re.compile(r"step-(\d+)\.(tmp|old)")
+_WRITTEN_BY_A_SAVE = re.compile(
+    r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|(manifest|meta|state)\.json|COMPLETE"
+)
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """What a file must be: its bytes and their SHA-256 in hex."""
+
+    size: int
+    sha256: str
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step}"
+
+
+def is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / MARKER).is_file()
+
+
+def steps_with_folder(folder: Path) -> dict[int, bool]:
+    """Of every step-N folder, in ascending order: whether it has its marker."""
+    found = [_STEP.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    steps = sorted(int(match[1]) for match in found if match)
+    return {step: is_complete(step_folder(folder, step)) for step in steps}
+
+
+def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
+    """META or NUMBERS. Raises `UserError` where it is missing or no JSON."""
+    try:
+        return json.loads((checkpoint / name).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint} can't be used: its {name} is missing or damaged ({error}); "
+            "take another checkpoint."
+        ) from None
+
+
+# ------------------------------------------------------------------ writing
+
+
+def begin(folder: Path, step: int) -> Path:
+    """The empty temporary folder of a new checkpoint."""
+    tmp = folder / f"step-{step}.tmp"
+    if tmp.exists():
+        shutil.rmtree(tmp)
+    tmp.mkdir(parents=True)
+    return tmp
+
+
+def publish(tmp: Path, texts: dict[str, str], sums: dict[str, FileSum]) -> Path:
+    """Make a checkpoint of the temporary folder whose other files (`sums`) are on disk already.
+
+    texts: the contents of META and NUMBERS. Returns its final place.
+    """
+    for name, text in texts.items():
+        _write_synced(tmp / name, text)
+        sums = sums | {name: FileSum(len(text.encode()), _sha256(text))}
+    manifest = {name: [each.size, each.sha256] for name, each in sorted(sums.items())}
+    text = json.dumps(manifest, indent=1) + "\n"
+    _write_synced(tmp / MANIFEST, text)
+    _sync_folder(tmp)
+    _write_synced(tmp / MARKER, _sha256(text) + "\n")
+    _sync_folder(tmp)
+    final = tmp.with_suffix("")
+    if final.exists():  # of a former life of this run, or damaged
+        former = tmp.with_suffix(".old")
+        if former.exists():
+            shutil.rmtree(former)
+        final.rename(former)
+        tmp.rename(final)
+        _sync_folder(final.parent)
+        shutil.rmtree(former)
+    else:
+        tmp.rename(final)
+        _sync_folder(final.parent)
+    return final
+
+
+def keep_latest(folder: Path, count: int) -> None:
+    """Delete all complete checkpoints but the newest `count` (0: keep all).
+
+    A failure is only said: nothing that is needed is lost.
+    """
+    complete = [step for step, whole in steps_with_folder(folder).items() if whole]
+    for step in complete[:-count] if count else []:
+        path = step_folder(folder, step)
+        try:
+            # Renamed first: a kill in the middle must not leave a checkpoint that lacks files.
+            doomed = path.rename(path.with_name(path.name + ".tmp"))
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning("Old checkpoint %s could not be deleted: %s", path, error)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what dead saves have left, and finish or undo a replacement; only our own files."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or not path.is_dir() or not _is_ours(path):
+            continue
+        final = step_folder(folder, int(match[1]))
+        try:
+            if match[2] == "old" and not final.exists():
+                path.rename(final)
+            else:
+                shutil.rmtree(path)
+                logger.info("Removed %s, the rest of a save that was interrupted", path)
+        except OSError as error:
+            logger.warning("Leftover %s could not be removed: %s", path, error)
+
+
+def _is_ours(path: Path) -> bool:
+    return all(_WRITTEN_BY_A_SAVE.fullmatch(entry.name) for entry in path.iterdir())
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Names live in their folder, and it too is only on disk after an fsync."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ------------------------------------------------------------------ checking
+
+
+def damage(checkpoint: Path, *, reader: int = 0, readers: int = 1) -> str | None:
+    """What is wrong with a checkpoint, None if nothing; `readers` share the files between them.
+
+    Reads every byte once. The manifest itself is checked by all of them.
+    """
+    try:
+        text = (checkpoint / MANIFEST).read_text()
+        if _sha256(text) != (checkpoint / MARKER).read_text().strip():
+            return f"{MANIFEST} does not have the checksum that {MARKER} holds"
+        manifest = {name: FileSum(*entry) for name, entry in json.loads(text).items()}
+        missing = {META, NUMBERS, TENSOR_INDEX} - manifest.keys()
+        if missing:
+            return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
+        outside = [name for name in manifest if Path(name).name != name]
+        if outside:
+            return f"{MANIFEST} lists {outside[0]}, which is not a file of this folder"
+        for name, expected in sorted(manifest.items())[reader::readers]:
+            problem = _compare(checkpoint / name, expected)
+            if problem:
+                return problem
+    except (OSError, ValueError, TypeError) as error:
+        return f"it can't be read ({error})"
+    return None
+
+
+def _compare(path: Path, expected: FileSum) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != expected.size:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {expected.size}"
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+            return f"{path.name} does not have the bytes that were written (its checksum differs)"
+    return None

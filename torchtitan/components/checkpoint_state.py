@@ -1,0 +1,135 @@
+"""What a run is made of, as a checkpoint holds it: tensors by name, and numbers.
+
+Nothing here depends on the layout: a tensor has its whole shape and a name made of its parameter's
+name, the data position is one for all ranks, and what differs between ranks (random numbers) is
+only taken by a run of the same layout.
+
+    model.<name>             weights and persistent buffers (expert bias)
+    optimizer.<name>.<slot>  such as exp_avg; rates and decay come from the config, not from here
+    rng.rank_<r>.<device>    states of torch's generators
+    numbers                  {"lr_scheduler": steps, "dataloader": position, "train_state": {...}}
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from torchtitan.components.dataloader import ParallelAwareDataLoader, merge_states
+from torchtitan.components.lr_scheduler import resume_lr_scheduler
+
+Numbers = dict[str, Any]
+
+
+class Progress(Protocol):
+    """Counters of a run, JSON only, the same on all ranks; the trainer is one."""
+
+    def state_dict(self) -> Numbers: ...
+
+    def load_state_dict(self, numbers: Numbers) -> None: ...
+
+
+class RunState:
+    """The parts of a run that a checkpoint holds. `parts`: see `config.CHECKPOINT_PARTS`."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: LambdaLR,
+        dataloader: ParallelAwareDataLoader,
+        progress: Progress,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.dataloader = dataloader
+        self.progress = progress
+
+    # -------------------------------------------------------------- tensors
+
+    def tensors(self, parts: set[str]) -> dict[str, Tensor]:
+        """The live tensors of this rank (DTensors where spread): loading into them is loading."""
+        tensors: dict[str, Tensor] = {}
+        if "model" in parts:
+            tensors |= _prefixed("model", get_model_state_dict(self.model))
+        if "optimizer" in parts:
+            tensors |= _prefixed("optimizer", self._optimizer_tensors())
+        if "rng" in parts:
+            tensors |= _prefixed(f"rng.rank_{dist.get_rank()}", _random_states())
+        return tensors
+
+    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Copies for use elsewhere, parameters in `dtype`. Buffers keep theirs: a rounded expert
+        bias would route differently."""
+        parameters = {name for name, _ in self.model.named_parameters()}
+        weights = get_model_state_dict(self.model)
+        exported = {
+            name: tensor.detach().to(dtype) if name in parameters else tensor
+            for name, tensor in weights.items()
+        }
+        return _prefixed("model", exported)
+
+    def take_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Those of `tensors` that are not live already, after they have been filled."""
+        model = _without_prefix("model", tensors)
+        if model:  # a model whose state dict is not its memory (fused weights) needs it set
+            set_model_state_dict(self.model, model)
+        states = _without_prefix(f"rng.rank_{dist.get_rank()}", tensors)
+        if "cpu" in states:
+            torch.set_rng_state(states["cpu"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        # Fills an optimizer that has not stepped yet (with a step of rate 0), so that there is
+        # something to load into.
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        flat = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        return _without_prefix("state", {k: v for k, v in flat.items() if isinstance(v, Tensor)})
+
+    # -------------------------------------------------------------- numbers
+
+    def numbers(self, group: dist.ProcessGroup) -> Numbers:
+        """Ready for JSON, the same on all ranks; every rank of `group` calls it."""
+        positions: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(positions, self.dataloader.local_state(), group=group)
+        return {
+            "lr_scheduler": self.lr_scheduler.last_epoch,
+            "dataloader": merge_states(positions),
+            "train_state": self.progress.state_dict(),
+        }
+
+    def load_numbers(self, numbers: Numbers, parts: set[str]) -> None:
+        if "lr_scheduler" in parts:
+            resume_lr_scheduler(self.lr_scheduler, numbers["lr_scheduler"])
+        if "dataloader" in parts:
+            self.dataloader.load_state_dict(numbers["dataloader"])
+        if "train_state" in parts:
+            self.progress.load_state_dict(numbers["train_state"])
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without_prefix(prefix: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
+    start = prefix + "."
+    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}

@@ -1,0 +1,336 @@
+"""Weights of a running model from and to a Hugging Face folder, in any layout.
+
+Loading: a rank reads, of each tensor, the part that it holds. Saving: each part is written into its
+place by the first rank that holds it, into files laid out beforehand (hf_files.py), so the folder
+is bitwise the one that a single process writes. Both are collective: all ranks call them, and when
+one of them finds something wrong, all of them raise the same `UserError`.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from torchtitan.components.hf_files import (
+    CONFIG,
+    INDEX,
+    SCALE,
+    HFFolder,
+    HFWriter,
+    copy_assets,
+    plan_layout,
+    write_config,
+)
+from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
+
+Offset = tuple[int, ...]
+
+# ------------------------------------------------------------------ loading
+
+
+@torch.no_grad()
+def load_hf(
+    model: nn.Module,
+    adapter: StateDictAdapter,
+    path: str | Path,
+    *,
+    quantized: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Fill `model` (or this rank's part of it) in place; parameters keep their dtype.
+
+    quantized: the folder has block-wise FP8 weights (`weight_scale_inv`). group: all ranks. Raises
+    `UserError` that lists missing, surplus and misshapen tensors by name; the model is then as it
+    was.
+    """
+    state = get_model_state_dict(model)
+    with _all_or_none(group):
+        folder = HFFolder(path)
+        check_folder(folder, adapter, quantized=quantized)
+    by_file = defaultdict(list)
+    for piece in adapter.pieces():
+        if piece.ours in state:
+            by_file[folder.file_of[piece.name]].append(piece)
+    mine = [piece for pieces in by_file.values() for piece in pieces]
+    with _all_or_none(group):
+        check_shapes(folder, mine)
+    with _all_or_none(group):
+        for piece in mine:
+            _read_piece(folder, adapter, piece, state[piece.ours])
+    folder.close()
+    set_model_state_dict(model, state)  # a state dict need not be the model's own memory
+    logger.info("Weights: %d tensors of %s, %d in part here", len(folder.file_of), path, len(mine))
+
+
+def check_folder(folder: HFFolder, adapter: StateDictAdapter, *, quantized: bool) -> None:
+    """Raise `UserError` unless it has exactly the model's tensors; log what is left out."""
+    if quantized != folder.quantized:
+        have, way_out = ("has", "true") if folder.quantized else ("has no", "false")
+        raise UserError(
+            f"{folder.path} {have} FP8 weights (weight_scale_inv); set "
+            f"checkpoint.initial_load_in_hf_quantized to {way_out}."
+        )
+    wanted = {piece.name for piece in adapter.pieces()}
+    scales = {name for name in folder.file_of if name.endswith(SCALE)}
+    missing = sorted(wanted - folder.file_of.keys())
+    missing += sorted(s for s in scales if s.removesuffix(SCALE) not in folder.file_of)
+    reasons: dict[str, int] = {}
+    surplus = []
+    for name in folder.file_of.keys() - wanted - scales:
+        reason = adapter.left_out(name)
+        if reason is None:
+            surplus.append(name)
+        else:
+            reasons[reason] = reasons.get(reason, 0) + 1
+    _refuse(folder, {"lacks": missing, "has beside it": sorted(surplus)})
+    _say_differences(folder, adapter)
+    for reason, count in sorted(reasons.items()):
+        logger.info("%s: %d tensors left out (%s)", folder.path, count, reason)
+
+
+def _say_differences(folder: HFFolder, adapter: StateDictAdapter) -> None:
+    """What config.json says otherwise than the run's arguments, and no shape would show."""
+    if not folder.config or _rank() != 0:
+        return
+    theirs = type(adapter)(adapter.args_of(folder.config)).hf_config()
+    free = ("max_position_embeddings", "initializer_range")
+    differing = [
+        f"{name} {theirs.get(name)} ({value} here)"
+        for name, value in adapter.hf_config().items()
+        if theirs.get(name) != value and name not in free
+    ]
+    if differing:
+        logger.warning(
+            "%s means another model than model.args in %s; the weights are loaded all the same",
+            folder.path / CONFIG,
+            ", ".join(differing),
+        )
+
+
+def check_shapes(folder: HFFolder, pieces: list[Piece]) -> None:
+    """Raise `UserError` naming the tensors of other shapes than the model's."""
+    wrong = []
+    for piece in pieces:
+        theirs = folder.shape(piece.name)
+        if theirs != piece.shape:
+            wrong.append(f"{piece.name} {_by(theirs)} instead of {_by(piece.shape)}")
+    _refuse(folder, {"has in other shapes": wrong})
+
+
+def _refuse(folder: HFFolder, problems: dict[str, list[str]]) -> None:
+    found = [f"{verb} {'; '.join(names)}" for verb, names in problems.items() if names]
+    if found:
+        raise UserError(
+            f"{folder.path} does not hold this model: it {', and '.join(found)}. Choose the "
+            "model.flavor and model.args that its config.json describes."
+        )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a scalar"
+
+
+def _read_piece(folder: HFFolder, adapter: StateDictAdapter, piece: Piece, tensor: Tensor) -> None:
+    """Copy what this rank holds of one piece."""
+    local, offset = local_part(tensor)
+    if local.numel() == 0:
+        return
+    if piece.index is not None:
+        mine = piece.index - offset[0]
+        if not 0 <= mine < local.shape[0]:
+            return
+        local, offset = local[mine], offset[1:]
+    local.copy_(read_rows(folder, adapter, piece, offset, tuple(local.shape)))
+
+
+def read_rows(
+    folder: HFFolder, adapter: StateDictAdapter, piece: Piece, offset: Offset, shape: Offset
+) -> Tensor:
+    """A part of a piece, in our order of rows."""
+    order = adapter.row_order(piece, folder.config)
+    if order is None:
+        return folder.read(piece.name, offset, shape)
+    rows = folder.read(piece.name, (0, *offset[1:]), (piece.shape[0], *shape[1:]))
+    return rows[order[offset[0] : offset[0] + shape[0]]]
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, Offset]:
+    """What this rank holds of a tensor, and where in the whole it begins."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * tensor.ndim
+    local = tensor.to_local()
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    assert local.numel() == 0 or tuple(shape) == tuple(local.shape), (
+        f"{tensor.placements} of {tuple(tensor.shape)} is not one box on this rank"
+    )
+    return local, tuple(offset)
+
+
+# ------------------------------------------------------------------ saving
+
+
+@torch.no_grad()
+def save_hf(
+    model: nn.Module,
+    adapter: StateDictAdapter,
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    assets_path: str | Path | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write `model` as a Hugging Face folder: safetensors, index, config.json, tokenizer files.
+
+    dtype: of the weights; the router's bias stays fp32 and is written minus its mean. assets_path:
+    folder with the tokenizer and, if there is one, a config.json to take token ids and the like
+    from. group: all ranks; its patience must outlast the slowest disk. The folder appears under its
+    name when it is whole; one that was there is replaced. Raises `UserError` where Hugging Face has
+    no such model, `OSError` where the folder can't be written.
+    """
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")
+    state = get_model_state_dict(model)
+    pieces = adapter.pieces()
+    with _all_or_none(group):
+        adapter.check_export()
+        writer = HFWriter(tmp, plan_layout(pieces, dtype))
+        if _rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+            writer.create()
+    with _all_or_none(group):
+        for piece in pieces:
+            if piece.ours in state and _writes(state[piece.ours]):
+                _write_piece(writer, piece, state[piece.ours])
+        writer.close()
+    _report_routing(adapter, state, dtype, group)
+    with _all_or_none(group):
+        if _rank() == 0:
+            (tmp / INDEX).write_text(writer.layout.index() + "\n", encoding="utf-8")
+            copy_assets(assets_path, tmp)
+            write_config(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=False)
+            replace_folder(tmp, path)
+    logger.info("Saved %s: Hugging Face format, %s", path, str(dtype).removeprefix("torch."))
+
+
+def _writes(tensor: Tensor) -> bool:
+    """Of the ranks with the same part, the first writes it. (A plain tensor is the same on all of
+    those that have it, and small: a buffer. They all write the same bytes.)"""
+    if not isinstance(tensor, DTensor):
+        return True
+    where = zip(tensor.placements, tensor.device_mesh.get_coordinate(), strict=True)
+    return all(coordinate == 0 for placement, coordinate in where if placement.is_replicate())
+
+
+def _write_piece(writer: HFWriter, piece: Piece, tensor: Tensor) -> None:
+    local, offset = local_part(tensor)
+    if piece.index is not None:
+        mine = piece.index - offset[0]
+        if not 0 <= mine < local.shape[0]:
+            return
+        local, offset = local[mine], offset[1:]
+    if local.numel():
+        writer.write(piece.name, centred(local) if piece.centred else local, offset)
+
+
+def centred(bias: Tensor) -> Tensor:
+    """A whole vector minus its mean; one whose mean is 0 to rounding stays, bit by bit."""
+    mean = bias.double().mean()
+    noise = torch.finfo(torch.float32).eps * bias.abs().max()
+    return bias if mean.abs() <= noise else (bias.double() - mean).float()
+
+
+def replace_folder(tmp: Path, path: Path) -> None:
+    """Give a finished folder its name; what had it before goes."""
+    former = path.with_name(path.name + ".old")
+    shutil.rmtree(former, ignore_errors=True)
+    if path.exists():
+        path.rename(former)
+    tmp.rename(path)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _report_routing(
+    adapter: StateDictAdapter,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    group: dist.ProcessGroup | None,
+) -> None:
+    names = [name for name in adapter.router_names() if name in state]
+    whole = {n: t.full_tensor() if isinstance(t := state[n], DTensor) else t for n in names}
+    gathered = _gather(routing_changes(adapter, whole, dtype), group)
+    log_routing_changes({k: v for each in gathered for k, v in each.items()}, dtype)
+
+
+def routing_changes(
+    adapter: StateDictAdapter, state: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, float]:
+    """By layer, the share of tokens that meet other experts through what is written."""
+    pieces = {p.ours: p for p in adapter.pieces() if p.ours in state}
+    written = {
+        name: centred(tensor) if pieces[name].centred else tensor.to(dtype)
+        for name, tensor in state.items()
+    }
+    return adapter.routing_changes(state, written)
+
+
+def log_routing_changes(changes: dict[str, float], dtype: torch.dtype) -> None:
+    if not changes:
+        return
+    worst = max(changes, key=lambda layer: changes[layer])
+    logger.info(
+        "Routers in %s: %.2f %% of tokens meet other experts than in training precision (mean over "
+        "%d layers; most in %s: %.2f %%; estimated with Gaussian tokens)",
+        str(dtype).removeprefix("torch."),
+        100 * sum(changes.values()) / len(changes),
+        len(changes),
+        worst,
+        100 * changes[worst],
+    )
+
+
+# ------------------------------------------------------------------ ranks
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """The value of every rank; of this process alone where there are no others."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+@contextmanager
+def _all_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """A `UserError` or `OSError` of one rank is raised by all, at the end of the block: no rank is
+    left waiting."""
+    error: Exception | None = None
+    try:
+        yield
+    except (UserError, OSError) as caught:
+        error = caught
+    kinds = (
+        (type(error) if isinstance(error, UserError) else OSError, str(error)) if error else None
+    )
+    told = next((kind for kind in _gather(kinds, group) if kind), None)
+    if told is not None:
+        kind, sentence = told
+        raise kind(sentence) from error

@@ -1,0 +1,304 @@
+"""A Hugging Face folder of safetensors: read parts of its tensors, write it in any order.
+
+Reading goes through safetensors' slices, so a rank reads what it keeps. Writing begins with a plan,
+made of names, shapes and types alone and so the same on every rank: which tensor lies in which file
+at which byte. The files are laid out at their full size first; after that every process writes its
+parts of tensors in their places, and no process ever holds a whole tensor for another. (All of them
+must see the same file system, as for any checkpoint.)
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from torchtitan.ops.block_fp8 import BLOCK, FP8, dequantize_blocks
+from torchtitan.protocols.state_dict_adapter import Piece
+from torchtitan.tools.errors import UserError
+
+INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+SCALE = "_scale_inv"
+MAX_FILE_BYTES = 5 * 10**9  # Hugging Face's own default
+# What a model's folder has beside weights and config: tokenizer, chat template, generation
+# settings, and the Python files that some models bring.
+_ASSETS = (
+    "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.tiktoken "
+    "tiktoken.* generation_config.json chat_template* *.py LICENSE*"
+).split()
+_TYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    FP8: "F8_E4M3",
+}
+
+# ------------------------------------------------------------------ reading
+
+
+class HFFolder:
+    """The tensors of a folder, by name. Raises `UserError` where there is none to be read."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.file_of = self._list_tensors()
+        self._open: tuple[str, Any] | None = None
+
+    def _list_tensors(self) -> dict[str, str]:
+        """Tensor to file."""
+        index = read_json(self.path / INDEX)
+        files = sorted(file.name for file in self.path.glob("*.safetensors"))
+        if index:
+            file_of = index.get("weight_map", {})
+            absent = sorted(set(file_of.values()) - set(files))
+            if absent:
+                raise UserError(
+                    f"{self.path / INDEX} names files that are not there: {', '.join(absent)}; "
+                    "download them (scripts/download_hf_assets.py goes on where it stopped)."
+                )
+            return file_of
+        if not files:
+            raise UserError(
+                f"{self.path} is not a Hugging Face folder: it has no *.safetensors; name the "
+                "folder that holds the model's weights and config.json."
+            )
+        return {name: file for file in files for name in self._handle(file).keys()}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path / CONFIG)
+
+    @property
+    def quantized(self) -> bool:
+        return any(name.endswith(SCALE) for name in self.file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A part of a tensor; block-wise FP8 comes as the fp32 that it stands for."""
+        part = self._slice(name)
+        if len(shape) == 0:
+            return self._handle(self.file_of[name]).get_tensor(name)
+        tensor = part[_box(offset, shape)]
+        if tensor.dtype != FP8:
+            return tensor
+        scale = self._handle(self.file_of[name + SCALE]).get_tensor(name + SCALE)
+        return dequantize_blocks(tensor, scale, offset)
+
+    def close(self) -> None:
+        """Give back the file that was read last; its pages count as this process's memory."""
+        self._open = None
+
+    def _slice(self, name: str) -> Any:
+        return self._handle(self.file_of[name]).get_slice(name)
+
+    def _handle(self, file: str) -> Any:
+        """One file is open at a time: tensors are asked for file by file."""
+        if self._open is None or self._open[0] != file:
+            try:
+                self._open = file, safe_open(self.path / file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"{self.path / file} can't be read ({error}); download it again."
+                ) from None
+        return self._open[1]
+
+
+def _box(offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file. Raises `UserError` for one that is no JSON object."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not an object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as JSON ({error}); download it again.") from None
+    return content
+
+
+# ------------------------------------------------------------------ writing
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: file, first byte, shape and type."""
+
+    file: str
+    begin: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Layout:
+    """places: by tensor. headers: of the files, by name. sizes: whole files in bytes."""
+
+    places: dict[str, Place]
+    headers: dict[str, bytes]
+    sizes: dict[str, int]
+
+    def index(self) -> str:
+        weight_map = {name: place.file for name, place in sorted(self.places.items())}
+        total = sum(self.sizes[file] - len(header) for file, header in self.headers.items())
+        return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+
+
+def plan_layout(
+    pieces: Iterable[Piece],
+    dtype: torch.dtype,
+    *,
+    fp8: bool = False,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Layout:
+    """Files in the order of `pieces`, each filled up to `max_file_bytes` (or one larger tensor).
+
+    dtype: of all tensors but those that are kept in fp32 or, with `fp8`, become FP8 and scales.
+    """
+    files: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
+    filled = 0
+    for piece in pieces:
+        tensors = _tensors_of(piece, dtype, fp8)
+        size = sum(_num_bytes(*tensor) for tensor in tensors.values())
+        if files[-1] and filled + size > max_file_bytes:
+            files.append({})
+            filled = 0
+        files[-1] |= tensors
+        filled += size
+    places, headers, sizes = {}, {}, {}
+    for number, tensors in enumerate(files, start=1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        headers[file], begins, sizes[file] = _header(tensors)
+        places |= {n: Place(file, begins[n], *tensor) for n, tensor in tensors.items()}
+    return Layout(places, headers, sizes)
+
+
+def _tensors_of(
+    piece: Piece, dtype: torch.dtype, fp8: bool
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    if fp8 and piece.fp8:
+        blocks = tuple(-(-size // BLOCK) for size in piece.shape)
+        return {piece.name: (piece.shape, FP8), piece.name + SCALE: (blocks, torch.float32)}
+    return {piece.name: (piece.shape, torch.float32 if piece.fp32 else dtype)}
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _header(
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
+) -> tuple[bytes, dict[str, int], int]:
+    """Header, first byte of each tensor in the file, and the file's size.
+
+    As safetensors itself does: wide types first, so that all are aligned; padded to 8 bytes.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    begins = {}
+    for name in order:
+        shape, dtype = tensors[name]
+        begins[name], end = end, end + _num_bytes(shape, dtype)
+        entries[name] = {
+            "dtype": _TYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begins[name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {n: len(header) + begin for n, begin in begins.items()}, len(header) + end
+
+
+class HFWriter:
+    """Writes parts of tensors into the files of a layout; `create` first, on one process."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder = folder
+        self.layout = layout
+        self._files: dict[str, int] = {}
+
+    def create(self) -> None:
+        """Files with headers, of full size (the rest is a hole until it is written)."""
+        for file, header in self.layout.headers.items():
+            with (self.folder / file).open("wb") as stream:
+                stream.write(header)
+                stream.truncate(self.layout.sizes[file])
+
+    def write(self, name: str, tensor: Tensor, offset: tuple[int, ...] | None = None) -> None:
+        """A part of tensor `name`, from `offset` on (None: all of it), in any type and place."""
+        place = self.layout.places[name]
+        offset = offset or (0,) * len(place.shape)
+        data = tensor.detach().to("cpu", place.dtype).contiguous()
+        row = torch.Size(place.shape[1:]).numel()
+        begin = place.begin + (offset[0] * row if offset else 0) * place.dtype.itemsize
+        if tensor.shape[1:] == place.shape[1:]:  # whole rows lie together
+            self._write_bytes(place.file, begin, data)
+            return
+        assert data.ndim == 2, f"{name} has rows in parts, but more than two dims"
+        for i, part in enumerate(data):
+            at = begin + (i * row + offset[1]) * place.dtype.itemsize
+            self._write_bytes(place.file, at, part)
+
+    def _write_bytes(self, file: str, begin: int, data: Tensor) -> None:
+        if file not in self._files:
+            self._files[file] = os.open(self.folder / file, os.O_WRONLY)
+        view = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+        while view:  # the system writes 2 GiB at most in one go
+            written = os.pwrite(self._files[file], view, begin)
+            view, begin = view[written:], begin + written
+
+    def close(self) -> None:
+        """What was written is on disk afterwards."""
+        for handle in self._files.values():
+            os.fsync(handle)
+            os.close(handle)
+        self._files.clear()
+
+
+def copy_assets(source: str | Path | None, folder: Path) -> None:
+    """Tokenizer files and the like from a folder (or the folder of a file), those that exist."""
+    if source is None or not Path(source).exists():
+        return
+    source = Path(source) if Path(source).is_dir() else Path(source).parent
+    for pattern in _ASSETS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def write_config(
+    ours: dict[str, Any],
+    folder: Path,
+    *,
+    assets_path: str | Path | None,
+    dtype: torch.dtype,
+    fp8: bool,
+) -> None:
+    """`config.json`: what the assets' one says beside the model (ids of special tokens, …), and
+    the model as it is."""
+    config = read_json(Path(assets_path) / CONFIG) if assets_path else {}
+    for outdated in ("quantization_config", "dtype", "rope_parameters", "rope_interleave"):
+        config.pop(outdated, None)
+    config |= ours | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    if fp8:
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+        }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""When other ranks are gone or hang: who, and in which collective, in one sentence.
+
+A dead peer closes its connections, so the next collective with it fails at once; one that hangs is
+noticed after comm.train_timeout_seconds. gloo and NCCL name neither. The collective stands in the
+traceback; and the ranks that noticed sign a list in the store where they once met, so whoever does
+not sign is the one.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import time
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+
+_OF_COMMUNICATION = re.compile(r"gloo|NCCL|by peer|Timed out waiting|Broken pipe", re.IGNORECASE)
+_HANGS = re.compile(r"time[d ]*out", re.IGNORECASE)
+# Dead peers are noticed by all within moments, hanging ones a little apart.
+_SIGNING_SECONDS = {"has gone": 2.0, "does not answer": 8.0}
+
+
+def explain_lost_peer(error: BaseException, step: int) -> str | None:
+    """A sentence for the end of this rank; None where the error is not one of communication."""
+    is_ours = isinstance(error, dist.DistError) or _OF_COMMUNICATION.search(str(error))
+    if not is_ours or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    # The launcher may want to end us already: a moment, for the last words.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    fate = "does not answer" if _HANGS.search(str(error)) else "has gone"
+    missing = _who_does_not_sign(_SIGNING_SECONDS[fate])
+    if missing is None or not missing:
+        who = f"another rank {fate}"
+    else:
+        who = f"rank {', '.join(map(str, missing))} {fate}"
+    recorder = ""
+    if dist.get_backend() == "nccl":
+        recorder = "; what each rank did last is in the files of comm.save_traces_folder"
+    # Without the place in gloo's sources, and without its guesses.
+    reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).split(". ")[0].splitlines()[0][:200]
+    return f"step {step}: {who} ({_collective(error)}: {reason}){recorder}."
+
+
+def _who_does_not_sign(seconds: float) -> list[int] | None:
+    """Ranks that have not noticed the failure, None where the store itself has gone."""
+    me, others = dist.get_rank(), set(range(dist.get_world_size()))
+    deadline = time.monotonic() + seconds
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"noticed/{me}", "")
+        _hang_up()
+        others.discard(me)
+        while others and time.monotonic() < deadline:
+            others = {rank for rank in others if not store.check([f"noticed/{rank}"])}
+            time.sleep(0.05)
+    except (dist.DistError, RuntimeError):
+        return None
+    return sorted(others)
+
+
+def _hang_up() -> None:
+    """Close our connections to other ranks, all but the store's: those that wait for us and not for
+    the lost one notice then too, and sign. (gloo's groups have no way to be aborted, torch 2.13.)
+    """
+    store_port = int(os.environ.get("MASTER_PORT", 0))
+    for entry in Path("/proc/self/fd").glob("*"):
+        # What is no connection, or gone meanwhile, raises OSError.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(entry.name))) as end:
+            if end.family in (socket.AF_INET, socket.AF_INET6):
+                ports = {end.getsockname()[1], end.getpeername()[1]}
+                if store_port not in ports:
+                    end.shutdown(socket.SHUT_RDWR)
+
+
+def _collective(error: BaseException) -> str:
+    """ "all_gather in gather_from_ranks": torch's innermost public function, and ours around it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    torchs = [f.name for f in frames if "torch/distributed" in Path(f.filename).as_posix()]
+    public = [name for name in torchs if not name.startswith("_") and name != "wrapper"]
+    ours = [f.name for f in frames if "torchtitan" in Path(f.filename).as_posix()]
+    called = public[-1] if public else "communication of the backward pass"
+    return f"{called} in {ours[-1]}" if ours else called

@@ -1,0 +1,43 @@
+"""How many tokens meet other experts once a router's weights are written in less precision."""
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
+from torchtitan.models.moe.moe import TokenChoiceTopKRouter
+
+_TOKENS = 2048  # resolves shares of 0.05 %
+
+
+# Weight (E, D) of the gate, and bias (E,) or None.
+Router = tuple[Tensor, Tensor | None]
+
+
+@torch.no_grad()
+def routing_change(
+    args: DeepSeekV3ModelArgs, before: Router, after: Router, norm_D: Tensor
+) -> float:
+    """Share of tokens whose set of top-k experts differs between two versions of a router.
+
+    An estimate that needs no data: a token here is a Gaussian vector under the layer's RMSNorm
+    (weight `norm_D`), always the same ones.
+    """
+    moe = args.moe_args
+    with torch.device("meta"):
+        router = TokenChoiceTopKRouter(
+            dim=args.dim,
+            num_experts=moe.num_experts,
+            num_expert_groups=moe.num_expert_groups,
+            num_limited_groups=moe.num_limited_groups,
+            top_k=moe.top_k,
+            score_func=moe.score_func,
+            group_score_func=moe.group_score_func,
+        )
+    x_TD = torch.randn(_TOKENS, args.dim, generator=torch.Generator().manual_seed(0))
+    x_TD = nn.functional.rms_norm(x_TD, (args.dim,)).to(norm_D.device) * norm_D.float()
+    chosen = []
+    for gate, bias in (before, after):
+        router.gate.weight = nn.Parameter(gate.float(), requires_grad=False)
+        _, ids_TK, _ = router(x_TD, bias)
+        chosen.append(ids_TK.sort(dim=-1).values)
+    return (chosen[0] != chosen[1]).any(dim=-1).float().mean().item()
