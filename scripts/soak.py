@@ -73,8 +73,10 @@ def ranks_of(launcher: int) -> list[int]:
 def kill_some(run: subprocess.Popen, chooser: random.Random) -> str:
     """SIGKILL to one rank, to all, or to all and the launcher."""
     ranks, kind = ranks_of(run.pid), chooser.choice(["one rank", "all ranks", "everything"])
+    if not ranks:  # still starting
+        kind = "everything"
     if kind == "one rank":
-        ranks = [chooser.choice(ranks)] if ranks else []
+        ranks = [chooser.choice(ranks)]
     if kind == "everything":
         run.kill()
     for pid in ranks:

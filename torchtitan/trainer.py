@@ -25,6 +25,7 @@ from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.cuda_graph import GraphedPass
 from torchtitan.components.dataloader import ParallelAwareDataLoader
 from torchtitan.components.fused_adam import FusedAdam
+from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
 from torchtitan.components.loss_watch import LossWatch, Verdict
 from torchtitan.components.lr_scheduler import build_lr_scheduler
@@ -32,6 +33,7 @@ from torchtitan.components.metrics import MetricsLogger, device_name
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.traffic import traffic_line, traffic_numbers
+from torchtitan.components.validate import Validator
 from torchtitan.components.working_weights import WorkingWeights
 from torchtitan.config import (
     JobConfig,
@@ -54,6 +56,10 @@ from torchtitan.distributed.utils import (
     sum_over_ranks,
 )
 from torchtitan.hf_datasets import build_text_dataloader, check_dataset
+from torchtitan.hf_datasets.validation_data import (
+    build_validation_dataloader,
+    check_validation_data,
+)
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
@@ -100,6 +106,8 @@ def check_config(config: JobConfig) -> Checked:
     model_args.check_tokenizer(tokenizer.eos_id)
     model_args.check_expert_parallel(config.parallelism.expert_parallel_degree)
     check_dataset(config.training.dataset, config.training.dataset_path)
+    check_hf(config, spec, model_args)
+    check_validation_data(config.validation, model_args.max_seq_len)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
 
@@ -357,6 +365,13 @@ class Trainer:
             progress=self,
         )
         self.checkpoint.load(self.run_state, start)
+        self.validator = self._build_validator() if config.validation.enable else None
+
+    def _build_validator(self) -> Validator:
+        settings = self.config.validation
+        ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
+        loader = build_validation_dataloader(settings, self.tokenizer, **ranks)
+        return Validator(settings, loader, self.loss_sum, device=self.device)
 
     def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
         training = self.config.training
@@ -393,8 +408,9 @@ class Trainer:
                 result = self.train_step(batches, interval)
                 interval.step_seconds.append(time.perf_counter() - start)
                 stopping = result.stop
-                if self.metrics.should_log(self.step) or stopping:
-                    self._log(result, interval)
+                validation = self._validate()
+                if self.metrics.should_log(self.step) or validation or stopping:
+                    self._log(result, interval, validation)
                     interval = Interval()
                 rewound = result.verdict == "rewind"
                 if rewound:
@@ -442,6 +458,11 @@ class Trainer:
         tokens, labels, masks = self._to_device(batch)
         return self._pass(tokens, labels, valid_tokens, masks)
 
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Over this rank's valid labels of a batch, and how many these are."""
+        tokens, labels, masks = self._to_device(batch)
+        return self._loss_sum(tokens, labels, masks), (labels != IGNORE_INDEX).sum()
+
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Any]:
         """Tokens, labels, attention masks."""
         inputs, labels = batch
@@ -472,16 +493,19 @@ class Trainer:
     def _pass(
         self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor, masks: Any = None
     ) -> Tensor:
+        loss = self._loss_sum(tokens, labels, masks) / valid_tokens
+        loss.backward()
+        return loss.detach()
+
+    def _loss_sum(self, tokens: Tensor, labels: Tensor, masks: Any) -> Tensor:
         out = self.model(
             tokens,
             attention_masks=masks,
             token_mask=labels != IGNORE_INDEX,
             labels=labels if self.model_has_loss else None,
         )
-        loss = (out if self.model_has_loss else self.loss_fn(out, labels)) / valid_tokens
-        del out  # frees the largest activation as soon as its gradient is there
-        loss.backward()
-        return loss.detach()
+        # The logits, the largest activation, are freed as soon as their gradient is there.
+        return out if self.model_has_loss else self.loss_fn(out, labels)
 
     def close(self) -> None:
         """Release files and process groups; safe to call twice."""
@@ -566,7 +590,16 @@ class Trainer:
         )
         return traffic_numbers(result.traffic, row)
 
-    def _log(self, result: StepResult, interval: Interval) -> None:
+    def _validate(self) -> dict[str, float]:
+        """The validation's numbers where it is due after this step, else none."""
+        validator = self.validator
+        if validator is None or not validator.is_due(self.step, self.config.training.steps):
+            return {}
+        numbers = validator.run(self.model, self.step)
+        self.metrics.log_texts(validator.samples(self.model, self.tokenizer, self.step), self.step)
+        return numbers
+
+    def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> None:
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
         traffic = self._traffic_of(result)
         self.metrics.log(
@@ -585,6 +618,7 @@ class Trainer:
                 "rewinds": self.watch.rewinds,
                 "skipped_documents": sum_over_ranks(skipped).item(),
                 **traffic,
+                **validation,
             },
         )
         if self.config.metrics.log_traffic and traffic:

@@ -1,6 +1,6 @@
 """A Hugging Face folder (FP8 ones too) → a checkpoint that runs take as initial_load_path.
 
-    python scripts/checkpoint_conversion/convert_from_hf.py assets/hf/DeepSeek-V3 outputs/deepseek-v3
+    python scripts/checkpoint_conversion/convert_from_hf.py assets/hf/DeepSeek-V3 outputs/v3
 
 Needs memory for about one of the folder's files. Interrupted (Ctrl-C), it goes on when called
 again. A run can also load the folder as it is: checkpoint.initial_load_in_hf.

@@ -22,7 +22,8 @@ V02_TOML = REPO / "tests/unit_tests/config/v02/debug_model.toml"
 
 # The script's own settings, and what it is to find out itself.
 NOT_INHERITED = (
-    "NGPU CONFIG_FILE LOG_RANK COMM_MODE PYTHONPATH RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
+    "NGPU CONFIG_FILE LOG_RANK MAX_RESTARTS COMM_MODE PYTHONPATH "
+    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
 ).split()
 
 # What the `python` that the script finds does after it has noted its call: work, or nothing but
@@ -191,7 +192,14 @@ def test_a_crash_is_reported_by_torchrun(tmp_path):
 
 @pytest.mark.parametrize(
     "variable, value",
-    [("NGPU", "0"), ("NGPU", "abc"), ("NGPU", "-1"), ("LOG_RANK", "one"), ("COMM_MODE", "fake")],
+    [
+        ("NGPU", "0"),
+        ("NGPU", "abc"),
+        ("NGPU", "-1"),
+        ("LOG_RANK", "one"),
+        ("MAX_RESTARTS", "-1"),
+        ("COMM_MODE", "fake"),
+    ],
 )
 def test_a_wrong_variable_is_one_sentence_and_nothing_is_started(run_train, variable, value):
     done = run_train(**{variable: value})

@@ -7,7 +7,7 @@ one of them finds something wrong, all of them raise the same `UserError`.
 """
 
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from torchtitan.components.checkpoint_files import steps_with_folder
 from torchtitan.components.hf_files import (
     CONFIG,
     INDEX,
@@ -30,11 +31,35 @@ from torchtitan.components.hf_files import (
     plan_layout,
     write_config,
 )
+from torchtitan.config import JobConfig
+from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
+from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 Offset = tuple[int, ...]
+
+
+def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> None:
+    """What can be known before a run of the folders that it reads and writes (`UserError`)."""
+    settings = config.checkpoint
+    keys = [key for key in ("initial_load_in_hf", "last_save_in_hf") if getattr(settings, key)]
+    if not (settings.enable and keys):
+        return
+    if spec.state_dict_adapter is None:
+        raise UserError(
+            f"checkpoint.{keys[0]} = true, but model.name '{config.model.name}' has no form for "
+            "Hugging Face; set it to false."
+        )
+    adapter = spec.state_dict_adapter(model_args, config.model.hf_assets_path)
+    if settings.last_save_in_hf:
+        adapter.check_export()
+    own = Path(config.job.dump_folder, settings.folder)
+    if settings.initial_load_in_hf and not steps_with_folder(own):
+        folder = HFFolder(settings.initial_load_path)
+        check_folder(folder, adapter, quantized=settings.initial_load_in_hf_quantized)
+
 
 # ------------------------------------------------------------------ loading
 
@@ -58,6 +83,7 @@ def load_hf(
     with _all_or_none(group):
         folder = HFFolder(path)
         check_folder(folder, adapter, quantized=quantized)
+        say_what_differs(folder, adapter)
     by_file = defaultdict(list)
     for piece in adapter.pieces():
         if piece.ours in state:
@@ -74,7 +100,7 @@ def load_hf(
 
 
 def check_folder(folder: HFFolder, adapter: StateDictAdapter, *, quantized: bool) -> None:
-    """Raise `UserError` unless it has exactly the model's tensors; log what is left out."""
+    """Raise `UserError` unless it has exactly the model's tensors, and those of no use here."""
     if quantized != folder.quantized:
         have, way_out = ("has", "true") if folder.quantized else ("has no", "false")
         raise UserError(
@@ -83,25 +109,21 @@ def check_folder(folder: HFFolder, adapter: StateDictAdapter, *, quantized: bool
         )
     wanted = {piece.name for piece in adapter.pieces()}
     scales = {name for name in folder.file_of if name.endswith(SCALE)}
-    missing = sorted(wanted - folder.file_of.keys())
-    missing += sorted(s for s in scales if s.removesuffix(SCALE) not in folder.file_of)
-    reasons: dict[str, int] = {}
-    surplus = []
-    for name in folder.file_of.keys() - wanted - scales:
-        reason = adapter.left_out(name)
-        if reason is None:
-            surplus.append(name)
-        else:
-            reasons[reason] = reasons.get(reason, 0) + 1
-    _refuse(folder, {"lacks": missing, "has beside it": sorted(surplus)})
-    _say_differences(folder, adapter)
-    for reason, count in sorted(reasons.items()):
+    missing = wanted - folder.file_of.keys()
+    missing |= {s for s in scales if s.removesuffix(SCALE) not in folder.file_of}
+    surplus = folder.file_of.keys() - wanted - scales
+    surplus = {name for name in surplus if adapter.left_out(name) is None}
+    _refuse(folder, {"lacks": sorted(missing), "has beside it": sorted(surplus)})
+
+
+def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
+    """Log what is left out, and what config.json says otherwise than the run's arguments and no
+    shape would show."""
+    wanted = {piece.name for piece in adapter.pieces()}
+    reasons = [adapter.left_out(name) for name in folder.file_of if name not in wanted]
+    for reason, count in Counter(filter(None, reasons)).items():
         logger.info("%s: %d tensors left out (%s)", folder.path, count, reason)
-
-
-def _say_differences(folder: HFFolder, adapter: StateDictAdapter) -> None:
-    """What config.json says otherwise than the run's arguments, and no shape would show."""
-    if not folder.config or _rank() != 0:
+    if not folder.config:
         return
     theirs = type(adapter)(adapter.args_of(folder.config)).hf_config()
     free = ("max_position_embeddings", "initializer_range")
@@ -223,7 +245,6 @@ def save_hf(
             copy_assets(assets_path, tmp)
             write_config(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=False)
             replace_folder(tmp, path)
-    logger.info("Saved %s: Hugging Face format, %s", path, str(dtype).removeprefix("torch."))
 
 
 def _writes(tensor: Tensor) -> bool:

@@ -51,6 +51,7 @@ from torchtitan.components.hf_checkpoint import (
     read_rows,
     replace_folder,
     routing_changes,
+    say_what_differs,
 )
 from torchtitan.components.hf_files import (
     INDEX,
@@ -77,36 +78,37 @@ class Journal:
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         """key: what the conversion depends on. An unfit `folder` is emptied."""
         self.path = folder / "journal.jsonl"
-        self.done: dict[str, Any] = {}
         text = json.dumps(key, sort_keys=True, default=str)
         key_hash = hashlib.sha256(text.encode()).hexdigest()
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        for line in lines:
-            with contextlib.suppress(ValueError):  # the last line may be torn
-                unit, info = json.loads(line)
-                self.done[unit] = info
+        self.done = self._read()
         self.continues = self.done.pop("key", None) == key_hash
         if not self.continues:
             self.done = {}
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        self._file = self.path.open("a")
-        if not self.continues:
-            self.add("key", key_hash)
-            del self.done["key"]
-        elif lines and not self.path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")
+            self._write("key", key_hash)
 
     def add(self, unit: str, info: Any = None) -> None:
         """What it stands for must be on disk already."""
         self.done[unit] = info
-        self._file.write(json.dumps([unit, info]) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._write(unit, info)
 
     def remove(self) -> None:
-        self._file.close()
         self.path.unlink()
+
+    def _read(self) -> dict[str, Any]:
+        done = {}
+        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+            with contextlib.suppress(ValueError):  # torn by a power cut
+                unit, info = json.loads(line)
+                done[unit] = info
+        return done
+
+    def _write(self, unit: str, info: Any) -> None:
+        with self.path.open("a") as file:
+            file.write("\n" + json.dumps([unit, info]))  # behind a torn line, too
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _work_folder(target: Path) -> Path:
@@ -137,6 +139,7 @@ def hf_to_checkpoint(
     Raises `UserError` that lists missing, surplus and misshapen tensors by name.
     """
     check_folder(source, adapter, quantized=source.quantized)
+    say_what_differs(source, adapter)
     by_file: dict[str, list[Piece]] = defaultdict(list)
     for piece in adapter.pieces():
         by_file[source.file_of[piece.name]].append(piece)
@@ -306,6 +309,7 @@ def checkpoint_to_hf(
     manifest = (checkpoint / MANIFEST).read_text()
     journal = Journal(tmp, {"from": manifest, "layout": layout.index(), "dtype": str(dtype)})
     if not journal.continues and (problem := damage(checkpoint)):
+        shutil.rmtree(tmp)
         raise UserError(f"checkpoint {checkpoint} is damaged: {problem}; take another one.")
     writer = HFWriter(tmp, layout)
     if not journal.continues:

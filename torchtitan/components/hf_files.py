@@ -29,7 +29,7 @@ SCALE = "_scale_inv"
 MAX_FILE_BYTES = 5 * 10**9  # Hugging Face's own default
 # What a model's folder has beside weights and config: tokenizer, chat template, generation
 # settings, and the Python files that some models bring.
-_ASSETS = (
+ASSETS = (
     "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.tiktoken "
     "tiktoken.* generation_config.json chat_template* *.py LICENSE*"
 ).split()
@@ -48,8 +48,8 @@ class HFFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.file_of = self._list_tensors()
         self._open: tuple[str, Any] | None = None
+        self.file_of = self._list_tensors()
 
     def _list_tensors(self) -> dict[str, str]:
         """Tensor to file."""
@@ -274,7 +274,7 @@ def copy_assets(source: str | Path | None, folder: Path) -> None:
     if source is None or not Path(source).exists():
         return
     source = Path(source) if Path(source).is_dir() else Path(source).parent
-    for pattern in _ASSETS:
+    for pattern in ASSETS:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)

@@ -141,6 +141,11 @@ class MetricsLogger:
         if self.rank == 0:
             logger.info(console_line(record, self.total_steps, colour=self.colour))
 
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """What the model writes behind each of some beginnings, into TensorBoard."""
+        if self.tensorboard is not None:
+            self.tensorboard.write_texts(texts, step)
+
     def _throughput(
         self, tokens: int, step_seconds: Sequence[float], data_seconds: float
     ) -> dict[str, float]:

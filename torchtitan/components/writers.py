@@ -108,6 +108,11 @@ class TensorBoardWriter:
             self.writer.add_image("expert_load", heatmap, step, dataformats="HWC")
         self.writer.flush()
 
+    def write_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Beginnings and what follows them; bold is the beginning (TensorBoard shows Markdown)."""
+        for number, (beginning, text) in enumerate(texts.items(), start=1):
+            self.writer.add_text(f"samples/{number}", f"**{beginning}**{text}", step)
+
     def close(self) -> None:
         self.writer.close()
 

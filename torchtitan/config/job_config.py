@@ -393,6 +393,12 @@ class Validation:
     """Training steps from one validation to the next."""
     steps: int = -1
     """Batches per validation and rank; -1: the whole dataset."""
+    dataset_text_key: str = "text"
+    """Field of jsonl and parquet records that holds the text (ours)."""
+    sample_prompts: list[str] = _listing()
+    """Beginnings that the model goes on with at each validation, for TensorBoard and log (ours)."""
+    sample_tokens: int = 64
+    """Tokens that it writes behind each of them (ours)."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_ranges(config)
     _check_choices(config)
     _check_profiling(config, device_type)
+    _check_validation(config)
     check_checkpoint(config, world_size)
     degrees = resolve_degrees(config.parallelism, world_size)
     resolve_global_batch_size(config, degrees.dp_replicate * degrees.dp_shard)
@@ -60,7 +61,6 @@ _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
     ("model.converters", ([],), "converting the model (FP8)"),
     ("metrics.enable_wandb", (False,), "Weights & Biases"),
     ("training.enable_cpu_offload", (False,), "CPU offload"),
-    ("validation.enable", (False,), "validation"),
     ("comm.mode", ("default", "fake_backend"), "the local-tensor mode"),
 ]
 
@@ -179,6 +179,39 @@ def _check_profiling(config: JobConfig, device_type: str) -> None:
             f"profiler_warmup ({profiling.profiler_warmup}) + profiler_active "
             f"({profiling.profiler_active}); set it to {covered} or more."
         )
+
+
+def _check_validation(config: JobConfig) -> None:
+    validation = config.validation
+    if not validation.enable:
+        return
+    for name in ("local_batch_size", "seq_len", "freq", "sample_tokens"):
+        if getattr(validation, name) < 1:
+            raise UserError(f"validation.{name} = {getattr(validation, name)} must be 1 or more.")
+    if validation.steps != -1 and validation.steps < 1:
+        raise UserError(
+            f"validation.steps = {validation.steps} must be 1 or more, or -1 for the whole dataset."
+        )
+    if "" in validation.sample_prompts:
+        raise UserError(
+            "validation.sample_prompts holds an empty text; write one, or leave it out."
+        )
+    for axis in ("tensor", "context", "pipeline"):
+        key = f"parallelism.{axis}_parallel_degree"
+        degree = _get(config, key)
+        if degree == 1:
+            continue
+        if validation.sample_prompts:
+            raise UserError(
+                f"validation.sample_prompts is set, but text is written token by token, which "
+                f"{key} = {degree} can't split; leave it out, and read what scripts/generate.py "
+                "writes from a checkpoint."
+            )
+        if validation.seq_len != config.training.seq_len:
+            raise UserError(
+                f"validation.seq_len = {validation.seq_len} must equal training.seq_len "
+                f"({config.training.seq_len}) with {key} = {degree}."
+            )
 
 
 # ---------------------------------------------------------------------------------------------

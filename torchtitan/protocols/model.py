@@ -1,6 +1,7 @@
 """What the trainer may rely on in a model and in its arguments."""
 
 import dataclasses
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import (
     Any,
@@ -132,6 +133,13 @@ class BaseModel(nn.Module):
     def moe_layers(self) -> dict[int, nn.Module]:
         """The `MoE` module of every layer that has one, by layer number."""
         raise NotImplementedError
+
+    def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
+        """Inside, `forward` takes only new tokens and remembers the earlier ones of each sequence,
+        up to `length`; attention_masks is then bool (B, 1, S, earlier + S), True = may be seen.
+        Raises `UserError` where the model can't.
+        """
+        raise UserError(f"{type(self).__name__} can't generate text yet; use transformers or vLLM.")
 
     def get_attention_masks(
         self, tokens_BS: Tensor, eos_id: int | None, device: torch.device | None = None

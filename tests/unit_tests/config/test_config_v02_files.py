@@ -35,6 +35,9 @@ OURS = {
     "training.loss_spike_factor",
     "metrics.log_traffic",
     "compile.cuda_graph",
+    "validation.dataset_text_key",
+    "validation.sample_prompts",
+    "validation.sample_tokens",
     "parallelism.expert_parallel_dispatch",
     "parallelism.expert_parallel_node_size",
 }

@@ -6,11 +6,14 @@ tensors live is decided in parallelize.py.
 Letters: B batch, S sequence, D model dim, H heads, C channels.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
+from torchtitan.models.deepseek_v3.latent_cache import latent_caches
 from torchtitan.models.moe import FeedForward, MoE
 from torchtitan.models.moe.balancing import Load, record_load
 from torchtitan.ops.attention import AttentionMask, attention, document_mask
@@ -69,11 +72,11 @@ class Attention(nn.Module):
         q = self.wq_b(self.q_norm(q)) if self.compress_q else q
         q_BSHC = q.unflatten(-1, (self.n_heads, -1))
         latent, k_rope = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        kv_BSHC = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (self.n_heads, -1))
+        latent = self.kv_norm(latent)
         if self._can_fuse(q_BSHC, mask):
             out_BSHC = mla_attention(
                 q_BSHC,
-                kv_BSHC,
+                self.wkv_b(latent).unflatten(-1, (self.n_heads, -1)),
                 k_rope,
                 rope,
                 v_channels=self.v_head_dim,
@@ -85,13 +88,23 @@ class Attention(nn.Module):
 
         q_nope, q_rope = q_BSHC.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_BSHC = torch.cat((q_nope, apply_rope(q_rope, rope, positions_BS)), dim=-1)
-
         k_rope = apply_rope(k_rope.unsqueeze(2), rope, positions_BS)
-        k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k_BSHC = torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), dim=-1)
-
-        out_BSHC = attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
+        out_BSHC = self.attend(q_BSHC, latent, k_rope, mask)
         return self.wo(out_BSHC.flatten(-2))
+
+    def attend(
+        self, q_BSHC: Tensor, latent_BSC: Tensor, k_rope_BS1C: Tensor, mask: AttentionMask
+    ) -> Tensor:
+        """Attention on keys and values still compressed (latent_cache.py steps in here)."""
+        k_BSHC, v_BSHC = self.expand(latent_BSC, k_rope_BS1C)
+        return attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
+
+    def expand(self, latent_BSC: Tensor, k_rope_BS1C: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every head."""
+        kv_BSHC = self.wkv_b(latent_BSC).unflatten(-1, (self.n_heads, -1))
+        k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_BSHC = torch.cat((k_nope, k_rope_BS1C.expand(-1, -1, self.n_heads, -1)), dim=-1)
+        return k_BSHC, v_BSHC
 
     def _can_fuse(self, q_BSHC: Tensor, mask: AttentionMask) -> bool:
         """Whether one operator does for the lines between the projections: on the GPU of a single
@@ -205,6 +218,11 @@ class DeepSeekV3Model(BaseModel):
             return None
         self.model_args.check_tokenizer(eos_id)
         return document_mask(tokens_BS, eos_id, device)
+
+    def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
+        return latent_caches(
+            [layer.attention for layer in self.layers.values()], batch_size, length
+        )
 
     def moe_layers(self) -> dict[int, nn.Module]:
         return {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}

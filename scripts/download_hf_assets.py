@@ -1,0 +1,86 @@
+"""Tokenizer, config and (with --weights) weights of a model from the Hugging Face hub.
+
+    python scripts/download_hf_assets.py deepseek-ai/DeepSeek-V2-Lite [--weights]
+
+Into assets/hf/<model>. Shows its progress; called again, it goes on where it stopped and fetches
+nothing twice. A private or gated model needs a token: `hf auth login`, or HF_TOKEN.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from torchtitan.components.hf_files import ASSETS, CONFIG, INDEX
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import init_logger, logger
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("repo_id", help="such as deepseek-ai/DeepSeek-V3")
+    parser.add_argument("--weights", action="store_true", help="the safetensors files too")
+    parser.add_argument("--revision", help="branch, tag or commit (default: main)")
+    parser.add_argument("--folder", type=Path, default=Path("assets/hf"), help="parent folder")
+    return parser.parse_args(argv)
+
+
+def download(args: argparse.Namespace) -> Path:
+    """Raises `UserError` where the hub can't be reached or has no such model."""
+    patterns = [*ASSETS, CONFIG, *([INDEX, "*.safetensors"] if args.weights else [])]
+    target = args.folder / args.repo_id.rpartition("/")[2]
+    try:
+        snapshot_download(
+            args.repo_id, revision=args.revision, allow_patterns=patterns, local_dir=target
+        )
+    except HFValidationError:
+        raise UserError(
+            f"'{args.repo_id}' is not the name of a model; write it as on the hub: owner/name."
+        ) from None
+    except GatedRepoError:
+        raise UserError(
+            f"{args.repo_id} is gated: accept its terms on huggingface.co, then log in with "
+            "`hf auth login`."
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"{args.repo_id} has no revision '{args.revision}'; leave it out."
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"the hub has no model {args.repo_id} (or it is private: log in with `hf auth login`); "
+            "correct the name."
+        ) from None
+    except OSError as error:  # what all its errors of the network are, and those of the disk
+        reason = str(error).strip().partition("\n")[0][:120]
+        raise UserError(
+            f"{args.repo_id} could not be fetched ({reason}); check the network (and the disk), or "
+            f"copy the model's files to {target} by hand."
+        ) from None
+    return target
+
+
+def main(argv: list[str] | None = None) -> int:
+    init_logger()
+    args = parse(argv)
+    try:
+        target = download(args)
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+    except KeyboardInterrupt:
+        logger.info("Interrupted; the same command goes on from here")
+        return 130
+    logger.info("%s is in %s: set model.hf_assets_path to it", args.repo_id, target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Text from a checkpoint or a Hugging Face folder.
+
+    python scripts/generate.py outputs/checkpoint/step-1000 --prompt "Once upon" --prompt "2 + 2 ="
+    torchrun --nproc-per-node 8 scripts/generate.py assets/hf/DeepSeek-V3 --prompt "Once upon"
+
+Under torchrun the weights are spread over the ranks: experts whole, the rest by FSDP.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from torchtitan.components.checkpoint_files import META, is_complete, read_json
+from torchtitan.components.checkpoint_storage import CheckpointReader
+from torchtitan.components.generation import Sampling, generate
+from torchtitan.components.hf_checkpoint import load_hf
+from torchtitan.components.hf_files import HFFolder
+from torchtitan.components.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.distributed.utils import init_distributed
+from torchtitan.protocols.model import BaseModel, BaseModelArgs, override_fields
+from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.utils import device_type, local_device
+from torchtitan.trainer import build_model, build_parallel_dims
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="a step-N folder, or a Hugging Face folder")
+    parser.add_argument("--prompt", action="append", required=True, help="again for several")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    parser.add_argument("--top_p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bf16 on GPUs")
+    parser.add_argument("--model", default="deepseek_v3", help="family of a Hugging Face folder")
+    parser.add_argument("--tokenizer", help="folder or file (default: what the source came with)")
+    return parser.parse_args(argv)
+
+
+def find_model(source: Path, family: str) -> tuple[TrainSpec, BaseModelArgs]:
+    """What the source's own description says."""
+    if is_complete(source):
+        model = read_json(source, META)["model"]
+        spec = get_train_spec(model["name"])
+        template = next(iter(spec.model_args.values()))
+        return spec, override_fields(template, model["all_args"], "model.args")
+    spec = get_train_spec(family)
+    config = HFFolder(source).config
+    if not config:
+        raise UserError(f"{source} has no config.json, which describes the model; add it.")
+    return spec, spec.state_dict_adapter.args_of(config)
+
+
+def find_tokenizer(source: Path, named: str | None) -> Tokenizer:
+    """As named, else a Hugging Face folder's own, else that of the run which left the checkpoint
+    (its config.json stands above the folder of checkpoints), else the shipped one."""
+    if named is None and is_complete(source):
+        settings = source.absolute().parent.parent / "config.json"
+        if settings.is_file():
+            named = json.loads(settings.read_text())["model"]["hf_assets_path"]
+        else:
+            named = DEFAULT_PATH
+    return load_tokenizer(named or str(source))
+
+
+def make_config(args: argparse.Namespace, model_args: BaseModelArgs) -> JobConfig:
+    """Of a job that only computes forward, its experts spread as far as they go."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    dtype = args.dtype or ("bfloat16" if device_type() == "cuda" else "float32")
+    moe_args = getattr(model_args, "moe_args", None)
+    degree = math.gcd(moe_args.num_experts, world_size) if moe_args else 1
+    options = {
+        "training.dtype": dtype,
+        "training.mixed_precision_param": dtype,
+        "activation_checkpoint.mode": "none",
+        "parallelism.expert_parallel_degree": degree,
+    }
+    return ConfigManager().parse_args([f"--{key}={value}" for key, value in options.items()])
+
+
+def load_weights(model: BaseModel, spec: TrainSpec, source: Path) -> None:
+    if is_complete(source):
+        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        try:
+            dcp.load(state, storage_reader=CheckpointReader(source))
+        except CheckpointException as error:
+            raise UserError(f"checkpoint {source} could not be loaded: {error}.") from None
+        own = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        model.load_state_dict(own)
+    else:
+        adapter = spec.state_dict_adapter(model.model_args, str(source))
+        load_hf(model, adapter, source, quantized=HFFolder(source).quantized)
+
+
+def run(args: argparse.Namespace) -> None:
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    spec, model_args = find_model(args.source, args.model)
+    tokenizer = find_tokenizer(args.source, args.tokenizer)
+    begin = tokenizer.bos_id is not None
+    prompts = [tokenizer.encode(prompt, add_bos=begin) for prompt in args.prompt]
+    if max(map(max, filter(None, prompts)), default=0) >= model_args.vocab_size:
+        raise UserError(
+            f"the tokenizer has more entries than the model's {model_args.vocab_size}; name the "
+            "model's own with --tokenizer."
+        )
+    config, device = make_config(args, model_args), local_device()
+    leave = init_distributed(config.comm, device, config.job.dump_folder)
+    try:
+        model = build_model(spec, model_args, build_parallel_dims(config), config, device)
+        load_weights(model, spec, args.source)
+        texts = generate(model, prompts, sampling, eos_id=tokenizer.eos_id, device=device)
+        if dist.get_rank() == 0:
+            for prompt, text in zip(args.prompt, texts, strict=True):
+                print(f"{prompt}{tokenizer.decode(text)}\n")
+    finally:
+        leave()
+
+
+def main(argv: list[str] | None = None) -> int:
+    init_logger()
+    args = parse(argv)
+    try:
+        run(args)
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""From a run to Hugging Face, through every script, into runs and texts again."""
+
+import contextlib
+import importlib.util
+import io
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.tiny_run import losses, tiny
+from torchtitan.components.hf_checkpoint import say_what_differs
+from torchtitan.components.hf_files import HFFolder
+from torchtitan.models.deepseek_v3 import DeepSeekV3StateDictAdapter
+from torchtitan.train import main
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+PROMPTS = ["--prompt", "The hacker", "--prompt", "A long prompt about words and their meaning"]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(name).stem, SCRIPTS / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run's outputs: checkpoint/step-1, whole, and checkpoint/step-2-hf."""
+    folder = tmp_path_factory.mktemp("run")
+    options = {
+        "training__steps": 2,
+        "checkpoint__enable": "true",
+        "checkpoint__interval": 1,
+        "checkpoint__last_save_in_hf": "true",
+    }
+    assert main(tiny(folder, **options)) == 0
+    return folder
+
+
+def continued(folder: Path, source: Path, **changes) -> list[float]:
+    options = {
+        "checkpoint__enable": "true",
+        "checkpoint__load_only": "true",
+        "checkpoint__initial_load_path": source,
+        "training__steps": 2,
+    }
+    assert main(tiny(folder, **(options | changes))) == 0
+    return losses(folder)
+
+
+def test_a_run_begins_alike_from_the_folder_and_from_its_conversion(run, tmp_path):
+    hf = run / "checkpoint/step-2-hf"
+    convert = script("checkpoint_conversion/convert_from_hf.py")
+    assert convert.main([str(hf), str(tmp_path / "ours")]) == 0
+    from_hf = continued(tmp_path / "a", hf, checkpoint__initial_load_in_hf="true")
+    assert continued(tmp_path / "b", tmp_path / "ours") == from_hf
+    assert from_hf[0] < losses(run)[0] - 0.1  # it has learned there
+
+
+def test_export_in_the_run_and_afterwards_are_the_same_files(run, tmp_path):
+    """A checkpoint of the same step, converted; tokenizer and all."""
+    again = {
+        "checkpoint__enable": "true",
+        "checkpoint__last_save_model_only": "true",
+        "training__steps": 2,
+        "job__dump_folder": tmp_path,
+    }
+    assert main(tiny(tmp_path / "run", **again)) == 0
+    convert = script("checkpoint_conversion/convert_to_hf.py")
+    arguments = [str(tmp_path / "run/checkpoint/step-2"), str(tmp_path / "hf")]
+    assert convert.main([*arguments, "--dtype", "float32", "--assets", str(tokenizer())]) == 0
+    expected = run / "checkpoint/step-2-hf"
+    names = {file.name for file in expected.iterdir()}
+    assert names >= {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    assert {file.name for file in (tmp_path / "hf").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "hf" / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def tokenizer() -> Path:
+    return Path(__file__).parents[1] / "assets/tokenizer"
+
+
+def texts(arguments: list[str]) -> str:
+    """What generate.py prints on this rank."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert script("generate.py").main([*arguments, *PROMPTS, "--max_new_tokens", "16"]) == 0
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("drawing", [["--temperature", "0"], ["--temperature", "1", "--seed", "5"]])
+def test_two_ranks_write_what_one_writes(ranks, run, drawing):
+    source = str(run / "checkpoint/step-2-hf")
+    alone = texts([source, *drawing])
+    assert alone.startswith("The hacker") and "A long prompt" in alone
+    assert ranks(2).run(texts, [source, *drawing]) == [alone, ""]
+
+
+def test_a_checkpoint_writes_what_its_export_writes(run, tmp_path):
+    convert = script("checkpoint_conversion/convert_to_hf.py")
+    step = run / "checkpoint/step-1"
+    options = ["--dtype", "float32", "--assets", str(tokenizer())]
+    assert convert.main([str(step), str(tmp_path / "hf"), *options]) == 0
+    greedy = ["--temperature", "0"]
+    assert texts([str(step), *greedy]) == texts([str(tmp_path / "hf"), *greedy])
+
+
+def test_an_fp8_folder_goes_into_a_run(run, tmp_path):
+    convert = script("checkpoint_conversion/convert_to_hf.py")
+    assert convert.main([str(run / "checkpoint/step-1"), str(tmp_path / "fp8"), "--fp8"]) == 0
+    in_hf = {"checkpoint__initial_load_in_hf": "true"}
+    quantized = in_hf | {"checkpoint__initial_load_in_hf_quantized": "true"}
+    rounded = continued(tmp_path / "a", tmp_path / "fp8", **quantized)
+    exact = continued(tmp_path / "b", run / "checkpoint/step-1")
+    assert rounded[0] == pytest.approx(exact[0], rel=2e-3) and rounded[0] != exact[0]
+    refused = tiny(
+        tmp_path / "c",
+        checkpoint__enable="true",
+        checkpoint__initial_load_path=tmp_path / "fp8",
+        **in_hf,
+    )
+    assert main(refused) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Sentences
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, arguments, sentence",
+    [
+        ("generate.py", ["no/where", "--prompt", "x"], "is not a Hugging Face folder"),
+        ("generate.py", ["HF", "--prompt", "x", "--top_p", "2"], "top_p = 2.0 must be above 0"),
+        (
+            "generate.py",
+            ["HF", "--prompt", "x", "--max_new_tokens", "500"],
+            "but the model has positions for 32",
+        ),
+        ("checkpoint_conversion/convert_from_hf.py", ["no/where", "out"], "is not a Hugging Face"),
+        ("checkpoint_conversion/convert_to_hf.py", ["no/where", "out"], "meta.json is missing"),
+        ("download_hf_assets.py", ["deepseek-ai/DeepSeek-V3"], "check the network"),
+        ("download_hf_assets.py", ["a/b/c"], "is not the name of a model"),
+    ],
+)
+def test_a_script_ends_with_a_sentence_and_2(
+    run, tmp_path, monkeypatch, capsys, name, arguments, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    hf = str(run / "checkpoint/step-2-hf")
+    assert script(name).main([hf if a == "HF" else a for a in arguments]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_hugging_face_lacks_is_told_before_the_run(tmp_path, capsys):
+    options = {
+        "checkpoint__enable": "true",
+        "checkpoint__last_save_in_hf": "true",
+        "model__args__moe_args__score_func": "softmax",
+    }
+    assert main(tiny(tmp_path, **options)) == 2
+    assert "no Hugging Face model computes this one" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_means_another_model_is_told(run, tmp_path, caplog):
+    """Shapes fit, the meaning doesn't: no error, but a warning that names it."""
+    other = tmp_path / "hf"
+    other.mkdir()
+    for file in (run / "checkpoint/step-2-hf").iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text()) | {"routed_scaling_factor": 7.0}
+    (other / "config.json").write_text(json.dumps(config))
+    original = HFFolder(run / "checkpoint/step-2-hf").config
+    adapter = DeepSeekV3StateDictAdapter(DeepSeekV3StateDictAdapter.args_of(original))
+    say_what_differs(HFFolder(other), adapter)
+    assert "means another model than model.args in routed_scaling_factor 7.0 (1.0 here)" in (
+        caplog.text
+    )

@@ -1,0 +1,184 @@
+"""Validation: the same loss in any layout, of every token once, and a run that does not notice."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tiny_run import losses, records, tiny
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config import ConfigManager
+from torchtitan.config.validate import _check_validation
+from torchtitan.hf_datasets.validation_data import build_validation_dataloader
+from torchtitan.models.deepseek_v3 import DeepSeekV3Model
+from torchtitan.tools.errors import UserError
+from torchtitan.train import main
+from torchtitan.trainer import Trainer, check_config
+
+# 32 documents of very different lengths: ranks run out of them at different times.
+TEXTS = [f"Document {n}. " + "The quick brown fox jumps over the lazy dog. " * n for n in range(32)]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("validation") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def options(dump_folder: Path, texts: Path, **changes) -> list[str]:
+    validation = {
+        "validation__enable": "true",
+        "validation__dataset": "text",
+        "validation__dataset_path": texts,
+        "validation__seq_len": 24,
+        "validation__local_batch_size": 4,
+        "validation__freq": 2,
+        "training__global_batch_size": 8,
+        "training__local_batch_size": 2,
+        "validation__sample_prompts": '["The quick", "A"]',
+        "validation__sample_tokens": 5,
+        "metrics__enable_tensorboard": "true",
+    }
+    return tiny(dump_folder, **(validation | changes))
+
+
+def trained(arguments: list[str]) -> int:
+    """One process of a run; the process group of the pool is used."""
+    return main(arguments)
+
+
+LAYOUTS = {
+    "FSDP 2": (2, {}),
+    "EP 2 x FSDP 2, batches of 1": (
+        4,
+        {"parallelism__expert_parallel_degree": 2, "validation__local_batch_size": 1},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks, texts, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    assert ranks(1).run(trained, options(folder, texts)) == [0]
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_finds_the_same_loss(ranks, one_process, texts, layout, tmp_path):
+    world_size, changes = LAYOUTS[layout]
+    arguments = options(tmp_path, texts, **changes)
+    assert ranks(world_size).run(trained, arguments) == [0] * world_size
+    for record, expected in zip(records(tmp_path), records(one_process), strict=True):
+        assert ("validation_loss" in record) == (record["step"] in (1, 2, 4))
+        if "validation_loss" in record:
+            assert record["validation_tokens"] == expected["validation_tokens"]
+            assert record["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
+    written = texts_in_tensorboard(tmp_path / "tb")
+    assert written == texts_in_tensorboard(one_process / "tb") and len(written) == 2
+
+
+def test_the_loss_is_the_mean_over_all_tokens(texts, tmp_path):
+    """By hand: every document's tokens, packed as the loader packs, each a label once."""
+    arguments = options(tmp_path, texts, training__global_batch_size=2, training__steps=1)
+    config = ConfigManager().parse_args(arguments)
+    trainer = Trainer(config)
+    numbers = trainer.validator.run(trainer.model, 1)
+    _, args, tokenizer = check_config(config)
+    model = DeepSeekV3Model(args)
+    model.load_state_dict(trainer.model.state_dict())
+    trainer.close()
+
+    whole = build_validation_dataloader(config.validation, tokenizer, dp_rank=0, dp_degree=1)
+    loss = tokens = 0
+    for inputs, labels in whole:
+        logits = model(inputs["input"]).double()
+        flat = labels.flatten()
+        loss += F.cross_entropy(
+            logits.flatten(0, 1), flat, reduction="sum", ignore_index=IGNORE_INDEX
+        ).item()
+        tokens += int((flat != IGNORE_INDEX).sum())
+    marks = (tokenizer.bos_id is not None) + (tokenizer.eos_id is not None)
+    in_texts = sum(len(tokenizer.encode(text)) + marks for text in TEXTS)
+    lanes = in_texts - tokens  # the first token of a lane is no label
+    assert 1 <= lanes <= len(TEXTS)
+    assert numbers["validation_tokens"] == tokens
+    assert numbers["validation_loss"] == pytest.approx(loss / tokens, rel=1e-6)
+    assert numbers["validation_perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-5)
+
+
+def test_a_run_does_not_notice_that_it_is_validated(texts, tmp_path):
+    """Its losses stay bitwise the same, samples and all."""
+    assert main(options(tmp_path / "a", texts, validation__enable="false")) == 0
+    assert main(options(tmp_path / "b", texts)) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def texts_in_tensorboard(folder: Path) -> dict[str, list[bytes]]:
+    """By tag, what was written at steps 1, 2 and 4."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run,) = folder.iterdir()
+    events = EventAccumulator(str(run)).Reload()
+    tags = events.Tags()
+    assert {"validation_loss", "validation_perplexity"} <= set(tags["scalars"])
+    written = {}
+    for tag in tags["tensors"]:
+        assert [event.step for event in events.Tensors(tag)] == [1, 2, 4]
+        written[tag] = [event.tensor_proto.string_val[0] for event in events.Tensors(tag)]
+        assert all(text.startswith(b"**") for text in written[tag])
+    return written
+
+
+def test_steps_limits_the_batches(texts, tmp_path):
+    arguments = options(tmp_path, texts, validation__steps=2, training__steps=1)
+    assert main(arguments) == 0
+    assert records(tmp_path)[0]["validation_tokens"] == 2 * 4 * 24
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"validation__freq": 0}, "validation.freq = 0 must be 1 or more."),
+        ({"validation__steps": 0}, "validation.steps = 0 must be 1 or more, or -1"),
+        ({"validation__seq_len": 64}, "validation.seq_len = 64 must be at most the model's max"),
+        ({"validation__dataset_path": "no/such"}, "validation.dataset_path"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_run(texts, tmp_path, capsys, changes, sentence):
+    assert main(options(tmp_path, texts, **changes)) == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
+def test_split_sequences_and_matrices_write_no_samples(texts, tmp_path, axis):
+    """The rules alone: whether the axis itself is supported is another's check."""
+    split = {f"parallelism__{axis}_parallel_degree": 2}
+
+    def refusal(**changes) -> str:
+        arguments = options(tmp_path, texts, **split, **changes)
+        with pytest.raises(UserError) as caught:
+            _check_validation(ConfigManager().parse_args(arguments))
+        return str(caught.value)
+
+    assert refusal().startswith("validation.sample_prompts is set, but text is written token by ")
+    assert refusal(validation__sample_prompts="[]") == (
+        "validation.seq_len = 24 must equal training.seq_len (32) with "
+        f"parallelism.{axis}_parallel_degree = 2."
+    )
+    same = options(
+        tmp_path, texts, **split, validation__sample_prompts="[]", validation__seq_len=32
+    )
+    _check_validation(ConfigManager().parse_args(same))
+
+
+def test_without_validation_its_keys_may_hold_anything(texts, tmp_path):
+    config = ConfigManager().parse_args(
+        options(tmp_path, texts, validation__enable="false", validation__freq=0)
+    )
+    check_config(config)
+    assert torch.is_grad_enabled()

@@ -1,0 +1,58 @@
+"""scripts/launch.py: restarts by itself, hands signals on, and says how a rank came to its end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from scripts.soak import ranks_of
+from tests.fault_tests.test_kills import SAVES, losses_by_step
+from tests.tiny_run import tiny
+
+REPO = Path(__file__).parents[2]
+
+
+def launch(log: Path, *arguments: object) -> subprocess.Popen:
+    env = os.environ | {"PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, REPO / "scripts/launch.py", "--standalone", *map(str, arguments)]
+    with log.open("a") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env=env)
+
+
+def test_a_killed_rank_makes_the_run_go_on_by_itself_and_a_signal_ends_it_well(tmp_path):
+    log, checkpoints = tmp_path / "log", tmp_path / "checkpoint"
+    options = tiny(tmp_path, **SAVES | {"training__steps": 2000})
+    restarts = ["--nproc-per-node", 2, "--max-restarts", 1]
+    run = launch(log, *restarts, "-m", "torchtitan.train", *options)
+    try:
+        until(lambda: (checkpoints / "step-3").exists(), log)
+        os.kill(ranks_of(run.pid)[0], signal.SIGKILL)
+        until(lambda: "steps are done" in log.read_text(), log)
+        reached = max(losses_by_step(tmp_path))
+        until(lambda: max(losses_by_step(tmp_path)) > reached + 2, log)
+        run.send_signal(signal.SIGUSR1)
+        assert run.wait(60) == 0, log.read_text()
+    finally:
+        run.kill()
+    assert "has gone (" in log.read_text(), "what the other rank said"
+    found = losses_by_step(tmp_path)
+    assert list(found) == list(range(1, max(found) + 1)), "no step is missing"
+    assert {len(losses) for losses in found.values()} == {1}, "steps done twice gave the same"
+
+
+def until(condition, log: Path, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def test_the_last_line_tells_which_signal_ended_which_rank(tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text("import os\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), 9)\n")
+    run = launch(tmp_path / "log", "--nproc-per-node", 2, script)
+    assert run.wait(60) == 1
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert "E rank 1 was ended by SIGKILL (perhaps the machine ran out of memory" in last
