@@ -34,7 +34,7 @@ from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.traffic import traffic_line, traffic_numbers
 from torchtitan.components.validate import Validator
-from torchtitan.components.working_weights import WorkingWeights
+from torchtitan.components.working_weights import build_working_weights
 from torchtitan.config import (
     JobConfig,
     Parallelism,
@@ -152,20 +152,6 @@ def build_model(
     model.to_empty(device=device)
     model.init_weights(buffer_device=device)
     return model.train()
-
-
-def build_working_weights(
-    model: BaseModel, config: JobConfig, accumulation: int
-) -> WorkingWeights | None:
-    """For one process, unless it keeps and computes in fp32; see components/working_weights.py."""
-    training, early = config.training, config.optimizer.early_step_in_backward
-    if dist.get_world_size() > 1:
-        return None
-    if training.dtype == training.mixed_precision_param == "float32" and not early:
-        return None
-    dtype = TORCH_DTYPES[training.mixed_precision_param]
-    fused = config.optimizer.implementation == "fused"
-    return WorkingWeights(model, dtype, fp32_grads=accumulation > 1 or not fused)
 
 
 def build_parallel_dims(config: JobConfig) -> ParallelDims:
@@ -334,7 +320,9 @@ class Trainer:
         self.global_batch_size = resolve_global_batch_size(config, self.dims.dp_degree)
         sequences_at_once = training.local_batch_size * self.dims.dp_degree
         self.accumulation = self.global_batch_size // sequences_at_once
-        self.working = build_working_weights(self.model, config, self.accumulation)
+        self.working = build_working_weights(
+            self.model, config, dist.get_world_size(), self.accumulation
+        )
         self.graphed = GraphedPass(self._pass_and_clip) if config.compile.cuda_graph else None
         self.optimizer = build_optimizer(
             [self.model],

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchtitan.config import JobConfig
+from torchtitan.tools.utils import TORCH_DTYPES
+
 
 @dataclass
 class _Fused:
@@ -131,3 +134,17 @@ class WorkingWeights:
                 if copy is not None:
                     copy.copy_(param)
                 self.written(param)
+
+
+def build_working_weights(
+    model: nn.Module, config: JobConfig, world_size: int, accumulation: int
+) -> WorkingWeights | None:
+    """For one process, unless it keeps and computes in fp32. accumulation: micro-batches a step."""
+    training, early = config.training, config.optimizer.early_step_in_backward
+    if world_size > 1:
+        return None
+    if training.dtype == training.mixed_precision_param == "float32" and not early:
+        return None
+    dtype = TORCH_DTYPES[training.mixed_precision_param]
+    fused = config.optimizer.implementation == "fused"
+    return WorkingWeights(model, dtype, fp32_grads=accumulation > 1 or not fused)

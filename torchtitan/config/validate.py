@@ -152,10 +152,10 @@ def _check_choices(config: JobConfig) -> None:
                 f"{suggest(component, ['model', 'loss'])}"
             )
     option = config.activation_checkpoint.selective_ac_option
-    if option != "op" and not (option.isdecimal() and int(option) >= 1):
+    if option not in ("op", "elementwise") and not (option.isdecimal() and int(option) >= 1):
         raise UserError(
             f"activation_checkpoint.selective_ac_option = {as_text(option)} must be "
-            '"op" or a positive integer as a string, such as "2".'
+            '"op", "elementwise" or a positive integer as a string, such as "2".'
         )
     check = config.activation_checkpoint.determinism_check
     if check not in ("default", "none"):

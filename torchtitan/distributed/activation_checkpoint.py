@@ -2,7 +2,8 @@
 
 Three modes: every layer (`full`), every n-th layer (`selective`, option n), or by operation
 (`selective`, option "op"): attention, expert GEMMs and communication results are kept, and every
-second matrix product; the rest, cheap, is recomputed.
+second matrix product; the rest, cheap, is recomputed. Option "elementwise" keeps every matrix
+product, so that only norms, activations, rotary positions and the like are computed twice.
 """
 
 from collections.abc import Callable
@@ -32,6 +33,11 @@ _KEPT_OPS = {
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
+# What the options that go by operation recompute.
+_BY_OP = {
+    "op": "all but attention, expert GEMMs and every second matmul",
+    "elementwise": "all but attention and GEMMs",
+}
 _MATMUL = torch.ops.aten.mm.default
 
 
@@ -46,17 +52,20 @@ def apply_activation_checkpoint(layers: nn.ModuleDict, config: ActivationCheckpo
         "early_stop": config.early_stop,
         "debug": config.debug,
     }
-    by_op = config.mode == "selective" and config.selective_ac_option == "op"
-    every = 1 if config.mode == "full" or by_op else int(config.selective_ac_option)
+    option = config.selective_ac_option if config.mode == "selective" else "1"
+    by_op = option in _BY_OP
+    every = 1 if by_op else int(option)
     chosen = [layer for i, layer in enumerate(layers.values(), 1) if i % every == 0]
     for layer in chosen:
         if by_op:
             shapes = _matmul_shapes(layer, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
-            options["context_fn"] = partial(_keep_by_op, shapes)
+            options["context_fn"] = partial(_keep_by_op, shapes, option == "elementwise")
         layer.forward = partial(checkpoint, layer.forward, **options)
-    how = "all but attention, expert GEMMs and every second matmul" if by_op else "everything"
     logger.info(
-        "Activation checkpointing: %d of %d layers recompute %s", len(chosen), len(layers), how
+        "Activation checkpointing: %d of %d layers recompute %s",
+        len(chosen),
+        len(layers),
+        _BY_OP.get(option, "everything"),
     )
 
 
@@ -69,11 +78,13 @@ def _matmul_shapes(layer: nn.Module, names: list[str]) -> set[torch.Size]:
     }
 
 
-def _keep_by_op(recomputed_shapes: set[torch.Size]):
-    return create_selective_checkpoint_contexts(_op_policy(recomputed_shapes))
+def _keep_by_op(recomputed_shapes: set[torch.Size], keep_matmuls: bool):
+    return create_selective_checkpoint_contexts(_op_policy(recomputed_shapes, keep_matmuls))
 
 
-def _op_policy(recomputed_shapes: set[torch.Size]) -> Callable[..., CheckpointPolicy]:
+def _op_policy(
+    recomputed_shapes: set[torch.Size], keep_matmuls: bool
+) -> Callable[..., CheckpointPolicy]:
     # One policy per pass through a layer, so the count of matmuls starts anew each time. Forward
     # and recomputation meet the same operations in the same order, so they agree on every second
     # one.
@@ -86,7 +97,7 @@ def _op_policy(recomputed_shapes: set[torch.Size]) -> Callable[..., CheckpointPo
             if args[1].shape in recomputed_shapes:
                 return CheckpointPolicy.PREFER_RECOMPUTE
             matmuls["recompute" if ctx.is_recompute else "forward"] += 1
-            if matmuls["recompute" if ctx.is_recompute else "forward"] % 2:
+            if keep_matmuls or matmuls["recompute" if ctx.is_recompute else "forward"] % 2:
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -166,8 +166,8 @@ def test_wrong_choices_are_refused_with_the_right_ones():
     )
     for option in ("0", "-1", "ops", "", "1.5"):
         assert refusal(activation_checkpoint__selective_ac_option=option) == (
-            f'activation_checkpoint.selective_ac_option = "{option}" must be "op" or a positive '
-            'integer as a string, such as "2".'
+            f'activation_checkpoint.selective_ac_option = "{option}" must be "op", "elementwise" '
+            'or a positive integer as a string, such as "2".'
         )
     assert refusal(activation_checkpoint__determinism_check="strict") == (
         'activation_checkpoint.determinism_check = "strict" must be "default" or "none".'
