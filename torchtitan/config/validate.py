@@ -251,10 +251,11 @@ def _check_early_step(config: JobConfig, world_size: int) -> None:
     ]
     for key, allowed, reason in rules:
         if _get(config, key) not in allowed:
+            way_out = "inf" if allowed[-1] == math.inf else as_text(allowed[-1])
             raise UserError(
                 f"{key} = {as_text(_get(config, key))} can't be had with "
                 f"optimizer.early_step_in_backward = true, because {reason}; set it to "
-                f"{as_text(allowed[-1])}, or early_step_in_backward to false."
+                f"{way_out}, or early_step_in_backward to false."
             )
     if world_size > 1:
         raise UserError(
