@@ -26,7 +26,7 @@ from torchtitan.components.cuda_graph import GraphedPass
 from torchtitan.components.dataloader import ParallelAwareDataLoader
 from torchtitan.components.fused_adam import FusedAdam
 from torchtitan.components.hf_checkpoint import check_hf
-from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.loss_watch import LossWatch, Verdict
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsLogger, device_name
@@ -43,11 +43,15 @@ from torchtitan.config import (
     to_dict,
     validate,
 )
+from torchtitan.config.pipeline import PipelinePlan, plan_pipeline
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import check_memory_budget
 from torchtitan.distributed.compile import check_compile_backend
+from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.expert_parallel import bytes_per_row
-from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
+from torchtitan.distributed.fsdp import materialize, sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
+from torchtitan.distributed.pipeline_parallel import Pipeline, StepInputs, cut_into_parts
 from torchtitan.distributed.utils import (
     gather_from_ranks,
     init_distributed,
@@ -89,6 +93,7 @@ def check_config(config: JobConfig) -> Checked:
     if config.comm.mode == "default":
         check_local_processes(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     check_compile_backend(config.compile)
+    check_memory_budget(config.activation_checkpoint)
     spec = get_train_spec(config.model.name)
     model_args = get_flavor(spec, config.model.name, config.model.flavor).for_run(
         overrides=config.model.args,
@@ -105,11 +110,32 @@ def check_config(config: JobConfig) -> Checked:
         )
     model_args.check_tokenizer(tokenizer.eos_id)
     model_args.check_expert_parallel(config.parallelism.expert_parallel_degree)
+    model_args.check_tensor_parallel(
+        config.parallelism.tensor_parallel_degree,
+        experts=config.parallelism.expert_tensor_parallel_degree,
+    )
+    model_args.check_context_parallel(
+        config.parallelism.context_parallel_degree,
+        method=config.parallelism.context_parallel_rotate_method,
+        tensor_parallel=config.parallelism.tensor_parallel_degree,
+    )
+    pipeline_plan(config, model_args)
     check_dataset(config.training.dataset, config.training.dataset_path)
     check_hf(config, spec, model_args)
     check_validation_data(config.validation, model_args.max_seq_len)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
+
+
+def pipeline_plan(config: JobConfig, model_args: BaseModelArgs) -> PipelinePlan | None:
+    """None without pipeline parallelism. Raises `UserError`."""
+    if config.parallelism.pipeline_parallel_degree == 1:
+        return None
+    return plan_pipeline(
+        config.parallelism,
+        num_layers=model_args.n_layers,
+        local_batch_size=config.training.local_batch_size,
+    )
 
 
 def check_dump_folder(dump_folder: str) -> None:
@@ -135,8 +161,12 @@ def build_model(
     dims: ParallelDims,
     config: JobConfig,
     device: torch.device,
-) -> BaseModel:
-    """Shapes first (meta device), then spread over ranks, then each rank fills what it holds."""
+    plan: PipelinePlan | None,
+) -> tuple[BaseModel, list[BaseModel]]:
+    """Shapes first (meta device), then spread over ranks, then each rank fills what it holds.
+
+    Returns the model and, with a pipeline, its parts by stage.
+    """
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(TORCH_DTYPES[config.training.dtype])
     try:
@@ -148,15 +178,18 @@ def build_model(
     logger.info(
         "Model: %s %s, %s parameters", config.model.name, config.model.flavor, f"{num_params:,}"
     )
-    model = spec.parallelize_fn(model, dims, config)
-    model.to_empty(device=device)
+    parts = cut_into_parts(model, plan, dims.mesh["pp"].get_local_rank()) if plan else []
+    for part in parts or [model]:
+        spec.parallelize_fn(part, dims, config)
+    materialize(model, device, offload=config.training.enable_cpu_offload)
     model.init_weights(buffer_device=device)
-    return model.train()
+    return model.train(), parts
 
 
-def build_parallel_dims(config: JobConfig) -> ParallelDims:
+def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None) -> ParallelDims:
     world_size = dist.get_world_size()
     return ParallelDims(
+        last_stage=plan.rank_of(len(plan.stages) - 1) if plan else 0,
         world_size=world_size,
         device_type=device_type(),
         node_size=resolve_node_size(config.parallelism, world_size),
@@ -302,13 +335,16 @@ class Trainer:
         logger.info("%s", config.job.description)
         if self.rank == 0:
             save_config(config, self.model_args)
-        self.dims = build_parallel_dims(config)
+        plan = pipeline_plan(config, self.model_args)
+        self.dims = build_parallel_dims(config, plan)
+        # With context parallelism: of this rank's part of each sequence.
+        self.positions = positions_of_this_rank(self.dims, training.seq_len, self.device)
         self.checkpoint = build_checkpoint_manager(config, spec, self.model_args, asdict(self.dims))
         self._open.callback(self.checkpoint.close)
         start = self.checkpoint.find_start()
         seed = self.checkpoint.seed = set_determinism(config.debug, self.device, start.seed)
         self.dataloader = self._build_dataloader(seed)
-        self.model = build_model(spec, self.model_args, self.dims, config, self.device)
+        self.model, parts = build_model(spec, self.model_args, self.dims, config, self.device, plan)
         # also of the groups that are new now
         set_timeout(config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.moes = self.model.moe_layers()
@@ -333,17 +369,25 @@ class Trainer:
             self.optimizer, total_steps=training.steps, **asdict(config.lr_scheduler)
         )
         # The model's own loss holds no logits; a CPU has the memory, and one GEMM is its fastest.
-        self.model_has_loss = self.device.type != "cpu"
-        self.loss_fn = cross_entropy_sum
+        # Split logits and pipelines have losses of their own.
+        self.model_has_loss = self.device.type != "cpu" and self.dims.tp == 1 and plan is None
+        self.loss_fn = build_loss(
+            self.dims, disable_loss_parallel=config.parallelism.disable_loss_parallel
+        )
         if config.compile.enable and "loss" in config.compile.components:
             self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
+        self.pipeline = self._build_pipeline(parts, plan) if plan else None
         self.metrics = build_metrics(config, self.model_args, self.device, start.step)
         self._open.callback(self.metrics.close)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
         self._open.callback(self.gc.close)
         self.step = 0
         self.tokens_seen = 0
-        self.watch = LossWatch(training, early_step=config.optimizer.early_step_in_backward)
+        self.watch = LossWatch(
+            training,
+            self.dims.loss_ranks,
+            early_step=config.optimizer.early_step_in_backward,
+        )
         self.stop = StopRequest()
         self.run_state = RunState(
             model=self.model,
@@ -359,7 +403,25 @@ class Trainer:
         settings = self.config.validation
         ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
         loader = build_validation_dataloader(settings, self.tokenizer, **ranks)
-        return Validator(settings, loader, self.loss_sum, device=self.device)
+        return Validator(settings, loader, self._loss_sum_once, device=self.device)
+
+    def _build_pipeline(self, parts: list[BaseModel], plan: PipelinePlan) -> Pipeline:
+        training, tp, cp = self.config.training, self.dims.tp, self.dims.cp
+        tokens = training.seq_len // cp
+        vocab_parts = 1 if self.config.parallelism.disable_loss_parallel else tp
+        return Pipeline(
+            parts,
+            plan,
+            self.config.parallelism,
+            mesh=self.dims.mesh["pp"],
+            device=self.device,
+            tokens=(tokens,),
+            hidden=(tokens // tp, self.model_args.dim),
+            logits=(tokens, self.model_args.vocab_size // vocab_parts),
+            dtype=TORCH_DTYPES[training.mixed_precision_param],
+            loss_fn=self.loss_fn,
+            masks_of=self._attention_masks,
+        )
 
     def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
         training = self.config.training
@@ -417,7 +479,7 @@ class Trainer:
         """One optimizer step over `accumulation` micro-batches."""
         micro_batches = self._next_batches(batches, interval)
         valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
-        valid_tokens = sum_over_ranks(valid.to(self.device)).clamp(min=1)
+        valid_tokens = sum_over_ranks(valid.to(self.device), self.dims.dp_group).clamp(min=1)
 
         if self.config.optimizer.early_step_in_backward:
             self.checkpoint.before_update()
@@ -443,25 +505,48 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
-        tokens, labels, masks = self._to_device(batch)
-        return self._pass(tokens, labels, valid_tokens, masks)
+        inputs = self._inputs(batch)
+        if self.pipeline is not None:
+            return self.pipeline.step(inputs, valid_tokens)
+        masks = self._attention_masks(batch[0]["input"])
+        return self._pass(inputs.tokens, inputs.labels, valid_tokens, masks, inputs.positions)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Over this rank's valid labels of a batch, and how many these are."""
-        tokens, labels, masks = self._to_device(batch)
-        return self._loss_sum(tokens, labels, masks), (labels != IGNORE_INDEX).sum()
+        inputs = self._inputs(batch)
+        count = inputs.token_mask.sum()
+        if self.pipeline is not None:
+            return self.pipeline.evaluate(inputs), count
+        masks = self._attention_masks(batch[0]["input"])
+        return self._loss_sum(inputs.tokens, inputs.labels, masks, inputs.positions), count
 
-    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Any]:
-        """Tokens, labels, attention masks."""
-        inputs, labels = batch
-        tokens, eos_id = inputs["input"], self.tokenizer.eos_id
-        masks = self.model.get_attention_masks(tokens, eos_id, self.device)
-        return tokens.to(self.device), labels.to(self.device), masks
+    def _inputs(self, batch: Batch) -> StepInputs:
+        """On the device; with context parallelism, this rank's part of each sequence."""
+        tokens, labels = batch[0]["input"].to(self.device), batch[1].to(self.device)
+        whole, positions = tokens, None
+        if self.positions is not None:
+            tokens, labels = tokens[:, self.positions], labels[:, self.positions]
+            positions = self.positions.unsqueeze(0)
+        return StepInputs(tokens, labels, whole, positions, labels != IGNORE_INDEX)
+
+    def _loss_sum_once(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`loss_sum`, but zeros on ranks that only repeat another's (tensor parallelism, earlier
+        stages of a pipeline)."""
+        numbers = self.loss_sum(batch)
+        if self.rank in self.dims.loss_ranks:
+            return numbers
+        return torch.zeros_like(numbers[0]), torch.zeros_like(numbers[1])
+
+    def _attention_masks(self, tokens: Tensor) -> Any:
+        """Of whole sequences; with gathered keys, for the positions that this rank computes."""
+        gathers = self.config.parallelism.context_parallel_rotate_method == "allgather"
+        queries = self.positions if gathers else None
+        return self.model.get_attention_masks(tokens, self.tokenizer.eos_id, queries, self.device)
 
     def _graphed_pass(self, batch: Batch, valid_tokens: Tensor) -> tuple[Tensor, ...]:
         """Loss and gradient norm of a step whose kernels are replayed."""
-        tokens, labels, masks = self._to_device(batch)
-        if masks is not None:
+        inputs = self._inputs(batch)
+        if self._attention_masks(batch[0]["input"]) is not None:
             raise UserError(
                 "compile.cuda_graph = true needs the same kernels in every step, but the documents "
                 "of model.args.attn_mask_type 'block_causal' change; set either to its default."
@@ -470,7 +555,7 @@ class Trainer:
             self.working.refresh()
         if not self.graphed.holds_grads:
             self.optimizer.zero_grad()
-        loss_and_norm = self.graphed(tokens, labels, valid_tokens)
+        loss_and_norm = self.graphed(inputs.tokens, inputs.labels, valid_tokens)
         if isinstance(self.optimizer, FusedAdam):
             self.optimizer.as_graph = self.graphed.holds_grads
         return loss_and_norm
@@ -479,16 +564,24 @@ class Trainer:
         return self._pass(*inputs), self._clip()
 
     def _pass(
-        self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor, masks: Any = None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        valid_tokens: Tensor,
+        masks: Any = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        loss = self._loss_sum(tokens, labels, masks) / valid_tokens
+        loss = self._loss_sum(tokens, labels, masks, positions) / valid_tokens
         loss.backward()
         return loss.detach()
 
-    def _loss_sum(self, tokens: Tensor, labels: Tensor, masks: Any) -> Tensor:
+    def _loss_sum(
+        self, tokens: Tensor, labels: Tensor, masks: Any, positions: Tensor | None
+    ) -> Tensor:
         out = self.model(
             tokens,
             attention_masks=masks,
+            positions=positions,
             token_mask=labels != IGNORE_INDEX,
             labels=labels if self.model_has_loss else None,
         )
@@ -541,13 +634,15 @@ class Trainer:
     def _update(self, local_loss: Tensor, grad_norm: Tensor) -> StepResult:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
-        loads_LE, traffic_L23 = step_loads(moes, dist.group.WORLD) if moes else ([], [])
+        group = self.dims.stage_group  # also where a stage has no experts: all ranks make it
+        loads_LE, traffic_L23 = step_loads(moes, group) if moes else ([], [])
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.requested))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
         # host sync: a non-finite step must be known before the weights change
         *pairs, norm = torch.cat((gathered, grad_norm.view(1))).tolist()
-        rank_losses, stop = pairs[::2], any(pairs[1::2])
+        rank_losses = [pairs[2 * rank] for rank in self.dims.loss_ranks]
+        stop = any(pairs[1::2])
         verdict = self.watch.judge(self.step, rank_losses, norm)
         if verdict == "update":
             self.checkpoint.before_update()
@@ -558,7 +653,7 @@ class Trainer:
             self.lr_scheduler.step()
         return StepResult(
             loss=sum(rank_losses),
-            max_loss=max(rank_losses) * self.dims.dp_degree,
+            max_loss=max(rank_losses) * len(rank_losses),
             grad_norm=norm,
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
@@ -573,7 +668,7 @@ class Trainer:
             return {}
         row = bytes_per_row(
             self.model_args.dim,
-            next(iter(self.moes.values())).router.top_k,
+            self.model_args.moe_args.top_k,
             TORCH_DTYPES[self.config.training.mixed_precision_param],
         )
         return traffic_numbers(result.traffic, row)
@@ -589,6 +684,9 @@ class Trainer:
 
     def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> None:
         skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
+        skipped = sum_over_ranks(skipped, self.dims.dp_group)
+        if self.pipeline is not None:  # of the layers on all stages
+            result.loads, result.traffic = self.pipeline.gather((result.loads, result.traffic))
         traffic = self._traffic_of(result)
         self.metrics.log(
             step=self.step,
@@ -604,7 +702,7 @@ class Trainer:
             extra={
                 "skipped_steps": self.watch.skipped_steps,
                 "rewinds": self.watch.rewinds,
-                "skipped_documents": sum_over_ranks(skipped).item(),
+                "skipped_documents": skipped.item(),
                 **traffic,
                 **validation,
             },

@@ -12,7 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from tests.distributed_tests.test_data_parallel import (
+from tests.distributed_tests.test_expert_parallel import SPLIT_INSIDE
+from tests.distributed_tests.test_layouts import DUAL, layout
+from tests.distributed_tests.training_ranks import (
     FP32,
     MODEL,
     SEQ_LEN,
@@ -20,7 +22,6 @@ from tests.distributed_tests.test_data_parallel import (
     config_of,
     global_batches,
 )
-from tests.distributed_tests.test_expert_parallel import DDP, LAYOUTS, SPLIT_INSIDE
 from torchtitan.components.hf_checkpoint import load_hf, save_hf
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
 from torchtitan.models.deepseek_v3 import (
@@ -71,10 +72,12 @@ def in_and_out(options: list[str], source: str, target: str, dump_folder: str) -
     load_hf(trainer.model, adapter, source)
     tokens, labels = global_batches()[0]
     share = SEQUENCES // trainer.dims.dp_degree
-    mine = slice(trainer.rank * share, (trainer.rank + 1) * share)
+    first = trainer.dims.dp_rank(trainer.rank) * share
+    mine = slice(first, first + share)
     valid = (labels != IGNORE_INDEX).sum()
     loss = trainer.forward_backward(({"input": tokens[mine]}, labels[mine]), valid)
-    dist.all_reduce(loss)
+    dist.all_reduce(loss)  # over TP groups, too, whose ranks have the same
+    loss /= trainer.dims.tp
     save_hf(trainer.model, adapter, target, dtype=torch.float32)
     trainer.close()
     return loss.item()
@@ -87,21 +90,24 @@ def assert_same_files(folder: Path, expected: Path) -> None:
 
 
 RUNS = {
-    "FSDP 2": (2, []),
-    "EP 2, DDP 2": LAYOUTS["EP 2, DDP 2"],
-    "EP 2 x FSDP 2": LAYOUTS["EP 2 x FSDP 2"],
-    "EP 2 x HSDP 2 x 2": LAYOUTS["EP 2 x HSDP 2 x 2, recomputation"],
-    "DDP 2": (2, [DDP, "--parallelism.data_parallel_replicate_degree=2"]),
+    "FSDP 2": layout(2),
+    "EP 2, DDP 2": layout(2, ep=2, replicate=2, shard=1),
+    "EP 2, FSDP 2": layout(4, ep=2),
+    "EP 2, HSDP 2 x 2": layout(4, ep=2, replicate=2),
+    "DDP 2": layout(2, replicate=2, shard=1),
+    "TP 2": layout(2, tp=2),
+    "PP 2": layout(2, pp=2),
+    "PP 2, EP 2, two stages a rank": layout(4, *DUAL, pp=2, ep=2),
+    "CP 2, TP 2, EP 2 of split experts": layout(4, cp=2, tp=2, ep=2, etp=2),
 }
 
 
-@pytest.mark.parametrize("layout", RUNS)
-def test_a_run_loads_and_saves_what_one_process_would(ranks, folder, layout, tmp_path):
-    world_size, options = RUNS[layout]
-    size = [f"--training.local_batch_size={SEQUENCES // world_size}"]
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_loads_and_saves_what_one_process_would(ranks, folder, name, tmp_path):
+    world_size, options = RUNS[name]
     target = tmp_path / "out"
     losses = ranks(world_size).run(
-        in_and_out, [*options, *size], str(folder.path), str(target), str(tmp_path)
+        in_and_out, options, str(folder.path), str(target), str(tmp_path)
     )
     assert losses == [pytest.approx(folder.loss, rel=1e-6)] * world_size
     assert_same_files(target, folder.path)

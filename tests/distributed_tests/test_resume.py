@@ -1,5 +1,7 @@
 """k steps, a new start, N - k steps = N steps, bit for bit; and every layout loads every other."""
 
+from math import prod
+
 import pytest
 import torch
 
@@ -10,6 +12,10 @@ EP = "parallelism__expert_parallel_degree"
 NODES = "parallelism__expert_parallel_node_size"
 REPLICATE = "parallelism__data_parallel_replicate_degree"
 DISPATCH = "parallelism__expert_parallel_dispatch"
+TP, CP = "parallelism__tensor_parallel_degree", "parallelism__context_parallel_degree"
+ETP = "parallelism__expert_tensor_parallel_degree"
+PP = "parallelism__pipeline_parallel_degree"
+SCHEDULE = "parallelism__pipeline_parallel_schedule"
 ASYNC = {"checkpoint__async_mode": "async"}
 
 # Name: processes, settings. STEPS in one go against CUT, and the rest by a new start.
@@ -23,6 +29,9 @@ EXACT = {
     "FSDP 2, loader workers": (2, {"training__dataset_num_workers": 1}),
     "EP 2 x FSDP 2": (4, {EP: 2}),
     "HSDP 2 x 2": (4, {REPLICATE: 2}),
+    "CP 2, TP 2, EP 4": (4, {CP: 2, TP: 2, EP: 4}),
+    # Experts on every stage.
+    "PP 2, EP 2": (4, {PP: 2, EP: 2, "model__args.n_dense_layers": 0}),
 }
 
 
@@ -65,12 +74,18 @@ LAYOUTS = {
     "EP 4 from DDP 4": (4, {EP: 4, REPLICATE: 4, **DDP}),
     "EP 2 x HSDP 2 x 2, nodes of 1": (4, {EP: 2, REPLICATE: 2, NODES: 1}),
     "DDP 4": (4, {REPLICATE: 4, **DDP}),
+    "TP 2 x FSDP 2, split experts": (4, {TP: 2, ETP: 2}),
+    "CP 2 x FSDP 2": (4, {CP: 2}),
+    "CP 2, TP 2, EP 4": (4, {CP: 2, TP: 2, EP: 4}),
+    "PP 2, EP 2": (4, {PP: 2, EP: 2}),
+    "PP 2, two stages a rank": (2, {PP: 2, SCHEDULE: "DualPipeV"}),
 }
 NEXT = dict(zip(LAYOUTS, [*list(LAYOUTS)[1:], *list(LAYOUTS)[:1]], strict=True))
 
 
 def run_of(world_size: int, settings: dict) -> dict:
-    size = {"training__local_batch_size": BATCH // world_size}
+    readers = world_size // prod(settings.get(degree, 1) for degree in (TP, CP, PP))
+    size = {"training__local_batch_size": BATCH // readers}
     return settings | size | SAVES | {"checkpoint__interval": 2, "training__steps": 3}
 
 

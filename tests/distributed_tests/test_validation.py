@@ -81,6 +81,17 @@ def test_every_layout_finds_the_same_loss(ranks, one_process, texts, layout, tmp
     assert written == texts_in_tensorboard(one_process / "tb") and len(written) == 2
 
 
+def test_split_sequences_and_tensors_find_the_same_loss(ranks, texts, tmp_path):
+    same = {"training__seq_len": 24, "validation__sample_prompts": "[]", "training__steps": 2}
+    split = {f"parallelism__{kind}_parallel_degree": 2 for kind in ("tensor", "context")}
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert ranks(1).run(trained, options(alone, texts, **same)) == [0]
+    assert ranks(4).run(trained, options(together, texts, **same, **split)) == [0] * 4
+    for record, expected in zip(records(together), records(alone), strict=True):
+        assert record["validation_tokens"] == expected["validation_tokens"]
+        assert record["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
+
+
 def test_the_loss_is_the_mean_over_all_tokens(texts, tmp_path):
     """By hand: every document's tokens, packed as the loader packs, each a label once."""
     arguments = options(tmp_path, texts, training__global_batch_size=2, training__steps=1)

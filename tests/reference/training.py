@@ -1,5 +1,7 @@
 """A training step as one process would write it down: plain model, plain mean, plain AdamW."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,10 +14,12 @@ def train_plainly(
     lr: float,
     max_norm: float,
     weight_decay: float,
+    mask_of: Callable[[Tensor], Tensor | None] = lambda tokens: None,
 ) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of one optimizer step per (tokens, labels); changes the model.
 
-    tokens, labels: the whole global batch (B, S); label −100 = padding.
+    tokens, labels: the whole global batch (B, S); label −100 = padding. mask_of(tokens): attention
+    mask, bool (B, 1, S, S), None = causal.
     """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -32,7 +36,7 @@ def train_plainly(
     losses, norms = [], []
     for tokens, labels in steps:
         optimizer.zero_grad()
-        logits = model(tokens, token_mask=labels != -100)
+        logits = model(tokens, attention_masks=mask_of(tokens), token_mask=labels != -100)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())  # mean over valid labels
         loss.backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm).item())

@@ -28,10 +28,18 @@ class LossWatch:
     """Counts what went wrong; its state belongs to the checkpoint, so that a resumed run judges as
     the uninterrupted one would.
 
-    early_step: weights have changed before a step is judged, so that it can't be skipped.
+    loss_ranks: whose losses `judge` is given, to name them; absent = ranks 0, 1, …. early_step:
+    weights have changed before a step is judged, so that it can't be skipped.
     """
 
-    def __init__(self, training: Training, *, early_step: bool = False) -> None:
+    def __init__(
+        self,
+        training: Training,
+        loss_ranks: list[int] | None = None,
+        *,
+        early_step: bool = False,
+    ) -> None:
+        self._loss_ranks = loss_ranks
         self._early_step = early_step
         self._on_non_finite = training.non_finite_loss
         self._on_spike = training.loss_spike
@@ -43,7 +51,7 @@ class LossWatch:
         self._rewound_to: list[int] = []  # the same step over and over, or empty
 
     def judge(self, step: int, rank_losses: list[float], grad_norm: float) -> Verdict:
-        """rank_losses: each rank's part of the loss. Raises `RunError` where the run is over."""
+        """rank_losses: their parts of the loss. Raises `RunError` where the run is over."""
         loss = sum(rank_losses)
         if not all(map(math.isfinite, [*rank_losses, grad_norm])):
             return self._judge_non_finite(step, rank_losses, grad_norm)
@@ -69,7 +77,8 @@ class LossWatch:
         return self._skip_or_rewind(self._on_spike, step, what)
 
     def _judge_non_finite(self, step: int, rank_losses: list[float], grad_norm: float) -> Verdict:
-        ranks = [r for r, loss in enumerate(rank_losses) if not math.isfinite(loss)]
+        names = self._loss_ranks or range(len(rank_losses))
+        ranks = [r for r, x in zip(names, rank_losses, strict=True) if not math.isfinite(x)]
         what = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient norm"
         values = f"losses by rank {rank_losses}, gradient norm {grad_norm}"
         if self._on_non_finite == "stop":

@@ -10,7 +10,7 @@ from functools import reduce
 from typing import Any
 
 from torchtitan.config.checkpoint_rules import check_checkpoint
-from torchtitan.config.degrees import nearest, resolve_degrees
+from torchtitan.config.degrees import Degrees, nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
@@ -23,10 +23,14 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_renamed(config)
     _check_ranges(config)
     _check_choices(config)
+    _check_memory_budget(config)
+    _check_cpu_offload(config, world_size, device_type)
     _check_profiling(config, device_type)
     _check_validation(config)
     check_checkpoint(config, world_size)
     degrees = resolve_degrees(config.parallelism, world_size)
+    _check_sequence(config.training.seq_len, degrees)
+    _check_async_tensor_parallel(config, device_type)
     resolve_global_batch_size(config, degrees.dp_replicate * degrees.dp_shard)
     _check_early_step(config, world_size)
     _check_cuda_graph(config, world_size, device_type)
@@ -43,24 +47,8 @@ def _get(config: JobConfig, key: str) -> Any:
 # key, what it may hold, the feature. Keys that only shape one of these features (the pipeline
 # schedule, checkpoint.interval, [quantize], ...) have no effect without it and may hold anything.
 _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
-    ("parallelism.tensor_parallel_degree", (1,), "tensor parallelism"),
-    ("parallelism.enable_async_tensor_parallel", (False,), "asynchronous tensor parallelism"),
-    ("parallelism.pipeline_parallel_degree", (1,), "pipeline parallelism"),
-    ("parallelism.context_parallel_degree", (1,), "context parallelism"),
-    ("parallelism.expert_tensor_parallel_degree", (1,), "tensor parallelism of experts"),
-    (
-        "activation_checkpoint.mode",
-        ("none", "full", "selective"),
-        "activation checkpointing by memory budget",
-    ),
-    (
-        "activation_checkpoint.visualize_memory_budget_pareto",
-        (False,),
-        "activation checkpointing by memory budget",
-    ),
     ("model.converters", ([],), "converting the model (FP8)"),
     ("metrics.enable_wandb", (False,), "Weights & Biases"),
-    ("training.enable_cpu_offload", (False,), "CPU offload"),
     ("comm.mode", ("default", "fake_backend"), "the local-tensor mode"),
 ]
 
@@ -163,6 +151,49 @@ def _check_choices(config: JobConfig) -> None:
             f"activation_checkpoint.determinism_check = {as_text(check)} must be "
             '"default" or "none".'
         )
+
+
+# Back-ends of torch.compile that choose what the backward pass recomputes.
+_BUDGETING = ("inductor", "aot_eager_decomp_partition")
+
+
+def _check_memory_budget(config: JobConfig) -> None:
+    settings, compiler = config.activation_checkpoint, config.compile
+    if not 0 <= settings.memory_budget <= 1:
+        raise UserError(
+            f"activation_checkpoint.memory_budget = {settings.memory_budget} must be between 0 "
+            "and 1."
+        )
+    if settings.mode != "memory_budget":
+        if settings.visualize_memory_budget_pareto:
+            raise UserError(
+                "activation_checkpoint.visualize_memory_budget_pareto = true draws what "
+                'activation_checkpoint.mode "memory_budget" chooses from, but the mode is '
+                f'"{settings.mode}"; set either.'
+            )
+        return
+    if not compiler.enable or "model" not in compiler.components:
+        raise UserError(
+            'activation_checkpoint.mode = "memory_budget" is kept to by the compiler: it needs '
+            'compile.enable with "model" in compile.components; set them, or another mode.'
+        )
+    if compiler.backend not in _BUDGETING:
+        raise UserError(
+            f'compile.backend = "{compiler.backend}" doesn\'t choose what is recomputed, which '
+            'activation_checkpoint.mode "memory_budget" needs; set it to "inductor".'
+        )
+
+
+def _check_cpu_offload(config: JobConfig, world_size: int, device_type: str) -> None:
+    if not config.training.enable_cpu_offload:
+        return
+    reason = None
+    if device_type == "cpu":
+        reason = "moves weights from an accelerator to the CPU, but this run is on the CPU"
+    elif world_size == 1:
+        reason = "is FSDP's, which one process doesn't use"
+    if reason:
+        raise UserError(f"training.enable_cpu_offload = true {reason}; set it to false.")
 
 
 def _check_profiling(config: JobConfig, device_type: str) -> None:
@@ -282,4 +313,38 @@ def _check_cuda_graph(config: JobConfig, world_size: int, device_type: str) -> N
         raise UserError(
             "compile.cuda_graph = true is for one process on a CUDA GPU and one forward pass a "
             f"step, but {reason}; set it to false."
+        )
+
+
+def _check_sequence(seq_len: int, degrees: Degrees) -> None:
+    """TP splits each rank's part of a sequence evenly; CP splits sequences into 2 x cp chunks, an
+    early and a late one for each rank, so that causal attention costs all ranks the same."""
+    tp, cp = degrees.tp, degrees.cp
+    unit = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
+    if seq_len % unit == 0:
+        return
+    of = {"context_parallel_degree": cp, "tensor_parallel_degree": tp}
+    names = [f"parallelism.{name} ({n})" for name, n in of.items() if n > 1]
+    split = "split" if len(names) > 1 else "splits"
+    below = seq_len // unit * unit
+    legal = nearest(seq_len, [n for n in (below, below + unit) if n])
+    raise UserError(
+        f"training.seq_len = {seq_len} must be a multiple of {unit}, so that {' and '.join(names)} "
+        f"{split} it evenly; set it to {legal}."
+    )
+
+
+def _check_async_tensor_parallel(config: JobConfig, device_type: str) -> None:
+    if not config.parallelism.enable_async_tensor_parallel:
+        return
+    reason = None
+    if config.parallelism.tensor_parallel_degree == 1:
+        reason = "needs parallelism.tensor_parallel_degree of 2 or more"
+    elif device_type != "cuda":
+        reason = f"needs CUDA GPUs, but this run is on {device_type}"
+    elif not config.compile.enable or "model" not in config.compile.components:
+        reason = 'is done by the compiler: it needs compile.enable with "model" in its components'
+    if reason:
+        raise UserError(
+            f"parallelism.enable_async_tensor_parallel = true {reason}; set it to false."
         )

@@ -1,5 +1,8 @@
 """torch.compile, layer by layer: equal layers share one compiled graph."""
 
+import types
+from collections.abc import Callable
+
 import torch
 import torch._dynamo
 from torch import nn
@@ -25,6 +28,10 @@ def apply_compile(layers: nn.ModuleDict, config: Compile) -> None:
     """Compile each layer's forward in place, inside of FSDP's hooks; parameter names stay."""
     if not config.enable or "model" not in config.components:
         return
+    compiled: dict[Callable, Callable] = {}
     for layer in layers.values():
-        layer.forward = torch.compile(layer.forward, backend=config.backend)
+        forward = layer.forward.__func__
+        if forward not in compiled:
+            compiled[forward] = torch.compile(forward, backend=config.backend)
+        layer.forward = types.MethodType(compiled[forward], layer)
     logger.info("Compile: %d layers, backend %s", len(layers), config.backend)

@@ -18,15 +18,19 @@ Letters: P rows at some place of the way, K slots of a row (expert ids, −1 = e
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import (
+    all_to_all_single,
+    all_to_all_single_autograd,
+)
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import gather, reduce_scatter
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import local_device
@@ -39,23 +43,51 @@ def apply_expert_parallel(
 ) -> None:
     """Spread the experts of each layer over `dims.ep` ranks, and give it the dispatcher that brings
     tokens there. dispatch: "all_to_all", "node_limited", or "auto": the latter where EP groups span
-    nodes. In place, before FSDP; logs one line.
+    nodes. With `dims.etp` > 1 the hidden channels of each expert are split, too. In place, before
+    FSDP; logs one line.
     """
-    if dims.ep == 1:
+    if dims.ep > 1:
+        _give_dispatchers(moes, dims, dispatch)
+    if dims.etp > 1:
+        group = dims.expert_mesh["etp"].get_group()
+        for moe in moes.values():
+            moe.dispatcher = GatherDispatcher(moe.dispatcher, group)
+        logger.info("Expert tensor parallel: each expert's hidden channels over %d ranks", dims.etp)
+    for moe in moes.values():
+        _split_experts(moe.experts, dims)
+
+
+def _split_experts(experts: nn.Module, dims: ParallelDims) -> None:
+    """Experts over ep, their hidden channels (w1, w3 (E, F, D), w2 (E, D, F)) over etp."""
+    degrees = {"ep": dims.ep, "etp": dims.etp}
+    axes = tuple(axis for axis, degree in degrees.items() if degree > 1)
+    if not axes:
         return
+    for name, param in list(experts.named_parameters()):
+        placements = {"ep": Shard(0), "etp": Shard(2 if name == "w2" else 1)}
+        local = distribute_tensor(
+            param.data,
+            dims.expert_mesh[axes],
+            [placements[axis] for axis in axes],
+            src_data_rank=None,
+        )
+        experts.register_parameter(name, nn.Parameter(local))
+
+
+def _give_dispatchers(moes: Mapping[int, nn.Module], dims: ParallelDims, dispatch: str) -> None:
     mesh = dims.expert_mesh["ep"]
     spans_nodes = dims.nodes_per_ep_group > 1
     node_limited = dispatch == "node_limited" or (dispatch == "auto" and spans_nodes)
+    groups = dims.node_groups if node_limited else None  # also where a stage has no MoE layer
+    if not moes:
+        return
     num_experts = next(iter(moes.values())).experts.w1.size(0)
     if node_limited:
-        make = partial(NodeLimitedDispatcher, *_node_groups(dims), num_experts)
+        make = partial(NodeLimitedDispatcher, *groups, num_experts)
     else:
         ranks_per_node = dims.ep // dims.nodes_per_ep_group
         make = partial(AllToAllDispatcher, mesh.get_group(), num_experts, ranks_per_node)
     for moe in moes.values():
-        for name, param in list(moe.experts.named_parameters()):
-            local = distribute_tensor(param.data, mesh, [Shard(0)], src_data_rank=None)
-            moe.experts.register_parameter(name, nn.Parameter(local))
         moe.dispatcher = make()
     logger.info(
         "Expert parallel: %d ranks of %d experts each, one copy of a token per %s",
@@ -63,19 +95,6 @@ def apply_expert_parallel(
         num_experts // dims.ep,
         "destination node, then per rank" if node_limited else "destination rank",
     )
-
-
-def _node_groups(dims: ParallelDims) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Of this rank's EP group: the ranks at its place on each node, and the ranks of its node."""
-    between = within = None
-    for grid in dims.ep_groups:  # every rank helps to make every group
-        for ranks in grid.T.tolist():
-            group = dist.new_group(ranks)
-            between = group if dist.get_rank() in ranks else between
-        for ranks in grid.tolist():
-            group = dist.new_group(ranks)
-            within = group if dist.get_rank() in ranks else within
-    return between, within
 
 
 class Rows(NamedTuple):
@@ -151,10 +170,8 @@ class Hop:
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         """counts: (size, …) int64, a line for each rank. Returns what the others had for us."""
-        counts = counts.contiguous()
-        out = torch.empty_like(counts)
-        dist.all_to_all_single(out, counts, group=self.group)
-        return out
+        # The functional kind, whose result recomputation by operation can keep.
+        return all_to_all_single(counts.contiguous(), None, None, self.group)
 
 
 def count_destinations(destination_PK: Tensor, num_destinations: int) -> Tensor:
@@ -177,6 +194,7 @@ class AllToAllDispatcher:
         self.tier_of_rank = _tiers(group, ranks_per_node)
         self.side_stream = _SideStream()
 
+    @torch.compiler.disable  # split sizes of the all-to-all depend on the data
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Record]:
@@ -194,6 +212,7 @@ class AllToAllDispatcher:
         traffic = torch.stack([_by_tier(rows, self.tier_of_rank) for rows in (sent, slots)])
         return _into_expert_order(rows, self.local_experts, sum(received_slots), traffic, (record,))
 
+    @torch.compiler.disable
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
         return self.hop.back(reduce_rows(rows_RD, record.order), record.hops[0])
 
@@ -218,6 +237,7 @@ class NodeLimitedDispatcher:
         self.tier_of_copy[self.tier_of_copy == 0] = self.tier_of_rank
         self.side_stream = _SideStream()
 
+    @torch.compiler.disable  # split sizes of the all-to-all depend on the data
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Record]:
@@ -261,6 +281,7 @@ class NodeLimitedDispatcher:
         arriving = self.within.exchange_counts(relayed)
         return torch.stack((rows_out, rows_in), dim=1), relayed[:, :1], arriving, onward[1]
 
+    @torch.compiler.disable
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
         x_PD = self.within.back(reduce_rows(rows_RD, record.order), record.hops[1])
         return self.between.back(x_PD, record.hops[0])
@@ -269,13 +290,39 @@ class NodeLimitedDispatcher:
         return self.side_stream.run(layer, x_TD)
 
 
+class GatherDispatcher:
+    """Around another dispatcher, where each rank of `group` holds a part of the hidden channels of
+    the same experts: all of them get the tokens of all, and the outputs, partial sums, are added.
+    """
+
+    def __init__(self, inner: Any, group: dist.ProcessGroup):
+        self.inner = inner
+        self.group = group
+
+    @torch.compiler.disable
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
+        return self.inner.dispatch(*(gather(t, 0, self.group) for t in (x_TD, ids_TK, weights_TK)))
+
+    @torch.compiler.disable
+    def combine(self, rows_RD: Tensor, record: Any) -> Tensor:
+        return reduce_scatter(self.inner.combine(rows_RD, record), 0, self.group)
+
+    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
+        return self.inner.beside(layer, x_TD)
+
+
 def _into_expert_order(
     rows: Rows, num_experts: int, num_rows: int, traffic: Tensor, hops: tuple[HopRecord, ...]
 ) -> tuple[Tensor, Tensor, Record]:
     """The rows that arrived, one copy for each of their local experts, sorted by expert."""
     order = sort_slots(rows.ids_PK, num_experts, num_rows=num_rows)
     weights_R = rows.weights_PK.flatten()[order.slot_of_row_R]
-    return expand_rows(rows.x_PD, order), order.counts, Record(weights_R, traffic, hops, order)
+    rows_RD = expand_rows(rows.x_PD, order)
+    for tensor in (rows_RD, weights_R):  # one compiled graph for any number of rows
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return rows_RD, order.counts, Record(weights_R, traffic, hops, order)
 
 
 def _tiers(group: dist.ProcessGroup, ranks_per_node: int) -> Tensor:

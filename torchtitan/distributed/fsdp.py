@@ -6,9 +6,18 @@ ranks, never averaged: the loss is already divided by the tokens of the whole st
 (components/loss.py).
 """
 
+from typing import Any
+
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import Shard
 
 from torchtitan.config import Parallelism, Training
@@ -39,10 +48,13 @@ def apply_data_parallel(
         reduce_dtype=TORCH_DTYPES[training.mixed_precision_reduce],
         cast_forward_inputs=False,  # positions, masks and the rotary table keep their dtypes
     )
+    # Weights, gradients and optimizer state then live in the memory of the host.
+    offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
+    options = {"mp_policy": policy, "offload_policy": offload}
     reshard = _reshard(dims, parallelism)
     if dims.expert_mesh is not None:
-        _shard_experts(model, dims.expert_mesh, policy, reshard)
-    _shard_layers(model, _data_parallel_axes(dims.mesh), policy, reshard)
+        _shard_experts(model, dims.expert_mesh, reshard, options)
+    _shard_layers(model, reshard, options | {"mesh": _data_parallel_axes(dims.mesh)})
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Both lines together: a factor without the forced sum needs PREMUL_SUM, which gloo
@@ -56,6 +68,15 @@ def apply_data_parallel(
         training.mixed_precision_param,
         training.mixed_precision_reduce,
     )
+
+
+def materialize(model: nn.Module, device: torch.device, *, offload: bool) -> None:
+    """Give a meta-device model memory: on the device, with offload its weights on the host."""
+    model.to_empty(device="cpu" if offload else device)
+    if offload:  # buffers are computed with where the layers are
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
 
 
 def sync_replicas_on_last_microbatch(model: nn.Module, *, is_last: bool) -> None:
@@ -75,39 +96,44 @@ def _data_parallel_axes(mesh: DeviceMesh) -> DeviceMesh:
 
 def _reshard(dims: ParallelDims, parallelism: Parallelism) -> bool:
     # "default": free the gathered weights after the forward pass. Where nothing is split, keeping
-    # them costs no communication and saves a copy.
+    # them costs no communication and saves a copy; in a pipeline they would be gathered for each
+    # micro-batch.
     if parallelism.fsdp_reshard_after_forward == "default":
-        return dims.fsdp > 1
+        return dims.fsdp > 1 and dims.pp == 1
     return parallelism.fsdp_reshard_after_forward == "always"
 
 
 def _shard_experts(
-    model: BaseModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool
+    model: BaseModel, mesh: DeviceMesh, reshard: bool, options: dict[str, Any]
 ) -> None:
     """Experts' weights over the ranks that hold the same experts: a unit of their own per layer."""
     for moe in model.moe_layers().values():
         num_experts = moe.experts.w1.size(0)
-        # Fewer experts than ranks: split inside of the experts, where that comes out even.
-        split = mesh["fsdp"].size()
+        # Fewer experts than ranks: split inside of the experts, where that comes out even. Where
+        # their hidden channels are split already (etp), by model channels.
+        split, etp = mesh["fsdp"].size(), mesh["etp"].size()
+        dims = {
+            param: (2 if name != "w2" else 1) if etp > 1 else 1
+            for name, param in moe.experts.named_parameters()
+        }
         inside = split * mesh["ep"].size() > num_experts and all(
-            p.size(1) % split == 0 for p in moe.experts.parameters()
+            param.size(dim) % split == 0 for param, dim in dims.items()
         )
         fully_shard(
             moe.experts,
             mesh=_data_parallel_axes(mesh),
-            mp_policy=policy,
             reshard_after_forward=reshard,
-            shard_placement_fn=(lambda p: Shard(1)) if inside else None,
+            **options,
+            shard_placement_fn=(lambda p, dims=dims: Shard(dims[p])) if inside else None,
         )
 
 
-def _shard_layers(
-    model: BaseModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool
-) -> None:
-    options = {"mesh": mesh, "mp_policy": policy}
-    fully_shard(model.tok_embeddings, reshard_after_forward=reshard, **options)
+def _shard_layers(model: BaseModel, reshard: bool, options: dict[str, Any]) -> None:
+    if model.tok_embeddings is not None:
+        fully_shard(model.tok_embeddings, reshard_after_forward=reshard, **options)
     for layer in model.layers.values():
         fully_shard(layer, reshard_after_forward=reshard, **options)
     # The backward pass starts with these two: not worth freeing them in between.
-    fully_shard([model.norm, model.output], reshard_after_forward=False, **options)
+    if model.output is not None:
+        fully_shard([model.norm, model.output], reshard_after_forward=False, **options)
     fully_shard(model, reshard_after_forward=reshard, **options)

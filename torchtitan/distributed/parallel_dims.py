@@ -6,12 +6,21 @@ experts are spread over the same ranks in two ways:
     dense     (pp, dp_replicate, fsdp, tp)        fsdp = dp_shard · cp
     experts   (pp, dp_replicate, fsdp, ep, etp)   each EP group holds all experts between its ranks,
                                                   and FSDP shards over what is left
+
+What a step adds up over ranks is added up over some of them only:
+
+    valid tokens, skipped documents   dp: ranks that read different sequences
+    losses                            of the last pipeline stage, which has them, one rank of each
+                                      TP group, whose ranks compute the same
+    expert load, traffic              a stage, dp x cp x tp: between layers TP splits the sequence,
+                                      so over a stage each token meets each router exactly once
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -19,7 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 class ParallelDims:
     """The degrees of `torchtitan.config.resolve_degrees`, which has checked them.
 
-    node_size: consecutive ranks that share a node.
+    node_size: consecutive ranks that share a node. last_stage: the pp rank of the stage with the
+    output, when that is not the last one (V-shaped schedules).
     """
 
     world_size: int
@@ -32,6 +42,7 @@ class ParallelDims:
     ep: int = 1
     etp: int = 1
     node_size: int = 1
+    last_stage: int = -1
 
     def __post_init__(self) -> None:
         dense = self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
@@ -90,11 +101,50 @@ class ParallelDims:
             mesh_dim_names=("pp", "dp_replicate", "fsdp", "ep", "etp"),
         )
 
+    @cached_property
+    def data_mesh(self) -> DeviceMesh:
+        """Of the tokens. Axes of any size: `pp`, `dp`, `cp`, `tp`."""
+        return init_device_mesh(
+            self.device_type,
+            (self.pp, self.dp_degree, self.cp, self.tp),
+            mesh_dim_names=("pp", "dp", "cp", "tp"),
+        )
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks that read different sequences, at this rank's place of pp, cp and tp."""
+        return self.data_mesh["dp"].get_group()
+
+    @property
+    def loss_ranks(self) -> list[int]:
+        """The ranks whose losses add up to that of the step; see the top of the file."""
+        ranks = torch.arange(self.world_size).view(self.pp, -1, self.tp)
+        return ranks[self.last_stage, :, 0].tolist()
+
+    @cached_property
+    def stage_group(self) -> dist.ProcessGroup:
+        """All ranks of this rank's pipeline stage."""
+        return self.data_mesh["dp", "cp", "tp"]._flatten("stage").get_group()
+
     @property
     def ep_groups(self) -> torch.Tensor:
         """The ranks of every EP group, by node: (groups, nodes, ranks of a node) int64."""
         ranks = torch.arange(self.world_size).view(-1, self.ep, self.etp).transpose(1, 2)
         return ranks.reshape(self.world_size // self.ep, self.nodes_per_ep_group, -1)
+
+    @cached_property
+    def node_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Of this rank's EP group: the ranks at its place on each node, and the ranks of its node.
+        All ranks must ask for it, since each helps to make every group."""
+        between = within = None
+        for grid in self.ep_groups:
+            for ranks in grid.T.tolist():
+                group = dist.new_group(ranks)
+                between = group if dist.get_rank() in ranks else between
+            for ranks in grid.tolist():
+                group = dist.new_group(ranks)
+                within = group if dist.get_rank() in ranks else within
+        return between, within
 
     def describe(self) -> str:
         """What users call this layout."""

@@ -122,9 +122,9 @@ def set_determinism(config: Debug, device: torch.device, of_run: int | None = No
     return seed
 
 
-def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, in place; equal on every rank afterwards."""
-    dist.all_reduce(value)
+def sum_over_ranks(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Sum over the ranks of `group` (None: all), in place; equal on each of them afterwards."""
+    dist.all_reduce(value, group=group)
     return value
 
 

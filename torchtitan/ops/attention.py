@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from torchtitan.ops.document_attention import document_attention
 
@@ -23,7 +24,7 @@ class Documents(NamedTuple):
     longest: int
 
 
-AttentionMask = Tensor | Documents | None
+AttentionMask = Tensor | Documents | BlockMask | None
 
 # Fastest first. cuDNN leads: on an H200 at qk 192 / v 128 it runs 540 / 400 TFLOP/s forward /
 # backward, flash (V padded) 290 / 235, memory-efficient 139 / 50 (docs/performance.md).
@@ -35,39 +36,76 @@ _BACKENDS = [
 ]
 
 
+# Only fast, and only free of S × S buffers, when compiled.
+_compiled_flex = torch.compile(flex_attention)
+_compiled_block_mask = torch.compile(create_block_mask)
+
+
 def document_mask(
-    tokens_BS: Tensor, eos_id: int, device: torch.device | None = None
+    tokens_BS: Tensor,
+    eos_id: int,
+    queries_Q: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> AttentionMask:
     """Block-causal mask of packed text: a token sees the earlier tokens of its own document.
 
-    A document ends with (and includes) `eos_id`. device: where the mask is wanted; absent = where
-    the tokens are. Tokens on the CPU are best: their documents are counted there, and the GPU is
-    not waited for.
+    A document ends with (and includes) `eos_id`. queries_Q: see `causal_mask`; absent = all.
+    device: where the mask is wanted; absent = where the tokens are. Tokens on the CPU are best:
+    their documents are counted there, and the GPU is not waited for.
 
     CPU: bool (B, 1, S, S), True = may be seen. GPU: `Documents`, or None where every sequence is
-    one document.
+    one document; for given queries a flex `BlockMask`.
     """
     device = device or tokens_BS.device
     ends_BS = tokens_BS == eos_id
-    B, S = tokens_BS.shape
+    if queries_Q is not None:
+        document_BS = _documents(ends_BS.to(device))
+        return _mask(queries_Q, document_BS[:, : int(queries_Q[-1]) + 1])  # host sync: once a batch
     if device.type == "cpu":
-        return _may_see(ends_BS)
+        return _mask(torch.arange(tokens_BS.size(1)), _documents(ends_BS))
     ends_BS[:, -1] = True
     ends_BS = ends_BS.cpu()  # host sync for tokens on the GPU: how many documents there are
     ends = ends_BS.flatten().nonzero().flatten().int() + 1
-    if ends.numel() == B:
+    if ends.numel() == tokens_BS.size(0):
         return None
     starts = F.pad(ends, (1, 0))
     # Rounded up, so that compiled graphs meet few lengths; the kernel skips what isn't there.
-    longest = min(S, 1 << (int(starts.diff().max()) - 1).bit_length())
+    longest = min(tokens_BS.size(1), 1 << (int(starts.diff().max()) - 1).bit_length())
     return Documents(starts.to(device, non_blocking=True), longest)
 
 
-def _may_see(ends_BS: Tensor) -> Tensor:
-    document_BS = ends_BS.cumsum(dim=1) - ends_BS.int()
-    same_document = document_BS[:, None, :, None] == document_BS[:, None, None, :]
-    S = ends_BS.size(1)
-    return same_document & torch.ones(S, S, dtype=torch.bool, device=ends_BS.device).tril()
+def causal_mask(queries_Q: Tensor) -> Tensor | BlockMask:
+    """Causal attention of a part of a sequence on its beginning.
+
+    queries_Q: int64 positions of the queries, in order; keys are all positions to the last of them.
+    """
+    num_keys = int(queries_Q[-1]) + 1  # host sync: once a batch
+    return _mask(queries_Q, queries_Q.new_zeros(1, num_keys))
+
+
+def _documents(ends_BS: Tensor) -> Tensor:
+    """The number of each token's document in its sequence."""
+    return ends_BS.cumsum(dim=1) - ends_BS.int()
+
+
+def _mask(queries_Q: Tensor, document_BK: Tensor) -> Tensor | BlockMask:
+    """CPU: bool (B, 1, Q, K), True = may be seen, because flex attention has no CPU backward.
+    Accelerators: a flex `BlockMask`.
+    """
+    B, K = document_BK.shape
+    if queries_Q.device.type == "cpu":
+        return _may_see(queries_Q, document_BK)
+
+    def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (queries_Q[q] >= k) & (document_BK[b, queries_Q[q]] == document_BK[b, k])
+
+    return _compiled_block_mask(may_see, B, None, len(queries_Q), K, device=queries_Q.device)
+
+
+def _may_see(queries_Q: Tensor, document_BK: Tensor) -> Tensor:
+    keys_K = torch.arange(document_BK.size(1), device=document_BK.device)
+    same_document = document_BK[:, None, queries_Q, None] == document_BK[:, None, None]
+    return same_document & (queries_Q[:, None] >= keys_K)
 
 
 def attention(
@@ -81,16 +119,21 @@ def attention(
     if isinstance(mask, Documents):
         if q_BSHC.dtype in (torch.bfloat16, torch.float16):
             return document_attention(q_BSHC, k_BSHC, v_BSHC, *mask, scale)
-        mask = _may_see(_ends(mask, q_BSHC.shape[:2]))  # fp32 on a GPU: for small sizes
+        # fp32 on a GPU: for small sizes
+        queries_S = torch.arange(q_BSHC.size(1), device=q_BSHC.device)
+        mask = _may_see(queries_S, _documents(_ends(mask, q_BSHC.shape[:2])))
     if q_BSHC.device.type == "cpu" and v_channels < q_BSHC.size(-1):
         # The CPU's flash kernel wants equal channels; without it SDPA holds S × S scores and is
         # 1.7 (fp32) to 2.4 (bf16) times slower at S = 2048.
         v_BSHC = F.pad(v_BSHC, (0, q_BSHC.size(-1) - v_channels))
     q, k, v = (t.transpose(1, 2) for t in (q_BSHC, k_BSHC, v_BSHC))
-    with sdpa_kernel(_BACKENDS, set_priority=True):
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
-        )
+    if isinstance(mask, BlockMask):
+        out = _compiled_flex(q, k, v, block_mask=mask, scale=scale)
+    else:
+        with sdpa_kernel(_BACKENDS, set_priority=True):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+            )
     return out.transpose(1, 2)[..., :v_channels]
 
 

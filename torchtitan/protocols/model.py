@@ -25,6 +25,8 @@ class BaseModelArgs:
 
     vocab_size: int
     max_seq_len: int
+    dim: int
+    n_layers: int
 
     def for_run(
         self,
@@ -66,6 +68,24 @@ class BaseModelArgs:
             raise UserError(
                 f"parallelism.expert_parallel_degree = {degree}, but this model has no experts; "
                 "set it to 1."
+            )
+
+    def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
+        """Raise `UserError` where the matrices can't be split over `degree` ranks, or each expert's
+        over `experts`.
+        """
+        if degree > 1:
+            raise UserError(
+                f"parallelism.tensor_parallel_degree = {degree}, but this model has no plan for "
+                "tensor parallelism; set it to 1."
+            )
+
+    def check_context_parallel(self, degree: int, *, method: str, tensor_parallel: int) -> None:
+        """Raise `UserError` where attention can't work on sequences split over `degree` ranks."""
+        if degree > 1:
+            raise UserError(
+                f"parallelism.context_parallel_degree = {degree}, but this model has no plan for "
+                "context parallelism; set it to 1."
             )
 
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
@@ -115,16 +135,17 @@ def _checked(value: Any, kind: Any, key: str, current: Any) -> Any:
 
 class BaseModel(nn.Module):
     """A decoder: embedding, blocks by number, norm, output. Runs on one CPU without process groups.
+    Blocks, and the others (as None), may be absent where they lie on another pipeline stage.
 
     `forward(tokens, attention_masks=None, positions=None, token_mask=None, labels=None) -> logits`,
     with labels the summed loss: see `DeepSeekV3Model.forward`.
     """
 
     model_args: BaseModelArgs
-    tok_embeddings: nn.Embedding
+    tok_embeddings: nn.Embedding | None
     layers: nn.ModuleDict
-    norm: nn.RMSNorm
-    output: nn.Linear
+    norm: nn.RMSNorm | None
+    output: nn.Linear | None
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Fill all parameters and buffers; call after moving a meta-device model to its device."""
@@ -142,9 +163,16 @@ class BaseModel(nn.Module):
         raise UserError(f"{type(self).__name__} can't generate text yet; use transformers or vLLM.")
 
     def get_attention_masks(
-        self, tokens_BS: Tensor, eos_id: int | None, device: torch.device | None = None
+        self,
+        tokens_BS: Tensor,
+        eos_id: int | None,
+        queries_Q: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> Any:
         """Masks for `forward` on `device` (absent: where the tokens are), or None for causal
         attention; cheapest from tokens on the CPU. Raises `UserError` without eos_id.
+
+        queries_Q: with context parallelism, the positions in the sequence that this rank computes;
+        the mask is for those against all tokens up to the last of them.
         """
         raise NotImplementedError

@@ -32,37 +32,12 @@ def test_defaults_are_fine_for_any_number_of_processes(world_size):
 @pytest.mark.parametrize(
     "key, value, sentence",
     [
-        ("parallelism.tensor_parallel_degree", 2, "tensor parallelism; 2; 1"),
-        (
-            "parallelism.enable_async_tensor_parallel",
-            True,
-            "asynchronous tensor parallelism; true; false",
-        ),
-        ("parallelism.pipeline_parallel_degree", 4, "pipeline parallelism; 4; 1"),
-        ("parallelism.context_parallel_degree", 2, "context parallelism; 2; 1"),
-        (
-            "parallelism.expert_tensor_parallel_degree",
-            2,
-            "tensor parallelism of experts; 2; 1",
-        ),
-        (
-            "activation_checkpoint.mode",
-            "memory_budget",
-            'activation checkpointing by memory budget; "memory_budget"; '
-            '"none" or "full" or "selective"',
-        ),
-        (
-            "activation_checkpoint.visualize_memory_budget_pareto",
-            True,
-            "activation checkpointing by memory budget; true; false",
-        ),
         (
             "model.converters",
             ["quantize.linear.float8"],
             'converting the model (FP8); ["quantize.linear.float8"]; []',
         ),
         ("metrics.enable_wandb", True, "Weights & Biases; true; false"),
-        ("training.enable_cpu_offload", True, "CPU offload; true; false"),
         (
             "comm.mode",
             "local_tensor",
@@ -75,6 +50,46 @@ def test_feature_that_is_not_there_yet_is_refused(key, value, sentence):
     assert refusal(8, **{key: value}) == (
         f"{feature} is not supported yet, but {key} = {shown}; set it to {way_out}."
     )
+
+
+def test_a_memory_budget_needs_a_compiler_that_keeps_to_it():
+    budget = {"activation_checkpoint__mode": "memory_budget"}
+    accept(compile__enable=True, **budget)
+    accept(
+        compile__enable=True,
+        compile__backend="aot_eager_decomp_partition",
+        activation_checkpoint__visualize_memory_budget_pareto=True,
+        **budget,
+    )
+    sentence = (
+        'activation_checkpoint.mode = "memory_budget" is kept to by the compiler: it needs '
+        'compile.enable with "model" in compile.components; set them, or another mode.'
+    )
+    assert refusal(**budget) == sentence
+    assert refusal(compile__enable=True, compile__components=["loss"], **budget) == sentence
+    assert refusal(compile__enable=True, compile__backend="eager", **budget) == (
+        'compile.backend = "eager" doesn\'t choose what is recomputed, which '
+        'activation_checkpoint.mode "memory_budget" needs; set it to "inductor".'
+    )
+    assert refusal(activation_checkpoint__memory_budget=1.5) == (
+        "activation_checkpoint.memory_budget = 1.5 must be between 0 and 1."
+    )
+    assert refusal(activation_checkpoint__visualize_memory_budget_pareto=True) == (
+        "activation_checkpoint.visualize_memory_budget_pareto = true draws what "
+        'activation_checkpoint.mode "memory_budget" chooses from, but the mode is "selective"; '
+        "set either."
+    )
+
+
+def test_cpu_offload_needs_an_accelerator_and_fsdp():
+    accept(2, "cuda", training__enable_cpu_offload=True)
+    for world_size, device, reason in (
+        (2, "cpu", "moves weights from an accelerator to the CPU, but this run is on the CPU"),
+        (1, "cuda", "is FSDP's, which one process doesn't use"),
+    ):
+        assert refusal(world_size, device, training__enable_cpu_offload=True) == (
+            f"training.enable_cpu_offload = true {reason}; set it to false."
+        )
 
 
 def test_keys_without_effect_may_hold_anything():

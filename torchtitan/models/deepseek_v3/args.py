@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from torchtitan.config.degrees import nearest
 from torchtitan.models.moe import MoEArgs
 from torchtitan.ops.rope import Yarn, yarn_softmax_factor
 from torchtitan.protocols.model import BaseModelArgs
@@ -133,11 +134,36 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         num_experts = self.moe_args.num_experts
         if num_experts % degree:
             divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-            nearest = min(divisors, key=lambda n: abs(n - degree))
+            closest = min(divisors, key=lambda n: abs(n - degree))
             raise UserError(
                 f"parallelism.expert_parallel_degree = {degree} must divide the number of experts, "
                 f"model.args.moe_args.num_experts ({num_experts}); the nearest that does is "
-                f"{nearest}."
+                f"{closest}."
+            )
+
+    def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
+        sizes = {"n_heads": self.n_heads, "vocab_size": self.vocab_size}
+        if self.n_dense_layers:
+            sizes["inter_dim"] = self.inter_dim
+        shared = self.moe_args.num_shared_experts
+        if shared and self.n_dense_layers < self.n_layers:
+            sizes["moe_inter_dim x model.args.moe_args.num_shared_experts"] = (
+                self.moe_inter_dim * shared
+            )
+        sizes = {f"model.args.{name}": size for name, size in sizes.items()}
+        _check_divides("tensor_parallel_degree", degree, sizes)
+        hidden = {"model.args.moe_inter_dim": self.moe_inter_dim}
+        _check_divides("expert_tensor_parallel_degree", experts, hidden)
+
+    def check_context_parallel(self, degree: int, *, method: str, tensor_parallel: int) -> None:
+        heads = self.n_heads // tensor_parallel
+        if method == "alltoall" and heads % degree:
+            shared = " over parallelism.tensor_parallel_degree" if tensor_parallel > 1 else ""
+            raise UserError(
+                'parallelism.context_parallel_rotate_method = "alltoall" deals out whole heads: '
+                f"parallelism.context_parallel_degree = {degree} must divide model.args.n_heads"
+                f'{shared} ({heads}); use "allgather", which moves the compressed keys and values '
+                "that all heads share."
             )
 
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
@@ -168,3 +194,13 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
     def _active_moe_weights(self) -> int:
         experts = self.moe_args.top_k + self.moe_args.num_shared_experts
         return self.dim * (3 * self.moe_inter_dim * experts + self.moe_args.num_experts)
+
+
+def _check_divides(key: str, degree: int, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if size % degree:
+            legal = [n for n in range(1, size + 1) if size % n == 0]
+            raise UserError(
+                f"parallelism.{key} = {degree} must divide {name} ({size}); set it to "
+                f"{nearest(degree, legal)}."
+            )

@@ -16,7 +16,7 @@ from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.deepseek_v3.latent_cache import latent_caches
 from torchtitan.models.moe import FeedForward, MoE
 from torchtitan.models.moe.balancing import Load, record_load
-from torchtitan.ops.attention import AttentionMask, attention, document_mask
+from torchtitan.ops.attention import AttentionMask, attention, causal_mask, document_mask
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan.ops.mla_attention import can_fuse, mla_attention
@@ -95,7 +95,9 @@ class Attention(nn.Module):
     def attend(
         self, q_BSHC: Tensor, latent_BSC: Tensor, k_rope_BS1C: Tensor, mask: AttentionMask
     ) -> Tensor:
-        """Attention on keys and values still compressed (latent_cache.py steps in here)."""
+        """Attention on keys and values still compressed (context parallelism and latent_cache.py
+        step in here).
+        """
         k_BSHC, v_BSHC = self.expand(latent_BSC, k_rope_BS1C)
         return attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
 
@@ -203,21 +205,28 @@ class DeepSeekV3Model(BaseModel):
 
         attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None =
         0, 1, …. token_mask: (B, S) bool, False = padding, left out of the expert load.
+
+        A pipeline's part without `tok_embeddings` takes the hidden states (B, S, D) of the one
+        before as `tokens`; one without `output` returns its own.
         """
-        x_BSD = self.tok_embeddings(tokens)
+        x_BSD = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         for layer in self.layers.values():
             x_BSD, load = layer(x_BSD, self.rope, attention_masks, positions, token_mask)
             if load is not None and self.training and torch.is_grad_enabled():
                 record_load(layer.moe, load)
-        return self.output(self.norm(x_BSD), labels)
+        return x_BSD if self.output is None else self.output(self.norm(x_BSD), labels)
 
     def get_attention_masks(
-        self, tokens_BS: Tensor, eos_id: int | None, device: torch.device | None = None
+        self,
+        tokens_BS: Tensor,
+        eos_id: int | None,
+        queries_Q: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> AttentionMask:
         if self.model_args.attn_mask_type == "causal":
-            return None
+            return None if queries_Q is None else causal_mask(queries_Q)
         self.model_args.check_tokenizer(eos_id)
-        return document_mask(tokens_BS, eos_id, device)
+        return document_mask(tokens_BS, eos_id, queries_Q, device)
 
     def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
         return latent_caches(

@@ -54,8 +54,8 @@ def record_load(moe: "MoE", load: Load) -> None:
 def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) -> Load:
     """The optimizer step's load over all ranks of `group`: (layers, E) and (layers, 2, 3) int64.
 
-    Takes the counts: they start again from zero. group: all ranks whose tokens differ (data
-    parallel); None = this process alone. One all-reduce for all layers.
+    Takes the counts: they start again from zero. group: all ranks that hold these layers, each of
+    which routes tokens of its own; None = this process alone. One all-reduce for all layers.
     """
     both = torch.stack([torch.cat((moe.tokens_per_expert, moe.traffic.flatten())) for moe in moes])
     if group is not None:

@@ -1,0 +1,334 @@
+"""Every layout trains like one process: loss, gradient norm, weights and bias of three steps.
+
+One row of LAYOUTS is a layout; one of REFUSALS is a combination that can't run and its sentence.
+"""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed_tests.training_ranks import (
+    FP32,
+    SEQUENCES,
+    assert_trained_alike,
+    config_of,
+    first_gradients,
+    one_process,  # noqa: F401 (a fixture)
+    one_process_with_documents,  # noqa: F401 (a fixture)
+    train_on_this_rank,
+)
+from torchtitan.tools.errors import UserError
+from torchtitan.trainer import check_config
+
+DEGREES = {
+    "replicate": "data_parallel_replicate_degree",
+    "shard": "data_parallel_shard_degree",
+    "tp": "tensor_parallel_degree",
+    "cp": "context_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+    "ep": "expert_parallel_degree",
+    "etp": "expert_tensor_parallel_degree",
+}
+
+
+def layout(
+    world_size: int, *more: str, accumulation: int = 1, ac: str = "none", **degrees: int
+) -> tuple[int, list[str]]:
+    """Processes, and the options of the run; the global batch is the same for all layouts."""
+    not_data = [degrees.get(name, 1) for name in ("tp", "cp", "pp")]
+    dp = world_size // (not_data[0] * not_data[1] * not_data[2])
+    size = max(1, SEQUENCES // dp // accumulation)
+    return world_size, [
+        FP32,
+        f"--training.local_batch_size={size}",
+        f"--activation_checkpoint.mode={ac}",
+        *(f"--parallelism.{DEGREES[name]}={degree}" for name, degree in degrees.items()),
+        *more,
+    ]
+
+
+def nodes_of(size: int) -> str:
+    return f"--parallelism.expert_parallel_node_size={size}"
+
+
+ALL_TO_ALL = "--parallelism.expert_parallel_dispatch=all_to_all"
+NODE_LIMITED = "--parallelism.expert_parallel_dispatch=node_limited"
+KEEP_WEIGHTS = "--parallelism.fsdp_reshard_after_forward=never"
+WHOLE_LOGITS = "--parallelism.disable_loss_parallel"
+BY_HEADS = "--parallelism.context_parallel_rotate_method=alltoall"
+BY_OPERATION = "--activation_checkpoint.selective_ac_option=op"
+ASYNC = "--parallelism.enable_async_tensor_parallel"
+COMPILED = ("--compile.enable", "--compile.backend=aot_eager")
+
+
+def pipeline(schedule: str, stages: int = 2) -> tuple[str, str]:
+    """Two stages: as the layer counts have it. Four: the embedding and the output alone."""
+    parts = [["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]
+    split = f"--parallelism.module_fqns_per_model_part={json.dumps(parts)}"
+    name = f"--parallelism.pipeline_parallel_schedule={schedule}"
+    return (name, split) if stages == 4 else (name,)
+
+
+LAYOUTS = {
+    # Data parallel
+    "one process": layout(1),
+    "one process, accumulation": layout(1, accumulation=4),
+    "FSDP 2": layout(2),
+    "FSDP 2, accumulation": layout(2, accumulation=4),
+    "FSDP 2, weights kept, recomputed": layout(2, KEEP_WEIGHTS, ac="full"),
+    "FSDP 2, compiled, recomputed": layout(2, *COMPILED, ac="full"),
+    "DDP 2": layout(2, replicate=2, shard=1),
+    "DDP 2, accumulation": layout(2, replicate=2, shard=1, accumulation=2),
+    "FSDP 4": layout(4),
+    "HSDP 2 x 2": layout(4, replicate=2),
+    "HSDP 2 x 2, accumulation, by operation": layout(
+        4, BY_OPERATION, replicate=2, accumulation=2, ac="selective"
+    ),
+    "DDP 4": layout(4, replicate=4, shard=1),
+    # Experts
+    "EP 2": layout(2, ep=2),
+    "EP 2, nodes of 1": layout(2, nodes_of(1), ep=2),
+    "EP 2, DDP 2": layout(2, ep=2, replicate=2, shard=1),
+    "EP 2, FSDP 2": layout(4, ep=2),
+    "EP 2, FSDP 2, node-limited on one node": layout(4, NODE_LIMITED, ep=2),
+    "EP 4": layout(4, ALL_TO_ALL, ep=4),
+    "EP 4, nodes of 2, accumulation": layout(4, nodes_of(2), ep=4, accumulation=2),
+    "EP 4, nodes of 1": layout(4, nodes_of(1), ep=4),
+    "EP 2, HSDP 2 x 2, recomputed": layout(4, nodes_of(1), ep=2, replicate=2, ac="full"),
+    "EP 4 from DDP 4": layout(4, nodes_of(2), ep=4, replicate=4, shard=1),
+    "EP 8": layout(8, ALL_TO_ALL, ep=8),
+    "EP 8, nodes of 2": layout(8, nodes_of(2), ep=8),
+    "EP 4, FSDP 2, nodes of 2": layout(8, nodes_of(2), ep=4),
+    "EP 2, HSDP 2 x 4": layout(8, ep=2, replicate=2),
+    "EP 4 from HSDP 4 x 2, nodes of 1": layout(8, nodes_of(1), ep=4, replicate=4),
+    # Tensors
+    "TP 2": layout(2, tp=2),
+    "TP 2, accumulation, whole logits": layout(2, WHOLE_LOGITS, tp=2, accumulation=2),
+    "TP 2, recomputed": layout(2, tp=2, ac="full"),
+    "TP 2, compiled": layout(2, *COMPILED, tp=2),
+    "TP 2, EP 2": layout(2, tp=2, ep=2),
+    "TP 2, split experts": layout(2, tp=2, etp=2),
+    "TP 4": layout(4, tp=4),
+    "TP 2, FSDP 2": layout(4, tp=2),
+    "TP 2, DDP 2": layout(4, tp=2, replicate=2, shard=1),
+    "TP 2, FSDP 2, EP 4": layout(4, tp=2, ep=4),
+    "TP 2, FSDP 2, EP 2, by operation": layout(4, BY_OPERATION, tp=2, ep=2, ac="selective"),
+    "TP 2, FSDP 2, split experts": layout(4, tp=2, etp=2),
+    "TP 2, EP 2 of split experts": layout(4, tp=2, ep=2, etp=2),
+    # Context
+    "CP 2": layout(2, cp=2),
+    "CP 2, by heads": layout(2, BY_HEADS, cp=2),
+    "CP 2, recomputed": layout(2, cp=2, ac="full"),
+    "CP 2, compiled": layout(2, *COMPILED, cp=2),
+    "CP 2, EP 2": layout(2, cp=2, ep=2),
+    "CP 4": layout(4, cp=4),
+    "CP 4, by heads": layout(4, BY_HEADS, cp=4),
+    "CP 2, FSDP 2, accumulation": layout(4, cp=2, accumulation=2),
+    "CP 2, DDP 2": layout(4, cp=2, replicate=2, shard=1),
+    "CP 2, FSDP 2, EP 4": layout(4, cp=2, ep=4),
+    "CP 2, TP 2": layout(4, cp=2, tp=2),
+    "CP 2, TP 2, by heads": layout(4, BY_HEADS, cp=2, tp=2),
+    # Recomputation and the compiler, where tokens travel
+    "EP 2, by operation": layout(2, BY_OPERATION, ep=2, ac="selective"),
+    "EP 2, compiled, recomputed": layout(2, *COMPILED, ep=2, ac="full"),
+    "EP 2, compiled, by operation": layout(2, *COMPILED, BY_OPERATION, ep=2, ac="selective"),
+    # Three and more together
+    "CP 2, TP 2, EP 4": layout(4, cp=2, tp=2, ep=4),
+    "CP 2, TP 2, EP 2 of split experts": layout(4, cp=2, tp=2, ep=2, etp=2),
+    "FSDP 2, CP 2, TP 2, EP 4, nodes of 2": layout(8, nodes_of(2), cp=2, tp=2, ep=4),
+    "DDP 2, CP 2, TP 2, EP 2, recomputed": layout(
+        8, cp=2, tp=2, ep=2, replicate=2, shard=1, ac="full"
+    ),
+    "HSDP 2 x 2, TP 2, EP 2 of split experts": layout(8, tp=2, ep=2, etp=2, replicate=2),
+    "HSDP 2 x 2, CP 2, EP 8, by heads": layout(8, BY_HEADS, cp=2, ep=8, replicate=2),
+}
+
+
+# torch's schedules: stages, with one or two of them a rank.
+SCHEDULES = {
+    "GPipe": 2,
+    "1F1B": 2,
+    "LoopedBFS": 4,
+    "Interleaved1F1B": 4,
+    "InterleavedZeroBubble": 4,
+    "ZBVZeroBubble": 4,
+    "DualPipeV": 4,
+}
+for _name, _stages in SCHEDULES.items():
+    _options = pipeline(_name, _stages)
+    LAYOUTS |= {
+        f"PP 2, {_name}": layout(2, *_options, pp=2),
+        f"PP 2, {_name}, EP 2": layout(4, *_options, pp=2, ep=2),
+    }
+ZERO_BUBBLE = pipeline("InterleavedZeroBubble", 4)
+DUAL = pipeline("DualPipeV", 4)
+LAYOUTS |= {
+    "PP 2, accumulation": layout(2, pp=2, accumulation=2),
+    "PP 2, recomputed": layout(2, *ZERO_BUBBLE, pp=2, ac="full"),
+    "PP 2, DDP 2": layout(4, pp=2, replicate=2, shard=1),
+    "PP 2, FSDP 2, by operation": layout(4, BY_OPERATION, pp=2, ac="selective"),
+    "PP 2, FSDP 2, compiled": layout(4, *COMPILED, pp=2),
+    "PP 2, TP 2": layout(4, pp=2, tp=2),
+    "PP 2, CP 2": layout(4, pp=2, cp=2),
+    "PP 2, HSDP 2 x 2": layout(8, pp=2, replicate=2),
+    "PP 2, FSDP 2, TP 2, EP 2": layout(8, *DUAL, pp=2, tp=2, ep=2),
+    "PP 2, FSDP 2, CP 2, EP 2": layout(8, *ZERO_BUBBLE, pp=2, cp=2, ep=2),
+    "PP 2, CP 2, TP 2, EP 4, nodes of 2": layout(8, nodes_of(2), pp=2, cp=2, tp=2, ep=4),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_like_one_process(ranks, one_process, name, tmp_path):  # noqa: F811
+    world_size, options = LAYOUTS[name]
+    for result in ranks(world_size).run(train_on_this_rank, options, str(tmp_path)):
+        assert_trained_alike(result, one_process)
+
+
+# Attention ends where a document does.
+DOCUMENTS = "--model.args.attn_mask_type=block_causal"
+WITH_DOCUMENTS = ["one process", "TP 2", "CP 2", "CP 2, by heads", "CP 4", "CP 2, TP 2, EP 4"]
+
+
+@pytest.mark.parametrize("name", WITH_DOCUMENTS)
+def test_packed_documents_train_like_one_process(
+    ranks,
+    one_process_with_documents,  # noqa: F811
+    name,
+    tmp_path,
+):
+    world_size, options = LAYOUTS[name]
+    for result in ranks(world_size).run(train_on_this_rank, [*options, DOCUMENTS], str(tmp_path)):
+        assert_trained_alike(result, one_process_with_documents)
+
+
+@pytest.fixture(scope="module")
+def gradients_of_one_process(ranks, tmp_path_factory) -> dict[str, Tensor]:
+    folder = str(tmp_path_factory.mktemp("one"))
+    return ranks(1).run(first_gradients, layout(1)[1], folder)[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "EP 2",
+        "EP 2, HSDP 2 x 2, recomputed",
+        "EP 4, nodes of 1",
+        "EP 4 from DDP 4",
+        "EP 8",
+        "EP 4, FSDP 2, nodes of 2",
+        "TP 2",
+        "TP 4",
+        "TP 2, split experts",
+        "TP 2, FSDP 2, EP 2, by operation",
+        "CP 2",
+        "CP 2, by heads",
+        "CP 4",
+        "CP 2, TP 2, EP 2 of split experts",
+        "FSDP 2, CP 2, TP 2, EP 4, nodes of 2",
+    ],
+)
+def test_every_gradient_is_that_of_one_process(ranks, gradients_of_one_process, name, tmp_path):
+    """AdamW hides a wrong factor, and a small weight's gradient hides in the norm: each alone."""
+    world_size, options = LAYOUTS[name]
+    for gradients in ranks(world_size).run(first_gradients, options, str(tmp_path)):
+        assert gradients.keys() == gradients_of_one_process.keys()
+        for name, expected in gradients_of_one_process.items():
+            error = ((gradients[name] - expected).norm() / expected.norm()).item()
+            assert error <= 1e-6, f"{name} is off by {error:.1e}"
+
+
+def test_a_combined_layout_repeats_bit_for_bit(ranks, tmp_path) -> None:
+    options = LAYOUTS["CP 2, TP 2, EP 4"][1]
+    first = ranks(4).run(train_on_this_rank, options, str(tmp_path))[0]
+    again = ranks(4).run(train_on_this_rank, options, str(tmp_path))[0]
+    assert first["losses"] == again["losses"] and first["norms"] == again["norms"]
+    for name, tensor in first["state"].items():
+        assert torch.equal(tensor, again["state"][name]), name
+
+
+# ---------------------------------------------------------------------------------------------
+# What can't run says so
+# ---------------------------------------------------------------------------------------------
+
+REFUSALS = {
+    "heads": (
+        layout(3, "--training.seq_len=24", tp=3),
+        "parallelism.tensor_parallel_degree = 3 must divide model.args.n_heads (4); set it to 2 or "
+        "4.",
+    ),
+    "vocabulary": (
+        layout(2, "--model.args.vocab_size=2049", tp=2),
+        "parallelism.tensor_parallel_degree = 2 must divide model.args.vocab_size (2049); set it "
+        "to 1 or 3.",
+    ),
+    "hidden channels": (
+        layout(4, "--model.args.inter_dim=50", tp=4),
+        "parallelism.tensor_parallel_degree = 4 must divide model.args.inter_dim (50); set it to 2 "
+        "or 5.",
+    ),
+    "shared experts": (
+        layout(4, "--model.args.moe_inter_dim=15", tp=4),
+        "parallelism.tensor_parallel_degree = 4 must divide model.args.moe_inter_dim x "
+        "model.args.moe_args.num_shared_experts (30); set it to 3 or 5.",
+    ),
+    "experts' channels": (
+        layout(2, "--model.args.moe_inter_dim=15", tp=2, etp=2),
+        "parallelism.expert_tensor_parallel_degree = 2 must divide model.args.moe_inter_dim (15); "
+        "set it to 1 or 3.",
+    ),
+    "etp": (
+        layout(4, tp=4, etp=2),
+        "parallelism.expert_tensor_parallel_degree = 2 must be 1 or "
+        "parallelism.tensor_parallel_degree (4); set it to 1 or 4.",
+    ),
+    "sequence, TP": (
+        layout(2, "--training.seq_len=15", tp=2),
+        "training.seq_len = 15 must be a multiple of 2, so that parallelism.tensor_parallel_degree "
+        "(2) splits it evenly; set it to 14 or 16.",
+    ),
+    "sequence, CP": (
+        layout(2, "--training.seq_len=18", cp=2),
+        "training.seq_len = 18 must be a multiple of 4, so that "
+        "parallelism.context_parallel_degree (2) splits it evenly; set it to 16 or 20.",
+    ),
+    "sequence, both": (
+        layout(8, "--training.seq_len=12", cp=2, tp=4),
+        "training.seq_len = 12 must be a multiple of 8, so that "
+        "parallelism.context_parallel_degree (2) and parallelism.tensor_parallel_degree (4) split "
+        "it evenly; set it to 8 or 16.",
+    ),
+    "heads, CP": (
+        layout(8, BY_HEADS, cp=8),
+        'parallelism.context_parallel_rotate_method = "alltoall" deals out whole heads: '
+        "parallelism.context_parallel_degree = 8 must divide model.args.n_heads (4); use "
+        '"allgather", which moves the compressed keys and values that all heads share.',
+    ),
+    "heads, CP and TP": (
+        layout(8, BY_HEADS, cp=4, tp=2),
+        'parallelism.context_parallel_rotate_method = "alltoall" deals out whole heads: '
+        "parallelism.context_parallel_degree = 4 must divide model.args.n_heads over "
+        'parallelism.tensor_parallel_degree (2); use "allgather", which moves the compressed keys '
+        "and values that all heads share.",
+    ),
+    "asynchronous without TP": (
+        layout(2, ASYNC),
+        "parallelism.enable_async_tensor_parallel = true needs parallelism.tensor_parallel_degree "
+        "of 2 or more; set it to false.",
+    ),
+    "asynchronous on CPU": (
+        layout(2, ASYNC, tp=2),
+        "parallelism.enable_async_tensor_parallel = true needs CUDA GPUs, but this run is on cpu; "
+        "set it to false.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_cannot_run_is_refused_before_anything_starts(name, monkeypatch, tmp_path) -> None:
+    (world_size, options), sentence = REFUSALS[name]
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    with pytest.raises(UserError) as error:
+        check_config(config_of(*options, f"--job.dump_folder={tmp_path}"))
+    assert str(error.value) == sentence

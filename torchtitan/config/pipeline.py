@@ -1,0 +1,207 @@
+"""Which layers each pipeline stage holds, and which schedules can run: plain arithmetic.
+
+Stages are numbered along the model. With one stage a rank, stage s lives on rank s; with several,
+they go around the ranks ("loop": s modulo the degree) or there and back ("v").
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchtitan.config.degrees import nearest
+from torchtitan.config.job_config import Parallelism
+from torchtitan.tools.errors import UserError, suggest
+
+SINGLE = ("1F1B", "GPipe")
+LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
+V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
+SCHEDULES = (*SINGLE, *LOOPED, *V_SHAPED)
+# They run a backward pass in two pieces, for the inputs and for the weights.
+SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SHAPED)
+_KEY = "parallelism.pipeline_parallel_"
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """stages: the names of the modules of each stage. v_shaped: how they lie on the ranks, see the
+    top of the file. microbatch_size: sequences.
+    """
+
+    schedule: str
+    degree: int
+    stages: tuple[tuple[str, ...], ...]
+    v_shaped: bool
+    num_microbatches: int
+    microbatch_size: int
+
+    def stages_of(self, rank: int) -> list[int]:
+        """Stages of a rank of the pp axis, in order."""
+        return [s for s in range(len(self.stages)) if self.rank_of(s) == rank]
+
+    def rank_of(self, stage: int) -> int:
+        around, place = divmod(stage, self.degree)
+        back = self.v_shaped and around % 2 == 1
+        return self.degree - 1 - place if back else place
+
+
+def plan_pipeline(
+    parallelism: Parallelism, *, num_layers: int, local_batch_size: int
+) -> PipelinePlan:
+    """Raises `UserError` for what can't be. Call it only where the degree is above 1."""
+    degree = parallelism.pipeline_parallel_degree
+    schedule = parallelism.pipeline_parallel_schedule
+    if schedule not in SCHEDULES:
+        raise UserError(
+            f"{_KEY}schedule = '{schedule}' is not a schedule{suggest(schedule, SCHEDULES)}"
+        )
+    if schedule in SPLIT_BACKWARD and parallelism.fsdp_reshard_after_forward == "always":
+        raise UserError(
+            'parallelism.fsdp_reshard_after_forward = "always" frees weights between the two '
+            f"pieces of the backward pass of {_KEY}schedule '{schedule}': set it to "
+            '"default" or "never".'
+        )
+    if parallelism.module_fqns_per_model_part is not None:
+        stages = _as_listed(parallelism.module_fqns_per_model_part, num_layers)
+        key = "parallelism.module_fqns_per_model_part"
+    else:
+        stages, key = _evenly(parallelism, num_layers), f"{_KEY}layers_per_stage"
+    _check_count(len(stages), schedule, degree, key, by_csv=bool(_csv(parallelism)))
+    plan = PipelinePlan(
+        schedule=schedule,
+        degree=degree,
+        stages=stages,
+        v_shaped=schedule in V_SHAPED and not parallelism.pipeline_parallel_schedule_csv,
+        num_microbatches=_num_microbatches(parallelism, local_batch_size),
+        microbatch_size=parallelism.pipeline_parallel_microbatch_size,
+    )
+    if _csv(parallelism):
+        _check_csv(_csv(parallelism), degree)
+    else:
+        _check_microbatches(plan)
+    return plan
+
+
+def _csv(parallelism: Parallelism) -> str | None:
+    return parallelism.pipeline_parallel_schedule_csv
+
+
+def _names(layers: range, *, first: bool, last: bool) -> tuple[str, ...]:
+    names = [f"layers.{i}" for i in layers]
+    return tuple(["tok_embeddings"] * first + names + ["norm", "output"] * last)
+
+
+def _evenly(parallelism: Parallelism, num_layers: int) -> tuple[tuple[str, ...], ...]:
+    """As even as can be, where the embedding and the output count as the layers that the first and
+    last stage have less."""
+    less = (
+        parallelism.pipeline_parallel_first_stage_less_layers,
+        parallelism.pipeline_parallel_last_stage_less_layers,
+    )
+    for name, value in zip(("first", "last"), less, strict=True):
+        if value < 0:
+            raise UserError(f"{_KEY}{name}_stage_less_layers = {value} must be 0 or more.")
+    total, num_stages = num_layers + sum(less), _num_stages(parallelism, num_layers + sum(less))
+    sizes = [total // num_stages + (s < total % num_stages) for s in range(num_stages)]
+    sizes[0] -= less[0]
+    sizes[-1] -= less[1]
+    if min(sizes) < 0 or min(sizes[1:-1], default=1) < 1:
+        raise UserError(
+            f"{num_stages} pipeline stages ({_KEY}degree {parallelism.pipeline_parallel_degree}) "
+            f"are too many for model.args.n_layers ({num_layers}) with {less[0]} less on the first "
+            f"and {less[1]} less on the last: lower the degree, raise {_KEY}layers_per_stage, or "
+            f"set {_KEY}first_stage_less_layers and last_stage_less_layers to 0."
+        )
+    ends = [sum(sizes[: s + 1]) for s in range(num_stages)]
+    return tuple(
+        _names(range(end - size, end), first=s == 0, last=s == num_stages - 1)
+        for s, (end, size) in enumerate(zip(ends, sizes, strict=True))
+    )
+
+
+def _num_stages(parallelism: Parallelism, total: int) -> int:
+    degree, per_stage = (
+        parallelism.pipeline_parallel_degree,
+        parallelism.pipeline_parallel_layers_per_stage,
+    )
+    if per_stage is None:
+        return degree if parallelism.pipeline_parallel_schedule in SINGLE else 2 * degree
+    if per_stage < 1:
+        raise UserError(f"{_KEY}layers_per_stage = {per_stage} must be 1 or more.")
+    return -(-total // per_stage)
+
+
+def _as_listed(parts: list[list[str]], num_layers: int) -> tuple[tuple[str, ...], ...]:
+    key = "parallelism.module_fqns_per_model_part"
+    expected = list(_names(range(num_layers), first=True, last=True))
+    listed = [name for part in parts for name in part]
+    for name in listed:
+        if name not in expected:
+            raise UserError(
+                f"{key} names '{name}', which the model hasn't{suggest(name, expected)}"
+            )
+    if listed != expected:
+        missing = [name for name in expected if name not in listed]
+        what = f"leaves out '{missing[0]}'" if missing else "names modules twice or out of order"
+        raise UserError(
+            f"{key} {what}: all parts together list every module once, in the model's order, from "
+            "'tok_embeddings' over 'layers.0' to 'norm' and 'output'."
+        )
+    if not all(parts):
+        raise UserError(f"{key} has an empty part; give each part at least one module.")
+    return tuple(map(tuple, parts))
+
+
+def _check_count(stages: int, schedule: str, degree: int, key: str, *, by_csv: bool) -> None:
+    rule = None
+    if stages % degree:
+        rule = f"must be a multiple of {_KEY}degree ({degree})"
+    elif by_csv:
+        return
+    elif schedule in SINGLE and stages != degree:
+        rule = f"must be {_KEY}degree ({degree}): '{schedule}' has one stage a rank"
+    elif schedule in V_SHAPED and stages != 2 * degree:
+        rule = f"must be twice {_KEY}degree ({degree}): '{schedule}' has two stages a rank"
+    elif schedule in LOOPED and stages < 2 * degree:
+        rule = f"must be at least twice {_KEY}degree ({degree}): '{schedule}' goes around the ranks"
+    if rule:
+        raise UserError(f"{key} makes {stages} stages, but their number {rule}; change either.")
+
+
+def _num_microbatches(parallelism: Parallelism, local_batch_size: int) -> int:
+    size = parallelism.pipeline_parallel_microbatch_size
+    divisors = [n for n in range(1, local_batch_size + 1) if local_batch_size % n == 0]
+    if size not in divisors:
+        raise UserError(
+            f"{_KEY}microbatch_size = {size} must divide training.local_batch_size "
+            f"({local_batch_size}); set it to {nearest(size, divisors)}."
+        )
+    return local_batch_size // size
+
+
+def _check_microbatches(plan: PipelinePlan) -> None:
+    """The rules of torch's schedules."""
+    n, stages, rule = plan.num_microbatches, len(plan.stages), None
+    if plan.schedule in ("1F1B", *V_SHAPED) and n < stages:
+        rule = f"at least as many as stages ({stages})"
+    rounds = max(1, n // plan.degree)
+    if plan.schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and n % rounds:
+        rule = f"a multiple of {_KEY}degree ({plan.degree}), or fewer than twice as many"
+    if rule:
+        raise UserError(
+            f"{_KEY}schedule '{plan.schedule}' needs {rule} micro-batches, but "
+            f"training.local_batch_size over {_KEY}microbatch_size ({plan.microbatch_size}) makes "
+            f"{n}; change training.local_batch_size."
+        )
+
+
+def _check_csv(path: str, degree: int) -> None:
+    try:
+        with Path(path).open(newline="") as file:
+            rows = sum(1 for row in csv.reader(file) if row)
+    except OSError as error:
+        raise UserError(f"{_KEY}schedule_csv {path} can't be read ({error.strerror}).") from None
+    if rows != degree:
+        raise UserError(
+            f"{_KEY}schedule_csv {path} has {rows} lines, but it needs one for each rank of "
+            f"{_KEY}degree ({degree})."
+        )

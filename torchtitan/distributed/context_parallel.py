@@ -1,0 +1,127 @@
+"""Context parallelism: sequences split over ranks, for latent attention (MLA).
+
+A sequence is cut into 2·cp chunks, and rank r holds chunks r and 2·cp − 1 − r, an early and a late
+one: causal attention then costs every rank the same. Everything but attention works token by token;
+attention's queries need keys and values of other ranks, which come in one of two ways:
+
+    allgather   what travels is the *compressed* form, the normalised latent and the rotary key;
+                each rank expands the part that its queries may see. Of DeepSeek-V3 that is
+                512 + 64 channels a token and layer instead of 128 · (192 + 128) = 40960, 71 times
+                less (16B: 9 times).
+    alltoall    (Ulysses, arXiv 2309.14509) queries, keys and values are exchanged so that each rank
+                has whole sequences of some heads. No expansion is repeated, but all heads travel:
+                128 · 2 · (192 + 128) channels of each token, 142/cp times the above.
+
+Letters: B batch, S sequence, P = S/cp positions of this rank, H heads, C channels.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import gather
+from torchtitan.ops.attention import AttentionMask, attention
+from torchtitan.tools.logging import logger
+
+Method = Literal["allgather", "alltoall"]
+
+
+def positions_of(rank: int, degree: int, seq_len: int) -> Tensor:
+    """int64 positions (S/cp,) in a sequence that this rank holds: its early chunk, its late one."""
+    chunks = torch.arange(seq_len).chunk(2 * degree)
+    return torch.cat((chunks[rank], chunks[2 * degree - 1 - rank]))
+
+
+def positions_of_this_rank(dims: ParallelDims, seq_len: int, device: torch.device) -> Tensor | None:
+    """`positions_of`; None without context parallelism."""
+    if dims.cp == 1:
+        return None
+    return positions_of(dims.data_mesh["cp"].get_local_rank(), dims.cp, seq_len).to(device)
+
+
+def apply_context_parallel(
+    attentions: Iterable[nn.Module], group: dist.ProcessGroup, method: Method
+) -> None:
+    """Let these layers attend over `group`'s parts of the sequence, in place; logs one line.
+
+    Each has `attend(q, latent, k_rope, mask)`, `expand(latent, k_rope) -> keys, values` and
+    `softmax_scale`, with the sequence in dim 1, like that of models/deepseek_v3/model.py. Positions
+    (`positions_of`) and masks come from the caller: with "allgather" masks for this rank's
+    queries, with "alltoall" those of whole sequences.
+    """
+    make = _attend_to_gathered if method == "allgather" else _attend_by_heads
+    for module in attentions:
+        module.attend = make(module, group)
+    how = {
+        "allgather": "compressed keys and values are gathered",
+        "alltoall": "heads are exchanged for positions",
+    }
+    logger.info("Context parallel: sequences over %d ranks, %s", group.size(), how[method])
+
+
+def _attend_to_gathered(module: nn.Module, group: dist.ProcessGroup) -> Callable[..., Tensor]:
+    attend, rank, degree = module.attend, group.rank(), group.size()
+
+    def attend_to_gathered(
+        q_BPHC: Tensor, latent: Tensor, k_rope: Tensor, mask: AttentionMask
+    ) -> Tensor:
+        """The mask is for this rank's queries and the keys that they may see."""
+        both = torch.cat((latent, k_rope.squeeze(2)), dim=-1)
+        # Late queries of rank r see all but the last r chunks. What is cut off here is cut off
+        # before the expansion, which all ranks do for the keys that they need.
+        both = _in_order(gather(both, 1, group), degree, keep=2 * degree - rank)
+        latent, k_rope = both.split([latent.size(-1), k_rope.size(-1)], dim=-1)
+        return attend(q_BPHC, latent, k_rope.unsqueeze(2), mask)
+
+    return attend_to_gathered
+
+
+def _attend_by_heads(module: nn.Module, group: dist.ProcessGroup) -> Callable[..., Tensor]:
+    degree = group.size()
+
+    def attend_by_heads(
+        q_BPHC: Tensor, latent: Tensor, k_rope: Tensor, mask: AttentionMask
+    ) -> Tensor:
+        """The mask is for whole sequences."""
+        k_BPHC, v_BPHC = module.expand(latent, k_rope)
+        whole = [_to_heads(t, group, degree) for t in (q_BPHC, k_BPHC, v_BPHC)]
+        out_BSHC = attention(*whole, scale=module.softmax_scale, mask=mask)
+        return _to_positions(out_BSHC, group, degree)
+
+    return attend_by_heads
+
+
+def _in_order(gathered: Tensor, degree: int, keep: int) -> Tensor:
+    """The ranks' parts side by side (dim 1), in the order of the sequence; `keep` first chunks."""
+    chunks = gathered.chunk(2 * degree, dim=1)  # early of 0, late of 0, early of 1, …
+    return torch.cat((*chunks[::2], *chunks[::-2])[:keep], dim=1)
+
+
+def _out_of_order(whole: Tensor, degree: int) -> Tensor:
+    """The inverse of `_in_order` of all chunks."""
+    chunks = whole.chunk(2 * degree, dim=1)
+    pairs = zip(chunks[:degree], reversed(chunks[degree:]), strict=True)
+    return torch.cat([chunk for pair in pairs for chunk in pair], dim=1)
+
+
+def _to_heads(x_BPHC: Tensor, group: dist.ProcessGroup, degree: int) -> Tensor:
+    """(B, S/cp, H, C) of this rank's positions to (B, S, H/cp, C) of its heads."""
+    parts = torch.stack(x_BPHC.chunk(degree, dim=2))
+    return _in_order(torch.cat(_exchange(parts, group).unbind(), dim=1), degree, keep=2 * degree)
+
+
+def _to_positions(x_BSHC: Tensor, group: dist.ProcessGroup, degree: int) -> Tensor:
+    parts = torch.stack(_out_of_order(x_BSHC, degree).chunk(degree, dim=1))
+    return torch.cat(_exchange(parts, group).unbind(), dim=2)
+
+
+def _exchange(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Part i (dim 0) goes to rank i; returns what came, by sender."""
+    flat = parts.flatten(0, 1)
+    sizes = [parts.size(1)] * parts.size(0)
+    return all_to_all_single_autograd(flat, sizes, sizes, group).unflatten(0, parts.shape[:2])

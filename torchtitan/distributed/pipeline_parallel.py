@@ -1,0 +1,196 @@
+"""Pipeline parallelism: stages of layers on the ranks of the `pp` axis, micro-batches through them.
+
+torch's schedules (`torch.distributed.pipelining`) decide what runs when. A rank may hold several
+stages. Its model stays one module with the layers of all of them under their usual names, which is
+what initialisation, optimizer and checkpoints see; a *part* is the same module cut to one stage.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
+
+from torchtitan.config import Parallelism
+from torchtitan.config.pipeline import PipelinePlan
+from torchtitan.protocols.model import BaseModel
+from torchtitan.tools.logging import logger
+
+# Of logits and labels: the sum of the losses.
+LossFn = Callable[[Tensor, Tensor], Tensor]
+
+
+def cut_into_parts(model: BaseModel, plan: PipelinePlan, pp_rank: int) -> list[BaseModel]:
+    """One part for each stage of this rank, in order; `model` keeps their modules only.
+
+    Parts share modules and buffers with `model`. Call it on the meta device, before anything else
+    is done to the model.
+    """
+    stages = plan.stages_of(pp_rank)
+    parts = [_part(model, set(plan.stages[stage])) for stage in stages]
+    mine = {name for stage in stages for name in plan.stages[stage]}
+    kept = _part(model, mine)
+    model._modules = kept._modules
+    logger.info(
+        "Pipeline parallel: %d stages over %d ranks, schedule %s, %d micro-batches; here %s",
+        len(plan.stages),
+        plan.degree,
+        plan.schedule,
+        plan.num_microbatches,
+        "; ".join(_listing(plan.stages[stage]) for stage in stages),
+    )
+    return parts
+
+
+def _part(model: BaseModel, names: set[str]) -> BaseModel:
+    part = copy.copy(model)
+    for name, value in vars(model).items():  # hooks and modules of its own, the same buffers
+        if isinstance(value, dict) and name != "_buffers":
+            setattr(part, name, copy.copy(value))
+    part._modules = {
+        name: module if name in names else None for name, module in model._modules.items()
+    }
+    kept = {i: layer for i, layer in model.layers.items() if f"layers.{i}" in names}
+    part._modules["layers"] = nn.ModuleDict(kept)
+    return part
+
+
+def _listing(names: list[str]) -> str:
+    layers = [int(name.removeprefix("layers.")) for name in names if name.startswith("layers.")]
+    others = [name for name in names if not name.startswith("layers.")]
+    span = [f"layers {layers[0]}-{layers[-1]}"] if layers else []
+    return ", ".join(span + others)
+
+
+class StepInputs(NamedTuple):
+    """tokens, labels, token_mask: (B, S) of this rank. whole_tokens: (B, S) of whole sequences, to
+    make masks of. positions: (1, S), None = 0, 1, ….
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    whole_tokens: Tensor
+    positions: Tensor | None
+    token_mask: Tensor
+
+
+class Pipeline:
+    """This rank's stages and their schedule; `step` is a forward and backward pass of all ranks.
+
+    parts: of `cut_into_parts`, after parallelisation. Shapes of one sequence on this rank: tokens
+    (S,); hidden (S, D), in `dtype`, what travels between stages; logits (S, V).
+    """
+
+    def __init__(
+        self,
+        parts: list[BaseModel],
+        plan: PipelinePlan,
+        parallelism: Parallelism,
+        *,
+        mesh: DeviceMesh,
+        device: torch.device,
+        tokens: tuple[int],
+        hidden: tuple[int, int],
+        logits: tuple[int, int],
+        dtype: torch.dtype,
+        loss_fn: LossFn,
+        masks_of: Callable[[Tensor], Any],
+    ) -> None:
+        last = len(plan.stages) - 1
+        own = plan.stages_of(mesh.get_local_rank())
+        self.has_first, self.has_last = 0 in own, last in own
+        self._loss_fn = loss_fn
+        self._masks_of = masks_of
+        self._divisor: Tensor | None = None
+        self._group = group = mesh.get_group()
+        # Without examples, torch would find the shapes by running the parts, and experts would
+        # count tokens and send them.
+        B = plan.microbatch_size
+        at_first = torch.empty(B, *tokens, dtype=torch.int64, device="meta")
+        between = torch.empty(B, *hidden, dtype=dtype, device="meta", requires_grad=True)
+        at_last = torch.empty(B, *logits, dtype=dtype, device="meta", requires_grad=True)
+        stages = []
+        for part, index in zip(parts, own, strict=True):
+            part.register_forward_pre_hook(self._make_masks, with_kwargs=True)
+            stages.append(
+                PipelineStage(
+                    part,
+                    index,
+                    last + 1,
+                    device,
+                    input_args=at_first if index == 0 else between,
+                    output_args=at_last if index == last else between,
+                    group=group,
+                )
+            )
+        self._schedule = _make_schedule(stages, plan, parallelism, self._loss)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self._loss_fn(logits, labels) / self._divisor
+
+    def _make_masks(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        # A mask is made for a micro-batch where it is used: torch splits along the batch what it
+        # hands to the stages, and a mask need not have one.
+        return args, kwargs | {"attention_masks": self._masks_of(kwargs.pop("whole_tokens"))}
+
+    def step(self, inputs: StepInputs, valid_tokens: Tensor) -> Tensor:
+        """This rank's part of the step's loss (0 without the last stage); adds to the gradients.
+
+        valid_tokens: of the whole step, what losses are divided by.
+        """
+        self._divisor = valid_tokens
+        return self._run(self._schedule.step, inputs)
+
+    def evaluate(self, inputs: StepInputs) -> Tensor:
+        """The sum of this rank's losses (zero without the last stage), without gradients."""
+        self._divisor = torch.ones((), device=inputs.labels.device)
+        return self._run(self._schedule.eval, inputs)
+
+    def _run(self, run: Callable[..., Any], inputs: StepInputs) -> Tensor:
+        kwargs = {"token_mask": inputs.token_mask, "whole_tokens": inputs.whole_tokens}
+        if inputs.positions is not None:
+            kwargs["positions"] = inputs.positions.expand_as(inputs.tokens).contiguous()
+        args = (inputs.tokens,) if self.has_first else ()
+        if not self.has_last:
+            run(*args, **kwargs)
+            return torch.zeros((), device=inputs.labels.device)
+        losses: list[Tensor] = []
+        run(*args, target=inputs.labels, losses=losses, **kwargs)
+        return torch.stack(losses).sum().detach()
+
+    def gather(self, by_layer: tuple[dict[int, Any], ...]) -> tuple[dict[int, Any], ...]:
+        """Of all stages together, in the order of the layers; every rank calls it."""
+        of_stages: list[Any] = [None] * self._group.size()
+        on_cpu = tuple({i: t.cpu() for i, t in layers.items()} for layers in by_layer)
+        dist.all_gather_object(of_stages, on_cpu, group=self._group)
+        merged = []
+        for parts in zip(*of_stages, strict=True):
+            layers = {i: tensor for part in parts for i, tensor in part.items()}
+            merged.append(dict(sorted(layers.items())))
+        return tuple(merged)
+
+
+def _make_schedule(
+    stages: list[PipelineStage], plan: PipelinePlan, parallelism: Parallelism, loss_fn: LossFn
+) -> Any:
+    # scale_grads: the loss is divided by the tokens of the step already.
+    options = {
+        "n_microbatches": plan.num_microbatches,
+        "loss_fn": loss_fn,
+        "scale_grads": False,
+    }
+    if parallelism.pipeline_parallel_schedule_csv:
+        schedule = _PipelineScheduleRuntime(stages, **options)
+        schedule._load_csv(parallelism.pipeline_parallel_schedule_csv)
+        return schedule
+    cls = get_schedule_class(plan.schedule)
+    return cls(stages if issubclass(cls, PipelineScheduleMulti) else stages[0], **options)

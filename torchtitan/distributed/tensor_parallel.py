@@ -1,0 +1,252 @@
+"""Tensor and sequence parallelism: matrices split over a TP group, and between them the sequence.
+
+Between layers each rank holds 1/tp of every sequence, (B, S/tp, D). Norms and small matrices are
+replicated and work on that part. Before a matrix whose outputs are split ("column") the parts are
+gathered; after one whose inputs are split ("row") the partial sums are reduce-scattered:
+Megatron's sequence parallelism (arXiv 2205.05198), which sends no more than its tensor parallelism
+and keeps no activation twice.
+
+Weights are DTensors on the tp axis: FSDP, checkpoints and the gradient norm know what they hold. In
+a forward pass a module sees the plain tensor of its rank, and the collectives stand written out. A
+replicated weight gets its gradient from this rank's tokens (or heads) only, so it is marked as a
+partial sum, which FSDP adds up over the group when it takes the gradient.
+"""
+
+from functools import cache
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as fc
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+
+
+class TensorParallel:
+    """The styles in which modules are spread over the one-dimensional `mesh`, in place.
+
+    Every module that has weights of its own takes part in exactly one of `replicate`, `column`,
+    `row`, `embedding` and `output`; `gather_input` and `scatter_output` go around.
+    """
+
+    def __init__(self, mesh: DeviceMesh):
+        self.mesh = mesh
+        self.group = mesh.get_group()
+        self.degree, self.rank = mesh.size(), mesh.get_local_rank()
+
+    def overlap_communication(self) -> None:
+        """From now on the compiler cuts a collective next to a matrix product into pieces that
+        overlap with pieces of the product, through symmetric memory ("asynchronous TP").
+        """
+        import torch._inductor.config
+        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+        torch._inductor.config._micro_pipeline_tp = True
+        enable_symm_mem_for_group(self.group.group_name)
+
+    def replicate(self, *modules: nn.Module) -> None:
+        for module in modules:
+            self._place(module, Replicate())
+
+    def column(self, *modules: nn.Linear) -> None:
+        """Outputs are split: x (…, in), whole, to (…, out/tp)."""
+        for module in modules:
+            self._place(module, Shard(0))
+
+    def row(self, *modules: nn.Linear) -> None:
+        """Inputs are split: x (…, in/tp) to partial sums (…, out)."""
+        for module in modules:
+            self._place(module, Shard(1))
+
+    def gather_input(self, *modules: nn.Module) -> None:
+        """The first argument (…, S/tp, D) is gathered over the sequence."""
+        for module in modules:
+            module.register_forward_pre_hook(
+                lambda _, args: (gather(args[0], -2, self.group), *args[1:])
+            )
+
+    def gather_output(self, *modules: nn.Module) -> None:
+        """What the module makes of its part of the sequence is gathered."""
+        for module in modules:
+            module.register_forward_hook(lambda _, args, out: gather(out, -2, self.group))
+
+    def scatter_output(self, *modules: nn.Module) -> None:
+        """Partial sums (…, S, D) are summed, and each rank keeps its part of the sequence."""
+        for module in modules:
+            module.register_forward_hook(lambda _, args, out: reduce_scatter(out, -2, self.group))
+
+    def split_mask(self, *modules: nn.Module) -> None:
+        """The second argument, a mask (B, S) or None, is cut to this rank's part of the sequence.
+
+        It is not summed over or gathered: no gradient.
+        """
+
+        def cut(_, args: tuple) -> tuple:
+            x, mask, *rest = args
+            return x, None if mask is None else mask.chunk(self.degree, dim=1)[self.rank], *rest
+
+        for module in modules:
+            module.register_forward_pre_hook(cut)
+
+    def embedding(self, module: nn.Embedding) -> None:
+        """Rows of the table are split: tokens (B, S) to (B, S/tp, D)."""
+        self._place(module, Shard(0))
+        first = self.rank * (module.num_embeddings // self.degree)
+
+        def look_up(tokens_BS: Tensor) -> Tensor:
+            ids_BS, there_BS = _ids_here(tokens_BS, first, module.weight.size(0))
+            x_BSD = F.embedding(ids_BS, module.weight).masked_fill(~there_BS.unsqueeze(-1), 0)
+            return reduce_scatter(x_BSD, -2, self.group)
+
+        module.forward = look_up
+
+    def output(self, module: nn.Linear, *, whole_logits: bool) -> None:
+        """Rows are split: (B, S/tp, D) to logits (B, S, V/tp), or gathered to (B, S, V)."""
+
+        def only_logits(_, args: tuple) -> None:
+            assert all(arg is None for arg in args[1:]), "the loss of split logits: build_loss"
+
+        module.register_forward_pre_hook(only_logits)
+        self.gather_input(module)
+        self.column(module)
+        if whole_logits:
+            module.register_forward_hook(lambda _, args, out: _GatherCopies.apply(out, self.group))
+
+    def _place(self, module: nn.Module, placement: Placement) -> None:
+        for name, param in list(module.named_parameters(recurse=False)):
+            # Meta tensors: nothing to send; each rank fills its own part later.
+            local = distribute_tensor(param.data, self.mesh, [placement], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(local))
+        module.__class__ = _with_local_weights(module.__class__)
+
+
+@cache
+def _with_local_weights(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (_LocalWeights, cls), {"__module__": cls.__module__})
+
+
+class _LocalWeights:
+    """Reading a weight in a forward pass gives the plain tensor that this rank holds."""
+
+    def __getattr__(self, name: str):
+        value = super().__getattr__(name)
+        # While FSDP has a weight split, its mesh has the axes of FSDP too; only FSDP reads it then.
+        if isinstance(value, DTensor) and value.device_mesh.ndim == 1:
+            replicated = value.placements[0].is_replicate()
+            return value.to_local(grad_placements=[Partial()] if replicated else None)
+        return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Collectives with gradients
+# ---------------------------------------------------------------------------------------------
+
+
+def gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' parts side by side. Gradients of all ranks' uses are summed: reduce-scatter."""
+    return _Gather.apply(x, dim % x.ndim, group)
+
+
+def reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the ranks, of which each keeps its part. Backward: gather."""
+    return _ReduceScatter.apply(x, dim % x.ndim, group)
+
+
+def _gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    return fc.wait_tensor(fc.all_gather_tensor(x.contiguous(), dim, group))
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    return fc.wait_tensor(fc.reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return _gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _reduce_scatter(grad, ctx.dim, ctx.group), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return _reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gather(grad, ctx.dim, ctx.group), None, None
+
+
+class _GatherCopies(torch.autograd.Function):
+    """Gather over the last dim for a computation that every rank repeats: each of them has the
+    whole gradient already, and takes its part."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _gather(x, x.ndim - 1, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.chunk(ctx.group.size(), dim=-1)[ctx.group.rank()], None
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss on split logits
+# ---------------------------------------------------------------------------------------------
+
+
+def vocab_parallel_cross_entropy_sum(
+    logits: Tensor, labels: Tensor, *, group: dist.ProcessGroup, ignore_index: int
+) -> Tensor:
+    """Sum of −log p(label) where each rank holds the logits (…, V/tp) of its part of the
+    vocabulary; equal on all ranks. labels (…): int64, those equal to `ignore_index` don't count.
+
+    What travels is two numbers a token and its maximum, in at least fp32.
+    """
+    return _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), group, ignore_index)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_TV, labels_T, group, ignore_index):
+        x_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        size = logits_TV.size(1)
+        ids_T, there_T = _ids_here(labels_T, group.rank() * size, size)
+        top_T = fc.wait_tensor(fc.all_reduce(x_TV.amax(dim=1), "max", group))
+        sum_T = (x_TV - top_T.unsqueeze(1)).exp().sum(dim=1)
+        chosen_T = x_TV.gather(1, ids_T.unsqueeze(1)).squeeze(1).masked_fill(~there_T, 0)
+        both = torch.stack((sum_T, chosen_T))
+        sum_T, chosen_T = fc.wait_tensor(fc.all_reduce(both, "sum", group)).unbind()
+        log_sum_T = sum_T.log() + top_T
+        counts_T = labels_T != ignore_index
+        ctx.save_for_backward(logits_TV, log_sum_T, ids_T, there_T, counts_T)
+        return (log_sum_T - chosen_T).masked_fill(~counts_T, 0).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits_TV, log_sum_T, ids_T, there_T, counts_T = ctx.saved_tensors
+        grad_TV = (logits_TV.to(log_sum_T.dtype) - log_sum_T.unsqueeze(1)).exp_()
+        grad_TV.scatter_add_(1, ids_T.unsqueeze(1), -there_T.to(grad_TV.dtype).unsqueeze(1))
+        grad_TV *= (grad * counts_T).unsqueeze(1)
+        return grad_TV.to(logits_TV.dtype), None, None, None
+
+
+def _ids_here(ids: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """Counted from this rank's first (0 for those of other ranks), and which ones are its own."""
+    ids = ids - first
+    there = (ids >= 0) & (ids < size)
+    return ids.masked_fill(~there, 0), there
