@@ -257,31 +257,28 @@ class MoE(nn.Module):
 
         if self.shared_experts is not None:
             shared = self.dispatcher.beside(self.shared_experts, x_TD)
-        out_TD, traffic = self._routed(x_TD, ids_TK, weights_TK)
+        if self._all_in_one:
+            experts, order = self.experts, sort_slots(ids_TK, self.router.num_experts)
+            out_TD = expert_ffn(x_TD, experts.w13, experts.w2, weights_TK, order)
+            traffic = None
+        else:
+            rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+            weights_R = record.weights_R
+            if self.score_before_experts:
+                rows_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
+                weights_R = None
+            rows_RD = self.experts(rows_RD, counts_L, weights_R)
+            out_TD = self.dispatcher.combine(rows_RD, record)
+            traffic = record.traffic
 
         if self.shared_experts is not None:
             out_TD = out_TD + shared()
         out_BSD = out_TD.view_as(x_BSD)
         return (out_BSD, Load(load_E, traffic)) if return_load else out_BSD
 
-    def _routed(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Dispatch, compute, combine; the traffic, too."""
-        if self._all_in_one:
-            experts, order = self.experts, sort_slots(ids_TK, self.router.num_experts)
-            return expert_ffn(x_TD, experts.w13, experts.w2, weights_TK, order), None
-        rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
-        weights_R = record.weights_R
-        if self.score_before_experts:
-            rows_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
-            weights_R = None
-        rows_RD = self.experts(rows_RD, counts_L, weights_R)
-        return self.dispatcher.combine(rows_RD, record), record.traffic
-
     @property
     def _all_in_one(self) -> bool:
-        """Whether the three verbs can be one operator: the same numbers, fewer bytes."""
+        """Whether dispatch, compute and combine can be one operator: same numbers, fewer bytes."""
         return (
             self.experts.w13 is not None
             and self.experts.use_grouped_mm
