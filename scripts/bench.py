@@ -10,6 +10,7 @@ What a breakdown's parts mean: benchmarks/breakdown.py. How to read it all: docs
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -95,7 +96,9 @@ def steps(options: argparse.Namespace, rest: list[str]) -> list[dict]:
     arguments = [*PRESETS.get(name, []), *rest, *NO_FILES]
     settings = our_step.settings_of(arguments, warmup=options.warmup, steps=options.steps)
     rows = [our_step.run(arguments, settings, profile=not options.no_breakdown)]
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # the peers want the whole card
+        torch._dynamo.reset()
+        gc.collect()
         torch.cuda.empty_cache()
     rows += [
         peers.run_peer(

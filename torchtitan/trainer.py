@@ -32,7 +32,9 @@ from torchtitan.components.balance import (
 )
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
+from torchtitan.components.cuda_graph import GraphedPass
 from torchtitan.components.dataloader import ParallelAwareDataLoader
+from torchtitan.components.fused_adam import FusedAdam
 from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.loss_watch import LossWatch, Verdict
@@ -47,6 +49,7 @@ from torchtitan.components.schedule import Schedule, coefficients_set
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.traffic import traffic_line, traffic_numbers
 from torchtitan.components.validate import Validator
+from torchtitan.components.working_weights import build_working_weights
 from torchtitan.config import (
     JobConfig,
     Parallelism,
@@ -62,7 +65,7 @@ from torchtitan.distributed.compile import check_compile_backend
 from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.distributed.fsdp import materialize, sync_replicas_on_last_microbatch
-from torchtitan.distributed.grad_norm import clip_grad_norm
+from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
 from torchtitan.distributed.pipeline_parallel import Pipeline, StepInputs, cut_into_parts
 from torchtitan.distributed.utils import (
     gather_from_ranks,
@@ -126,6 +129,11 @@ def check_config(config: JobConfig) -> Checked:
         check_fim_tokens(tokenizer, config.training.fim_tokens)
     model_args.check_coefficients(coefficients_set(config.schedule.phase))
     model_args.check_layout(config.parallelism)
+    if config.compile.cuda_graph and model_args.has_side_losses:
+        raise UserError(
+            "compile.cuda_graph = true is not supported yet with multi-token prediction "
+            "(model.args.n_mtp_layers); set either to false or 0."
+        )
     pipeline_plan(config, model_args)
     check_dataset(config.training.dataset, config.training.dataset_path)
     check_hf(config, spec, model_args)
@@ -383,25 +391,45 @@ class Trainer:
                 "Nothing evens out the expert load: model.args.moe_args.load_balance_coeff is not "
                 "set (1e-3 is the usual speed of the bias)"
             )
-        optimizer_settings = asdict(config.optimizer)
-        optimizer_settings.pop("early_step_in_backward")
-        self.optimizer = build_optimizer([self.model], **optimizer_settings)
         self.step = self.tokens_seen = 0
         self.schedule = build_schedule(config, self.dims.dp_degree)
         self.now = self.schedule.at(0)
+        self.working = build_working_weights(
+            self.model,
+            config,
+            dist.get_world_size(),
+            # A batch that grows takes several micro-batches sooner or later.
+            several_passes=self.accumulation > 1 or bool(self.schedule.phases),
+        )
+        self.graphed = GraphedPass(self._pass_and_clip) if config.compile.cuda_graph else None
+        self.optimizer = build_optimizer(
+            [self.model], working=self.working, **asdict(config.optimizer)
+        )
         self.lr_scheduler = self._build_lr_scheduler()
+        # The model's own loss holds no logits; a CPU has the memory, and one GEMM is its fastest.
+        # Split logits, pipelines and further tokens' losses have losses of their own.
+        self.model_has_loss = (
+            self.model.computes_loss
+            and self.device.type != "cpu"
+            and self.dims.tp == 1
+            and plan is None
+            and not self.model_args.has_side_losses
+        )
         self.loss_fn = build_loss(
             self.dims, disable_loss_parallel=config.parallelism.disable_loss_parallel
         )
         if config.compile.enable and "loss" in config.compile.components:
             self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
-
         self.pipeline = self._build_pipeline(parts, plan) if plan else None
         self.metrics = build_metrics(config, self.model_args, self.device, start.step)
         self._open.callback(self.metrics.close)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
         self._open.callback(self.gc.close)
-        self.watch = LossWatch(training, self.dims.loss_ranks)
+        self.watch = LossWatch(
+            training,
+            self.dims.loss_ranks,
+            early_step=config.optimizer.early_step_in_backward,
+        )
         self.alarms = Alarms(config.metrics.alarm)
         self.stop = StopRequest()
         self.run_state = RunState(
@@ -518,42 +546,54 @@ class Trainer:
         valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
         valid_tokens = sum_over_ranks(valid.to(self.device), self.dims.dp_group).clamp(min=1)
 
+        if self.config.optimizer.early_step_in_backward:
+            self.checkpoint.before_update()
+        if self.graphed is not None:
+            self.model.set_tokens_in_step(valid_tokens)
+            numbers = self._graphed_pass(micro_batches[0], valid_tokens)
+            return self._update(*numbers, valid_tokens)
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             sync_replicas_on_last_microbatch(self.model, is_last=is_last)
             loss += self.forward_backward(batch, valid_tokens)
-        grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
-        return self._update(loss, grad_norm, valid_tokens)
+        return self._update(loss, self._clip(), valid_tokens)
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients, now or when the optimizer reads them; their norm before."""
+        optimizer, max_norm = self.optimizer, self.config.training.max_norm
+        if not isinstance(optimizer, FusedAdam):
+            return clip_grad_norm(self.model.parameters(), max_norm)
+        if optimizer.early_step:
+            return optimizer.early_grad_norm()
+        grad_norm, optimizer.grad_factor = clip_factor(self.model.parameters(), max_norm)
+        return grad_norm
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
         self.model.set_tokens_in_step(valid_tokens)
+        inputs = self._inputs(batch)
         if self.pipeline is not None:
-            return self.pipeline.step(self._inputs(batch), valid_tokens)
-        loss_sum, _ = self.loss_sum(batch)
-        loss = loss_sum / valid_tokens
-        loss.backward()
-        return loss.detach()
+            return self.pipeline.step(inputs, valid_tokens)
+        masks, extra = self._attention_masks(batch[0]["input"]), self._extra_inputs(batch)
+        return self._pass(
+            inputs.tokens, inputs.labels, valid_tokens, masks, inputs.positions, **extra
+        )
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Over this rank's valid labels of a batch, and how many these are. (The logits, the
-        largest activation, are freed as soon as their gradient is there.)"""
+        """Over this rank's valid labels of a batch, and how many these are."""
         inputs = self._inputs(batch)
         count = inputs.token_mask.sum()
         if self.pipeline is not None:
             return self.pipeline.evaluate(inputs), count
-        logits = self.model(
-            inputs.tokens,
-            attention_masks=self._attention_masks(inputs.whole_tokens),
-            positions=inputs.positions,
-            token_mask=inputs.token_mask,
-            **self.model.extra_inputs(
-                inputs.whole_tokens, batch[1].to(self.device), self.tokenizer.eos_id
-            ),
-        )
-        return self.loss_fn(logits, inputs.labels), count
+        masks, extra = self._attention_masks(batch[0]["input"]), self._extra_inputs(batch)
+        return self._loss_sum(inputs.tokens, inputs.labels, masks, inputs.positions, **extra), count
+
+    def _extra_inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the model wants besides, made of whole sequences (multi-token prediction)."""
+        tokens, labels = batch[0]["input"].to(self.device), batch[1].to(self.device)
+        return self.model.extra_inputs(tokens, labels, self.tokenizer.eos_id)
 
     def _inputs(self, batch: Batch) -> StepInputs:
         """On the device; with context parallelism, this rank's part of each sequence."""
@@ -575,9 +615,55 @@ class Trainer:
     def _attention_masks(self, tokens: Tensor) -> Any:
         """Of whole sequences; with gathered keys, for the positions that this rank computes."""
         gathers = self.config.parallelism.context_parallel_rotate_method == "allgather"
-        return self.model.get_attention_masks(
-            tokens, self.tokenizer.eos_id, self.positions if gathers else None
+        queries = self.positions if gathers else None
+        return self.model.get_attention_masks(tokens, self.tokenizer.eos_id, queries, self.device)
+
+    def _graphed_pass(self, batch: Batch, valid_tokens: Tensor) -> tuple[Tensor, ...]:
+        """Loss and gradient norm of a step whose kernels are replayed."""
+        inputs = self._inputs(batch)
+        if self._attention_masks(batch[0]["input"]) is not None:
+            raise UserError(
+                "compile.cuda_graph = true needs the same kernels in every step, but the documents "
+                "of model.args.attn_mask_type 'block_causal' change; set either to its default."
+            )
+        if self.working is not None:
+            self.working.refresh()
+        if not self.graphed.holds_grads:
+            self.optimizer.zero_grad()
+        loss_and_norm = self.graphed(inputs.tokens, inputs.labels, valid_tokens)
+        if isinstance(self.optimizer, FusedAdam):
+            self.optimizer.as_graph = self.graphed.holds_grads
+        return loss_and_norm
+
+    def _pass_and_clip(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self._pass(*inputs), self._clip()
+
+    def _pass(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        valid_tokens: Tensor,
+        masks: Any = None,
+        positions: Tensor | None = None,
+        **extra: Any,
+    ) -> Tensor:
+        loss = self._loss_sum(tokens, labels, masks, positions, **extra) / valid_tokens
+        loss.backward()
+        return loss.detach()
+
+    def _loss_sum(
+        self, tokens: Tensor, labels: Tensor, masks: Any, positions: Tensor | None, **extra: Any
+    ) -> Tensor:
+        out = self.model(
+            tokens,
+            attention_masks=masks,
+            positions=positions,
+            token_mask=labels != IGNORE_INDEX,
+            **({"labels": labels} if self.model_has_loss else {}),
+            **extra,
         )
+        # The logits, the largest activation, are freed as soon as their gradient is there.
+        return out if self.model_has_loss else self.loss_fn(out, labels)
 
     def close(self) -> None:
         """Release files and process groups; safe to call twice."""

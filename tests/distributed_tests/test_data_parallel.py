@@ -4,22 +4,41 @@ import pytest
 import torch
 
 from tests.distributed_tests.training_ranks import FP32, STEPS, config_of, train_on_this_rank
+from torchtitan.components.working_weights import WorkingWeights
 from torchtitan.trainer import Interval, Trainer
 
 
+def train_without_fused_weights(options: list[str], folder: str) -> dict:
+    """Working weights, each a tensor of its own."""
+    add = WorkingWeights._add
+
+    def add_single(self, module, name, params, *others) -> None:
+        if len(params) == 1:
+            add(self, module, name, params, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkingWeights, "_add", add_single)
+        return train_on_this_rank(options, folder)
+
+
 def test_bf16_is_the_same_on_one_process_and_under_each_layout(ranks, tmp_path) -> None:
-    """Mixed precision casts at the same places; what differs is the order of fp32 sums."""
+    """Mixed precision casts at the same places; what differs is the order of fp32 sums. One process
+    also multiplies by fused weights, whose gradients of a shared input are rounded once, not twice.
+    """
     options = ["--training.mixed_precision_param=bfloat16", "--activation_checkpoint.mode=none"]
-    size = "--training.local_batch_size="
+    options.append("--training.local_batch_size=4")
     replicated = [
         "--parallelism.data_parallel_replicate_degree=2",
         "--parallelism.data_parallel_shard_degree=1",
     ]
-    alone = ranks(1).run(train_on_this_rank, [*options, size + "4"], str(tmp_path))[0]
+    (alone,) = ranks(1).run(train_without_fused_weights, options, str(tmp_path))
+    (fused,) = ranks(1).run(train_on_this_rank, options, str(tmp_path))
     for layout in ([], replicated):
-        together = ranks(2).run(train_on_this_rank, [*options, size + "4", *layout], str(tmp_path))
+        together = ranks(2).run(train_on_this_rank, [*options, *layout], str(tmp_path))
         assert together[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert together[0]["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+        assert together[0]["losses"] == pytest.approx(fused["losses"], rel=5e-4)
+        assert together[0]["norms"] == pytest.approx(fused["norms"], rel=2e-2)
 
 
 def test_bf16_stays_close_where_partial_sums_travel_in_bf16(ranks, tmp_path) -> None:

@@ -7,9 +7,15 @@ from torch import Tensor
 from tests.tiny_run import losses, tiny
 from torchtitan.components.loss import cross_entropy_sum
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
-from torchtitan.models.moe import MoE, MoEArgs
+from torchtitan.models.moe import MoE, MoEArgs, TokenChoiceTopKRouter
+from torchtitan.models.moe import moe as moe_module
 from torchtitan.ops.attention import attention, document_mask
+from torchtitan.ops.expert_ffn import expert_ffn, expert_ffn_chain
 from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop
+from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
+from torchtitan.ops.mla_attention import can_fuse, mla_attention
+from torchtitan.ops.permute import sort_slots
+from torchtitan.ops.rope import apply_rope, rope_table
 from torchtitan.train import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -70,6 +76,85 @@ def test_grouped_mm_equals_the_loop_in_fp64(counts: list[int]) -> None:
     assert relative_error(weights.grad, exact[1].grad) < 1e-2
 
 
+def test_expert_operator_equals_the_chain_in_fp64() -> None:
+    T, D, hidden, E, K = 512, 256, 192, 16, 4
+    inputs = leaves((T, D), (E, 2 * hidden, D), (E, D, hidden))
+    inputs.append(torch.rand(T, K, device="cuda").requires_grad_())
+    exact = [t.cpu() for t in doubles(inputs)]
+    exact = [t.detach().requires_grad_() for t in exact]
+    ids = torch.stack([torch.randperm(E, device="cuda")[:K] for _ in range(T)])
+    out = expert_ffn(*inputs, sort_slots(ids, E))
+    expected = expert_ffn_chain(*exact, sort_slots(ids.cpu(), E))
+    assert relative_error(out, expected) < 1e-2
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad.cpu().double())
+    for ours, theirs in zip(inputs, exact, strict=True):
+        assert relative_error(ours.grad, theirs.grad) < 1e-2
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["causal", "documents"])
+def test_mla_operator_equals_the_plain_lines_in_fp64(documents: bool) -> None:
+    B, S, H, scale = 2, 256, 4, 0.07
+    assert can_fuse("cuda", torch.bfloat16, 128, 64, 128)
+    projected, kv = leaves((B, S, H * 192 + 64), (B, S, H, 256))
+    table = rope_table(64, S, 10000.0).cuda()
+    tokens = torch.randint(0, 20, (B, S)) if documents else torch.ones(B, S, dtype=torch.int64)
+    mask = document_mask(tokens, 3, torch.device("cuda"))
+    assert (mask is not None) == documents
+    q = projected[..., : H * 192].unflatten(-1, (H, 192))
+    k_rope = projected[..., -64:]
+    out = mla_attention(q, kv, k_rope, table, v_channels=128, scale=scale, mask=mask)
+
+    exact_projected, exact_kv = doubles([projected, kv])
+    q = exact_projected[..., : H * 192].unflatten(-1, (H, 192))
+    k_rope = apply_rope(exact_projected[..., None, -64:], table.double()).expand(-1, -1, H, -1)
+    q = torch.cat((q[..., :128], apply_rope(q[..., 128:], table.double())), -1)
+    k = torch.cat((exact_kv[..., :128], k_rope), -1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, exact_kv[..., 128:]))
+    hidden = ~document_mask(tokens, 3).cuda()
+    scores = (q @ k.mT * scale).masked_fill(hidden, float("-inf"))
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)
+    assert relative_error(out, expected) < 1e-2
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad.double())
+    assert relative_error(projected.grad, exact_projected.grad) < 1e-2
+    assert relative_error(kv.grad, exact_kv.grad) < 1e-2
+
+
+def test_the_router_kernel_chooses_what_torch_chooses(monkeypatch) -> None:
+    torch.manual_seed(0)
+    rules = {"num_expert_groups": 8, "num_limited_groups": 4, "route_norm": True}
+    router = TokenChoiceTopKRouter(dim=512, num_experts=256, top_k=8, **rules)
+    torch.nn.init.normal_(router.gate.weight, std=0.05)
+    router = router.to("cuda", torch.bfloat16)
+    x, bias = leaves((2048, 512))[0], torch.randn(256, device="cuda") * 0.01
+    mask = torch.rand(2048, device="cuda") > 0.1
+    weights, ids, counts = router(x, bias, mask)
+    monkeypatch.setattr(moe_module, "can_route", lambda *_: False)
+    expected_weights, expected_ids, expected_counts = router(x, bias, mask)
+    order, expected_order = ids.argsort(1), expected_ids.argsort(1)
+    assert torch.equal(ids.gather(1, order), expected_ids.gather(1, expected_order))
+    assert torch.equal(counts, expected_counts)
+    expected_weights = expected_weights.gather(1, expected_order)
+    assert relative_error(weights.gather(1, order), expected_weights) < 1e-5
+
+
+def test_linear_cross_entropy_equals_fp64() -> None:
+    inputs = leaves((300, 64), (1000, 64))
+    exact = doubles(inputs)
+    labels = torch.randint(0, 1000, (300,), device="cuda")
+    labels[5] = -100
+    loss = linear_cross_entropy(*inputs, labels)
+    expected = linear_cross_entropy(*exact, labels)
+    assert relative_error(loss, expected) < 1e-3
+    (loss * 0.01).backward()
+    (expected * 0.01).backward()
+    for ours, theirs in zip(inputs, exact, strict=True):
+        assert relative_error(ours.grad, theirs.grad) < 2e-2
+
+
 def moe_layer(**changes) -> MoE:
     torch.manual_seed(0)
     args = {"num_experts": 8, "top_k": 3, "num_expert_groups": 4, "num_limited_groups": 2}
@@ -86,9 +171,9 @@ def test_moe_layer_equals_the_loop_in_fp64(compiled: bool) -> None:
     layer = layer.cuda()
     forward = torch.compile(layer.forward) if compiled else layer.forward
     x = torch.randn(2, 32, 64, dtype=torch.bfloat16)
-    out, load_E = forward(x.cuda(), return_load=True)
-    expected, expected_load_E = exact(x.double(), return_load=True)
-    assert load_E.tolist() == expected_load_E.tolist(), "another choice of experts"
+    out, load = forward(x.cuda(), return_load=True)
+    expected, expected_load = exact(x.double(), return_load=True)
+    assert load.tokens_E.tolist() == expected_load.tokens_E.tolist(), "another choice of experts"
     assert relative_error(out, expected) < 2e-2
     out.float().square().sum().backward()
     expected.square().sum().backward()
@@ -131,3 +216,12 @@ def test_a_deterministic_run_repeats_bit_for_bit(tmp_path) -> None:
     assert main(tiny(tmp_path / "first", **changes)) == 0
     assert main(tiny(tmp_path / "again", **changes)) == 0
     assert losses(tmp_path / "first") == losses(tmp_path / "again")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_replayed_graph_has_the_losses_of_the_run(tmp_path, compiled: bool) -> None:
+    changes = {"training__mixed_precision_param": "bfloat16", "training__steps": 8}
+    changes["compile__enable"] = compiled
+    assert main(tiny(tmp_path / "run", **changes)) == 0
+    assert main(tiny(tmp_path / "graph", **changes, compile__cuda_graph=True)) == 0
+    assert losses(tmp_path / "graph") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.tensor_parallel import vocab_parallel_cross_entropy_sum
-
-# Labels that count neither in the loss nor in its divisor: PyTorch's and Hugging Face's convention.
-IGNORE_INDEX = -100
+from torchtitan.ops.linear_cross_entropy import IGNORE_INDEX
 
 
 def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:

@@ -26,11 +26,21 @@ Verdict = Literal["update", "skip", "rewind"]
 
 class LossWatch:
     """Counts what went wrong; its state belongs to the checkpoint, so that a resumed run judges as
-    the uninterrupted one would."""
+    the uninterrupted one would.
 
-    def __init__(self, training: Training, loss_ranks: list[int] | None = None) -> None:
-        """loss_ranks: whose losses `judge` is given, to name them; absent = ranks 0, 1, …."""
+    loss_ranks: whose losses `judge` is given, to name them; absent = ranks 0, 1, …. early_step:
+    weights have changed before a step is judged, so that it can't be skipped.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        loss_ranks: list[int] | None = None,
+        *,
+        early_step: bool = False,
+    ) -> None:
         self._loss_ranks = loss_ranks
+        self._early_step = early_step
         self._on_non_finite = training.non_finite_loss
         self._on_spike = training.loss_spike
         self._factor = training.loss_spike_factor
@@ -72,6 +82,11 @@ class LossWatch:
         what = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient norm"
         values = f"losses by rank {rank_losses}, gradient norm {grad_norm}"
         if self._on_non_finite == "stop":
+            if self._early_step:
+                raise RunError(
+                    f"step {step}: {what} is not finite ({values}), and weights have taken it; "
+                    "lower optimizer.lr, or set training.non_finite_loss to 'rewind'."
+                )
             raise RunError(
                 f"step {step}: {what} is not finite ({values}); the weights are still those of "
                 f"step {step - 1}, the last one with finite numbers; lower optimizer.lr or "

@@ -15,7 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from torchtitan.components.adamw_bf16 import AdamWBf16
+from torchtitan.components.fused_adam import FusedAdam
 from torchtitan.components.muon import Muon
+from torchtitan.components.working_weights import WorkingWeights
 from torchtitan.tools.errors import UserError
 
 _OPTIMIZERS = {"Adam": Adam, "AdamW": AdamW}
@@ -37,6 +39,8 @@ def build_optimizer(
     state_dtype: Literal["float32", "bfloat16"] = "float32",
     muon_momentum: float = 0.95,
     muon_adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
+    early_step_in_backward: bool = False,
+    working: WorkingWeights | None = None,
 ) -> Optimizer:
     """The optimizer of this rank: every trainable parameter of `model_parts` in exactly one group.
 
@@ -46,6 +50,9 @@ def build_optimizer(
     operation, the slowest and the leanest; all three compute the same update. Adam adds the decay
     to the gradient, AdamW takes it off the weight. state_dtype "bfloat16": adamw_bf16.py, whatever
     the implementation. Raises UserError for an unknown `name`.
+
+    working: the model's working weights; `fused` writes them too. early_step_in_backward: see
+    `FusedAdam`, needs both.
     """
     if name == "Muon":
         return Muon(
@@ -67,11 +74,19 @@ def build_optimizer(
         raise UserError(
             f"optimizer.name = {name!r} is not known; choose one of {', '.join(_OPTIMIZERS)}, Muon"
         )
+    groups = _param_groups(_trainable(model_parts), weight_decay, weight_decay_on)
+    settings = {"lr": lr, "betas": (beta1, beta2), "eps": eps}
+    if working is not None and implementation == "fused":
+        return FusedAdam(
+            groups,
+            decoupled=name == "AdamW",
+            working=working,
+            early_step=early_step_in_backward,
+            **settings,
+        )
     return _OPTIMIZERS[name](
-        _param_groups(_trainable(model_parts), weight_decay, weight_decay_on),
-        lr=lr,
-        betas=(beta1, beta2),
-        eps=eps,
+        groups,
+        **settings,
         fused=implementation == "fused",
         foreach=implementation == "foreach",
     )

@@ -248,7 +248,7 @@ class ActivationCheckpoint:
     mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
     """Recompute some, all, none, or as many as a memory budget asks for."""
     selective_ac_option: str = "2"
-    """With mode selective: "2" recomputes every second layer, "op" recomputes cheap operations."""
+    """With mode selective: each n-th layer ("2"), or by operation ("op"; "elementwise", ours)."""
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = _listing("moe.router.gate")
     """With "op": modules whose matrix multiplications are recomputed all the same."""
     early_stop: bool = False
@@ -272,9 +272,11 @@ class Compile:
     enable: bool = False
     """Compile the parts named in components."""
     components: list[str] = _listing("model", "loss")
-    """What to compile: model (each block on its own), loss, or both."""
+    """What to compile: model (each block on its own), loss (where logits are held), or both."""
     backend: str = "inductor"
     """Back-end of torch.compile."""
+    cuda_graph: bool = False
+    """Replay forward and backward pass as one CUDA graph: for small models on one GPU (ours)."""
 
 
 @dataclass(frozen=True)

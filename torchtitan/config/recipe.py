@@ -34,7 +34,7 @@ class Optimizer:
     muon_adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """With Muon: scale a matrix's update to the size of AdamW's, or as first published (ours)."""
     early_step_in_backward: bool = False
-    """Update each parameter as soon as its gradient is there."""
+    """Update each parameter as soon as its gradient is there (one process, max_norm = inf)."""
 
 
 @dataclass(frozen=True)

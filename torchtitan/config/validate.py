@@ -40,6 +40,8 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_sequence(config.training.seq_len, degrees)
     _check_async_tensor_parallel(config, device_type)
     check_schedule(config, resolve_global_batch_size(config, dp_degree), dp_degree)
+    _check_early_step(config, world_size)
+    _check_cuda_graph(config, world_size, device_type)
 
 
 def _get(config: JobConfig, key: str) -> Any:
@@ -55,7 +57,6 @@ def _get(config: JobConfig, key: str) -> Any:
 _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
     ("model.converters", ([],), "converting the model (FP8)"),
     ("metrics.enable_wandb", (False,), "Weights & Biases"),
-    ("optimizer.early_step_in_backward", (False,), "the optimizer step inside the backward pass"),
     ("comm.mode", ("default", "fake_backend"), "the local-tensor mode"),
 ]
 
@@ -151,10 +152,10 @@ def _check_choices(config: JobConfig) -> None:
                 f"{suggest(component, ['model', 'loss'])}"
             )
     option = config.activation_checkpoint.selective_ac_option
-    if option != "op" and not (option.isdecimal() and int(option) >= 1):
+    if option not in ("op", "elementwise") and not (option.isdecimal() and int(option) >= 1):
         raise UserError(
             f"activation_checkpoint.selective_ac_option = {as_text(option)} must be "
-            '"op" or a positive integer as a string, such as "2".'
+            '"op", "elementwise" or a positive integer as a string, such as "2".'
         )
     check = config.activation_checkpoint.determinism_check
     if check not in ("default", "none"):
@@ -294,6 +295,56 @@ def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
             f"set it to {nearest(wanted, [number for number in (below, below + unit) if number])}."
         )
     return wanted
+
+
+def _check_early_step(config: JobConfig, world_size: int) -> None:
+    """A step in the backward pass comes before the norm of all gradients, and before the next
+    micro-batch.
+    """
+    if not config.optimizer.early_step_in_backward:
+        return
+    one_pass = (-1, config.training.local_batch_size)
+    rules = [
+        ("training.max_norm", (math.inf,), "clipping needs the norm of all gradients"),
+        ("training.non_finite_loss", ("rewind", "stop"), "a step that was taken can't be skipped"),
+        ("training.loss_spike", ("rewind", "warn"), "a step that was taken can't be skipped"),
+        ("training.global_batch_size", one_pass, "a gradient is gone after one forward pass"),
+        ("optimizer.implementation", ("fused",), "only this one updates single parameters"),
+    ]
+    for key, allowed, reason in rules:
+        if _get(config, key) not in allowed:
+            way_out = "inf" if allowed[-1] == math.inf else as_text(allowed[-1])
+            raise UserError(
+                f"{key} = {as_text(_get(config, key))} can't be had with "
+                f"optimizer.early_step_in_backward = true, because {reason}; set it to "
+                f"{way_out}, or early_step_in_backward to false."
+            )
+    if world_size > 1:
+        raise UserError(
+            "optimizer.early_step_in_backward = true works on one process, but this run has "
+            f"{world_size}; set it to false: FSDP spreads gradients over the processes."
+        )
+
+
+def _check_cuda_graph(config: JobConfig, world_size: int, device_type: str) -> None:
+    """A graph repeats the same kernels on the same memory."""
+    if not config.compile.cuda_graph:
+        return
+    one_pass = (-1, config.training.local_batch_size)
+    reason = None
+    if device_type != "cuda":
+        reason = f"this run is on {device_type}"
+    elif world_size > 1:
+        reason = f"this run has {world_size}"
+    elif config.training.global_batch_size not in one_pass:
+        reason = f"training.global_batch_size = {config.training.global_batch_size} takes several"
+    elif config.optimizer.early_step_in_backward:
+        reason = "optimizer.early_step_in_backward changes what the pass does from step to step"
+    if reason is not None:
+        raise UserError(
+            "compile.cuda_graph = true is for one process on a CUDA GPU and one forward pass a "
+            f"step, but {reason}; set it to false."
+        )
 
 
 def _check_sequence(seq_len: int, degrees: Degrees) -> None:

@@ -2,8 +2,9 @@
 
 Every layer (`full`), every n-th layer (`selective`, option n), or by operation (`selective`, option
 "op"): attention, expert GEMMs and communication results are kept, and every second matrix product;
-the rest, cheap, is recomputed. In all of them the choice of experts is kept, so that recomputation
-sends every token where it went before, whatever has happened to the routing bias meanwhile.
+the rest, cheap, is recomputed ("elementwise" keeps every matrix product). In all of them the choice
+of experts is kept, so that recomputation sends every token where it went before, whatever has
+happened to the routing bias meanwhile.
 
 `memory_budget` leaves the choice to the compiler, which solves for the cheapest recomputation.
 """
@@ -31,7 +32,7 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 # Operations by their registered names. Kept in every mode: results that choose experts.
-_ROUTING = {"aten::topk"}
+_ROUTING = {"aten::topk", "torchtitan::route"}
 # Kept by operation. Our own operators (namespace torchtitan) are added here, and nowhere else.
 _KEPT = _ROUTING | {
     "aten::_scaled_dot_product_cudnn_attention",
@@ -40,11 +41,19 @@ _KEPT = _ROUTING | {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "flex_attention",
     "aten::_grouped_mm",
+    "torchtitan::document_attention",
+    "torchtitan::expert_ffn",
+    "torchtitan::mla_attention",
     # What the differentiable collectives are made of: policies look below autograd.
     "_c10d_functional::all_to_all_single",
     "_c10d_functional::reduce_scatter_tensor",
 }
 _MATMUL = "aten::mm"
+# What the options that go by operation recompute.
+_BY_OP = {
+    "op": "all but attention, expert GEMMs and every second matmul",
+    "elementwise": "all but attention and GEMMs",
+}
 
 
 def check_memory_budget(config: ActivationCheckpoint) -> None:
@@ -63,8 +72,9 @@ def apply_activation_checkpoint(
     _set_memory_budget(config, dump_folder)
     if config.mode in ("none", "memory_budget"):
         return
-    by_op = config.mode == "selective" and config.selective_ac_option == "op"
-    every = 1 if config.mode == "full" or by_op else int(config.selective_ac_option)
+    option = config.selective_ac_option if config.mode == "selective" else "1"
+    by_op, keep_matmuls = option in _BY_OP, option == "elementwise"
+    every = 1 if by_op else int(option)
     # By global number: which layers recompute must not depend on a pipeline's cut.
     numbers = _numbers(layers)
     chosen = [layer for name, layer in layers.items() if (numbers[name] + 1) % every == 0]
@@ -74,14 +84,16 @@ def apply_activation_checkpoint(
         shapes: set[torch.Size] = set()
         if by_op:
             shapes = _matmul_shapes(layer, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
-        policy = partial(_op_policy, frozenset(shapes)) if by_op else _keep_routing
+        policy = partial(_op_policy, frozenset(shapes), keep_matmuls) if by_op else _keep_routing
         forward = getattr(layer.forward, "__func__", layer.forward)
         if forward not in recomputed:
             recomputed[forward] = _recomputed(forward, policy, config)
         layer.forward = types.MethodType(recomputed[forward], layer)
-    how = "all but attention, expert GEMMs and every second matmul" if by_op else "everything"
     logger.info(
-        "Activation checkpointing: %d of %d layers recompute %s", len(chosen), len(layers), how
+        "Activation checkpointing: %d of %d layers recompute %s",
+        len(chosen),
+        len(layers),
+        _BY_OP.get(option, "everything"),
     )
 
 
@@ -159,7 +171,9 @@ def _keep_routing() -> Callable[..., CheckpointPolicy]:
     return policy
 
 
-def _op_policy(recomputed_shapes: frozenset[torch.Size]) -> Callable[..., CheckpointPolicy]:
+def _op_policy(
+    recomputed_shapes: frozenset[torch.Size], keep_matmuls: bool
+) -> Callable[..., CheckpointPolicy]:
     # One policy per pass through a layer, so the count of matmuls starts anew each time. Forward
     # and recomputation meet the same operations in the same order, so they agree on every second
     # one.
@@ -172,7 +186,7 @@ def _op_policy(recomputed_shapes: frozenset[torch.Size]) -> Callable[..., Checkp
             if args[1].shape in recomputed_shapes:
                 return CheckpointPolicy.PREFER_RECOMPUTE
             matmuls["recompute" if ctx.is_recompute else "forward"] += 1
-            if matmuls["recompute" if ctx.is_recompute else "forward"] % 2:
+            if keep_matmuls or matmuls["recompute" if ctx.is_recompute else "forward"] % 2:
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -37,10 +37,10 @@ def apply_data_parallel(
 
     Weights and gradients are kept in `training.dtype`, the model computes in
     `mixed_precision_param`, and gradients are summed over ranks in `mixed_precision_reduce`. One
-    process in one precision is left as it is.
+    process is left as it is: see components/working_weights.py.
     """
     param_dtype = TORCH_DTYPES[training.mixed_precision_param]
-    if dims.world_size == 1 and param_dtype == next(model.parameters()).dtype:
+    if dims.world_size == 1:
         logger.info("Data parallel: %s, %s", dims.describe(), training.mixed_precision_param)
         return
     policy = MixedPrecisionPolicy(

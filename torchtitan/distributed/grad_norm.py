@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchtitan.ops.grad_norm import total_norm
 from torchtitan.tools.utils import local_device
 
 
@@ -37,6 +38,15 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     for grads in by_copies.values():
         torch._foreach_mul_(grads, factor.to(grads[0].device))
     return norm
+
+
+@torch.no_grad()
+def clip_factor(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
+    """One process: the norm, and what to multiply gradients by instead of clipping them in a pass
+    of its own. Gradients may be parts of one tensor, in any dtype.
+    """
+    norm = total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _copies(grad: Tensor) -> int:

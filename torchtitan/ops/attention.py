@@ -4,13 +4,27 @@ A mask is made once a step, outside of the layers, in the form that the device's
 `None` is causal attention, anything else comes from `document_mask`.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-AttentionMask = Tensor | BlockMask | None
+from torchtitan.ops.document_attention import document_attention
+
+
+class Documents(NamedTuple):
+    """Packed documents: int32 positions in the flattened batch where each begins, and the end of
+    the last one; and the length of the longest (at least).
+    """
+
+    starts: Tensor
+    longest: int
+
+
+AttentionMask = Tensor | Documents | BlockMask | None
 
 # Fastest first. cuDNN leads: on an H200 at qk 192 / v 128 it runs 540 / 400 TFLOP/s forward /
 # backward, flash (V padded) 290 / 235, memory-efficient 139 / 50 (docs/performance.md).
@@ -21,24 +35,43 @@ _BACKENDS = [
     SDPBackend.MATH,
 ]
 
+
 # Only fast, and only free of S × S buffers, when compiled.
 _compiled_flex = torch.compile(flex_attention)
 _compiled_block_mask = torch.compile(create_block_mask)
 
 
 def document_mask(
-    tokens_BS: Tensor, eos_id: int, queries_Q: Tensor | None = None
-) -> Tensor | BlockMask:
+    tokens_BS: Tensor,
+    eos_id: int,
+    queries_Q: Tensor | None = None,
+    device: torch.device | None = None,
+) -> AttentionMask:
     """Block-causal mask of packed text: a token sees the earlier tokens of its own document.
 
     A document ends with (and includes) `eos_id`. queries_Q: see `causal_mask`; absent = all.
+    device: where the mask is wanted; absent = where the tokens are. Tokens on the CPU are best:
+    their documents are counted there, and the GPU is not waited for.
+
+    CPU: bool (B, 1, S, S), True = may be seen. GPU: `Documents`, or None where every sequence is
+    one document; for given queries a flex `BlockMask`.
     """
+    device = device or tokens_BS.device
     ends_BS = tokens_BS == eos_id
-    document_BS = ends_BS.cumsum(dim=1) - ends_BS.int()
-    if queries_Q is None:
-        queries_Q = torch.arange(tokens_BS.size(1), device=tokens_BS.device)
-        return _mask(queries_Q, document_BS)
-    return _mask(queries_Q, document_BS[:, : int(queries_Q[-1]) + 1])  # host sync: once a batch
+    if queries_Q is not None:
+        document_BS = _documents(ends_BS.to(device))
+        return _mask(queries_Q, document_BS[:, : int(queries_Q[-1]) + 1])  # host sync: once a batch
+    if device.type == "cpu":
+        return _mask(torch.arange(tokens_BS.size(1)), _documents(ends_BS))
+    ends_BS[:, -1] = True
+    ends_BS = ends_BS.cpu()  # host sync for tokens on the GPU: how many documents there are
+    ends = ends_BS.flatten().nonzero().flatten().int() + 1
+    if ends.numel() == tokens_BS.size(0):
+        return None
+    starts = F.pad(ends, (1, 0))
+    # Rounded up, so that compiled graphs meet few lengths; the kernel skips what isn't there.
+    longest = min(tokens_BS.size(1), 1 << (int(starts.diff().max()) - 1).bit_length())
+    return Documents(starts.to(device, non_blocking=True), longest)
 
 
 def causal_mask(queries_Q: Tensor) -> Tensor | BlockMask:
@@ -50,19 +83,29 @@ def causal_mask(queries_Q: Tensor) -> Tensor | BlockMask:
     return _mask(queries_Q, queries_Q.new_zeros(1, num_keys))
 
 
+def _documents(ends_BS: Tensor) -> Tensor:
+    """The number of each token's document in its sequence."""
+    return ends_BS.cumsum(dim=1) - ends_BS.int()
+
+
 def _mask(queries_Q: Tensor, document_BK: Tensor) -> Tensor | BlockMask:
     """CPU: bool (B, 1, Q, K), True = may be seen, because flex attention has no CPU backward.
     Accelerators: a flex `BlockMask`.
     """
     B, K = document_BK.shape
     if queries_Q.device.type == "cpu":
-        same_document = document_BK[:, None, queries_Q, None] == document_BK[:, None, None]
-        return same_document & (queries_Q[:, None] >= torch.arange(K))
+        return _may_see(queries_Q, document_BK)
 
     def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (queries_Q[q] >= k) & (document_BK[b, queries_Q[q]] == document_BK[b, k])
 
     return _compiled_block_mask(may_see, B, None, len(queries_Q), K, device=queries_Q.device)
+
+
+def _may_see(queries_Q: Tensor, document_BK: Tensor) -> Tensor:
+    keys_K = torch.arange(document_BK.size(1), device=document_BK.device)
+    same_document = document_BK[:, None, queries_Q, None] == document_BK[:, None, None]
+    return same_document & (queries_Q[:, None] >= keys_K)
 
 
 def attention(
@@ -73,6 +116,12 @@ def attention(
     q and k share their number of channels; v may have fewer (MLA: 192 and 128).
     """
     v_channels = v_BSHC.size(-1)
+    if isinstance(mask, Documents):
+        if q_BSHC.dtype in (torch.bfloat16, torch.float16):
+            return document_attention(q_BSHC, k_BSHC, v_BSHC, *mask, scale)
+        # fp32 on a GPU: for small sizes
+        queries_S = torch.arange(q_BSHC.size(1), device=q_BSHC.device)
+        mask = _may_see(queries_S, _documents(_ends(mask, q_BSHC.shape[:2])))
     if q_BSHC.device.type == "cpu" and v_channels < q_BSHC.size(-1):
         # The CPU's flash kernel wants equal channels; without it SDPA holds S × S scores and is
         # 1.7 (fp32) to 2.4 (bf16) times slower at S = 2048.
@@ -86,3 +135,9 @@ def attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
             )
     return out.transpose(1, 2)[..., :v_channels]
+
+
+def _ends(documents: Documents, shape: torch.Size) -> Tensor:
+    """Which tokens (B, S) are the last of their document."""
+    ends_T = torch.zeros(shape.numel(), dtype=torch.bool, device=documents.starts.device)
+    return ends_T.index_fill_(0, documents.starts[1:].long() - 1, True).view(shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 # Public since torch 2.12 or so; the same kernel under a private name in 2.11.
-_kernel = getattr(F, "grouped_mm", None) or torch._grouped_mm
+kernel = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
 def local_part(weights: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def grouped_mm(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
     on_cpu, compiling = x_RK.device.type == "cpu", torch.compiler.is_compiling()
     if why_loop(x_RK.dtype, w_EKN.shape[1:], on_cpu=on_cpu, compiling=compiling):
         return grouped_mm_loop(x_RK, w_EKN, counts_E)
-    return _kernel(x_RK, w_EKN, offs=counts_E.cumsum(0, dtype=torch.int32))
+    return kernel(x_RK, w_EKN, offs=counts_E.cumsum(0, dtype=torch.int32))
 
 
 @torch.compiler.disable  # data-dependent splits

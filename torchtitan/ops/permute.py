@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 class RowOrder(NamedTuple):
-    """slot_of_row_R, row_of_slot_PK: int64 indices as above. taken_PK: bool, None = all are taken.
-    counts: int64 rows of each destination.
+    """slot_of_row_R, row_of_slot_PK: indices as above. taken_PK: bool, None = all are taken.
+    counts: rows of each destination. Integers are int64, or int32 where a GPU's kernel sorted.
     """
 
     slot_of_row_R: Tensor
@@ -33,6 +33,9 @@ def sort_slots(
 
     destination_PK: int64; −1 = empty slot. num_rows: how many slots are taken; None = all.
     """
+    if num_rows is None and destination_PK.is_cuda:
+        slot_of_row_N, row_of_slot_PK, counts = _sort_slots(destination_PK, num_destinations)
+        return RowOrder(slot_of_row_N, row_of_slot_PK, None, counts)
     keys_PK, taken_PK = destination_PK, None
     if num_rows is not None:
         taken_PK = destination_PK >= 0
@@ -61,6 +64,8 @@ def _expand(x_PD: Tensor, slot_of_row_R: Tensor, row_of_slot_PK: Tensor) -> Tens
 
 
 def _reduce(rows_RD: Tensor, row_of_slot_PK: Tensor, taken_PK: Tensor | None) -> Tensor:
+    if rows_RD.is_cuda and rows_RD.dtype != torch.float64:
+        return _reduce_rows(rows_RD.contiguous(), row_of_slot_PK, taken_PK)
     # fp64 stays fp64 (tests); everything below accumulates in fp32.
     sum_dtype = torch.promote_types(rows_RD.dtype, torch.float32)
     if taken_PK is None:
@@ -70,6 +75,46 @@ def _reduce(rows_RD: Tensor, row_of_slot_PK: Tensor, taken_PK: Tensor | None) ->
     copies_PKD = rows_RD[row_of_slot_PK.clamp(max=rows_RD.size(0) - 1)]
     copies_PKD = copies_PKD.masked_fill(~taken_PK.unsqueeze(-1), 0)
     return copies_PKD.sum(dim=1, dtype=sum_dtype).to(rows_RD.dtype)
+
+
+@torch.library.custom_op("torchtitan::sort_slots", mutates_args=(), device_types="cuda")
+def _sort_slots(destination_PK: Tensor, num_destinations: int) -> tuple[Tensor, Tensor, Tensor]:
+    from torchtitan.ops import permute_triton
+
+    return permute_triton.sort_slots(destination_PK, num_destinations)
+
+
+@_sort_slots.register_fake
+def _(destination_PK, num_destinations):
+    def int32(*shape):
+        return destination_PK.new_empty(shape, dtype=torch.int32)
+
+    return int32(destination_PK.numel()), int32(*destination_PK.shape), int32(num_destinations)
+
+
+@torch.library.custom_op("torchtitan::count_tokens", mutates_args=(), device_types="cuda")
+def count_tokens(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:
+    """(E,) int64: tokens of each expert, of those that the mask (bool) lets count. On a GPU."""
+    from torchtitan.ops import permute_triton
+
+    return permute_triton.count_tokens(ids_TK, num_experts, mask_T)
+
+
+@count_tokens.register_fake
+def _(ids_TK, num_experts, mask_T):
+    return ids_TK.new_empty(num_experts, dtype=torch.int64)
+
+
+@torch.library.custom_op("torchtitan::reduce_rows", mutates_args=(), device_types="cuda")
+def _reduce_rows(rows_RD: Tensor, row_of_slot_PK: Tensor, taken_PK: Tensor | None) -> Tensor:
+    from torchtitan.ops import permute_triton
+
+    return permute_triton.reduce_rows(rows_RD, row_of_slot_PK, taken_PK)
+
+
+@_reduce_rows.register_fake
+def _(rows_RD, row_of_slot_PK, taken_PK):
+    return rows_RD.new_empty(row_of_slot_PK.size(0), rows_RD.size(1))
 
 
 class _ExpandRows(torch.autograd.Function):

@@ -61,6 +61,11 @@ class BaseModelArgs:
             "debug.moe_force_load_balance is true, but this model has no experts; set it to false."
         )
 
+    @property
+    def has_side_losses(self) -> bool:
+        """Whether training has losses besides that of the logits, computed by the model."""
+        return False
+
     def check_tokenizer(self, eos_id: int | None) -> None:
         """Raise `UserError` where the model needs a token that the tokenizer doesn't have."""
 
@@ -154,9 +159,12 @@ class BaseModel(nn.Module):
     """A decoder: embedding, blocks by number, norm, output. Runs on one CPU without process groups.
     Blocks, and the others (as None), may be absent where they lie on another pipeline stage.
 
-    `forward(tokens, attention_masks=None, positions=None, token_mask=None) -> logits`: see
-    `DeepSeekV3Model.forward`.
+    `forward(tokens, attention_masks=None, positions=None, token_mask=None, labels=None) -> logits`,
+    with labels the summed loss: see `DeepSeekV3Model.forward`.
     """
+
+    # Whether `forward` takes labels and then returns the sum of their losses.
+    computes_loss = False
 
     model_args: BaseModelArgs
     tok_embeddings: nn.Embedding | None
@@ -204,9 +212,14 @@ class BaseModel(nn.Module):
         raise UserError(f"{type(self).__name__} can't generate text yet; use transformers or vLLM.")
 
     def get_attention_masks(
-        self, tokens_BS: Tensor, eos_id: int | None, queries_Q: Tensor | None = None
+        self,
+        tokens_BS: Tensor,
+        eos_id: int | None,
+        queries_Q: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> Any:
-        """Masks for `forward`, or None for causal attention. Raises `UserError` without eos_id.
+        """Masks for `forward` on `device` (absent: where the tokens are), or None for causal
+        attention; cheapest from tokens on the CPU. Raises `UserError` without eos_id.
 
         queries_Q: with context parallelism, the positions in the sequence that this rank computes;
         the mask is for those against all tokens up to the last of them.

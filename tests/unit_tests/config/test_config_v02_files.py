@@ -42,6 +42,7 @@ OURS = {
     "training.loss_spike",
     "training.loss_spike_factor",
     "metrics.log_traffic",
+    "compile.cuda_graph",
     "validation.dataset_text_key",
     "validation.sample_prompts",
     "validation.sample_tokens",

@@ -39,11 +39,6 @@ def test_defaults_are_fine_for_any_number_of_processes(world_size):
         ),
         ("metrics.enable_wandb", True, "Weights & Biases; true; false"),
         (
-            "optimizer.early_step_in_backward",
-            True,
-            "the optimizer step inside the backward pass; true; false",
-        ),
-        (
             "comm.mode",
             "local_tensor",
             'the local-tensor mode; "local_tensor"; "default" or "fake_backend"',
@@ -186,8 +181,8 @@ def test_wrong_choices_are_refused_with_the_right_ones():
     )
     for option in ("0", "-1", "ops", "", "1.5"):
         assert refusal(activation_checkpoint__selective_ac_option=option) == (
-            f'activation_checkpoint.selective_ac_option = "{option}" must be "op" or a positive '
-            'integer as a string, such as "2".'
+            f'activation_checkpoint.selective_ac_option = "{option}" must be "op", "elementwise" '
+            'or a positive integer as a string, such as "2".'
         )
     assert refusal(activation_checkpoint__determinism_check="strict") == (
         'activation_checkpoint.determinism_check = "strict" must be "default" or "none".'
@@ -233,3 +228,34 @@ def test_global_batch_size_resolves():
     assert resolve_global_batch_size(config, 4) == config.training.local_batch_size * 4
     wide = build({"training.local_batch_size": 2, "training.global_batch_size": 24})
     assert resolve_global_batch_size(wide, 3) == 24
+
+
+# ---------------------------------------------------------------------------------------------
+# One process only
+# ---------------------------------------------------------------------------------------------
+
+EARLY = {"optimizer__early_step_in_backward": True, "training__max_norm": INF}
+
+
+def test_an_early_step_needs_what_it_can_keep():
+    accept(1, **EARLY)
+    accept(1, **EARLY, training__non_finite_loss="rewind", checkpoint__enable=True)
+    for key, value, way_out in [
+        ("training__max_norm", 1.0, "inf"),
+        ("training__non_finite_loss", "skip_step", '"stop"'),
+        ("training__global_batch_size", 16, "8"),
+        ("optimizer__implementation", "foreach", '"fused"'),
+    ]:
+        sentence = refusal(1, **EARLY | {key: value})
+        assert sentence.startswith(key.replace("__", ".") + " = ")
+        assert f"set it to {way_out}, or early_step_in_backward to false." in sentence
+    assert "works on one process, but this run has 2" in refusal(2, **EARLY)
+
+
+def test_a_cuda_graph_is_for_one_process_on_a_gpu_and_one_pass():
+    graph = {"compile__cuda_graph": True}
+    accept(1, "cuda", **graph)
+    assert "this run is on cpu" in refusal(1, "cpu", **graph)
+    assert "this run has 2" in refusal(2, "cuda", **graph)
+    several = refusal(1, "cuda", **graph, training__global_batch_size=16)
+    assert "training.global_batch_size = 16 takes several; set it to false." in several

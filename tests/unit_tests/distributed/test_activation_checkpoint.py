@@ -1,5 +1,6 @@
 """What recomputation saves and costs, and that it sends tokens where they went before."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -155,3 +156,34 @@ def test_equal_layers_share_what_is_compiled() -> None:
         counts.append(first)
     torch._dynamo.reset()
     assert max(counts) <= 8
+
+
+class _Counted(TorchDispatchMode):
+    """Operations by name, whatever their overload."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count[op.overloadpacket.__name__] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def operations(**settings: Any) -> Counter[str]:
+    """Of a forward and backward pass."""
+    tokens = torch.randint(0, 2048, (2, 32), generator=torch.Generator().manual_seed(2))
+    settings |= {"per_op_sac_force_recompute_mm_shapes_by_fqns": []}
+    model = model_with(**settings)
+    with _Counted() as seen:
+        model(tokens).square().mean().backward()
+    return seen.count
+
+
+def test_elementwise_recomputes_no_matrix_product() -> None:
+    plain = operations(mode="none")
+    seen = operations(mode="selective", selective_ac_option="elementwise")
+    for name in ("mm", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"):
+        assert seen[name] == plain[name] > 0, name
+    assert seen["silu"] == 2 * plain["silu"] > 0
+    assert operations(**BY_OP)["mm"] > plain["mm"]

@@ -160,6 +160,10 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
                 "to 1, or leave mtp_loss_weight out."
             )
 
+    @property
+    def has_side_losses(self) -> bool:
+        return self.n_mtp_layers > 0
+
     def check_layout(self, parallelism: Parallelism) -> None:
         super().check_layout(parallelism)
         if self.n_mtp_layers == 0:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
@@ -21,6 +22,8 @@ from torchtitan.models.moe.aux_loss import attach_loss
 from torchtitan.models.moe.balancing import Load, record_load
 from torchtitan.ops.attention import AttentionMask, attention, causal_mask, document_mask
 from torchtitan.ops.init import init_parameters
+from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
+from torchtitan.ops.mla_attention import can_fuse, mla_attention
 from torchtitan.ops.rope import apply_rope, rope_table
 from torchtitan.protocols.model import BaseModel
 
@@ -30,7 +33,11 @@ class Attention(nn.Module):
 
     Keys and values come from one normalised latent of `kv_lora_rank` channels; queries from another
     (or directly). Position sits in `qk_rope_head_dim` extra channels, for keys shared by all heads.
+
+    w_in: the weights that take the layer's input, as one (components/working_weights.py).
     """
+
+    w_in: Tensor | None = None
 
     def __init__(self, args: DeepSeekV3ModelArgs):
         super().__init__()
@@ -43,6 +50,8 @@ class Attention(nn.Module):
 
         q_out = args.n_heads * args.qk_head_dim
         self.compress_q = args.q_lora_rank > 0
+        first_of_q = "wq_a.weight" if self.compress_q else "wq.weight"
+        self.fused_weights = {"w_in": ((first_of_q, "wkv_a.weight"), 0)}
         if self.compress_q:
             self.wq_a = nn.Linear(args.dim, args.q_lora_rank, bias=False)
             self.q_norm = nn.RMSNorm(args.q_lora_rank, eps=args.norm_eps)
@@ -63,14 +72,28 @@ class Attention(nn.Module):
         positions_BS: Tensor | None = None,
     ) -> Tensor:
         """rope: table of `rope_table`. mask, positions_BS: see `DeepSeekV3Model.forward`."""
-        q = self.wq_b(self.q_norm(self.wq_a(x_BSD))) if self.compress_q else self.wq(x_BSD)
+        q, kv = self._project(x_BSD)
+        q = self.wq_b(self.q_norm(q)) if self.compress_q else q
         q_BSHC = q.unflatten(-1, (self.n_heads, -1))
+        latent, k_rope = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent = self.kv_norm(latent)
+        if self._can_fuse(q_BSHC, mask):
+            out_BSHC = mla_attention(
+                q_BSHC,
+                self.wkv_b(latent).unflatten(-1, (self.n_heads, -1)),
+                k_rope,
+                rope,
+                v_channels=self.v_head_dim,
+                scale=self.softmax_scale,
+                mask=mask,
+                positions_BS=positions_BS,
+            )
+            return self.wo(out_BSHC.flatten(-2))
+
         q_nope, q_rope = q_BSHC.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_BSHC = torch.cat((q_nope, apply_rope(q_rope, rope, positions_BS)), dim=-1)
-
-        latent, k_rope = self.wkv_a(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), rope, positions_BS)
-        out_BSHC = self.attend(q_BSHC, self.kv_norm(latent), k_rope, mask)
+        out_BSHC = self.attend(q_BSHC, latent, k_rope, mask)
         return self.wo(out_BSHC.flatten(-2))
 
     def attend(
@@ -88,6 +111,30 @@ class Attention(nn.Module):
         k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         k_BSHC = torch.cat((k_nope, k_rope_BS1C.expand(-1, -1, self.n_heads, -1)), dim=-1)
         return k_BSHC, v_BSHC
+
+    def _can_fuse(self, q_BSHC: Tensor, mask: AttentionMask) -> bool:
+        """Whether one operator does for the lines between the projections: on the GPU of a single
+        process (parallel layouts take the lines apart).
+        """
+        return (
+            self.w_in is not None
+            and not isinstance(mask, Tensor)
+            and can_fuse(
+                q_BSHC.device.type,
+                q_BSHC.dtype,
+                self.qk_nope_head_dim,
+                self.qk_rope_head_dim,
+                self.v_head_dim,
+            )
+        )
+
+    def _project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (or their latent); keys' and values' latent with the shared rotary channels."""
+        if self.w_in is not None:
+            kv_channels = self.kv_lora_rank + self.qk_rope_head_dim
+            both = F.linear(x_BSD, self.w_in)
+            return both.split([self.w_in.size(0) - kv_channels, kv_channels], dim=-1)
+        return (self.wq_a if self.compress_q else self.wq)(x_BSD), self.wkv_a(x_BSD)
 
 
 class TransformerBlock(nn.Module):
@@ -125,8 +172,20 @@ class TransformerBlock(nn.Module):
         return x_BSD + out, load
 
 
+class Output(nn.Linear):
+    """Hidden states to logits, or with labels straight to the loss, without holding the logits."""
+
+    def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Logits (..., V), or with labels the scalar of `linear_cross_entropy`."""
+        if labels_BS is None:
+            return super().forward(x_BSD)
+        return linear_cross_entropy(x_BSD.flatten(0, -2), self.weight, labels_BS.flatten())
+
+
 class DeepSeekV3Model(BaseModel):
-    """Tokens to logits."""
+    """Tokens to logits, or to the loss."""
+
+    computes_loss = True
 
     def __init__(self, model_args: DeepSeekV3ModelArgs):
         super().__init__()
@@ -143,7 +202,7 @@ class DeepSeekV3Model(BaseModel):
         )
         self.mtp_loss_weight = model_args.mtp_loss_weight
         self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
-        self.output = nn.Linear(model_args.dim, model_args.vocab_size, bias=False)
+        self.output = Output(model_args.dim, model_args.vocab_size, bias=False)
         self.register_buffer("rope", self._make_rope_table(), persistent=False)
         for name, value in (
             ("tokens_in_step", torch.ones(())),
@@ -158,8 +217,10 @@ class DeepSeekV3Model(BaseModel):
         positions: Tensor | None = None,
         token_mask: Tensor | None = None,
         mtp: MTPInputs | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, S, V) of int64 tokens (B, S).
+        """Logits (B, S, V) of int64 tokens (B, S); with int64 labels (B, S) the sum of their losses
+        instead (scalar, see `linear_cross_entropy`).
 
         attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None =
         0, 1, …. token_mask: (B, S) bool, False = padding, left out of the expert load. mtp: from
@@ -177,7 +238,7 @@ class DeepSeekV3Model(BaseModel):
             return x_BSD
         h_BSD = self.norm(x_BSD)
         if mtp is None:
-            return self.output(h_BSD)
+            return self.output(h_BSD, labels)
         return self._predict_further(h_BSD, embedded, mtp, attention_masks, positions)
 
     def _embed(self, tokens: Tensor, mtp: MTPInputs | None) -> list[Tensor]:
@@ -226,12 +287,16 @@ class DeepSeekV3Model(BaseModel):
         return sums
 
     def get_attention_masks(
-        self, tokens_BS: Tensor, eos_id: int | None, queries_Q: Tensor | None = None
+        self,
+        tokens_BS: Tensor,
+        eos_id: int | None,
+        queries_Q: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> AttentionMask:
         if self.model_args.attn_mask_type == "causal":
             return None if queries_Q is None else causal_mask(queries_Q)
         self.model_args.check_tokenizer(eos_id)
-        return document_mask(tokens_BS, eos_id, queries_Q)
+        return document_mask(tokens_BS, eos_id, queries_Q, device)
 
     def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
         return latent_caches(

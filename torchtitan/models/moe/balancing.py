@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan.models.moe.watch import step_watch
+from torchtitan.ops import permute
 
 if TYPE_CHECKING:
     from torchtitan.models.moe.moe import MoE
@@ -25,6 +26,8 @@ def count_tokens(ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None =
 
     (`torch.bincount` waits for the GPU, `torch.histc` has no integer kernel on CPU.)
     """
+    if ids_TK.is_cuda:
+        return permute.count_tokens(ids_TK, num_experts, token_mask_T)
     if token_mask_T is None:
         ones_N = torch.ones_like(ids_TK.flatten())
     else:

@@ -16,15 +16,25 @@ from torchtitan.models.moe.aux_loss import attach_loss, sequence_balance_sum, z_
 from torchtitan.models.moe.balancing import Load, count_tokens
 from torchtitan.models.moe.dispatcher import LocalDispatcher, TokenDispatcher
 from torchtitan.models.moe.watch import SUMS, entropy_sum, limited_sum
+from torchtitan.ops.expert_ffn import expert_ffn
 from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop, local_part
 from torchtitan.ops.init import init_parameters
+from torchtitan.ops.permute import sort_slots
+from torchtitan.ops.router_logits import router_logits
+from torchtitan.ops.routing import Rule, can_route, route
 from torchtitan.ops.swiglu import swiglu
 
 __all__ = ["MoEArgs", "FeedForward", "TokenChoiceTopKRouter", "GroupedExperts", "MoE"]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU feed-forward layer: w2(silu(w1 x) · w3 x), (..., dim) to (..., dim)."""
+    """SwiGLU feed-forward layer: w2(silu(w1 x) · w3 x), (..., dim) to (..., dim).
+
+    w13: both weights as one, where working weights are kept (components/working_weights.py).
+    """
+
+    fused_weights = {"w13": (("w1.weight", "w3.weight"), 0)}
+    w13: Tensor | None = None
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -33,6 +43,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.w13 is not None:
+            return self.w2(swiglu(*F.linear(x, self.w13).chunk(2, dim=-1)))
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
@@ -100,8 +112,11 @@ class TokenChoiceTopKRouter(nn.Module):
         num_tokens_per_expert (E,) int64; with `return_scores` also logits and scores (T, E), at
         least fp32.
         """
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)  # at least fp32; fp64 stays
-        logits_TE = F.linear(x_TD.to(dtype), self.gate.weight.to(dtype))
+        logits_TE = router_logits(x_TD, self.gate.weight)
+        fits = can_route(logits_TE, self._rule) and not self._debug_force_load_balance
+        if fits and not return_scores:
+            weights_TK, ids_TK = route(logits_TE, expert_bias, self._rule)
+            return weights_TK, ids_TK, count_tokens(ids_TK, self.num_experts, token_mask_T)
         scores_TE = (
             logits_TE.sigmoid() if self.score_func == "sigmoid" else logits_TE.softmax(dim=-1)
         )
@@ -113,6 +128,18 @@ class TokenChoiceTopKRouter(nn.Module):
         weights_TK = weights_TK * self.route_scale
         routing = weights_TK, ids_TK, count_tokens(ids_TK, self.num_experts, token_mask_T)
         return (*routing, logits_TE, scores_TE) if return_scores else routing
+
+    @property
+    def _rule(self) -> Rule:
+        return Rule(
+            top_k=self.top_k,
+            groups=self.num_expert_groups or 0,
+            limited=self.num_limited_groups or 0,
+            top2=self.group_score_func == "top2_sum",
+            sigmoid=self.score_func == "sigmoid",
+            norm=self.route_norm,
+            scale=self.route_scale,
+        )
 
     def _choose(self, scores_TE: Tensor, expert_bias: Tensor | None) -> Tensor:
         if self._debug_force_load_balance:
@@ -154,7 +181,13 @@ class TokenChoiceTopKRouter(nn.Module):
 
 
 class GroupedExperts(nn.Module):
-    """SwiGLU experts as stacked weights: w1, w3 (E, F, D) and w2 (E, D, F)."""
+    """SwiGLU experts as stacked weights: w1, w3 (E, F, D) and w2 (E, D, F).
+
+    w13: (E, 2F, D), gate over up, where working weights are kept (components/working_weights.py).
+    """
+
+    fused_weights = {"w13": (("w1", "w3"), 1)}
+    w13: Tensor | None = None
 
     def __init__(self, *, dim: int, hidden_dim: int, num_experts: int, use_grouped_mm: bool = True):
         super().__init__()
@@ -169,8 +202,9 @@ class GroupedExperts(nn.Module):
         counts_L: int64 rows of each expert. weights_R: factors on the experts' outputs.
         """
         mm = grouped_mm if self.use_grouped_mm else grouped_mm_loop
+        w1, w3 = (self.w1, self.w3) if self.w13 is None else self.w13.chunk(2, dim=1)
         w1_LDF, w2_LFD, w3_LDF = (
-            local_part(weight).transpose(1, 2) for weight in (self.w1, self.w2, self.w3)
+            local_part(weight).transpose(1, 2) for weight in (w1, self.w2, w3)
         )
         hidden_RF = swiglu(mm(rows_RD, w1_LDF, counts_L), mm(rows_RD, w3_LDF, counts_L), weights_R)
         return mm(hidden_RF, w2_LFD, counts_L)
@@ -251,18 +285,24 @@ class MoE(nn.Module):
 
         if self.shared_experts is not None:
             shared = self.dispatcher.beside(self.shared_experts, x_TD)
-        rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
-        weights_R = record.weights_R
-        if self.score_before_experts:
-            rows_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
-            weights_R = None
-        rows_RD = self.experts(rows_RD, counts_L, weights_R)
-        out_TD = self.dispatcher.combine(rows_RD, record)
+        if self._all_in_one:
+            experts, order = self.experts, sort_slots(ids_TK, self.router.num_experts)
+            out_TD = expert_ffn(x_TD, experts.w13, experts.w2, weights_TK, order)
+            traffic = None
+        else:
+            rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+            weights_R = record.weights_R
+            if self.score_before_experts:
+                rows_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
+                weights_R = None
+            rows_RD = self.experts(rows_RD, counts_L, weights_R)
+            out_TD = self.dispatcher.combine(rows_RD, record)
+            traffic = record.traffic
 
         if self.shared_experts is not None:
             out_TD = out_TD + shared()
         out_BSD = out_TD.view_as(x_BSD)
-        return (out_BSD, Load(load_E, record.traffic, watched)) if return_load else out_BSD
+        return (out_BSD, Load(load_E, traffic, watched)) if return_load else out_BSD
 
     @property
     def _needs_scores(self) -> bool:
@@ -291,6 +331,16 @@ class MoE(nn.Module):
         """Those of this layer among `values`, for the steps to come."""
         for name in ("load_balance_coeff", "sequence_balance_coeff"):
             setattr(self, name, values.get(name, getattr(self, name)))
+
+    @property
+    def _all_in_one(self) -> bool:
+        """Whether dispatch, compute and combine can be one operator: same numbers, fewer bytes."""
+        return (
+            self.experts.w13 is not None
+            and self.experts.use_grouped_mm
+            and isinstance(self.dispatcher, LocalDispatcher)
+            and not self.score_before_experts
+        )
 
     def init_weights(self, init_std: float) -> None:
         """Fill a layer that stands alone; inside a model, the model does."""

@@ -50,6 +50,7 @@ RECOMPUTE = {
     "full": ActivationCheckpoint(mode="full"),
     "every 2nd layer": ActivationCheckpoint(mode="selective", selective_ac_option="2"),
     "op": ActivationCheckpoint(mode="selective", selective_ac_option="op"),
+    "elementwise": ActivationCheckpoint(mode="selective", selective_ac_option="elementwise"),
 }
 
 
@@ -284,7 +285,7 @@ def test_full_recomputation_passes_each_router_twice():
             moe.router.register_forward_hook(count)
         mean_square(model(batch(0))).backward()
     # Layers 0 to 3, experts in 1 to 3, of which 1 and 3 are "second" ones.
-    assert calls == {"none": 3, "full": 6, "every 2nd layer": 5, "op": 6}
+    assert calls == {"none": 3, "full": 6, "every 2nd layer": 5, "op": 6, "elementwise": 6}
 
 
 class OpCounter(TorchDispatchMode):

@@ -1,0 +1,58 @@
+"""Where the time of a step goes: bars from the JSON of `bench.py step`, one a row with a breakdown.
+
+    python scripts/plot_step_time.py rows.json --whole "before: 271.7" --out docs/step_time.png
+
+--whole: a step of which only the whole is known ("name: milliseconds"), drawn first.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--whole", nargs="*", default=[], metavar="NAME: MS")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args(argv)
+
+
+def bars(options: argparse.Namespace) -> list[tuple[str, dict[str, float]]]:
+    """Name and milliseconds by part of every bar."""
+    known = []
+    for text in options.whole:
+        name, _, milliseconds = text.rpartition(":")
+        known.append((name, {"not measured by part": float(milliseconds)}))
+    rows = json.loads(options.rows.read_text())
+    measured = [row for row in rows if "breakdown" in row]
+    return known + [(f"{row['case']}, {row['name']}", row["breakdown"]["ms"]) for row in measured]
+
+
+def main(argv: list[str] | None = None) -> None:
+    import matplotlib.pyplot as plt
+
+    options = parse(argv)
+    everything = bars(options)
+    parts = list(dict.fromkeys(part for _, times in everything for part in times))
+    colors = dict(zip(parts, plt.colormaps["tab20"].colors * 2, strict=False))
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.7 * len(everything)))
+    for y, (_, times) in enumerate(everything):
+        left = 0.0
+        for part, milliseconds in times.items():
+            axes.barh(y, milliseconds, left=left, color=colors[part], label=part if y else None)
+            left += milliseconds
+        axes.text(left + 2, y, f"{left:.0f} ms", va="center")
+    axes.set_yticks(range(len(everything)), [name for name, _ in everything])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds a step")
+    axes.margins(x=0.1)
+    handles = {
+        label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    axes.legend(handles.values(), handles, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.3))
+    figure.savefig(options.out, dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Working copies: the same numbers as casting in every forward pass, and nobody else notices."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from torchtitan.components.fused_adam import FusedAdam
+from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.working_weights import WorkingWeights
+from torchtitan.distributed.grad_norm import clip_factor
+from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
+from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
+
+SIZES = {"n_layers": 2, "dim": 32, "n_heads": 2, "inter_dim": 48, "moe_inter_dim": 16}
+SIZES |= {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+ADAMW = dict(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+ADAMW |= dict(name="AdamW", weight_decay_on="matrices")
+
+
+def make_model(**changes) -> nn.Module:
+    args = deepseekv3_args["debugmodel"].for_run(
+        overrides=SIZES | {"vocab_size": 64} | changes, seq_len=16
+    )
+    torch.manual_seed(0)
+    model = DeepSeekV3Model(args)
+    model.init_weights()
+    return model
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    return model(tokens(), labels=tokens()) / tokens().numel()
+
+
+def train(model: nn.Module, steps: int, *, passes: int = 1, implementation: str = "fused"):
+    """Losses, and the model, after steps on working weights."""
+    fp32_grads = passes > 1 or implementation != "fused"
+    working = WorkingWeights(model, torch.bfloat16, fp32_grads=fp32_grads)
+    optimizer = build_optimizer([model], working=working, implementation=implementation, **ADAMW)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for _ in range(passes):
+            loss = loss_of(model)
+            (loss / passes).backward()
+        losses.append(loss.item())
+        optimizer.step()
+    return losses, model
+
+
+def test_one_step_is_that_of_weights_cast_by_hand():
+    """The oracle: a bf16 model made from the fp32 weights, and torch's AdamW in fp32."""
+    model, masters, bf16 = make_model(), make_model(), make_model().bfloat16()
+    working = WorkingWeights(model, torch.bfloat16, fp32_grads=False)
+    optimizer = build_optimizer([model], working=working, implementation="fused", **ADAMW)
+    loss, expected_loss = loss_of(model), loss_of(bf16)
+    loss.backward(), expected_loss.backward()
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-3)
+    named = zip(model.named_parameters(), masters.parameters(), bf16.parameters(), strict=True)
+    for (name, p), master, rounded in named:
+        # One GEMM for several weights rounds in another order than one for each.
+        assert (p.grad - rounded.grad).norm() < 0.03 * rounded.grad.norm(), name
+        master.grad = p.grad.float()
+    optimizer.step()
+    build_optimizer([masters], implementation="for-loop", **ADAMW).step()
+    for ours, theirs in zip(model.parameters(), masters.parameters(), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "for-loop"])
+def test_other_implementations_train_alike(implementation):
+    fused, _ = train(make_model(), 4)
+    others, _ = train(make_model(), 4, implementation=implementation)
+    assert others == pytest.approx(fused, rel=2e-3) and fused[-1] < fused[0]
+
+
+def test_micro_batches_are_added_up_in_fp32():
+    model = make_model()
+    WorkingWeights(model, torch.bfloat16, fp32_grads=True)
+    for _ in range(3):
+        loss_of(model).backward()
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == torch.float32, name
+        assert torch.equal(p.grad, (p.grad / 3).bfloat16().float() * 3), name
+
+
+def test_gradients_of_several_passes_without_fp32_are_refused():
+    model = make_model()
+    WorkingWeights(model, torch.bfloat16, fp32_grads=False)
+    loss_of(model).backward()
+    with pytest.raises(AssertionError, match="fp32_grads"):
+        loss_of(model).backward()
+
+
+def test_state_dict_is_that_of_the_plain_model_and_loading_reaches_the_copies():
+    plain, model = make_model(), make_model()
+    WorkingWeights(model, torch.bfloat16, fp32_grads=False)
+    state, expected = model.state_dict(), plain.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    other = make_model(init_std=0.1)
+    reference = make_model(init_std=0.1)
+    WorkingWeights(reference, torch.bfloat16, fp32_grads=False)
+    assert not torch.equal(model(tokens()), reference(tokens()))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(tokens()), reference(tokens()))
+
+
+def test_weights_of_the_compute_type_get_no_copies_and_fused_ones_take_their_place():
+    model = make_model().bfloat16()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    working = WorkingWeights(model, torch.bfloat16, fp32_grads=False)
+    experts = model.layers["1"].moe.experts
+    assert experts.w1.data_ptr() == experts.w13.data_ptr()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) and working.copy_of(p) is None
+    optimizer = build_optimizer([model], working=working, implementation="fused", **ADAMW)
+    loss_of(model).backward()
+    optimizer.step()
+    assert torch.equal(experts.w13[:, :16], experts.w1)
+    assert not torch.equal(experts.w1, before["layers.1.moe.experts.w1"])
+
+
+def test_the_clipping_factor_is_applied_on_the_way():
+    clipped, scaled = make_model(), make_model()
+    models = []
+    for model in (clipped, scaled):
+        working = WorkingWeights(model, torch.bfloat16, fp32_grads=True)
+        optimizer = build_optimizer([model], working=working, implementation="fused", **ADAMW)
+        assert isinstance(optimizer, FusedAdam)
+        loss_of(model).backward()
+        models.append((model, optimizer))
+    norm, models[0][1].grad_factor = clip_factor(clipped.parameters(), 0.1)
+    assert norm > 0.1
+    nn.utils.clip_grad_norm_(scaled.parameters(), 0.1)
+    for _, optimizer in models:
+        optimizer.step()
+    for ours, theirs in zip(clipped.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_early_steps_are_the_late_ones_and_leave_no_gradient():
+    late_losses, late = train(make_model(), 3)
+    model = make_model()
+    working = WorkingWeights(model, torch.bfloat16, fp32_grads=False)
+    optimizer = build_optimizer(
+        [model], working=working, implementation="fused", early_step_in_backward=True, **ADAMW
+    )
+    losses = []
+    for _ in range(3):
+        loss = loss_of(model)
+        loss.backward()
+        losses.append(loss.item())
+        assert all(p.grad is None for p in model.parameters())
+        assert optimizer.early_grad_norm() > 0
+        optimizer.step()
+    assert losses == late_losses
+    for ours, theirs in zip(model.parameters(), late.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_optimizer_state_goes_on_bit_for_bit_and_is_torchs():
+    models = [make_model(), make_model()]
+    made = []
+    for model in models:
+        working = WorkingWeights(model, torch.bfloat16, fp32_grads=False)
+        made.append(build_optimizer([model], working=working, implementation="fused", **ADAMW))
+
+    def step(model, optimizer) -> float:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    step(models[0], made[0])
+    models[1].load_state_dict(models[0].state_dict())
+    made[1].load_state_dict(copy.deepcopy(made[0].state_dict()))  # it would share tensors
+    for group in made[1].param_groups:
+        assert group["lr"] == 1e-2
+    assert [step(models[0], made[0]) for _ in range(2)] == [
+        step(models[1], made[1]) for _ in range(2)
+    ]
+    plain = build_optimizer([make_model()], implementation="foreach", **ADAMW)
+    assert set(made[0].param_groups[0]) == set(plain.param_groups[0])
+
+
+def test_a_learning_rate_set_after_loading_counts():
+    model = make_model()
+    working = WorkingWeights(model, torch.bfloat16, fp32_grads=False)
+    optimizer = build_optimizer([model], working=working, implementation="fused", **ADAMW)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model).backward()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_model_with_copies_is_freed():
+    model = make_model()
+    working = WorkingWeights(model, torch.bfloat16, fp32_grads=False)
+    loss_of(model).backward()
+    copies = weakref.ref(model.layers["1"].moe.experts.w13)
+    del model, working
+    gc.collect()
+    assert copies() is None
+
+
+def test_the_models_own_loss_is_that_of_its_logits():
+    model = make_model()
+    logits = model(tokens())
+    identity = torch.eye(64)
+    expected = linear_cross_entropy(logits.flatten(0, 1), identity, tokens().flatten())
+    torch.testing.assert_close(model(tokens(), labels=tokens()), expected)

@@ -1,0 +1,174 @@
+"""Every Triton kernel against its plain twin or fp64, on the CPU in Triton's interpreter.
+
+Not collected by name: Triton decides at its import whether it interprets, so that
+test_triton_interpreted.py runs this file in a process of its own.
+"""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchtitan.models.moe import TokenChoiceTopKRouter
+from torchtitan.models.moe.balancing import count_tokens
+from torchtitan.ops import permute
+from torchtitan.ops.adamw import adamw_update, step_numbers
+from torchtitan.ops.rope import apply_rope, rope_table
+
+
+def kernels(name: str):
+    return importlib.import_module(f"torchtitan.ops.{name}_triton")
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape and actual.isfinite().all()
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def sorted_slots(T: int = 150, K: int = 3, E: int = 6) -> tuple[Tensor, permute.RowOrder]:
+    ids_TK = torch.randint(0, E, (T, K))
+    ids_TK[ids_TK == 4] = 2  # an expert without tokens
+    return ids_TK, permute.sort_slots(ids_TK, E)
+
+
+def test_counting_sort_is_the_stable_sort():
+    ids_TK, order = sorted_slots(T=400)  # more than one program's slots
+    slot_of_row, row_of_slot, counts = kernels("permute").sort_slots(ids_TK, 6)
+    assert torch.equal(slot_of_row.long(), order.slot_of_row_R)
+    assert torch.equal(row_of_slot.long(), order.row_of_slot_PK)
+    assert torch.equal(counts.long(), order.counts) and counts[4] == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_token_counts_leave_out_padding(masked):
+    ids_TK, _ = sorted_slots(T=400)
+    mask_T = torch.rand(400) > 0.5 if masked else None
+    counts = kernels("permute").count_tokens(ids_TK, 6, mask_T)
+    assert torch.equal(counts, count_tokens(ids_TK, 6, mask_T))
+
+
+@pytest.mark.parametrize("some_empty", [False, True])
+def test_rows_are_summed(some_empty):
+    _, order = sorted_slots()
+    rows = torch.randn(450, 40)
+    taken = torch.rand(150, 3) > 0.3 if some_empty else None
+    copies = rows.double()[order.row_of_slot_PK]
+    expected = (copies if taken is None else copies * taken.unsqueeze(-1)).sum(dim=1)
+    assert relative_error(kernels("permute").reduce_rows(rows, order[1], taken), expected) < 1e-6
+
+
+def test_swiglu_with_routing_weights_forward_and_backward():
+    _, (slots, *_) = sorted_slots()
+    gate_up, weights = torch.randn(450, 96), torch.rand(150, 3)
+    exact = [t.double().requires_grad_() for t in (gate_up, weights)]
+    gate, up = exact[0].chunk(2, dim=1)
+    expected = F.silu(gate) * up * exact[1].flatten()[slots].unsqueeze(1)
+    assert relative_error(kernels("swiglu").forward(gate_up, weights, slots), expected) < 1e-6
+    grad = torch.randn(450, 48)
+    expected.backward(grad.double())
+    grads = kernels("swiglu").backward(grad, gate_up, weights, slots)
+    for actual, exact_value in zip(
+        grads, (exact[0].grad, expected.detach(), exact[1].grad), strict=True
+    ):
+        assert relative_error(actual, exact_value) < 1e-6
+
+
+@pytest.mark.parametrize("V", [1000, 9001])  # less and more than one block
+def test_cross_entropy_and_its_gradient_in_place(V):
+    logits, labels = torch.randn(5, V) * 3, torch.randint(0, V, (5,))
+    labels[2] = -100
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, labels, reduction="none")
+    expected.sum().backward()
+    losses = kernels("cross_entropy").cross_entropy_(logits, labels, -100, True)
+    assert relative_error(losses, expected) < 1e-6
+    assert relative_error(logits, exact.grad) < 1e-6 and not logits[2].any()
+
+
+def test_scaling_in_place():
+    x = torch.randn(70, 90)
+    expected = x * 0.3
+    assert torch.equal(kernels("cross_entropy").scale_(x, torch.tensor(0.3)), expected)
+
+
+def test_adamw_of_a_part_of_a_fused_weight_is_its_twin():
+    numbers, settings = step_numbers(3, 0.01, (0.9, 0.95), 0.1), {"betas": (0.9, 0.95), "eps": 1e-8}
+    param, mean, square = torch.randn(3, 5, 8), torch.rand(3, 5, 8), torch.rand(3, 5, 8)
+    grads, copies = torch.randn(3, 10, 8), torch.randn(3, 10, 8)
+    twin = [t.clone() for t in (param, grads[:, 5:], mean, square)]
+    twin_copy, untouched = torch.empty(3, 5, 8), copies[:, :5].clone()
+    factor = torch.tensor(0.5)
+    adamw_update(*twin, numbers, copy=twin_copy, factor=factor, l2=0.01, **settings)
+    tensors = (param, grads[:, 5:], mean, square, numbers, copies[:, 5:], factor)
+    kernels("adamw").update(*tensors, l2=0.01, **settings)
+    for actual, expected in zip((param, mean, square), (twin[0], *twin[2:]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(copies[:, 5:], param) and torch.equal(copies[:, :5], untouched)
+
+
+def test_norm_of_whole_and_cut_tensors(monkeypatch):
+    norms = kernels("grad_norm")
+    monkeypatch.setattr(norms, "_BLOCK", 64)  # several programs for small tensors
+    tensors = [torch.randn(2500), torch.randn(3, 10, 8)[:, 5:], torch.randn(5, 3)]
+    expected = sum(t.double().square().sum() for t in tensors)
+    assert relative_error(norms.sum_of_squares(tensors), expected) < 1e-6
+
+
+ROUTERS = list(itertools.product(("sigmoid", "softmax"), (True, False), (None, "top2_sum", "max")))
+
+
+@pytest.mark.parametrize("score_func, norm, group_score", ROUTERS)
+def test_routing_is_the_router_written_out(score_func, norm, group_score):
+    T, E, K = 48, 16, 3
+    groups = {"num_expert_groups": 4, "num_limited_groups": 2, "group_score_func": group_score}
+    router = TokenChoiceTopKRouter(
+        dim=E, num_experts=E, top_k=K, score_func=score_func, route_norm=norm, route_scale=2.5,
+        **(groups if group_score else {}),
+    )  # fmt: skip
+    router.gate.weight = torch.nn.Parameter(torch.eye(E, dtype=torch.float64))
+    logits, bias = torch.randn(T, E), torch.randn(E) * 0.3
+    exact = logits.double().requires_grad_()
+    expected, expected_ids, _ = router(exact, bias)
+    weights, ids = kernels("routing").route(logits, bias, **router._rule._asdict())
+    order, expected_order = ids.argsort(1), expected_ids.argsort(1)  # neither promises an order
+    assert torch.equal(ids.gather(1, order), expected_ids.gather(1, expected_order))
+    expected = expected.gather(1, expected_order)
+    assert relative_error(weights.gather(1, order), expected) < 1e-6
+    grad = torch.randn(T, K)
+    expected.backward(grad.double())
+    grad_by_slot = torch.empty_like(grad).scatter_(1, order, grad)
+    rule = {"sigmoid": score_func == "sigmoid", "norm": norm, "scale": 2.5}
+    actual = kernels("routing").route_backward(grad_by_slot, logits, ids, **rule)
+    assert relative_error(actual, exact.grad) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [3, 20])  # less than, and not a multiple of, a program's 16
+@pytest.mark.parametrize("given_positions", [False, True])
+def test_mla_is_assembled_and_taken_apart(heads, given_positions):
+    B, S, NOPE, ROPE, V = 2, 5, 16, 8, 16
+    table = rope_table(ROPE, 32, 10000.0)
+    positions = torch.randint(0, 32, (B, S)) if given_positions else None
+    projected = torch.randn(B, S, heads * (NOPE + ROPE) + 4 + ROPE)  # as one GEMM leaves it
+    q, k_rope = projected[..., : heads * (NOPE + ROPE)].unflatten(-1, (heads, -1)), projected
+    k_rope, kv = k_rope[..., -ROPE:], torch.randn(B, S, heads, NOPE + V)
+    exact = [t.double().detach().requires_grad_() for t in (q, kv, k_rope)]
+    turned = apply_rope(exact[0][..., NOPE:], table.double(), positions)
+    shared = apply_rope(exact[2].unsqueeze(2), table.double(), positions)
+    expected = (
+        torch.cat((exact[0][..., :NOPE], turned), -1),
+        torch.cat((exact[1][..., :NOPE], shared.expand(-1, -1, heads, -1)), -1),
+        F.pad(exact[1][..., NOPE:], (0, NOPE + ROPE - V)),
+    )
+    mla = kernels("mla")
+    for padded in (None, NOPE + ROPE):
+        actual = mla.assemble(q, kv, k_rope, table, positions, V, padded)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert relative_error(ours, theirs[..., : ours.size(-1)]) < 1e-6
+    grads = [torch.randn(t.shape) for t in expected]
+    torch.autograd.backward(expected, [grad.double() for grad in grads])
+    back = mla.take_apart(*grads, table, positions, ROPE, V)
+    for ours, theirs in zip(back, exact, strict=True):
+        assert relative_error(ours, theirs.grad) < 1e-6

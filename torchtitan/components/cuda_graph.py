@@ -1,0 +1,59 @@
+"""The forward and backward pass of a step as one CUDA graph, for models whose kernels are shorter
+than their launches.
+
+The first passes run as usual (kernels are compiled, buffers are made); then one is recorded, and
+from there on replayed: into the same memory, gradients included, so these must stay in place
+between steps.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_WARMUP = 3
+
+
+class GraphedPass:
+    """Calls `run`, which takes and returns tensors of always the same shapes.
+
+    holds_grads: gradients lie in the graph's memory, which each call overwrites; don't free them.
+    """
+
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]]):
+        self._run = run
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._outputs: tuple[Tensor, ...] = ()
+
+    @property
+    def holds_grads(self) -> bool:
+        return self._graph is not None
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self._calls += 1
+        if self._calls <= _WARMUP:
+            return self._run_aside(*inputs)
+        if self._graph is None:
+            self._record(*inputs)
+        for static, fresh in zip(self._inputs, inputs, strict=True):
+            static.copy_(fresh, non_blocking=True)
+        self._graph.replay()
+        return tuple(t.clone() for t in self._outputs)
+
+    def _run_aside(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """On a side stream, as recording will be: autograd remembers streams."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            outputs = self._run(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        return outputs
+
+    def _record(self, *inputs: Tensor) -> None:
+        self._inputs = tuple(t.clone() for t in inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._outputs = self._run(*self._inputs)
+        self._graph = graph

@@ -1,0 +1,122 @@
+"""Adam and AdamW in one pass over weights, gradients, states and working copies.
+
+torch's fused kernels want weights, gradients and states of one type. Here gradients may be bf16
+beside fp32 weights, the clipping factor is applied on the way, and the new weight is written to its
+working copy too. Parameter groups and states are those of torch's AdamW, so that checkpoints don't
+tell one from the other.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from torchtitan.components.working_weights import WorkingWeights
+from torchtitan.ops.adamw import adamw_update, step_numbers
+
+
+class FusedAdam(AdamW):
+    """grad_factor: scalar tensor that `step` multiplies gradients by; None = 1.
+
+    decoupled: AdamW's weight decay, otherwise Adam's. early_step: each parameter is updated, and
+    its gradient freed, as soon as the backward pass has made it; `step` then has nothing to do.
+    as_graph: set it once gradients and grad_factor stay in place: `step` then replays its kernels.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, object]],
+        *,
+        decoupled: bool,
+        working: WorkingWeights,
+        early_step: bool = False,
+        **settings: object,
+    ):
+        super().__init__(params, fused=False, foreach=False, **settings)
+        self.grad_factor: Tensor | None = None
+        self.early_step = early_step
+        self.as_graph = False
+        self._decoupled = decoupled
+        self._working = working
+        self._early_norms: list[Tensor] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recorded: list[nn.Parameter] = []
+        # By index: loading a state dict makes new groups.
+        self._group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
+        # What changes from step to step, a row for each parameter, on its device.
+        self._row_of = {p: i for i, p in enumerate(self._group_of)}
+        self._numbers: Tensor | None = None
+        # At once: who asks for the state before the first step would else fill it by a step on
+        # gradients of another type.
+        for p in self._group_of:
+            self.state[p]["step"] = torch.tensor(0.0)
+            for name in ("exp_avg", "exp_avg_sq"):
+                self.state[p][name] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        if early_step:
+            working.after_grad = self._step_early
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        params = self._recorded or [p for p in self._group_of if p.grad is not None]
+        if not params:
+            return
+        rows = torch.zeros(len(self._row_of), 4)
+        for p in params:
+            rows[self._row_of[p]] = self._count_step(p)
+        self._static_numbers(params[0].device).copy_(rows, non_blocking=True)
+        if not self.as_graph:
+            self._update_all(params)
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._update_all(params)
+            self._recorded = params
+        self._graph.replay()
+
+    def early_grad_norm(self) -> Tensor:
+        """Norm of all gradients since the last call; with early_step."""
+        norm = torch.linalg.vector_norm(torch.stack(self._early_norms))
+        self._early_norms.clear()
+        return norm
+
+    @torch.no_grad()
+    def _step_early(self, param: nn.Parameter) -> None:
+        self._early_norms.append(torch.linalg.vector_norm(param.grad, dtype=torch.float32))
+        numbers = self._static_numbers(param.device)[self._row_of[param]]
+        numbers.copy_(self._count_step(param), non_blocking=True)
+        self._update(param)
+        param.grad = None
+
+    def _static_numbers(self, device: torch.device) -> Tensor:
+        if self._numbers is None:
+            self._numbers = torch.zeros(len(self._row_of), 4, device=device)
+        return self._numbers
+
+    def _count_step(self, param: nn.Parameter) -> Tensor:
+        """One more step of this parameter; its numbers."""
+        state, group = self.state[param], self.param_groups[self._group_of[param]]
+        state["step"] += 1
+        decay = group["weight_decay"] if self._decoupled else 0.0
+        return step_numbers(int(state["step"]), group["lr"], group["betas"], decay)
+
+    def _update_all(self, params: list[nn.Parameter]) -> None:
+        for p in params:
+            self._update(p)
+
+    def _update(self, param: nn.Parameter) -> None:
+        state, group = self.state[param], self.param_groups[self._group_of[param]]
+        adamw_update(
+            param,
+            param.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            self._numbers[self._row_of[param]],
+            copy=self._working.copy_of(param),
+            factor=self.grad_factor,
+            betas=group["betas"],
+            eps=group["eps"],
+            l2=0.0 if self._decoupled else group["weight_decay"],
+        )
+        self._working.written(param)

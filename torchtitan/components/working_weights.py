@@ -1,0 +1,156 @@
+"""Weights in the type that the model computes in, made once a step from the weights that are kept.
+
+The parameters of the model stay what they are: kept in fp32, named, saved, loaded, updated by the
+optimizer. Beside each lies a bf16 copy, and the module computes with that: the copy stands in the
+module's `__dict__`, where Python looks before it asks nn.Module for the parameter of that name.
+Without copies, every forward pass of every micro-batch would cast all weights again.
+
+Where a module names weights in `fused_weights`, their copies are one tensor, so that one GEMM does
+for all. With parameters of the compute type the fused tensor takes their place in memory.
+
+For one process. With several, FSDP keeps fp32 shards and gathers them in bf16, to the same effect.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan.config import JobConfig
+from torchtitan.tools.utils import TORCH_DTYPES
+
+
+@dataclass
+class _Fused:
+    """A tensor that the model computes with, and the parameters it consists of, in order.
+
+    dim: along which they lie one after the other.
+    """
+
+    tensor: Tensor
+    params: list[nn.Parameter]
+    dim: int
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.split([p.size(self.dim) for p in self.params], self.dim)
+
+
+class WorkingWeights:
+    """Gives every parameter of `model` its working copy; call last, after weights are filled.
+
+    fp32_grads: hand gradients to the parameters in fp32, and add up micro-batches there; otherwise
+    in `dtype` as the kernels made them, good for one micro-batch.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, fp32_grads: bool):
+        self.fp32_grads = fp32_grads
+        self.after_grad: Callable[[nn.Parameter], None] | None = None
+        self._fused: list[_Fused] = []
+        self._copy_of: dict[nn.Parameter, Tensor] = {}
+        self._seen_version: dict[nn.Parameter, int] = {}
+        for module in model.modules():
+            for name, (parts, dim) in getattr(module, "fused_weights", {}).items():
+                self._add(module, name, [module.get_parameter(part) for part in parts], dim, dtype)
+        for module in model.modules():
+            for name, param in module.named_parameters(recurse=False):
+                self._add_single(module, name, param, dtype)
+        model.register_forward_pre_hook(lambda *_: self.refresh())
+
+    def _add(
+        self,
+        module: nn.Module,
+        name: str,
+        params: list[nn.Parameter],
+        dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        tensor = torch.cat([p.detach().to(dtype) for p in params], dim)
+        fused = _Fused(tensor.requires_grad_(), params, dim)
+        for p, part in zip(params, fused.parts(tensor.detach()), strict=True):
+            if p.dtype == dtype:
+                p.data = part  # nothing to keep beside it
+            self._copy_of[p] = part
+            self._seen_version[p] = p._version
+            p.grad_dtype = torch.float32 if self.fp32_grads else dtype
+        tensor.register_post_accumulate_grad_hook(self._hook(len(self._fused)))
+        self._fused.append(fused)
+        module.__dict__[name] = tensor
+
+    def _add_single(
+        self, module: nn.Module, name: str, param: nn.Parameter, dtype: torch.dtype
+    ) -> None:
+        if param in self._copy_of:
+            return
+        if param.dtype != dtype:
+            self._add(module, name, [param], 0, dtype)
+            return
+        if self.fp32_grads:
+            param.grad_dtype = torch.float32
+        param.register_post_accumulate_grad_hook(self._hook(None))
+
+    def _hook(self, index: int | None) -> Callable[[Tensor], None]:
+        # Weak: Python's collector can't see through a tensor's hooks, so that a cycle through them
+        # would keep all weights for ever.
+        me = weakref.ref(self)
+        if index is None:
+            return lambda param: me()._call_after_grad(param)
+        return lambda _: me()._hand_over(index)
+
+    def _hand_over(self, index: int) -> None:
+        """Bring a fresh gradient to the parameters that it belongs to."""
+        fused = self._fused[index]
+        grad, fused.tensor.grad = fused.tensor.grad, None
+        for p, part in zip(fused.params, fused.parts(grad), strict=True):
+            if not self.fp32_grads:
+                assert p.grad is None, "gradients of several micro-batches need fp32_grads"
+                p.grad = part
+            elif p.grad is None:
+                p.grad = part.float()
+            else:
+                p.grad += part
+            self._call_after_grad(p)
+
+    def _call_after_grad(self, param: nn.Parameter) -> None:
+        if self.after_grad is not None:
+            self.after_grad(param)
+
+    def copy_of(self, param: nn.Parameter) -> Tensor | None:
+        """Where an optimizer should write the new weight as well; None = nowhere."""
+        copy = self._copy_of.get(param)
+        return None if copy is None or copy.data_ptr() == param.data_ptr() else copy
+
+    def written(self, param: nn.Parameter) -> None:
+        """The copy is already that of the parameter as it is now."""
+        self._seen_version[param] = param._version
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy what has changed since: loaded weights, or an optimizer that knows of no copies."""
+        for param, seen in self._seen_version.items():
+            if param._version != seen:
+                copy = self.copy_of(param)
+                if copy is not None:
+                    copy.copy_(param)
+                self.written(param)
+
+
+def build_working_weights(
+    model: nn.Module, config: JobConfig, world_size: int, *, several_passes: bool
+) -> WorkingWeights | None:
+    """For one process, unless it keeps and computes in fp32. several_passes: a step may add up the
+    gradients of several micro-batches."""
+    training, early = config.training, config.optimizer.early_step_in_backward
+    if world_size > 1:
+        return None
+    if training.dtype == training.mixed_precision_param == "float32" and not early:
+        return None
+    dtype = TORCH_DTYPES[training.mixed_precision_param]
+    optimizer = config.optimizer
+    fused = (
+        optimizer.implementation == "fused"
+        and optimizer.name != "Muon"
+        and optimizer.state_dtype == "float32"
+    )
+    return WorkingWeights(model, dtype, fp32_grads=several_passes or not fused)

@@ -1,0 +1,55 @@
+"""One step of Adam or AdamW (arXiv 1412.6980, 1711.05101) of one tensor, in place.
+
+Weights, gradient, states and working copy may differ in dtype: everything is computed in fp32 and
+rounded once when stored.
+"""
+
+import torch
+from torch import Tensor
+
+
+def step_numbers(step: int, lr: float, betas: tuple[float, float], decay: float) -> Tensor:
+    """What an update needs that changes from step to step, as a tensor, so that a recorded CUDA
+    graph can be told: lr, lr · decay, 1 − beta1^step, 1 − beta2^step (fp32). step: from 1.
+    """
+    return torch.tensor([lr, lr * decay, 1 - betas[0] ** step, 1 - betas[1] ** step])
+
+
+@torch.no_grad()
+def adamw_update(
+    param: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    numbers_4: Tensor,
+    *,
+    copy: Tensor | None = None,
+    factor: Tensor | None = None,
+    betas: tuple[float, float],
+    eps: float,
+    l2: float = 0.0,
+) -> None:
+    """Change `param`, `mean` and `square`, and `copy`, the parameter in another dtype, with them.
+
+    numbers_4: of `step_numbers`, on the parameter's device. factor: scalar tensor that the gradient
+    is multiplied by (clipping). l2: Adam's weight decay, added to the gradient. mean, square:
+    contiguous; the others may be parts of a wider tensor, cut along one dim.
+    """
+    if param.numel() == 0:
+        return
+    if param.is_cuda:
+        from torchtitan.ops import adamw_triton
+
+        adamw_triton.update(
+            param, grad, mean, square, numbers_4, copy, factor, betas=betas, eps=eps, l2=l2
+        )
+        return
+    lr, decay, correction1, correction2 = numbers_4
+    p, m, v = param.float(), mean.float(), square.float()
+    g = (grad.float() if factor is None else grad.float() * factor) + l2 * p
+    m = m + (g - m) * (1 - betas[0])
+    v = v + (g * g - v) * (1 - betas[1])
+    p = p * (1 - decay) - lr * (m / correction1) / ((v / correction2).sqrt() + eps)
+    for tensor, value in ((param, p), (mean, m), (square, v), (copy, p)):
+        if tensor is not None:
+            tensor.copy_(value)

@@ -1,0 +1,77 @@
+"""Causal attention inside of each packed document, on a GPU: flash attention's kernel for sequences
+of any length. It visits no block of scores between two documents.
+
+torch has no such path to cuDNN's kernel at MLA's head sizes (2.11: rebuilt at every call, and its
+backward pass reads a wrong length); flex attention runs at half of causal speed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def document_attention(
+    q_BSHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts: Tensor, longest: int, scale: float
+) -> Tensor:
+    """(B, S, H, channels of v), bf16 or fp16. starts, longest: of `Documents`."""
+    q, k, v = (t.flatten(0, 1) for t in (q_BSHC, k_BSHC, v_BSHC))
+    # The kernel wants equal channels; zeros add nothing to the sums.
+    v = F.pad(v, (0, q.size(-1) - v.size(-1)))
+    out = _document_attention(q, k, v, starts, longest, scale)[0]
+    return out.view_as(q_BSHC)[..., : v_BSHC.size(-1)]
+
+
+@torch.library.custom_op("torchtitan::document_attention", mutates_args=())
+def _document_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(T, H, C) each; also the logarithms of the softmax's sums (H, T)."""
+    out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
+    )
+    return out, log_sums
+
+
+@_document_attention.register_fake
+def _(q, k, v, starts, longest, scale):
+    return torch.empty_like(q), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+
+
+@torch.library.custom_op("torchtitan::document_attention_backward", mutates_args=())
+def _document_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, log_sums, starts, starts, longest, longest, 0.0, True,
+        no_dropout, no_dropout[0], scale=scale,
+    )  # fmt: skip
+
+
+@_document_attention_backward.register_fake
+def _(grad, q, k, v, out, log_sums, starts, longest, scale):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, starts, ctx.longest, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, starts)
+
+
+def _backward(ctx, grad, _):
+    grads = _document_attention_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.scale
+    )
+    return *grads, None, None, None
+
+
+_document_attention.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,117 @@
+"""All of an MoE layer between routing and its output, for experts that live on this device.
+
+Gather each expert's rows, one grouped GEMM for gate and up, SwiGLU with the routing weight, one
+grouped GEMM down, sum each token's rows. On a GPU this is one operator, which keeps for its
+backward pass the tokens, gate and up, and the order of the rows, and recomputes the rest (the
+gathered rows, the activation: no GEMM). Elsewhere, and as the reference of its tests, the same as
+a plain chain.
+"""
+
+import torch
+from torch import Tensor
+
+from torchtitan.ops.grouped_mm import grouped_mm, kernel, why_loop
+from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows
+from torchtitan.ops.swiglu import swiglu
+
+
+def expert_ffn(
+    x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
+) -> Tensor:
+    """(T, D): for every token the sum over its K experts of weight · w2(silu(w1 x) · w3 x).
+
+    w13_E2FD: gate over up. weights_TK: fp32. order: of `sort_slots` on the experts' ids.
+    """
+    sizes = (x_TD.size(1), w2_EDF.size(2))
+    if x_TD.is_cuda and why_loop(x_TD.dtype, sizes, on_cpu=False) is None:
+        return _expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, *order[:2], order.counts)[0]
+    return expert_ffn_chain(x_TD, w13_E2FD, w2_EDF, weights_TK, order)
+
+
+def expert_ffn_chain(
+    x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
+) -> Tensor:
+    """The same, step by step."""
+    weights_R = weights_TK.flatten()[order.slot_of_row_R]
+    rows_RD = expand_rows(x_TD, order)
+    gate_up_R2F = grouped_mm(rows_RD, w13_E2FD.transpose(1, 2), order.counts)
+    hidden_RF = swiglu(*gate_up_R2F.chunk(2, dim=1), weights_R)
+    return reduce_rows(grouped_mm(hidden_RF, w2_EDF.transpose(1, 2), order.counts), order)
+
+
+@torch.library.custom_op("torchtitan::expert_ffn", mutates_args=())
+def _expert_ffn(
+    x_TD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    weights_TK: Tensor,
+    slot_of_row_R: Tensor,
+    row_of_slot_TK: Tensor,
+    counts_E: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The output, and gate and up, which the backward pass needs."""
+    from torchtitan.ops import permute_triton, swiglu_triton
+
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    rows_RD = x_TD.index_select(0, slot_of_row_R // weights_TK.size(1))
+    gate_up_R2F = kernel(rows_RD, w13_E2FD.transpose(1, 2), offs=ends_E)
+    del rows_RD
+    hidden_RF = swiglu_triton.forward(gate_up_R2F, weights_TK, slot_of_row_R)
+    rows_RD = kernel(hidden_RF, w2_EDF.transpose(1, 2), offs=ends_E)
+    return permute_triton.reduce_rows(rows_RD, row_of_slot_TK), gate_up_R2F
+
+
+@_expert_ffn.register_fake
+def _(x_TD, w13_E2FD, w2_EDF, weights_TK, slot_of_row_R, row_of_slot_TK, counts_E):
+    return torch.empty_like(x_TD), x_TD.new_empty(slot_of_row_R.size(0), w13_E2FD.size(1))
+
+
+@torch.library.custom_op("torchtitan::expert_ffn_backward", mutates_args=())
+def _expert_ffn_backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    gate_up_R2F: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    weights_TK: Tensor,
+    slot_of_row_R: Tensor,
+    row_of_slot_TK: Tensor,
+    counts_E: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the tokens, w13, w2 and the routing weights."""
+    from torchtitan.ops import permute_triton, swiglu_triton
+
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    token_of_row_R = slot_of_row_R // weights_TK.size(1)
+    rows_RD = grad_TD.index_select(0, token_of_row_R)
+    grad_RF = kernel(rows_RD, w2_EDF, offs=ends_E)
+    grad_gate_up_R2F, hidden_RF, grad_weights_TK = swiglu_triton.backward(
+        grad_RF, gate_up_R2F, weights_TK, slot_of_row_R
+    )
+    grad_w2_EDF = kernel(rows_RD.t(), hidden_RF, offs=ends_E)
+    del rows_RD, grad_RF, hidden_RF
+    rows_RD = x_TD.index_select(0, token_of_row_R)
+    grad_w13_E2FD = kernel(grad_gate_up_R2F.t(), rows_RD, offs=ends_E)
+    del rows_RD
+    rows_RD = kernel(grad_gate_up_R2F, w13_E2FD, offs=ends_E)
+    grad_x_TD = permute_triton.reduce_rows(rows_RD, row_of_slot_TK)
+    return grad_x_TD, grad_w13_E2FD, grad_w2_EDF, grad_weights_TK
+
+
+@_expert_ffn_backward.register_fake
+def _(grad_TD, x_TD, gate_up_R2F, w13, w2, weights_TK, slot_of_row_R, row_of_slot_TK, counts_E):
+    return tuple(torch.empty_like(t) for t in (x_TD, w13, w2, weights_TK))
+
+
+def _save(ctx, inputs, output) -> None:
+    x_TD, *others = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_TD, output[1], *others)
+
+
+def _backward(ctx, grad_TD, _):
+    grads = _expert_ffn_backward(grad_TD.contiguous(), *ctx.saved_tensors)
+    return *grads, None, None, None
+
+
+_expert_ffn.register_autograd(_backward, setup_context=_save)

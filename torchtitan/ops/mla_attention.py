@@ -1,0 +1,173 @@
+"""The middle of multi-head latent attention on a GPU: rotary positions, assembling, attention.
+
+From the projections' outputs to the heads' outputs in one operator, around cuDNN's attention kernel
+(causal) or flash attention's (packed documents). Each tensor between them is written once, in the
+layout that the next kernel reads. The plain lines are in `Attention.forward`; this is tested
+against them.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+
+from torchtitan.ops.attention import Documents
+
+
+@torch.compiler.assume_constant_result
+def can_fuse(device_type: str, dtype: torch.dtype, nope: int, rope: int, v: int) -> bool:
+    """Whether this device has the kernels for such heads. A deterministic run takes the plain way,
+    whose kernels torch chooses.
+    """
+    powers_of_two = all(n & (n - 1) == 0 for n in (nope, rope, v))
+    fits = v <= nope + rope <= 2 * v
+    half = dtype in (torch.bfloat16, torch.float16)
+    if device_type != "cuda" or not (powers_of_two and fits and half):
+        return False
+    return not torch.are_deterministic_algorithms_enabled() and _cudnn_takes(dtype, nope + rope, v)
+
+
+@lru_cache
+def _cudnn_takes(dtype: torch.dtype, qk: int, v: int) -> bool:
+    qk_1HSC, v_1HSC = (
+        torch.empty(1, 128, 1, c, dtype=dtype, device="cuda").transpose(1, 2).requires_grad_()
+        for c in (qk, v)
+    )
+    return can_use_cudnn_attention(SDPAParams(qk_1HSC, qk_1HSC, v_1HSC, None, 0.0, True, False))
+
+
+def mla_attention(
+    q_BSHC: Tensor,
+    kv_BSHC: Tensor,
+    k_rope_BSC: Tensor,
+    table: Tensor,
+    *,
+    v_channels: int,
+    scale: float,
+    mask: Documents | None = None,
+    positions_BS: Tensor | None = None,
+) -> Tensor:
+    """(B, S, H, v_channels).
+
+    q_BSHC: channels without position, then rotary ones. kv_BSHC: keys' channels without position,
+    then values. k_rope_BSC: the rotary channels that all heads' keys share. table: `rope_table`.
+    """
+    starts, longest = (None, 0) if mask is None else mask
+    return _mla_attention(
+        q_BSHC, kv_BSHC.contiguous(), k_rope_BSC, table, positions_BS, starts, longest,
+        v_channels, scale,
+    )[0]  # fmt: skip
+
+
+@torch.library.custom_op("torchtitan::mla_attention", mutates_args=(), device_types="cuda")
+def _mla_attention(
+    q_BSHC: Tensor,
+    kv_BSHC: Tensor,
+    k_rope_BSC: Tensor,
+    table: Tensor,
+    positions_BS: Tensor | None,
+    starts: Tensor | None,
+    longest: int,
+    v_channels: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output; then what the backward pass needs: queries, keys, padded values and the kernel's
+    output (documents only, otherwise empty), logarithms of the softmax's sums.
+    """
+    from torchtitan.ops import mla_triton
+
+    padded = None if starts is None else q_BSHC.size(-1)
+    q, k, v = mla_triton.assemble(
+        q_BSHC, kv_BSHC, k_rope_BSC, table, positions_BS, v_channels, padded
+    )
+    if starts is None:
+        out, log_sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), None, True, 0.0, True, False, scale=scale
+        )
+        return out.transpose(1, 2).contiguous(), q, k, q.new_empty(0), q.new_empty(0), log_sums
+    whole, log_sums, *_ = torch.ops.aten._flash_attention_forward(
+        *(t.flatten(0, 1) for t in (q, k, v)), starts, starts, longest, longest, 0.0, True, False,
+        scale=scale,
+    )  # fmt: skip
+    out = whole.view_as(q)[..., :v_channels].contiguous()
+    return out, q, k, v, whole, log_sums
+
+
+@_mla_attention.register_fake
+def _(q_BSHC, kv_BSHC, k_rope_BSC, table, positions_BS, starts, longest, v_channels, scale):
+    B, S, H, QK = q_BSHC.shape
+    new = q_BSHC.new_empty
+    out, q, k = new(B, S, H, v_channels), new(B, S, H, QK), new(B, S, H, QK)
+    if starts is None:
+        return out, q, k, new(0), new(0), new(B, H, S, 1, dtype=torch.float32)
+    log_sums = new(H, B * S, dtype=torch.float32)
+    return out, q, k, new(B, S, H, QK), new(B * S, H, QK), log_sums
+
+
+@torch.library.custom_op("torchtitan::mla_attention_backward", mutates_args=(), device_types="cuda")
+def _mla_attention_backward(
+    grad_BSHC: Tensor,
+    out_BSHC: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    whole: Tensor,
+    log_sums: Tensor,
+    kv_BSHC: Tensor,
+    table: Tensor,
+    positions_BS: Tensor | None,
+    starts: Tensor | None,
+    longest: int,
+    rope: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from torchtitan.ops import mla_triton
+
+    V = grad_BSHC.size(-1)
+    if starts is None:
+        grads = _cudnn_backward(grad_BSHC, q, k, kv_BSHC[..., -V:], out_BSHC, log_sums, scale)
+    else:
+        grad = torch.nn.functional.pad(grad_BSHC, (0, q.size(-1) - V)).flatten(0, 1)
+        no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
+        grads = torch.ops.aten._flash_attention_backward(
+            grad, *(t.flatten(0, 1) for t in (q, k, v)), whole, log_sums, starts, starts, longest,
+            longest, 0.0, True, no_dropout, no_dropout[0], scale=scale,
+        )  # fmt: skip
+        grads = [grad.view_as(q) for grad in grads]
+    return mla_triton.take_apart(*grads, table, positions_BS, rope, V)
+
+
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, scale: float
+) -> list[Tensor]:
+    B, S = q.shape[:2]
+    no_dropout = torch.empty((), dtype=torch.int64, device=q.device)
+    grad, q, k, v, out = (t.transpose(1, 2) for t in (grad, q, k, v, out))
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, log_sums, no_dropout, no_dropout, None, None, None, S, S, 0.0, True,
+        scale=scale,
+    )  # fmt: skip
+    return [grad.transpose(1, 2) for grad in grads]
+
+
+@_mla_attention_backward.register_fake
+def _(grad, out, q, k, v, whole, log_sums, kv_BSHC, table, positions, starts, longest, rope, scale):
+    return torch.empty_like(q), torch.empty_like(kv_BSHC), q.new_empty(*q.shape[:2], rope)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, kv_BSHC, k_rope_BSC, table, positions_BS, starts, ctx.longest, _, ctx.scale = inputs
+    ctx.rope = k_rope_BSC.size(-1)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, kv_BSHC, table, positions_BS, starts)
+
+
+def _backward(ctx, grad_BSHC, *_):
+    grads = _mla_attention_backward(
+        grad_BSHC.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.rope, ctx.scale
+    )
+    return *grads, *[None] * 6
+
+
+_mla_attention.register_autograd(_backward, setup_context=_save)

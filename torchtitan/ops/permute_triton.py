@@ -1,0 +1,104 @@
+"""Sum of each token's rows, and counting sort by expert, in Triton; twin: ops/permute.py."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _reduce(
+    rows, row_of_slot, taken, out, D, K: tl.constexpr, BLOCK: tl.constexpr, SOME_EMPTY: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < D
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        slot = token * K + k
+        row = tl.load(row_of_slot + slot).to(tl.int64)
+        here = inside
+        if SOME_EMPTY:
+            here = inside & tl.load(taken + slot)
+        total += tl.load(rows + row * D + cols, mask=here, other=0.0).to(tl.float32)
+    tl.store(out + token * D + cols, total.to(out.dtype.element_ty), mask=inside)
+
+
+def reduce_rows(rows_RD: Tensor, row_of_slot_TK: Tensor, taken_TK: Tensor | None = None) -> Tensor:
+    (T, K), D = row_of_slot_TK.shape, rows_RD.size(1)
+    out_TD = rows_RD.new_empty(T, D)
+    if T:
+        block = min(2048, triton.next_power_of_2(D))
+        _reduce[(T, triton.cdiv(D, block))](
+            rows_RD,
+            row_of_slot_TK,
+            taken_TK,
+            out_TD,
+            D,
+            K=K,
+            BLOCK=block,
+            SOME_EMPTY=taken_TK is not None,
+        )
+    return out_TD
+
+
+# Counting sort. A program owns SLOTS slots in a row: it counts them by expert; a prefix sum over
+# (expert, program) says where each program's copies for each expert begin; then every program puts
+# its slots there in order. Stable, no atomics.
+
+_SLOTS = 512
+
+
+@triton.jit
+def _count(ids, mask, counts, N, P, K, E: tl.constexpr, SLOTS: tl.constexpr, MASKED: tl.constexpr):
+    program = tl.program_id(0)
+    slots = program * SLOTS + tl.arange(0, SLOTS)
+    counted = slots < N
+    if MASKED:
+        counted = tl.load(mask + slots // K, mask=counted, other=0).to(tl.int1)
+    expert = tl.load(ids + slots, mask=counted, other=E).to(tl.int32)
+    experts = tl.arange(0, E)
+    hits = (expert[:, None] == experts[None, :]).to(tl.int32)
+    tl.store(counts + experts * P + program, tl.sum(hits, axis=0))
+
+
+@triton.jit
+def _place(ids, starts, slot_of_row, row_of_slot, N, P, E: tl.constexpr, SLOTS: tl.constexpr):
+    program = tl.program_id(0)
+    slots = program * SLOTS + tl.arange(0, SLOTS)
+    inside = slots < N
+    expert = tl.load(ids + slots, mask=inside, other=E).to(tl.int32)
+    experts = tl.arange(0, E)
+    hits = (expert[:, None] == experts[None, :]).to(tl.int32)
+    earlier = tl.cumsum(hits, axis=0) - hits
+    begin = tl.load(starts + experts * P + program)
+    row = tl.sum(hits * (earlier + begin[None, :]), axis=1)
+    tl.store(row_of_slot + slots, row, mask=inside)
+    tl.store(slot_of_row + row, slots, mask=inside)
+
+
+def sort_slots(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(slot_of_row_R, row_of_slot_TK, counts_E), all int32. Experts are rounded up to a power of
+    two inside.
+    """
+    N, counts_EP = ids_TK.numel(), _counts_by_program(ids_TK, num_experts, None)
+    E, P = counts_EP.shape
+    slot_of_row = torch.empty(N, dtype=torch.int32, device=ids_TK.device)
+    row_of_slot_TK = torch.empty(ids_TK.shape, dtype=torch.int32, device=ids_TK.device)
+    ends_EP = counts_EP.flatten().cumsum(0, dtype=torch.int32).view(E, P)
+    _place[(P,)](ids_TK, ends_EP - counts_EP, slot_of_row, row_of_slot_TK, N, P, E=E, SLOTS=_SLOTS)
+    ends_E = ends_EP[:num_experts, -1]
+    return slot_of_row, row_of_slot_TK, ends_E.diff(prepend=ends_E.new_zeros(1))
+
+
+def count_tokens(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:
+    """(E,) int64: tokens of each expert, of those that the mask lets count."""
+    return _counts_by_program(ids_TK, num_experts, mask_T)[:num_experts].sum(dim=1)
+
+
+def _counts_by_program(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:
+    K, N = ids_TK.size(1), ids_TK.numel()
+    E, P = triton.next_power_of_2(num_experts), triton.cdiv(N, _SLOTS)
+    counts_EP = torch.empty(E, P, dtype=torch.int32, device=ids_TK.device)
+    _count[(P,)](ids_TK, mask_T, counts_EP, N, P, K, E=E, SLOTS=_SLOTS, MASKED=mask_T is not None)
+    return counts_EP
