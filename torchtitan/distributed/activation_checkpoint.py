@@ -79,16 +79,17 @@ def apply_activation_checkpoint(
     numbers = _numbers(layers)
     chosen = [layer for name, layer in layers.items() if (numbers[name] + 1) % every == 0]
     _ignore_records_of_profiler()
-    recomputed: dict[Callable, Callable] = {}
+    recomputed: dict[tuple[Callable, frozenset[torch.Size]], Callable] = {}
     for layer in chosen:
         shapes: set[torch.Size] = set()
         if by_op:
             shapes = _matmul_shapes(layer, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
         policy = partial(_op_policy, frozenset(shapes), keep_matmuls) if by_op else _keep_routing
         forward = getattr(layer.forward, "__func__", layer.forward)
-        if forward not in recomputed:
-            recomputed[forward] = _recomputed(forward, policy, config)
-        layer.forward = types.MethodType(recomputed[forward], layer)
+        kind = forward, frozenset(shapes)  # only layers with experts have a gate to recompute
+        if kind not in recomputed:
+            recomputed[kind] = _recomputed(forward, policy, config)
+        layer.forward = types.MethodType(recomputed[kind], layer)
     logger.info(
         "Activation checkpointing: %d of %d layers recompute %s",
         len(chosen),
