@@ -310,6 +310,8 @@ def _check_early_step(config: JobConfig, world_size: int) -> None:
         ("training.loss_spike", ("rewind", "warn"), "a step that was taken can't be skipped"),
         ("training.global_batch_size", one_pass, "a gradient is gone after one forward pass"),
         ("optimizer.implementation", ("fused",), "only this one updates single parameters"),
+        ("optimizer.name", ("Adam", "AdamW"), "only these update single parameters"),
+        ("optimizer.state_dtype", ("float32",), "only with these single parameters are updated"),
     ]
     for key, allowed, reason in rules:
         if _get(config, key) not in allowed:
@@ -319,6 +321,11 @@ def _check_early_step(config: JobConfig, world_size: int) -> None:
                 f"optimizer.early_step_in_backward = true, because {reason}; set it to "
                 f"{way_out}, or early_step_in_backward to false."
             )
+    if any(phase.batch_size for phase in config.schedule.phase):
+        raise UserError(
+            "optimizer.early_step_in_backward = true needs one forward pass a step, but a "
+            "schedule.phase sets a batch_size; leave one of them out."
+        )
     if world_size > 1:
         raise UserError(
             "optimizer.early_step_in_backward = true works on one process, but this run has "
@@ -338,6 +345,8 @@ def _check_cuda_graph(config: JobConfig, world_size: int, device_type: str) -> N
         reason = f"this run has {world_size}"
     elif config.training.global_batch_size not in one_pass:
         reason = f"training.global_batch_size = {config.training.global_batch_size} takes several"
+    elif any(phase.batch_size for phase in config.schedule.phase):
+        reason = "a schedule.phase sets a batch_size"
     elif config.optimizer.early_step_in_backward:
         reason = "optimizer.early_step_in_backward changes what the pass does from step to step"
     if reason is not None:

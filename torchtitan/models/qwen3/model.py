@@ -129,12 +129,16 @@ class Qwen3Model(BaseModel):
         return self.output(self.norm(x_BSD))
 
     def get_attention_masks(
-        self, tokens_BS: Tensor, eos_id: int | None, queries_Q: Tensor | None = None
+        self,
+        tokens_BS: Tensor,
+        eos_id: int | None,
+        queries_Q: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> AttentionMask:
         if self.model_args.attn_mask_type == "causal":
             return None if queries_Q is None else causal_mask(queries_Q)
         self.model_args.check_tokenizer(eos_id)
-        return document_mask(tokens_BS, eos_id, queries_Q)
+        return document_mask(tokens_BS, eos_id, queries_Q, device)
 
     def moe_layers(self) -> dict[int, nn.Module]:
         return {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
