@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     config, device = make_config(args, model_args), local_device()
     leave = init_distributed(config.comm, device, config.job.dump_folder)
     try:
-        model = build_model(spec, model_args, build_parallel_dims(config), config, device)
+        model, _ = build_model(spec, model_args, build_parallel_dims(config), config, device)
         load_weights(model, spec, args.source)
         texts = generate(model, prompts, sampling, eos_id=tokenizer.eos_id, device=device)
         if dist.get_rank() == 0:

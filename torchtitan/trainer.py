@@ -168,7 +168,7 @@ def build_model(
     dims: ParallelDims,
     config: JobConfig,
     device: torch.device,
-    plan: PipelinePlan | None,
+    plan: PipelinePlan | None = None,
 ) -> tuple[BaseModel, list[BaseModel]]:
     """Shapes first (meta device), then spread over ranks, then each rank fills what it holds.
 
@@ -193,7 +193,7 @@ def build_model(
     return model.train(), parts
 
 
-def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None) -> ParallelDims:
+def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None = None) -> ParallelDims:
     world_size = dist.get_world_size()
     return ParallelDims(
         last_stage=plan.rank_of(len(plan.stages) - 1) if plan else 0,
