@@ -180,7 +180,7 @@ class Parallelism:
     pipeline_parallel_microbatch_size: int = 1
     """Sequences per micro-batch."""
     pipeline_parallel_expert_parallel_overlap: bool = True
-    """With a dual-pipe schedule, overlap expert communication with computation."""
+    """Accepted for torchtitan's files; without effect: nothing overlaps yet."""
     context_parallel_degree: int = 1
     """Processes over which each sequence is split."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
