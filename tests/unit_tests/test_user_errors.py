@@ -138,7 +138,10 @@ MISTAKES = {
     ),
     "pipeline parallelism": (
         ["--parallelism.pipeline_parallel_degree=2"],
-        ["pipeline parallelism is not supported yet, but parallelism.pipeline_parallel_degree = 2"],
+        [
+            "parallelism.pipeline_parallel_degree = 2 does not divide the number of processes (1)",
+            "set it to 1.",
+        ],
     ),
     "checkpoint that is not there": (
         ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--checkpoint.load_only"],
