@@ -33,7 +33,8 @@ def test_a_rewind_goes_on_as_if_the_batches_since_the_checkpoint_had_not_been(
 ):
     """Poison in step 4, checkpoint of step 2: batches 3 and 4 are passed over. The oracle is a run
     that goes on from the checkpoint by hand with batch 5."""
-    monkeypatch.setattr(trainer_module, "cross_entropy_sum", poisoned_loss("loss nan", at_call=4))
+    loss_fn = poisoned_loss("loss nan", at_call=4)
+    monkeypatch.setattr(trainer_module, "build_loss", lambda *_, **__: loss_fn)
     with closing(start(tmp_path / "a", training__steps=5)) as trainer:
         trainer.train()
         rewound, tokens = state_of(trainer), trainer.tokens_seen
@@ -59,7 +60,8 @@ def test_a_rewind_goes_on_as_if_the_batches_since_the_checkpoint_had_not_been(
 
 def test_a_restart_after_a_rewind_does_not_meet_the_bad_batch_again(tmp_path, monkeypatch):
     """The rewound state was saved at once, with the data position behind the bad batch."""
-    monkeypatch.setattr(trainer_module, "cross_entropy_sum", poisoned_loss("loss nan", at_call=4))
+    loss_fn = poisoned_loss("loss nan", at_call=4)
+    monkeypatch.setattr(trainer_module, "build_loss", lambda *_, **__: loss_fn)
     with closing(start(tmp_path, training__steps=5)) as trainer:
         trainer.train()
         position = trainer.dataloader.local_state()["consumed"]
@@ -93,7 +95,8 @@ def test_all_ranks_rewind_together(ranks, tmp_path):
 
 
 def test_without_a_checkpoint_a_rewind_is_a_sentence_and_exit_code_1(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(trainer_module, "cross_entropy_sum", poisoned_loss("loss nan", at_call=1))
+    loss_fn = poisoned_loss("loss nan", at_call=1)
+    monkeypatch.setattr(trainer_module, "build_loss", lambda *_, **__: loss_fn)
     assert main(tiny(tmp_path, **SAVES)) == 1
     assert "can't rewind:" in (said := capfd.readouterr().err) and "holds no checkpoint yet" in said
 
