@@ -203,13 +203,15 @@ def build_model(
 
 def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None = None) -> ParallelDims:
     world_size = dist.get_world_size()
-    return ParallelDims(
+    dims = ParallelDims(
         last_stage=plan.rank_of(len(plan.stages) - 1) if plan else 0,
         world_size=world_size,
         device_type=device_type(),
         node_size=resolve_node_size(config.parallelism, world_size),
         **resolve_degrees(config.parallelism, world_size)._asdict(),
     )
+    dims.make_groups()
+    return dims
 
 
 def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
@@ -728,7 +730,7 @@ class Trainer:
     def _update(self, local_loss: Tensor, grad_norm: Tensor, valid: Tensor) -> StepResult:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
-        group = self.dims.stage_group  # also where a stage has no experts: all ranks make it
+        group = self.dims.stage_group
         loads_LE, traffic_L23, watched_L4 = step_loads(moes, group) if moes else ([], [], None)
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.requested))

@@ -170,6 +170,7 @@ LAYOUTS |= {
     "PP 2, DDP 2": layout(4, pp=2, replicate=2, shard=1),
     "PP 2, FSDP 2, by operation": layout(4, BY_OPERATION, pp=2, ac="selective"),
     "PP 2, FSDP 2, compiled": layout(4, *COMPILED, pp=2),
+    "PP 2, TP 2": layout(4, pp=2, tp=2),
     "PP 2, CP 2": layout(4, pp=2, cp=2),
     "PP 2, HSDP 2 x 2": layout(8, pp=2, replicate=2),
     "PP 2, FSDP 2, TP 2, EP 2": layout(8, *DUAL, pp=2, tp=2, ep=2),

@@ -131,6 +131,11 @@ class ParallelDims:
         """All ranks of this rank's pipeline stage."""
         return self.data_mesh["dp", "cp", "tp"]._flatten("stage").get_group()
 
+    def make_groups(self) -> None:
+        """All process groups at once. Left to their first use, pipeline stages with and without
+        experts would ask for them in another order, and wait for each other for ever."""
+        _ = self.mesh, self.expert_mesh, self.data_mesh, self.stage_group
+
     @property
     def ep_groups(self) -> torch.Tensor:
         """The ranks of every EP group, by node: (groups, nodes, ranks of a node) int64."""
