@@ -1,6 +1,7 @@
 """What several tests share: processes that stay alive between tests."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -92,4 +93,5 @@ def _serve(pipe: Connection, store: str, rank: int, world_size: int) -> None:
                 answer = (True, fn(*args))
             except BaseException:
                 answer = (False, traceback.format_exc())
+            gc.collect()  # the process groups of a run are in cycles, and keep threads
             pipe.send_bytes(pickle.dumps(answer))

@@ -17,7 +17,7 @@ What a step adds up over ranks is added up over some of them only:
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.distributed as dist
@@ -79,10 +79,11 @@ class ParallelDims:
     @cached_property
     def mesh(self) -> DeviceMesh:
         """Of dense weights. Axes of any size: `pp`, `dp_replicate`, `fsdp`, `tp`."""
-        return init_device_mesh(
+        return _make_mesh(
+            dist.group.WORLD,
             self.device_type,
             (self.pp, self.dp_replicate, self.fsdp, self.tp),
-            mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"),
+            ("pp", "dp_replicate", "fsdp", "tp"),
         )
 
     @cached_property
@@ -95,19 +96,21 @@ class ParallelDims:
         if self.ep == 1 and self.tp == 1:
             return None
         spread = self.expert_fsdp * self.ep * self.etp
-        return init_device_mesh(
+        return _make_mesh(
+            dist.group.WORLD,
             self.device_type,
             (self.pp, self.stage_size // spread, self.expert_fsdp, self.ep, self.etp),
-            mesh_dim_names=("pp", "dp_replicate", "fsdp", "ep", "etp"),
+            ("pp", "dp_replicate", "fsdp", "ep", "etp"),
         )
 
     @cached_property
     def data_mesh(self) -> DeviceMesh:
         """Of the tokens. Axes of any size: `pp`, `dp`, `cp`, `tp`."""
-        return init_device_mesh(
+        return _make_mesh(
+            dist.group.WORLD,
             self.device_type,
             (self.pp, self.dp_degree, self.cp, self.tp),
-            mesh_dim_names=("pp", "dp", "cp", "tp"),
+            ("pp", "dp", "cp", "tp"),
         )
 
     @property
@@ -134,7 +137,7 @@ class ParallelDims:
     def make_groups(self) -> None:
         """All process groups at once. Left to their first use, pipeline stages with and without
         experts would ask for them in another order, and wait for each other for ever."""
-        _ = self.mesh, self.expert_mesh, self.data_mesh, self.stage_group
+        _ = self.mesh, self.expert_mesh, self.data_mesh, self.stage_group, self.sequence_group
 
     @property
     def ep_groups(self) -> torch.Tensor:
@@ -142,19 +145,12 @@ class ParallelDims:
         ranks = torch.arange(self.world_size).view(-1, self.ep, self.etp).transpose(1, 2)
         return ranks.reshape(self.world_size // self.ep, self.nodes_per_ep_group, -1)
 
-    @cached_property
+    @property
     def node_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """Of this rank's EP group: the ranks at its place on each node, and the ranks of its node.
         All ranks must ask for it, since each helps to make every group."""
-        between = within = None
-        for grid in self.ep_groups:
-            for ranks in grid.T.tolist():
-                group = dist.new_group(ranks)
-                between = group if dist.get_rank() in ranks else between
-            for ranks in grid.tolist():
-                group = dist.new_group(ranks)
-                within = group if dist.get_rank() in ranks else within
-        return between, within
+        grids = self.ep_groups.tolist()
+        return _make_node_groups(dist.group.WORLD, tuple(tuple(map(tuple, g)) for g in grids))
 
     def describe(self) -> str:
         """What users call this layout."""
@@ -172,3 +168,32 @@ class ParallelDims:
         if self.dp_replicate == 1:
             return f"FSDP: weights split over {self.fsdp} ranks"
         return f"HSDP: {self.dp_replicate} replicas, weights of each split over {self.fsdp} ranks"
+
+
+# Groups live as long as the process does: gloo keeps threads and sockets for each, and torch's
+# caches of DTensor operations hold on to their names. A second run in a process that keeps its
+# default group (`world`) meets the same ones again.
+_keep = lru_cache(maxsize=256)
+
+
+@_keep
+def _make_mesh(
+    world: dist.ProcessGroup, device_type: str, shape: tuple[int, ...], names: tuple[str, ...]
+) -> DeviceMesh:
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+
+
+@_keep
+def _make_node_groups(
+    world: dist.ProcessGroup, grids: tuple[tuple[tuple[int, ...], ...], ...]
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """grids: for each EP group its ranks by node."""
+    between = within = None
+    for nodes in grids:
+        for ranks in zip(*nodes, strict=True):
+            group = dist.new_group(list(ranks))
+            between = group if dist.get_rank() in ranks else between
+        for ranks in nodes:
+            group = dist.new_group(list(ranks))
+            within = group if dist.get_rank() in ranks else within
+    return between, within
