@@ -31,34 +31,38 @@ def explain_lost_peer(error: BaseException, step: int) -> str | None:
     # The launcher may want to end us already: a moment, for the last words.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     fate = "does not answer" if _HANGS.search(str(error)) else "has gone"
-    missing = _who_does_not_sign(_SIGNING_SECONDS[fate])
-    if missing is None or not missing:
-        who = f"another rank {fate}"
-    else:
-        who = f"rank {', '.join(map(str, missing))} {fate}"
+    fate, missing = _who_does_not_sign(fate)
+    who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
     recorder = ""
     if dist.get_backend() == "nccl":
         recorder = "; what each rank did last is in the files of comm.save_traces_folder"
     # Without the place in gloo's sources, and without its guesses.
     reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).split(". ")[0].splitlines()[0][:200]
-    return f"step {step}: {who} ({_collective(error)}: {reason}){recorder}."
+    return f"step {step}: {who} {fate} ({_collective(error)}: {reason}){recorder}."
 
 
-def _who_does_not_sign(seconds: float) -> list[int] | None:
-    """Ranks that have not noticed the failure, None where the store itself has gone."""
+def _who_does_not_sign(fate: str) -> tuple[str, list[int]]:
+    """What became of whom: the ranks that have not noticed the failure, none where the store has
+    gone with one of them. Each rank signs with the fate it saw; a timeout that any saw is the true
+    one, since it then hung up on those that see a closed connection.
+    """
     me, others = dist.get_rank(), set(range(dist.get_world_size()))
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"noticed/{me}", "")
+        store.set(f"noticed/{me}", fate)
         _hang_up()
         others.discard(me)
-        while others and time.monotonic() < deadline:
-            others = {rank for rank in others if not store.check([f"noticed/{rank}"])}
+        while others and time.monotonic() - began < _SIGNING_SECONDS[fate]:
+            signed = {rank for rank in others if store.check([f"noticed/{rank}"])}
+            if any(store.get(f"noticed/{rank}") == b"does not answer" for rank in signed):
+                fate = "does not answer"
+            others -= signed
             time.sleep(0.05)
     except (dist.DistError, RuntimeError):
-        return None
-    return sorted(others)
+        # Rank 0 may hold the store. Having signed it waited as long as we would.
+        return fate, sorted(others) if 0 not in others else []
+    return fate, sorted(others)
 
 
 def _hang_up() -> None:
