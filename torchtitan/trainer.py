@@ -80,7 +80,7 @@ from torchtitan.hf_datasets.validation_data import (
     build_validation_dataloader,
     check_validation_data,
 )
-from torchtitan.models.moe.balancing import step_loads, update_expert_bias
+from torchtitan.models.moe.balancing import Load, step_loads, update_expert_bias
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
 from torchtitan.tools.errors import RunError, UserError
@@ -388,6 +388,7 @@ class Trainer:
         self.moes = self.model.moe_layers()
         for moe in self.moes.values():
             moe.watch_routing = config.metrics.log_routing
+            moe.step_group = self.dims.stage_group if self.dims.stage_size > 1 else None
         if self.moes and all(moe.expert_bias is None for moe in self.moes.values()):
             logger.warning(
                 "Nothing evens out the expert load: model.args.moe_args.load_balance_coeff is not "
@@ -731,7 +732,8 @@ class Trainer:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
         group = self.dims.stage_group
-        loads_LE, traffic_L23, watched_L4 = step_loads(moes, group) if moes else ([], [], None)
+        load = step_loads(moes, group) if moes else Load([], [])
+        loads_LE, traffic_L23, watched_L5 = load.tokens_E, load.traffic, load.watched
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.requested))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
@@ -757,7 +759,7 @@ class Trainer:
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
             traffic=dict(zip(self.moes, traffic_L23, strict=True)),
-            watched={} if watched_L4 is None else dict(zip(self.moes, watched_L4, strict=True)),
+            watched={} if watched_L5 is None else dict(zip(self.moes, watched_L5, strict=True)),
             side_losses={name: x.item() / valid_tokens for name, x in side.items()},
             valid_tokens=int(valid_tokens),
             verdict=verdict,

@@ -57,12 +57,19 @@ def routing_numbers(
 ) -> Numbers:
     """What `metrics.log_routing` adds, as means over the step's `tokens` (valid ones, all ranks).
 
-    sums: (4,) by layer, see models/moe/watch.py. router_balance_loss, router_z_loss: before their
-    weights; router_entropy; limited_percent: tokens whose experts the group limit has changed; each
-    as mean over layers and by layer. layer_expert_load: of each expert, over the mean.
+    sums: (5,) by layer, see models/moe/watch.py. router_balance_loss, router_z_loss,
+    router_global_balance_loss: before their weights; router_entropy; limited_percent: tokens whose
+    experts the group limit has changed; each as mean over layers and by layer. layer_expert_load:
+    of each expert, over the mean.
     """
-    names = ("router_balance_loss", "router_z_loss", "router_entropy", "limited_percent")
-    scale = torch.tensor([1.0, 1.0, 1.0, 100.0]) / max(1, tokens)
+    names = (
+        "router_balance_loss",
+        "router_z_loss",
+        "router_entropy",
+        "limited_percent",
+        "router_global_balance_loss",
+    )
+    scale = torch.tensor([1.0, 1.0, 1.0, 100.0, 1.0]) / max(1, tokens)
     means = {layer: (each.cpu() * scale).tolist() for layer, each in sums.items()}
     numbers: Numbers = {}
     for i, name in enumerate(names):

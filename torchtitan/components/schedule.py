@@ -28,6 +28,7 @@ class Now:
     batch_size: int
     load_balance_coeff: float | None = None
     sequence_balance_coeff: float | None = None
+    global_balance_coeff: float | None = None
     mtp_loss_weight: float | None = None
 
     @property
@@ -51,7 +52,12 @@ class Now:
         return {"phase": self.phase, "batch_size": self.batch_size, **self.coefficients}
 
 
-COEFFICIENTS = ("load_balance_coeff", "sequence_balance_coeff", "mtp_loss_weight")
+COEFFICIENTS = (
+    "load_balance_coeff",
+    "sequence_balance_coeff",
+    "global_balance_coeff",
+    "mtp_loss_weight",
+)
 
 
 def coefficients_set(phases: Sequence[Phase]) -> set[str]:

@@ -11,7 +11,9 @@ ALWAYS = (
     "loss grad_norm max_violation mean_max_violation min_load dead_experts load_entropy bias_range "
     "max_group_load cross_node_percent"
 ).split()
-ON_REQUEST = "router_balance_loss router_z_loss router_entropy limited_percent".split()
+ON_REQUEST = (
+    "router_balance_loss router_z_loss router_entropy limited_percent router_global_balance_loss"
+).split()
 
 
 def check_alarms(config: JobConfig) -> None:

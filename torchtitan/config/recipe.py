@@ -83,6 +83,8 @@ class Phase:
     """Speed of the expert bias (the report's gamma)."""
     sequence_balance_coeff: float | None = None
     """Weight of the sequence-wise balance loss (the report's alpha)."""
+    global_balance_coeff: float | None = None
+    """Weight of the balance loss over the global batch."""
     mtp_loss_weight: float | None = None
     """Weight of the multi-token prediction loss (the report's lambda)."""
 

@@ -50,7 +50,13 @@ def _check_numbers(phase: Phase, where: str, seq_len: int) -> None:
         )
     if phase.lr is not None and not 0 <= phase.lr < math.inf:
         raise UserError(f"{where}: lr = {as_text(phase.lr)} must be a finite number, 0 or more.")
-    for name in ("load_balance_coeff", "sequence_balance_coeff", "mtp_loss_weight"):
+    coefficients = (
+        "load_balance_coeff",
+        "sequence_balance_coeff",
+        "global_balance_coeff",
+        "mtp_loss_weight",
+    )
+    for name in coefficients:
         value = getattr(phase, name)
         if value is not None and not 0 <= value < math.inf:
             raise UserError(

@@ -130,7 +130,7 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
             arguments.pop(name)
         free = (
             "use_grouped_mm _debug_force_load_balance load_balance_coeff sequence_balance_coeff "
-            "z_loss_coeff"
+            "global_balance_coeff z_loss_coeff"
         )
         for name in free.split():
             arguments["moe_args"].pop(name)

@@ -30,7 +30,8 @@ class MoEArgs:
         stays as it was loaded, None = no bias.
     _debug_force_load_balance: ignore the router's choice and spread tokens evenly (benchmarks).
     sequence_balance_coeff: weight of the sequence-wise balance loss (the V3 report trains with
-        0.0001). z_loss_coeff: weight of the router's z-loss (ST-MoE: 0.001). Both: aux_loss.py.
+        0.0001). global_balance_coeff: of the one over the global batch (Qwen). z_loss_coeff: of the
+        router's z-loss (ST-MoE: 0.001). All three: aux_loss.py.
     group_score_func: a group's score is the sum of its two best experts (V3) or its best one (V2).
     """
 
@@ -51,6 +52,7 @@ class MoEArgs:
 
     group_score_func: GroupScoreFunc = "top2_sum"
     sequence_balance_coeff: float = 0.0
+    global_balance_coeff: float = 0.0
     z_loss_coeff: float = 0.0
 
     def __post_init__(self) -> None:
@@ -66,7 +68,7 @@ class MoEArgs:
             raise UserError(
                 f"num_shared_experts ({self.num_shared_experts}) must be 0 (none) or more."
             )
-        for name in ("sequence_balance_coeff", "z_loss_coeff"):
+        for name in ("sequence_balance_coeff", "global_balance_coeff", "z_loss_coeff"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} ({getattr(self, name)}) must be 0 (off) or more.")
         if self.load_balance_coeff is not None and self.load_balance_coeff < 0:

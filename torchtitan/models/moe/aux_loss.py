@@ -1,4 +1,4 @@
-"""Losses of the router beside the model's own: sequence-wise balance, and the z-loss.
+"""Losses of the router beside the model's own: balance in a sequence or a batch, and the z-loss.
 
 Balance inside of a sequence (DeepSeek-V3 report, arXiv 2412.19437, equations 17 to 20), for a
 sequence of S tokens with scores s:
@@ -9,13 +9,23 @@ sequence of S tokens with scores s:
 A sequence is a row of the batch, also where several documents are packed into it; padding doesn't
 count. The K best are taken before bias and group limit, as the report writes it.
 
+Balance inside of the global batch (Qwen, arXiv 2501.11873): the same sum, with
+
+    f_i = E / Σ_j c_j · c_i      c_i = tokens sent to expert i, of all ranks and of the step's
+                                 micro-batches up to this one (the paper's buffer)
+
+c counts what the router has really chosen, with bias and group limit. A sequence may then use few
+experts, as long as the batch uses all. Each micro-batch only knows those before it, so here (and
+nowhere else) accumulation changes the loss a little; the split over ranks does not.
+
 z-loss (ST-MoE, arXiv 2202.08906): the mean over tokens of (log Σ_i exp(logit_i))², which keeps
 logits small.
 
-**Scaling.** Both are means over all tokens of the optimizer step: a sequence weighs as much as it
+**Scaling.** All are means over all tokens of the optimizer step: a sequence weighs as much as it
 has tokens, and everything is divided by `tokens_in_step`, the valid tokens of all ranks and
 micro-batches, as the main loss is. So accumulation, DP and EP need no correction. Where a sequence
 is split over ranks (CP), its f is counted over all of them; the rest is a sum over tokens already.
+P is never summed over ranks: each rank's gradients are those of its own tokens' share.
 
 The losses enter the backward pass where they arise (`_Attach`), so a layer's output and the model's
 stay what they are, and recomputing the layer changes nothing.
@@ -27,6 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 
 def sequence_balance_sum(
@@ -42,7 +53,7 @@ def sequence_balance_sum(
     """
     ids_BSK = scores_BSE.detach().topk(top_k, dim=-1, sorted=False).indices
     chosen_BSE = torch.zeros_like(scores_BSE, requires_grad=False).scatter_(-1, ids_BSK, 1.0)
-    share_BSE = scores_BSE / scores_BSE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    share_BSE = _shares(scores_BSE)
     tokens_BS = torch.ones_like(share_BSE[..., 0]) if mask_BS is None else mask_BS.to(share_BSE)
     counts_BE = torch.einsum("bse,bs->be", chosen_BSE, tokens_BS.detach())
     length_B = tokens_BS.detach().sum(dim=1)
@@ -52,6 +63,42 @@ def sequence_balance_sum(
         counts_BE, length_B = both[:, :-1], both[:, -1]
     f_BE = counts_BE * (scores_BSE.size(-1) / top_k) / length_B.clamp(min=1).unsqueeze(1)
     return (f_BE * torch.einsum("bse,bs->be", share_BSE, tokens_BS)).sum()
+
+
+def _shares(scores: Tensor) -> Tensor:
+    return scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+
+
+def global_balance_sum(scores_TE: Tensor, mask_T: Tensor | None, counts_E: Tensor) -> Tensor:
+    """T · L / alpha of this rank's T tokens: scalar. counts_E: int64, from `counts_so_far`."""
+    share_TE = _shares(scores_TE)
+    counted_TE = share_TE if mask_T is None else share_TE * mask_T.unsqueeze(1)
+    f_E = counts_E.to(share_TE) * counts_E.numel() / counts_E.sum().clamp(min=1)
+    return (f_E * counted_TE.sum(dim=0)).sum()
+
+
+def counts_so_far(
+    counts_E: Tensor, before_E: Tensor, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """before_E, plus this micro-batch's tokens per expert summed over `group`: (E,) int64.
+
+    An operator, so that recomputed layers keep its result (distributed/activation_checkpoint.py):
+    done again, it would need before_E as it was, and all ranks at the same time.
+    """
+    return _counts_so_far(counts_E, before_E, "" if group is None else group.group_name)
+
+
+@torch.library.custom_op("torchtitan::counts_so_far", mutates_args=())
+def _counts_so_far(counts_E: Tensor, before_E: Tensor, group: str) -> Tensor:
+    total_E = counts_E.clone()
+    if group:
+        dist.all_reduce(total_E, group=_resolve_process_group(group))
+    return total_E.add_(before_E)
+
+
+@_counts_so_far.register_fake
+def _(counts_E, before_E, group):
+    return torch.empty_like(counts_E)
 
 
 def z_sum(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:

@@ -38,12 +38,14 @@ def count_tokens(ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None =
 class Load(NamedTuple):
     """tokens_E: int64 tokens per expert, padding left out. traffic: what travelled for them, see
     `TokenDispatcher.dispatch`; None where nothing did. watched: see watch.py; None where nobody
-    watches.
+    watches. global_E: int64 tokens per expert of the step so far, all ranks'; None where no loss
+    needs them.
     """
 
     tokens_E: Tensor
     traffic: Tensor | None
     watched: Tensor | None = None
+    global_E: Tensor | None = None
 
 
 def record_load(moe: "MoE", load: Load) -> None:
@@ -53,12 +55,14 @@ def record_load(moe: "MoE", load: Load) -> None:
         moe.traffic += load.traffic
     if load.watched is not None:
         moe.watched += load.watched
+    if load.global_E is not None:
+        moe.global_tokens_per_expert.copy_(load.global_E)
 
 
 @torch.no_grad()
 def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) -> Load:
     """The optimizer step's load over all ranks of `group`: (layers, E) and (layers, 2, 3) int64;
-    where routers are watched, also (layers, 4) fp32.
+    where routers are watched, also (layers, 5) fp32.
 
     Takes the counts: they start again from zero. group: all ranks that hold these layers, each of
     which routes tokens of its own; None = this process alone. One all-reduce for all layers.
@@ -68,6 +72,7 @@ def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) ->
         dist.all_reduce(both, group=group)
     for moe in moes:
         moe.tokens_per_expert.zero_()
+        moe.global_tokens_per_expert.zero_()
         moe.traffic.zero_()
     num_experts = moes[0].tokens_per_expert.numel()
     traffic = both[:, num_experts:].unflatten(1, moes[0].traffic.shape)

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.moe.args import MoEArgs, check_routing
-from torchtitan.models.moe.aux_loss import attach_loss, sequence_balance_sum, z_sum
+from torchtitan.models.moe.aux_loss import (
+    attach_loss,
+    counts_so_far,
+    global_balance_sum,
+    sequence_balance_sum,
+    z_sum,
+)
 from torchtitan.models.moe.balancing import Load, count_tokens
 from torchtitan.models.moe.dispatcher import LocalDispatcher, TokenDispatcher
 from torchtitan.models.moe.watch import SUMS, entropy_sum, limited_sum
@@ -215,8 +221,9 @@ class MoE(nn.Module):
 
     Buffers: `expert_bias` (E,) fp32, part of the state dict (None without balancing);
     `tokens_per_expert` (E,) int64 and `traffic` (2, 3) int64, tokens and their ways of the current
-    optimizer step (see balancing.py); `watched` (4,) fp32, what watch.py sums over the step;
-    `tokens_in_step` () fp32, by which the router's own losses are divided (see aux_loss.py).
+    optimizer step (see balancing.py); `watched` (5,) fp32, what watch.py sums over the step;
+    `tokens_in_step` () fp32, by which the router's own losses are divided, and
+    `global_tokens_per_expert` (E,) int64, the step's so far on all ranks (see aux_loss.py).
     """
 
     def __init__(self, moe_args: MoEArgs, dim: int, hidden_dim: int):
@@ -248,19 +255,20 @@ class MoE(nn.Module):
         self.score_before_experts = moe_args.score_before_experts
         self.load_balance_coeff = moe_args.load_balance_coeff
         self.sequence_balance_coeff = moe_args.sequence_balance_coeff
+        self.global_balance_coeff = moe_args.global_balance_coeff
         self.z_loss_coeff = moe_args.z_loss_coeff
         self.watch_routing = False  # fill `watched`
         # The ranks that hold the other parts of each sequence (context parallelism), if any.
         self.sequence_group: dist.ProcessGroup | None = None
+        # All ranks that route tokens of the same step through this layer, if there are others.
+        self.step_group: dist.ProcessGroup | None = None
         bias_E = None
         if moe_args.load_balance_coeff is not None:
             bias_E = torch.zeros(moe_args.num_experts, dtype=torch.float32)
         self.register_buffer("expert_bias", bias_E)
-        self.register_buffer(
-            "tokens_per_expert",
-            torch.zeros(moe_args.num_experts, dtype=torch.int64),
-            persistent=False,
-        )
+        for name in ("tokens_per_expert", "global_tokens_per_expert"):
+            zeros_E = torch.zeros(moe_args.num_experts, dtype=torch.int64)
+            self.register_buffer(name, zeros_E, persistent=False)
         self.register_buffer("traffic", torch.zeros(2, 3, dtype=torch.int64), persistent=False)
         for name, value in (
             ("watched", torch.zeros(len(SUMS))),
@@ -277,9 +285,11 @@ class MoE(nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         token_mask_T = None if token_mask_BS is None else token_mask_BS.flatten()
-        watched = None
+        watched = global_E = None
         if self._needs_scores:
-            weights_TK, ids_TK, load_E, watched = self._route_and_watch(x_BSD, token_mask_BS)
+            weights_TK, ids_TK, load_E, watched, global_E = self._route_and_watch(
+                x_BSD, token_mask_BS
+            )
         else:
             weights_TK, ids_TK, load_E = self.router(x_TD, self.expert_bias, token_mask_T)
 
@@ -302,17 +312,18 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             out_TD = out_TD + shared()
         out_BSD = out_TD.view_as(x_BSD)
-        return (out_BSD, Load(load_E, traffic, watched)) if return_load else out_BSD
+        return (out_BSD, Load(load_E, traffic, watched, global_E)) if return_load else out_BSD
 
     @property
     def _needs_scores(self) -> bool:
-        wanted = self.watch_routing or self.sequence_balance_coeff or self.z_loss_coeff
-        return bool(wanted) and self.training and torch.is_grad_enabled()
+        losses = self.sequence_balance_coeff or self.global_balance_coeff or self.z_loss_coeff
+        return bool(self.watch_routing or losses) and self.training and torch.is_grad_enabled()
 
     def _route_and_watch(
         self, x_BSD: Tensor, mask_BS: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The router's three results, its losses attached to the weights, and the batch's sums."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The router's three results, its losses attached to the weights; the batch's sums, and the
+        step's tokens per expert so far."""
         mask_T = None if mask_BS is None else mask_BS.flatten()
         weights_TK, ids_TK, load_E, logits_TE, scores_TE = self.router(
             x_BSD.flatten(0, 1), self.expert_bias, mask_T, return_scores=True
@@ -321,15 +332,23 @@ class MoE(nn.Module):
         balance = sequence_balance_sum(scores_BSE, mask_BS, self.router.top_k, self.sequence_group)
         z = z_sum(logits_TE, mask_T)
         loss = self.sequence_balance_coeff * balance + self.z_loss_coeff * z
+        in_batch, global_E = torch.zeros_like(z), None
+        if self.watch_routing or self.global_balance_coeff:
+            global_E = self._count_so_far(load_E)
+            in_batch = global_balance_sum(scores_TE, mask_T, global_E)
+            loss = loss + self.global_balance_coeff * in_batch
         weights_TK = attach_loss(weights_TK, loss / self.tokens_in_step)
         limited = limited_sum(scores_TE, self.expert_bias, ids_TK, mask_T)
-        sums = (balance, z, entropy_sum(scores_TE, mask_T), limited)
+        sums = (balance, z, entropy_sum(scores_TE, mask_T), limited, in_batch)
         watched = torch.stack([s.detach().float() for s in sums])
-        return weights_TK, ids_TK, load_E, watched
+        return weights_TK, ids_TK, load_E, watched, global_E
+
+    def _count_so_far(self, load_E: Tensor) -> Tensor:
+        return counts_so_far(load_E, self.global_tokens_per_expert, self.step_group)
 
     def set_coefficients(self, values: Mapping[str, float]) -> None:
         """Those of this layer among `values`, for the steps to come."""
-        for name in ("load_balance_coeff", "sequence_balance_coeff"):
+        for name in ("load_balance_coeff", "sequence_balance_coeff", "global_balance_coeff"):
             setattr(self, name, values.get(name, getattr(self, name)))
 
     @property
@@ -349,6 +368,7 @@ class MoE(nn.Module):
 
     def init_buffers(self) -> None:
         self.tokens_per_expert.zero_()
+        self.global_tokens_per_expert.zero_()
         self.traffic.zero_()
         self.watched.zero_()
         self.tokens_in_step.fill_(1)

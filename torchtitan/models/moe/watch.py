@@ -1,9 +1,10 @@
-"""What the router of a layer does, beyond the load: four sums over the tokens of a step.
+"""What the router of a layer does, beyond the load: five sums over the tokens of a step.
 
 balance   sequence-wise balance loss before its weight (aux_loss.py); 1 = even
 z         z-loss before its weight
 entropy   of a token's scores, over ln E: 1 = undecided, 0 = one expert
 limited   tokens whose experts the group limit has changed
+global    balance loss over the global batch before its weight; 1 = even
 """
 
 import math
@@ -17,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchtitan.models.moe.moe import MoE
 
-SUMS = ("balance", "z", "entropy", "limited")
+SUMS = ("balance", "z", "entropy", "limited", "global")
 
 
 @torch.no_grad()
@@ -42,11 +43,11 @@ def limited_sum(
 
 @torch.no_grad()
 def step_watch(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) -> Tensor:
-    """The optimizer step's sums over all ranks of `group`: (layers, 4) fp32, and takes them: they
+    """The optimizer step's sums over all ranks of `group`: (layers, 5) fp32, and takes them: they
     start again from zero."""
-    sums_L4 = torch.stack([moe.watched for moe in moes])
+    sums_LN = torch.stack([moe.watched for moe in moes])
     if group is not None:
-        dist.all_reduce(sums_L4, group=group)
+        dist.all_reduce(sums_LN, group=group)
     for moe in moes:
         moe.watched.zero_()
-    return sums_L4
+    return sums_LN

@@ -61,7 +61,7 @@ class Qwen3ModelArgs(BaseModelArgs):
             arguments.pop(name)
         free = (
             "use_grouped_mm _debug_force_load_balance load_balance_coeff sequence_balance_coeff "
-            "z_loss_coeff"
+            "global_balance_coeff z_loss_coeff"
         )
         for name in free.split():
             arguments["moe_args"].pop(name)
@@ -89,7 +89,8 @@ class Qwen3ModelArgs(BaseModelArgs):
                 "[[schedule.phase]] sets load_balance_coeff, but the model has no expert bias: set "
                 "model.args.moe_args.load_balance_coeff to the speed of the start (0 is one)."
             )
-        super().check_coefficients(names - {"load_balance_coeff", "sequence_balance_coeff"})
+        of_experts = {"load_balance_coeff", "sequence_balance_coeff", "global_balance_coeff"}
+        super().check_coefficients(names - of_experts)
 
     def check_expert_parallel(self, degree: int) -> None:
         if not self.moe_enabled:

@@ -1,5 +1,7 @@
 """Where a Qwen3 model lives: experts → activation checkpointing → compile → data parallel."""
 
+import torch
+
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
@@ -22,6 +24,10 @@ def parallelize_qwen3(
         job_config.parallelism.expert_parallel_dispatch,
     )
     apply_activation_checkpoint(model.blocks(), job_config.activation_checkpoint)
+    if job_config.activation_checkpoint.mode == "memory_budget":
+        for moe in model.moe_layers().values():
+            # The compiler might recompute it, and must not.
+            moe._count_so_far = torch.compiler.disable(moe._count_so_far)
     apply_compile(model.blocks(), job_config.compile)
     apply_data_parallel(model, parallel_dims, job_config.training, job_config.parallelism)
     return model

@@ -134,7 +134,8 @@ def test_recomputation_and_accumulation_change_nothing(how):
     assert_alike(gradients(model, losses), plain)
     sums = step_watch(list(model.moe_layers().values()))
     once = step_watch_of(tokens, mask)
-    torch.testing.assert_close(sums, once, rtol=1e-5, atol=1e-5)
+    # The last one, over the batch, is not asked for here (test_global_balance.py).
+    torch.testing.assert_close(sums[:, :4], once[:, :4], rtol=1e-5, atol=1e-5)
 
 
 def step_watch_of(tokens: Tensor, mask: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def test_watched_sums_by_hand():
 
     moe.router.register_forward_hook(keep)
     model(tokens, token_mask=mask)
-    balance, _, entropy, limited = step_watch([moe])[0].tolist()
+    balance, _, entropy, limited, _ = step_watch([moe])[0].tolist()
     real = mask.flatten()
     ids, scores = seen["ids"][real], seen["scores"][real].detach()
     free = (scores + moe.expert_bias).topk(ARGS.moe_args.top_k).indices
