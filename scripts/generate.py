@@ -18,7 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.components.checkpoint_files import META, is_complete, read_json
-from torchtitan.components.checkpoint_storage import CheckpointReader
+from torchtitan.components.checkpoint_storage import CheckpointReader, read_tensor_index
+from torchtitan.components.ema import check_has_average
 from torchtitan.components.generation import Sampling, generate
 from torchtitan.components.hf_checkpoint import load_hf
 from torchtitan.components.hf_files import HFFolder
@@ -41,6 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
     parser.add_argument("--top_p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ema", action="store_true", help="with the average of the weights")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bf16 on GPUs")
     parser.add_argument("--model", default="deepseek_v3", help="family of a Hugging Face folder")
     parser.add_argument("--tokenizer", help="folder or file (default: what the source came with)")
@@ -88,15 +90,26 @@ def make_config(args: argparse.Namespace, model_args: BaseModelArgs) -> JobConfi
     return ConfigManager().parse_args([f"--{key}={value}" for key, value in options.items()])
 
 
-def load_weights(model: BaseModel, spec: TrainSpec, source: Path) -> None:
+def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: bool) -> None:
     if is_complete(source):
-        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        if averaged:
+            check_has_average(source, read_tensor_index(source))
+        of_average = {name for name, _ in model.named_parameters()} if averaged else set()
+        state = {
+            ("ema." if name in of_average else "model.") + name: tensor
+            for name, tensor in model.state_dict().items()
+        }
         try:
             dcp.load(state, storage_reader=CheckpointReader(source))
         except CheckpointException as error:
             raise UserError(f"checkpoint {source} could not be loaded: {error}.") from None
-        own = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        own = {name.partition(".")[2]: tensor for name, tensor in state.items()}
         model.load_state_dict(own)
+    elif averaged:
+        raise UserError(
+            f"--ema: {source} is a Hugging Face folder, which holds one set of weights; leave it out "
+            "(convert_to_hf.py --ema makes such a folder of the average)."
+        )
     else:
         adapter = spec.state_dict_adapter(model.model_args, str(source))
         load_hf(model, adapter, source, quantized=HFFolder(source).quantized)
@@ -117,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     leave = init_distributed(config.comm, device, config.job.dump_folder)
     try:
         model, _ = build_model(spec, model_args, build_parallel_dims(config), config, device)
-        load_weights(model, spec, args.source)
+        load_weights(model, spec, args.source, averaged=args.ema)
         texts = generate(model, prompts, sampling, eos_id=tokenizer.eos_id, device=device)
         if dist.get_rank() == 0:
             for prompt, text in zip(args.prompt, texts, strict=True):

@@ -34,6 +34,7 @@ from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.cuda_graph import GraphedPass
 from torchtitan.components.dataloader import ParallelAwareDataLoader
+from torchtitan.components.ema import WeightAverage
 from torchtitan.components.fused_adam import FusedAdam
 from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
@@ -408,6 +409,9 @@ class Trainer:
         self.optimizer = build_optimizer(
             [self.model], working=self.working, **asdict(config.optimizer)
         )
+        self.average = WeightAverage(self.model, config.ema) if config.ema.enable else None
+        if self.average is not None:
+            self._open.callback(self.average.close)
         self.lr_scheduler = self._build_lr_scheduler()
         # The model's own loss holds no logits; a CPU has the memory, and one GEMM is its fastest.
         # Split logits, pipelines and further tokens' losses have losses of their own.
@@ -441,8 +445,11 @@ class Trainer:
             lr_scheduler=self.lr_scheduler,
             dataloader=self.dataloader,
             progress=self,
+            average=self.average,
         )
         self.checkpoint.load(self.run_state, start)
+        if self.average is not None:
+            self.average.enter(self.step)
         self.validator = self._build_validator() if config.validation.enable else None
 
     def _build_validator(self) -> Validator:
@@ -550,7 +557,7 @@ class Trainer:
         valid_tokens = sum_over_ranks(valid.to(self.device), self.dims.dp_group).clamp(min=1)
 
         if self.config.optimizer.early_step_in_backward:
-            self.checkpoint.before_update()
+            self._before_update()
         if self.graphed is not None:
             self.model.set_tokens_in_step(valid_tokens)
             numbers = self._graphed_pass(micro_batches[0], valid_tokens)
@@ -695,6 +702,8 @@ class Trainer:
         to_step, tokens_seen = self.checkpoint.rewind(self.run_state)
         self.watch.count_rewind(self.step, to_step)
         self.step, self.tokens_seen = to_step, tokens_seen
+        if self.average is not None:
+            self.average.enter(self.step)
 
     def _listening(self) -> AbstractContextManager:
         """Signals ask for a last checkpoint where there are checkpoints, else they just end us."""
@@ -744,9 +753,11 @@ class Trainer:
         stop = any(pairs[1::2])
         verdict = self.watch.judge(self.step, rank_losses, norm)
         if verdict == "update":
-            self.checkpoint.before_update()
+            self._before_update()
             self.optimizer.step()
             update_expert_bias(moes, loads_LE)
+        if self.average is not None and verdict != "rewind":
+            self.average.after_step(self.step)
         side = self.model.take_side_losses()
         side = {name: sum_over_ranks(x, self.dims.dp_group) for name, x in side.items()}
         lr = self.lr_scheduler.get_last_lr()[0]
@@ -765,6 +776,12 @@ class Trainer:
             verdict=verdict,
             stop=stop,
         )
+
+    def _before_update(self) -> None:
+        """Whoever copies the weights does so before they change."""
+        self.checkpoint.before_update()
+        if self.average is not None:
+            self.average.before_update()
 
     def _traffic_of(self, result: StepResult) -> dict[str, object]:
         """What expert parallelism sent in this step, over all ranks."""

@@ -1,7 +1,7 @@
 """A checkpoint of a run → a Hugging Face folder for transformers, vLLM and the like.
 
     python scripts/checkpoint_conversion/convert_to_hf.py outputs/checkpoint/step-1000 my-model \\
-        --assets assets/hf/DeepSeek-V3 [--dtype bfloat16] [--fp8]
+        --assets assets/hf/DeepSeek-V3 [--dtype bfloat16] [--fp8] [--ema]
 
 Needs memory for about one file of the checkpoint's. Interrupted (Ctrl-C), it goes on when called
 again. A run can also write the folder itself: checkpoint.last_save_in_hf.
@@ -36,6 +36,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="matrices in FP8 with scales per 128 x 128, as DeepSeek's",
     )
     parser.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights ([ema]) instead"
+    )
+    parser.add_argument(
         "--max_file_gb", type=float, default=MAX_FILE_BYTES / 1e9, help="size of a file in 10^9 B"
     )
     return parser.parse_args(argv)
@@ -56,6 +59,7 @@ def convert(args: argparse.Namespace) -> None:
         adapter_of(args.checkpoint),
         dtype=TORCH_DTYPES[args.dtype],
         fp8=args.fp8,
+        averaged=args.ema,
         assets_path=args.assets,
         max_file_bytes=int(args.max_file_gb * 1e9),
     )

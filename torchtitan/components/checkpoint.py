@@ -41,6 +41,7 @@ from torchtitan.components.checkpoint_storage import (
     CheckpointWriter,
     read_tensor_index,
 )
+from torchtitan.components.ema import has_average
 from torchtitan.components.hf_checkpoint import load_hf, save_hf
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
 from torchtitan.distributed.utils import RanksOf
@@ -117,23 +118,27 @@ class CheckpointManager:
             quantized = self.settings.initial_load_in_hf_quantized
             path = str(start.path)
             load_hf(state.model, self._adapter, path, quantized=quantized, group=self.group)
+            parts = start.parts
         else:
-            self._load(state, start)
+            parts = self._load(state, start)
         logger.info(
             "Loaded %s of %s in %.2f s: %d steps are done",
-            ", ".join(part for part in CHECKPOINT_PARTS if part in start.parts),
+            ", ".join(part for part in CHECKPOINT_PARTS if part in parts),
             start.path,
             time.perf_counter() - began,
             start.step,
         )
 
-    def _load(self, state: RunState, start: Start) -> None:
+    def _load(self, state: RunState, start: Start) -> set[str]:
+        """Returns the parts that were there to load."""
         meta = read_json(start.path, META)
         refuse_other_model(start.path, meta, self.identity)
         same_layout = meta["layout"] == self.identity.layout
         parts = set(start.parts) - (set() if same_layout else {"rng"})
-        tensors = state.tensors(parts)
         index = read_tensor_index(start.path)
+        if state.average is None or not has_average(index):
+            parts.discard("ema")
+        tensors = state.tensors(parts)
         refuse_other_tensors(start.path, index, tensors, self._ranks)
         try:
             dcp.load(tensors, storage_reader=CheckpointReader(start.path), process_group=self.group)
@@ -145,6 +150,7 @@ class CheckpointManager:
         state.load_numbers(read_json(start.path, NUMBERS), parts)
         if "rng" in start.parts and not same_layout:
             torch.manual_seed(meta["seed"] + start.step)  # another layout: other random streams
+        return parts
 
     def rewind(self, state: RunState) -> tuple[int, int]:
         """Back to the newest whole checkpoint in everything but the data position and the
@@ -161,7 +167,7 @@ class CheckpointManager:
                 "checkpoint.enable_first_step_checkpoint, or a shorter checkpoint.interval."
             )
         start = self._choice.start_of(path, set(CHECKPOINT_PARTS))
-        kept = frozenset({"model", "optimizer", "lr_scheduler", "rng"})
+        kept = frozenset({"model", "ema", "optimizer", "lr_scheduler", "rng"})
         self.load(state, replace(start, parts=start.parts & kept))
         return start.step, read_json(path, META)["tokens_seen"]
 
@@ -198,9 +204,7 @@ class CheckpointManager:
         """
         began = time.perf_counter()
         self._wait()
-        tensors = (
-            state.weights(dtype) if content == WEIGHTS else state.tensors(set(CHECKPOINT_PARTS))
-        )
+        tensors = state.weights(dtype) if content == WEIGHTS else state.tensors(state.parts())
         numbers = state.numbers(self.group)
         meta = make_meta(
             self.identity,

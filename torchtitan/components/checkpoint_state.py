@@ -5,6 +5,7 @@ name, the data position is one for all ranks, and what differs between ranks (ra
 only taken by a run of the same layout.
 
     model.<name>             weights and persistent buffers (expert bias)
+    ema.<name>               the average of the parameters, fp32, once it has begun
     optimizer.<name>.<slot>  such as exp_avg; rates and decay come from the config, not from here
     rng.rank_<r>.<device>    states of torch's generators
     numbers                  {"lr_scheduler": steps, "dataloader": position, "train_state": {...}}
@@ -25,7 +26,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchtitan.components.dataloader import ParallelAwareDataLoader, merge_states
+from torchtitan.components.ema import WeightAverage
 from torchtitan.components.lr_scheduler import resume_lr_scheduler
+from torchtitan.config import CHECKPOINT_PARTS
 
 Numbers = dict[str, Any]
 
@@ -49,12 +52,19 @@ class RunState:
         lr_scheduler: LambdaLR,
         dataloader: ParallelAwareDataLoader,
         progress: Progress,
+        average: WeightAverage | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.dataloader = dataloader
         self.progress = progress
+        self.average = average
+
+    def parts(self) -> set[str]:
+        """All that there is now."""
+        has_average = self.average is not None and self.average.has_begun
+        return set(CHECKPOINT_PARTS) - (set() if has_average else {"ema"})
 
     # -------------------------------------------------------------- tensors
 
@@ -63,6 +73,8 @@ class RunState:
         tensors: dict[str, Tensor] = {}
         if "model" in parts:
             tensors |= _prefixed("model", get_model_state_dict(self.model))
+        if "ema" in parts:
+            tensors |= _prefixed("ema", self.average.tensors())
         if "optimizer" in parts:
             tensors |= _prefixed("optimizer", self._optimizer_tensors())
         if "rng" in parts:
@@ -70,15 +82,17 @@ class RunState:
         return tensors
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Copies for use elsewhere, parameters in `dtype`. Buffers keep theirs: a rounded expert
-        bias would route differently."""
+        """Copies for use elsewhere, parameters and their average in `dtype`. Buffers keep theirs: a
+        rounded expert bias would route differently."""
         parameters = {name for name, _ in self.model.named_parameters()}
         weights = get_model_state_dict(self.model)
         exported = {
             name: tensor.detach().to(dtype) if name in parameters else tensor
             for name, tensor in weights.items()
         }
-        return _prefixed("model", exported)
+        average = self.average.tensors() if "ema" in self.parts() else {}
+        averaged = {name: tensor.to(dtype) for name, tensor in average.items()}
+        return _prefixed("model", exported) | _prefixed("ema", averaged)
 
     def take_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Those of `tensors` that are not live already, after they have been filled."""
@@ -111,6 +125,8 @@ class RunState:
         }
 
     def load_numbers(self, numbers: Numbers, parts: set[str]) -> None:
+        if self.average is not None:
+            self.average.has_begun = "ema" in parts
         if "lr_scheduler" in parts:
             resume_lr_scheduler(self.lr_scheduler, numbers["lr_scheduler"])
         if "dataloader" in parts:

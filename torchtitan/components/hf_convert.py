@@ -43,6 +43,8 @@ from torchtitan.components.checkpoint_files import (
     publish,
 )
 from torchtitan.components.checkpoint_storage import read_tensor_index
+from torchtitan.components.ema import PREFIX as EMA_PREFIX
+from torchtitan.components.ema import check_has_average
 from torchtitan.components.hf_checkpoint import (
     centred,
     check_folder,
@@ -237,12 +239,19 @@ def _tensor_index(journal: Journal, adapter: StateDictAdapter) -> Metadata:
 
 class StoredTensors:
     """Parts of the weights in a checkpoint. What the last read used stays in memory: neighbouring
-    experts lie in the same chunk."""
+    experts lie in the same chunk.
 
-    def __init__(self, checkpoint: Path) -> None:
+    averaged: of the parameters their average (components/ema.py); buffers have none. Raises
+    `UserError` where the checkpoint holds none.
+    """
+
+    def __init__(self, checkpoint: Path, *, averaged: bool = False) -> None:
         self.checkpoint = checkpoint
         self.index = read_tensor_index(checkpoint)
         self._chunks: dict[MetadataIndex, Tensor] = {}
+        self._averaged = averaged
+        if averaged:
+            check_has_average(checkpoint, self.index)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -253,7 +262,8 @@ class StoredTensors:
 
     def read(self, ours: str, box: Box | None = None) -> Tensor:
         """The tensor, or a part of it, in the type that it was saved in."""
-        info = self.index.state_dict_metadata[PREFIX + ours]
+        name = self._name(ours)
+        info = self.index.state_dict_metadata[name]
         offset, shape = box or ((0,) * len(info.size), tuple(info.size))
         out = torch.empty(shape, dtype=info.properties.dtype)
         used = {}
@@ -263,12 +273,17 @@ class StoredTensors:
             size = [min(o + n, c + m) - b for (o, n, c, m), b in zip(ends, begin, strict=True)]
             if any(n <= 0 for n in size):
                 continue
-            key = MetadataIndex(PREFIX + ours, chunk.offsets)
+            key = MetadataIndex(name, chunk.offsets)
             used[key] = self._chunks[key] if key in self._chunks else self._load(key)
             there = _slices(begin, chunk.offsets, size)
             out[_slices(begin, offset, size)] = used[key][there]
         self._chunks = used
         return out
+
+    def _name(self, ours: str) -> str:
+        average = EMA_PREFIX + ours
+        use_it = self._averaged and average in self.index.state_dict_metadata
+        return average if use_it else PREFIX + ours
 
     def _load(self, key: MetadataIndex) -> Tensor:
         place = self.index.storage_data[key]
@@ -288,11 +303,13 @@ def checkpoint_to_hf(
     *,
     dtype: torch.dtype,
     fp8: bool = False,
+    averaged: bool = False,
     assets_path: str | Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the weights of a checkpoint as a Hugging Face folder; see `hf_checkpoint.save_hf`.
 
+    averaged: the moving average of the parameters instead; the expert bias is that of the step.
     fp8: the matrices that DeepSeek publishes in FP8 in block-wise FP8, the rest in `dtype`. Raises
     `UserError` for a damaged checkpoint, and one of another model, with all names.
     """
@@ -301,13 +318,14 @@ def checkpoint_to_hf(
         raise UserError(
             f"{checkpoint} is not a checkpoint: it has no COMPLETE; name a step-N folder."
         )
-    stored = StoredTensors(checkpoint)
+    stored = StoredTensors(checkpoint, averaged=averaged)
     pieces = adapter.pieces()
     _check_stored(checkpoint, stored, pieces)
     tmp = _work_folder(target)
     layout = plan_layout(pieces, dtype, fp8=fp8, max_file_bytes=max_file_bytes)
     manifest = (checkpoint / MANIFEST).read_text()
-    journal = Journal(tmp, {"from": manifest, "layout": layout.index(), "dtype": str(dtype)})
+    key = {"from": manifest, "layout": layout.index(), "dtype": str(dtype), "averaged": averaged}
+    journal = Journal(tmp, key)
     if not journal.continues and (problem := damage(checkpoint)):
         shutil.rmtree(tmp)
         raise UserError(f"checkpoint {checkpoint} is damaged: {problem}; take another one.")

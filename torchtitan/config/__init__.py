@@ -22,11 +22,12 @@ from torchtitan.config.job_config import (
     to_dict,
 )
 from torchtitan.config.manager import ConfigManager
-from torchtitan.config.recipe import Alarm, Phase, Schedule
+from torchtitan.config.recipe import EMA, Alarm, Phase, Schedule
 from torchtitan.config.validate import resolve_global_batch_size, validate
 
 __all__ = [
     "CHECKPOINT_PARTS",
+    "EMA",
     "ActivationCheckpoint",
     "Alarm",
     "Checkpoint",

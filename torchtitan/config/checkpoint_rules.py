@@ -57,6 +57,12 @@ def _check_start(config: JobConfig, world_size: int) -> None:
             "checkpoint.last_save_in_hf = true, but Hugging Face's format holds only weights; set "
             "checkpoint.last_save_model_only to true."
         )
+    if checkpoint.last_save_in_hf and config.ema.enable:
+        raise UserError(
+            "checkpoint.last_save_in_hf = true writes the weights alone, and the average of them "
+            "(ema.enable = true) would be lost; set last_save_in_hf to false, and convert the last "
+            "checkpoint with scripts/checkpoint_conversion/convert_to_hf.py, without and with --ema."
+        )
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
         raise UserError(
             "checkpoint.initial_load_model_only = false, but Hugging Face's format "

@@ -8,7 +8,7 @@ The sentences below the fields are what `python -m torchtitan.train --help` prin
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from torchtitan.config.recipe import Alarm, LRScheduler, Optimizer, Schedule
+from torchtitan.config.recipe import EMA, Alarm, LRScheduler, Optimizer, Schedule
 
 
 def _listing(*items: Any) -> Any:
@@ -196,7 +196,7 @@ class Parallelism:
 
 
 # What checkpoint.exclude_from_loading may name.
-CHECKPOINT_PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
+CHECKPOINT_PARTS = ("model", "ema", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Checkpoint:
     load_step: int = -1
     """Step of the checkpoint to load; -1: the latest."""
     exclude_from_loading: list[str] = _listing()
-    """Of model, optimizer, lr_scheduler, dataloader, train_state and rng: what is not loaded."""
+    """Of model, ema, optimizer, lr_scheduler, dataloader, train_state, rng: what is not loaded."""
     enable_first_step_checkpoint: bool = False
     """Save after the first step too."""
     create_seed_checkpoint: bool = False
@@ -398,6 +398,7 @@ class JobConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     schedule: Schedule = field(default_factory=Schedule)
+    ema: EMA = field(default_factory=EMA)
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -51,6 +51,20 @@ class LRScheduler:
     """Where the decay ends, as a share of the peak learning rate, in [0, 1]."""
 
 
+@dataclass(frozen=True)
+class EMA:
+    """A moving average of the weights, in CPU memory and in checkpoints (ours)."""
+
+    enable: bool = False
+    """Keep it."""
+    decay: float = 0.999
+    """Share of the average that a step leaves, in [0, 1)."""
+    start_step: int = 0
+    """Step whose weights it begins with; 0: those that the run begins with."""
+    interval: int = 1
+    """Steps from one update to the next; each then moves it by 1 - decay ** interval."""
+
+
 # Why a key that one might look for in a phase is not there, and what to do instead.
 _ONE_LENGTH = (
     "a run has one sequence length, because its memory and its compiled code depend on it; extend "

@@ -98,13 +98,14 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "training.local_batch_size training.seq_len training.steps training.gc_freq "
         "training.dataset_lanes "
         "metrics.log_freq profiling.profile_freq profiling.profiler_active "
-        "comm.init_timeout_seconds comm.train_timeout_seconds checkpoint.interval",
+        "comm.init_timeout_seconds comm.train_timeout_seconds checkpoint.interval "
+        "ema.interval",
     ),
     (
         "0 or more",
         lambda value: value >= 0,
         "lr_scheduler.warmup_steps training.dataset_num_workers profiling.profiler_warmup "
-        "comm.trace_buf_size checkpoint.keep_latest_k",
+        "comm.trace_buf_size checkpoint.keep_latest_k ema.start_step",
     ),
     (
         "a finite number, 0 or more",
@@ -116,7 +117,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "at least 0 and less than 1",
         lambda v: 0 <= v < 1,
-        "optimizer.beta1 optimizer.beta2 optimizer.muon_momentum",
+        "optimizer.beta1 optimizer.beta2 optimizer.muon_momentum ema.decay",
     ),
     (
         "between 0 and 1",

@@ -162,10 +162,13 @@ def test_a_seed_checkpoint_is_the_model_as_initialised(tmp_path):
     assert other != plain and abs(other[0] - plain[0]) < 0.1, "these weights, another data order"
 
 
+EMA = {"ema__enable": True, "ema__decay": 0.5}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    run(folder, **FULL, training__steps=2)
+    run(folder, **FULL | EMA, training__steps=2)
     return folder
 
 
@@ -173,13 +176,14 @@ def trained(tmp_path_factory) -> Path:
 def test_a_part_that_is_excluded_stays_as_a_new_run_has_it(trained, part):
     settings = {"training__steps": 4, "checkpoint__exclude_from_loading": part}
     torch.manual_seed(99)
-    trainer = Trainer(ConfigManager().parse_args(tiny(trained, **FULL | settings)))
+    trainer = Trainer(ConfigManager().parse_args(tiny(trained, **FULL | EMA | settings)))
     random_state, weight = torch.get_rng_state(), trainer.model.output.weight.clone()
     fresh = {
         "optimizer": not trainer.optimizer.state,
         "lr_scheduler": trainer.lr_scheduler.last_epoch == 0,
         "dataloader": trainer.dataloader.local_state()["consumed"] == 0,
         "train_state": trainer.step == trainer.tokens_seen == 0,
+        "ema": bool(torch.equal(weight, trainer.average.tensors()["output.weight"])),
     }
     torch.manual_seed(7)  # what a new run begins with
     trainer.model.init_weights()

@@ -1,0 +1,163 @@
+"""A moving average of the weights, kept in CPU memory (DeepSeek-V3 report, section 3.2.2).
+
+After every `interval`-th step the average moves towards the weights by 1 − decay^interval, so
+`decay` is that of one step whatever the interval. The first of these steps from `start_step` on
+sets it to the weights as they are; 0 = it begins with the weights that the run begins with. A step
+that was skipped counts as one that changed nothing.
+
+Averaged are the parameters as they are kept: the fp32 masters, not what the model computes with.
+Buffers are not: whoever takes the average takes the expert bias as it is at that step.
+
+Each rank averages the parts that it holds, in fp32: a DTensor stays one, only on the CPU, so that
+checkpoints spread it anew as they do the weights. On a GPU the weights travel to pinned memory on a
+stream of their own, beside the next forward and backward pass, and a thread does the arithmetic.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import DTensor
+
+from torchtitan.config import EMA
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
+
+PREFIX = "ema."  # of the average among the tensors of a checkpoint
+
+
+def has_average(index: Metadata) -> bool:
+    """Whether a checkpoint with this index holds one."""
+    return any(name.startswith(PREFIX) for name in index.state_dict_metadata)
+
+
+def check_has_average(checkpoint: Path, index: Metadata) -> None:
+    """Raise `UserError` where it holds none."""
+    if not has_average(index):
+        raise UserError(
+            f"{checkpoint} holds no average of the weights: its run keeps none (ema.enable), or had "
+            "not begun it (ema.start_step); take another checkpoint, or leave --ema out."
+        )
+
+
+class WeightAverage:
+    """Of the parameters that this rank holds of `model`.
+
+    has_begun: whether there is an average by now; set it after loading one into `tensors`.
+    """
+
+    def __init__(self, model: nn.Module, settings: EMA) -> None:
+        self.settings = settings
+        self.has_begun = False
+        self._params = dict(model.named_parameters())
+        self._average: dict[str, Tensor] = {}
+        self._incoming: dict[str, Tensor] = {}  # pinned, for parameters on a GPU
+        self._copied: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: Future | None = None
+        self._first = -(-settings.start_step // settings.interval) * settings.interval
+        elements = sum(_local(param).numel() for param in self._params.values())
+        logger.info(
+            "Average of the weights: decay %g a step, updated every %d from step %d on; this rank "
+            "keeps %.2f GiB of it in CPU memory",
+            settings.decay,
+            settings.interval,
+            self._first,
+            4 * elements / 2**30,
+        )
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """The average by the parameters' names, fp32, whole in so far as this rank's parts are:
+        loading into them is loading."""
+        self._wait()
+        for name, param in self._params.items():
+            if name not in self._average:
+                self._average[name] = param.detach().to("cpu", torch.float32, copy=True)
+        return dict(self._average)
+
+    def enter(self, step: int) -> None:
+        """Before the step that follows `step`: begin with the weights where the average should be
+        there by now, and is not."""
+        if self.has_begun or step < self._first:
+            return
+        if step > self._first:
+            logger.warning(
+                "No average of the weights was loaded: it begins with those of step %d", step
+            )
+        self._begin()
+
+    def before_update(self) -> None:
+        """Weights are about to change: their copies come first. (The GPU waits, not the host.)"""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+            self._copied = None
+
+    def after_step(self, step: int) -> None:
+        """The weights are those of `step` now."""
+        if step % self.settings.interval or step < self._first:
+            return
+        if step == self._first or not self.has_begun:
+            self._begin()
+            return
+        self._wait()
+        weights = self._weights()
+        if self._copied is None:
+            self._move(weights, None)
+        else:
+            self._pending = self._in_background(weights, self._copied)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        for name, average in self.tensors().items():
+            _local(average).copy_(_local(self._params[name]))
+        self.has_begun = True
+
+    @torch.no_grad()
+    def _weights(self) -> dict[str, Tensor]:
+        """This rank's parts on the CPU, or on their way there until `_copied` has happened."""
+        local = {name: _local(param.detach()) for name, param in self._params.items()}
+        if not any(weight.is_cuda for weight in local.values()):
+            return local
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for name, weight in local.items():
+                if weight.is_cuda:
+                    if name not in self._incoming:
+                        self._incoming[name] = torch.empty_like(
+                            weight, device="cpu", pin_memory=True
+                        )
+                    local[name] = self._incoming[name].copy_(weight, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return local
+
+    def _in_background(self, weights: dict[str, Tensor], copied: torch.cuda.Event) -> Future:
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="ema")
+        return self._thread.submit(self._move, weights, copied)
+
+    @torch.no_grad()
+    def _move(self, weights: dict[str, Tensor], copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        towards = 1 - self.settings.decay**self.settings.interval
+        for name, weight in weights.items():
+            _local(self._average[name]).lerp_(weight.float(), towards)
+
+    def _wait(self) -> None:
+        """Until the arithmetic of the last update is done."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
