@@ -107,8 +107,8 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
         model.load_state_dict(own)
     elif averaged:
         raise UserError(
-            f"--ema: {source} is a Hugging Face folder, which holds one set of weights; leave it out "
-            "(convert_to_hf.py --ema makes such a folder of the average)."
+            f"--ema: {source} is a Hugging Face folder, which holds one set of weights; leave it "
+            "out (convert_to_hf.py --ema makes such a folder of the average)."
         )
     else:
         adapter = spec.state_dict_adapter(model.model_args, str(source))

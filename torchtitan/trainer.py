@@ -45,7 +45,8 @@ from torchtitan.components.lr_scheduler import (
     resume_lr_scheduler,
 )
 from torchtitan.components.metrics import MetricsLogger, device_name
-from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.optimizer import build_optimizer, group_rules
+from torchtitan.components.param_groups import check_groups
 from torchtitan.components.schedule import Schedule, coefficients_set
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.traffic import traffic_line, traffic_numbers
@@ -130,6 +131,9 @@ def check_config(config: JobConfig) -> Checked:
         check_fim_tokens(tokenizer, config.training.fim_tokens)
     model_args.check_coefficients(coefficients_set(config.schedule.phase))
     model_args.check_layout(config.parallelism)
+    if config.optimizer.group:
+        with torch.device("meta"):
+            check_groups(config.optimizer.group, spec.model_cls(model_args))
     if config.compile.cuda_graph and model_args.has_side_losses:
         raise UserError(
             "compile.cuda_graph = true is not supported yet with multi-token prediction "
@@ -194,6 +198,7 @@ def build_model(
     logger.info(
         "Model: %s %s, %s parameters", config.model.name, config.model.flavor, f"{num_params:,}"
     )
+    group_rules(config.optimizer).log(model)
     parts = cut_into_parts(model, plan, dims.mesh["pp"].get_local_rank()) if plan else []
     for part in parts or [model]:
         spec.parallelize_fn(part, dims, config)
@@ -407,7 +412,7 @@ class Trainer:
         )
         self.graphed = GraphedPass(self._pass_and_clip) if config.compile.cuda_graph else None
         self.optimizer = build_optimizer(
-            [self.model], working=self.working, **asdict(config.optimizer)
+            [self.model], working=self.working, **vars(config.optimizer)
         )
         self.average = WeightAverage(self.model, config.ema) if config.ema.enable else None
         if self.average is not None:

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from tests.tiny_run import losses, tiny
+from torchtitan.components.ema import WeightAverage
 from torchtitan.components.loss import cross_entropy_sum
+from torchtitan.config import EMA
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.models.moe import MoE, MoEArgs, TokenChoiceTopKRouter
 from torchtitan.models.moe import moe as moe_module
@@ -225,3 +227,21 @@ def test_a_replayed_graph_has_the_losses_of_the_run(tmp_path, compiled: bool) ->
     assert main(tiny(tmp_path / "run", **changes)) == 0
     assert main(tiny(tmp_path / "graph", **changes, compile__cuda_graph=True)) == 0
     assert losses(tmp_path / "graph") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)
+
+
+def test_the_average_of_the_weights_is_that_of_the_step_it_belongs_to() -> None:
+    """Weights change while their copies are on the way, and the average is read at once."""
+    model = torch.nn.Linear(4096, 4096, device="cuda")
+    average = WeightAverage(model, EMA(enable=True, decay=0.75))
+    average.enter(0)
+    expected = model.weight.detach().cpu()
+    for step in range(1, 5):
+        average.before_update()
+        with torch.no_grad():
+            model.weight.add_(step)
+        expected = 0.75 * expected + 0.25 * model.weight.detach().cpu()
+        average.after_step(step)
+        if step % 2:  # not waited for: before_update must
+            continue
+        torch.testing.assert_close(average.tensors()["weight"], expected, rtol=1e-6, atol=1e-6)
+    average.close()

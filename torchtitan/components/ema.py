@@ -37,8 +37,8 @@ def check_has_average(checkpoint: Path, index: Metadata) -> None:
     """Raise `UserError` where it holds none."""
     if not has_average(index):
         raise UserError(
-            f"{checkpoint} holds no average of the weights: its run keeps none (ema.enable), or had "
-            "not begun it (ema.start_step); take another checkpoint, or leave --ema out."
+            f"{checkpoint} holds no average of the weights: its run keeps none (ema.enable), or "
+            "had not begun it (ema.start_step); take another checkpoint, or leave --ema out."
         )
 
 
@@ -61,7 +61,7 @@ class WeightAverage:
         self._first = -(-settings.start_step // settings.interval) * settings.interval
         elements = sum(_local(param).numel() for param in self._params.values())
         logger.info(
-            "Average of the weights: decay %g a step, updated every %d from step %d on; this rank "
+            "Average of the weights: decay %g a step, every %d steps from step %d on; this rank "
             "keeps %.2f GiB of it in CPU memory",
             settings.decay,
             settings.interval,

@@ -22,7 +22,7 @@ from torchtitan.config.job_config import (
     to_dict,
 )
 from torchtitan.config.manager import ConfigManager
-from torchtitan.config.recipe import EMA, Alarm, Phase, Schedule
+from torchtitan.config.recipe import EMA, Alarm, ParamGroup, Phase, Schedule
 from torchtitan.config.validate import resolve_global_batch_size, validate
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "Metrics",
     "Model",
     "Optimizer",
+    "ParamGroup",
     "Parallelism",
     "Phase",
     "Profiling",

@@ -61,7 +61,7 @@ def _check_start(config: JobConfig, world_size: int) -> None:
         raise UserError(
             "checkpoint.last_save_in_hf = true writes the weights alone, and the average of them "
             "(ema.enable = true) would be lost; set last_save_in_hf to false, and convert the last "
-            "checkpoint with scripts/checkpoint_conversion/convert_to_hf.py, without and with --ema."
+            "checkpoint with scripts/checkpoint_conversion/convert_to_hf.py, also with --ema."
         )
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
         raise UserError(

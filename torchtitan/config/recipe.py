@@ -7,6 +7,18 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 
+@dataclass(frozen=True, kw_only=True)
+class ParamGroup:
+    """Parameters with a weight decay or a learning rate of their own; the first table holds."""
+
+    match: list[str]
+    """Their whole names, * stands for anything: "tok_embeddings.*", "*norm.weight"."""
+    weight_decay: float | None = None
+    """Strength of their weight decay; unset: as for others of their kind."""
+    lr_factor: float = 1.0
+    """Factor on their learning rate."""
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """The update rule."""
@@ -25,6 +37,8 @@ class Optimizer:
     """Strength of the weight decay."""
     weight_decay_on: Literal["matrices", "all"] = "matrices"
     """Decay only parameters with two or more dimensions, or all of them (ours)."""
+    group: list[ParamGroup] = field(default_factory=list)
+    """Exceptions by name, [[optimizer.group]]; keys of each: docs/recipe.md (ours)."""
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How the update is computed; the result is the same up to rounding."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -56,13 +70,13 @@ class EMA:
     """A moving average of the weights, in CPU memory and in checkpoints (ours)."""
 
     enable: bool = False
-    """Keep it."""
+    """Keep it (ours)."""
     decay: float = 0.999
-    """Share of the average that a step leaves, in [0, 1)."""
+    """Share of the average that a step leaves, in [0, 1) (ours)."""
     start_step: int = 0
-    """Step whose weights it begins with; 0: those that the run begins with."""
+    """Step whose weights it begins with; 0: those that the run begins with (ours)."""
     interval: int = 1
-    """Steps from one update to the next; each then moves it by 1 - decay ** interval."""
+    """Steps from one update to the next; each then moves it by 1 - decay ** interval (ours)."""
 
 
 # Why a key that one might look for in a phase is not there, and what to do instead.

@@ -126,8 +126,10 @@ def _describe(kind: Any) -> str:
 
 def _example(key: Key) -> str:
     if (row := row_type(key.type)) is not None:
-        needed = [f for f in dataclasses.fields(row) if f.default is dataclasses.MISSING]
-        return f"[{{ {', '.join(f'{f.name} = 1000' for f in needed)} }}]"
+        hints = get_type_hints(row)
+        needed = [f.name for f in dataclasses.fields(row) if f.default is dataclasses.MISSING]
+        values = {n: "1000" if hints[n] is float else _example(Key(hints[n], None)) for n in needed}
+        return f"[{{ {', '.join(f'{name} = {value}' for name, value in values.items())} }}]"
     if key.default not in (None, "", [], {}):
         return as_text(key.default)
     by_type = {

@@ -13,6 +13,7 @@ from torchtitan.config.alarm_rules import check_alarms
 from torchtitan.config.checkpoint_rules import check_checkpoint
 from torchtitan.config.degrees import Degrees, nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.optimizer_rules import check_optimizer_groups
 from torchtitan.config.schedule_rules import check_schedule
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
@@ -31,6 +32,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_memory_budget(config)
     _check_cpu_offload(config, world_size, device_type)
     _check_state_dtype(config)
+    check_optimizer_groups(config)
     _check_profiling(config, device_type)
     _check_validation(config)
     check_checkpoint(config, world_size)

@@ -25,7 +25,12 @@ UNSET = {
 }
 OURS = {
     "job.check_config",
+    "ema.decay",
+    "ema.enable",
+    "ema.interval",
+    "ema.start_step",
     "model.args",
+    "optimizer.group",
     "optimizer.muon_adjust",
     "optimizer.muon_momentum",
     "optimizer.state_dtype",
