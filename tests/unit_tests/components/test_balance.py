@@ -33,11 +33,12 @@ def test_numbers_by_hand():
 
 
 def test_routing_numbers_are_means_over_tokens():
-    sums = {2: torch.tensor([10.0, 40.0, 5.0, 2.0]), 5: torch.tensor([20.0, 0.0, 5.0, 0.0])}
+    sums = {2: torch.tensor([10.0, 40.0, 5.0, 2.0, 8.0]), 5: torch.tensor([20.0, 0, 5.0, 0, 6.0])}
     numbers = routing_numbers(sums, tokens=10, loads=LOADS)
     assert numbers["layer_router_balance_loss"] == {2: 1.0, 5: 2.0}
     assert numbers["router_balance_loss"] == 1.5 and numbers["router_z_loss"] == 2.0
     assert numbers["router_entropy"] == 0.5 and numbers["limited_percent"] == 10.0
+    assert numbers["router_global_balance_loss"] == pytest.approx(0.7)
     assert numbers["layer_expert_load"][2] == [2.0, 0.0, 1.0, 1.0]
 
 
