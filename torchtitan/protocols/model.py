@@ -191,9 +191,16 @@ class BaseModel(nn.Module):
         return dict(self.layers.items())
 
     def extra_inputs(
-        self, tokens_BS: Tensor, labels_BS: Tensor, eos_id: int | None
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        eos_id: int | None,
+        queries_Q: Tensor | None = None,
     ) -> dict[str, Any]:
-        """What `forward` takes besides, in training, by name: tensors made from whole sequences."""
+        """What `forward` takes besides, in training, by name: tensors (B, …) made from whole
+        sequences, or tuples of such. queries_Q: as in `get_attention_masks`; what is returned is
+        for those.
+        """
         return {}
 
     def take_side_losses(self) -> dict[str, Tensor]:

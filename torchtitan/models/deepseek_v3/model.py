@@ -196,13 +196,20 @@ class DeepSeekV3Model(Decoder):
         return [x_BSD] + [torch.zeros_like(x_BSD)] * (depth if self.output is None else 0)
 
     def extra_inputs(
-        self, tokens_BS: Tensor, labels_BS: Tensor, eos_id: int | None
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        eos_id: int | None,
+        queries_Q: Tensor | None = None,
     ) -> dict[str, Any]:
         depth = self.model_args.n_mtp_layers
         if depth == 0 or not self.training:
             return {}
         apart = self.model_args.attn_mask_type == "block_causal"
-        return {"mtp": mtp_inputs(tokens_BS, labels_BS, depth, eos_id if apart else None)}
+        inputs = mtp_inputs(tokens_BS, labels_BS, depth, eos_id if apart else None)
+        if queries_Q is not None:
+            inputs = MTPInputs(*(each[..., queries_Q] for each in inputs))
+        return {"mtp": inputs}
 
     def blocks(self) -> dict[str, nn.Module]:
         return super().blocks() | {f"mtp.{k}": layer for k, layer in self._mtp_layers()}
