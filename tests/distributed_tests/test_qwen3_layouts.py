@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from tests.distributed_tests.test_layouts import BY_HEADS, layout, nodes_of, pipeline
+from tests.distributed_tests.test_tensor_parallel import watched
 from tests.distributed_tests.training_ranks import (
     LR,
     MAX_NORM,
     SEQ_LEN,
+    SEQUENCES,
     WEIGHT_DECAY,
     assert_trained_alike,
     global_batches,
@@ -82,6 +84,21 @@ def test_every_layout_trains_like_one_process(ranks, one_process, layout, tmp_pa
     flavor, world_size, options = LAYOUTS[layout]
     for result in ranks(world_size).run(train_qwen3, flavor, options, str(tmp_path)):
         assert_trained_alike(result, one_process[flavor])
+
+
+def watch_qwen3(options: list[str], dump_folder: str) -> tuple[set, list, list]:
+    return watched(qwen3_config("debugmodel", options, dump_folder))
+
+
+def test_context_parallelism_sends_keys_and_values_before_queries_share_them(ranks, tmp_path):
+    channels = 2 * MODEL["n_kv_heads"] * MODEL["head_dim"]
+    part = (SEQUENCES, SEQ_LEN // 2, channels)
+    for _, gathered, _ in ranks(2).run(watch_qwen3, layout(2, cp=2)[1], str(tmp_path)):
+        assert [s for s in gathered if s[:2] == part[:2]] == [part] * MODEL["n_layers"]
+    options = layout(2, BY_HEADS, cp=2)[1]
+    for _, _, exchanged in ranks(2).run(watch_qwen3, options, str(tmp_path)):
+        heads = sorted(shape[-2] for shape in exchanged)  # of a rank and layer, there and back
+        assert heads == sorted([1, 1, 2, 2] * 2 * MODEL["n_layers"])
 
 
 REFUSALS = {

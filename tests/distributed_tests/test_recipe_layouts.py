@@ -71,6 +71,8 @@ def test_router_losses_and_mtp_train_like_one_process(ranks, one_process, name, 
     options = [FP32, NO_RECOMPUTE, *EVERYTHING, *options]
     for result in ranks(world_size).run(train_on_this_rank, options, str(tmp_path)):
         assert_trained_alike(result, one_process)
+        for side, expected in zip(result["side_losses"], one_process["side_losses"], strict=True):
+            assert len(side) == 2 and side == pytest.approx(expected, rel=1e-6)
 
 
 def test_each_of_them_moves_the_gradient(ranks, one_process, tmp_path):
