@@ -46,9 +46,9 @@ class DecoderArgs(BaseModelArgs):
         return "n_heads", self.n_heads
 
     @property
-    def split_widths(self) -> dict[str, int]:
-        """What tensor parallelism splits beside heads, vocabulary and experts, by argument."""
-        raise NotImplementedError
+    def dense_widths(self) -> dict[str, int]:
+        """Hidden channels of the dense layers, if there are any, by argument."""
+        return {}
 
     def check_positive(self, names: str) -> None:
         """names: of fields, with blanks between. Raises `UserError`."""
@@ -101,11 +101,15 @@ class DecoderArgs(BaseModelArgs):
             )
 
     def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
-        sizes = dict([self.split_heads]) | {"vocab_size": self.vocab_size} | self.split_widths
-        check_divides("tensor_parallel_degree", degree, sizes)
+        sizes = dict([self.split_heads]) | {"vocab_size": self.vocab_size} | self.dense_widths
+        shared = self.moe_args.num_shared_experts
+        if self.has_experts and shared:
+            name = "moe_inter_dim x model.args.moe_args.num_shared_experts"
+            sizes[name] = self.moe_inter_dim * shared
+        _check_divides("tensor_parallel_degree", degree, sizes)
         if self.has_experts:
             hidden = {"moe_inter_dim": self.moe_inter_dim}
-            check_divides("expert_tensor_parallel_degree", experts, hidden)
+            _check_divides("expert_tensor_parallel_degree", experts, hidden)
 
     def check_context_parallel(self, degree: int, *, method: str, tensor_parallel: int) -> None:
         name, heads = self.split_heads
@@ -119,8 +123,7 @@ class DecoderArgs(BaseModelArgs):
             )
 
 
-def check_divides(key: str, degree: int, sizes: dict[str, int]) -> None:
-    """sizes: by model argument. Raises `UserError` for one that `degree` doesn't divide."""
+def _check_divides(key: str, degree: int, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         if size % degree:
             legal = [n for n in range(1, size + 1) if size % n == 0]

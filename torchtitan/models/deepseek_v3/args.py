@@ -126,13 +126,8 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         return self.n_dense_layers < self.n_layers or self.n_mtp_layers > 0
 
     @property
-    def split_widths(self) -> dict[str, int]:
-        widths = {"inter_dim": self.inter_dim} if self.n_dense_layers else {}
-        shared = self.moe_args.num_shared_experts
-        if shared and self.has_experts:
-            name = "moe_inter_dim x model.args.moe_args.num_shared_experts"
-            widths[name] = self.moe_inter_dim * shared
-        return widths
+    def dense_widths(self) -> dict[str, int]:
+        return {"inter_dim": self.inter_dim} if self.n_dense_layers else {}
 
     def check_coefficients(self, names: Set[str]) -> None:
         if "mtp_loss_weight" in names and self.n_mtp_layers == 0:

@@ -55,12 +55,8 @@ class Qwen3ModelArgs(DecoderArgs):
         return "n_kv_heads", self.n_kv_heads
 
     @property
-    def split_widths(self) -> dict[str, int]:
-        if not self.moe_enabled:
-            return {"hidden_dim": self.hidden_dim}
-        shared = self.moe_args.num_shared_experts
-        name = "moe_inter_dim x model.args.moe_args.num_shared_experts"
-        return {name: self.moe_inter_dim * shared} if shared else {}
+    def dense_widths(self) -> dict[str, int]:
+        return {} if self.moe_enabled else {"hidden_dim": self.hidden_dim}
 
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
         """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =
