@@ -474,7 +474,7 @@ class Trainer:
             mesh=self.dims.mesh["pp"],
             device=self.device,
             tokens=(tokens,),
-            hidden=(tokens // tp, self.model_args.dim),
+            hidden=(tokens // tp, self.model_args.stage_channels),
             logits=(tokens, self.model_args.vocab_size // vocab_parts),
             dtype=TORCH_DTYPES[training.mixed_precision_param],
             loss_fn=self.loss_fn,
@@ -591,9 +591,9 @@ class Trainer:
         inputs = self._inputs(batch)
         if self.pipeline is not None:
             return self.pipeline.step(inputs, valid_tokens)
-        masks, extra = self._attention_masks(batch[0]["input"]), self._extra_inputs(batch)
+        masks = self._attention_masks(batch[0]["input"])
         return self._pass(
-            inputs.tokens, inputs.labels, valid_tokens, masks, inputs.positions, **extra
+            inputs.tokens, inputs.labels, valid_tokens, masks, inputs.positions, **inputs.extra
         )
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -602,30 +602,28 @@ class Trainer:
         count = inputs.token_mask.sum()
         if self.pipeline is not None:
             return self.pipeline.evaluate(inputs), count
-        masks, extra = self._attention_masks(batch[0]["input"]), self._extra_inputs(batch)
-        return self._loss_sum(inputs.tokens, inputs.labels, masks, inputs.positions, **extra), count
-
-    def _extra_inputs(self, batch: Batch) -> dict[str, Any]:
-        """What the model wants besides, made of whole sequences (multi-token prediction)."""
-        tokens, labels = batch[0]["input"].to(self.device), batch[1].to(self.device)
-        return self.model.extra_inputs(tokens, labels, self.tokenizer.eos_id)
+        masks = self._attention_masks(batch[0]["input"])
+        loss = self._loss_sum(inputs.tokens, inputs.labels, masks, inputs.positions, **inputs.extra)
+        return loss, count
 
     def _inputs(self, batch: Batch) -> StepInputs:
         """On the device; with context parallelism, this rank's part of each sequence."""
         tokens, labels = batch[0]["input"].to(self.device), batch[1].to(self.device)
         whole, positions = tokens, None
+        extra = self.model.extra_inputs(tokens, labels, self.tokenizer.eos_id, self.positions)
         if self.positions is not None:
             tokens, labels = tokens[:, self.positions], labels[:, self.positions]
             positions = self.positions.unsqueeze(0)
-        return StepInputs(tokens, labels, whole, positions, labels != IGNORE_INDEX)
+        return StepInputs(tokens, labels, whole, positions, labels != IGNORE_INDEX, extra)
 
     def _loss_sum_once(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`loss_sum`, but zeros on ranks that only repeat another's (tensor parallelism, earlier
-        stages of a pipeline)."""
-        numbers = self.loss_sum(batch)
-        if self.rank in self.dims.loss_ranks:
-            return numbers
-        return torch.zeros_like(numbers[0]), torch.zeros_like(numbers[1])
+        """`loss_sum` for adding up over all ranks."""
+        loss, count = self.loss_sum(batch)
+        return self._counted_once(loss), self._counted_once(count)
+
+    def _counted_once(self, of_tokens: Tensor) -> Tensor:
+        """Zero on ranks that only repeat another's (tensor parallelism, earlier stages)."""
+        return of_tokens if self.rank in self.dims.loss_ranks else torch.zeros_like(of_tokens)
 
     def _attention_masks(self, tokens: Tensor) -> Any:
         """Of whole sequences; with gathered keys, for the positions that this rank computes."""
@@ -764,7 +762,7 @@ class Trainer:
         if self.average is not None and verdict != "rewind":
             self.average.after_step(self.step)
         side = self.model.take_side_losses()
-        side = {name: sum_over_ranks(x, self.dims.dp_group) for name, x in side.items()}
+        side = {name: sum_over_ranks(self._counted_once(x)) for name, x in side.items()}
         lr = self.lr_scheduler.get_last_lr()[0]
         if verdict != "rewind":
             self.lr_scheduler.step()

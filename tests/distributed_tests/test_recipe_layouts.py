@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.distributed_tests.test_expert_parallel import SIZE, SPLIT_INSIDE
-from tests.distributed_tests.test_layouts import nodes_of
+from tests.distributed_tests.test_layouts import WHOLE_LOGITS, layout, nodes_of, pipeline
 from tests.distributed_tests.training_ranks import (
     FP32,
     assert_trained_alike,
@@ -17,7 +17,6 @@ from tests.distributed_tests.training_ranks import (
 )
 from torchtitan.components.muon import Muon
 from torchtitan.models.moe import MoE, MoEArgs
-from torchtitan.tools.errors import UserError
 
 DDP = "--parallelism.data_parallel_shard_degree=1"
 REPLICATE = "--parallelism.data_parallel_replicate_degree="
@@ -43,6 +42,13 @@ LAYOUTS = {
     "DDP 2, EP 2": (2, [*ep(2), REPLICATE + "2", DDP, SIZE + "2"]),
     "EP 2 x HSDP 2 x 2": (4, [*ep(2, nodes_of(1)), REPLICATE + "2", SIZE + "2"]),
     "EP 4, nodes of 2": (4, [*ep(4, nodes_of(2)), SIZE + "2"]),
+    # Each rank has a part of every sequence to route and to predict further.
+    "CP 2": layout(2, cp=2),
+    "TP 2, whole logits": layout(2, WHOLE_LOGITS, tp=2, accumulation=2),
+    "CP 2, TP 2, EP 4": layout(4, cp=2, tp=2, ep=4),
+    "PP 2": layout(2, pp=2),
+    "PP 2, TP 2": layout(4, pp=2, tp=2),
+    "PP 2, CP 2, ZBVZeroBubble": layout(4, *pipeline("ZBVZeroBubble", 4), pp=2, cp=2),
 }
 # Weights large enough that a loss left out would show in the fifth digit.
 EVERYTHING = [
@@ -59,52 +65,14 @@ def one_process(ranks, tmp_path_factory) -> dict:
     return ranks(1).run(train_on_this_rank, options, str(tmp_path_factory.mktemp("one")))[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_router_losses_and_mtp_train_like_one_process(ranks, one_process, layout, tmp_path):
-    world_size, options = LAYOUTS[layout]
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_router_losses_and_mtp_train_like_one_process(ranks, one_process, name, tmp_path):
+    world_size, options = LAYOUTS[name]
     options = [FP32, NO_RECOMPUTE, *EVERYTHING, *options]
     for result in ranks(world_size).run(train_on_this_rank, options, str(tmp_path)):
         assert_trained_alike(result, one_process)
-
-
-SPLIT_SEQUENCES = {
-    "CP 2": (2, ["--parallelism.context_parallel_degree=2", SIZE + "8"]),
-    "TP 2": (2, ["--parallelism.tensor_parallel_degree=2", SIZE + "8"]),
-    "CP 2 x TP 2": (
-        4,
-        [
-            "--parallelism.context_parallel_degree=2",
-            "--parallelism.tensor_parallel_degree=2",
-            SIZE + "8",
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize("layout", SPLIT_SEQUENCES)
-def test_router_losses_know_whole_sequences(ranks, layout, tmp_path):
-    """CP and TP give each rank a part of every sequence to route."""
-    world_size, options = SPLIT_SEQUENCES[layout]
-    options = [FP32, NO_RECOMPUTE, *EVERYTHING[2:], *options]
-    alone = [FP32, NO_RECOMPUTE, *EVERYTHING[2:], SIZE + "8"]
-    expected = ranks(1).run(train_on_this_rank, alone, str(tmp_path))[0]
-    for result in ranks(world_size).run(train_on_this_rank, options, str(tmp_path)):
-        assert_trained_alike(result, expected)
-
-
-@pytest.mark.parametrize("key", ["context", "tensor"])
-def test_mtp_is_refused_where_sequences_are_split(ranks, key, tmp_path):
-    options = [FP32, EVERYTHING[0], f"--parallelism.{key}_parallel_degree=2", SIZE + "8"]
-    for sentence in ranks(2).run(refusal, options, str(tmp_path)):
-        assert f"parallelism.{key}_parallel_degree = 2 is not supported yet with" in sentence
-
-
-def refusal(options: list[str], dump_folder: str) -> str:
-    try:
-        train_on_this_rank(options, dump_folder)
-    except UserError as error:
-        return str(error)
-    return "not refused"
+        for side, expected in zip(result["side_losses"], one_process["side_losses"], strict=True):
+            assert len(side) == 2 and side == pytest.approx(expected, rel=1e-6)
 
 
 def test_each_of_them_moves_the_gradient(ranks, one_process, tmp_path):
@@ -125,9 +93,9 @@ MUON_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", MUON_LAYOUTS)
-def test_muon_trains_like_one_process(ranks, layout, tmp_path):
-    world_size, options = MUON_LAYOUTS[layout]
+@pytest.mark.parametrize("name", MUON_LAYOUTS)
+def test_muon_trains_like_one_process(ranks, name, tmp_path):
+    world_size, options = MUON_LAYOUTS[name]
     alone = ["--parallelism.expert_parallel_degree=1", REPLICATE + "1", SIZE + "8"]
     expected = ranks(1).run(train_on_this_rank, [*MUON, *options, *alone], str(tmp_path))[0]
     for result in ranks(world_size).run(train_on_this_rank, [*MUON, *options], str(tmp_path)):

@@ -30,8 +30,11 @@ EXACT = {
     "EP 2 x FSDP 2": (4, {EP: 2}),
     "HSDP 2 x 2": (4, {REPLICATE: 2}),
     "CP 2, TP 2, EP 4": (4, {CP: 2, TP: 2, EP: 4}),
-    # Experts on every stage.
-    "PP 2, EP 2": (4, {PP: 2, EP: 2, "model__args.n_dense_layers": 0}),
+    # Experts on every stage, and a layer beside the last.
+    "PP 2, EP 2": (
+        4,
+        {PP: 2, EP: 2, "model__args.n_dense_layers": 0, "model__args.n_mtp_layers": 1},
+    ),
 }
 
 

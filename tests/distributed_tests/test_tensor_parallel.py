@@ -15,6 +15,7 @@ from tests.distributed_tests.training_ranks import (
     global_batches,
 )
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.config import JobConfig
 from torchtitan.distributed.context_parallel import positions_of
 from torchtitan.distributed.tensor_parallel import vocab_parallel_cross_entropy_sum
 from torchtitan.trainer import Trainer
@@ -42,7 +43,11 @@ class Watch(TorchDispatchMode):
 
 
 def watch_a_step(options: list[str], dump_folder: str) -> tuple[set, list, list]:
-    trainer = Trainer(config_of(*options, f"--job.dump_folder={dump_folder}"))
+    return watched(config_of(*options, f"--job.dump_folder={dump_folder}"))
+
+
+def watched(config: JobConfig) -> tuple[set, list, list]:
+    trainer = Trainer(config)
     tokens, labels = global_batches()[0]
     with Watch() as watch:
         trainer.forward_backward(({"input": tokens}, labels), torch.tensor(1))

@@ -81,15 +81,28 @@ def test_every_layout_finds_the_same_loss(ranks, one_process, texts, layout, tmp
     assert written == texts_in_tensorboard(one_process / "tb") and len(written) == 2
 
 
-def test_split_sequences_and_tensors_find_the_same_loss(ranks, texts, tmp_path):
-    same = {"training__seq_len": 24, "validation__sample_prompts": "[]", "training__steps": 2}
-    split = {f"parallelism__{kind}_parallel_degree": 2 for kind in ("tensor", "context")}
+@pytest.mark.parametrize("kinds", [("tensor", "context"), ("pipeline", "tensor")])
+def test_split_sequences_tensors_and_layers_find_the_same_losses(ranks, kinds, tmp_path):
+    """Also those of multi-token prediction, which is for training only. The last batch of the set
+    is not full."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:9]))
+    same = {
+        "training__seq_len": 24,
+        "training__steps": 2,
+        "training__local_batch_size": 4,
+        "validation__sample_prompts": "[]",
+        "model__args__n_mtp_layers": 1,
+    }
+    split = {f"parallelism__{kind}_parallel_degree": 2 for kind in kinds}
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert ranks(1).run(trained, options(alone, texts, **same)) == [0]
-    assert ranks(4).run(trained, options(together, texts, **same, **split)) == [0] * 4
+    assert ranks(1).run(trained, options(alone, few, **same)) == [0]
+    assert ranks(4).run(trained, options(together, few, **same, **split)) == [0] * 4
     for record, expected in zip(records(together), records(alone), strict=True):
         assert record["validation_tokens"] == expected["validation_tokens"]
-        assert record["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
+        assert -(-record["validation_tokens"] // 24) % 4, "a full last batch"
+        for loss in ("validation_loss", "mtp_loss_1", "loss"):
+            assert record[loss] == pytest.approx(expected[loss], rel=1e-6), loss
 
 
 def test_the_loss_is_the_mean_over_all_tokens(texts, tmp_path):
@@ -181,9 +194,14 @@ def test_split_sequences_and_matrices_write_no_samples(texts, tmp_path, axis):
         "validation.seq_len = 24 must equal training.seq_len (32) with "
         f"parallelism.{axis}_parallel_degree = 2."
     )
-    same = options(
-        tmp_path, texts, **split, validation__sample_prompts="[]", validation__seq_len=32
-    )
+    same_length = {"validation__sample_prompts": "[]", "validation__seq_len": 32}
+    if axis == "pipeline":
+        assert refusal(**same_length) == (
+            "validation.local_batch_size = 4 must equal training.local_batch_size (2) with "
+            "parallelism.pipeline_parallel_degree = 2: a pipeline is built for its micro-batches."
+        )
+        same_length["validation__local_batch_size"] = 2
+    same = options(tmp_path, texts, **split, **same_length)
     _check_validation(ConfigManager().parse_args(same))
 
 

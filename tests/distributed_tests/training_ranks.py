@@ -95,6 +95,7 @@ def train_with(config: JobConfig) -> dict:
     return {
         "losses": [result.loss for result in results],
         "norms": [result.grad_norm for result in results],
+        "side_losses": [result.side_losses for result in results],
         "state": state,
     }
 

@@ -7,24 +7,13 @@ micro-batches, so that neither accumulation nor data parallelism needs a correct
 from collections.abc import Callable
 from functools import partial
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.tensor_parallel import vocab_parallel_cross_entropy_sum
-from torchtitan.ops.linear_cross_entropy import IGNORE_INDEX
+from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum
 
-
-def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Sum of −log p(label) over all labels that are not `IGNORE_INDEX`: scalar, at least fp32."""
-    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
-    return F.cross_entropy(
-        logits_BSV.flatten(0, 1).to(dtype),
-        labels_BS.flatten(),
-        reduction="sum",
-        ignore_index=IGNORE_INDEX,
-    )
+__all__ = ["IGNORE_INDEX", "build_loss", "cross_entropy_sum"]
 
 
 def build_loss(

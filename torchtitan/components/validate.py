@@ -24,7 +24,8 @@ Batch = tuple[dict[str, Tensor], Tensor]
 
 
 class Validator:
-    """loader: iterates once over this rank's share of the set each time it is asked to.
+    """loader: iterates once over this rank's share of the set each time it is asked to; its last
+    batch may have fewer sequences.
 
     loss_sum: over this rank's valid labels of a batch, and how many these are, on the device.
     """
@@ -103,10 +104,13 @@ class Validator:
             going_on = torch.tensor(float(batch is not None), device=self.device)
             if not sum_over_ranks(going_on).item():
                 return
-            yield batch or self._padding()
+            yield self._filled(batch)
             count += 1
 
-    def _padding(self) -> Batch:
+    def _filled(self, batch: Batch | None) -> Batch:
+        """With padding up to the batch size, which a pipeline needs, and a compiler prefers."""
         shape = self.settings.local_batch_size, self.settings.seq_len
-        tokens = torch.zeros(shape, dtype=torch.int64)
-        return {"input": tokens}, torch.full(shape, IGNORE_INDEX)
+        tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
+        if batch is not None:
+            tokens[: len(batch[1])], labels[: len(batch[1])] = batch[0]["input"], batch[1]
+        return {"input": tokens}, labels

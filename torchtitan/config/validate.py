@@ -277,6 +277,12 @@ def _check_validation(config: JobConfig) -> None:
                 f"validation.seq_len = {validation.seq_len} must equal training.seq_len "
                 f"({config.training.seq_len}) with {key} = {degree}."
             )
+        if axis == "pipeline" and validation.local_batch_size != config.training.local_batch_size:
+            raise UserError(
+                f"validation.local_batch_size = {validation.local_batch_size} must equal "
+                f"training.local_batch_size ({config.training.local_batch_size}) with {key} = "
+                f"{degree}: a pipeline is built for its micro-batches."
+            )
 
 
 # ---------------------------------------------------------------------------------------------

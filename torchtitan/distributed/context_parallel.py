@@ -1,16 +1,17 @@
-"""Context parallelism: sequences split over ranks, for latent attention (MLA).
+"""Context parallelism: sequences split over ranks.
 
 A sequence is cut into 2·cp chunks, and rank r holds chunks r and 2·cp − 1 − r, an early and a late
 one: causal attention then costs every rank the same. Everything but attention works token by token;
 attention's queries need keys and values of other ranks, which come in one of two ways:
 
-    allgather   what travels is the *compressed* form, the normalised latent and the rotary key;
-                each rank expands the part that its queries may see. Of DeepSeek-V3 that is
-                512 + 64 channels a token and layer instead of 128 · (192 + 128) = 40960, 71 times
-                less (16B: 9 times).
+    allgather   what travels is the *narrow* form that keys and values are made of; each rank
+                expands the part that its queries may see. Of latent attention (MLA) that is the
+                normalised latent and the rotary key: in DeepSeek-V3 512 + 64 channels a token and
+                layer instead of 128 · (192 + 128) = 40960, 71 times less (16B: 9 times). Of
+                grouped-query attention it is the keys and values, before queries share them.
     alltoall    (Ulysses, arXiv 2309.14509) queries, keys and values are exchanged so that each rank
                 has whole sequences of some heads. No expansion is repeated, but all heads travel:
-                128 · 2 · (192 + 128) channels of each token, 142/cp times the above.
+                in V3 128 · 2 · (192 + 128) channels of each token, 142/cp times the above.
 
 Letters: B batch, S sequence, P = S/cp positions of this rank, H heads, C channels.
 """
@@ -49,16 +50,16 @@ def apply_context_parallel(
 ) -> None:
     """Let these layers attend over `group`'s parts of the sequence, in place; logs one line.
 
-    Each has `attend(q, latent, k_rope, mask)`, `expand(latent, k_rope) -> keys, values` and
-    `softmax_scale`, with the sequence in dim 1, like that of models/deepseek_v3/model.py. Positions
-    (`positions_of`) and masks come from the caller: with "allgather" masks for this rank's
-    queries, with "alltoall" those of whole sequences.
+    Each has `attend(q, a, b, mask)`, `expand(a, b) -> keys, values` and `softmax_scale`; a and b,
+    (B, S, …), are the narrow form, such as latent and rotary key in models/deepseek_v3/model.py.
+    Positions (`positions_of`) and masks come from the caller: with
+    "allgather" masks for this rank's queries, with "alltoall" those of whole sequences.
     """
     make = _attend_to_gathered if method == "allgather" else _attend_by_heads
     for module in attentions:
         module.attend = make(module, group)
     how = {
-        "allgather": "compressed keys and values are gathered",
+        "allgather": "what keys and values are made of is gathered",
         "alltoall": "heads are exchanged for positions",
     }
     logger.info("Context parallel: sequences over %d ranks, %s", group.size(), how[method])
@@ -67,16 +68,17 @@ def apply_context_parallel(
 def _attend_to_gathered(module: nn.Module, group: dist.ProcessGroup) -> Callable[..., Tensor]:
     attend, rank, degree = module.attend, group.rank(), group.size()
 
-    def attend_to_gathered(
-        q_BPHC: Tensor, latent: Tensor, k_rope: Tensor, mask: AttentionMask
-    ) -> Tensor:
+    def attend_to_gathered(q_BPHC: Tensor, a: Tensor, b: Tensor, mask: AttentionMask) -> Tensor:
         """The mask is for this rank's queries and the keys that they may see."""
-        both = torch.cat((latent, k_rope.squeeze(2)), dim=-1)
+        parts = a.flatten(2), b.flatten(2)
+        both = torch.cat(parts, dim=-1)
         # Late queries of rank r see all but the last r chunks. What is cut off here is cut off
         # before the expansion, which all ranks do for the keys that they need.
         both = _in_order(gather(both, 1, group), degree, keep=2 * degree - rank)
-        latent, k_rope = both.split([latent.size(-1), k_rope.size(-1)], dim=-1)
-        return attend(q_BPHC, latent, k_rope.unsqueeze(2), mask)
+        whole_a, whole_b = both.split([part.size(-1) for part in parts], dim=-1)
+        return attend(
+            q_BPHC, whole_a.unflatten(2, a.shape[2:]), whole_b.unflatten(2, b.shape[2:]), mask
+        )
 
     return attend_to_gathered
 
@@ -84,11 +86,9 @@ def _attend_to_gathered(module: nn.Module, group: dist.ProcessGroup) -> Callable
 def _attend_by_heads(module: nn.Module, group: dist.ProcessGroup) -> Callable[..., Tensor]:
     degree = group.size()
 
-    def attend_by_heads(
-        q_BPHC: Tensor, latent: Tensor, k_rope: Tensor, mask: AttentionMask
-    ) -> Tensor:
+    def attend_by_heads(q_BPHC: Tensor, a: Tensor, b: Tensor, mask: AttentionMask) -> Tensor:
         """The mask is for whole sequences."""
-        k_BPHC, v_BPHC = module.expand(latent, k_rope)
+        k_BPHC, v_BPHC = module.expand(a, b)
         whole = [_to_heads(t, group, degree) for t in (q_BPHC, k_BPHC, v_BPHC)]
         out_BSHC = attention(*whole, scale=module.softmax_scale, mask=mask)
         return _to_positions(out_BSHC, group, degree)

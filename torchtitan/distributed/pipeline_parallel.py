@@ -56,8 +56,9 @@ def _part(model: BaseModel, names: set[str]) -> BaseModel:
     for name, value in vars(model).items():  # hooks and modules of its own, the same buffers
         if isinstance(value, dict) and name != "_buffers":
             setattr(part, name, copy.copy(value))
+    # What stands beside the main path works on the last hidden state: it goes with the output.
     part._modules = {
-        name: None if name in ENDS and name not in names else module
+        name: module if (name if name in ENDS else "output") in names else None
         for name, module in model._modules.items()
     }
     kept = {i: layer for i, layer in model.layers.items() if f"layers.{i}" in names}
@@ -74,7 +75,7 @@ def _listing(names: list[str]) -> str:
 
 class StepInputs(NamedTuple):
     """tokens, labels, token_mask: (B, S) of this rank. whole_tokens: (B, S) of whole sequences, to
-    make masks of. positions: (1, S), None = 0, 1, ….
+    make masks of. positions: (1, S), None = 0, 1, …. extra: of `BaseModel.extra_inputs`.
     """
 
     tokens: Tensor
@@ -82,13 +83,14 @@ class StepInputs(NamedTuple):
     whole_tokens: Tensor
     positions: Tensor | None
     token_mask: Tensor
+    extra: dict[str, Any]
 
 
 class Pipeline:
     """This rank's stages and their schedule; `step` is a forward and backward pass of all ranks.
 
     parts: of `cut_into_parts`, after parallelisation. Shapes of one sequence on this rank: tokens
-    (S,); hidden (S, D), in `dtype`, what travels between stages; logits (S, V).
+    (S,); hidden (S, `stage_channels`), in `dtype`, what travels between stages; logits (S, V).
     """
 
     def __init__(
@@ -158,6 +160,7 @@ class Pipeline:
 
     def _run(self, run: Callable[..., Any], inputs: StepInputs) -> Tensor:
         kwargs = {"token_mask": inputs.token_mask, "whole_tokens": inputs.whole_tokens}
+        kwargs |= inputs.extra
         if inputs.positions is not None:
             kwargs["positions"] = inputs.positions.expand_as(inputs.tokens).contiguous()
         args = (inputs.tokens,) if self.has_first else ()

@@ -113,8 +113,11 @@ def attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ + mask) v for every head: (B, S, H, channels of v).
 
-    q and k share their number of channels; v may have fewer (MLA: 192 and 128).
+    q and k share their number of channels; v may have fewer (MLA: 192 and 128). k and v may have
+    fewer heads, each for as many neighbouring heads of q (grouped-query attention).
     """
+    if (group := q_BSHC.size(2) // k_BSHC.size(2)) > 1:
+        k_BSHC, v_BSHC = (t.repeat_interleave(group, dim=2) for t in (k_BSHC, v_BSHC))
     v_channels = v_BSHC.size(-1)
     if isinstance(mask, Documents):
         if q_BSHC.dtype in (torch.bfloat16, torch.float16):

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Labels that count neither in the loss nor in its divisor: PyTorch's and Hugging Face's convention.
-IGNORE_INDEX = -100
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
 # Large blocks make fast GEMMs and add up the weight's gradient in few roundings; these hold at most
 # 1 GiB of logits at bf16.

@@ -66,6 +66,11 @@ class BaseModelArgs:
         """Whether training has losses besides that of the logits, computed by the model."""
         return False
 
+    @property
+    def stage_channels(self) -> int:
+        """What travels between the parts of a pipeline is (B, S, stage_channels)."""
+        return self.dim
+
     def check_tokenizer(self, eos_id: int | None) -> None:
         """Raise `UserError` where the model needs a token that the tokenizer doesn't have."""
 
@@ -160,7 +165,7 @@ class BaseModel(nn.Module):
     Blocks, and the others (as None), may be absent where they lie on another pipeline stage.
 
     `forward(tokens, attention_masks=None, positions=None, token_mask=None, labels=None) -> logits`,
-    with labels the summed loss: see `DeepSeekV3Model.forward`.
+    with labels the summed loss: see `models.decoder.Decoder.forward`.
     """
 
     # Whether `forward` takes labels and then returns the sum of their losses.
@@ -186,9 +191,16 @@ class BaseModel(nn.Module):
         return dict(self.layers.items())
 
     def extra_inputs(
-        self, tokens_BS: Tensor, labels_BS: Tensor, eos_id: int | None
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        eos_id: int | None,
+        queries_Q: Tensor | None = None,
     ) -> dict[str, Any]:
-        """What `forward` takes besides, in training, by name: tensors made from whole sequences."""
+        """What `forward` takes besides, in training, by name: tensors (B, …) made from whole
+        sequences, or tuples of such. queries_Q: as in `get_attention_masks`; what is returned is
+        for those.
+        """
         return {}
 
     def take_side_losses(self) -> dict[str, Tensor]:

@@ -42,4 +42,5 @@ def get_flavor(spec: TrainSpec, name: str, flavor: str) -> BaseModelArgs:
 
 def _family_names() -> list[str]:
     models = f"{torchtitan.__path__[0]}/models"
-    return [m.name for m in pkgutil.iter_modules([models]) if m.ispkg and m.name != "moe"]
+    shared = ("decoder", "moe")
+    return [m.name for m in pkgutil.iter_modules([models]) if m.ispkg and m.name not in shared]

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from torchtitan.ops import linear_cross_entropy as module
-from torchtitan.ops.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
+from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 
 
 def inputs(T: int = 300, D: int = 16, V: int = 50):

@@ -1,20 +1,16 @@
 """Sizes of the DeepSeek-V2/V3 architecture, its rules, and its FLOPs."""
 
-import dataclasses
 from collections.abc import Set
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
-from torchtitan.config import Parallelism
-from torchtitan.config.degrees import nearest
-from torchtitan.models.moe import MoEArgs
+from torchtitan.models.decoder import DecoderArgs
 from torchtitan.ops.rope import Yarn, yarn_softmax_factor
-from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepSeekV3ModelArgs(BaseModelArgs):
+class DeepSeekV3ModelArgs(DecoderArgs):
     """Names as in torchtitan and DeepSeek's inference code. Defaults are DeepSeek-V2-Lite's sizes.
 
     vocab_size, dim, n_layers, n_heads; inter_dim: hidden width of the dense feed-forward of the
@@ -47,14 +43,11 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
     norm_eps: float = 1e-6
     init_std: float = 0.006
 
-    moe_args: MoEArgs = field(default_factory=MoEArgs)
-
     q_lora_rank: int = 0
     kv_lora_rank: int = 512
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
-    attn_mask_type: Literal["causal", "block_causal"] = "causal"
 
     rope_theta: float = 10000.0
     yarn: Literal["auto", "on", "off"] = "auto"
@@ -67,15 +60,25 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
     n_mtp_layers: int = 0
     mtp_loss_weight: float = 0.3
 
+    # Longer contexts change RoPE's scaling, fine-tuning may change the mask and the weight of
+    # further tokens' losses.
+    not_of_weights = (
+        *DecoderArgs.not_of_weights,
+        "yarn",
+        "original_seq_len",
+        "rope_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mtp_loss_weight",
+    )
+
     def __post_init__(self) -> None:
-        positive = (
+        self.check_positive(
             "vocab_size max_seq_len dim inter_dim moe_inter_dim n_layers n_heads kv_lora_rank "
             "qk_nope_head_dim qk_rope_head_dim v_head_dim original_seq_len rope_theta norm_eps "
             "init_std"
         )
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} ({getattr(self, name)}) must be above 0.")
         if self.q_lora_rank < 0:
             raise UserError(f"q_lora_rank ({self.q_lora_rank}) must be 0 (no compression) or more.")
         if not 0 <= self.n_dense_layers <= self.n_layers:
@@ -118,100 +121,29 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
             scale *= yarn_softmax_factor(self.rope_factor, self.mscale)
         return scale
 
-    def weights_identity(self) -> dict[str, Any]:
-        """Longer contexts change RoPE's scaling, fine-tuning may change the mask and the speed of
-        the bias, and the rest of what is left out changes only how the same is computed."""
-        arguments = super().weights_identity()
-        free = (
-            "init_std attn_mask_type yarn original_seq_len rope_factor beta_fast beta_slow mscale "
-            "mtp_loss_weight"
-        )
-        for name in free.split():
-            arguments.pop(name)
-        free = (
-            "use_grouped_mm _debug_force_load_balance load_balance_coeff sequence_balance_coeff "
-            "global_balance_coeff z_loss_coeff"
-        )
-        for name in free.split():
-            arguments["moe_args"].pop(name)
-        return arguments
+    @property
+    def has_experts(self) -> bool:
+        return self.n_dense_layers < self.n_layers or self.n_mtp_layers > 0
 
-    def with_forced_load_balance(self) -> Self:
-        moe_args = dataclasses.replace(self.moe_args, _debug_force_load_balance=True)
-        return dataclasses.replace(self, moe_args=moe_args)
-
-    def check_tokenizer(self, eos_id: int | None) -> None:
-        if self.attn_mask_type == "block_causal" and eos_id is None:
-            raise UserError(
-                "model.args.attn_mask_type 'block_causal' needs a tokenizer with an end-of-text "
-                "token, which tells documents apart; name one in its tokenizer_config.json, or use "
-                "'causal'."
-            )
+    @property
+    def dense_widths(self) -> dict[str, int]:
+        return {"inter_dim": self.inter_dim} if self.n_dense_layers else {}
 
     def check_coefficients(self, names: Set[str]) -> None:
-        if "load_balance_coeff" in names and self.moe_args.load_balance_coeff is None:
-            raise UserError(
-                "[[schedule.phase]] sets load_balance_coeff, but the model has no expert bias: set "
-                "model.args.moe_args.load_balance_coeff to the speed of the start (0 is one)."
-            )
         if "mtp_loss_weight" in names and self.n_mtp_layers == 0:
             raise UserError(
                 "[[schedule.phase]] sets mtp_loss_weight, but model.args.n_mtp_layers is 0: set it "
                 "to 1, or leave mtp_loss_weight out."
             )
+        super().check_coefficients(names - {"mtp_loss_weight"})
+
+    @property
+    def stage_channels(self) -> int:
+        return self.dim * (1 + self.n_mtp_layers)
 
     @property
     def has_side_losses(self) -> bool:
         return self.n_mtp_layers > 0
-
-    def check_layout(self, parallelism: Parallelism) -> None:
-        super().check_layout(parallelism)
-        if self.n_mtp_layers == 0:
-            return
-        for key in ("pipeline", "context", "tensor"):
-            degree = getattr(parallelism, f"{key}_parallel_degree")
-            if degree > 1:
-                raise UserError(
-                    f"parallelism.{key}_parallel_degree = {degree} is not supported yet with "
-                    f"multi-token prediction (model.args.n_mtp_layers = {self.n_mtp_layers}); set "
-                    "the degree to 1, or n_mtp_layers to 0."
-                )
-
-    def check_expert_parallel(self, degree: int) -> None:
-        num_experts = self.moe_args.num_experts
-        if num_experts % degree:
-            divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-            closest = min(divisors, key=lambda n: abs(n - degree))
-            raise UserError(
-                f"parallelism.expert_parallel_degree = {degree} must divide the number of experts, "
-                f"model.args.moe_args.num_experts ({num_experts}); the nearest that does is "
-                f"{closest}."
-            )
-
-    def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
-        sizes = {"n_heads": self.n_heads, "vocab_size": self.vocab_size}
-        if self.n_dense_layers:
-            sizes["inter_dim"] = self.inter_dim
-        shared = self.moe_args.num_shared_experts
-        if shared and self.n_dense_layers < self.n_layers:
-            sizes["moe_inter_dim x model.args.moe_args.num_shared_experts"] = (
-                self.moe_inter_dim * shared
-            )
-        sizes = {f"model.args.{name}": size for name, size in sizes.items()}
-        _check_divides("tensor_parallel_degree", degree, sizes)
-        hidden = {"model.args.moe_inter_dim": self.moe_inter_dim}
-        _check_divides("expert_tensor_parallel_degree", experts, hidden)
-
-    def check_context_parallel(self, degree: int, *, method: str, tensor_parallel: int) -> None:
-        heads = self.n_heads // tensor_parallel
-        if method == "alltoall" and heads % degree:
-            shared = " over parallelism.tensor_parallel_degree" if tensor_parallel > 1 else ""
-            raise UserError(
-                'parallelism.context_parallel_rotate_method = "alltoall" deals out whole heads: '
-                f"parallelism.context_parallel_degree = {degree} must divide model.args.n_heads"
-                f'{shared} ({heads}); use "allgather", which moves the compressed keys and values '
-                "that all heads share."
-            )
 
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
         """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =
@@ -243,13 +175,3 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
     def _active_moe_weights(self) -> int:
         experts = self.moe_args.top_k + self.moe_args.num_shared_experts
         return self.dim * (3 * self.moe_inter_dim * experts + self.moe_args.num_experts)
-
-
-def _check_divides(key: str, degree: int, sizes: dict[str, int]) -> None:
-    for name, size in sizes.items():
-        if size % degree:
-            legal = [n for n in range(1, size + 1) if size % n == 0]
-            raise UserError(
-                f"parallelism.{key} = {degree} must divide {name} ({size}); set it to "
-                f"{nearest(degree, legal)}."
-            )

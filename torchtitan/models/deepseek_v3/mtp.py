@@ -16,6 +16,7 @@ belong to the document of token i, so that nothing is predicted from another doc
 the label is the first token of the next document is allowed, as it is in the main loss.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,25 +24,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
-from torchtitan.models.moe.balancing import Load
+from torchtitan.models.moe.aux_loss import attach_loss
+from torchtitan.models.moe.balancing import Load, record_load
 from torchtitan.ops.attention import AttentionMask
-
-_IGNORE = -100  # F.cross_entropy's; torchtitan.components.loss has it as IGNORE_INDEX
+from torchtitan.ops.buffers import KeepsBufferDtypes
+from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum
 
 
 class MTPInputs(NamedTuple):
-    """tokens_KBS: int64, what layer k embeds beside position i: token i + k. labels_KBS: int64,
+    """tokens_BKS: int64, what layer k embeds beside position i: token i + k. labels_BKS: int64,
     what it predicts, or −100."""
 
-    tokens_KBS: Tensor
-    labels_KBS: Tensor
+    tokens_BKS: Tensor
+    labels_BKS: Tensor
 
 
 def mtp_inputs(
     tokens_BS: Tensor, labels_BS: Tensor, num_layers: int, eos_id: int | None
 ) -> MTPInputs:
     """From whole sequences, before they may be split. eos_id: where documents are kept apart."""
-    following_BS = torch.where(labels_BS == _IGNORE, 0, labels_BS)
+    following_BS = torch.where(labels_BS == IGNORE_INDEX, 0, labels_BS)
     following_BS[:, :-1] = tokens_BS[:, 1:]
     ends_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
     if eos_id is not None:
@@ -51,8 +53,8 @@ def mtp_inputs(
     for k in range(1, num_layers + 1):
         crossed_BS = crossed_BS | _further(ends_BS, k - 1, True)
         tokens.append(_further(following_BS, k - 1, 0))
-        labels.append(_further(labels_BS, k, _IGNORE).masked_fill(crossed_BS, _IGNORE))
-    return MTPInputs(torch.stack(tokens), torch.stack(labels))
+        labels.append(_further(labels_BS, k, IGNORE_INDEX).masked_fill(crossed_BS, IGNORE_INDEX))
+    return MTPInputs(torch.stack(tokens, dim=1), torch.stack(labels, dim=1))
 
 
 def _further(x_BS: Tensor, by: int, fill: int) -> Tensor:
@@ -86,12 +88,68 @@ class MTPLayer(nn.Module):
         return self.norm(x_BSD), load
 
 
-def mtp_losses(logits_KBSV: Tensor, labels_KBS: Tensor) -> Tensor:
-    """Summed cross entropy of each layer: (K,), at least fp32."""
-    dtype = torch.promote_types(logits_KBSV.dtype, torch.float32)
-    return torch.stack(
-        [
-            F.cross_entropy(logits.flatten(0, 1).to(dtype), labels.flatten(), reduction="sum")
-            for logits, labels in zip(logits_KBSV, labels_KBS, strict=True)
-        ]
-    )
+class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
+    """All layers, by number from "0" on, and their losses.
+
+    loss_weight: lambda. loss_fn: of logits (B, S, V) and labels (B, S), the sum; another one where
+    the logits are split over ranks. Buffers, at least fp32: `tokens_in_step` (), which losses are
+    divided by; `loss_sums` (K,), of the step, before lambda and that division.
+    """
+
+    def __init__(self, args: DeepSeekV3ModelArgs, blocks: Sequence[nn.Module]):
+        super().__init__({str(k): MTPLayer(args, block) for k, block in enumerate(blocks)})
+        self.loss_weight = args.mtp_loss_weight
+        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
+        for name, value in (
+            ("tokens_in_step", torch.ones(())),
+            ("loss_sums", torch.zeros(len(blocks))),
+        ):
+            self.register_buffer(name, value.float(), persistent=False)
+
+    def init_buffers(self) -> None:
+        self.tokens_in_step.fill_(1)
+        self.loss_sums.zero_()
+
+    def forward(
+        self,
+        h_BSD: Tensor,
+        embedded: Sequence[Tensor],
+        labels_BKS: Tensor,
+        rope: Tensor,
+        mask: AttentionMask,
+        positions_BS: Tensor | None,
+    ) -> list[Tensor]:
+        """What each layer hands to the head, (B, S, D). h_BSD: what the model itself does.
+        embedded: of each layer's tokens."""
+        hidden = []
+        for layer, x_BSD, labels_BS in zip(
+            self.values(), embedded, labels_BKS.unbind(1), strict=True
+        ):
+            counted_BS = labels_BS != IGNORE_INDEX
+            h_BSD, load = layer(h_BSD, x_BSD, rope, mask, positions_BS, counted_BS)
+            record_load(layer.block.moe, load)
+            hidden.append(h_BSD)
+        return hidden
+
+    def attach_losses(
+        self, logits: Tensor, predicted: Sequence[Tensor], labels_BKS: Tensor
+    ) -> Tensor:
+        """`logits`, of the model, whose backward pass is also that of the layers' losses.
+
+        predicted: the layers' logits, (B, S, V) or what a rank holds of it.
+        """
+        losses = torch.stack(
+            [
+                self.loss_fn(each, labels_BS)
+                for each, labels_BS in zip(predicted, labels_BKS.unbind(1), strict=True)
+            ]
+        )
+        self.loss_sums += losses.detach()
+        weight = self.loss_weight / len(self)
+        return attach_loss(logits, weight * losses.sum() / self.tokens_in_step)
+
+    def take_losses(self) -> Tensor:
+        """`loss_sums`, which start again from zero."""
+        sums = self.loss_sums.clone()
+        self.loss_sums.zero_()
+        return sums

@@ -22,6 +22,7 @@ from torchtitan.models.moe.aux_loss import (
 from torchtitan.models.moe.balancing import Load, count_tokens
 from torchtitan.models.moe.dispatcher import LocalDispatcher, TokenDispatcher
 from torchtitan.models.moe.watch import SUMS, entropy_sum, limited_sum
+from torchtitan.ops.buffers import KeepsBufferDtypes
 from torchtitan.ops.expert_ffn import expert_ffn
 from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop, local_part
 from torchtitan.ops.init import init_parameters
@@ -216,7 +217,7 @@ class GroupedExperts(nn.Module):
         return mm(hidden_RF, w2_LFD, counts_L)
 
 
-class MoE(nn.Module):
+class MoE(KeepsBufferDtypes):
     """Routed experts plus shared ones.
 
     Buffers: `expert_bias` (E,) fp32, part of the state dict (None without balancing);
@@ -374,14 +375,3 @@ class MoE(nn.Module):
         self.tokens_in_step.fill_(1)
         if self.expert_bias is not None:
             self.expert_bias.zero_()
-
-    def _apply(self, fn, recurse: bool = True):
-        # `model.bfloat16()` and friends must not round the bias: in bf16 its updates of 1e-3 are
-        # lost once it has grown, and most tokens of a model with biases near 7 change their
-        # experts. Sums over a step would stop growing.
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.dtype != before[name].dtype:
-                setattr(self, name, before[name].to(buffer.device))
-        return self

@@ -1,17 +1,13 @@
 """Sizes of the Qwen3 architecture, dense and with experts, its rules, and its FLOPs."""
 
-import dataclasses
-from collections.abc import Set
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from dataclasses import dataclass
 
-from torchtitan.models.moe import MoEArgs
-from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.models.decoder import DecoderArgs
 from torchtitan.tools.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen3ModelArgs(BaseModelArgs):
+class Qwen3ModelArgs(DecoderArgs):
     """Names as in torchtitan. Technical report: arXiv 2505.09388.
 
     vocab_size, dim, n_layers, n_heads; n_kv_heads: of keys and values, each shared by as many query
@@ -34,20 +30,15 @@ class Qwen3ModelArgs(BaseModelArgs):
     norm_eps: float = 1e-6
     rope_theta: float = 1000000.0
     init_std: float = 0.02
-    attn_mask_type: Literal["causal", "block_causal"] = "causal"
 
     moe_enabled: bool = False
     moe_inter_dim: int = 768
-    moe_args: MoEArgs = field(default_factory=MoEArgs)
 
     def __post_init__(self) -> None:
-        positive = (
+        self.check_positive(
             "vocab_size max_seq_len dim n_layers n_heads n_kv_heads head_dim hidden_dim "
             "moe_inter_dim norm_eps rope_theta init_std"
         )
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} ({getattr(self, name)}) must be above 0.")
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})."
@@ -55,54 +46,17 @@ class Qwen3ModelArgs(BaseModelArgs):
         if self.head_dim % 2:
             raise UserError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs.")
 
-    def weights_identity(self) -> dict[str, Any]:
-        arguments = super().weights_identity()
-        for name in ("init_std", "attn_mask_type"):
-            arguments.pop(name)
-        free = (
-            "use_grouped_mm _debug_force_load_balance load_balance_coeff sequence_balance_coeff "
-            "global_balance_coeff z_loss_coeff"
-        )
-        for name in free.split():
-            arguments["moe_args"].pop(name)
-        return arguments
+    @property
+    def has_experts(self) -> bool:
+        return self.moe_enabled
 
-    def with_forced_load_balance(self) -> Self:
-        if not self.moe_enabled:
-            return super().with_forced_load_balance()
-        moe_args = dataclasses.replace(self.moe_args, _debug_force_load_balance=True)
-        return dataclasses.replace(self, moe_args=moe_args)
+    @property
+    def split_heads(self) -> tuple[str, int]:
+        return "n_kv_heads", self.n_kv_heads
 
-    def check_tokenizer(self, eos_id: int | None) -> None:
-        if self.attn_mask_type == "block_causal" and eos_id is None:
-            raise UserError(
-                "model.args.attn_mask_type 'block_causal' needs a tokenizer with an end-of-text "
-                "token, which tells documents apart; name one in its tokenizer_config.json, or use "
-                "'causal'."
-            )
-
-    def check_coefficients(self, names: Set[str]) -> None:
-        if not self.moe_enabled:
-            return super().check_coefficients(names)
-        if "load_balance_coeff" in names and self.moe_args.load_balance_coeff is None:
-            raise UserError(
-                "[[schedule.phase]] sets load_balance_coeff, but the model has no expert bias: set "
-                "model.args.moe_args.load_balance_coeff to the speed of the start (0 is one)."
-            )
-        of_experts = {"load_balance_coeff", "sequence_balance_coeff", "global_balance_coeff"}
-        super().check_coefficients(names - of_experts)
-
-    def check_expert_parallel(self, degree: int) -> None:
-        if not self.moe_enabled:
-            return super().check_expert_parallel(degree)
-        num_experts = self.moe_args.num_experts
-        if num_experts % degree:
-            divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-            raise UserError(
-                f"parallelism.expert_parallel_degree = {degree} must divide the number of experts, "
-                f"model.args.moe_args.num_experts ({num_experts}); the nearest that does is "
-                f"{min(divisors, key=lambda n: abs(n - degree))}."
-            )
+    @property
+    def dense_widths(self) -> dict[str, int]:
+        return {} if self.moe_enabled else {"hidden_dim": self.hidden_dim}
 
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
         """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =

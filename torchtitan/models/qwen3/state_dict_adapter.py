@@ -1,88 +1,33 @@
 """Hugging Face's names and `config.json` for Qwen3, dense and with experts."""
 
-import re
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from torchtitan.models.decoder.state_dict_adapter import (
+    BLOCK_ROWS,
+    END_ROWS,
+    Row,
+    TableAdapter,
+    in_layers,
+)
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.qwen3.args import Qwen3ModelArgs
 from torchtitan.models.qwen3.model import Qwen3Model
-from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
 from torchtitan.tools.errors import UserError
 
-# Ours to theirs. {} is the layer's number; of experts, who are a stack here, {} is theirs besides.
-_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.{}.attention.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
-    "layers.{}.attention.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
-    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
-    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
-    "layers.{}.moe.router.gate.weight": "model.layers.{}.mlp.gate.weight",
-    "layers.{}.moe.experts.w1": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
-    "layers.{}.moe.experts.w2": "model.layers.{}.mlp.experts.{}.down_proj.weight",
-    "layers.{}.moe.experts.w3": "model.layers.{}.mlp.experts.{}.up_proj.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+_BLOCK = BLOCK_ROWS | {
+    "attention.wq.weight": Row("self_attn.q_proj.weight", fp8=True),
+    "attention.wk.weight": Row("self_attn.k_proj.weight", fp8=True),
+    "attention.wv.weight": Row("self_attn.v_proj.weight", fp8=True),
+    "attention.q_norm.weight": Row("self_attn.q_norm.weight"),
+    "attention.k_norm.weight": Row("self_attn.k_norm.weight"),
 }
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-class Qwen3StateDictAdapter(StateDictAdapter):
-    """Values are the same in both; experts are one matrix each there and stacks here."""
-
+class Qwen3StateDictAdapter(TableAdapter):
     model_args: Qwen3ModelArgs
-
-    @cached_property
-    def _shapes(self) -> dict[str, torch.Size]:
-        with torch.device("meta"):
-            return {n: t.shape for n, t in Qwen3Model(self.model_args).state_dict().items()}
-
-    def pieces(self) -> list[Piece]:
-        return [piece for name, shape in self._shapes.items() for piece in _pieces_of(name, shape)]
-
-    def left_out(self, name: str) -> str | None:
-        if name.endswith(".rotary_emb.inv_freq"):
-            return "rotary frequencies, which are computed"
-        return None
-
-    def row_order(self, piece: Piece, hf_config: Mapping[str, Any]) -> Tensor | None:
-        return None
-
-    def from_hf(self, hf_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        theirs = {name: t for name, t in hf_state_dict.items() if not self.left_out(name)}
-        pieces = self.pieces()
-        wanted = {piece.name for piece in pieces}
-        for problem, wrong in (("lacks", wanted - theirs.keys()), ("has", theirs.keys() - wanted)):
-            if wrong:
-                raise UserError(
-                    f"the Hugging Face state dict {problem} {min(wrong)} (and {len(wrong) - 1} "
-                    "other names), unlike the Qwen3 model of these model.args: make them match its "
-                    "config.json."
-                )
-        stacks: dict[str, list[Tensor]] = {}
-        for piece in pieces:
-            stacks.setdefault(piece.ours, []).append(theirs[piece.name])
-        indexed = {piece.ours for piece in pieces if piece.index is not None}
-        return {n: torch.stack(ts) if n in indexed else ts[0] for n, ts in stacks.items()}
-
-    def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        for name, tensor in state_dict.items():
-            for piece in _pieces_of(name, tensor.shape):
-                # clone: safetensors refuses tensors that share storage
-                out[piece.name] = tensor if piece.index is None else tensor[piece.index].clone()
-        return out
+    model_cls = Qwen3Model
+    table = END_ROWS | in_layers("layers.{}", _BLOCK)
 
     def hf_config(self) -> dict[str, Any]:
         args, moe = self.model_args, self.model_args.moe_args
@@ -139,16 +84,6 @@ class Qwen3StateDictAdapter(StateDictAdapter):
     @classmethod
     def args_of(cls, hf_config: Mapping[str, Any]) -> Qwen3ModelArgs:
         return _read_config(hf_config)
-
-
-def _pieces_of(ours: str, shape: torch.Size) -> list[Piece]:
-    theirs, numbers = _NAMES[_NUMBER.sub("{}", ours)], _NUMBER.findall(ours)
-    if theirs.count("{}") <= len(numbers):
-        return [Piece(theirs.format(*numbers), ours, None, tuple(shape))]
-    return [
-        Piece(theirs.format(*numbers, expert), ours, expert, tuple(shape[1:]))
-        for expert in range(shape[0])
-    ]
 
 
 def _read_config(config: Mapping[str, Any]) -> Qwen3ModelArgs:

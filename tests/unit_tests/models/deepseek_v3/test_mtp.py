@@ -117,14 +117,14 @@ def test_which_tokens_and_labels_by_hand():
     # Two documents, the first one ends at the third token; the last label is padding.
     tokens, labels = torch.tensor([[5, 6, EOS, 8, 9]]), torch.tensor([[6, EOS, 8, 9, -100]])
     apart = mtp_inputs(tokens, labels, 2, EOS)
-    assert apart.tokens_KBS[:, 0].tolist() == [[6, EOS, 8, 9, 0], [EOS, 8, 9, 0, 0]]
+    assert apart.tokens_BKS[0].tolist() == [[6, EOS, 8, 9, 0], [EOS, 8, 9, 0, 0]]
     # Position 2 (the end of a document) would predict 9 from 8, a token of the next document.
-    assert apart.labels_KBS[:, 0].tolist() == [
+    assert apart.labels_BKS[0].tolist() == [
         [EOS, 8, -100, -100, -100],
         [8, -100, -100, -100, -100],
     ]
     together = mtp_inputs(tokens, labels, 2, None)
-    assert together.labels_KBS[:, 0].tolist() == [
+    assert together.labels_BKS[0].tolist() == [
         [EOS, 8, 9, -100, -100],
         [8, 9, -100, -100, -100],
     ]

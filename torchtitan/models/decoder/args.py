@@ -1,0 +1,135 @@
+"""Sizes that all decoders have, and the rules that they bring."""
+
+import dataclasses
+from collections.abc import Set
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+from torchtitan.config.degrees import nearest
+from torchtitan.models.moe import MoEArgs
+from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.tools.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderArgs(BaseModelArgs):
+    """n_heads: of queries; norm_eps: of every RMSNorm; init_std: of all matrices, normal.
+
+    attn_mask_type: causal, or block_causal (a token sees its own document only).
+    moe_args, moe_inter_dim: the layers with experts, if any, and the hidden width of one expert.
+    """
+
+    n_heads: int
+    norm_eps: float
+    init_std: float
+    attn_mask_type: Literal["causal", "block_causal"] = "causal"
+    moe_args: MoEArgs = field(default_factory=MoEArgs)
+    moe_inter_dim: int
+
+    # Fields that weights don't depend on, here and in moe_args.
+    not_of_weights: ClassVar[tuple[str, ...]] = ("init_std", "attn_mask_type")
+    not_of_experts: ClassVar[tuple[str, ...]] = (
+        "use_grouped_mm",
+        "_debug_force_load_balance",
+        "load_balance_coeff",
+        "sequence_balance_coeff",
+        "global_balance_coeff",
+        "z_loss_coeff",
+    )
+
+    @property
+    def has_experts(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def split_heads(self) -> tuple[str, int]:
+        """The argument that counts the heads which layouts deal out whole, and its value."""
+        return "n_heads", self.n_heads
+
+    @property
+    def dense_widths(self) -> dict[str, int]:
+        """Hidden channels of the dense layers, if there are any, by argument."""
+        return {}
+
+    def check_positive(self, names: str) -> None:
+        """names: of fields, with blanks between. Raises `UserError`."""
+        for name in names.split():
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} ({getattr(self, name)}) must be above 0.")
+
+    def weights_identity(self) -> dict[str, Any]:
+        arguments = super().weights_identity()
+        for name in self.not_of_weights:
+            arguments.pop(name)
+        for name in self.not_of_experts:
+            arguments["moe_args"].pop(name)
+        return arguments
+
+    def with_forced_load_balance(self) -> Self:
+        if not self.has_experts:
+            return super().with_forced_load_balance()
+        moe_args = dataclasses.replace(self.moe_args, _debug_force_load_balance=True)
+        return dataclasses.replace(self, moe_args=moe_args)
+
+    def check_tokenizer(self, eos_id: int | None) -> None:
+        if self.attn_mask_type == "block_causal" and eos_id is None:
+            raise UserError(
+                "model.args.attn_mask_type 'block_causal' needs a tokenizer with an end-of-text "
+                "token, which tells documents apart; name one in its tokenizer_config.json, or use "
+                "'causal'."
+            )
+
+    def check_coefficients(self, names: Set[str]) -> None:
+        if not self.has_experts:
+            return super().check_coefficients(names)
+        if "load_balance_coeff" in names and self.moe_args.load_balance_coeff is None:
+            raise UserError(
+                "[[schedule.phase]] sets load_balance_coeff, but the model has no expert bias: set "
+                "model.args.moe_args.load_balance_coeff to the speed of the start (0 is one)."
+            )
+        of_experts = {"load_balance_coeff", "sequence_balance_coeff", "global_balance_coeff"}
+        super().check_coefficients(names - of_experts)
+
+    def check_expert_parallel(self, degree: int) -> None:
+        if not self.has_experts:
+            return super().check_expert_parallel(degree)
+        num_experts = self.moe_args.num_experts
+        if num_experts % degree:
+            divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+            raise UserError(
+                f"parallelism.expert_parallel_degree = {degree} must divide the number of experts, "
+                f"model.args.moe_args.num_experts ({num_experts}); the nearest that does is "
+                f"{min(divisors, key=lambda n: abs(n - degree))}."
+            )
+
+    def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
+        sizes = dict([self.split_heads]) | {"vocab_size": self.vocab_size} | self.dense_widths
+        shared = self.moe_args.num_shared_experts
+        if self.has_experts and shared:
+            name = "moe_inter_dim x model.args.moe_args.num_shared_experts"
+            sizes[name] = self.moe_inter_dim * shared
+        _check_divides("tensor_parallel_degree", degree, sizes)
+        if self.has_experts:
+            hidden = {"moe_inter_dim": self.moe_inter_dim}
+            _check_divides("expert_tensor_parallel_degree", experts, hidden)
+
+    def check_context_parallel(self, degree: int, *, method: str, tensor_parallel: int) -> None:
+        name, heads = self.split_heads
+        heads //= tensor_parallel
+        if method == "alltoall" and heads % degree:
+            shared = " over parallelism.tensor_parallel_degree" if tensor_parallel > 1 else ""
+            raise UserError(
+                'parallelism.context_parallel_rotate_method = "alltoall" deals out whole heads: '
+                f"parallelism.context_parallel_degree = {degree} must divide model.args.{name}"
+                f'{shared} ({heads}); use "allgather", which deals out positions only.'
+            )
+
+
+def _check_divides(key: str, degree: int, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        if size % degree:
+            legal = [n for n in range(1, size + 1) if size % n == 0]
+            raise UserError(
+                f"parallelism.{key} = {degree} must divide model.args.{name} ({size}); set it to "
+                f"{nearest(degree, legal)}."
+            )

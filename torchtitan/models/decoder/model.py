@@ -1,0 +1,164 @@
+"""A decoder: embedding, blocks of attention and feed-forward (dense or experts), norm, output.
+
+Single-device code: where tensors live is decided in parallelize.py. A family brings its attention,
+says which layers have experts, and adds what stands beside the main path.
+
+Letters: B batch, S sequence, D model dim.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.moe import FeedForward, MoE
+from torchtitan.models.moe.balancing import Load, record_load
+from torchtitan.ops.attention import AttentionMask, causal_mask, document_mask
+from torchtitan.ops.buffers import KeepsBufferDtypes
+from torchtitan.ops.init import init_parameters
+from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
+from torchtitan.protocols.model import BaseModel
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then a dense feed-forward of `hidden_dim` or (None) experts, on normalised inputs.
+
+    attention: called with (x_BSD, rope, mask, positions_BS). Context parallelism takes the place of
+    its `attend(queries, narrow, narrow, mask)`, where the two are all that keys and values are made
+    of; see distributed/context_parallel.py.
+    """
+
+    def __init__(self, args: DecoderArgs, attention: nn.Module, hidden_dim: int | None):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention = attention
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.moe_enabled = hidden_dim is None
+        if self.moe_enabled:
+            self.moe = MoE(args.moe_args, dim=args.dim, hidden_dim=args.moe_inter_dim)
+        else:
+            self.feed_forward = FeedForward(args.dim, hidden_dim)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: Tensor,
+        mask: AttentionMask = None,
+        positions_BS: Tensor | None = None,
+        token_mask_BS: Tensor | None = None,
+    ) -> tuple[Tensor, Load | None]:
+        """Returns the new hidden state and, with experts, this batch's load.
+
+        The load is returned, not kept: a block may be recomputed in the backward pass, and only
+        what leaves it is sure to happen once.
+        """
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, mask, positions_BS)
+        normed = self.ffn_norm(x_BSD)
+        if not self.moe_enabled:
+            return x_BSD + self.feed_forward(normed), None
+        out, load = self.moe(normed, token_mask_BS, return_load=True)
+        return x_BSD + out, load
+
+
+class Output(nn.Linear):
+    """Hidden states to logits, or with labels straight to the loss, without holding the logits."""
+
+    def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Logits (..., V), or with labels the scalar of `linear_cross_entropy`."""
+        if labels_BS is None:
+            return super().forward(x_BSD)
+        return linear_cross_entropy(x_BSD.flatten(0, -2), self.weight, labels_BS.flatten())
+
+
+class Decoder(KeepsBufferDtypes, BaseModel):
+    """Tokens to logits, or to the loss. A family defines `make_block` and `make_rope_table`."""
+
+    computes_loss = True
+    model_args: DecoderArgs
+
+    def __init__(self, model_args: DecoderArgs):
+        super().__init__()
+        self.model_args = model_args
+        self.tok_embeddings = nn.Embedding(model_args.vocab_size, model_args.dim)
+        self.layers = nn.ModuleDict(
+            {str(i): self.make_block(i) for i in range(model_args.n_layers)}
+        )
+        self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
+        self.output = Output(model_args.dim, model_args.vocab_size, bias=False)
+        self.register_buffer("rope", self.make_rope_table(), persistent=False)
+
+    def make_block(self, layer_id: int) -> TransformerBlock:
+        raise NotImplementedError
+
+    def make_rope_table(self) -> Tensor:
+        """Of `rope_table`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_masks: AttentionMask = None,
+        positions: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, S, V) of int64 tokens (B, S); with int64 labels (B, S) the sum of their losses
+        instead (scalar, see `linear_cross_entropy`).
+
+        attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None =
+        0, 1, …. token_mask: (B, S) bool, False = padding, left out of the expert load.
+
+        A pipeline's part without `tok_embeddings` takes the hidden states (B, S, D) of the one
+        before as `tokens`; one without `output` returns its own.
+        """
+        x_BSD = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        x_BSD = self.run_layers(x_BSD, attention_masks, positions, token_mask)
+        return x_BSD if self.output is None else self.output(self.norm(x_BSD), labels)
+
+    def run_layers(
+        self,
+        x_BSD: Tensor,
+        mask: AttentionMask,
+        positions_BS: Tensor | None,
+        token_mask_BS: Tensor | None,
+    ) -> Tensor:
+        """Hidden states behind the last layer; in training the expert loads are recorded."""
+        for layer in self.layers.values():
+            x_BSD, load = layer(x_BSD, self.rope, mask, positions_BS, token_mask_BS)
+            if load is not None and self.training and torch.is_grad_enabled():
+                record_load(layer.moe, load)
+        return x_BSD
+
+    def get_attention_masks(
+        self,
+        tokens_BS: Tensor,
+        eos_id: int | None,
+        queries_Q: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> AttentionMask:
+        if self.model_args.attn_mask_type == "causal":
+            return None if queries_Q is None else causal_mask(queries_Q)
+        self.model_args.check_tokenizer(eos_id)
+        return document_mask(tokens_BS, eos_id, queries_Q, device)
+
+    def moe_layers(self) -> dict[int, nn.Module]:
+        return {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
+
+    def set_tokens_in_step(self, tokens: Tensor) -> None:
+        for moe in self.moe_layers().values():
+            moe.tokens_in_step.copy_(tokens)
+
+    def set_coefficients(self, values: Mapping[str, float]) -> None:
+        for moe in self.moe_layers().values():
+            moe.set_coefficients(values)
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Matrices normal with `init_std`, norms one, expert bias zero.
+
+        buffer_device: where the rotary table goes; absent = where the model is.
+        """
+        init_parameters(self, self.model_args.init_std)
+        for moe in self.moe_layers().values():
+            moe.init_buffers()
+        self.rope = self.make_rope_table().to(buffer_device or self.rope.device)

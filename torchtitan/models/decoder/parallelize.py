@@ -1,0 +1,128 @@
+"""Where a decoder lives: tensors → experts → context → activation checkpointing → compile → data
+parallel. A family says how its attention splits; the rest is the same for all."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.context_parallel import apply_context_parallel
+from torchtitan.distributed.expert_parallel import apply_expert_parallel
+from torchtitan.distributed.fsdp import apply_data_parallel
+from torchtitan.distributed.tensor_parallel import TensorParallel
+from torchtitan.models.decoder.model import Decoder, TransformerBlock
+from torchtitan.models.moe.layout import say_expert_layout
+from torchtitan.ops.grouped_mm import why_loop
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import TORCH_DTYPES, device_type
+
+# Of an attention module, or of a whole model: place its weights.
+Split = Callable[[nn.Module, TensorParallel], None]
+
+
+def parallelize_decoder(
+    model: Decoder,
+    dims: ParallelDims,
+    config: JobConfig,
+    *,
+    split_attention: Split,
+    split_beside: Split | None = None,
+) -> Decoder:
+    """Change the model in place, in this order, on any device; each step logs one line.
+
+    split_attention: its input and output are this rank's part of the sequence. split_beside: what
+    the model has beside embedding, blocks, norm and output.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
+    moes = model.moe_layers()
+    loops = _say_how_experts_compute(moes, config)
+    say_expert_layout(model.model_args.moe_args, ep=dims.ep, nodes=dims.nodes_per_ep_group)
+    if dims.tp > 1:
+        tp = TensorParallel(dims.mesh["tp"])
+        if config.parallelism.enable_async_tensor_parallel:
+            tp.overlap_communication()
+        for block in blocks:
+            _split_block(block, tp, split_attention)
+        _split_ends(model, tp, whole_logits=config.parallelism.disable_loss_parallel)
+        if split_beside is not None:
+            split_beside(model, tp)
+        logger.info("Tensor parallel: heads, hidden channels, vocabulary over %d ranks", tp.degree)
+    apply_expert_parallel(moes, dims, config.parallelism.expert_parallel_dispatch)
+    if dims.cp > 1:
+        apply_context_parallel(
+            [block.attention for block in blocks],
+            dims.data_mesh["cp"].get_group(),
+            config.parallelism.context_parallel_rotate_method,
+        )
+    if dims.cp * dims.tp > 1:
+        for moe in moes.values():
+            moe.sequence_group = dims.sequence_group
+    _recompute_and_compile(model, config, in_pieces=loops or dims.ep * dims.etp > 1)
+    apply_data_parallel(model, dims, config.training, config.parallelism)
+    return model
+
+
+def _split_block(block: TransformerBlock, tp: TensorParallel, split_attention: Split) -> None:
+    tp.replicate(block.attention_norm, block.ffn_norm)
+    split_attention(block.attention, tp)
+    if block.moe_enabled:
+        # Each rank routes its part of the sequence; experts are spread by expert parallelism
+        # (etp = 1 or tp) and FSDP, whose mesh takes in the tp axis.
+        tp.split_mask(block.moe)
+        tp.replicate(block.moe.router.gate)
+    feed_forward = block.moe.shared_experts if block.moe_enabled else block.feed_forward
+    if feed_forward is not None:
+        tp.gather_input(feed_forward)
+        tp.column(feed_forward.w1, feed_forward.w3)
+        tp.row(feed_forward.w2)
+        tp.scatter_output(feed_forward)
+
+
+def _split_ends(model: Decoder, tp: TensorParallel, *, whole_logits: bool) -> None:
+    if model.tok_embeddings is not None:  # None: it lies on another pipeline stage
+        tp.embedding(model.tok_embeddings)
+    if model.output is not None:
+        tp.replicate(model.norm)
+        tp.output(model.output, whole_logits=whole_logits)
+
+
+def _recompute_and_compile(model: Decoder, config: JobConfig, *, in_pieces: bool) -> None:
+    """A layer that can be one graph is compiled together with its recomputation. One that can't
+    (its experts loop, or tokens travel) is compiled piece by piece, inside of it: torch doesn't
+    compile anything in a recomputed region that is not one graph."""
+    if in_pieces:
+        apply_compile(model.blocks(), config.compile)
+        for moe in model.moe_layers().values():
+            # Recomputation must see the choice of experts, to keep it.
+            moe.router._choose = torch.compiler.disable(moe.router._choose)
+    if in_pieces or config.activation_checkpoint.mode == "memory_budget":
+        for moe in model.moe_layers().values():
+            # Seen by recomputation for the same reason, and out of reach of the compiler's own.
+            moe._count_so_far = torch.compiler.disable(moe._count_so_far)
+    apply_activation_checkpoint(
+        model.blocks(), config.activation_checkpoint, config.job.dump_folder
+    )
+    if not in_pieces:
+        apply_compile(model.blocks(), config.compile)
+
+
+def _say_how_experts_compute(moes: dict[int, nn.Module], config: JobConfig) -> bool:
+    """True where they loop."""
+    if not moes:
+        return False
+    experts = next(iter(moes.values())).experts
+    reason = "moe_args.use_grouped_mm is off"
+    if experts.use_grouped_mm:
+        _, hidden_dim, dim = experts.w1.shape
+        reason = why_loop(
+            TORCH_DTYPES[config.training.mixed_precision_param],
+            (dim, hidden_dim),
+            on_cpu=device_type() == "cpu",
+            compiling=config.compile.enable,
+        )
+    logger.info("Experts: %s", f"a loop, because {reason}" if reason else "grouped GEMM")
+    return reason is not None

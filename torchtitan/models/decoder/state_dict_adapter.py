@@ -1,0 +1,139 @@
+"""Hugging Face's names and layouts as one table a family, and the rows that all of them have.
+
+Values are copied as they are; only the experts change form (one matrix an expert there, stacks
+here).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
+from torchtitan.tools.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """theirs: {} is the layer's number, for stacks over experts a second {} the expert's.
+    The rest: see `Piece`; rope: has rotary channels among its rows.
+    """
+
+    theirs: str
+    fp8: bool = False
+    fp32: bool = False
+    centred: bool = False
+    rope: bool = False
+
+
+# Inside of a layer, ours to theirs. FP8: the matrices that official FP8 files hold in FP8;
+# embedding, head, norms and the router's gate stay in bf16 there.
+BLOCK_ROWS = {
+    "attention_norm.weight": Row("input_layernorm.weight"),
+    "attention.wo.weight": Row("self_attn.o_proj.weight", fp8=True),
+    "ffn_norm.weight": Row("post_attention_layernorm.weight"),
+    "feed_forward.w1.weight": Row("mlp.gate_proj.weight", fp8=True),
+    "feed_forward.w2.weight": Row("mlp.down_proj.weight", fp8=True),
+    "feed_forward.w3.weight": Row("mlp.up_proj.weight", fp8=True),
+    "moe.router.gate.weight": Row("mlp.gate.weight"),
+    "moe.experts.w1": Row("mlp.experts.{}.gate_proj.weight", fp8=True),
+    "moe.experts.w2": Row("mlp.experts.{}.down_proj.weight", fp8=True),
+    "moe.experts.w3": Row("mlp.experts.{}.up_proj.weight", fp8=True),
+}
+END_ROWS = {
+    "tok_embeddings.weight": Row("model.embed_tokens.weight"),
+    "norm.weight": Row("model.norm.weight"),
+    "output.weight": Row("lm_head.weight"),
+}
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def in_layers(ours: str, rows: Mapping[str, Row]) -> dict[str, Row]:
+    """The rows of a block for names that begin with `ours`; theirs are in `model.layers.{}`."""
+    return {
+        f"{ours}.{name}": replace(row, theirs=f"model.layers.{{}}.{row.theirs}")
+        for name, row in rows.items()
+    }
+
+
+class TableAdapter(StateDictAdapter):
+    """A family defines `table` (numbers in our names are {} there) and `model_cls`.
+
+    Whole state dicts of plain tensors go in and out; experts are copied there, the rest is shared.
+    """
+
+    table: ClassVar[Mapping[str, Row]]
+    model_cls: ClassVar[type[BaseModel]]
+
+    def row_of(self, ours: str) -> Row:
+        row = self.table.get(_NUMBER.sub("{}", ours))
+        if row is None:
+            raise UserError(
+                f"Hugging Face's files have no place for {ours}; use arguments of the model "
+                "without it (model.args.moe_args.load_balance_coeff gives the expert_bias)."
+            )
+        return row
+
+    def numbers_of(self, ours: str) -> list[int]:
+        """The numbers that their name of the layer has."""
+        return [int(number) for number in _NUMBER.findall(ours)]
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of our state dict, in the model's order."""
+        with torch.device("meta"):
+            model = self.model_cls(self.model_args)
+        return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    def pieces(self) -> list[Piece]:
+        shapes = self.shapes.items()
+        return [piece for name, shape in shapes for piece in self._pieces_of(name, shape)]
+
+    def _pieces_of(self, ours: str, shape: torch.Size) -> list[Piece]:
+        row, numbers = self.row_of(ours), self.numbers_of(ours)
+        kinds = {"fp32": row.fp32, "fp8": row.fp8, "centred": row.centred}
+        if row.theirs.count("{}") <= len(numbers):
+            return [Piece(row.theirs.format(*numbers), ours, None, tuple(shape), **kinds)]
+        return [
+            Piece(row.theirs.format(*numbers, expert), ours, expert, tuple(shape[1:]), **kinds)
+            for expert in range(shape[0])
+        ]
+
+    def left_out(self, name: str) -> str | None:
+        if name.endswith(".rotary_emb.inv_freq"):
+            return "rotary frequencies, which are computed"
+        return None
+
+    def row_order(self, piece: Piece, hf_config: Mapping[str, Any]) -> Tensor | None:
+        return None
+
+    def from_hf(self, hf_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        theirs = {name: t for name, t in hf_state_dict.items() if not self.left_out(name)}
+        pieces = self.pieces()
+        known = {piece.name for piece in pieces}
+        for problem, wrong in (("lacks", known - theirs.keys()), ("has", theirs.keys() - known)):
+            if wrong:
+                raise UserError(
+                    f"the Hugging Face state dict {problem} {min(wrong)} (and {len(wrong) - 1} "
+                    "other names), unlike the model of these model.args: make them match its "
+                    "config.json (model.args.moe_args.load_balance_coeff says whether experts have "
+                    "a bias)."
+                )
+        parts: dict[str, list[Tensor]] = {}
+        for piece in pieces:
+            parts.setdefault(piece.ours, []).append(theirs[piece.name])
+        stacks = {piece.ours for piece in pieces if piece.index is not None}
+        return {n: torch.stack(each) if n in stacks else each[0] for n, each in parts.items()}
+
+    def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for name, tensor in state_dict.items():
+            for piece in self._pieces_of(name, tensor.shape):
+                # clone: safetensors refuses tensors that share storage
+                out[piece.name] = tensor if piece.index is None else tensor[piece.index].clone()
+        return out
