@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import types
+from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan.config.job_config import JobConfig
@@ -88,7 +89,8 @@ def matches(value: Any, kind: Any) -> bool:
     if get_origin(kind) is list:
         return isinstance(value, list) and all(matches(item, *get_args(kind)) for item in value)
     if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(_is_plain(item) for item in value.values())
+        is_item = partial(matches, kind=float) if kind == dict[str, float] else _is_plain
+        return isinstance(value, dict) and all(is_item(item) for item in value.values())
     if kind is float:
         return type(value) in (int, float)
     return type(value) is kind  # not isinstance: true is no integer
@@ -119,6 +121,7 @@ def _describe(kind: Any) -> str:
         bool: "true or false",
         list[str]: "a list of strings",
         list[list[str]]: "a list of lists of strings",
+        dict[str, float]: "a table of numbers",
         dict[str, Any]: "a table of numbers, strings, booleans and lists",
     }
     return " or ".join(words[member] for member in alternatives(kind))
@@ -127,7 +130,8 @@ def _describe(kind: Any) -> str:
 def _example(key: Key) -> str:
     if (row := row_type(key.type)) is not None:
         needed = [f for f in dataclasses.fields(row) if f.default is dataclasses.MISSING]
-        return f"[{{ {', '.join(f'{f.name} = 1000' for f in needed)} }}]"
+        values = (f"{f.name} = {as_text('name' if f.type is str else 1000)}" for f in needed)
+        return f"[{{ {', '.join(values)} }}]"
     if key.default not in (None, "", [], {}):
         return as_text(key.default)
     by_type = {
@@ -136,6 +140,7 @@ def _example(key: Key) -> str:
         float: "0.5",
         list[str]: '["name"]',
         list[list[str]]: '[["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]',
+        dict[str, float]: "{ web = 0.7, code = 0.3 }",
         dict[str, Any]: "{ n_layers = 8 }",
     }
     return by_type[alternatives(key.type)[0]]
