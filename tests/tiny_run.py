@@ -37,14 +37,14 @@ def tiny(dump_folder: Path, **changes: Any) -> list[str]:
 
 def as_option(rows: list[dict[str, Any]], key: str = "schedule.phase") -> str:
     """A list of tables for the command line: phases of the schedule, or others."""
-    return f"--{key}={_as_toml(rows)}"
+    return f"--{key}={as_toml(rows)}"
 
 
-def _as_toml(value: Any) -> str:
+def as_toml(value: Any) -> str:
     if isinstance(value, list):
-        return f"[{', '.join(map(_as_toml, value))}]"
+        return f"[{', '.join(map(as_toml, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{k} = {_as_toml(v)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{k} = {as_toml(v)}' for k, v in value.items())}}}"
     return json.dumps(value)
 
 

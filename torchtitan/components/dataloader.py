@@ -106,7 +106,7 @@ class ParallelAwareDataLoader:
     of what JSON can hold, so loading it never runs anything.
 
     Summed over the ranks, `skipped_documents` is how many unusable documents lie before it, and
-    `examples_of[name]` how many examples that dataset of a blend has given.
+    `tokens_of[name]` how many tokens that dataset of a blend has given.
     """
 
     def __init__(self, dataset: LanesDataset) -> None:
@@ -116,7 +116,7 @@ class ParallelAwareDataLoader:
         self._batches = 0  # of this iteration that were handed out
         self._lanes: dict[int, str] = {}
         self.skipped_documents = 0
-        self.examples_of = dict.fromkeys(dataset.names, 0)
+        self.tokens_of = dict.fromkeys(dataset.names, 0)
         self._loader = DataLoader(
             dataset,
             batch_size=share.batch_size,
@@ -141,7 +141,7 @@ class ParallelAwareDataLoader:
                 self._batches += 1
                 self.skipped_documents += int(batch[0].pop(SKIPPED).sum())
                 for name in batch[0].pop(DATASET, ()):
-                    self.examples_of[name] += 1
+                    self.tokens_of[name] += batch[1][0].numel()
                 for position, n in zip(batch[0].pop(POSITION), examples, strict=False):
                     self._lanes[n % self._dataset.num_lanes] = position
                 yield batch
@@ -159,7 +159,7 @@ class ParallelAwareDataLoader:
             "lanes": {str(lane): json.loads(text) for lane, text in self._lanes.items()},
             "identity": self._dataset.identity(),
             "skipped_documents": self.skipped_documents,
-            "examples_of": dict(self.examples_of),
+            "tokens_of": dict(self.tokens_of),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -175,8 +175,8 @@ class ParallelAwareDataLoader:
                 _check_same(name, saved.get(name), ours.get(name))
             lanes = {int(lane): position for lane, position in state["lanes"].items()}
             _check_complete(state["consumed"], lanes, self._dataset.num_lanes)
-            skipped, examples_of = int(state["skipped_documents"]), state.get("examples_of", {})
-            self._start(int(state["consumed"]), lanes, skipped, examples_of)
+            skipped, tokens_of = int(state["skipped_documents"]), state.get("tokens_of", {})
+            self._start(int(state["consumed"]), lanes, skipped, tokens_of)
         except UserError:
             raise
         except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -186,7 +186,7 @@ class ParallelAwareDataLoader:
             ) from None
 
     def _start(
-        self, consumed: int, lanes: dict[int, dict], skipped: int, examples_of: dict[str, int]
+        self, consumed: int, lanes: dict[int, dict], skipped: int, tokens_of: dict[str, int]
     ) -> None:
         self._dataset.start(consumed, lanes)
         self._first, self._batches = consumed, 0
@@ -194,8 +194,8 @@ class ParallelAwareDataLoader:
         tells = self._share.dp_rank == 0
         self._lanes = {lane: json.dumps(p) for lane, p in lanes.items()} if tells else {}
         self.skipped_documents = skipped if tells else 0
-        known = examples_of if tells else {}
-        self.examples_of = {name: int(known.get(name, 0)) for name in self._dataset.names}
+        known = tokens_of if tells else {}
+        self.tokens_of = {name: int(known.get(name, 0)) for name in self._dataset.names}
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -217,9 +217,9 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
         "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0]))),
         "identity": states[0]["identity"],
         "skipped_documents": sum(state["skipped_documents"] for state in ranks.values()),
-        "examples_of": {
-            name: sum(state["examples_of"][name] for state in ranks.values())
-            for name in states[0]["examples_of"]
+        "tokens_of": {
+            name: sum(state["tokens_of"][name] for state in ranks.values())
+            for name in states[0]["tokens_of"]
         },
     }
 

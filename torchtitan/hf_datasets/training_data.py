@@ -4,10 +4,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+import torch.distributed as dist
+
 from torchtitan.components.dataloader import ParallelAwareDataLoader, Share, build_dataloader
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import JobConfig, Training
 from torchtitan.config.blend import Stretch, blend_stretches
+from torchtitan.distributed.utils import sum_over_ranks
 from torchtitan.hf_datasets.blend import BlendedDataset, Turns
 from torchtitan.hf_datasets.catalog import check_dataset, open_source
 from torchtitan.hf_datasets.fim import FillInTheMiddle, check_fim_tokens
@@ -75,6 +79,19 @@ def _build_blended(
     loader = build_dataloader(BlendedDataset(datasets, Turns(stretches)))
     report_lanes("blend", num_lanes, share)
     return loader
+
+
+def data_numbers(
+    loader: ParallelAwareDataLoader, device: torch.device, group: dist.ProcessGroup
+) -> dict[str, object]:
+    """For the log: what the loaders of all data-parallel ranks have counted; in every step that is
+    logged, all of them call it."""
+    local = [loader.skipped_documents, *loader.tokens_of.values()]
+    skipped, *tokens = sum_over_ranks(torch.tensor(local, device=device), group).tolist()
+    numbers: dict[str, object] = {"skipped_documents": skipped}
+    if tokens:
+        numbers["blend_tokens"] = dict(zip(loader.tokens_of, tokens, strict=True))
+    return numbers
 
 
 def describe_blend(stretches: list[Stretch], training: Training) -> str:

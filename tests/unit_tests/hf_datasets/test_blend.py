@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 
+from tests.tiny_run import as_option, losses, records, tiny
 from tests.unit_tests.hf_datasets.byte_tokenizer import OneTokenAByte
 from tests.unit_tests.hf_datasets.kinds import lists, pack
 from torchtitan.components.dataloader import Share, build_dataloader, merge_states
@@ -15,6 +16,7 @@ from torchtitan.hf_datasets import TextDataset, open_source
 from torchtitan.hf_datasets.blend import BlendedDataset, Turns, period_of
 from torchtitan.hf_datasets.sources import Shard
 from torchtitan.tools.errors import UserError
+from torchtitan.train import main
 
 SEQ_LEN, LANES, SEED = 20, 3, 1
 PARTS = [(1, 1), (7, 3), (99, 1), (1, 1, 1), (501, 300, 199), (64, 32, 16, 8, 4, 2, 1), (5,)]
@@ -166,7 +168,7 @@ def test_the_loader_knows_what_each_dataset_gave(sources):
     loaders = [blend(sources, Share(rank, 2, 2)) for rank in range(2)]
     take(loaders, 10)
     state = merge_states([loader.local_state() for loader in loaders])
-    assert state["examples_of"] == {"web": 24, "code": 12, "math": 4}
+    assert state["tokens_of"] == {"web": 24 * SEQ_LEN, "code": 12 * SEQ_LEN, "math": 4 * SEQ_LEN}
     again = [blend(sources, Share(rank, 3)) for rank in range(3)]
     for loader in again:
         loader.load_state_dict(state)
@@ -197,3 +199,54 @@ def test_another_blend_goes_on_with_the_same_datasets_and_not_with_others(source
     del state["lanes"]["1"]["datasets"]["web"]
     with pytest.raises(UserError, match="position is damaged"):
         blend(sources).load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------
+# A run
+# ---------------------------------------------------------------------------------------------
+
+SAVES = ["--checkpoint.enable", "--checkpoint.last_save_model_only=false"]
+
+
+def run(folder, steps, rows, *options):
+    """Without training.dataset, where there are rows."""
+    arguments = tiny(folder, training__steps=steps)
+    if rows:
+        arguments = [a for a in arguments if not a.startswith("--training.dataset=")]
+        arguments.append(as_option(rows, "training.blend"))
+    return main([*arguments, *SAVES, *options])
+
+
+def test_one_dataset_alone_is_the_dataset_without_a_blend(tmp_path):
+    one = [{"name": "alone", "dataset": "sample", "weight": 1}]
+    assert run(tmp_path / "plain", 3, []) == 0
+    assert run(tmp_path / "blend", 3, one) == 0
+    assert losses(tmp_path / "blend") == losses(tmp_path / "plain")
+
+
+def test_a_run_goes_on_in_the_middle_of_a_phase_with_the_same_bits(tmp_path, jsonl, capsys):
+    """With fill in the middle; the metrics tell the tokens of each dataset."""
+    rows = [
+        {"name": "sample", "dataset": "sample", "weight": 3},
+        {"name": "mine", "dataset_path": str(jsonl("mine.jsonl", WEB)), "weight": 1},
+    ]
+    phases = [{"tokens": 2 * 128}, {"tokens": 1e6, "blend": {"mine": 1, "sample": 1}}]
+    fim = ["--training.fim_rate=0.5", '--training.fim_tokens=["a", "b", "c"]']
+    options = [as_option(phases), *fim]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(whole, 6, rows, *options) == 0
+    assert run(parts, 3, rows, *options) == 0
+    assert run(parts, 6, rows, *options) == 0
+    assert losses(parts) == losses(whole)
+    given = [record["blend_tokens"] for record in records(whole)]
+    assert given == [record["blend_tokens"] for record in records(parts)]
+    assert [g["sample"] // 32 for g in given] == [3, 6, 8, 10, 12, 14]
+    assert [sum(g.values()) for g in given] == [128 * step for step in range(1, 7)]
+    told = capsys.readouterr().err
+    assert "Blend: sample 75 %, mine 25 %; from token 256 on sample 50 %, mine 50 %" in told
+
+
+def test_a_path_that_is_not_there_names_its_dataset(tmp_path, capsys):
+    rows = [{"name": "mine", "weight": 1, "dataset_path": "nowhere/*.jsonl"}]
+    assert run(tmp_path, 1, rows) == 2
+    assert "training.blend.mine.dataset_path" in capsys.readouterr().err
