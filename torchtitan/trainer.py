@@ -74,11 +74,7 @@ from torchtitan.distributed.utils import (
     set_timeout,
     sum_over_ranks,
 )
-from torchtitan.hf_datasets.training_data import (
-    build_training_dataloader,
-    check_training_data,
-    data_numbers,
-)
+from torchtitan.hf_datasets import build_training_dataloader, check_training_data, data_numbers
 from torchtitan.hf_datasets.validation_data import (
     build_validation_dataloader,
     check_validation_data,
