@@ -35,10 +35,17 @@ def tiny(dump_folder: Path, **changes: Any) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def as_option(phases: list[dict[str, Any]]) -> str:
-    """Phases of the schedule for the command line."""
-    tables = (", ".join(f"{k} = {json.dumps(v)}" for k, v in p.items()) for p in phases)
-    return f"--schedule.phase=[{', '.join(f'{{{table}}}' for table in tables)}]"
+def as_option(rows: list[dict[str, Any]], key: str = "schedule.phase") -> str:
+    """A list of tables for the command line: phases of the schedule, or others."""
+    return f"--{key}={as_toml(rows)}"
+
+
+def as_toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k} = {as_toml(v)}' for k, v in value.items())}}}"
+    return json.dumps(value)
 
 
 def records(dump_folder: Path) -> list[dict[str, Any]]:

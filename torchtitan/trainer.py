@@ -76,8 +76,7 @@ from torchtitan.distributed.utils import (
     set_timeout,
     sum_over_ranks,
 )
-from torchtitan.hf_datasets import build_text_dataloader, check_dataset
-from torchtitan.hf_datasets.fim import FillInTheMiddle, check_fim_tokens
+from torchtitan.hf_datasets import build_training_dataloader, check_training_data, data_numbers
 from torchtitan.hf_datasets.validation_data import (
     build_validation_dataloader,
     check_validation_data,
@@ -127,8 +126,6 @@ def check_config(config: JobConfig) -> Checked:
             f"{tokenizer.vocab_size}, or name the tokenizer of this model."
         )
     model_args.check_tokenizer(tokenizer.eos_id)
-    if config.training.fim_rate > 0:
-        check_fim_tokens(tokenizer, config.training.fim_tokens)
     model_args.check_coefficients(coefficients_set(config.schedule.phase))
     model_args.check_layout(config.parallelism)
     if config.optimizer.group:
@@ -140,7 +137,7 @@ def check_config(config: JobConfig) -> Checked:
             "(model.args.n_mtp_layers); set either to false or 0."
         )
     pipeline_plan(config, model_args)
-    check_dataset(config.training.dataset, config.training.dataset_path)
+    check_training_data(config.training, tokenizer)
     check_hf(config, spec, model_args)
     check_validation_data(config.validation, model_args.max_seq_len)
     check_dump_folder(config.job.dump_folder)
@@ -495,23 +492,8 @@ class Trainer:
         )
 
     def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
-        training, tokenizer = self.config.training, self.tokenizer
-        if training.fim_rate > 0:
-            rate, tokens = training.fim_rate, training.fim_tokens
-            tokenizer = FillInTheMiddle(tokenizer, rate=rate, tokens=tokens, seed=seed)
-        return build_text_dataloader(
-            dataset_name=training.dataset,
-            dataset_path=training.dataset_path,
-            text_key=training.dataset_text_key,
-            tokenizer=tokenizer,
-            seq_len=training.seq_len,
-            batch_size=training.local_batch_size,
-            dp_rank=self.dims.dp_rank(self.rank),
-            dp_degree=self.dims.dp_degree,
-            seed=seed,
-            num_workers=training.dataset_num_workers,
-            num_lanes=training.dataset_lanes,
-        )
+        ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
+        return build_training_dataloader(self.config, self.tokenizer, seed=seed, **ranks)
 
     def train(self) -> None:
         """All steps, with their log lines."""
@@ -823,8 +805,7 @@ class Trainer:
 
     def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> Action:
         """Also lets the alarms look; returns what they ask for."""
-        skipped = torch.tensor(self.dataloader.skipped_documents, device=self.device)
-        skipped = sum_over_ranks(skipped, self.dims.dp_group)
+        counted = data_numbers(self.dataloader, self.device, self.dims.dp_group)
         biases = {layer: moe.expert_bias for layer, moe in self.moes.items()}
         if self.pipeline is not None:  # of the layers on all stages
             result.loads, result.traffic, result.watched, biases = self.pipeline.gather(
@@ -846,7 +827,7 @@ class Trainer:
             extra={
                 "skipped_steps": self.watch.skipped_steps,
                 "rewinds": self.watch.rewinds,
-                "skipped_documents": skipped.item(),
+                **counted,
                 **result.side_losses,
                 **self.now.numbers(),
                 **traffic,

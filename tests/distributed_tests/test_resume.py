@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.distributed_tests.resume_ranks import SAVES, losses_after_loading, train
+from tests.tiny_run import as_toml
 
 FSDP, DDP = {}, {"parallelism__data_parallel_shard_degree": 1}
 EP = "parallelism__expert_parallel_degree"
@@ -17,6 +18,11 @@ ETP = "parallelism__expert_tensor_parallel_degree"
 PP = "parallelism__pipeline_parallel_degree"
 SCHEDULE = "parallelism__pipeline_parallel_schedule"
 ASYNC = {"checkpoint__async_mode": "async"}
+TWO_DATASETS = [{"name": n, "dataset": "sample", "weight": w} for n, w in (("one", 2), ("two", 1))]
+BLEND = {
+    "training__dataset": "c4_test",  # as it is unset
+    "training__blend": as_toml(TWO_DATASETS),
+}
 
 # Name: processes, settings. STEPS in one go against CUT, and the rest by a new start.
 STEPS, CUT = 5, 2
@@ -27,6 +33,7 @@ EXACT = {
     "FSDP 2": (2, {}),
     "FSDP 2, saved in the background": (2, ASYNC),
     "FSDP 2, loader workers": (2, {"training__dataset_num_workers": 1}),
+    "FSDP 2, a blend": (2, BLEND),
     "EP 2 x FSDP 2": (4, {EP: 2}),
     "HSDP 2 x 2": (4, {REPLICATE: 2}),
     "CP 2, TP 2, EP 4": (4, {CP: 2, TP: 2, EP: 4}),

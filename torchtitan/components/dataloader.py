@@ -28,8 +28,10 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger
 
 # In the dictionary of an example, for the loader, which takes them out again: how many documents
-# were passed over to make it, and (JSON) the position of its lane behind it.
+# were passed over to make it, of a blend the name of its dataset, and (JSON) the position of its
+# lane behind it.
 SKIPPED = "skipped_documents"
+DATASET = "dataset"
 POSITION = "position"
 
 _START_ANEW = (
@@ -82,6 +84,7 @@ class LanesDataset(Protocol):
     share: Share
     num_lanes: int
     infinite: bool
+    names: tuple[str, ...]  # of the datasets of a blend; of another, none
 
     def identity(self) -> dict[str, Any]:
         """What the meaning of a position depends on."""
@@ -102,7 +105,8 @@ class ParallelAwareDataLoader:
     behind the last batch handed out, however many the workers have prepared beyond it. It is made
     of what JSON can hold, so loading it never runs anything.
 
-    `skipped_documents` summed over the ranks is how many unusable documents lie before it.
+    Summed over the ranks, `skipped_documents` is how many unusable documents lie before it, and
+    `tokens_of[name]` how many tokens that dataset of a blend has given.
     """
 
     def __init__(self, dataset: LanesDataset) -> None:
@@ -112,6 +116,7 @@ class ParallelAwareDataLoader:
         self._batches = 0  # of this iteration that were handed out
         self._lanes: dict[int, str] = {}
         self.skipped_documents = 0
+        self.tokens_of = dict.fromkeys(dataset.names, 0)
         self._loader = DataLoader(
             dataset,
             batch_size=share.batch_size,
@@ -126,7 +131,7 @@ class ParallelAwareDataLoader:
     def __iter__(self) -> Iterator[Any]:
         """From the loaded position, once; and otherwise from the beginning of the data."""
         if self._batches:
-            self._start(0, {}, 0)
+            self._start(0, {}, 0, {})
         return self._iterate()
 
     def _iterate(self) -> Iterator[Any]:
@@ -135,6 +140,8 @@ class ParallelAwareDataLoader:
             for batch in self._loader:
                 self._batches += 1
                 self.skipped_documents += int(batch[0].pop(SKIPPED).sum())
+                for name in batch[0].pop(DATASET, ()):
+                    self.tokens_of[name] += batch[1][0].numel()
                 for position, n in zip(batch[0].pop(POSITION), examples, strict=False):
                     self._lanes[n % self._dataset.num_lanes] = position
                 yield batch
@@ -152,6 +159,7 @@ class ParallelAwareDataLoader:
             "lanes": {str(lane): json.loads(text) for lane, text in self._lanes.items()},
             "identity": self._dataset.identity(),
             "skipped_documents": self.skipped_documents,
+            "tokens_of": dict(self.tokens_of),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,7 +175,8 @@ class ParallelAwareDataLoader:
                 _check_same(name, saved.get(name), ours.get(name))
             lanes = {int(lane): position for lane, position in state["lanes"].items()}
             _check_complete(state["consumed"], lanes, self._dataset.num_lanes)
-            self._start(int(state["consumed"]), lanes, int(state["skipped_documents"]))
+            skipped, tokens_of = int(state["skipped_documents"]), state.get("tokens_of", {})
+            self._start(int(state["consumed"]), lanes, skipped, tokens_of)
         except UserError:
             raise
         except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -176,13 +185,17 @@ class ParallelAwareDataLoader:
                 f"take another checkpoint, {_START_ANEW}."
             ) from None
 
-    def _start(self, consumed: int, lanes: dict[int, dict], skipped: int) -> None:
+    def _start(
+        self, consumed: int, lanes: dict[int, dict], skipped: int, tokens_of: dict[str, int]
+    ) -> None:
         self._dataset.start(consumed, lanes)
         self._first, self._batches = consumed, 0
         # What all ranks have in common, one of them tells.
         tells = self._share.dp_rank == 0
         self._lanes = {lane: json.dumps(p) for lane, p in lanes.items()} if tells else {}
         self.skipped_documents = skipped if tells else 0
+        known = tokens_of if tells else {}
+        self.tokens_of = {name: int(known.get(name, 0)) for name in self._dataset.names}
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -204,6 +217,10 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
         "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0]))),
         "identity": states[0]["identity"],
         "skipped_documents": sum(state["skipped_documents"] for state in ranks.values()),
+        "tokens_of": {
+            name: sum(state["tokens_of"][name] for state in ranks.values())
+            for name in states[0]["tokens_of"]
+        },
     }
 
 

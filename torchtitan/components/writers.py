@@ -1,8 +1,9 @@
 """How a log record reaches disk: JSON lines for programs, TensorBoard for eyes.
 
 A record is a flat dict of one logged step: numbers, and under a few names a number per MoE layer
-({layer id: number}, or a list with one per expert). Both writers give every number the same name.
-The heat map of the expert load is a picture of one byte per channel, made with numpy alone.
+({layer id: number}, or a list with one per expert) or per dataset ({name: number}). Both writers
+give every number the same name. The heat map of the expert load is a picture of one byte per
+channel, made with numpy alone.
 """
 
 import json
@@ -21,7 +22,7 @@ from torchtitan.tools.logging import logger
 _TAIL_BYTES = 2**20  # More than the longest line: some 100 layers make 10 kB.
 _RUN_NAME = re.compile(r"(\d{8}-\d{4})(?:-(\d\d+))?")
 
-Record = Mapping[str, float | int | Mapping[int, float | list[float]]]
+Record = Mapping[str, float | int | Mapping[int | str, float | list[float]]]
 
 
 class JsonlWriter:
@@ -82,7 +83,8 @@ def _finite(value):
 
 
 class TensorBoardWriter:
-    """Scalars under the record's names, per-layer numbers under `name/layer_N`, and one image.
+    """Scalars under the record's names, per-layer numbers under `name/layer_N` (others by name:
+    `name/key`), and one image.
 
     Each new run has its own dated folder below `parent`, which shows all of them. A resumed run
     goes on in the newest; what the interrupted one wrote after `start_step` is replaced.
@@ -100,10 +102,11 @@ class TensorBoardWriter:
         step = record["step"]
         for name, value in record.items():
             if isinstance(value, Mapping):
-                for layer, number in value.items():
+                for key, number in value.items():
                     if isinstance(number, list):  # one per expert: the heat map shows them
                         continue
-                    self.writer.add_scalar(f"{name}/layer_{layer}", number, step)
+                    curve = f"layer_{key}" if isinstance(key, int) else key
+                    self.writer.add_scalar(f"{name}/{curve}", number, step)
             elif name not in ("step", "time"):  # TensorBoard's own axes.
                 self.writer.add_scalar(name, value, step)
         if heatmap is not None:

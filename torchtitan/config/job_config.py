@@ -8,7 +8,7 @@ The sentences below the fields are what `python -m torchtitan.train --help` prin
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from torchtitan.config.recipe import EMA, Alarm, LRScheduler, Optimizer, Schedule
+from torchtitan.config.recipe import EMA, Alarm, Dataset, LRScheduler, Optimizer, Schedule
 
 
 def _listing(*items: Any) -> Any:
@@ -109,6 +109,8 @@ class Training:
     """File, folder or glob to read the dataset from, for local data."""
     dataset_text_key: str = "text"
     """Field of jsonl and parquet records that holds the text (ours)."""
+    blend: list[Dataset] = _listing()
+    """Several datasets by weight, [[training.blend]]; keys of each: docs/recipe.md (ours)."""
     dataset_num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process (ours)."""
     dataset_lanes: int | None = None

@@ -1,4 +1,4 @@
-"""Settings of the training recipe: update rule, learning rate, phases, alarms.
+"""Settings of the training recipe: update rule, learning rate, phases, blend of data, alarms.
 
 Frozen dataclasses with a sentence per key, as in `job_config.py`, which takes them in.
 """
@@ -115,6 +115,24 @@ class Phase:
     """Weight of the balance loss over the global batch."""
     mtp_loss_weight: float | None = None
     """Weight of the multi-token prediction loss (the report's lambda)."""
+    blend: dict[str, float] | None = None
+    """Weights of the datasets of [[training.blend]] by name; from those not named, nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A dataset of a blend. The keys are those of [training]."""
+
+    name: str
+    """What phases and the log call it."""
+    weight: float | None = None
+    """Its share of the sequences, over the sum of weights; unset: none until a phase names it."""
+    dataset: str = "text"
+    """Name of the dataset."""
+    dataset_path: str | None = None
+    """File, folder or glob to read the dataset from, for local data."""
+    dataset_text_key: str = "text"
+    """Field of jsonl and parquet records that holds the text."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import types
+from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan.config.job_config import JobConfig
@@ -88,7 +89,8 @@ def matches(value: Any, kind: Any) -> bool:
     if get_origin(kind) is list:
         return isinstance(value, list) and all(matches(item, *get_args(kind)) for item in value)
     if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(_is_plain(item) for item in value.values())
+        is_item = partial(matches, kind=float) if kind == dict[str, float] else _is_plain
+        return isinstance(value, dict) and all(is_item(item) for item in value.values())
     if kind is float:
         return type(value) in (int, float)
     return type(value) is kind  # not isinstance: true is no integer
@@ -119,6 +121,7 @@ def _describe(kind: Any) -> str:
         bool: "true or false",
         list[str]: "a list of strings",
         list[list[str]]: "a list of lists of strings",
+        dict[str, float]: "a table of numbers",
         dict[str, Any]: "a table of numbers, strings, booleans and lists",
     }
     return " or ".join(words[member] for member in alternatives(kind))
@@ -138,6 +141,7 @@ def _example(key: Key) -> str:
         float: "0.5",
         list[str]: '["name"]',
         list[list[str]]: '[["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]',
+        dict[str, float]: "{ web = 0.7, code = 0.3 }",
         dict[str, Any]: "{ n_layers = 8 }",
     }
     return by_type[alternatives(key.type)[0]]

@@ -10,6 +10,7 @@ from functools import reduce
 from typing import Any
 
 from torchtitan.config.alarm_rules import check_alarms
+from torchtitan.config.blend import blend_stretches
 from torchtitan.config.checkpoint_rules import check_checkpoint
 from torchtitan.config.degrees import Degrees, nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
@@ -42,6 +43,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_sequence(config.training.seq_len, degrees)
     _check_async_tensor_parallel(config, device_type)
     check_schedule(config, resolve_global_batch_size(config, dp_degree), dp_degree)
+    blend_stretches(config)
     _check_early_step(config, world_size)
     _check_cuda_graph(config, world_size, device_type)
 

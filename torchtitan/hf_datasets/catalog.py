@@ -52,18 +52,19 @@ def check_dataset(name: str, path: str | None) -> None:
         raise _unknown(name)
 
 
-def open_source(name: str, path: str | None, text_key: str) -> Source:
+def open_source(name: str, path: str | None, text_key: str, label: str | None = None) -> Source:
     """Find the documents and make sure that some are usable; every failure is a UserError.
 
     With a path the documents are local files, whatever the name. Without one the name is one of
-    NAMES, or "organisation/name" (or "organisation/name:config") on the Hugging Face hub.
+    NAMES, or "organisation/name" (or "organisation/name:config") on the Hugging Face hub. `label`
+    is what the log calls local files instead.
     """
     if path:
-        source = _open_files(name, _find_local(name, path), text_key)
+        source = _open_files(label or name, _find_local(name, path), text_key)
     elif name == "sample" or name in SAMPLE_ALIASES:
         if name != "sample":
             logger.info(f"training.dataset '{name}' is read from the shipped sample, {SAMPLE}")
-        source = _open_files(name, [SAMPLE], "text")
+        source = _open_files(label or name, [SAMPLE], "text")
     elif name in HUB_DATASETS:
         source = _open_hub(name, HUB_DATASETS[name], text_key)
     elif _is_on_hub(name):

@@ -9,6 +9,7 @@ from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.hf_datasets.records import Skips
 from torchtitan.hf_datasets.sources import Reader, Shard, Source
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
 
 # Where a lane starts. `taken` counts its windows, `reader` is the position of the current document
 # (None: of the first one of the epoch), `token` how many of its tokens are read, `carry` the last
@@ -98,6 +99,12 @@ class Lane:
         self._document_start: dict | None = None
         self._reader: Reader = self._source.open(self._seed, epoch, self._shard)
 
+    def _report_epoch(self) -> None:
+        """Of the first lane alone: the others are about as far."""
+        if self._shard.index == 0:
+            name, number, lanes = self._source.name, self._epoch + 1, self._shard.count
+            logger.info(f"Data {name}: epoch {number} of its documents begins (lane 1 of {lanes})")
+
     def _next_document(self) -> bool:
         """Tokenise the next usable document; False at the end of finite data."""
         ends = 0
@@ -111,6 +118,7 @@ class Lane:
                 if ends > MOST_EMPTY_EPOCHS:  # the first end is that of an epoch with documents
                     raise self._empty()
                 self._open_epoch(self._epoch + 1)
+                self._report_epoch()
             elif record.problem:
                 self._skips.add(record)
                 self.skipped += 1

@@ -38,6 +38,8 @@ class TextDataset(IterableDataset):
     window of a lane is filled up, and the filling has the label IGNORE_INDEX.
     """
 
+    names = ()  # of the datasets of a blend
+
     def __init__(
         self,
         source: Source,
@@ -86,7 +88,7 @@ class TextDataset(IterableDataset):
         for n in self.share.examples_here(consumed):
             number, index = divmod(n, self.num_lanes)
             if index not in lanes:
-                lanes[index] = self._open_lane(index, skips, positions.get(index, START))
+                lanes[index] = self.open_lane(index, skips, positions.get(index, START))
             window = lanes[index].window(number)
             if window:
                 yield self._example(window, lanes[index])
@@ -95,7 +97,7 @@ class TextDataset(IterableDataset):
             if not running:
                 return
 
-    def _open_lane(self, index: int, skips: Skips, position: dict) -> Lane:
+    def open_lane(self, index: int, skips: Skips, position: dict) -> Lane:
         return Lane(
             self.source,
             self.tokenizer,

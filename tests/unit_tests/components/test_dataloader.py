@@ -32,7 +32,7 @@ LANES = 6
 class Counting(IterableDataset):
     """Example n is n, of a lane that counts its examples; raises at `bad`."""
 
-    num_lanes, infinite = LANES, True
+    num_lanes, infinite, names = LANES, True, ()
 
     def __init__(self, share=None, bad=None, seed=0):
         self.share, self.bad, self.seed = share, bad, seed

@@ -222,11 +222,14 @@ def event_files(folder):
 
 
 def test_tensorboard_has_every_number_of_the_json_record(tmp_path):
-    log_once(tmp_path, step=10, enable_tensorboard=True, peak_flops=1e13)
+    extra = {"blend_tokens": {"web": 70, "code": 30}}
+    log_once(tmp_path, step=10, enable_tensorboard=True, peak_flops=1e13, changes={"extra": extra})
     (record,) = records(tmp_path)
     expected = {}
     for name, value in record.items():
-        if isinstance(value, dict):
+        if name == "blend_tokens":
+            expected |= {"blend_tokens/web": 70, "blend_tokens/code": 30}
+        elif isinstance(value, dict):
             expected |= {f"{name}/layer_{layer}": number for layer, number in value.items()}
         elif name not in ("step", "time"):
             expected[name] = value

@@ -36,6 +36,7 @@ OURS = {
     "optimizer.state_dtype",
     "optimizer.weight_decay_on",
     "schedule.phase",
+    "training.blend",
     "training.dataset_text_key",
     "training.fim_rate",
     "training.fim_tokens",

@@ -1,0 +1,112 @@
+"""Which datasets a run draws from, in which parts, and from which sequence on.
+
+The parts of a stretch of the run are whole numbers: the shares of [[training.blend]], or of the
+phase that changes them, in lowest terms (0.7 and 0.3 are 7 and 3). What would need more than
+LONGEST_PERIOD is rounded to it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from torchtitan.config.job_config import JobConfig, Training
+from torchtitan.config.schema import as_text
+from torchtitan.tools.errors import UserError, suggest
+
+# Sequences after which the turns of the datasets repeat: shares are exact to 0.01 %.
+LONGEST_PERIOD = 10_000
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """From example `first` on, dataset k of the blend gives parts[k] of every sum(parts)."""
+
+    first: int
+    parts: tuple[int, ...]
+
+
+def blend_stretches(config: JobConfig) -> list[Stretch]:
+    """In order, the first from example 0; none without a blend. Raises `UserError` for what can't
+    be.
+
+    A phase begins with the first example that has all tokens of the phases before it behind it.
+    """
+    blend, phases = config.training.blend, config.schedule.phase
+    if not blend:
+        _check_no_phase_blends(config)
+        return []
+    _check_datasets(config.training)
+    names = [dataset.name for dataset in blend]
+    tables = [("training.blend", {d.name: d.weight for d in blend if d.weight is not None}, 0)]
+    tokens = 0.0
+    for n, phase in enumerate(phases, start=1):
+        if phase.blend is not None:
+            first = math.ceil(tokens / config.training.seq_len)
+            where = f"schedule.phase {n}" + (f" ('{phase.name}')" if phase.name else "") + ": blend"
+            tables = tables if first else []  # the run begins with this one
+            tables.append((where, phase.blend, first))
+        tokens += phase.tokens
+    stretches = [Stretch(first, _parts(names, weights, where)) for where, weights, first in tables]
+    for k, name in enumerate(names):
+        if not any(stretch.parts[k] for stretch in stretches):
+            raise UserError(
+                f"training.blend: nothing is ever drawn from '{name}'; give it a weight, name it "
+                "in the blend of a schedule.phase, or leave it out."
+            )
+    return stretches
+
+
+def _parts(names: list[str], weights: Mapping[str, float], where: str) -> tuple[int, ...]:
+    """By dataset; 0 for those that have no weight."""
+    for name, weight in weights.items():
+        if name not in names:
+            raise UserError(
+                f"{where} names '{name}', which [[training.blend]] has not{suggest(name, names)}"
+            )
+        if not 0 < weight < math.inf:
+            raise UserError(
+                f"{where}: the weight of '{name}', {as_text(weight)}, must be a finite number "
+                "above 0; what has none is left out."
+            )
+    if not weights:
+        raise UserError(f"{where} draws from no dataset; give at least one a weight.")
+    exact = [Fraction(str(weights.get(name, 0))) for name in names]  # as it was written
+    shares = [weight / sum(exact) for weight in exact]
+    period = min(LONGEST_PERIOD, math.lcm(*(share.denominator for share in shares)))
+    parts = tuple(round(share * period) for share in shares)
+    for name, part in zip(names, parts, strict=True):
+        if name in weights and not part:
+            raise UserError(
+                f"{where}: the weight of '{name}', {as_text(weights[name])}, is less than one "
+                f"sequence in {LONGEST_PERIOD:,}; raise it or leave it out."
+            )
+    return parts
+
+
+def _check_datasets(training: Training) -> None:
+    for key in ("dataset", "dataset_path", "dataset_text_key"):
+        value = getattr(training, key)
+        if value != getattr(Training(), key):
+            raise UserError(
+                f"training.{key} = {as_text(value)} and [[training.blend]] both say what to read; "
+                "leave one out (on the command line --training.blend=[] does)."
+            )
+    names = [dataset.name for dataset in training.blend]
+    for n, name in enumerate(names, start=1):
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise UserError(
+                f"training.blend {n}: name = {as_text(name)} must be a word of letters, digits, "
+                "'_' and '-', for the log and for phases."
+            )
+        if name in names[: n - 1]:
+            raise UserError(f"training.blend {n}: '{name}' is there already; name it otherwise.")
+
+
+def _check_no_phase_blends(config: JobConfig) -> None:
+    for n, phase in enumerate(config.schedule.phase, start=1):
+        if phase.blend is not None:
+            raise UserError(
+                f"schedule.phase {n}: blend = {as_text(phase.blend)} weighs the datasets of "
+                "[[training.blend]], and there is none; name them there, or leave it out."
+            )
