@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed_tests.resume_ranks import options
-from tests.distributed_tests.test_resume import CP, EP, LAYOUTS, PP, REPLICATE, TP, run_of
+from tests.distributed_tests.test_resume import CP, EP, LAYOUTS, PP, TP, run_of
 from tests.distributed_tests.training_ranks import of_all_stages, whole
 from torchtitan.config import ConfigManager
 from torchtitan.trainer import Trainer
@@ -16,7 +16,6 @@ from torchtitan.trainer import Trainer
 # Each saves, and is loaded by the next.
 RING = {
     "one process": LAYOUTS["one process"],
-    "HSDP 2 x 2": (4, {REPLICATE: 2}),
     "PP 2, EP 2": (4, {PP: 2, EP: 2}),
     "CP 2, TP 2, EP 4": (4, {CP: 2, TP: 2, EP: 4}),
 }
