@@ -195,7 +195,6 @@ def build_model(
     logger.info(
         "Model: %s %s, %s parameters", config.model.name, config.model.flavor, f"{num_params:,}"
     )
-    group_rules(config.optimizer).log(model)
     parts = cut_into_parts(model, plan, dims.mesh["pp"].get_local_rank()) if plan else []
     for part in parts or [model]:
         spec.parallelize_fn(part, dims, config)
@@ -408,6 +407,8 @@ class Trainer:
             several_passes=self.accumulation > 1 or bool(self.schedule.phases),
         )
         self.graphed = GraphedPass(self._pass_and_clip) if config.compile.cuda_graph else None
+        with torch.device("meta"):  # the whole model, also where this rank has a stage of it
+            group_rules(config.optimizer).log(spec.model_cls(self.model_args))
         self.optimizer = build_optimizer(
             [self.model], working=self.working, **vars(config.optimizer)
         )
