@@ -52,8 +52,8 @@ def apply_context_parallel(
 
     Each has `attend(q, a, b, mask)`, `expand(a, b) -> keys, values` and `softmax_scale`; a and b,
     (B, S, …), are the narrow form, such as latent and rotary key in models/deepseek_v3/model.py.
-    Positions (`positions_of`) and masks come from the caller: with
-    "allgather" masks for this rank's queries, with "alltoall" those of whole sequences.
+    Positions (`positions_of`) and masks come from the caller: with "allgather" masks for this
+    rank's queries, with "alltoall" those of whole sequences.
     """
     make = _attend_to_gathered if method == "allgather" else _attend_by_heads
     for module in attentions:
