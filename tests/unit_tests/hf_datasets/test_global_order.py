@@ -48,13 +48,13 @@ class Run:
     def take(self, accumulation):
         """The examples of a step of that many batches a rank."""
         found = [batch for rank in self.batches for batch in islice(rank, accumulation)]
-        return [example for batch in found for example in tokens_of(batch)]
+        return [example for batch in found for example in examples_of(batch)]
 
     def state(self):
         return merge_states([loader.local_state() for loader in self.loaders])
 
 
-def tokens_of(batch):
+def examples_of(batch):
     inputs, labels = lists([batch])[0]
     return [(tuple(i), tuple(j)) for i, j in zip(inputs, labels, strict=True)]
 
@@ -144,7 +144,7 @@ def test_documents_are_seen_once_however_often_the_layout_changes(tmp_path, smal
         begin = state["consumed"] if state else 0
         run = Run(source, dp_degree, batch_size, state=state)
         for rank, loader in enumerate(run.batches):
-            mine = [e for batch in islice(loader, batches) for e in tokens_of(batch)]
+            mine = [e for batch in islice(loader, batches) for e in examples_of(batch)]
             for m, (_, labels) in enumerate(mine):
                 windows[begin + m * dp_degree + rank] = labels
         state = run.state()
