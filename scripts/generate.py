@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from torchtitan.build import build_model, build_parallel_dims
 from torchtitan.components.checkpoint_files import META, is_complete, read_json
 from torchtitan.components.checkpoint_storage import CheckpointReader, read_tensor_index
 from torchtitan.components.ema import check_has_average
@@ -31,7 +32,6 @@ from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.utils import device_type, local_device
-from torchtitan.trainer import build_model, build_parallel_dims
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

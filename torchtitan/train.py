@@ -4,13 +4,14 @@ import logging
 import os
 import sys
 
+from torchtitan.check_config import Checked, check_config
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.lost_peers import explain_lost_peer
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.last_words import leave_last_words
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.orphans import end_with_the_launcher
-from torchtitan.trainer import Checked, Trainer, check_config
+from torchtitan.trainer import Trainer
 
 __all__ = ["Trainer", "main"]
 

@@ -6,69 +6,46 @@ all ranks and micro-batches; gradients are sums too. So the layout of a run neve
 numbers.
 """
 
-import json
-import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
-from torchtitan.components.balance import (
-    Action,
-    Alarms,
-    Numbers,
-    balance_numbers,
-    cross_node_percent,
-    routing_numbers,
-    violation_numbers,
+from torchtitan.build import (
+    build_lr_scheduler,
+    build_metrics,
+    build_model,
+    build_parallel_dims,
+    build_pipeline,
+    build_schedule,
+    profilers,
 )
+from torchtitan.check_config import Checked, check_config, pipeline_plan
+from torchtitan.components.balance import Action, Alarms, Numbers, violation_numbers
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.cuda_graph import GraphedPass
-from torchtitan.components.dataloader import ParallelAwareDataLoader
+from torchtitan.components.dump_folder import save_config
 from torchtitan.components.ema import WeightAverage
 from torchtitan.components.fused_adam import FusedAdam
-from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
-from torchtitan.components.loss_watch import LossWatch, Verdict
-from torchtitan.components.lr_scheduler import (
-    build_lr_scheduler,
-    build_phase_lr_scheduler,
-    resume_lr_scheduler,
-)
-from torchtitan.components.metrics import MetricsLogger, device_name
+from torchtitan.components.loss_watch import LossWatch
+from torchtitan.components.lr_scheduler import resume_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer, group_rules
-from torchtitan.components.param_groups import check_groups
-from torchtitan.components.schedule import Schedule, coefficients_set
-from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
-from torchtitan.components.traffic import traffic_line, traffic_numbers
+from torchtitan.components.traffic import traffic_line
 from torchtitan.components.validate import Validator
 from torchtitan.components.working_weights import build_working_weights
-from torchtitan.config import (
-    JobConfig,
-    Parallelism,
-    resolve_degrees,
-    resolve_global_batch_size,
-    to_dict,
-    validate,
-)
-from torchtitan.config.pipeline import PipelinePlan, plan_pipeline
-from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.activation_checkpoint import check_memory_budget
-from torchtitan.distributed.compile import check_compile_backend
+from torchtitan.config import JobConfig
+from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.distributed.context_parallel import positions_of_this_rank
-from torchtitan.distributed.expert_parallel import bytes_per_row
-from torchtitan.distributed.fsdp import materialize, sync_replicas_on_last_microbatch
+from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
-from torchtitan.distributed.pipeline_parallel import Pipeline, StepInputs, cut_into_parts
+from torchtitan.distributed.pipeline_parallel import StepInputs
 from torchtitan.distributed.utils import (
     gather_from_ranks,
     init_distributed,
@@ -76,277 +53,19 @@ from torchtitan.distributed.utils import (
     set_timeout,
     sum_over_ranks,
 )
-from torchtitan.hf_datasets import build_training_dataloader, check_training_data, data_numbers
-from torchtitan.hf_datasets.validation_data import (
-    build_validation_dataloader,
-    check_validation_data,
-)
+from torchtitan.hf_datasets import build_training_dataloader, data_numbers
+from torchtitan.hf_datasets.validation_data import build_validation_dataloader
 from torchtitan.models.moe.balancing import Load, step_loads, update_expert_bias
-from torchtitan.protocols.model import BaseModel, BaseModelArgs
-from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
+from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.train_spec import TrainSpec
+from torchtitan.report import Interval, StepResult, balance_of, traffic_of
 from torchtitan.tools.errors import RunError, UserError
-from torchtitan.tools.flops import peak_flops
 from torchtitan.tools.gc import GarbageCollection
 from torchtitan.tools.logging import logger
-from torchtitan.tools.profiling import maybe_memory_snapshot, maybe_profile
 from torchtitan.tools.signals import StopRequest
-from torchtitan.tools.utils import (
-    TORCH_DTYPES,
-    check_local_processes,
-    device_type,
-    local_device,
-)
+from torchtitan.tools.utils import TORCH_DTYPES, local_device
 
 Batch = tuple[dict[str, Tensor], Tensor]
-Checked = tuple[TrainSpec, BaseModelArgs, Tokenizer]
-
-# ------------------------------------------------------------------ build
-
-
-def check_config(config: JobConfig) -> Checked:
-    """Everything that can be found wrong before a process group or GPU is touched (`UserError`)."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    validate(config, world_size, device_type())
-    if config.comm.mode == "default":
-        check_local_processes(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    check_compile_backend(config.compile)
-    check_memory_budget(config.activation_checkpoint)
-    spec = get_train_spec(config.model.name)
-    model_args = get_flavor(spec, config.model.name, config.model.flavor).for_run(
-        overrides=config.model.args,
-        seq_len=config.training.seq_len,
-        force_load_balance=config.debug.moe_force_load_balance,
-    )
-    tokenizer = load_tokenizer(config.model.hf_assets_path)
-    if tokenizer.vocab_size > model_args.vocab_size:
-        raise UserError(
-            f"the tokenizer in model.hf_assets_path ({config.model.hf_assets_path}) has "
-            f"{tokenizer.vocab_size} tokens, but model.flavor '{config.model.flavor}' only "
-            f"{model_args.vocab_size}: set model.args.vocab_size to at least "
-            f"{tokenizer.vocab_size}, or name the tokenizer of this model."
-        )
-    model_args.check_tokenizer(tokenizer.eos_id)
-    model_args.check_coefficients(coefficients_set(config.schedule.phase))
-    model_args.check_layout(config.parallelism)
-    if config.optimizer.group:
-        with torch.device("meta"):
-            check_groups(config.optimizer.group, spec.model_cls(model_args))
-    if config.compile.cuda_graph and model_args.has_side_losses:
-        raise UserError(
-            "compile.cuda_graph = true is not supported yet with multi-token prediction "
-            "(model.args.n_mtp_layers); set either to false or 0."
-        )
-    pipeline_plan(config, model_args)
-    check_training_data(config.training, tokenizer)
-    check_hf(config, spec, model_args)
-    check_validation_data(config.validation, model_args.max_seq_len)
-    check_dump_folder(config.job.dump_folder)
-    return spec, model_args, tokenizer
-
-
-def pipeline_plan(config: JobConfig, model_args: BaseModelArgs) -> PipelinePlan | None:
-    """None without pipeline parallelism. Raises `UserError`."""
-    if config.parallelism.pipeline_parallel_degree == 1:
-        return None
-    return plan_pipeline(
-        config.parallelism,
-        num_layers=model_args.n_layers,
-        local_batch_size=config.training.local_batch_size,
-    )
-
-
-def check_dump_folder(dump_folder: str) -> None:
-    """Raise `UserError` where it can't be made or written to; makes nothing yet."""
-    folder = Path(dump_folder)
-    candidates = (folder, *folder.absolute().parents)
-    nearest = next(path for path in candidates if os.path.exists(path))
-    if not nearest.is_dir():
-        raise _not_writable(folder, f"{nearest} is not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _not_writable(folder, f"no permission in {nearest}")
-
-
-def _not_writable(folder: Path, reason: str) -> UserError:
-    return UserError(
-        f"job.dump_folder {folder} can't be written to ({reason}): name a folder that can."
-    )
-
-
-def build_model(
-    spec: TrainSpec,
-    model_args: BaseModelArgs,
-    dims: ParallelDims,
-    config: JobConfig,
-    device: torch.device,
-    plan: PipelinePlan | None = None,
-) -> tuple[BaseModel, list[BaseModel]]:
-    """Shapes first (meta device), then spread over ranks, then each rank fills what it holds.
-
-    Returns the model and, with a pipeline, its parts by stage.
-    """
-    default_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(TORCH_DTYPES[config.training.dtype])
-    try:
-        with torch.device("meta"):
-            model = spec.model_cls(model_args)
-    finally:
-        torch.set_default_dtype(default_dtype)
-    num_params = sum(p.numel() for p in model.parameters())
-    logger.info(
-        "Model: %s %s, %s parameters", config.model.name, config.model.flavor, f"{num_params:,}"
-    )
-    parts = cut_into_parts(model, plan, dims.mesh["pp"].get_local_rank()) if plan else []
-    for part in parts or [model]:
-        spec.parallelize_fn(part, dims, config)
-    materialize(model, device, offload=config.training.enable_cpu_offload)
-    model.init_weights(buffer_device=device)
-    return model.train(), parts
-
-
-def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None = None) -> ParallelDims:
-    world_size = dist.get_world_size()
-    dims = ParallelDims(
-        last_stage=plan.rank_of(len(plan.stages) - 1) if plan else 0,
-        world_size=world_size,
-        device_type=device_type(),
-        node_size=resolve_node_size(config.parallelism, world_size),
-        **resolve_degrees(config.parallelism, world_size)._asdict(),
-    )
-    dims.make_groups()
-    return dims
-
-
-def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
-    """Consecutive ranks of one node: as told, else as torchrun says, else all of them.
-
-    An EP group that begins in the middle of a node counts in the parts that its nodes share.
-    """
-    if parallelism.expert_parallel_node_size is not None:
-        return parallelism.expert_parallel_node_size
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    span = parallelism.expert_parallel_degree * parallelism.expert_tensor_parallel_degree
-    return local if 0 in (local % span, span % local) else math.gcd(local, span)
-
-
-def build_schedule(config: JobConfig, dp_degree: int) -> Schedule:
-    schedule = Schedule(
-        config.schedule.phase,
-        lr=config.optimizer.lr,
-        batch_size=resolve_global_batch_size(config, dp_degree),
-    )
-    if schedule.phases:
-        num_steps = schedule.num_steps(config.training.seq_len)
-        text = f"Schedule: {len(schedule.phases)} phases end after step {num_steps}"
-        if config.training.steps == num_steps:
-            logger.info("%s, and so does the run", text)
-        else:
-            logger.warning("%s, but training.steps = %d", text, config.training.steps)
-    return schedule
-
-
-def build_metrics(
-    config: JobConfig, model_args: BaseModelArgs, device: torch.device, start_step: int
-) -> MetricsLogger:
-    settings, compute_dtype = config.metrics, TORCH_DTYPES[config.training.mixed_precision_param]
-    return MetricsLogger(
-        dump_folder=config.job.dump_folder,
-        log_freq=settings.log_freq,
-        total_steps=config.training.steps,
-        enable_tensorboard=settings.enable_tensorboard,
-        save_tb_folder=settings.save_tb_folder,
-        save_for_all_ranks=settings.save_for_all_ranks,
-        disable_color_printing=settings.disable_color_printing,
-        device=device,
-        flops_per_token=model_args.train_flops_per_token(config.training.seq_len),
-        peak_flops=peak_flops(device_name(device), compute_dtype),
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        start_step=start_step,
-    )
-
-
-def save_config(config: JobConfig, model_args: BaseModelArgs) -> None:
-    """Write beside the outputs what the run was told, and the model arguments that came of it.
-
-    Two files: the first may be given back as `job.config_file`, and a flavor or sequence length set
-    then must not meet arguments that an earlier one led to.
-    """
-    settings = json.dumps(to_dict(config), indent=2)
-    arguments = json.dumps(asdict(model_args), indent=2)
-    if config.job.print_config:
-        logger.info("Config: %s", settings)
-        logger.info("Model arguments: %s", arguments)
-    folder = Path(config.job.dump_folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / config.job.save_config_file).write_text(settings + "\n")
-        (folder / "model_args.json").write_text(arguments + "\n")
-    except OSError as error:
-        raise _not_writable(folder, error.strerror) from None
-
-
-@contextmanager
-def profilers(config: JobConfig, rank: int) -> Iterator[Callable[[], None]]:
-    """Traces and memory snapshots, where asked for; call what it yields after every step."""
-    settings = config.profiling
-    where = {"dump_folder": config.job.dump_folder, "rank": rank}
-    with (
-        maybe_profile(
-            enable_profiling=settings.enable_profiling,
-            save_traces_folder=settings.save_traces_folder,
-            profile_freq=settings.profile_freq,
-            profiler_active=settings.profiler_active,
-            profiler_warmup=settings.profiler_warmup,
-            **where,
-        ) as profiler,
-        maybe_memory_snapshot(
-            enable_memory_snapshot=settings.enable_memory_snapshot,
-            save_memory_snapshot_folder=settings.save_memory_snapshot_folder,
-            profile_freq=settings.profile_freq,
-            **where,
-        ) as snapshots,
-    ):
-
-        def after_step() -> None:
-            profiler.step()
-            snapshots.step()
-
-        yield after_step
-
-
-# ------------------------------------------------------------------ run
-
-
-@dataclass
-class StepResult:
-    """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact
-    when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer;
-    traffic: see `TokenDispatcher.dispatch`, by layer. watched: see models/moe/watch.py, by layer;
-    empty without metrics.log_routing. side_losses: by name, means as `loss` is. valid_tokens: of
-    the step, over all ranks. verdict: what became of the step. stop: some rank was asked to end
-    the run.
-    """
-
-    loss: float
-    max_loss: float
-    grad_norm: float
-    lr: float
-    loads: dict[int, Tensor]
-    traffic: dict[int, Tensor]
-    watched: dict[int, Tensor]
-    side_losses: dict[str, float]
-    valid_tokens: int
-    verdict: Verdict
-    stop: bool
-
-
-@dataclass
-class Interval:
-    """What adds up between two log lines."""
-
-    tokens: int = 0
-    step_seconds: list[float] = field(default_factory=list)
-    data_seconds: float = 0.0
 
 
 class Trainer:
@@ -367,7 +86,41 @@ class Trainer:
             raise
 
     def _build(self, spec: TrainSpec) -> None:
-        config, training = self.config, self.config.training
+        """In an order that matters: groups, then data and model, then what updates the model, then
+        what watches the run; last of all the state of an earlier run."""
+        plan = self._join_ranks()
+        config = self.config
+        self.checkpoint = build_checkpoint_manager(config, spec, self.model_args, asdict(self.dims))
+        self._open.callback(self.checkpoint.close)
+        start = self.checkpoint.find_start()
+        seed = self.checkpoint.seed = set_determinism(config.debug, self.device, start.seed)
+        ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
+        self.dataloader = build_training_dataloader(config, self.tokenizer, seed=seed, **ranks)
+        parts = self._build_model(spec, plan)
+        self._build_updates(spec)
+        self._build_loss(parts, plan)
+        self._build_watchers(start.step)
+        self.run_state = RunState(
+            model=self.model,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            dataloader=self.dataloader,
+            progress=self,
+            average=self.average,
+        )
+        self.checkpoint.load(self.run_state, start)
+        if self.average is not None:
+            self.average.enter(self.step)
+        self.validator = None
+        if config.validation.enable:
+            loader = build_validation_dataloader(config.validation, self.tokenizer, **ranks)
+            self.validator = Validator(
+                config.validation, loader, self._loss_sum_once, device=self.device
+            )
+
+    def _join_ranks(self) -> PipelinePlan | None:
+        """The process groups, and what each rank is in them."""
+        config = self.config
         self.device = local_device()
         leave = init_distributed(config.comm, self.device, config.job.dump_folder)
         self._open.callback(leave)
@@ -378,24 +131,29 @@ class Trainer:
         plan = pipeline_plan(config, self.model_args)
         self.dims = build_parallel_dims(config, plan)
         # With context parallelism: of this rank's part of each sequence.
-        self.positions = positions_of_this_rank(self.dims, training.seq_len, self.device)
-        self.checkpoint = build_checkpoint_manager(config, spec, self.model_args, asdict(self.dims))
-        self._open.callback(self.checkpoint.close)
-        start = self.checkpoint.find_start()
-        seed = self.checkpoint.seed = set_determinism(config.debug, self.device, start.seed)
-        self.dataloader = self._build_dataloader(seed)
-        self.model, parts = build_model(spec, self.model_args, self.dims, config, self.device, plan)
+        self.positions = positions_of_this_rank(self.dims, config.training.seq_len, self.device)
+        return plan
+
+    def _build_model(self, spec: TrainSpec, plan: PipelinePlan | None) -> list[BaseModel]:
+        """Returns its parts by stage, with a pipeline."""
+        config, dims = self.config, self.dims
+        self.model, parts = build_model(spec, self.model_args, dims, config, self.device, plan)
         # also of the groups that are new now
         set_timeout(config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.moes = self.model.moe_layers()
         for moe in self.moes.values():
             moe.watch_routing = config.metrics.log_routing
-            moe.step_group = self.dims.stage_group if self.dims.stage_size > 1 else None
+            moe.step_group = dims.stage_group if dims.stage_size > 1 else None
         if self.moes and all(moe.expert_bias is None for moe in self.moes.values()):
             logger.warning(
                 "Nothing evens out the expert load: model.args.moe_args.load_balance_coeff is not "
                 "set (1e-3 is the usual speed of the bias)"
             )
+        return parts
+
+    def _build_updates(self, spec: TrainSpec) -> None:
+        """What changes the weights: schedule, optimizer, learning rate, average."""
+        config = self.config
         self.step = self.tokens_seen = 0
         self.schedule = build_schedule(config, self.dims.dp_degree)
         self.now = self.schedule.at(0)
@@ -415,7 +173,12 @@ class Trainer:
         self.average = WeightAverage(self.model, config.ema) if config.ema.enable else None
         if self.average is not None:
             self._open.callback(self.average.close)
-        self.lr_scheduler = self._build_lr_scheduler()
+        self.lr_scheduler = build_lr_scheduler(
+            config, self.optimizer, self.schedule, lambda: self.tokens_seen
+        )
+
+    def _build_loss(self, parts: list[BaseModel], plan: PipelinePlan | None) -> None:
+        config = self.config
         # The model's own loss holds no logits; a CPU has the memory, and one GEMM is its fastest.
         # Split logits, pipelines and further tokens' losses have losses of their own.
         self.model_has_loss = (
@@ -430,8 +193,22 @@ class Trainer:
         )
         if config.compile.enable and "loss" in config.compile.components:
             self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
-        self.pipeline = self._build_pipeline(parts, plan) if plan else None
-        self.metrics = build_metrics(config, self.model_args, self.device, start.step)
+        self.pipeline = None
+        if plan is not None:
+            self.pipeline = build_pipeline(
+                config,
+                self.model_args,
+                self.dims,
+                parts,
+                plan,
+                device=self.device,
+                loss_fn=self.loss_fn,
+                masks_of=self._attention_masks,
+            )
+
+    def _build_watchers(self, start_step: int) -> None:
+        config, training = self.config, self.config.training
+        self.metrics = build_metrics(config, self.model_args, self.device, start_step)
         self._open.callback(self.metrics.close)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
         self._open.callback(self.gc.close)
@@ -442,59 +219,6 @@ class Trainer:
         )
         self.alarms = Alarms(config.metrics.alarm)
         self.stop = StopRequest()
-        self.run_state = RunState(
-            model=self.model,
-            optimizer=self.optimizer,
-            lr_scheduler=self.lr_scheduler,
-            dataloader=self.dataloader,
-            progress=self,
-            average=self.average,
-        )
-        self.checkpoint.load(self.run_state, start)
-        if self.average is not None:
-            self.average.enter(self.step)
-        self.validator = self._build_validator() if config.validation.enable else None
-
-    def _build_validator(self) -> Validator:
-        settings = self.config.validation
-        ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
-        loader = build_validation_dataloader(settings, self.tokenizer, **ranks)
-        return Validator(settings, loader, self._loss_sum_once, device=self.device)
-
-    def _build_pipeline(self, parts: list[BaseModel], plan: PipelinePlan) -> Pipeline:
-        training, tp, cp = self.config.training, self.dims.tp, self.dims.cp
-        tokens = training.seq_len // cp
-        vocab_parts = 1 if self.config.parallelism.disable_loss_parallel else tp
-        return Pipeline(
-            parts,
-            plan,
-            self.config.parallelism,
-            mesh=self.dims.mesh["pp"],
-            device=self.device,
-            tokens=(tokens,),
-            hidden=(tokens // tp, self.model_args.stage_channels),
-            logits=(tokens, self.model_args.vocab_size // vocab_parts),
-            dtype=TORCH_DTYPES[training.mixed_precision_param],
-            loss_fn=self.loss_fn,
-            masks_of=self._attention_masks,
-        )
-
-    def _build_lr_scheduler(self) -> LambdaLR:
-        config = self.config
-        if not self.schedule.phases:
-            return build_lr_scheduler(
-                self.optimizer, total_steps=config.training.steps, **asdict(config.lr_scheduler)
-            )
-        return build_phase_lr_scheduler(
-            self.optimizer,
-            lambda: self.schedule.at(self.tokens_seen).lr,
-            lr=config.optimizer.lr,
-            warmup_steps=config.lr_scheduler.warmup_steps,
-        )
-
-    def _build_dataloader(self, seed: int) -> ParallelAwareDataLoader:
-        ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
-        return build_training_dataloader(self.config, self.tokenizer, seed=seed, **ranks)
 
     def train(self) -> None:
         """All steps, with their log lines."""
@@ -769,31 +493,17 @@ class Trainer:
         if self.average is not None:
             self.average.before_update()
 
-    def _traffic_of(self, result: StepResult) -> dict[str, object]:
-        """What expert parallelism sent in this step, over all ranks."""
-        if self.dims.ep == 1:
-            return {}
-        row = bytes_per_row(
-            self.model_args.dim,
-            self.model_args.moe_args.top_k,
-            TORCH_DTYPES[self.config.training.mixed_precision_param],
-        )
-        return traffic_numbers(result.traffic, row)
-
-    def _balance_of(
-        self,
-        result: StepResult,
-        biases: Mapping[int, Tensor | None],
-        traffic: Mapping[str, object],
-    ) -> Numbers:
-        """How evenly the step used the experts; the same on all ranks."""
-        if not result.loads:
-            return {}
-        num_groups = self.model_args.moe_args.num_expert_groups
-        numbers = balance_numbers(result.loads, biases, num_groups)
-        if result.watched:
-            numbers |= routing_numbers(result.watched, result.valid_tokens, result.loads)
-        return numbers | cross_node_percent(traffic)
+    def _routing_numbers(
+        self, result: StepResult, biases: Mapping[int, Tensor | None]
+    ) -> tuple[dict[str, object], Numbers]:
+        """What expert parallelism sent, and how evenly the experts were used."""
+        traffic, balance, args = {}, {}, self.model_args
+        if self.dims.ep > 1:
+            dtype = TORCH_DTYPES[self.config.training.mixed_precision_param]
+            traffic = traffic_of(result, args, dtype)
+        if result.loads:
+            balance = balance_of(result, biases, traffic, args.moe_args.num_expert_groups)
+        return traffic, balance
 
     def _validate(self) -> dict[str, float]:
         """The validation's numbers where it is due after this step, else none."""
@@ -812,8 +522,7 @@ class Trainer:
             result.loads, result.traffic, result.watched, biases = self.pipeline.gather(
                 (result.loads, result.traffic, result.watched, biases)
             )
-        traffic = self._traffic_of(result)
-        balance = self._balance_of(result, biases, traffic)
+        traffic, balance = self._routing_numbers(result, biases)
         self.metrics.log(
             step=self.step,
             loss=result.loss,

@@ -19,8 +19,8 @@ from tests.distributed_tests.training_ranks import (
     one_process_with_documents,  # noqa: F401 (a fixture)
     train_on_this_rank,
 )
+from torchtitan.check_config import check_config
 from torchtitan.tools.errors import UserError
-from torchtitan.trainer import check_config
 
 DEGREES = {
     "replicate": "data_parallel_replicate_degree",

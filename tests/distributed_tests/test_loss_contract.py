@@ -6,7 +6,8 @@ import pytest
 
 from tests.helpers import Ranks
 from torchtitan.config import ConfigManager
-from torchtitan.trainer import Interval, Trainer
+from torchtitan.report import Interval
+from torchtitan.trainer import Trainer
 
 REPO = Path(__file__).parents[2]
 CONTRACT = REPO / "tests/assets/losses/deepseek_v3_debugmodel_cpu.txt"

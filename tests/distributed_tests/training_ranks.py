@@ -11,7 +11,8 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
-from torchtitan.trainer import Interval, Trainer
+from torchtitan.report import Interval
+from torchtitan.trainer import Trainer
 
 STEPS, SEQUENCES, SEQ_LEN = 3, 8, 16
 EOS = load_tokenizer(JobConfig().model.hf_assets_path).eos_id

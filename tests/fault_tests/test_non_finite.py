@@ -14,9 +14,10 @@ from torchtitan import trainer as trainer_module
 from torchtitan.components.loss import cross_entropy_sum
 from torchtitan.components.loss_watch import MAX_SKIPS_IN_A_ROW
 from torchtitan.config import ConfigManager
+from torchtitan.report import Interval
 from torchtitan.tools.errors import RunError
 from torchtitan.train import main
-from torchtitan.trainer import Interval, Trainer
+from torchtitan.trainer import Trainer
 
 # The same learning rate at each step: a run without the poisoned step is then an exact twin.
 CONSTANT_LR = {"lr_scheduler__min_lr_factor": 1}

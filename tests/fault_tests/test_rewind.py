@@ -12,9 +12,10 @@ from tests.tiny_run import records, tiny
 from torchtitan import trainer as trainer_module
 from torchtitan.components.loss_watch import MAX_REWINDS_IN_A_ROW, RECENT_LOSSES, LossWatch
 from torchtitan.config import ConfigManager, Training
+from torchtitan.report import Interval
 from torchtitan.tools.errors import RunError
 from torchtitan.train import main
-from torchtitan.trainer import Interval, Trainer
+from torchtitan.trainer import Trainer
 
 SAVES = {
     "checkpoint__enable": True,

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tests.tiny_run import losses, records, tiny
 from torchtitan.config import ConfigManager
+from torchtitan.report import Interval
 from torchtitan.train import main
-from torchtitan.trainer import Interval, Trainer
+from torchtitan.trainer import Trainer
 
 
 def start(folder: Path, **changes) -> Trainer:

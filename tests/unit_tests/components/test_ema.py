@@ -14,8 +14,9 @@ from tests.fault_tests.test_non_finite import poisoned_loss
 from tests.tiny_run import tiny
 from torchtitan import trainer as trainer_module
 from torchtitan.config import ConfigManager, validate
+from torchtitan.report import Interval
 from torchtitan.tools.errors import UserError
-from torchtitan.trainer import Interval, Trainer
+from torchtitan.trainer import Trainer
 
 EMA = {"ema__enable": True, "ema__decay": 0.9}
 SAVES = {"checkpoint__enable": True, "checkpoint__interval": 2, "training__steps": 6}

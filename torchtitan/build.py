@@ -1,0 +1,196 @@
+"""What a run is built from: a function for each part, from the config and the parts before it."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from torchtitan.components import lr_scheduler
+from torchtitan.components.metrics import MetricsLogger, device_name
+from torchtitan.components.schedule import Schedule
+from torchtitan.config import (
+    JobConfig,
+    Parallelism,
+    resolve_degrees,
+    resolve_global_batch_size,
+)
+from torchtitan.config.pipeline import PipelinePlan
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.fsdp import materialize
+from torchtitan.distributed.pipeline_parallel import Pipeline, cut_into_parts
+from torchtitan.protocols.model import BaseModel, BaseModelArgs
+from torchtitan.protocols.train_spec import TrainSpec
+from torchtitan.tools.flops import peak_flops
+from torchtitan.tools.logging import logger
+from torchtitan.tools.profiling import maybe_memory_snapshot, maybe_profile
+from torchtitan.tools.utils import TORCH_DTYPES, device_type
+
+
+def build_model(
+    spec: TrainSpec,
+    model_args: BaseModelArgs,
+    dims: ParallelDims,
+    config: JobConfig,
+    device: torch.device,
+    plan: PipelinePlan | None = None,
+) -> tuple[BaseModel, list[BaseModel]]:
+    """Shapes first (meta device), then spread over ranks, then each rank fills what it holds.
+
+    Returns the model and, with a pipeline, its parts by stage.
+    """
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(TORCH_DTYPES[config.training.dtype])
+    try:
+        with torch.device("meta"):
+            model = spec.model_cls(model_args)
+    finally:
+        torch.set_default_dtype(default_dtype)
+    num_params = sum(p.numel() for p in model.parameters())
+    logger.info(
+        "Model: %s %s, %s parameters", config.model.name, config.model.flavor, f"{num_params:,}"
+    )
+    parts = cut_into_parts(model, plan, dims.mesh["pp"].get_local_rank()) if plan else []
+    for part in parts or [model]:
+        spec.parallelize_fn(part, dims, config)
+    materialize(model, device, offload=config.training.enable_cpu_offload)
+    model.init_weights(buffer_device=device)
+    return model.train(), parts
+
+
+def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None = None) -> ParallelDims:
+    world_size = dist.get_world_size()
+    dims = ParallelDims(
+        last_stage=plan.rank_of(len(plan.stages) - 1) if plan else 0,
+        world_size=world_size,
+        device_type=device_type(),
+        node_size=resolve_node_size(config.parallelism, world_size),
+        **resolve_degrees(config.parallelism, world_size)._asdict(),
+    )
+    dims.make_groups()
+    return dims
+
+
+def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
+    """Consecutive ranks of one node: as told, else as torchrun says, else all of them.
+
+    An EP group that begins in the middle of a node counts in the parts that its nodes share.
+    """
+    if parallelism.expert_parallel_node_size is not None:
+        return parallelism.expert_parallel_node_size
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    span = parallelism.expert_parallel_degree * parallelism.expert_tensor_parallel_degree
+    return local if 0 in (local % span, span % local) else math.gcd(local, span)
+
+
+def build_schedule(config: JobConfig, dp_degree: int) -> Schedule:
+    schedule = Schedule(
+        config.schedule.phase,
+        lr=config.optimizer.lr,
+        batch_size=resolve_global_batch_size(config, dp_degree),
+    )
+    if schedule.phases:
+        num_steps = schedule.num_steps(config.training.seq_len)
+        text = f"Schedule: {len(schedule.phases)} phases end after step {num_steps}"
+        if config.training.steps == num_steps:
+            logger.info("%s, and so does the run", text)
+        else:
+            logger.warning("%s, but training.steps = %d", text, config.training.steps)
+    return schedule
+
+
+def build_metrics(
+    config: JobConfig, model_args: BaseModelArgs, device: torch.device, start_step: int
+) -> MetricsLogger:
+    settings, compute_dtype = config.metrics, TORCH_DTYPES[config.training.mixed_precision_param]
+    return MetricsLogger(
+        dump_folder=config.job.dump_folder,
+        log_freq=settings.log_freq,
+        total_steps=config.training.steps,
+        enable_tensorboard=settings.enable_tensorboard,
+        save_tb_folder=settings.save_tb_folder,
+        save_for_all_ranks=settings.save_for_all_ranks,
+        disable_color_printing=settings.disable_color_printing,
+        device=device,
+        flops_per_token=model_args.train_flops_per_token(config.training.seq_len),
+        peak_flops=peak_flops(device_name(device), compute_dtype),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        start_step=start_step,
+    )
+
+
+def build_lr_scheduler(
+    config: JobConfig, optimizer: Optimizer, schedule: Schedule, tokens_seen: Callable[[], int]
+) -> LambdaLR:
+    """By steps, or by the tokens of `schedule` where it has phases."""
+    settings = config.lr_scheduler
+    if not schedule.phases:
+        return lr_scheduler.build_lr_scheduler(
+            optimizer, total_steps=config.training.steps, **asdict(settings)
+        )
+    return lr_scheduler.build_phase_lr_scheduler(
+        optimizer,
+        lambda: schedule.at(tokens_seen()).lr,
+        lr=config.optimizer.lr,
+        warmup_steps=settings.warmup_steps,
+    )
+
+
+def build_pipeline(
+    config: JobConfig,
+    model_args: BaseModelArgs,
+    dims: ParallelDims,
+    parts: list[BaseModel],
+    plan: PipelinePlan,
+    **how: Any,
+) -> Pipeline:
+    """parts: from `build_model`. how: `device`, `loss_fn` and `masks_of` of `Pipeline`."""
+    tokens = config.training.seq_len // dims.cp
+    vocab_parts = 1 if config.parallelism.disable_loss_parallel else dims.tp
+    return Pipeline(
+        parts,
+        plan,
+        config.parallelism,
+        mesh=dims.mesh["pp"],
+        tokens=(tokens,),
+        hidden=(tokens // dims.tp, model_args.stage_channels),
+        logits=(tokens, model_args.vocab_size // vocab_parts),
+        dtype=TORCH_DTYPES[config.training.mixed_precision_param],
+        **how,
+    )
+
+
+@contextmanager
+def profilers(config: JobConfig, rank: int) -> Iterator[Callable[[], None]]:
+    """Traces and memory snapshots, where asked for; call what it yields after every step."""
+    settings = config.profiling
+    where = {"dump_folder": config.job.dump_folder, "rank": rank}
+    with (
+        maybe_profile(
+            enable_profiling=settings.enable_profiling,
+            save_traces_folder=settings.save_traces_folder,
+            profile_freq=settings.profile_freq,
+            profiler_active=settings.profiler_active,
+            profiler_warmup=settings.profiler_warmup,
+            **where,
+        ) as profiler,
+        maybe_memory_snapshot(
+            enable_memory_snapshot=settings.enable_memory_snapshot,
+            save_memory_snapshot_folder=settings.save_memory_snapshot_folder,
+            profile_freq=settings.profile_freq,
+            **where,
+        ) as snapshots,
+    ):
+
+        def after_step() -> None:
+            profiler.step()
+            snapshots.step()
+
+        yield after_step

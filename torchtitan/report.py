@@ -1,0 +1,71 @@
+"""What a step came to, and the numbers that are told of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torchtitan.components.balance import (
+    Numbers,
+    balance_numbers,
+    cross_node_percent,
+    routing_numbers,
+)
+from torchtitan.components.loss_watch import Verdict
+from torchtitan.components.traffic import traffic_numbers
+from torchtitan.distributed.expert_parallel import bytes_per_row
+from torchtitan.protocols.model import BaseModelArgs
+
+
+@dataclass
+class StepResult:
+    """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact
+    when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer;
+    traffic: see `TokenDispatcher.dispatch`, by layer. watched: see models/moe/watch.py, by layer;
+    empty without metrics.log_routing. side_losses: by name, means as `loss` is. valid_tokens: of
+    the step, over all ranks. verdict: what became of the step. stop: some rank was asked to end
+    the run.
+    """
+
+    loss: float
+    max_loss: float
+    grad_norm: float
+    lr: float
+    loads: dict[int, Tensor]
+    traffic: dict[int, Tensor]
+    watched: dict[int, Tensor]
+    side_losses: dict[str, float]
+    valid_tokens: int
+    verdict: Verdict
+    stop: bool
+
+
+@dataclass
+class Interval:
+    """What adds up between two log lines."""
+
+    tokens: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    data_seconds: float = 0.0
+
+
+def traffic_of(
+    result: StepResult, model_args: BaseModelArgs, dtype: torch.dtype
+) -> dict[str, object]:
+    """What expert parallelism sent in this step, over all ranks. dtype: of what is sent."""
+    row = bytes_per_row(model_args.dim, model_args.moe_args.top_k, dtype)
+    return traffic_numbers(result.traffic, row)
+
+
+def balance_of(
+    result: StepResult,
+    biases: Mapping[int, Tensor | None],
+    traffic: Mapping[str, object],
+    num_groups: int,
+) -> Numbers:
+    """How evenly the step used the experts; the same on all ranks."""
+    numbers = balance_numbers(result.loads, biases, num_groups)
+    if result.watched:
+        numbers |= routing_numbers(result.watched, result.valid_tokens, result.loads)
+    return numbers | cross_node_percent(traffic)
