@@ -102,7 +102,7 @@ def test_mla_operator_equals_the_plain_lines_in_fp64(documents: bool) -> None:
     projected, kv = leaves((B, S, H * 192 + 64), (B, S, H, 256))
     table = rope_table(64, S, 10000.0).cuda()
     tokens = torch.randint(0, 20, (B, S)) if documents else torch.ones(B, S, dtype=torch.int64)
-    mask = document_mask(tokens, 3, torch.device("cuda"))
+    mask = document_mask(tokens, 3, device=torch.device("cuda"))
     assert (mask is not None) == documents
     q = projected[..., : H * 192].unflatten(-1, (H, 192))
     k_rope = projected[..., -64:]
