@@ -6,6 +6,8 @@ architecture with the numbers of their published config.json (moonshotai on the 
 Released weights of all but Moonlight went through YaRN: to continue them, set model.args.yarn "on".
 """
 
+from typing import Any
+
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
 from torchtitan.models.deepseek_v3.parallelize import parallelize_deepseekv3
@@ -23,6 +25,22 @@ __all__ = [
 ]
 
 
+def _v3_experts(**sizes: Any) -> MoEArgs:
+    """Of V3 and its kin: sigmoid scores, normalised, a bias that balances them."""
+    return MoEArgs(score_func="sigmoid", route_norm=True, score_before_experts=False, **sizes)
+
+
+def _v2_experts(**sizes: Any) -> MoEArgs:
+    """Of V2: softmax scores as they are, no bias."""
+    return MoEArgs(
+        score_func="softmax",
+        route_norm=False,
+        score_before_experts=False,
+        load_balance_coeff=None,
+        **sizes,
+    )
+
+
 def _debug_args(**groups: int) -> DeepSeekV3ModelArgs:
     # torchtitan's debug sizes (33 M parameters), with V3's sigmoid routing.
     return DeepSeekV3ModelArgs(
@@ -34,15 +52,7 @@ def _debug_args(**groups: int) -> DeepSeekV3ModelArgs:
         n_dense_layers=1,
         n_heads=16,
         init_std=0.02,  # 0.006 is for widths of thousands
-        moe_args=MoEArgs(
-            num_experts=8,
-            num_shared_experts=2,
-            top_k=3,
-            score_func="sigmoid",
-            route_norm=True,
-            score_before_experts=False,
-            **groups,
-        ),
+        moe_args=_v3_experts(num_experts=8, num_shared_experts=2, top_k=3, **groups),
     )
 
 
@@ -57,16 +67,7 @@ deepseekv3_args = {
         n_layers=27,
         n_dense_layers=1,
         n_heads=16,
-        moe_args=MoEArgs(
-            num_experts=64,
-            num_shared_experts=2,
-            top_k=6,
-            score_func="softmax",
-            route_norm=False,
-            route_scale=1.0,
-            score_before_experts=False,
-            load_balance_coeff=None,
-        ),
+        moe_args=_v2_experts(num_experts=64, num_shared_experts=2, top_k=6),
         q_lora_rank=0,
         mscale=0.707,
     ),
@@ -78,18 +79,14 @@ deepseekv3_args = {
         n_layers=60,
         n_dense_layers=1,
         n_heads=128,
-        moe_args=MoEArgs(
+        moe_args=_v2_experts(
             num_experts=160,
             num_shared_experts=2,
             top_k=6,
             num_expert_groups=8,
             num_limited_groups=3,
             group_score_func="max",
-            score_func="softmax",
-            route_norm=False,
             route_scale=16.0,
-            score_before_experts=False,
-            load_balance_coeff=None,
         ),
         q_lora_rank=1536,
     ),
@@ -101,16 +98,13 @@ deepseekv3_args = {
         n_layers=61,
         n_dense_layers=3,
         n_heads=128,
-        moe_args=MoEArgs(
+        moe_args=_v3_experts(
             num_experts=256,
             num_shared_experts=1,
             top_k=8,
             num_expert_groups=8,
             num_limited_groups=4,
-            score_func="sigmoid",
-            route_norm=True,
             route_scale=2.5,
-            score_before_experts=False,
         ),
         q_lora_rank=1536,
     ),
@@ -123,15 +117,7 @@ deepseekv3_args = {
         n_dense_layers=1,
         n_heads=16,
         norm_eps=1e-5,
-        moe_args=MoEArgs(
-            num_experts=64,
-            num_shared_experts=2,
-            top_k=6,
-            score_func="sigmoid",
-            route_norm=True,
-            route_scale=2.446,
-            score_before_experts=False,
-        ),
+        moe_args=_v3_experts(num_experts=64, num_shared_experts=2, top_k=6, route_scale=2.446),
         q_lora_rank=0,
         rope_theta=50000.0,
         yarn="off",  # trained at 8192 as it is
@@ -144,15 +130,7 @@ deepseekv3_args = {
         n_layers=61,
         n_dense_layers=1,
         n_heads=64,
-        moe_args=MoEArgs(
-            num_experts=384,
-            num_shared_experts=1,
-            top_k=8,
-            score_func="sigmoid",
-            route_norm=True,
-            route_scale=2.827,
-            score_before_experts=False,
-        ),
+        moe_args=_v3_experts(num_experts=384, num_shared_experts=1, top_k=8, route_scale=2.827),
         q_lora_rank=1536,
         rope_theta=50000.0,
         rope_factor=32.0,
