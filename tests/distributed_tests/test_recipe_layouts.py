@@ -90,13 +90,16 @@ MUON_LAYOUTS = {
     "FSDP 4, uneven": (4, [SIZE + "2", "--model.args.kv_lora_rank=18"]),
     "EP 2 x HSDP 2 x 2": (4, [*ep(2), REPLICATE + "2", SIZE + "2"]),
     "EP 2 x FSDP 4, split inside of experts": (8, [*SPLIT_INSIDE, SIZE + "1"]),
+    "TP 2, FSDP 2, split experts": layout(4, tp=2, etp=2),
 }
 
 
 @pytest.mark.parametrize("name", MUON_LAYOUTS)
 def test_muon_trains_like_one_process(ranks, name, tmp_path):
     world_size, options = MUON_LAYOUTS[name]
-    alone = ["--parallelism.expert_parallel_degree=1", REPLICATE + "1", SIZE + "8"]
+    axes = ("expert", "tensor", "expert_tensor")
+    alone = [f"--parallelism.{axis}_parallel_degree=1" for axis in axes]
+    alone += [REPLICATE + "1", SIZE + "8"]
     expected = ranks(1).run(train_on_this_rank, [*MUON, *options, *alone], str(tmp_path))[0]
     for result in ranks(world_size).run(train_on_this_rank, [*MUON, *options], str(tmp_path)):
         assert_trained_alike(result, expected)
