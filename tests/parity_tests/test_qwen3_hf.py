@@ -118,7 +118,39 @@ def test_numbers_of_parameters_are_the_published_ones():
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_export_says_how_many_tokens_change_experts(tmp_path):
+    """Against choices made by hand: top-k of the gate on normalised Gaussian tokens."""
+    model, adapter = converted(hf_model("experts"), tmp_path)
+    state = {name: model.state_dict()[name] for name in adapter.router_names()}
+    coarse = {n: t.to(torch.float8_e4m3fn).float() if "gate" in n else t for n, t in state.items()}
+    changes = adapter.routing_changes(state, coarse)
+    assert changes.keys() == {"layers.0", "layers.1"}
+    x = torch.randn(2048, 32, generator=torch.Generator().manual_seed(0))
+    x = F.rms_norm(x, (32,)) * state["layers.1.ffn_norm.weight"]
+    before, after = (
+        (x @ each["layers.1.moe.router.gate.weight"].T).topk(3).indices.sort().values
+        for each in (state, coarse)
+    )
+    share = (before != after).any(dim=-1).float().mean().item()
+    assert 0.005 < share < 0.9 and changes["layers.1"] == pytest.approx(share, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"head_dim": None}, "config.json has a value of another kind"),
+        ({"hidden_size": "32"}, "config.json has a value of another kind"),
+        ({"vocab_size": ...}, "config.json lacks 'vocab_size'"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_told(changes, sentence):
+    config = Qwen3Config(**SIZES).to_dict() | changes
+    config = {name: value for name, value in config.items() if value is not ...}
+    with pytest.raises(UserError, match=sentence):
+        Qwen3StateDictAdapter.args_of(config)
+
+
 def test_a_tied_embedding_is_refused(tmp_path):
     config = {**Qwen3Config(**SIZES).to_dict(), "tie_word_embeddings": True}
-    with pytest.raises(UserError, match="tie_word_embeddings = True, but qwen3 here"):
+    with pytest.raises(UserError, match="tie_word_embeddings = True, but this architecture"):
         Qwen3StateDictAdapter.args_of(config)

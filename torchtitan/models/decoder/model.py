@@ -7,11 +7,14 @@ Letters: B batch, S sequence, D model dim.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.decoder.cache import CachedAttend, caching
 from torchtitan.models.moe import FeedForward, MoE
 from torchtitan.models.moe.balancing import Load, record_load
 from torchtitan.ops.attention import AttentionMask, causal_mask, document_mask
@@ -26,7 +29,7 @@ class TransformerBlock(nn.Module):
 
     attention: called with (x_BSD, rope, mask, positions_BS). Context parallelism takes the place of
     its `attend(queries, narrow, narrow, mask)`, where the two are all that keys and values are made
-    of; see distributed/context_parallel.py.
+    of (distributed/context_parallel.py), and so does generation (cache.py).
     """
 
     def __init__(self, args: DecoderArgs, attention: nn.Module, hidden_dim: int | None):
@@ -75,6 +78,7 @@ class Decoder(KeepsBufferDtypes, BaseModel):
     """Tokens to logits, or to the loss. A family defines `make_block` and `make_rope_table`."""
 
     computes_loss = True
+    cached_attend: ClassVar[type[CachedAttend]] = CachedAttend
     model_args: DecoderArgs
 
     def __init__(self, model_args: DecoderArgs):
@@ -152,6 +156,10 @@ class Decoder(KeepsBufferDtypes, BaseModel):
     def set_coefficients(self, values: Mapping[str, float]) -> None:
         for moe in self.moe_layers().values():
             moe.set_coefficients(values)
+
+    def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
+        attentions = [layer.attention for layer in self.layers.values()]
+        return caching(attentions, lambda each: self.cached_attend(each, batch_size, length))
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Matrices normal with `init_std`, norms one, expert bias zero.

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.decoder.routing_change import routing_change
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
 from torchtitan.tools.errors import UserError
@@ -51,6 +53,7 @@ END_ROWS = {
     "output.weight": Row("lm_head.weight"),
 }
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_GATE = re.compile(r"layers\.(\d+)\.moe\.router\.gate\.weight")
 
 
 def in_layers(ours: str, rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -62,13 +65,35 @@ def in_layers(ours: str, rows: Mapping[str, Row]) -> dict[str, Row]:
 
 
 class TableAdapter(StateDictAdapter):
-    """A family defines `table` (numbers in our names are {} there) and `model_cls`.
+    """A family defines `table` (numbers in our names are {} there), `model_cls`, `read_config`
+    (what `args_of` returns; keys that are missing may raise KeyError), and the `config.json`.
 
     Whole state dicts of plain tensors go in and out; experts are copied there, the rest is shared.
     """
 
     table: ClassVar[Mapping[str, Row]]
     model_cls: ClassVar[type[BaseModel]]
+    model_args: DecoderArgs
+
+    @classmethod
+    def args_of(cls, hf_config: Mapping[str, Any]) -> DecoderArgs:
+        try:
+            return cls.read_config(hf_config)
+        except KeyError as error:
+            raise UserError(
+                f"config.json lacks {error}, which says how large the model is."
+            ) from None
+        except UserError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"config.json has a value of another kind than it should ({error}); download it "
+                "again."
+            ) from None
+
+    @classmethod
+    def read_config(cls, hf_config: Mapping[str, Any]) -> DecoderArgs:
+        raise NotImplementedError
 
     def row_of(self, ours: str) -> Row:
         row = self.table.get(_NUMBER.sub("{}", ours))
@@ -137,3 +162,25 @@ class TableAdapter(StateDictAdapter):
                 # clone: safetensors refuses tensors that share storage
                 out[piece.name] = tensor if piece.index is None else tensor[piece.index].clone()
         return out
+
+    # ------------------------------------------------------------------ routing
+
+    def router_names(self) -> list[str]:
+        ends = ("moe.router.gate.weight", "moe.expert_bias", "ffn_norm.weight")
+        layers = [match[1] for match in map(_GATE.fullmatch, self.shapes) if match]
+        names = [f"layers.{layer}.{end}" for layer in layers for end in ends]
+        return [name for name in names if name in self.shapes]
+
+    def routing_changes(
+        self, state: Mapping[str, Tensor], written: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        changes = {}
+        for name in state:
+            if match := _GATE.fullmatch(name):
+                layer = f"layers.{match[1]}"
+                before, after = (
+                    (each[name], each.get(f"{layer}.moe.expert_bias")) for each in (state, written)
+                )
+                norm = state[f"{layer}.ffn_norm.weight"]
+                changes[layer] = routing_change(self.model_args, before, after, norm)
+        return changes

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torchtitan.models.decoder.hf_config import expect, refuse_export, rope_settings
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.moe import MoEArgs
 from torchtitan.tools.errors import UserError
@@ -107,12 +108,7 @@ def check_export(args: DeepSeekV3ModelArgs) -> None:
     ]
     for name, holds, needed in rules:
         if args.n_dense_layers < args.n_layers and not holds:
-            raise UserError(
-                f"no Hugging Face model computes this one: with model.args.moe_args.{name} = "
-                f"{getattr(moe, name)!r} it is not a DeepSeek-{family}, which has {needed} there; "
-                "train with that, or keep the checkpoint in our own format "
-                "(checkpoint.last_save_in_hf = false)."
-            )
+            refuse_export(name, getattr(moe, name), f"DeepSeek-{family}", needed)
 
 
 # ------------------------------------------------------------------ the other way
@@ -122,7 +118,8 @@ def read_hf_config(config: Mapping[str, Any]) -> DeepSeekV3ModelArgs:
     """The arguments of the model that a published `config.json` describes, multi-token prediction
     left out (n_mtp_layers 0: it is for training).
 
-    Raises `UserError` naming the first key whose value this architecture has not.
+    Raises `UserError` naming the first key whose value this architecture has not, KeyError for a
+    missing one.
     """
     model_type = config.get("model_type")
     if model_type not in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
@@ -137,41 +134,34 @@ def read_hf_config(config: Mapping[str, Any]) -> DeepSeekV3ModelArgs:
         "moe_layer_freq": 1,
     }
     for key, value in fixed.items():
-        _refuse(key, config.get(key, value), value)
-    try:
-        return DeepSeekV3ModelArgs(
-            vocab_size=config["vocab_size"],
-            max_seq_len=config["max_position_embeddings"],
-            dim=config["hidden_size"],
-            inter_dim=config["intermediate_size"],
-            moe_inter_dim=config["moe_intermediate_size"],
-            n_layers=config["num_hidden_layers"],
-            n_dense_layers=config["first_k_dense_replace"],
-            n_heads=config["num_attention_heads"],
-            norm_eps=config["rms_norm_eps"],
-            q_lora_rank=config["q_lora_rank"] or 0,
-            kv_lora_rank=config["kv_lora_rank"],
-            qk_nope_head_dim=config["qk_nope_head_dim"],
-            qk_rope_head_dim=config["qk_rope_head_dim"],
-            v_head_dim=config["v_head_dim"],
-            moe_args=_read_routing(config, is_v3=model_type != "deepseek_v2"),
-            **_read_positions(config),
-        )
-    except KeyError as error:
-        raise UserError(f"config.json lacks {error}, which says how large the model is.") from None
+        expect(key, config.get(key, value), value)
+    return DeepSeekV3ModelArgs(
+        vocab_size=config["vocab_size"],
+        max_seq_len=config["max_position_embeddings"],
+        dim=config["hidden_size"],
+        inter_dim=config["intermediate_size"],
+        moe_inter_dim=config["moe_intermediate_size"],
+        n_layers=config["num_hidden_layers"],
+        n_dense_layers=config["first_k_dense_replace"],
+        n_heads=config["num_attention_heads"],
+        norm_eps=config["rms_norm_eps"],
+        q_lora_rank=config["q_lora_rank"] or 0,
+        kv_lora_rank=config["kv_lora_rank"],
+        qk_nope_head_dim=config["qk_nope_head_dim"],
+        qk_rope_head_dim=config["qk_rope_head_dim"],
+        v_head_dim=config["v_head_dim"],
+        moe_args=_read_routing(config, is_v3=model_type != "deepseek_v2"),
+        **_read_positions(config),
+    )
 
 
 def _read_positions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`, all others `rope_scaling` beside `rope_theta`."""
-    parameters = config.get("rope_parameters") or {}
-    scaling = parameters or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
+    kind, theta, scaling = rope_settings(config, 10000.0)
     if kind == "default":
         return {"rope_theta": theta, "yarn": "off"}
-    _refuse("rope_scaling.type", kind, "yarn")
+    expect("rope_scaling.type", kind, "yarn")
     mscale = scaling.get("mscale_all_dim", 0.0)
-    _refuse("rope_scaling.mscale", scaling.get("mscale", 1.0), mscale)
+    expect("rope_scaling.mscale", scaling.get("mscale", 1.0), mscale)
     return {
         "rope_theta": theta,
         "yarn": "on",
@@ -184,10 +174,10 @@ def _read_positions(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_routing(config: Mapping[str, Any], *, is_v3: bool) -> MoEArgs:
-    _refuse("scoring_func", config.get("scoring_func"), None, "sigmoid" if is_v3 else "softmax")
+    expect("scoring_func", config.get("scoring_func"), None, "sigmoid" if is_v3 else "softmax")
     methods = ["noaux_tc"] if is_v3 else ["greedy", "group_limited_greedy"]
     method = config.get("topk_method") or methods[0]
-    _refuse("topk_method", method, *methods)
+    expect("topk_method", method, *methods)
     groups = config.get("n_group") or 1
     grouped = groups > 1 and method != "greedy"
     return MoEArgs(
@@ -203,12 +193,3 @@ def _read_routing(config: Mapping[str, Any], *, is_v3: bool) -> MoEArgs:
         group_score_func="max" if grouped and not is_v3 else "top2_sum",
         load_balance_coeff=1e-3 if is_v3 else None,
     )
-
-
-def _refuse(key: str, value: Any, *allowed: Any) -> None:
-    if value not in allowed:
-        known = " or ".join(repr(each) for each in allowed if each is not None)
-        raise UserError(
-            f"config.json has {key} = {value!r}, but this architecture is only built with {known}; "
-            "such weights would mean something else here."
-        )

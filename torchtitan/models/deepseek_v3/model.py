@@ -8,7 +8,6 @@ Letters: B batch, S sequence, D model dim, H heads, C channels.
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from torchtitan.models.decoder import Decoder, TransformerBlock
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
-from torchtitan.models.deepseek_v3.latent_cache import latent_caches
+from torchtitan.models.deepseek_v3.latent_cache import LatentAttend
 from torchtitan.models.deepseek_v3.mtp import MTPInputs, MTPLayers, mtp_inputs
 from torchtitan.ops.attention import AttentionMask, attention
 from torchtitan.ops.mla_attention import can_fuse, mla_attention
@@ -95,8 +94,8 @@ class Attention(nn.Module):
     def attend(
         self, q_BSHC: Tensor, latent_BSC: Tensor, k_rope_BS1C: Tensor, mask: AttentionMask
     ) -> Tensor:
-        """Attention on keys and values still compressed (context parallelism and latent_cache.py
-        step in here).
+        """Attention on keys and values still compressed (context parallelism and the cache step
+        in here).
         """
         k_BSHC, v_BSHC = self.expand(latent_BSC, k_rope_BS1C)
         return attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
@@ -137,6 +136,7 @@ class DeepSeekV3Model(Decoder):
     """Tokens to logits, or to the loss; with multi-token prediction (mtp.py) in training."""
 
     model_args: DeepSeekV3ModelArgs
+    cached_attend = LatentAttend
 
     def __init__(self, model_args: DeepSeekV3ModelArgs):
         super().__init__(model_args)
@@ -242,8 +242,3 @@ class DeepSeekV3Model(Decoder):
         super().init_weights(buffer_device)
         if self.mtp is not None:
             self.mtp.init_buffers()
-
-    def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
-        return latent_caches(
-            [layer.attention for layer in self.layers.values()], batch_size, length
-        )

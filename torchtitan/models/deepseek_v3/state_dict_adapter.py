@@ -22,7 +22,6 @@ from torchtitan.models.decoder.state_dict_adapter import (
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.deepseek_v3.hf_config import check_export, make_hf_config, read_hf_config
 from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
-from torchtitan.models.deepseek_v3.routing_change import routing_change
 from torchtitan.protocols.state_dict_adapter import Piece
 
 _BLOCK = BLOCK_ROWS | {
@@ -47,12 +46,9 @@ _BESIDE_BLOCK = {
 }
 # Copies of the model's own in those layers; not read, and not written again.
 _SHARED = ("embed_tokens.weight", "shared_head.head.weight")
-_GATE = re.compile(r"layers\.(\d+)\.moe\.router\.gate\.weight")
 
 
 class DeepSeekV3StateDictAdapter(TableAdapter):
-    """Also says how much rounding a router changes its choices."""
-
     model_args: DeepSeekV3ModelArgs
     model_cls = DeepSeekV3Model
     table = (
@@ -61,8 +57,6 @@ class DeepSeekV3StateDictAdapter(TableAdapter):
         | in_layers("mtp.{}.block", _BLOCK)
         | in_layers("mtp.{}", _BESIDE_BLOCK)
     )
-
-    # ------------------------------------------------------------------ the table
 
     def numbers_of(self, ours: str) -> list[int]:
         first = self.model_args.n_layers if ours.startswith("mtp.") else 0
@@ -95,27 +89,5 @@ class DeepSeekV3StateDictAdapter(TableAdapter):
         check_export(self.model_args)
 
     @classmethod
-    def args_of(cls, hf_config: Mapping[str, Any]) -> DeepSeekV3ModelArgs:
+    def read_config(cls, hf_config: Mapping[str, Any]) -> DeepSeekV3ModelArgs:
         return read_hf_config(hf_config)
-
-    # ------------------------------------------------------------------ routing
-
-    def router_names(self) -> list[str]:
-        ends = ("moe.router.gate.weight", "moe.expert_bias", "ffn_norm.weight")
-        layers = [match[1] for match in map(_GATE.fullmatch, self.shapes) if match]
-        names = [f"layers.{layer}.{end}" for layer in layers for end in ends]
-        return [name for name in names if name in self.shapes]
-
-    def routing_changes(
-        self, state: Mapping[str, Tensor], written: Mapping[str, Tensor]
-    ) -> dict[str, float]:
-        changes = {}
-        for name in state:
-            if match := _GATE.fullmatch(name):
-                layer = f"layers.{match[1]}"
-                before, after = (
-                    (each[name], each.get(f"{layer}.moe.expert_bias")) for each in (state, written)
-                )
-                norm = state[f"{layer}.ffn_norm.weight"]
-                changes[layer] = routing_change(self.model_args, before, after, norm)
-        return changes

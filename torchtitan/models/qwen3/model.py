@@ -51,7 +51,8 @@ class Attention(nn.Module):
         return self.wo(self.attend(q, k, v, mask).flatten(-2))
 
     def attend(self, q_BSHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, mask: AttentionMask) -> Tensor:
-        """k and v have their own, fewer heads (context parallelism steps in here)."""
+        """k and v have their own, fewer heads (context parallelism and the cache
+        step in here)."""
         return attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
 
     def expand(self, k_BSHC: Tensor, v_BSHC: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torchtitan.models.decoder.hf_config import expect, refuse_export, rope_settings
 from torchtitan.models.decoder.state_dict_adapter import (
     BLOCK_ROWS,
     END_ROWS,
@@ -13,7 +14,6 @@ from torchtitan.models.decoder.state_dict_adapter import (
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.qwen3.args import Qwen3ModelArgs
 from torchtitan.models.qwen3.model import Qwen3Model
-from torchtitan.tools.errors import UserError
 
 _BLOCK = BLOCK_ROWS | {
     "attention.wq.weight": Row("self_attn.q_proj.weight", fp8=True),
@@ -74,36 +74,27 @@ class Qwen3StateDictAdapter(TableAdapter):
         }
         for name, value in needed.items():
             if self.model_args.moe_enabled and getattr(moe, name) != value:
-                raise UserError(
-                    f"no Hugging Face model computes this one: with model.args.moe_args.{name} = "
-                    f"{getattr(moe, name)!r} it is not a Qwen3, which has {value!r} there; train "
-                    "with that, or keep the checkpoint in our own format "
-                    "(checkpoint.last_save_in_hf = false)."
-                )
+                refuse_export(name, getattr(moe, name), "Qwen3", repr(value))
 
     @classmethod
-    def args_of(cls, hf_config: Mapping[str, Any]) -> Qwen3ModelArgs:
+    def read_config(cls, hf_config: Mapping[str, Any]) -> Qwen3ModelArgs:
         return _read_config(hf_config)
 
 
 def _read_config(config: Mapping[str, Any]) -> Qwen3ModelArgs:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type, rope_theta, _ = rope_settings(config, 1e6)
     fixed = {
         "model_type": (config.get("model_type"), "qwen3", "qwen3_moe"),
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
         "attention_bias": (config.get("attention_bias", False), False),
         "tie_word_embeddings": (config.get("tie_word_embeddings", False), False),
         "use_sliding_window": (config.get("use_sliding_window", False), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "rope_type": (rope_type, "default"),
         "decoder_sparse_step": (config.get("decoder_sparse_step", 1), 1),
         "mlp_only_layers": (config.get("mlp_only_layers") or [], []),
     }
     for key, (value, *allowed) in fixed.items():
-        if value not in allowed:
-            raise UserError(
-                f"config.json has {key} = {value!r}, but qwen3 here is only built with "
-                f"{' or '.join(map(repr, allowed))}; such weights would mean something else here."
-            )
+        expect(key, value, *allowed)
     is_moe = config["model_type"] == "qwen3_moe"
     sizes: dict[str, Any] = {}
     if is_moe:
@@ -128,7 +119,7 @@ def _read_config(config: Mapping[str, Any]) -> Qwen3ModelArgs:
         head_dim=config["head_dim"],
         hidden_dim=config["intermediate_size"],
         norm_eps=config["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 1e6))),
+        rope_theta=rope_theta,
         moe_enabled=is_moe,
         **sizes,
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
+from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter
 
 _TOKENS = 2048  # resolves shares of 0.05 %
@@ -14,9 +14,7 @@ Router = tuple[Tensor, Tensor | None]
 
 
 @torch.no_grad()
-def routing_change(
-    args: DeepSeekV3ModelArgs, before: Router, after: Router, norm_D: Tensor
-) -> float:
+def routing_change(args: DecoderArgs, before: Router, after: Router, norm_D: Tensor) -> float:
     """Share of tokens whose set of top-k experts differs between two versions of a router.
 
     An estimate that needs no data: a token here is a Gaussian vector under the layer's RMSNorm
