@@ -12,16 +12,23 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.build import build_model, build_parallel_dims
-from torchtitan.components.checkpoint_files import META, is_complete, read_json
+from torchtitan.components.checkpoint_files import (
+    META,
+    is_complete,
+    read_json,
+    require_checkpoint,
+    steps_with_folder,
+)
 from torchtitan.components.checkpoint_storage import CheckpointReader, read_tensor_index
 from torchtitan.components.ema import check_has_average
-from torchtitan.components.generation import Sampling, generate
+from torchtitan.components.generation import Sampling, check_prompts, generate
 from torchtitan.components.hf_checkpoint import load_hf
 from torchtitan.components.hf_files import HFFolder
 from torchtitan.components.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
@@ -30,7 +37,7 @@ from torchtitan.distributed.utils import init_distributed
 from torchtitan.protocols.model import BaseModel, BaseModelArgs, override_fields
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.script import run_script
 from torchtitan.tools.utils import device_type, local_device
 
 
@@ -49,18 +56,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def find_model(source: Path, family: str) -> tuple[TrainSpec, BaseModelArgs]:
-    """What the source's own description says."""
+class Found(NamedTuple):
+    """A model by what its source says of itself."""
+
+    name: str
+    flavor: str
+    spec: TrainSpec
+    args: BaseModelArgs
+
+
+def find_model(source: Path, family: str) -> Found:
     if is_complete(source):
         model = read_json(source, META)["model"]
         spec = get_train_spec(model["name"])
         template = next(iter(spec.model_args.values()))
-        return spec, override_fields(template, model["all_args"], "model.args")
+        args = override_fields(template, model["all_args"], "model.args")
+        return Found(model["name"], model["flavor"], spec, args)
     spec = get_train_spec(family)
+    if any(steps_with_folder(source).values()):
+        require_checkpoint(source)  # names one of the steps
     config = HFFolder(source).config
     if not config:
         raise UserError(f"{source} has no config.json, which describes the model; add it.")
-    return spec, spec.state_dict_adapter.args_of(config)
+    args = spec.state_dict_adapter.args_of(config)
+    return Found(family, source.absolute().name, spec, args)
 
 
 def find_tokenizer(source: Path, named: str | None) -> Tokenizer:
@@ -75,13 +94,15 @@ def find_tokenizer(source: Path, named: str | None) -> Tokenizer:
     return load_tokenizer(named or str(source))
 
 
-def make_config(args: argparse.Namespace, model_args: BaseModelArgs) -> JobConfig:
+def make_config(args: argparse.Namespace, model: Found) -> JobConfig:
     """Of a job that only computes forward, its experts spread as far as they go."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     dtype = args.dtype or ("bfloat16" if device_type() == "cuda" else "float32")
-    moe_args = getattr(model_args, "moe_args", None)
-    degree = math.gcd(moe_args.num_experts, world_size) if moe_args else 1
+    has_experts = getattr(model.args, "has_experts", False)
+    degree = math.gcd(model.args.moe_args.num_experts, world_size) if has_experts else 1
     options = {
+        "model.name": model.name,
+        "model.flavor": model.flavor,
         "training.dtype": dtype,
         "training.mixed_precision_param": dtype,
         "activation_checkpoint.mode": "none",
@@ -117,7 +138,8 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
 
 def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    spec, model_args = find_model(args.source, args.model)
+    found = find_model(args.source, args.model)
+    spec, model_args = found.spec, found.args
     tokenizer = find_tokenizer(args.source, args.tokenizer)
     begin = tokenizer.bos_id is not None
     prompts = [tokenizer.encode(prompt, add_bos=begin) for prompt in args.prompt]
@@ -126,7 +148,8 @@ def run(args: argparse.Namespace) -> None:
             f"the tokenizer has more entries than the model's {model_args.vocab_size}; name the "
             "model's own with --tokenizer."
         )
-    config, device = make_config(args, model_args), local_device()
+    check_prompts(prompts, sampling, model_args)
+    config, device = make_config(args, found), local_device()
     leave = init_distributed(config.comm, device, config.job.dump_folder)
     try:
         model, _ = build_model(spec, model_args, build_parallel_dims(config), config, device)
@@ -140,14 +163,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    init_logger()
     args = parse(argv)
-    try:
-        run(args)
-    except UserError as error:
-        logger.error("%s", error)
-        return 2
-    return 0
+    return run_script(lambda: run(args))
 
 
 if __name__ == "__main__":

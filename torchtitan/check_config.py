@@ -9,6 +9,7 @@ from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.param_groups import check_groups
 from torchtitan.components.schedule import coefficients_set
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.components.validate import check_samples
 from torchtitan.config import JobConfig, validate
 from torchtitan.config.pipeline import PipelinePlan, plan_pipeline
 from torchtitan.distributed.activation_checkpoint import check_memory_budget
@@ -59,6 +60,7 @@ def check_config(config: JobConfig) -> Checked:
     pipeline_plan(config, model_args)
     check_training_data(config.training, tokenizer)
     check_hf(config, spec, model_args)
+    check_samples(config.validation, tokenizer, model_args)
     check_validation_data(config.validation, model_args.max_seq_len)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer

@@ -171,6 +171,10 @@ def test_steps_limits_the_batches(texts, tmp_path):
         ({"validation__steps": 0}, "validation.steps = 0 must be 1 or more, or -1"),
         ({"validation__seq_len": 64}, "validation.seq_len = 64 must be at most the model's max"),
         ({"validation__dataset_path": "no/such"}, "validation.dataset_path"),
+        (
+            {"validation__sample_tokens": 32},
+            "validation.sample_prompts, sample_tokens: the longest prompt and max_new_tokens make",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_run(texts, tmp_path, capsys, changes, sentence):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.tools.errors import UserError
 
 PREFILL = 512  # prompt columns a forward pass: bounds the scores, H · PREFILL · all columns
@@ -55,8 +55,7 @@ def generate(
 
     Raises `UserError` for an empty prompt, and where prompt and new tokens outgrow max_seq_len.
     """
-    longest = max(map(len, prompts))
-    _check(prompts, longest + sampling.max_new_tokens, model.model_args.max_seq_len)
+    longest = check_prompts(prompts, sampling, model.model_args)
     batch = _Batch(prompts, longest + sampling.max_new_tokens, device)
     draw = _Draw(sampling, len(prompts))
     out: list[list[int]] = [[] for _ in prompts]
@@ -84,7 +83,12 @@ def generate(
         model.train(was_training)
 
 
-def _check(prompts: Sequence[list[int]], wanted: int, most: int) -> None:
+def check_prompts(
+    prompts: Sequence[list[int]], sampling: Sampling, model_args: BaseModelArgs
+) -> int:
+    """The longest one's number of tokens. Raises `UserError` as `generate` does."""
+    longest = max(map(len, prompts))
+    wanted, most = longest + sampling.max_new_tokens, model_args.max_seq_len
     if not all(prompts):
         raise UserError(
             f"prompt {list(map(bool, prompts)).index(False) + 1} has no tokens (the tokenizer has "
@@ -95,6 +99,7 @@ def _check(prompts: Sequence[list[int]], wanted: int, most: int) -> None:
             f"the longest prompt and max_new_tokens make {wanted} tokens, but the model has "
             f"positions for {most} (max_seq_len): shorten the prompt, or lower max_new_tokens."
         )
+    return longest
 
 
 class _Batch:
