@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 
 from torchtitan.components.hf_files import ASSETS, CONFIG, INDEX
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.logging import logger
+from torchtitan.tools.script import run_script
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,7 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def download(args: argparse.Namespace) -> Path:
+def download(args: argparse.Namespace) -> None:
     """Raises `UserError` where the hub can't be reached or has no such model."""
     patterns = [*ASSETS, CONFIG, *([INDEX, "*.safetensors"] if args.weights else [])]
     target = args.folder / args.repo_id.rpartition("/")[2]
@@ -64,22 +65,12 @@ def download(args: argparse.Namespace) -> Path:
             f"{args.repo_id} could not be fetched ({reason}); check the network (and the disk), or "
             f"copy the model's files to {target} by hand."
         ) from None
-    return target
+    logger.info("%s is in %s: set model.hf_assets_path to it", args.repo_id, target)
 
 
 def main(argv: list[str] | None = None) -> int:
-    init_logger()
     args = parse(argv)
-    try:
-        target = download(args)
-    except UserError as error:
-        logger.error("%s", error)
-        return 2
-    except KeyboardInterrupt:
-        logger.info("Interrupted; the same command goes on from here")
-        return 130
-    logger.info("%s is in %s: set model.hf_assets_path to it", args.repo_id, target)
-    return 0
+    return run_script(lambda: download(args), goes_on=True)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,23 @@
 
 Needs memory for about one of the folder's files. Interrupted (Ctrl-C), it goes on when called
 again. A run can also load the folder as it is: checkpoint.initial_load_in_hf.
+
+The layer of multi-token prediction comes along with `--model_arg n_mtp_layers=1`.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from torchtitan.components.hf_convert import hf_to_checkpoint
 from torchtitan.components.hf_files import CONFIG, HFFolder
+from torchtitan.config.manager import parse_value
+from torchtitan.protocols.model import override_fields
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.logging import logger
+from torchtitan.tools.script import run_script
 from torchtitan.tools.utils import TORCH_DTYPES
 
 
@@ -26,7 +32,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=TORCH_DTYPES, help="of the weights (default: as they are; FP8 as bf16)"
     )
+    parser.add_argument(
+        "--model_arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the run ([model.args]) beside what config.json says; again for several",
+    )
     return parser.parse_args(argv)
+
+
+def model_arg(text: str) -> dict[str, Any]:
+    """`moe_args.top_k=2` as nested tables."""
+    name, has_value, value = text.partition("=")
+    if not has_value:
+        raise UserError(f"--model_arg {text} needs a value, as in --model_arg n_mtp_layers=1.")
+    *outer, last = name.split(".")
+    table = {last: parse_value(value)}
+    for each in reversed(outer):
+        table = {each: table}
+    return table
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -34,7 +59,10 @@ def convert(args: argparse.Namespace) -> None:
     source = HFFolder(args.hf_folder)
     if not source.config:
         raise UserError(f"{args.hf_folder} has no {CONFIG}, which describes the model; add it.")
-    adapter = make_adapter(make_adapter.args_of(source.config), str(args.hf_folder))
+    model_args = make_adapter.args_of(source.config)
+    for text in args.model_arg:
+        model_args = override_fields(model_args, model_arg(text), "model.args")
+    adapter = make_adapter(model_args, str(args.hf_folder))
     hf_to_checkpoint(
         source,
         args.checkpoint,
@@ -47,17 +75,8 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    init_logger()
     args = parse(argv)
-    try:
-        convert(args)
-    except UserError as error:
-        logger.error("%s", error)
-        return 2
-    except KeyboardInterrupt:
-        logger.info("Interrupted; the same command goes on from here")
-        return 130
-    return 0
+    return run_script(lambda: convert(args), goes_on=True)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,19 @@ again. A run can also write the folder itself: checkpoint.last_save_in_hf.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
-from torchtitan.components.checkpoint_files import META, read_json
+from torchtitan.components.checkpoint_files import META, read_json, require_checkpoint
 from torchtitan.components.hf_convert import checkpoint_to_hf
 from torchtitan.components.hf_files import MAX_FILE_BYTES
 from torchtitan.protocols.model import override_fields
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.logging import logger
+from torchtitan.tools.script import run_script
 from torchtitan.tools.utils import TORCH_DTYPES
 
 
@@ -46,6 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def adapter_of(checkpoint: Path) -> StateDictAdapter:
     """For the model that the checkpoint's meta.json describes."""
+    require_checkpoint(checkpoint)
     model = read_json(checkpoint, META)["model"]
     spec = get_train_spec(model["name"])
     template = next(iter(spec.model_args.values()))
@@ -53,6 +56,13 @@ def adapter_of(checkpoint: Path) -> StateDictAdapter:
 
 
 def convert(args: argparse.Namespace) -> None:
+    if not 0 < args.max_file_gb < math.inf:
+        raise UserError(f"--max_file_gb {args.max_file_gb} must be a finite number above 0.")
+    if args.assets is not None and not args.assets.exists():
+        raise UserError(
+            f"--assets {args.assets} does not exist; name the folder with the tokenizer, or leave "
+            "it out."
+        )
     checkpoint_to_hf(
         args.checkpoint,
         args.hf_folder,
@@ -67,17 +77,8 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    init_logger()
     args = parse(argv)
-    try:
-        convert(args)
-    except UserError as error:
-        logger.error("%s", error)
-        return 2
-    except KeyboardInterrupt:
-        logger.info("Interrupted; the same command goes on from here")
-        return 130
-    return 0
+    return run_script(lambda: convert(args), goes_on=True)
 
 
 if __name__ == "__main__":

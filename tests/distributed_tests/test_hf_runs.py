@@ -1,29 +1,20 @@
 """From a run to Hugging Face, through every script, into runs and texts again."""
 
 import contextlib
-import importlib.util
 import io
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from tests.scripts import script
 from tests.tiny_run import losses, tiny
 from torchtitan.components.hf_checkpoint import say_what_differs
 from torchtitan.components.hf_files import HFFolder
 from torchtitan.models.deepseek_v3 import DeepSeekV3StateDictAdapter
 from torchtitan.train import main
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 PROMPTS = ["--prompt", "The hacker", "--prompt", "A long prompt about words and their meaning"]
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(name).stem, SCRIPTS / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +48,9 @@ def test_a_run_begins_alike_from_the_folder_and_from_its_conversion(run, tmp_pat
     assert convert.main([str(hf), str(tmp_path / "ours")]) == 0
     from_hf = continued(tmp_path / "a", hf, checkpoint__initial_load_in_hf="true")
     assert continued(tmp_path / "b", tmp_path / "ours") == from_hf
+    # It holds the state of no run: there is nothing but weights to take.
+    whole = {"checkpoint__initial_load_model_only": "false"}
+    assert continued(tmp_path / "c", tmp_path / "ours", **whole) == from_hf
     assert from_hf[0] < losses(run)[0] - 0.1  # it has learned there
 
 
@@ -100,13 +94,15 @@ def test_two_ranks_write_what_one_writes(ranks, run, drawing):
     assert ranks(2).run(texts, [source, *drawing]) == [alone, ""]
 
 
-def test_a_checkpoint_writes_what_its_export_writes(run, tmp_path):
+def test_a_checkpoint_writes_what_its_export_writes(run, tmp_path, capsys):
     convert = script("checkpoint_conversion/convert_to_hf.py")
     step = run / "checkpoint/step-1"
     options = ["--dtype", "float32", "--assets", str(tokenizer())]
     assert convert.main([str(step), str(tmp_path / "hf"), *options]) == 0
     greedy = ["--temperature", "0"]
     assert texts([str(step), *greedy]) == texts([str(tmp_path / "hf"), *greedy])
+    said = capsys.readouterr().err
+    assert "Model: deepseek_v3 debugmodel, " in said and "Model: deepseek_v3 hf, " in said
 
 
 def test_an_fp8_folder_goes_into_a_run(run, tmp_path):
@@ -141,8 +137,20 @@ def test_an_fp8_folder_goes_into_a_run(run, tmp_path):
             ["HF", "--prompt", "x", "--max_new_tokens", "500"],
             "but the model has positions for 32",
         ),
+        ("generate.py", ["RUN/checkpoint", "--prompt", "x"], "did you mean RUN/checkpoint/step-1?"),
         ("checkpoint_conversion/convert_from_hf.py", ["no/where", "out"], "is not a Hugging Face"),
-        ("checkpoint_conversion/convert_to_hf.py", ["no/where", "out"], "meta.json is missing"),
+        ("checkpoint_conversion/convert_from_hf.py", ["HF", "/proc/no/out"], "could not be made"),
+        ("checkpoint_conversion/convert_to_hf.py", ["no/where", "out"], "is not a checkpoint"),
+        (
+            "checkpoint_conversion/convert_to_hf.py",
+            ["RUN/checkpoint/step-1", "out", "--max_file_gb", "nan"],
+            "--max_file_gb nan must be a finite number above 0.",
+        ),
+        (
+            "checkpoint_conversion/convert_to_hf.py",
+            ["RUN/checkpoint/step-1", "out", "--assets", "no/where"],
+            "--assets no/where does not exist",
+        ),
         ("download_hf_assets.py", ["deepseek-ai/DeepSeek-V3"], "check the network"),
         ("download_hf_assets.py", ["a/b/c"], "is not the name of a model"),
     ],
@@ -151,11 +159,17 @@ def test_a_script_ends_with_a_sentence_and_2(
     run, tmp_path, monkeypatch, capsys, name, arguments, sentence
 ):
     monkeypatch.chdir(tmp_path)
-    hf = str(run / "checkpoint/step-2-hf")
-    assert script(name).main([hf if a == "HF" else a for a in arguments]) == 2
-    err = capsys.readouterr().err
+    arguments = [a.replace("HF", "RUN/checkpoint/step-2-hf") for a in arguments]
+    assert script(name).main([a.replace("RUN", str(run)) for a in arguments]) == 2
+    err = capsys.readouterr().err.replace(str(run), "RUN")
     assert sentence in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_path_the_weights_are_sought_beside_the_tokenizer(tmp_path, capsys):
+    in_hf = {"checkpoint__enable": "true", "checkpoint__initial_load_in_hf": "true"}
+    assert main(tiny(tmp_path, **in_hf)) == 2
+    assert "tests/assets/tokenizer is not a Hugging Face folder" in capsys.readouterr().err
 
 
 def test_a_model_that_hugging_face_lacks_is_told_before_the_run(tmp_path, capsys):

@@ -42,7 +42,7 @@ from torchtitan.components.checkpoint_storage import (
     read_tensor_index,
 )
 from torchtitan.components.ema import has_average
-from torchtitan.components.hf_checkpoint import load_hf, save_hf
+from torchtitan.components.hf_checkpoint import initial_hf_folder, load_hf, save_hf
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
 from torchtitan.distributed.groups import group_of
 from torchtitan.distributed.utils import RanksOf
@@ -361,16 +361,8 @@ def build_checkpoint_manager(
     adapter = spec.state_dict_adapter and spec.state_dict_adapter(
         model_args, config.model.hf_assets_path
     )
-    if settings.initial_load_in_hf and settings.initial_load_path is None:
-        settings = replace(settings, initial_load_path=config.model.hf_assets_path)
-    if settings.enable and (settings.initial_load_in_hf or settings.last_save_in_hf):
-        if adapter is None:
-            raise UserError(
-                f"model.name '{config.model.name}' has no Hugging Face format; set "
-                "checkpoint.initial_load_in_hf and checkpoint.last_save_in_hf to false."
-            )
-        if settings.last_save_in_hf:
-            adapter.check_export()  # now, and not after weeks of training
+    if settings.initial_load_in_hf:
+        settings = replace(settings, initial_load_path=initial_hf_folder(config))
     return CheckpointManager(
         settings,
         folder=Path(config.job.dump_folder, settings.folder),

@@ -12,9 +12,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 import torchtitan
 from torchtitan.components.checkpoint_files import (
     META,
+    NUMBERS,
     damage,
-    is_complete,
     read_json,
+    require_checkpoint,
     step_folder,
     steps_with_folder,
 )
@@ -137,6 +138,9 @@ class CheckpointChoice:
         parts = parts - excluded
         if meta["content"] == WEIGHTS:
             parts -= {"optimizer", "rng"}
+            # One that was converted from another format knows of no run.
+            of_runs = {"lr_scheduler", "dataloader", "train_state"}
+            parts -= of_runs - read_json(path, NUMBERS).keys()
         step = meta["step"] if "train_state" in parts else 0
         seed = meta["seed"] if "dataloader" in parts else None
         return Start(path, step, seed, frozenset(parts))
@@ -149,14 +153,7 @@ class CheckpointChoice:
         if settings.initial_load_path is None:
             return Start()
         path = Path(settings.initial_load_path)
-        if not is_complete(path):
-            whole = [step for step, complete in steps_with_folder(path).items() if complete]
-            hint = (
-                f"; did you mean {step_folder(path, whole[-1])}?"
-                if whole
-                else ("; name the folder of one step, with its file COMPLETE.")
-            )
-            raise UserError(f"checkpoint.initial_load_path {path} is not a checkpoint{hint}")
+        require_checkpoint(path, "checkpoint.initial_load_path ")
         self._refuse_damaged(path, "checkpoint.initial_load_path")
         model_only = settings.initial_load_model_only
         return self.start_of(path, {"model"} if model_only else set(CHECKPOINT_PARTS))

@@ -56,6 +56,19 @@ def steps_with_folder(folder: Path) -> dict[int, bool]:
     return {step: is_complete(step_folder(folder, step)) for step in steps}
 
 
+def require_checkpoint(path: Path, key: str = "") -> None:
+    """Raise `UserError` for a folder that is none. key: what names it, for the sentence."""
+    if is_complete(path):
+        return
+    whole = [step for step, complete in steps_with_folder(path).items() if complete]
+    hint = (
+        f"did you mean {step_folder(path, whole[-1])}?"
+        if whole
+        else "name the folder of one step, with its file COMPLETE."
+    )
+    raise UserError(f"{key}{path} is not a checkpoint; {hint}")
+
+
 def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
     """META or NUMBERS. Raises `UserError` where it is missing or no JSON."""
     try:

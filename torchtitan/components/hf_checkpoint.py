@@ -32,6 +32,7 @@ from torchtitan.components.hf_files import (
     write_config,
 )
 from torchtitan.config import JobConfig
+from torchtitan.ops.block_fp8 import scale_shape
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec
@@ -57,8 +58,13 @@ def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> N
         adapter.check_export()
     own = Path(config.job.dump_folder, settings.folder)
     if settings.initial_load_in_hf and not steps_with_folder(own):
-        folder = HFFolder(settings.initial_load_path)
+        folder = HFFolder(initial_hf_folder(config))
         check_folder(folder, adapter, quantized=settings.initial_load_in_hf_quantized)
+
+
+def initial_hf_folder(config: JobConfig) -> str:
+    """That of the tokenizer, where `checkpoint.initial_load_path` names no other one."""
+    return config.checkpoint.initial_load_path or config.model.hf_assets_path
 
 
 # ------------------------------------------------------------------ loading
@@ -141,13 +147,19 @@ def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
 
 
 def check_shapes(folder: HFFolder, pieces: list[Piece]) -> None:
-    """Raise `UserError` naming the tensors of other shapes than the model's."""
-    wrong = []
+    """Raise `UserError` naming the tensors of other shapes than the model's, and the scales that
+    FP8 ones lack."""
+    lacking, wrong = [], []
     for piece in pieces:
-        theirs = folder.shape(piece.name)
-        if theirs != piece.shape:
-            wrong.append(f"{piece.name} {_by(theirs)} instead of {_by(piece.shape)}")
-    _refuse(folder, {"has in other shapes": wrong})
+        expected = {piece.name: piece.shape}
+        if folder.is_fp8(piece.name):
+            expected[piece.name + SCALE] = scale_shape(piece.shape)
+        for name, shape in expected.items():
+            if name not in folder.file_of:
+                lacking.append(name)
+            elif (theirs := folder.shape(name)) != shape:
+                wrong.append(f"{name} {_by(theirs)} instead of {_by(shape)}")
+    _refuse(folder, {"lacks": lacking, "has in other shapes": wrong})
 
 
 def _refuse(folder: HFFolder, problems: dict[str, list[str]]) -> None:

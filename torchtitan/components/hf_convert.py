@@ -6,6 +6,7 @@ stopped; the target appears under its name when it is whole.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -13,7 +14,7 @@ import os
 import pickle
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ from torchtitan.components.checkpoint_files import (
     TENSOR_INDEX,
     FileSum,
     damage,
-    is_complete,
     publish,
+    require_checkpoint,
 )
 from torchtitan.components.checkpoint_storage import read_tensor_index
 from torchtitan.components.ema import PREFIX as EMA_PREFIX
@@ -119,6 +120,22 @@ def _work_folder(target: Path) -> Path:
     return target.with_name(target.name + ".tmp")
 
 
+def _tells_of_the_disk(convert: Callable[..., None]) -> Callable[..., None]:
+    """Where it can't be written to or is full: one sentence. What is done stays."""
+
+    @functools.wraps(convert)
+    def told(source: Any, target: Path, *args: Any, **options: Any) -> None:
+        try:
+            convert(source, target, *args, **options)
+        except OSError as error:
+            raise UserError(
+                f"{target} could not be made ({error}); make room or name another folder, and call "
+                "it again: it goes on where it stopped."
+            ) from None
+
+    return told
+
+
 def _progress(total_bytes: int, done_bytes: int) -> tqdm:
     return tqdm(total=total_bytes, initial=done_bytes, unit="B", unit_scale=True, unit_divisor=1024)
 
@@ -126,6 +143,7 @@ def _progress(total_bytes: int, done_bytes: int) -> tqdm:
 # ------------------------------------------------------------------ from Hugging Face
 
 
+@_tells_of_the_disk
 def hf_to_checkpoint(
     source: HFFolder,
     target: Path,
@@ -296,6 +314,7 @@ def _slices(begin: list[int], origin: Any, size: list[int]) -> tuple[slice, ...]
     return tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, origin, size, strict=True))
 
 
+@_tells_of_the_disk
 def checkpoint_to_hf(
     checkpoint: Path,
     target: Path,
@@ -314,10 +333,7 @@ def checkpoint_to_hf(
     `UserError` for a damaged checkpoint, and one of another model, with all names.
     """
     adapter.check_export()
-    if not is_complete(checkpoint):
-        raise UserError(
-            f"{checkpoint} is not a checkpoint: it has no COMPLETE; name a step-N folder."
-        )
+    require_checkpoint(checkpoint)
     stored = StoredTensors(checkpoint, averaged=averaged)
     pieces = adapter.pieces()
     _check_stored(checkpoint, stored, pieces)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from torchtitan.ops.block_fp8 import BLOCK, FP8, dequantize_blocks
+from torchtitan.ops.block_fp8 import BLOCK, FP8, dequantize_blocks, scale_shape
 from torchtitan.protocols.state_dict_adapter import Piece
 from torchtitan.tools.errors import UserError
 
@@ -56,7 +56,12 @@ class HFFolder:
         index = read_json(self.path / INDEX)
         files = sorted(file.name for file in self.path.glob("*.safetensors"))
         if index:
-            file_of = index.get("weight_map", {})
+            file_of = index.get("weight_map")
+            if not isinstance(file_of, dict) or {type(f) for f in file_of.values()} - {str}:
+                raise UserError(
+                    f"{self.path / INDEX} has no table weight_map from tensors to files; download "
+                    "it again."
+                )
             absent = sorted(set(file_of.values()) - set(files))
             if absent:
                 raise UserError(
@@ -82,6 +87,9 @@ class HFFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
+    def is_fp8(self, name: str) -> bool:
+        return self._slice(name).get_dtype() == _TYPE_NAMES[FP8]
+
     def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A part of a tensor; block-wise FP8 comes as the fp32 that it stands for."""
         part = self._slice(name)
@@ -98,7 +106,14 @@ class HFFolder:
         self._open = None
 
     def _slice(self, name: str) -> Any:
-        return self._handle(self.file_of[name]).get_slice(name)
+        file = self.file_of[name]
+        try:
+            return self._handle(file).get_slice(name)
+        except SafetensorError:
+            raise UserError(
+                f"{self.path / file} lacks {name}, which {INDEX} says it holds; download both "
+                "again."
+            ) from None
 
     def _handle(self, file: str) -> Any:
         """One file is open at a time: tensors are asked for file by file."""
@@ -189,8 +204,8 @@ def _tensors_of(
     piece: Piece, dtype: torch.dtype, fp8: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     if fp8 and piece.fp8:
-        blocks = tuple(-(-size // BLOCK) for size in piece.shape)
-        return {piece.name: (piece.shape, FP8), piece.name + SCALE: (blocks, torch.float32)}
+        scale = scale_shape(piece.shape), torch.float32
+        return {piece.name: (piece.shape, FP8), piece.name + SCALE: scale}
     return {piece.name: (piece.shape, torch.float32 if piece.fp32 else dtype)}
 
 

@@ -13,6 +13,11 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
 
 
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of `scale_inv`, for a weight of this shape."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 values (rows, columns) and fp32 `scale_inv` of a finite 2-D weight.
 

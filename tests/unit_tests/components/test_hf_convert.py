@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
+from tests.scripts import script
 from torchtitan.components import hf_convert
 from torchtitan.components.checkpoint_files import damage
 from torchtitan.components.checkpoint_storage import CheckpointReader
@@ -161,6 +162,21 @@ def test_a_tensor_that_was_saved_in_parts_is_put_together(folders, tmp_path):
     assert whole.shape == (4, 8, 16) and torch.equal(experts, whole[1:3, 2:6, 3:8])
 
 
+def test_multi_token_prediction_comes_along_where_it_is_asked_for(tmp_path):
+    args = dataclasses.replace(ARGS, n_mtp_layers=1)
+    model, with_it = DeepSeekV3Model(args), DeepSeekV3StateDictAdapter(args)
+    model.init_weights()
+    save_hf(model, with_it, tmp_path / "hf", dtype=torch.float32)
+    convert = script("checkpoint_conversion/convert_from_hf.py")
+    folders = [str(tmp_path / "hf"), str(tmp_path / "ours")]
+    assert convert.main([*folders, "--model_arg", "n_mtp_layers=1"]) == 0
+    options = {"dtype": torch.float32}
+    checkpoint_to_hf(tmp_path / "ours", tmp_path / "again", with_it, **options)
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "hf")
+    for wrong in ("n_mtp_layers", "n_mtp_layers=x", "moe_args.top=1"):
+        assert convert.main([folders[0], str(tmp_path / "no"), "--model_arg", wrong]) == 2
+
+
 # ---------------------------------------------------------------------------------------------
 # Refused by name, nothing half-written
 # ---------------------------------------------------------------------------------------------
@@ -232,6 +248,49 @@ def test_files_of_the_index_that_are_missing_are_named(folders, tmp_path):
     )
     with pytest.raises(UserError, match="model-1.safetensors, model-2.safetensors; download"):
         HFFolder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{}"])
+def test_an_index_without_a_table_of_files_is_told(content, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError):
+        HFFolder(tmp_path)
+
+
+def test_a_tensor_that_its_file_lacks_is_named(folders, tmp_path):
+    folder = changed(folders[0], tmp_path / "hf", lambda tensors: tensors.pop("model.norm.weight"))
+    index = json.loads((folders[0] / "model.safetensors.index.json").read_text())
+    weight_map = dict.fromkeys(index["weight_map"], "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    message = refusal(folder, tmp_path / "out")
+    assert (
+        "model.safetensors lacks model.norm.weight, which model.safetensors.index.json" in message
+    )
+
+
+def test_fp8_weights_without_their_scales_are_named(folders, tmp_path):
+    """Read without them they would be numbers of another size."""
+    checkpoint_to_hf(folders[1], tmp_path / "fp8", adapter(), dtype=torch.bfloat16, fp8=True)
+
+    def change(tensors):
+        del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
+        tensors["model.layers.1.mlp.experts.0.up_proj.weight_scale_inv"] = torch.ones(2, 1)
+
+    message = refusal(changed(tmp_path / "fp8", tmp_path / "hf", change), tmp_path / "out")
+    assert "it lacks model.layers.0.mlp.up_proj.weight_scale_inv, and has in other" in message
+    assert "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv 2 x 1 instead of 1 x 1" in message
+
+
+def test_a_disk_that_fails_is_told_in_a_sentence(folders, monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf_convert, "_write_chunks", full)
+    with pytest.raises(UserError, match="out could not be made .*No space left.*goes on where it"):
+        hf_to_checkpoint(HFFolder(folders[0]), tmp_path / "out", adapter(), **NAMES)
+    monkeypatch.undo()
+    hf_to_checkpoint(HFFolder(folders[0]), tmp_path / "out", adapter(), **NAMES)
+    assert damage(tmp_path / "out") is None
 
 
 def test_a_damaged_checkpoint_makes_no_folder(folders, tmp_path):
