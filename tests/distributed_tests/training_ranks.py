@@ -29,9 +29,9 @@ MODEL = {
     "vocab_size": 2048,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
+    "qk_nope_head_dim": 16,  # 16 is the least that flex attention takes on a GPU
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
     "init_std": 0.1,
 }
 
