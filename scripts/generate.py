@@ -35,7 +35,7 @@ from torchtitan.components.tokenizer import DEFAULT_PATH, Tokenizer, load_tokeni
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.utils import init_distributed
 from torchtitan.protocols.model import BaseModel, BaseModelArgs, override_fields
-from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.protocols.train_spec import TrainSpec, family_of, get_train_spec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.script import run_script
 from torchtitan.tools.utils import device_type, local_device
@@ -51,7 +51,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", action="store_true", help="with the average of the weights")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bf16 on GPUs")
-    parser.add_argument("--model", default="deepseek_v3", help="family of a Hugging Face folder")
     parser.add_argument("--tokenizer", help="folder or file (default: what the source came with)")
     return parser.parse_args(argv)
 
@@ -65,19 +64,20 @@ class Found(NamedTuple):
     args: BaseModelArgs
 
 
-def find_model(source: Path, family: str) -> Found:
+def find_model(source: Path) -> Found:
     if is_complete(source):
         model = read_json(source, META)["model"]
         spec = get_train_spec(model["name"])
         template = next(iter(spec.model_args.values()))
         args = override_fields(template, model["all_args"], "model.args")
         return Found(model["name"], model["flavor"], spec, args)
-    spec = get_train_spec(family)
     if any(steps_with_folder(source).values()):
         require_checkpoint(source)  # names one of the steps
     config = HFFolder(source).config
     if not config:
         raise UserError(f"{source} has no config.json, which describes the model; add it.")
+    family = family_of(config)
+    spec = get_train_spec(family)
     args = spec.state_dict_adapter.args_of(config)
     return Found(family, source.absolute().name, spec, args)
 
@@ -138,7 +138,7 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
 
 def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    found = find_model(args.source, args.model)
+    found = find_model(args.source)
     spec, model_args = found.spec, found.args
     tokenizer = find_tokenizer(args.source, args.tokenizer)
     begin = tokenizer.bos_id is not None

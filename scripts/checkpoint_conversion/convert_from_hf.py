@@ -17,7 +17,7 @@ from torchtitan.components.hf_convert import hf_to_checkpoint
 from torchtitan.components.hf_files import CONFIG, HFFolder
 from torchtitan.config.manager import parse_value
 from torchtitan.protocols.model import override_fields
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import family_of, get_train_spec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.script import run_script
@@ -28,7 +28,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("hf_folder", type=Path, help="with *.safetensors and config.json")
     parser.add_argument("checkpoint", type=Path, help="folder to make")
-    parser.add_argument("--model", default="deepseek_v3", help="family, a folder of models/")
     parser.add_argument(
         "--dtype", choices=TORCH_DTYPES, help="of the weights (default: as they are; FP8 as bf16)"
     )
@@ -55,10 +54,11 @@ def model_arg(text: str) -> dict[str, Any]:
 
 
 def convert(args: argparse.Namespace) -> None:
-    make_adapter = get_train_spec(args.model).state_dict_adapter
     source = HFFolder(args.hf_folder)
     if not source.config:
         raise UserError(f"{args.hf_folder} has no {CONFIG}, which describes the model; add it.")
+    family = family_of(source.config)
+    make_adapter = get_train_spec(family).state_dict_adapter
     model_args = make_adapter.args_of(source.config)
     for text in args.model_arg:
         model_args = override_fields(model_args, model_arg(text), "model.args")
@@ -67,7 +67,7 @@ def convert(args: argparse.Namespace) -> None:
         source,
         args.checkpoint,
         adapter,
-        model=args.model,
+        model=family,
         flavor=args.hf_folder.name,
         dtype=TORCH_DTYPES[args.dtype] if args.dtype else None,
     )

@@ -139,6 +139,12 @@ def test_an_fp8_folder_goes_into_a_run(run, tmp_path):
         ),
         ("generate.py", ["RUN/checkpoint", "--prompt", "x"], "did you mean RUN/checkpoint/step-1?"),
         ("checkpoint_conversion/convert_from_hf.py", ["no/where", "out"], "is not a Hugging Face"),
+        (
+            "checkpoint_conversion/convert_from_hf.py",
+            ["ODD", "out"],
+            "model_type 'llama', which no",
+        ),
+        ("generate.py", ["ODD", "--prompt", "x"], "(they read 'deepseek_v2', 'deepseek_v3', "),
         ("checkpoint_conversion/convert_from_hf.py", ["HF", "/proc/no/out"], "could not be made"),
         ("checkpoint_conversion/convert_to_hf.py", ["no/where", "out"], "is not a checkpoint"),
         (
@@ -159,6 +165,10 @@ def test_a_script_ends_with_a_sentence_and_2(
     run, tmp_path, monkeypatch, capsys, name, arguments, sentence
 ):
     monkeypatch.chdir(tmp_path)
+    odd = tmp_path / "ODD"
+    odd.mkdir()
+    (odd / "config.json").write_text('{"model_type": "llama"}')
+    (odd / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     arguments = [a.replace("HF", "RUN/checkpoint/step-2-hf") for a in arguments]
     assert script(name).main([a.replace("RUN", str(run)) for a in arguments]) == 2
     err = capsys.readouterr().err.replace(str(run), "RUN")

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,7 +30,11 @@ class Piece:
 
 
 class StateDictAdapter(ABC):
-    """hf_assets_path: folder with the Hugging Face `config.json`, if there is one."""
+    """hf_assets_path: folder with the Hugging Face `config.json`, if there is one. model_types:
+    those that it may name.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model_args: BaseModelArgs, hf_assets_path: str | None = None):
         self.model_args = model_args

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torchtitan
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
@@ -28,6 +29,21 @@ def get_train_spec(name: str) -> TrainSpec:
     if name not in known:
         raise UserError(f"model.name '{name}' is not a model family{suggest(name, known)}")
     return importlib.import_module(f"torchtitan.models.{name}").get_train_spec()
+
+
+def family_of(hf_config: Mapping[str, Any]) -> str:
+    """The family that reads such a `config.json`. Raises `UserError` where none does."""
+    adapters = {name: get_train_spec(name).state_dict_adapter for name in _family_names()}
+    reads = {name: adapter.model_types for name, adapter in adapters.items() if adapter}
+    model_type = hf_config.get("model_type")
+    for name, model_types in reads.items():
+        if model_type in model_types:
+            return name
+    known = ", ".join(repr(each) for model_types in reads.values() for each in model_types)
+    raise UserError(
+        f"config.json has model_type {model_type!r}, which no family here reads (they read "
+        f"{known}); name the folder of such a model."
+    )
 
 
 def get_flavor(spec: TrainSpec, name: str, flavor: str) -> BaseModelArgs:

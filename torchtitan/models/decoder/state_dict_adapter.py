@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.decoder.hf_config import expect
 from torchtitan.models.decoder.routing_change import routing_change
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
@@ -65,8 +66,8 @@ def in_layers(ours: str, rows: Mapping[str, Row]) -> dict[str, Row]:
 
 
 class TableAdapter(StateDictAdapter):
-    """A family defines `table` (numbers in our names are {} there), `model_cls`, `read_config`
-    (what `args_of` returns; keys that are missing may raise KeyError), and the `config.json`.
+    """A family defines `table` (numbers in our names are {} there), `model_cls`, `model_types`,
+    `read_config` (what `args_of` returns; missing keys may raise KeyError) and `hf_config`.
 
     Whole state dicts of plain tensors go in and out; experts are copied there, the rest is shared.
     """
@@ -77,6 +78,7 @@ class TableAdapter(StateDictAdapter):
 
     @classmethod
     def args_of(cls, hf_config: Mapping[str, Any]) -> DecoderArgs:
+        expect("model_type", hf_config.get("model_type"), *cls.model_types)
         try:
             return cls.read_config(hf_config)
         except KeyError as error:

@@ -6,7 +6,6 @@ from typing import Any
 from torchtitan.models.decoder.hf_config import expect, refuse_export, rope_settings
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.moe import MoEArgs
-from torchtitan.tools.errors import UserError
 
 
 def make_hf_config(args: DeepSeekV3ModelArgs) -> dict[str, Any]:
@@ -121,12 +120,6 @@ def read_hf_config(config: Mapping[str, Any]) -> DeepSeekV3ModelArgs:
     Raises `UserError` naming the first key whose value this architecture has not, KeyError for a
     missing one.
     """
-    model_type = config.get("model_type")
-    if model_type not in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
-        raise UserError(
-            f"config.json has model_type {model_type!r}, but deepseek_v3 here reads 'deepseek_v2', "
-            "'deepseek_v3' and 'kimi_k2'; name the folder of such a model."
-        )
     fixed = {
         "hidden_act": "silu",
         "attention_bias": False,
@@ -150,7 +143,7 @@ def read_hf_config(config: Mapping[str, Any]) -> DeepSeekV3ModelArgs:
         qk_nope_head_dim=config["qk_nope_head_dim"],
         qk_rope_head_dim=config["qk_rope_head_dim"],
         v_head_dim=config["v_head_dim"],
-        moe_args=_read_routing(config, is_v3=model_type != "deepseek_v2"),
+        moe_args=_read_routing(config, is_v3=config["model_type"] != "deepseek_v2"),
         **_read_positions(config),
     )
 

@@ -51,6 +51,7 @@ _SHARED = ("embed_tokens.weight", "shared_head.head.weight")
 class DeepSeekV3StateDictAdapter(TableAdapter):
     model_args: DeepSeekV3ModelArgs
     model_cls = DeepSeekV3Model
+    model_types = ("deepseek_v2", "deepseek_v3", "kimi_k2")
     table = (
         END_ROWS
         | in_layers("layers.{}", _BLOCK)

@@ -27,6 +27,7 @@ _BLOCK = BLOCK_ROWS | {
 class Qwen3StateDictAdapter(TableAdapter):
     model_args: Qwen3ModelArgs
     model_cls = Qwen3Model
+    model_types = ("qwen3", "qwen3_moe")
     table = END_ROWS | in_layers("layers.{}", _BLOCK)
 
     def hf_config(self) -> dict[str, Any]:
@@ -84,7 +85,6 @@ class Qwen3StateDictAdapter(TableAdapter):
 def _read_config(config: Mapping[str, Any]) -> Qwen3ModelArgs:
     rope_type, rope_theta, _ = rope_settings(config, 1e6)
     fixed = {
-        "model_type": (config.get("model_type"), "qwen3", "qwen3_moe"),
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
         "attention_bias": (config.get("attention_bias", False), False),
         "tie_word_embeddings": (config.get("tie_word_embeddings", False), False),
