@@ -12,30 +12,24 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.build import build_model, build_parallel_dims
-from torchtitan.components.checkpoint_files import (
-    META,
-    is_complete,
-    read_json,
-    require_checkpoint,
-    steps_with_folder,
-)
+from torchtitan.components.checkpoint_files import is_complete
 from torchtitan.components.checkpoint_storage import CheckpointReader, read_tensor_index
 from torchtitan.components.ema import check_has_average
 from torchtitan.components.generation import Sampling, check_prompts, generate
 from torchtitan.components.hf_checkpoint import load_hf
 from torchtitan.components.hf_files import HFFolder
+from torchtitan.components.stored_model import StoredModel, find_model
 from torchtitan.components.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.utils import init_distributed
-from torchtitan.protocols.model import BaseModel, BaseModelArgs, override_fields
-from torchtitan.protocols.train_spec import TrainSpec, family_of, get_train_spec
+from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.script import run_script
 from torchtitan.tools.utils import device_type, local_device
@@ -55,33 +49,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Found(NamedTuple):
-    """A model by what its source says of itself."""
-
-    name: str
-    flavor: str
-    spec: TrainSpec
-    args: BaseModelArgs
-
-
-def find_model(source: Path) -> Found:
-    if is_complete(source):
-        model = read_json(source, META)["model"]
-        spec = get_train_spec(model["name"])
-        template = next(iter(spec.model_args.values()))
-        args = override_fields(template, model["all_args"], "model.args")
-        return Found(model["name"], model["flavor"], spec, args)
-    if any(steps_with_folder(source).values()):
-        require_checkpoint(source)  # names one of the steps
-    config = HFFolder(source).config
-    if not config:
-        raise UserError(f"{source} has no config.json, which describes the model; add it.")
-    family = family_of(config)
-    spec = get_train_spec(family)
-    args = spec.state_dict_adapter.args_of(config)
-    return Found(family, source.absolute().name, spec, args)
-
-
 def find_tokenizer(source: Path, named: str | None) -> Tokenizer:
     """As named, else a Hugging Face folder's own, else that of the run which left the checkpoint
     (its config.json stands above the folder of checkpoints), else the shipped one."""
@@ -94,7 +61,7 @@ def find_tokenizer(source: Path, named: str | None) -> Tokenizer:
     return load_tokenizer(named or str(source))
 
 
-def make_config(args: argparse.Namespace, model: Found) -> JobConfig:
+def make_config(args: argparse.Namespace, model: StoredModel) -> JobConfig:
     """Of a job that only computes forward, its experts spread as far as they go."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     dtype = args.dtype or ("bfloat16" if device_type() == "cuda" else "float32")

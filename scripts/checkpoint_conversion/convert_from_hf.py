@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.hf_convert import hf_to_checkpoint
-from torchtitan.components.hf_files import CONFIG, HFFolder
+from torchtitan.components.hf_files import HFFolder
+from torchtitan.components.stored_model import find_model
 from torchtitan.config.manager import parse_value
 from torchtitan.protocols.model import override_fields
-from torchtitan.protocols.train_spec import family_of, get_train_spec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.script import run_script
@@ -55,20 +55,16 @@ def model_arg(text: str) -> dict[str, Any]:
 
 def convert(args: argparse.Namespace) -> None:
     source = HFFolder(args.hf_folder)
-    if not source.config:
-        raise UserError(f"{args.hf_folder} has no {CONFIG}, which describes the model; add it.")
-    family = family_of(source.config)
-    make_adapter = get_train_spec(family).state_dict_adapter
-    model_args = make_adapter.args_of(source.config)
+    model = find_model(args.hf_folder)
+    model_args = model.args
     for text in args.model_arg:
         model_args = override_fields(model_args, model_arg(text), "model.args")
-    adapter = make_adapter(model_args, str(args.hf_folder))
     hf_to_checkpoint(
         source,
         args.checkpoint,
-        adapter,
-        model=family,
-        flavor=args.hf_folder.name,
+        model.spec.state_dict_adapter(model_args, str(args.hf_folder)),
+        model=model.name,
+        flavor=model.flavor,
         dtype=TORCH_DTYPES[args.dtype] if args.dtype else None,
     )
     logger.info("Made %s: set checkpoint.initial_load_path to it", args.checkpoint)

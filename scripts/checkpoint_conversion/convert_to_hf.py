@@ -12,12 +12,10 @@ import math
 import sys
 from pathlib import Path
 
-from torchtitan.components.checkpoint_files import META, read_json, require_checkpoint
+from torchtitan.components.checkpoint_files import require_checkpoint
 from torchtitan.components.hf_convert import checkpoint_to_hf
 from torchtitan.components.hf_files import MAX_FILE_BYTES
-from torchtitan.protocols.model import override_fields
-from torchtitan.protocols.state_dict_adapter import StateDictAdapter
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.components.stored_model import find_model
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.script import run_script
@@ -46,15 +44,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def adapter_of(checkpoint: Path) -> StateDictAdapter:
-    """For the model that the checkpoint's meta.json describes."""
-    require_checkpoint(checkpoint)
-    model = read_json(checkpoint, META)["model"]
-    spec = get_train_spec(model["name"])
-    template = next(iter(spec.model_args.values()))
-    return spec.state_dict_adapter(override_fields(template, model["all_args"], "model.args"))
-
-
 def convert(args: argparse.Namespace) -> None:
     if not 0 < args.max_file_gb < math.inf:
         raise UserError(f"--max_file_gb {args.max_file_gb} must be a finite number above 0.")
@@ -63,10 +52,12 @@ def convert(args: argparse.Namespace) -> None:
             f"--assets {args.assets} does not exist; name the folder with the tokenizer, or leave "
             "it out."
         )
+    require_checkpoint(args.checkpoint)
+    model = find_model(args.checkpoint)
     checkpoint_to_hf(
         args.checkpoint,
         args.hf_folder,
-        adapter_of(args.checkpoint),
+        model.spec.state_dict_adapter(model.args),
         dtype=TORCH_DTYPES[args.dtype],
         fp8=args.fp8,
         averaged=args.ema,

@@ -5,7 +5,6 @@ What is in memory is one tensor and the file that it comes from. Both ways work 
 stopped; the target appears under its name when it is whole.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -67,51 +66,13 @@ from torchtitan.components.hf_files import (
     plan_layout,
     write_config,
 )
+from torchtitan.components.journal import Journal
 from torchtitan.ops.block_fp8 import quantize_blocks
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
 from torchtitan.tools.errors import UserError
 
 PREFIX = "model."  # of weights among the tensors of a checkpoint
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
-
-
-class Journal:
-    """What is done of a conversion, a JSON line each; of another conversion = nothing is done."""
-
-    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
-        """key: what the conversion depends on. An unfit `folder` is emptied."""
-        self.path = folder / "journal.jsonl"
-        text = json.dumps(key, sort_keys=True, default=str)
-        key_hash = hashlib.sha256(text.encode()).hexdigest()
-        self.done = self._read()
-        self.continues = self.done.pop("key", None) == key_hash
-        if not self.continues:
-            self.done = {}
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            self._write("key", key_hash)
-
-    def add(self, unit: str, info: Any = None) -> None:
-        """What it stands for must be on disk already."""
-        self.done[unit] = info
-        self._write(unit, info)
-
-    def remove(self) -> None:
-        self.path.unlink()
-
-    def _read(self) -> dict[str, Any]:
-        done = {}
-        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
-            with contextlib.suppress(ValueError):  # torn by a power cut
-                unit, info = json.loads(line)
-                done[unit] = info
-        return done
-
-    def _write(self, unit: str, info: Any) -> None:
-        with self.path.open("a") as file:
-            file.write("\n" + json.dumps([unit, info]))  # behind a torn line, too
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _work_folder(target: Path) -> Path:

@@ -18,6 +18,7 @@ from torchtitan.components.checkpoint_storage import CheckpointReader
 from torchtitan.components.hf_checkpoint import load_hf, save_hf
 from torchtitan.components.hf_convert import checkpoint_to_hf, hf_to_checkpoint
 from torchtitan.components.hf_files import HFFolder, plan_layout
+from torchtitan.components.journal import Journal
 from torchtitan.models.deepseek_v3 import (
     DeepSeekV3Model,
     DeepSeekV3ModelArgs,
@@ -122,14 +123,14 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(
 
 
 def test_a_torn_line_of_the_journal_costs_one_unit(tmp_path):
-    journal = hf_convert.Journal(tmp_path / "out.tmp", {"a": 1})
+    journal = Journal(tmp_path / "out.tmp", {"a": 1})
     journal.add("first", [1])
     journal.add("second")
     journal.path.write_text(journal.path.read_text()[:-3])
-    again = hf_convert.Journal(tmp_path / "out.tmp", {"a": 1})
+    again = Journal(tmp_path / "out.tmp", {"a": 1})
     assert again.continues and again.done == {"first": [1]}
     again.add("third")
-    assert hf_convert.Journal(tmp_path / "out.tmp", {"a": 1}).done.keys() == {"first", "third"}
+    assert Journal(tmp_path / "out.tmp", {"a": 1}).done.keys() == {"first", "third"}
 
 
 def test_what_another_conversion_left_is_not_gone_on_with(folders, monkeypatch, tmp_path):

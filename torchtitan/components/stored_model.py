@@ -1,0 +1,44 @@
+"""Which model a checkpoint or a Hugging Face folder holds, by what it says of itself."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torchtitan.components.checkpoint_files import (
+    META,
+    is_complete,
+    read_json,
+    require_checkpoint,
+    steps_with_folder,
+)
+from torchtitan.components.hf_files import CONFIG, HFFolder
+from torchtitan.protocols.model import BaseModelArgs, override_fields
+from torchtitan.protocols.train_spec import TrainSpec, family_of, get_train_spec
+from torchtitan.tools.errors import UserError
+
+
+class StoredModel(NamedTuple):
+    """name: of the family. flavor: of a Hugging Face folder its own name."""
+
+    name: str
+    flavor: str
+    spec: TrainSpec
+    args: BaseModelArgs
+
+
+def find_model(source: Path) -> StoredModel:
+    """Raises `UserError` where `source` holds neither, or a model that no family here is."""
+    if is_complete(source):
+        model = read_json(source, META)["model"]
+        spec = get_train_spec(model["name"])
+        template = next(iter(spec.model_args.values()))
+        args = override_fields(template, model["all_args"], "model.args")
+        return StoredModel(model["name"], model["flavor"], spec, args)
+    if any(steps_with_folder(source).values()):
+        require_checkpoint(source)  # names one of the steps
+    config = HFFolder(source).config
+    if not config:
+        raise UserError(f"{source} has no {CONFIG}, which describes the model; add it.")
+    family = family_of(config)
+    spec = get_train_spec(family)
+    args = spec.state_dict_adapter.args_of(config)
+    return StoredModel(family, source.absolute().name, spec, args)
