@@ -227,6 +227,9 @@ def gradients_of_one_process(ranks, tmp_path_factory) -> dict[str, Tensor]:
         "CP 4",
         "CP 2, TP 2, EP 2 of split experts",
         "FSDP 2, CP 2, TP 2, EP 4, nodes of 2",
+        "PP 2, 1F1B",
+        "PP 2, TP 2",
+        "PP 2, DualPipeV, EP 2",
     ],
 )
 def test_every_gradient_is_that_of_one_process(ranks, gradients_of_one_process, name, tmp_path):
