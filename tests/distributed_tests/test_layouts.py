@@ -4,6 +4,7 @@ One row of LAYOUTS is a layout; one of REFUSALS is a combination that can't run 
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,12 +64,17 @@ ASYNC = "--parallelism.enable_async_tensor_parallel"
 COMPILED = ("--compile.enable", "--compile.backend=aot_eager")
 
 
-def pipeline(schedule: str, stages: int = 2) -> tuple[str, str]:
+PARTS = [["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]
+FOUR_STAGES = f"--parallelism.module_fqns_per_model_part={json.dumps(PARTS)}"
+SCHEDULE_FILE = Path(__file__).parents[1] / "assets/schedule.csv"  # of two micro-batches
+FROM_FILE = f"--parallelism.pipeline_parallel_schedule_csv={SCHEDULE_FILE}"
+PAIRS_OF_SEQUENCES = "--parallelism.pipeline_parallel_microbatch_size=2"
+
+
+def pipeline(schedule: str, stages: int = 2) -> tuple[str, ...]:
     """Two stages: as the layer counts have it. Four: the embedding and the output alone."""
-    parts = [["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]
-    split = f"--parallelism.module_fqns_per_model_part={json.dumps(parts)}"
     name = f"--parallelism.pipeline_parallel_schedule={schedule}"
-    return (name, split) if stages == 4 else (name,)
+    return (name, FOUR_STAGES) if stages == 4 else (name,)
 
 
 LAYOUTS = {
@@ -172,6 +178,10 @@ LAYOUTS |= {
     "PP 2, FSDP 2, compiled": layout(4, *COMPILED, pp=2),
     "PP 2, TP 2": layout(4, pp=2, tp=2),
     "PP 2, CP 2": layout(4, pp=2, cp=2),
+    # Two neighbouring stages a rank, halves of backward passes, a pair: no schedule of torch's.
+    "PP 2, a schedule from a file, EP 2": layout(
+        4, FROM_FILE, FOUR_STAGES, PAIRS_OF_SEQUENCES, pp=2, ep=2
+    ),
     "PP 2, HSDP 2 x 2": layout(8, pp=2, replicate=2),
     "PP 2, FSDP 2, TP 2, EP 2": layout(8, *DUAL, pp=2, tp=2, ep=2),
     "PP 2, FSDP 2, CP 2, EP 2": layout(8, *ZERO_BUBBLE, pp=2, cp=2, ep=2),

@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
+    _Action,
     _PipelineScheduleRuntime,
     get_schedule_class,
 )
 
-from torchtitan.config import Parallelism
 from torchtitan.config.pipeline import ENDS, PipelinePlan
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.logging import logger
@@ -106,7 +106,6 @@ class Pipeline:
         self,
         parts: list[BaseModel],
         plan: PipelinePlan,
-        parallelism: Parallelism,
         *,
         mesh: DeviceMesh,
         device: torch.device,
@@ -144,7 +143,7 @@ class Pipeline:
                     group=group,
                 )
             )
-        self._schedule = _make_schedule(stages, plan, parallelism, self._loss)
+        self._schedule = _make_schedule(stages, plan, self._loss)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self._loss_fn(logits, labels) / self._divisor
@@ -194,18 +193,20 @@ class Pipeline:
         return tuple(merged)
 
 
-def _make_schedule(
-    stages: list[PipelineStage], plan: PipelinePlan, parallelism: Parallelism, loss_fn: LossFn
-) -> Any:
+def _make_schedule(stages: list[PipelineStage], plan: PipelinePlan, loss_fn: LossFn) -> Any:
     # scale_grads: the loss is divided by the tokens of the step already.
     options = {
         "n_microbatches": plan.num_microbatches,
         "loss_fn": loss_fn,
         "scale_grads": False,
     }
-    if parallelism.pipeline_parallel_schedule_csv:
+    if plan.file is not None:
         schedule = _PipelineScheduleRuntime(stages, **options)
-        schedule._load_csv(parallelism.pipeline_parallel_schedule_csv)
+        schedule.pipeline_order = {
+            rank: [_Action.from_str(cell) for cell in cells]
+            for rank, cells in enumerate(plan.file.cells)
+        }
+        schedule._prepare_schedule_with_comms(schedule.pipeline_order)
         return schedule
     cls = get_schedule_class(plan.schedule)
     return cls(stages if issubclass(cls, PipelineScheduleMulti) else stages[0], **options)
