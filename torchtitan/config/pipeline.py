@@ -222,4 +222,3 @@ def _check_microbatches(plan: PipelinePlan) -> None:
             f"training.local_batch_size over {_KEY}microbatch_size ({plan.microbatch_size}) makes "
             f"{n}; change training.local_batch_size."
         )
-

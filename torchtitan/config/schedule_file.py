@@ -2,8 +2,8 @@
 
 The form is that of torch's `_dump_csv(format="compute_only")`: a line for each rank, its passes
 separated by commas; empty cells are for the eye. `2F0` is the forward pass of stage 2 over
-micro-batch 0; `B` a whole backward pass, or `I` and later `W` its halves, for the inputs and for the
-weights. `(0F3;7B1)OVERLAP_F_B` is a pair that may overlap.
+micro-batch 0; `B` a whole backward pass, or `I` and later `W` its halves, for the inputs and for
+the weights. `(0F3;7B1)OVERLAP_F_B` is a pair that may overlap.
 
 All of it is checked here: torch would notice some faults when training starts, on others it hangs.
 """
@@ -73,9 +73,7 @@ def read_schedule_file(path: str, *, degree: int, num_microbatches: int) -> Sche
             f"{KEY} {path} has {len(rows)} lines, but it needs one for each rank of "
             f"parallelism.pipeline_parallel_degree ({degree})."
         )
-    passes = tuple(
-        tuple(_parse(cell, path, rank) for cell in row) for rank, row in enumerate(rows)
-    )
+    passes = tuple(tuple(_parse(cell, path, rank) for cell in row) for rank, row in enumerate(rows))
     file = ScheduleFile(path, rows, passes)
     _check_microbatches(file, num_microbatches)
     _check_complete(file, num_microbatches)
@@ -131,12 +129,14 @@ def _check_complete(file: ScheduleFile, num_microbatches: int) -> None:
     counts = Counter(file.all_passes)
     for stage in range(file.num_stages):
         for microbatch in range(num_microbatches):
-            F, B, I, W = (counts[Pass(stage, kind, microbatch)] for kind in "FBIW")
-            if F != 1 or (B, I, W) not in ((1, 0, 0), (0, 1, 1)):
+            forward, *backward = (counts[Pass(stage, kind, microbatch)] for kind in "FBIW")
+            if forward != 1 or backward not in ([1, 0, 0], [0, 1, 1]):
+                whole, inputs, weights = backward
                 raise UserError(
                     f"{KEY} {file.path} must have '{stage}F{microbatch}' once, and either "
                     f"'{stage}B{microbatch}' once or '{stage}I{microbatch}' and "
-                    f"'{stage}W{microbatch}' once each; it has {F}, and {B} or {I} and {W}."
+                    f"'{stage}W{microbatch}' once each; it has {forward}, and {whole} or {inputs} "
+                    f"and {weights}."
                 )
 
 
@@ -161,8 +161,8 @@ def _check_order(file: ScheduleFile) -> None:
     ]
     if stuck:
         raise UserError(
-            f"{KEY} {file.path} would wait for itself for ever, {' and '.join(stuck)}: F needs F of "
-            "the stage before it, B and I need F, and B or I of the stage behind it, W needs I."
+            f"{KEY} {file.path} would wait for itself for ever, {' and '.join(stuck)}: F needs F "
+            "of the stage before it, B and I need F, and B or I of the stage behind it, W needs I."
         )
 
 

@@ -88,9 +88,9 @@ class StepInputs(NamedTuple):
 
 class _Stage(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        # torch 2.11 makes neighbouring stages greet each other before the first step. Where both lie
-        # on one rank (V-shaped schedules), gloo fails: "Pair is not connected". They hand over what
-        # they compute without sending it, so the greeting is left out, as torch 2.13 does.
+        # torch 2.11 makes neighbouring stages greet each other before the first step. Where both
+        # lie on one rank (V-shaped schedules), gloo fails: "Pair is not connected". They hand over
+        # what they compute without sending it, so no greeting is needed; torch 2.13 has none.
         ops = super()._get_init_p2p_neighbors_ops()
         return [op for op in ops if op.group_peer != self.group_rank]
 

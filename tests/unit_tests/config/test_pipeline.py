@@ -229,7 +229,7 @@ def test_a_schedule_file_and_the_other_keys_must_agree(tmp_path):
     always = {"parallelism.fsdp_reshard_after_forward": "always"}
     assert refusal(batch=1, schedule_csv=str(file), others=always) == (
         'parallelism.fsdp_reshard_after_forward = "always" frees weights between the two pieces of '
-        f"the backward pass of {KEY}schedule_csv '{file}': set it to \"default\" or \"never\"."
+        f'the backward pass of {KEY}schedule_csv \'{file}\': set it to "default" or "never".'
     )
     file.write_text("0F0,2F0,2B0,0B0\n1F0,1B0")
     assert refusal(batch=1, schedule_csv=str(file)) == (
