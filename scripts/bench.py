@@ -1,17 +1,21 @@
-"""Benchmark a whole training step or single kernels, with peers side by side: table and JSON.
+r"""Benchmark a whole training step or single kernels, with peers side by side: table and JSON.
 
     python scripts/bench.py step --job.config_file train_configs/debug_model.toml
     python scripts/bench.py step --preset 16b8-b4-fp32 --peers torchtitan transformers+liger
     python scripts/bench.py kernels --widths 16B 671B
+    torchrun --nproc_per_node 2 scripts/bench.py step --preset 16b8-b4-fp32 \
+        --parallelism.expert_parallel_degree 2
     python scripts/bench.py presets
 
-One process, one device. `step` takes every option of a training run and trains on random tokens.
+`step` takes every option of a training run and trains on random tokens, on one device or, under
+torchrun, in a layout of several: its rows are rank 0's, with the tokens/s and FLOPS of one device.
 What a breakdown's parts mean: benchmarks/breakdown.py. How to read it all: docs/performance.md.
 """
 
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -75,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, RunError) as error:
         logger.error("%s", error)
         return 2 if isinstance(error, UserError) else 1
+    if int(os.environ.get("RANK", 0)) > 0:
+        return 0
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(text)
@@ -91,6 +97,8 @@ def steps(options: argparse.Namespace, rest: list[str]) -> list[dict]:
         if name not in PRESETS:
             raise UserError(f"--preset: '{name}' is none{suggest(name, PRESETS)}")
     if len(options.preset) > 1:
+        if "RANK" in os.environ:
+            raise UserError("--preset: under torchrun one at a time; call torchrun for each.")
         return [row for name in options.preset for row in _apart(name, options, rest)]
     name = options.preset[0] if options.preset else "-"
     arguments = [*PRESETS.get(name, []), *rest, *NO_FILES]

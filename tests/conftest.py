@@ -38,10 +38,12 @@ def fresh_logger() -> None:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """`ranks(4).run(fn, ...)` runs a function on four gloo processes."""
+    """`ranks(4).run(fn, ...)` runs a function on four processes: on GPUs where there are any."""
     pools: dict[int, Ranks] = {}
 
     def pool(world_size: int) -> Ranks:
+        if torch.cuda.is_available() and torch.cuda.device_count() < world_size:
+            pytest.skip(f"needs {world_size} GPUs, or none (CUDA_VISIBLE_DEVICES=)")
         return pools.setdefault(world_size, Ranks(world_size))
 
     yield pool

@@ -23,9 +23,8 @@ processes.set_forkserver_preload(["torchtitan.train"])
 class Ranks:
     """`world_size` processes, started once and used by many tests.
 
-    On a machine with a GPU for each of them they use those and NCCL, else the CPU and gloo. A
-    failure in one of them ends them all, so that nothing waits for a rank that is gone; the next
-    `run` starts new ones.
+    On a machine with GPUs each uses one and NCCL, else the CPU and gloo. A failure in one of them
+    ends them all, so that nothing waits for a rank that is gone; the next `run` starts new ones.
     """
 
     def __init__(self, world_size: int):
@@ -80,11 +79,9 @@ def _serve(pipe: Connection, store: str, rank: int, world_size: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "gloo"
-    if torch.cuda.device_count() >= world_size:
+    if torch.cuda.is_available():
         torch.cuda.set_device(rank)
         backend = "cuda:nccl,cpu:gloo"
-    else:  # torch.cuda.is_available() is false from here on
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=world_size

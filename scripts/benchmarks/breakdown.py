@@ -11,6 +11,7 @@ How each finds its part, the first rule that fits:
    found by the autograd sequence number). Only the head and the loss where layers are compiled.
 5. By words in its name: sort, gather, index, ... are dispatch/combine; the rest is elementwise.
 
+Communication between GPUs runs beside computing: its part is the time when nothing else ran.
 Idle is the rest of the step. On a GPU kernels count as they are and idle fills up to the median
 step without profiler, which slows the host only. On a CPU the profiler slows every operator, so the
 parts of the profiled step are scaled to the median step.
@@ -40,6 +41,7 @@ PARTS = (
     "elementwise",
     "head + loss",
     "optimizer",
+    "communication",
     "idle",
 )
 RANGE = "bench/"
@@ -64,6 +66,7 @@ _GEMM = re.compile(r"aten::(mm|addmm|bmm|matmul|linear|_addmm)|mkldnn|gemm|cutla
 _ATTENTION = re.compile(r"attention|flash|fmha|sdpa|flex", re.I)
 _FUSED = re.compile(r"triton_(poi|red|per)_")  # inductor's, named after all that they replace
 _OPTIMIZER = re.compile(r"adam|multi_tensor|^_update$", re.I)
+_COMMUNICATION = re.compile(r"nccl|c10d::|gloo:", re.I)
 _GROUPED = re.compile(r"grouped|GroupProblem", re.I)
 _LOSS = re.compile(r"nll_loss|cross_entropy", re.I)
 _ROUTER = re.compile(r"topk|sigmoid|bitonic|gatherTopK|router", re.I)
@@ -123,7 +126,15 @@ class StepProfile:
             elif not event.name.startswith(RANGE):
                 busy[self.part(event, event.name)] += event.self_cpu_time_total / 1e3
         if on_gpu:
-            _add_unlinked(busy, seen, [e for e in events if e.name not in ranges])
+            kernels = [
+                e
+                for e in events
+                if e.device_type == torch.autograd.DeviceType.CUDA and e.name not in ranges
+            ]
+            _add_unlinked(busy, seen, kernels)
+            busy["communication"] = exposed_ms(
+                [(e.name, e.time_range.start, e.time_range.end) for e in kernels]
+            )
         return busy
 
     def part(self, event: FunctionEvent, name: str) -> str:
@@ -208,6 +219,22 @@ def fill_up(
     return {part: ms * factor for part, ms in parts.items()}
 
 
+def exposed_ms(kernels: list[tuple[str, float, float]]) -> float:
+    """Milliseconds in which only communication ran, of kernels (name, start, end) in µs."""
+    everything = _covered([(start, end) for _, start, end in kernels])
+    computing = [(a, b) for name, a, b in kernels if not _COMMUNICATION.search(name)]
+    return (everything - _covered(computing)) / 1e3
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of spans."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
 def scope_of(event: FunctionEvent) -> str | None:
     """The innermost marked module around an event."""
     marks = (e.name.removeprefix(RANGE) for e in _ancestors(event) if e.name.startswith(RANGE))
@@ -215,6 +242,8 @@ def scope_of(event: FunctionEvent) -> str | None:
 
 
 def _named_part(name: str, names: str, scope: str | None) -> str | None:
+    if _COMMUNICATION.search(name):
+        return "communication"
     if _OPTIMIZER.search(names):
         return "optimizer"
     if _LOSS.search(names) and "attention" not in names:
@@ -243,8 +272,7 @@ def _add_unlinked(
     """Kernels that the profiler could not link to an operator, by their names alone."""
     total: dict[str, float] = defaultdict(float)
     for event in events:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            total[event.name] += event.time_range.elapsed_us() / 1e3
+        total[event.name] += event.time_range.elapsed_us() / 1e3
     for name, ms in total.items():
         rest = ms - seen.get(name, 0.0)
         if rest > 1e-3:

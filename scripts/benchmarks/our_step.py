@@ -21,7 +21,7 @@ def settings_of(options: list[str], *, warmup: int, steps: int) -> dict[str, obj
     """What ours and every peer are told. Raises `UserError` for options that don't go together."""
     config = ConfigManager().parse_args([*options, "--job.dump_folder=."])
     _, model_args, tokenizer = check_config(config)
-    training, optimizer = config.training, config.optimizer
+    training, optimizer, parallelism = config.training, config.optimizer, config.parallelism
     return {
         "device": device_type(),
         "batch": training.local_batch_size,
@@ -29,6 +29,9 @@ def settings_of(options: list[str], *, warmup: int, steps: int) -> dict[str, obj
         "weights": training.dtype,
         "compute": training.mixed_precision_param,
         "compile": config.compile.enable,
+        "parallelism": {
+            name: degree for name, degree in asdict(parallelism).items() if name.endswith("degree")
+        },
         "recompute": config.activation_checkpoint.mode,
         "max_norm": training.max_norm,
         "lr": optimizer.lr,
@@ -60,7 +63,9 @@ def run(options: list[str], settings: dict[str, object], *, profile: bool) -> di
 def _run(
     trainer: Trainer, config: JobConfig, settings: dict[str, object], *, profile: bool
 ) -> dict[str, object]:
-    batches = random_batches(settings)
+    dims = trainer.dims
+    batches = random_batches(settings, dims.dp_rank(trainer.rank))
+    sequences = settings["batch"] * trainer.accumulation * dims.dp_degree / dims.world_size
     losses = []
 
     def step() -> None:
@@ -73,9 +78,7 @@ def _run(
         StepProfile(trainer, tokens=settings["batch"] * settings["seq_len"]) if profile else None
     )
     seconds = time_steps(step, settings["warmup"], settings["steps"])
-    row = summary("ours", settings, seconds, losses, trainer.accumulation) | {
-        "peak_gib": peak_gib()
-    }
+    row = summary("ours", settings, seconds, losses, sequences) | {"peak_gib": peak_gib()}
     if marks is not None:
         row["breakdown"] = marks.measure(step, row["step_seconds"]["median"])
     return row

@@ -7,8 +7,10 @@ peer computes under bf16 autocast, as it does itself on one GPU; with bf16 weigh
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,16 +23,19 @@ from benchmarks.rows import random_batches, summary
 from benchmarks.timing import peak_gib, time_steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LossOf = Callable[[Tensor, Tensor], Tensor]  # tokens, labels -> sum of the tokens' losses
 
 
 def transformers(told: dict, liger: bool = False) -> tuple[nn.Module, LossOf]:
-    """Grouped experts and SDPA, layers compiled. liger: its linear + cross-entropy instead of
-    logits (its norm and SwiGLU trained wrongly under torch.compile, so they stay out).
+    """One process; grouped experts and SDPA, layers compiled. liger: its linear + cross-entropy
+    instead of logits (its norm and SwiGLU trained wrongly under torch.compile, so they stay out).
     """
     from transformers import AutoModelForCausalLM, DeepseekV3Config
 
     args = told["model_args"]
+    if WORLD_SIZE > 1:
+        raise NotImplementedError("several processes: only torchtitan's parallelism is known here")
     if args["attn_mask_type"] != "causal":
         raise NotImplementedError("document masks: DeepseekV3 of transformers has none")
     moe = args["moe_args"]
@@ -87,11 +92,9 @@ def transformers(told: dict, liger: bool = False) -> tuple[nn.Module, LossOf]:
 
 
 def torchtitan(told: dict) -> tuple[nn.Module, LossOf]:
-    """torchtitan 0.2.2: its model, compiled by its own `apply_compile`; flex for documents."""
+    """torchtitan 0.2.2: its model, spread and compiled by its own function; flex for documents."""
     if told["device"] == "cpu":
         _make_ready_for_cpu()
-    from torchtitan.models.llama4.infra.parallelize import apply_compile
-
     from torchtitan.models.deepseek_v3 import DeepSeekV3Model, DeepSeekV3ModelArgs
     from torchtitan.models.moe import MoEArgs
 
@@ -109,12 +112,10 @@ def torchtitan(told: dict) -> tuple[nn.Module, LossOf]:
     with torch.device("meta"):
         model = DeepSeekV3Model(model_args)
     torch.set_default_dtype(torch.float32)  # its rotary table is no bf16
+    _spread_and_compile(model, told)
     model.to_empty(device=told["device"])
     with torch.no_grad():
         model.init_weights(buffer_device=torch.device(told["device"]))
-    if told["compile"]:
-        settings = SimpleNamespace(backend="inductor", enable=True, components=["model", "loss"])
-        apply_compile(model, settings, ep_enabled=False)
     loss, tokenizer = _compiled(cross_entropy, told), SimpleNamespace(eos_id=told["eos_id"])
 
     def loss_of(tokens: Tensor, labels: Tensor) -> Tensor:
@@ -122,6 +123,33 @@ def torchtitan(told: dict) -> tuple[nn.Module, LossOf]:
         return loss(model(tokens, attention_masks=masks), labels)
 
     return model, loss_of
+
+
+def _spread_and_compile(model: nn.Module, told: dict) -> None:
+    from torchtitan.models.deepseek_v3.infra.parallelize import parallelize_deepseekv3
+
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed import ParallelDims
+
+    degrees = told["parallelism"]
+    dims = ParallelDims(
+        dp_replicate=degrees["data_parallel_replicate_degree"],
+        dp_shard=degrees["data_parallel_shard_degree"],
+        cp=1,
+        tp=1,
+        pp=1,
+        ep=degrees["expert_parallel_degree"],
+        etp=1,
+        world_size=WORLD_SIZE,
+    )
+    config = JobConfig()
+    config.compile.enable = told["compile"]
+    config.activation_checkpoint.mode = told["recompute"]
+    config.training.seq_len = told["seq_len"]
+    config.training.mixed_precision_param = told["compute"]
+    if WORLD_SIZE > 1:
+        dims.build_mesh()
+    parallelize_deepseekv3(model, dims, config)
 
 
 PEERS = {
@@ -156,6 +184,10 @@ def _make_ready_for_cpu() -> None:
 
 
 def run(name: str, told: dict) -> dict:
+    if WORLD_SIZE > 1:
+        if told["device"] == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if told["device"] == "cuda" else "gloo")
     torch.manual_seed(0)
     model, loss_of = PEERS[name](told)
     model.train()
@@ -167,8 +199,15 @@ def run(name: str, told: dict) -> dict:
         weight_decay=told["weight_decay"],
         fused=True,
     )
-    batches, losses, device = random_batches(told), [], told["device"]
-    mixed = told["weights"] != told["compute"]
+    clip, rank = torch.nn.utils.clip_grad_norm_, int(os.environ.get("RANK", 0))
+    if WORLD_SIZE > 1:
+        from torchtitan.distributed.utils import clip_grad_norm_
+
+        clip = partial(
+            clip_grad_norm_, ep_enabled=told["parallelism"]["expert_parallel_degree"] > 1
+        )
+    batches, losses, device = random_batches(told, rank), [], told["device"]
+    mixed = told["weights"] != told["compute"] and WORLD_SIZE == 1  # else by FSDP
     autocast = torch.autocast(device, torch.bfloat16) if mixed else contextlib.nullcontext()
 
     def step() -> None:
@@ -178,7 +217,7 @@ def run(name: str, told: dict) -> dict:
         with autocast:
             loss = loss_of(tokens, labels) / labels.numel()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), told["max_norm"], foreach=True)
+        clip(model.parameters(), told["max_norm"], foreach=True)
         optimizer.step()
         losses.append(loss.item())  # ours reads its loss each step, too
 

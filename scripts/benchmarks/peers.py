@@ -50,6 +50,9 @@ def run_peer(
         # -P: the working folder is no place for imports, or the package beside it would be taken.
         command = [sys.executable, "-P", "-m", "benchmarks.peer_step", name, told, answer]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+        if "MASTER_PORT" in env:  # the ranks of the peer meet elsewhere than ours did
+            port = int(env["MASTER_PORT"]) + 1 + list(HOW_TO_GET).index(name)
+            env |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
         try:
             done = subprocess.run(
                 command, env=env, capture_output=True, text=True, timeout=seconds, check=False

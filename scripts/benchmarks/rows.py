@@ -17,9 +17,10 @@ def summary(
     settings: dict[str, object],
     seconds: list[float],
     losses: list[float],
-    accumulation: int = 1,
+    sequences: float | None = None,
 ) -> dict[str, object]:
-    tokens = settings["batch"] * settings["seq_len"] * accumulation
+    """Numbers of one device. sequences: of a step, per device; else a batch."""
+    tokens = (sequences or settings["batch"]) * settings["seq_len"]
     per_second = quartiles([tokens / s for s in seconds])
     flops = per_second["median"] * settings["flops_per_token"]
     peak = settings["peak_flops"]
@@ -37,11 +38,11 @@ def summary(
 
 
 def random_batches(
-    settings: dict[str, object],
+    settings: dict[str, object], dp_rank: int = 0
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Uniform tokens from a fixed seed, for ever; with document masks the ends of documents too."""
     args = settings["model_args"]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(dp_rank)
     shape = (settings["batch"], settings["seq_len"] + 1)
     while True:
         tokens = torch.randint(args["vocab_size"], shape, generator=generator)

@@ -12,6 +12,7 @@ from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.report import Interval
+from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer
 
 STEPS, SEQUENCES, SEQ_LEN = 3, 8, 16
@@ -28,9 +29,9 @@ MODEL = {
     "vocab_size": 2048,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
+    "qk_nope_head_dim": 16,  # 16 is the least that flex attention takes on a GPU
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
     "init_std": 0.1,
 }
 
@@ -102,7 +103,7 @@ def train_with(config: JobConfig) -> dict:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()).cpu()
 
 
 def of_all_stages(tensors: dict[str, Tensor], trainer: Trainer) -> dict[str, Tensor]:
@@ -157,12 +158,16 @@ def one_process_with_documents() -> dict:
 def train_alone(**options) -> dict:
     args = deepseekv3_args["debugmodel_node_limited"].for_run(overrides=MODEL, seq_len=SEQ_LEN)
     torch.manual_seed(7)
-    model = DeepSeekV3Model(args)
+    with torch.device(device_type()):  # a GPU draws other weights than a CPU
+        model = DeepSeekV3Model(args)
     model.init_weights()
+    batches = [
+        (tokens.to(device_type()), labels.to(device_type())) for tokens, labels in global_batches()
+    ]
     losses, norms = train_plainly(
-        model, global_batches(), lr=LR, max_norm=MAX_NORM, weight_decay=WEIGHT_DECAY, **options
+        model, batches, lr=LR, max_norm=MAX_NORM, weight_decay=WEIGHT_DECAY, **options
     )
-    return {"losses": losses, "norms": norms, "state": model.state_dict()}
+    return {"losses": losses, "norms": norms, "state": model.cpu().state_dict()}
 
 
 def document_mask(tokens: Tensor) -> Tensor:
@@ -174,4 +179,4 @@ def document_mask(tokens: Tensor) -> Tensor:
                 if row[key] == EOS and key < query:
                     break
                 mask[sequence, 0, query, key] = True
-    return mask
+    return mask.to(tokens.device)

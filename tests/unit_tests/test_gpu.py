@@ -1,13 +1,17 @@
 """What only a GPU can show: its kernels against fp64, and that the CPU never waits for it."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.tiny_run import losses, tiny
 from torchtitan.components.ema import WeightAverage
 from torchtitan.components.loss import cross_entropy_sum
 from torchtitan.config import EMA
+from torchtitan.distributed.expert_parallel import AllToAllDispatcher
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.models.moe import MoE, MoEArgs, TokenChoiceTopKRouter
 from torchtitan.models.moe import moe as moe_module
@@ -102,7 +106,7 @@ def test_mla_operator_equals_the_plain_lines_in_fp64(documents: bool) -> None:
     projected, kv = leaves((B, S, H * 192 + 64), (B, S, H, 256))
     table = rope_table(64, S, 10000.0).cuda()
     tokens = torch.randint(0, 20, (B, S)) if documents else torch.ones(B, S, dtype=torch.int64)
-    mask = document_mask(tokens, 3, torch.device("cuda"))
+    mask = document_mask(tokens, 3, device=torch.device("cuda"))
     assert (mask is not None) == documents
     q = projected[..., : H * 192].unflatten(-1, (H, 192))
     k_rope = projected[..., -64:]
@@ -165,9 +169,21 @@ def moe_layer(**changes) -> MoE:
     return layer
 
 
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    """Of this process alone."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_moe_layer_equals_the_loop_in_fp64(compiled: bool) -> None:
+@pytest.mark.parametrize("dispatched", [False, True], ids=["at home", "dispatched"])
+def test_moe_layer_equals_the_loop_in_fp64(group, compiled: bool, dispatched: bool) -> None:
+    """Dispatched: through the all-to-all, its shared experts on a stream of their own."""
     layer = moe_layer().bfloat16()
+    if dispatched:
+        layer.dispatcher = AllToAllDispatcher(group, 8, ranks_per_node=1)
     exact = moe_layer(use_grouped_mm=False).double()
     exact.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
     layer = layer.cuda()

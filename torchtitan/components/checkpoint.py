@@ -44,6 +44,7 @@ from torchtitan.components.checkpoint_storage import (
 from torchtitan.components.ema import has_average
 from torchtitan.components.hf_checkpoint import load_hf, save_hf
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
+from torchtitan.distributed.groups import group_of
 from torchtitan.distributed.utils import RanksOf
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
@@ -93,7 +94,8 @@ class CheckpointManager:
         if settings.enable:
             # Its own group: saves in the background must not meet the collectives of training, and
             # their waiting has nothing to do with comm.train_timeout_seconds.
-            self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            everyone = list(range(dist.get_world_size()))
+            self.group = group_of("checkpoints", everyone, backend="gloo", timeout=PATIENCE)
             self._ranks = RanksOf(self.group)
             self._choice = CheckpointChoice(settings, folder, total_steps, self._ranks)
 

@@ -216,8 +216,11 @@ class AllToAllDispatcher:
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
         return self.hop.back(reduce_rows(rows_RD, record.order), record.hops[0])
 
-    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
-        return self.side_stream.run(layer, x_TD)
+    def begin_beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        return self.side_stream.begin(layer, x_TD)
+
+    def end_beside(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+        return self.side_stream.end(layer, begun_TD)
 
 
 class NodeLimitedDispatcher:
@@ -286,8 +289,11 @@ class NodeLimitedDispatcher:
         x_PD = self.within.back(reduce_rows(rows_RD, record.order), record.hops[1])
         return self.between.back(x_PD, record.hops[0])
 
-    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
-        return self.side_stream.run(layer, x_TD)
+    def begin_beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        return self.side_stream.begin(layer, x_TD)
+
+    def end_beside(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+        return self.side_stream.end(layer, begun_TD)
 
 
 class GatherDispatcher:
@@ -309,8 +315,11 @@ class GatherDispatcher:
     def combine(self, rows_RD: Tensor, record: Any) -> Tensor:
         return reduce_scatter(self.inner.combine(rows_RD, record), 0, self.group)
 
-    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
-        return self.inner.beside(layer, x_TD)
+    def begin_beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        return self.inner.begin_beside(layer, x_TD)
+
+    def end_beside(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+        return self.inner.end_beside(layer, begun_TD)
 
 
 def _into_expert_order(
@@ -353,24 +362,34 @@ def bytes_per_row(dim: int, top_k: int, dtype: torch.dtype) -> int:
 
 
 class _SideStream:
-    """Runs a layer on a CUDA stream of its own, beside what the main stream does next."""
+    """Runs a layer on a CUDA stream of its own, beside what the main stream does next; elsewhere
+    the layer waits for its turn.
+
+    The compiler stays out: it would move kernels and free memory as if there were one stream. The
+    layer itself may be compiled.
+    """
 
     def __init__(self):
         self.stream: torch.cuda.Stream | None = None
 
-    def run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-        if x.device.type != "cuda":
-            return lambda: layer(x)
+    def begin(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return self._start(layer, x) if x.device.type == "cuda" else x
+
+    def end(self, layer: Callable[[Tensor], Tensor], begun: Tensor) -> Tensor:
+        return self._join(begun) if begun.device.type == "cuda" else layer(begun)
+
+    @torch.compiler.disable(recursive=False)
+    def _start(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         self.stream = self.stream or torch.cuda.Stream(x.device)
-        main, side = torch.cuda.current_stream(), self.stream
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             out = layer(x)
-        x.record_stream(side)
+        x.record_stream(self.stream)
+        return out
 
-        def result() -> Tensor:
-            main.wait_stream(side)
-            out.record_stream(main)
-            return out
-
-        return result
+    @torch.compiler.disable
+    def _join(self, out: Tensor) -> Tensor:
+        main = torch.cuda.current_stream()
+        main.wait_stream(self.stream)
+        out.record_stream(main)
+        return out

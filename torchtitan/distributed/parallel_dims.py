@@ -17,11 +17,13 @@ What a step adds up over ranks is added up over some of them only:
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan.distributed.groups import group_of, make_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +81,7 @@ class ParallelDims:
     @cached_property
     def mesh(self) -> DeviceMesh:
         """Of dense weights. Axes of any size: `pp`, `dp_replicate`, `fsdp`, `tp`."""
-        return _make_mesh(
-            dist.group.WORLD,
+        return make_mesh(
             self.device_type,
             (self.pp, self.dp_replicate, self.fsdp, self.tp),
             ("pp", "dp_replicate", "fsdp", "tp"),
@@ -96,8 +97,7 @@ class ParallelDims:
         if self.ep == 1 and self.tp == 1:
             return None
         spread = self.expert_fsdp * self.ep * self.etp
-        return _make_mesh(
-            dist.group.WORLD,
+        return make_mesh(
             self.device_type,
             (self.pp, self.stage_size // spread, self.expert_fsdp, self.ep, self.etp),
             ("pp", "dp_replicate", "fsdp", "ep", "etp"),
@@ -106,8 +106,7 @@ class ParallelDims:
     @cached_property
     def data_mesh(self) -> DeviceMesh:
         """Of the tokens. Axes of any size: `pp`, `dp`, `cp`, `tp`."""
-        return _make_mesh(
-            dist.group.WORLD,
+        return make_mesh(
             self.device_type,
             (self.pp, self.dp_degree, self.cp, self.tp),
             ("pp", "dp", "cp", "tp"),
@@ -121,7 +120,7 @@ class ParallelDims:
     @cached_property
     def sequence_group(self) -> dist.ProcessGroup:
         """Ranks that hold (and route) the parts of the same sequences."""
-        return self.data_mesh["cp", "tp"]._flatten("sequence").get_group()
+        return group_of("numbers", self._block_of_this_rank(self.cp * self.tp))
 
     @property
     def loss_ranks(self) -> list[int]:
@@ -132,7 +131,12 @@ class ParallelDims:
     @cached_property
     def stage_group(self) -> dist.ProcessGroup:
         """All ranks of this rank's pipeline stage."""
-        return self.data_mesh["dp", "cp", "tp"]._flatten("stage").get_group()
+        return group_of("numbers", self._block_of_this_rank(self.stage_size))
+
+    def _block_of_this_rank(self, size: int) -> list[int]:
+        """Of the consecutive blocks of this many ranks."""
+        first = dist.get_rank() // size * size
+        return list(range(first, first + size))
 
     def make_groups(self) -> None:
         """All process groups at once. Left to their first use, pipeline stages with and without
@@ -145,12 +149,13 @@ class ParallelDims:
         ranks = torch.arange(self.world_size).view(-1, self.ep, self.etp).transpose(1, 2)
         return ranks.reshape(self.world_size // self.ep, self.nodes_per_ep_group, -1)
 
-    @property
+    @cached_property
     def node_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-        """Of this rank's EP group: the ranks at its place on each node, and the ranks of its node.
-        All ranks must ask for it, since each helps to make every group."""
-        grids = self.ep_groups.tolist()
-        return _make_node_groups(dist.group.WORLD, tuple(tuple(map(tuple, g)) for g in grids))
+        """In this rank's EP group: the ranks at its place on each node, and those of its node."""
+        groups = self.ep_groups
+        group, node, place = (groups == dist.get_rank()).nonzero()[0].tolist()
+        between, within = groups[group, :, place].tolist(), groups[group, node].tolist()
+        return group_of("experts", between), group_of("experts", within)
 
     def describe(self) -> str:
         """What users call this layout."""
@@ -168,32 +173,3 @@ class ParallelDims:
         if self.dp_replicate == 1:
             return f"FSDP: weights split over {self.fsdp} ranks"
         return f"HSDP: {self.dp_replicate} replicas, weights of each split over {self.fsdp} ranks"
-
-
-# Groups live as long as the process does: gloo keeps threads and sockets for each, and torch's
-# caches of DTensor operations hold on to their names. A second run in a process that keeps its
-# default group (`world`) meets the same ones again.
-_keep = lru_cache(maxsize=256)
-
-
-@_keep
-def _make_mesh(
-    world: dist.ProcessGroup, device_type: str, shape: tuple[int, ...], names: tuple[str, ...]
-) -> DeviceMesh:
-    return init_device_mesh(device_type, shape, mesh_dim_names=names)
-
-
-@_keep
-def _make_node_groups(
-    world: dist.ProcessGroup, grids: tuple[tuple[tuple[int, ...], ...], ...]
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """grids: for each EP group its ranks by node."""
-    between = within = None
-    for nodes in grids:
-        for ranks in zip(*nodes, strict=True):
-            group = dist.new_group(list(ranks))
-            between = group if dist.get_rank() in ranks else between
-        for ranks in nodes:
-            group = dist.new_group(list(ranks))
-            within = group if dist.get_rank() in ranks else within
-    return between, within

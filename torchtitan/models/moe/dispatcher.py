@@ -33,8 +33,12 @@ class TokenDispatcher(Protocol):
         """Sum each token's rows (in fp32) into (T, D), in the rows' dtype."""
         ...
 
-    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
-        """Start `layer(x)`, to overlap with dispatch; call what is returned for its result."""
+    def begin_beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        """Start `layer(x)`, to overlap with dispatch and combine; `end_beside` has its result."""
+        ...
+
+    def end_beside(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+        """The result of `layer`; begun_TD: from `begin_beside`."""
         ...
 
 
@@ -62,5 +66,8 @@ class LocalDispatcher:
     def combine(self, rows_RD: Tensor, record: LocalRecord) -> Tensor:
         return reduce_rows(rows_RD, record.order)
 
-    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
-        return lambda: layer(x_TD)
+    def begin_beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        return x_TD
+
+    def end_beside(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+        return layer(begun_TD)

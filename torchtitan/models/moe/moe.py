@@ -295,7 +295,7 @@ class MoE(KeepsBufferDtypes):
             weights_TK, ids_TK, load_E = self.router(x_TD, self.expert_bias, token_mask_T)
 
         if self.shared_experts is not None:
-            shared = self.dispatcher.beside(self.shared_experts, x_TD)
+            begun_TD = self.dispatcher.begin_beside(self.shared_experts, x_TD)
         if self._all_in_one:
             experts, order = self.experts, sort_slots(ids_TK, self.router.num_experts)
             out_TD = expert_ffn(x_TD, experts.w13, experts.w2, weights_TK, order)
@@ -311,7 +311,7 @@ class MoE(KeepsBufferDtypes):
             traffic = record.traffic
 
         if self.shared_experts is not None:
-            out_TD = out_TD + shared()
+            out_TD = out_TD + self.dispatcher.end_beside(self.shared_experts, begun_TD)
         out_BSD = out_TD.view_as(x_BSD)
         return (out_BSD, Load(load_E, traffic, watched, global_E)) if return_load else out_BSD
 
