@@ -4,6 +4,8 @@ One row of LAYOUTS is a layout; one of REFUSALS is a combination that can't run 
 """
 
 import json
+from itertools import combinations
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,7 @@ KEEP_WEIGHTS = "--parallelism.fsdp_reshard_after_forward=never"
 WHOLE_LOGITS = "--parallelism.disable_loss_parallel"
 BY_HEADS = "--parallelism.context_parallel_rotate_method=alltoall"
 BY_OPERATION = "--activation_checkpoint.selective_ac_option=op"
+BUT_PRODUCTS = "--activation_checkpoint.selective_ac_option=elementwise"
 ASYNC = "--parallelism.enable_async_tensor_parallel"
 COMPILED = ("--compile.enable", "--compile.backend=aot_eager")
 
@@ -85,6 +88,8 @@ LAYOUTS = {
     "FSDP 2, accumulation": layout(2, accumulation=4),
     "FSDP 2, weights kept, recomputed": layout(2, KEEP_WEIGHTS, ac="full"),
     "FSDP 2, compiled, recomputed": layout(2, *COMPILED, ac="full"),
+    "FSDP 2, every second layer recomputed": layout(2, ac="selective"),
+    "FSDP 2, all but matrix products recomputed": layout(2, BUT_PRODUCTS, ac="selective"),
     "DDP 2": layout(2, replicate=2, shard=1),
     "DDP 2, accumulation": layout(2, replicate=2, shard=1, accumulation=2),
     "FSDP 4": layout(4),
@@ -119,6 +124,7 @@ LAYOUTS = {
     "TP 4": layout(4, tp=4),
     "TP 2, FSDP 2": layout(4, tp=2),
     "TP 2, DDP 2": layout(4, tp=2, replicate=2, shard=1),
+    "TP 2, DDP 2, split experts": layout(4, tp=2, etp=2, replicate=2, shard=1),
     "TP 2, FSDP 2, EP 4": layout(4, tp=2, ep=4),
     "TP 2, FSDP 2, EP 2, by operation": layout(4, BY_OPERATION, tp=2, ep=2, ac="selective"),
     "TP 2, FSDP 2, split experts": layout(4, tp=2, etp=2),
@@ -177,6 +183,7 @@ LAYOUTS |= {
     "PP 2, FSDP 2, by operation": layout(4, BY_OPERATION, pp=2, ac="selective"),
     "PP 2, FSDP 2, compiled": layout(4, *COMPILED, pp=2),
     "PP 2, TP 2": layout(4, pp=2, tp=2),
+    "PP 2, TP 2, split experts": layout(4, pp=2, tp=2, etp=2),
     "PP 2, CP 2": layout(4, pp=2, cp=2),
     # Two neighbouring stages a rank, halves of backward passes, a pair: no schedule of torch's.
     "PP 2, a schedule from a file, EP 2": layout(
@@ -187,6 +194,23 @@ LAYOUTS |= {
     "PP 2, FSDP 2, CP 2, EP 2": layout(8, *ZERO_BUBBLE, pp=2, cp=2, ep=2),
     "PP 2, CP 2, TP 2, EP 4, nodes of 2": layout(8, nodes_of(2), pp=2, cp=2, tp=2, ep=4),
 }
+
+
+def parallelisms(world_size: int, options: list[str]) -> set[str]:
+    """Those of DEGREES that are more than 1."""
+    told = dict(option.split("=", 1) for option in options if "_degree=" in option)
+    degrees = {name: int(told.get(f"--parallelism.{key}", 1)) for name, key in DEGREES.items()}
+    if f"--parallelism.{DEGREES['shard']}" not in told:  # all that the others leave
+        degrees["shard"] = world_size // prod(degrees[n] for n in ("replicate", "tp", "cp", "pp"))
+    return {name for name, degree in degrees.items() if degree > 1}
+
+
+def test_the_table_has_each_pair_of_parallelisms_and_many_of_four() -> None:
+    rows = [parallelisms(*row) for row in LAYOUTS.values()]
+    for pair in combinations(DEGREES, 2):
+        assert any(set(pair) <= row for row in rows), pair
+    assert sum(len(row - {"etp"}) >= 4 for row in rows) >= 6
+    assert len(rows) >= 40
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
