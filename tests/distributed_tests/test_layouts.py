@@ -65,6 +65,11 @@ BY_OPERATION = "--activation_checkpoint.selective_ac_option=op"
 BUT_PRODUCTS = "--activation_checkpoint.selective_ac_option=elementwise"
 ASYNC = "--parallelism.enable_async_tensor_parallel"
 COMPILED = ("--compile.enable", "--compile.backend=aot_eager")
+BUDGET_0 = (  # the compiler recomputes all that it can
+    "--compile.enable",
+    "--compile.backend=aot_eager_decomp_partition",
+    "--activation_checkpoint.memory_budget=0",
+)
 
 
 PARTS = [["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]
@@ -146,6 +151,7 @@ LAYOUTS = {
     "EP 2, by operation": layout(2, BY_OPERATION, ep=2, ac="selective"),
     "EP 2, compiled, recomputed": layout(2, *COMPILED, ep=2, ac="full"),
     "EP 2, compiled, by operation": layout(2, *COMPILED, BY_OPERATION, ep=2, ac="selective"),
+    "EP 2, memory budget": layout(2, *BUDGET_0, ep=2, ac="memory_budget"),
     # Three and more together
     "CP 2, TP 2, EP 4": layout(4, cp=2, tp=2, ep=4),
     "CP 2, TP 2, EP 2 of split experts": layout(4, cp=2, tp=2, ep=2, etp=2),
