@@ -17,6 +17,7 @@ from tests.distributed_tests.training_ranks import (
     SEQUENCES,
     assert_trained_alike,
     config_of,
+    evaluated_and_trained,
     first_gradients,
     one_process,  # noqa: F401 (a fixture)
     one_process_with_documents,  # noqa: F401 (a fixture)
@@ -280,6 +281,16 @@ def test_every_gradient_is_that_of_one_process(ranks, gradients_of_one_process, 
         for name, expected in gradients_of_one_process.items():
             error = ((gradients[name] - expected).norm() / expected.norm()).item()
             assert error <= 1e-6, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    "name", ["PP 2, 1F1B", "PP 2, DualPipeV", "PP 2, a schedule from a file, EP 2"]
+)
+def test_a_pipeline_evaluates_like_one_process(ranks, one_process, name, tmp_path):  # noqa: F811
+    """Also where neighbouring stages share a rank; and it trains on afterwards."""
+    world_size, options = LAYOUTS[name]
+    for losses in ranks(world_size).run(evaluated_and_trained, options, str(tmp_path)):
+        assert losses == pytest.approx([one_process["losses"][0]] * 3, rel=1e-6)
 
 
 def test_a_combined_layout_repeats_bit_for_bit(ranks, tmp_path) -> None:

@@ -10,6 +10,7 @@ from tests.reference.training import train_plainly
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.distributed.utils import sum_over_ranks
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.report import Interval
 from torchtitan.tools.utils import device_type
@@ -142,6 +143,24 @@ def first_gradients(options: list[str], dump_folder: str) -> dict[str, Tensor]:
     gradients = of_all_stages(gradients, trainer)
     trainer.close()
     return gradients
+
+
+def evaluated_and_trained(options: list[str], dump_folder: str) -> list[float]:
+    """The first global batch's loss: twice without gradients, and of a training step."""
+    trainer = Trainer(config_of(*options, f"--job.dump_folder={dump_folder}"))
+    tokens, labels = global_batches()[0]
+    share = SEQUENCES // trainer.dims.dp_degree
+    first = trainer.dims.dp_rank(trainer.rank) * share
+    batch = {"input": tokens[first : first + share]}, labels[first : first + share]
+    losses = []
+    for _ in range(2):
+        with torch.no_grad():
+            loss, count = map(sum_over_ranks, trainer._loss_sum_once(batch))
+        losses.append((loss / count).item())
+    trainer.step += 1
+    losses.append(trainer.train_step(iter([batch]), Interval()).loss)
+    trainer.close()
+    return losses
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ what initialisation, optimizer and checkpoints see; a *part* is the same module 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +165,8 @@ class Pipeline:
     def evaluate(self, inputs: StepInputs) -> Tensor:
         """The sum of this rank's losses (zero without the last stage), without gradients."""
         self._divisor = torch.ones((), device=inputs.labels.device)
-        return self._run(self._schedule.eval, inputs)
+        with _forward_only(self._schedule):
+            return self._run(self._schedule.eval, inputs)
 
     def _run(self, run: Callable[..., Any], inputs: StepInputs) -> Tensor:
         kwargs = {"token_mask": inputs.token_mask, "whole_tokens": inputs.whole_tokens}
@@ -191,6 +193,30 @@ class Pipeline:
             layers = {i: tensor for part in parts for i, tensor in part.items()}
             merged.append(dict(sorted(layers.items())))
         return tuple(merged)
+
+
+@contextmanager
+def _forward_only(schedule: Any) -> Iterator[None]:
+    """Leave out what belongs to backward passes. torch's `eval` doesn't where a rank may have
+    several stages, and fails where two of them are neighbours (2.11, 2.13)."""
+    order = getattr(schedule, "pipeline_order_with_comms", None)
+    if order is None:
+        yield
+        return
+    kept = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+    schedule.pipeline_order_with_comms = {
+        rank: [
+            one
+            for action in actions
+            for one in action.sub_actions or (action,)
+            if one.computation_type.value in kept
+        ]
+        for rank, actions in order.items()
+    }
+    try:
+        yield
+    finally:
+        schedule.pipeline_order_with_comms = order
 
 
 def _make_schedule(stages: list[PipelineStage], plan: PipelinePlan, loss_fn: LossFn) -> Any:
