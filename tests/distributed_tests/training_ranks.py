@@ -146,21 +146,25 @@ def first_gradients(options: list[str], dump_folder: str) -> dict[str, Tensor]:
 
 
 def evaluated_and_trained(options: list[str], dump_folder: str) -> list[float]:
-    """The first global batch's loss: twice without gradients, and of a training step."""
+    """Losses of a step, of the second batch without gradients, and of the step with it."""
     trainer = Trainer(config_of(*options, f"--job.dump_folder={dump_folder}"))
-    tokens, labels = global_batches()[0]
     share = SEQUENCES // trainer.dims.dp_degree
     first = trainer.dims.dp_rank(trainer.rank) * share
-    batch = {"input": tokens[first : first + share]}, labels[first : first + share]
-    losses = []
-    for _ in range(2):
-        with torch.no_grad():
-            loss, count = map(sum_over_ranks, trainer._loss_sum_once(batch))
-        losses.append((loss / count).item())
-    trainer.step += 1
-    losses.append(trainer.train_step(iter([batch]), Interval()).loss)
+    mine = slice(first, first + share)
+    batches = [({"input": tokens[mine]}, labels[mine]) for tokens, labels in global_batches()]
+    losses = [_step(trainer, batches[0])]
+    trainer.model.eval()
+    with torch.no_grad():
+        loss, count = map(sum_over_ranks, trainer._loss_sum_once(batches[1]))
+    trainer.model.train()
+    losses += [(loss / count).item(), _step(trainer, batches[1])]
     trainer.close()
     return losses
+
+
+def _step(trainer: Trainer, batch: tuple) -> float:
+    trainer.step += 1
+    return trainer.train_step(iter([batch]), Interval()).loss
 
 
 @pytest.fixture(scope="module")
