@@ -1,5 +1,6 @@
 """Settings of all tests, and the pools of processes that they share."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +14,12 @@ from torchtitan.tools.logging import logger
 # Nothing here may reach out for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_collection_finish() -> None:
+    """What all tests have imported stays: every trainer collects garbage when it starts, and would
+    look through all of it (tests/helpers.py does the same in its processes)."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

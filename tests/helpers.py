@@ -15,9 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Processes are forks of one that has imported everything, which takes 4 seconds of a core.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["torchtitan.train"])
+
 
 class Ranks:
-    """`world_size` processes, started once (starting costs seconds) and used by many tests.
+    """`world_size` processes, started once and used by many tests.
 
     On a machine with GPUs each uses one and NCCL, else the CPU and gloo. A failure in one of them
     ends them all, so that nothing waits for a rank that is gone; the next `run` starts new ones.
@@ -25,7 +29,7 @@ class Ranks:
 
     def __init__(self, world_size: int):
         self.world_size = world_size
-        self._processes: list[multiprocessing.Process] = []
+        self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
 
     def run(self, fn: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
@@ -54,11 +58,10 @@ class Ranks:
         return [results[rank] for rank in range(self.world_size)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         store = tempfile.NamedTemporaryFile(delete=False).name
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = processes.Pipe()
+            process = processes.Process(
                 target=_serve, args=(theirs, store, rank, self.world_size), daemon=True
             )
             process.start()
@@ -85,6 +88,9 @@ def _serve(pipe: Connection, store: str, rank: int, world_size: int) -> None:
     )
     with contextlib.suppress(EOFError):  # the tests are over
         while True:
+            # What is here stays: looking through it at every collection (the one below, and the
+            # trainer's) would cost more than the runs do.
+            gc.freeze()
             fn, args = pickle.loads(pipe.recv_bytes())
             try:
                 answer = (True, fn(*args))

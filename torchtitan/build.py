@@ -157,7 +157,6 @@ def build_pipeline(
     return Pipeline(
         parts,
         plan,
-        config.parallelism,
         mesh=dims.mesh["pp"],
         tokens=(tokens,),
         hidden=(tokens // dims.tp, model_args.stage_channels),

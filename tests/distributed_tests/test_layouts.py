@@ -4,6 +4,9 @@ One row of LAYOUTS is a layout; one of REFUSALS is a combination that can't run 
 """
 
 import json
+from itertools import combinations
+from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from tests.distributed_tests.training_ranks import (
     SEQUENCES,
     assert_trained_alike,
     config_of,
+    evaluated_and_trained,
     first_gradients,
     one_process,  # noqa: F401 (a fixture)
     one_process_with_documents,  # noqa: F401 (a fixture)
@@ -59,16 +63,27 @@ KEEP_WEIGHTS = "--parallelism.fsdp_reshard_after_forward=never"
 WHOLE_LOGITS = "--parallelism.disable_loss_parallel"
 BY_HEADS = "--parallelism.context_parallel_rotate_method=alltoall"
 BY_OPERATION = "--activation_checkpoint.selective_ac_option=op"
+BUT_PRODUCTS = "--activation_checkpoint.selective_ac_option=elementwise"
 ASYNC = "--parallelism.enable_async_tensor_parallel"
 COMPILED = ("--compile.enable", "--compile.backend=aot_eager")
+BUDGET_0 = (  # the compiler recomputes all that it can
+    "--compile.enable",
+    "--compile.backend=aot_eager_decomp_partition",
+    "--activation_checkpoint.memory_budget=0",
+)
 
 
-def pipeline(schedule: str, stages: int = 2) -> tuple[str, str]:
+PARTS = [["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]
+FOUR_STAGES = f"--parallelism.module_fqns_per_model_part={json.dumps(PARTS)}"
+SCHEDULE_FILE = Path(__file__).parents[1] / "assets/schedule.csv"  # of two micro-batches
+FROM_FILE = f"--parallelism.pipeline_parallel_schedule_csv={SCHEDULE_FILE}"
+PAIRS_OF_SEQUENCES = "--parallelism.pipeline_parallel_microbatch_size=2"
+
+
+def pipeline(schedule: str, stages: int = 2) -> tuple[str, ...]:
     """Two stages: as the layer counts have it. Four: the embedding and the output alone."""
-    parts = [["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]
-    split = f"--parallelism.module_fqns_per_model_part={json.dumps(parts)}"
     name = f"--parallelism.pipeline_parallel_schedule={schedule}"
-    return (name, split) if stages == 4 else (name,)
+    return (name, FOUR_STAGES) if stages == 4 else (name,)
 
 
 LAYOUTS = {
@@ -79,6 +94,8 @@ LAYOUTS = {
     "FSDP 2, accumulation": layout(2, accumulation=4),
     "FSDP 2, weights kept, recomputed": layout(2, KEEP_WEIGHTS, ac="full"),
     "FSDP 2, compiled, recomputed": layout(2, *COMPILED, ac="full"),
+    "FSDP 2, every second layer recomputed": layout(2, ac="selective"),
+    "FSDP 2, all but matrix products recomputed": layout(2, BUT_PRODUCTS, ac="selective"),
     "DDP 2": layout(2, replicate=2, shard=1),
     "DDP 2, accumulation": layout(2, replicate=2, shard=1, accumulation=2),
     "FSDP 4": layout(4),
@@ -113,6 +130,7 @@ LAYOUTS = {
     "TP 4": layout(4, tp=4),
     "TP 2, FSDP 2": layout(4, tp=2),
     "TP 2, DDP 2": layout(4, tp=2, replicate=2, shard=1),
+    "TP 2, DDP 2, split experts": layout(4, tp=2, etp=2, replicate=2, shard=1),
     "TP 2, FSDP 2, EP 4": layout(4, tp=2, ep=4),
     "TP 2, FSDP 2, EP 2, by operation": layout(4, BY_OPERATION, tp=2, ep=2, ac="selective"),
     "TP 2, FSDP 2, split experts": layout(4, tp=2, etp=2),
@@ -134,6 +152,7 @@ LAYOUTS = {
     "EP 2, by operation": layout(2, BY_OPERATION, ep=2, ac="selective"),
     "EP 2, compiled, recomputed": layout(2, *COMPILED, ep=2, ac="full"),
     "EP 2, compiled, by operation": layout(2, *COMPILED, BY_OPERATION, ep=2, ac="selective"),
+    "EP 2, memory budget": layout(2, *BUDGET_0, ep=2, ac="memory_budget"),
     # Three and more together
     "CP 2, TP 2, EP 4": layout(4, cp=2, tp=2, ep=4),
     "CP 2, TP 2, EP 2 of split experts": layout(4, cp=2, tp=2, ep=2, etp=2),
@@ -171,12 +190,34 @@ LAYOUTS |= {
     "PP 2, FSDP 2, by operation": layout(4, BY_OPERATION, pp=2, ac="selective"),
     "PP 2, FSDP 2, compiled": layout(4, *COMPILED, pp=2),
     "PP 2, TP 2": layout(4, pp=2, tp=2),
+    "PP 2, TP 2, split experts": layout(4, pp=2, tp=2, etp=2),
     "PP 2, CP 2": layout(4, pp=2, cp=2),
+    # Two neighbouring stages a rank, halves of backward passes, a pair: no schedule of torch's.
+    "PP 2, a schedule from a file, EP 2": layout(
+        4, FROM_FILE, FOUR_STAGES, PAIRS_OF_SEQUENCES, pp=2, ep=2
+    ),
     "PP 2, HSDP 2 x 2": layout(8, pp=2, replicate=2),
     "PP 2, FSDP 2, TP 2, EP 2": layout(8, *DUAL, pp=2, tp=2, ep=2),
     "PP 2, FSDP 2, CP 2, EP 2": layout(8, *ZERO_BUBBLE, pp=2, cp=2, ep=2),
     "PP 2, CP 2, TP 2, EP 4, nodes of 2": layout(8, nodes_of(2), pp=2, cp=2, tp=2, ep=4),
 }
+
+
+def parallelisms(world_size: int, options: list[str]) -> set[str]:
+    """Those of DEGREES that are more than 1."""
+    told = dict(option.split("=", 1) for option in options if "_degree=" in option)
+    degrees = {name: int(told.get(f"--parallelism.{key}", 1)) for name, key in DEGREES.items()}
+    if f"--parallelism.{DEGREES['shard']}" not in told:  # all that the others leave
+        degrees["shard"] = world_size // prod(degrees[n] for n in ("replicate", "tp", "cp", "pp"))
+    return {name for name, degree in degrees.items() if degree > 1}
+
+
+def test_the_table_has_each_pair_of_parallelisms_and_many_of_four() -> None:
+    rows = [parallelisms(*row) for row in LAYOUTS.values()]
+    for pair in combinations(DEGREES, 2):
+        assert any(set(pair) <= row for row in rows), pair
+    assert sum(len(row - {"etp"}) >= 4 for row in rows) >= 6
+    assert len(rows) >= 40
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -227,6 +268,9 @@ def gradients_of_one_process(ranks, tmp_path_factory) -> dict[str, Tensor]:
         "CP 4",
         "CP 2, TP 2, EP 2 of split experts",
         "FSDP 2, CP 2, TP 2, EP 4, nodes of 2",
+        "PP 2, 1F1B",
+        "PP 2, TP 2",
+        "PP 2, DualPipeV, EP 2",
     ],
 )
 def test_every_gradient_is_that_of_one_process(ranks, gradients_of_one_process, name, tmp_path):
@@ -237,6 +281,17 @@ def test_every_gradient_is_that_of_one_process(ranks, gradients_of_one_process, 
         for name, expected in gradients_of_one_process.items():
             error = ((gradients[name] - expected).norm() / expected.norm()).item()
             assert error <= 1e-6, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    "name", ["PP 2, 1F1B", "PP 2, DualPipeV", "PP 2, a schedule from a file, EP 2"]
+)
+def test_a_pipeline_evaluates_like_one_process(ranks, one_process, name, tmp_path):  # noqa: F811
+    """Also where neighbouring stages share a rank; and it trains on afterwards."""
+    world_size, options = LAYOUTS[name]
+    for losses in ranks(world_size).run(evaluated_and_trained, options, str(tmp_path)):
+        expected = one_process["losses"]
+        assert losses == pytest.approx([expected[0], expected[1], expected[1]], rel=1e-6)
 
 
 def test_a_combined_layout_repeats_bit_for_bit(ranks, tmp_path) -> None:

@@ -28,8 +28,6 @@ BLEND = {
 STEPS, CUT = 5, 2
 EXACT = {
     "one process": (1, {}),
-    "one process, saved in the background": (1, ASYNC),
-    "one process, loader workers": (1, {"training__dataset_num_workers": 2}),
     "FSDP 2": (2, {}),
     "FSDP 2, saved in the background": (2, ASYNC),
     "FSDP 2, loader workers": (2, {"training__dataset_num_workers": 1}),

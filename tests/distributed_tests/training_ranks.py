@@ -10,6 +10,7 @@ from tests.reference.training import train_plainly
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.distributed.utils import sum_over_ranks
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.report import Interval
 from torchtitan.tools.utils import device_type
@@ -142,6 +143,28 @@ def first_gradients(options: list[str], dump_folder: str) -> dict[str, Tensor]:
     gradients = of_all_stages(gradients, trainer)
     trainer.close()
     return gradients
+
+
+def evaluated_and_trained(options: list[str], dump_folder: str) -> list[float]:
+    """Losses of a step, of the second batch without gradients, and of the step with it."""
+    trainer = Trainer(config_of(*options, f"--job.dump_folder={dump_folder}"))
+    share = SEQUENCES // trainer.dims.dp_degree
+    first = trainer.dims.dp_rank(trainer.rank) * share
+    mine = slice(first, first + share)
+    batches = [({"input": tokens[mine]}, labels[mine]) for tokens, labels in global_batches()]
+    losses = [_step(trainer, batches[0])]
+    trainer.model.eval()
+    with torch.no_grad():
+        loss, count = map(sum_over_ranks, trainer._loss_sum_once(batches[1]))
+    trainer.model.train()
+    losses += [(loss / count).item(), _step(trainer, batches[1])]
+    trainer.close()
+    return losses
+
+
+def _step(trainer: Trainer, batch: tuple) -> float:
+    trainer.step += 1
+    return trainer.train_step(iter([batch]), Interval()).loss
 
 
 @pytest.fixture(scope="module")

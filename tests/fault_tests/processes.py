@@ -1,10 +1,9 @@
-"""Real processes that train and may be killed, started cheaply: forks of one that has torch loaded.
+"""Real processes that train and may be killed, started cheaply (see tests/helpers.py).
 
 What a launcher does for a rank is done here by hand (its variables and the address to meet at), so
 that a restart costs milliseconds instead of the seconds that importing torch takes.
 """
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -13,8 +12,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torchtitan.train"])
+from tests.helpers import processes
 
 
 class Run:
@@ -24,7 +22,7 @@ class Run:
         self.log = log
         port = _free_port()
         self.ranks = [
-            _context.Process(target=_train, args=(argv, rank, world_size, port, log))
+            processes.Process(target=_train, args=(argv, rank, world_size, port, log))
             for rank in range(world_size)
         ]
         for process in self.ranks:

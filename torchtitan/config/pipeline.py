@@ -1,15 +1,16 @@
 """Which layers each pipeline stage holds, and which schedules can run: plain arithmetic.
 
 Stages are numbered along the model. With one stage a rank, stage s lives on rank s; with several,
-they go around the ranks ("loop": s modulo the degree) or there and back ("v").
+they go around the ranks (s modulo the degree) or there and back ("v"); a schedule from a file
+(schedule_file.py) puts them where it likes.
 """
 
-import csv
 from dataclasses import dataclass
-from pathlib import Path
 
 from torchtitan.config.degrees import nearest
 from torchtitan.config.job_config import Parallelism
+from torchtitan.config.schedule_file import KEY as _FILE
+from torchtitan.config.schedule_file import ScheduleFile, read_schedule_file
 from torchtitan.tools.errors import UserError, suggest
 
 # Modules beside the layers, on the first and the last stage.
@@ -25,25 +26,24 @@ _KEY = "parallelism.pipeline_parallel_"
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """stages: the names of the modules of each stage. v_shaped: how they lie on the ranks, see the
-    top of the file. microbatch_size: sequences.
+    """schedule: torch's name, or the file. stages: the names of the modules of each stage.
+    rank_of_stage: of the pp axis. microbatch_size: sequences.
     """
 
     schedule: str
     degree: int
     stages: tuple[tuple[str, ...], ...]
-    v_shaped: bool
+    rank_of_stage: tuple[int, ...]
     num_microbatches: int
     microbatch_size: int
+    file: ScheduleFile | None = None
 
     def stages_of(self, rank: int) -> list[int]:
         """Stages of a rank of the pp axis, in order."""
         return [s for s in range(len(self.stages)) if self.rank_of(s) == rank]
 
     def rank_of(self, stage: int) -> int:
-        around, place = divmod(stage, self.degree)
-        back = self.v_shaped and around % 2 == 1
-        return self.degree - 1 - place if back else place
+        return self.rank_of_stage[stage]
 
 
 def plan_pipeline(
@@ -56,35 +56,53 @@ def plan_pipeline(
         raise UserError(
             f"{_KEY}schedule = '{schedule}' is not a schedule{suggest(schedule, SCHEDULES)}"
         )
-    if schedule in SPLIT_BACKWARD and parallelism.fsdp_reshard_after_forward == "always":
-        raise UserError(
-            'parallelism.fsdp_reshard_after_forward = "always" frees weights between the two '
-            f"pieces of the backward pass of {_KEY}schedule '{schedule}': set it to "
-            '"default" or "never".'
-        )
+    n = _num_microbatches(parallelism, local_batch_size)
+    path, file = parallelism.pipeline_parallel_schedule_csv, None
+    if path:
+        file = read_schedule_file(path, degree=degree, num_microbatches=n)
+    _check_reshard(parallelism, file)
     if parallelism.module_fqns_per_model_part is not None:
         stages = _as_listed(parallelism.module_fqns_per_model_part, num_layers)
         key = "parallelism.module_fqns_per_model_part"
     else:
-        stages, key = _evenly(parallelism, num_layers), f"{_KEY}layers_per_stage"
-    _check_count(len(stages), schedule, degree, key, by_csv=bool(_csv(parallelism)))
+        stages, key = _evenly(parallelism, num_layers, file), f"{_KEY}layers_per_stage"
+    _check_count(len(stages), schedule, degree, key, file)
     plan = PipelinePlan(
-        schedule=schedule,
+        schedule=path or schedule,
         degree=degree,
         stages=stages,
-        v_shaped=schedule in V_SHAPED and not parallelism.pipeline_parallel_schedule_csv,
-        num_microbatches=_num_microbatches(parallelism, local_batch_size),
+        rank_of_stage=file.rank_of_stage if file else _places(len(stages), schedule, degree),
+        num_microbatches=n,
         microbatch_size=parallelism.pipeline_parallel_microbatch_size,
+        file=file,
     )
-    if _csv(parallelism):
-        _check_csv(_csv(parallelism), degree)
-    else:
+    if file is None:
         _check_microbatches(plan)
     return plan
 
 
-def _csv(parallelism: Parallelism) -> str | None:
-    return parallelism.pipeline_parallel_schedule_csv
+def _check_reshard(parallelism: Parallelism, file: ScheduleFile | None) -> None:
+    schedule, key = parallelism.pipeline_parallel_schedule, f"{_KEY}schedule"
+    in_pieces = schedule in SPLIT_BACKWARD
+    if file is not None:
+        schedule, key, in_pieces = file.path, _FILE, file.splits_backward
+    if in_pieces and parallelism.fsdp_reshard_after_forward == "always":
+        raise UserError(
+            'parallelism.fsdp_reshard_after_forward = "always" frees weights between the two '
+            f"pieces of the backward pass of {key} '{schedule}': set it to "
+            '"default" or "never".'
+        )
+
+
+def _places(num_stages: int, schedule: str, degree: int) -> tuple[int, ...]:
+    """The rank of each stage: see the top of the file."""
+
+    def rank_of(stage: int) -> int:
+        around, place = divmod(stage, degree)
+        back = schedule in V_SHAPED and around % 2 == 1
+        return degree - 1 - place if back else place
+
+    return tuple(map(rank_of, range(num_stages)))
 
 
 def _names(layers: range, *, first: bool, last: bool) -> tuple[str, ...]:
@@ -92,7 +110,9 @@ def _names(layers: range, *, first: bool, last: bool) -> tuple[str, ...]:
     return tuple(["tok_embeddings"] * first + names + ["norm", "output"] * last)
 
 
-def _evenly(parallelism: Parallelism, num_layers: int) -> tuple[tuple[str, ...], ...]:
+def _evenly(
+    parallelism: Parallelism, num_layers: int, file: ScheduleFile | None
+) -> tuple[tuple[str, ...], ...]:
     """As even as can be, where the embedding and the output count as the layers that the first and
     last stage have less."""
     less = (
@@ -102,7 +122,8 @@ def _evenly(parallelism: Parallelism, num_layers: int) -> tuple[tuple[str, ...],
     for name, value in zip(("first", "last"), less, strict=True):
         if value < 0:
             raise UserError(f"{_KEY}{name}_stage_less_layers = {value} must be 0 or more.")
-    total, num_stages = num_layers + sum(less), _num_stages(parallelism, num_layers + sum(less))
+    total = num_layers + sum(less)
+    num_stages = _num_stages(parallelism, total, file)
     sizes = [total // num_stages + (s < total % num_stages) for s in range(num_stages)]
     sizes[0] -= less[0]
     sizes[-1] -= less[1]
@@ -120,11 +141,13 @@ def _evenly(parallelism: Parallelism, num_layers: int) -> tuple[tuple[str, ...],
     )
 
 
-def _num_stages(parallelism: Parallelism, total: int) -> int:
+def _num_stages(parallelism: Parallelism, total: int, file: ScheduleFile | None) -> int:
     degree, per_stage = (
         parallelism.pipeline_parallel_degree,
         parallelism.pipeline_parallel_layers_per_stage,
     )
+    if per_stage is None and file is not None:
+        return file.num_stages
     if per_stage is None:
         return degree if parallelism.pipeline_parallel_schedule in SINGLE else 2 * degree
     if per_stage < 1:
@@ -153,11 +176,16 @@ def _as_listed(parts: list[list[str]], num_layers: int) -> tuple[tuple[str, ...]
     return tuple(map(tuple, parts))
 
 
-def _check_count(stages: int, schedule: str, degree: int, key: str, *, by_csv: bool) -> None:
+def _check_count(
+    stages: int, schedule: str, degree: int, key: str, file: ScheduleFile | None
+) -> None:
     rule = None
-    if stages % degree:
+    if file is not None and stages != file.num_stages:
+        rule = f"must be that of {_FILE} {file.path} ({file.num_stages})"
+    elif stages % degree:
+        key = key if file is None else f"{_FILE} {file.path}"
         rule = f"must be a multiple of {_KEY}degree ({degree})"
-    elif by_csv:
+    elif file is not None:
         return
     elif schedule in SINGLE and stages != degree:
         rule = f"must be {_KEY}degree ({degree}): '{schedule}' has one stage a rank"
@@ -193,17 +221,4 @@ def _check_microbatches(plan: PipelinePlan) -> None:
             f"{_KEY}schedule '{plan.schedule}' needs {rule} micro-batches, but "
             f"training.local_batch_size over {_KEY}microbatch_size ({plan.microbatch_size}) makes "
             f"{n}; change training.local_batch_size."
-        )
-
-
-def _check_csv(path: str, degree: int) -> None:
-    try:
-        with Path(path).open(newline="") as file:
-            rows = sum(1 for row in csv.reader(file) if row)
-    except OSError as error:
-        raise UserError(f"{_KEY}schedule_csv {path} can't be read ({error.strerror}).") from None
-    if rows != degree:
-        raise UserError(
-            f"{_KEY}schedule_csv {path} has {rows} lines, but it needs one for each rank of "
-            f"{_KEY}degree ({degree})."
         )

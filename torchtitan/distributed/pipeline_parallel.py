@@ -6,7 +6,8 @@ what initialisation, optimizer and checkpoints see; a *part* is the same module 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
+    _Action,
     _PipelineScheduleRuntime,
     get_schedule_class,
 )
 
-from torchtitan.config import Parallelism
 from torchtitan.config.pipeline import ENDS, PipelinePlan
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.logging import logger
@@ -86,6 +87,15 @@ class StepInputs(NamedTuple):
     extra: dict[str, Any]
 
 
+class _Stage(PipelineStage):
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # torch 2.11 makes neighbouring stages greet each other before the first step. Where both
+        # lie on one rank (V-shaped schedules), gloo fails: "Pair is not connected". They hand over
+        # what they compute without sending it, so no greeting is needed; torch 2.13 has none.
+        ops = super()._get_init_p2p_neighbors_ops()
+        return [op for op in ops if op.group_peer != self.group_rank]
+
+
 class Pipeline:
     """This rank's stages and their schedule; `step` is a forward and backward pass of all ranks.
 
@@ -97,7 +107,6 @@ class Pipeline:
         self,
         parts: list[BaseModel],
         plan: PipelinePlan,
-        parallelism: Parallelism,
         *,
         mesh: DeviceMesh,
         device: torch.device,
@@ -125,7 +134,7 @@ class Pipeline:
         for part, index in zip(parts, own, strict=True):
             part.register_forward_pre_hook(self._make_masks, with_kwargs=True)
             stages.append(
-                PipelineStage(
+                _Stage(
                     part,
                     index,
                     last + 1,
@@ -135,7 +144,7 @@ class Pipeline:
                     group=group,
                 )
             )
-        self._schedule = _make_schedule(stages, plan, parallelism, self._loss)
+        self._schedule = _make_schedule(stages, plan, self._loss)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self._loss_fn(logits, labels) / self._divisor
@@ -156,7 +165,8 @@ class Pipeline:
     def evaluate(self, inputs: StepInputs) -> Tensor:
         """The sum of this rank's losses (zero without the last stage), without gradients."""
         self._divisor = torch.ones((), device=inputs.labels.device)
-        return self._run(self._schedule.eval, inputs)
+        with _forward_only(self._schedule):
+            return self._run(self._schedule.eval, inputs)
 
     def _run(self, run: Callable[..., Any], inputs: StepInputs) -> Tensor:
         kwargs = {"token_mask": inputs.token_mask, "whole_tokens": inputs.whole_tokens}
@@ -185,18 +195,44 @@ class Pipeline:
         return tuple(merged)
 
 
-def _make_schedule(
-    stages: list[PipelineStage], plan: PipelinePlan, parallelism: Parallelism, loss_fn: LossFn
-) -> Any:
+@contextmanager
+def _forward_only(schedule: Any) -> Iterator[None]:
+    """Leave out what belongs to backward passes. torch's `eval` doesn't where a rank may have
+    several stages, and fails where two of them are neighbours (2.11, 2.13)."""
+    order = getattr(schedule, "pipeline_order_with_comms", None)
+    if order is None:
+        yield
+        return
+    kept = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+    schedule.pipeline_order_with_comms = {
+        rank: [
+            one
+            for action in actions
+            for one in action.sub_actions or (action,)
+            if one.computation_type.value in kept
+        ]
+        for rank, actions in order.items()
+    }
+    try:
+        yield
+    finally:
+        schedule.pipeline_order_with_comms = order
+
+
+def _make_schedule(stages: list[PipelineStage], plan: PipelinePlan, loss_fn: LossFn) -> Any:
     # scale_grads: the loss is divided by the tokens of the step already.
     options = {
         "n_microbatches": plan.num_microbatches,
         "loss_fn": loss_fn,
         "scale_grads": False,
     }
-    if parallelism.pipeline_parallel_schedule_csv:
+    if plan.file is not None:
         schedule = _PipelineScheduleRuntime(stages, **options)
-        schedule._load_csv(parallelism.pipeline_parallel_schedule_csv)
+        schedule.pipeline_order = {
+            rank: [_Action.from_str(cell) for cell in cells]
+            for rank, cells in enumerate(plan.file.cells)
+        }
+        schedule._prepare_schedule_with_comms(schedule.pipeline_order)
         return schedule
     cls = get_schedule_class(plan.schedule)
     return cls(stages if issubclass(cls, PipelineScheduleMulti) else stages[0], **options)

@@ -110,10 +110,6 @@ def test_stages_go_around_the_ranks_or_there_and_back():
             f"{KEY}first_stage_less_layers = -1 must be 0 or more.",
         ),
         (
-            dict(schedule_csv="missing.csv"),
-            f"{KEY}schedule_csv missing.csv can't be read (No such file or directory).",
-        ),
-        (
             dict(
                 schedule="DualPipeV",
                 others={"parallelism.fsdp_reshard_after_forward": "always"},
@@ -143,9 +139,100 @@ def test_listed_modules_must_be_all_of_the_model_in_order(parts, words):
     assert sentence.startswith("parallelism.module_fqns_per_model_part") and words in sentence
 
 
-def test_a_schedule_file_has_a_line_for_each_rank(tmp_path):
+def test_a_schedule_file_says_how_many_stages_there_are_and_where(tmp_path):
     file = tmp_path / "schedule.csv"
-    file.write_text("0F0,0B0\n")
-    assert refusal(schedule_csv=str(file)) == (
-        f"{KEY}schedule_csv {file} has 1 lines, but it needs one for each rank of {KEY}degree (2)."
+    # Two neighbouring stages a rank; empty cells and lines mean nothing.
+    file.write_text("0F0,1F0,,,,,1I0, 0B0,1W0\n\n,,2F0,3F0,3B0,2B0\n")
+    made = plan(batch=1, schedule_csv=str(file))
+    assert made.schedule == str(file)
+    assert layers_of(made.stages) == [2, 3, 2, 1]
+    assert [made.stages_of(rank) for rank in range(2)] == [[0, 1], [2, 3]]
+    assert made.file.cells[0] == ("0F0", "1F0", "1I0", "0B0", "1W0")
+
+
+GOOD = ["0F0,0F1,0B0,0B1", "1F0,1B0,1F1,1B1"]
+ORDER = (
+    ": F needs F of the stage before it, B and I need F, and B or I of the stage behind it, W "
+    "needs I."
+)
+
+
+@pytest.mark.parametrize(
+    "lines, sentence",
+    [
+        (None, "can't be read (No such file or directory)."),
+        (b"\xff\xfe", "is not a text of comma-separated values."),
+        (GOOD[:1], f"has 1 lines, but it needs one for each rank of {KEY}degree (2)."),
+        (
+            [GOOD[0], "1F0,1X0,1F1,1B1"],
+            ": rank 1 has '1X0', which is no pass; write the stage, F, B, I or W, and the "
+            "micro-batch, such as '0F0'.",
+        ),
+        (
+            ["0F0,0SEND_F0,0B0", GOOD[1]],
+            ": rank 0 has '0SEND_F0', which is no pass; write the stage, F, B, I or W, and the "
+            "micro-batch, such as '0F0'.",
+        ),
+        (
+            ["0F0,0B0", "1F0,1B0"],
+            "is for 1 micro-batches, but training.local_batch_size over "
+            f"{KEY}microbatch_size makes 2; change either.",
+        ),
+        (
+            [GOOD[0], "1F0,1B0,0F1,1B1"],
+            "has passes of stage 0 on rank 0 and on rank 1; a stage lies on one rank.",
+        ),
+        (
+            [GOOD[0], "1F0,1B0,1F1"],
+            "must have '1F1' once, and either '1B1' once or '1I1' and '1W1' once each; it has 1, "
+            "and 0 or 0 and 0.",
+        ),
+        (
+            ["0F0,0F0,0F1,0B0,0B1", GOOD[1]],
+            "must have '0F0' once, and either '0B0' once or '0I0' and '0W0' once each; it has 2, "
+            "and 1 or 0 and 0.",
+        ),
+        (
+            [GOOD[0], "1F0,1I0,1F1,1B1"],
+            "must have '1F0' once, and either '1B0' once or '1I0' and '1W0' once each; it has 1, "
+            "and 0 or 1 and 0.",
+        ),
+        # Rank 0 wants a gradient of micro-batch 1 before it has sent it.
+        (
+            ["0F0,0B1,0F1,0B0", GOOD[1]],
+            "would wait for itself for ever, rank 0 at '0B1' and rank 1 at '1F1'" + ORDER,
+        ),
+        # Both passes of a pair are there or neither is.
+        (
+            [GOOD[0], "(1F0;1B0)OVERLAP_F_B,1F1,1B1"],
+            "would wait for itself for ever, rank 0 at '0B0' and rank 1 at "
+            "'(1F0;1B0)OVERLAP_F_B'" + ORDER,
+        ),
+    ],
+)
+def test_a_schedule_file_that_cannot_run_is_refused(lines, sentence, tmp_path):
+    file = tmp_path / "schedule.csv"
+    if lines is not None:
+        file.write_bytes(lines if isinstance(lines, bytes) else "\n".join(lines).encode())
+    start = f"{KEY}schedule_csv {file}"
+    space = "" if sentence.startswith(":") else " "
+    assert refusal(batch=2, schedule_csv=str(file)) == f"{start}{space}{sentence}"
+
+
+def test_a_schedule_file_and_the_other_keys_must_agree(tmp_path):
+    file = tmp_path / "schedule.csv"
+    file.write_text("0F0,0I0,0W0\n1F0,1B0")
+    assert refusal(batch=1, schedule_csv=str(file), layers_per_stage=3) == (
+        f"{KEY}layers_per_stage makes 4 stages, but their number must be that of "
+        f"{KEY}schedule_csv {file} (2); change either."
+    )
+    always = {"parallelism.fsdp_reshard_after_forward": "always"}
+    assert refusal(batch=1, schedule_csv=str(file), others=always) == (
+        'parallelism.fsdp_reshard_after_forward = "always" frees weights between the two pieces of '
+        f'the backward pass of {KEY}schedule_csv \'{file}\': set it to "default" or "never".'
+    )
+    file.write_text("0F0,2F0,2B0,0B0\n1F0,1B0")
+    assert refusal(batch=1, schedule_csv=str(file)) == (
+        f"{KEY}schedule_csv {file} makes 3 stages, but their number must be a multiple of "
+        f"{KEY}degree (2); change either."
     )

@@ -1,0 +1,176 @@
+"""A pipeline schedule of one's own: what each rank runs in which order, from a file.
+
+The form is that of torch's `_dump_csv(format="compute_only")`: a line for each rank, its passes
+separated by commas; empty cells are for the eye. `2F0` is the forward pass of stage 2 over
+micro-batch 0; `B` a whole backward pass, or `I` and later `W` its halves, for the inputs and for
+the weights. `(0F3;7B1)OVERLAP_F_B` is a pair that may overlap.
+
+All of it is checked here: torch would notice some faults when training starts, on others it hangs.
+"""
+
+import csv
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torchtitan.tools.errors import UserError
+
+KEY = "parallelism.pipeline_parallel_schedule_csv"
+_PASS = re.compile(r"(\d+)([FBIW])(\d+)")
+_PAIR = re.compile(r"\((\d+[FBIW]\d+);(\d+[FBIW]\d+)\)OVERLAP_F_B")
+
+
+class Pass(NamedTuple):
+    """kind: F, B, I or W."""
+
+    stage: int
+    kind: str
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+
+@dataclass(frozen=True)
+class ScheduleFile:
+    """cells: of each rank, without the empty ones. passes: what they mean; a pair is one entry of
+    two passes.
+    """
+
+    path: str
+    cells: tuple[tuple[str, ...], ...]
+    passes: tuple[tuple[tuple[Pass, ...], ...], ...]
+
+    def of_rank(self, rank: int) -> list[Pass]:
+        return [one for entry in self.passes[rank] for one in entry]
+
+    @property
+    def all_passes(self) -> list[Pass]:
+        return [one for rank in range(len(self.passes)) for one in self.of_rank(rank)]
+
+    @property
+    def num_stages(self) -> int:
+        return 1 + max(one.stage for one in self.all_passes)
+
+    @property
+    def rank_of_stage(self) -> tuple[int, ...]:
+        ranks = {one.stage: r for r in range(len(self.passes)) for one in self.of_rank(r)}
+        return tuple(ranks[stage] for stage in range(self.num_stages))
+
+    @property
+    def splits_backward(self) -> bool:
+        return any(one.kind in "IW" for one in self.all_passes)
+
+
+def read_schedule_file(path: str, *, degree: int, num_microbatches: int) -> ScheduleFile:
+    """Raises `UserError` where it can't be read, or could not run on `degree` ranks with
+    `num_microbatches`."""
+    rows = _read(path)
+    if len(rows) != degree:
+        raise UserError(
+            f"{KEY} {path} has {len(rows)} lines, but it needs one for each rank of "
+            f"parallelism.pipeline_parallel_degree ({degree})."
+        )
+    passes = tuple(tuple(_parse(cell, path, rank) for cell in row) for rank, row in enumerate(rows))
+    file = ScheduleFile(path, rows, passes)
+    _check_microbatches(file, num_microbatches)
+    _check_complete(file, num_microbatches)
+    _check_order(file)
+    return file
+
+
+def _read(path: str) -> tuple[tuple[str, ...], ...]:
+    try:
+        with Path(path).open(newline="") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    except OSError as error:
+        raise UserError(f"{KEY} {path} can't be read ({error.strerror}).") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise UserError(f"{KEY} {path} is not a text of comma-separated values.") from None
+    rows = [tuple(cell for cell in row if cell) for row in rows]
+    return tuple(row for row in rows if row)
+
+
+def _parse(cell: str, path: str, rank: int) -> tuple[Pass, ...]:
+    pair = _PAIR.fullmatch(cell)
+    passes = []
+    for text in pair.groups() if pair else (cell,):
+        found = _PASS.fullmatch(text)
+        if not found:
+            raise UserError(
+                f"{KEY} {path}: rank {rank} has '{cell}', which is no pass; write the stage, F, B, "
+                "I or W, and the micro-batch, such as '0F0'."
+            )
+        passes.append(Pass(int(found[1]), found[2], int(found[3])))
+    return tuple(passes)
+
+
+def _check_microbatches(file: ScheduleFile, expected: int) -> None:
+    number = 1 + max(one.microbatch for one in file.all_passes)
+    if number != expected:
+        raise UserError(
+            f"{KEY} {file.path} is for {number} micro-batches, but training.local_batch_size over "
+            f"parallelism.pipeline_parallel_microbatch_size makes {expected}; change either."
+        )
+
+
+def _check_complete(file: ScheduleFile, num_microbatches: int) -> None:
+    """Each stage, on one rank only, takes each micro-batch forward once and backward once."""
+    rank_of: dict[int, int] = {}
+    for rank in range(len(file.passes)):
+        for one in file.of_rank(rank):
+            if rank_of.setdefault(one.stage, rank) != rank:
+                raise UserError(
+                    f"{KEY} {file.path} has passes of stage {one.stage} on rank "
+                    f"{rank_of[one.stage]} and on rank {rank}; a stage lies on one rank."
+                )
+    counts = Counter(file.all_passes)
+    for stage in range(file.num_stages):
+        for microbatch in range(num_microbatches):
+            forward, *backward = (counts[Pass(stage, kind, microbatch)] for kind in "FBIW")
+            if forward != 1 or backward not in ([1, 0, 0], [0, 1, 1]):
+                whole, inputs, weights = backward
+                raise UserError(
+                    f"{KEY} {file.path} must have '{stage}F{microbatch}' once, and either "
+                    f"'{stage}B{microbatch}' once or '{stage}I{microbatch}' and "
+                    f"'{stage}W{microbatch}' once each; it has {forward}, and {whole} or {inputs} "
+                    f"and {weights}."
+                )
+
+
+def _check_order(file: ScheduleFile) -> None:
+    """Plays the schedule: a rank that waits for what comes later is told, with what it waits at."""
+    done: set[Pass] = set()
+    at = [0] * len(file.passes)
+    moved = True
+    while moved:
+        moved = False
+        for rank, entries in enumerate(file.passes):
+            while at[rank] < len(entries) and all(
+                _is_ready(one, done, file.num_stages) for one in entries[at[rank]]
+            ):
+                done.update(entries[at[rank]])
+                at[rank] += 1
+                moved = True
+    stuck = [
+        f"rank {rank} at '{cells[i]}'"
+        for rank, (cells, i) in enumerate(zip(file.cells, at, strict=True))
+        if i < len(cells)
+    ]
+    if stuck:
+        raise UserError(
+            f"{KEY} {file.path} would wait for itself for ever, {' and '.join(stuck)}: F needs F "
+            "of the stage before it, B and I need F, and B or I of the stage behind it, W needs I."
+        )
+
+
+def _is_ready(one: Pass, done: set[Pass], num_stages: int) -> bool:
+    stage, kind, microbatch = one
+    if kind == "W":
+        return Pass(stage, "I", microbatch) in done
+    if kind == "F":
+        return stage == 0 or Pass(stage - 1, "F", microbatch) in done
+    behind = [Pass(stage + 1, half, microbatch) in done for half in "BI"]
+    return Pass(stage, "F", microbatch) in done and (stage == num_stages - 1 or any(behind))
