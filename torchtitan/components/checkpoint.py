@@ -276,6 +276,8 @@ class CheckpointManager:
                     use_non_blocking_copy=pinned,
                 )
             )
+            # torch 2.11 empties a stager after its first use (2.13 doesn't): the second save failed.
+            self._stager._state_dict_stager.close = lambda: None
         return self._stager
 
     def _export(self, state: RunState, step: int) -> None:
