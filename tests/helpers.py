@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Processes are forks of one that has imported everything, which takes 4 seconds of a core.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torchtitan.train"])
+# Processes are forks of one that has imported everything, which takes 4 seconds of a core. (With
+# GPUs they start anew: among the imports is one that touches CUDA, which then bears no fork.)
+processes = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+if not torch.cuda.is_available():
+    processes.set_forkserver_preload(["torchtitan.train"])
 
 
 class Ranks:
