@@ -276,7 +276,7 @@ class CheckpointManager:
                     use_non_blocking_copy=pinned,
                 )
             )
-            # torch 2.11 empties a stager after its first use (2.13 doesn't): the second save failed.
+            # torch 2.11 (not 2.13) empties a stager after its first use: the second save failed.
             self._stager._state_dict_stager.close = lambda: None
         return self._stager
 
