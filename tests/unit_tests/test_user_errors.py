@@ -6,15 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch.torch_version import TorchVersion
 
 from tests.tiny_run import tiny
 from torchtitan.components.tokenizer import load_tokenizer
-from torchtitan.config import Compile
 from torchtitan.config.schema import KEYS
-from torchtitan.distributed import compile as compile_module
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.utils import check_local_processes
 from torchtitan.train import main
@@ -297,12 +293,3 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     with pytest.raises(UserError, match="3 processes on this machine need a GPU each, .* sees 2:"):
         check_local_processes(3)
     check_local_processes(2)
-
-
-def test_compiling_on_a_cpu_with_a_torch_that_compiles_wrongly_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
-    monkeypatch.setattr(compile_module, "device_type", lambda: "cpu")
-    with pytest.raises(UserError, match="needs torch 2.13 or newer, but this is 2.11.0"):
-        compile_module.check_compile_backend(Compile(enable=True))
-    monkeypatch.setattr(compile_module, "device_type", lambda: "cuda")
-    compile_module.check_compile_backend(Compile(enable=True))

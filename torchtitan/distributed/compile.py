@@ -10,21 +10,12 @@ from torch import nn
 from torchtitan.config import Compile
 from torchtitan.tools.errors import UserError, suggest
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import device_type
 
 
 def check_compile_backend(config: Compile) -> None:
-    """Raise `UserError` where `compile.backend` is none of torch's, or torch compiles wrongly."""
+    """Raise `UserError` where `compile.backend` is none of torch's."""
     if not config.enable:
         return
-    # Seen with torch 2.11 on CPUs, backend "eager" included, by the tests of compiled layouts; on
-    # GPUs the same version passes them, as 2.13 does on CPUs.
-    if device_type() == "cpu" and torch.__version__ < (2, 13):
-        raise UserError(
-            "compile.enable = true on a CPU needs torch 2.13 or newer, but this is "
-            f"{torch.__version__}, whose compiled layers have wrong gradients there; set it to "
-            "false, or install torch 2.13."
-        )
     known = torch._dynamo.list_backends(exclude_tags=())
     if config.backend not in known:
         raise UserError(

@@ -69,12 +69,16 @@ def _reduce(rows_RD: Tensor, row_of_slot_PK: Tensor, taken_PK: Tensor | None) ->
     # fp64 stays fp64 (tests); everything below accumulates in fp32.
     sum_dtype = torch.promote_types(rows_RD.dtype, torch.float32)
     if taken_PK is None:
-        return rows_RD[row_of_slot_PK].sum(dim=1, dtype=sum_dtype).to(rows_RD.dtype)
-    if rows_RD.size(0) == 0:
+        copies_PKD = rows_RD[row_of_slot_PK]
+    elif rows_RD.size(0) == 0:
         return rows_RD.new_zeros(row_of_slot_PK.size(0), rows_RD.size(1))
-    copies_PKD = rows_RD[row_of_slot_PK.clamp(max=rows_RD.size(0) - 1)]
-    copies_PKD = copies_PKD.masked_fill(~taken_PK.unsqueeze(-1), 0)
-    return copies_PKD.sum(dim=1, dtype=sum_dtype).to(rows_RD.dtype)
+    else:
+        copies_PKD = rows_RD[row_of_slot_PK.clamp(max=rows_RD.size(0) - 1)]
+        copies_PKD = copies_PKD.masked_fill(~taken_PK.unsqueeze(-1), 0)
+    sum_PD = copies_PKD.sum(dim=1, dtype=sum_dtype)
+    # No `to` where it would do nothing: as the last operation of a compiled autograd.Function it
+    # makes torch 2.11 lose the gradient (2.13 doesn't).
+    return sum_PD if sum_dtype == rows_RD.dtype else sum_PD.to(rows_RD.dtype)
 
 
 @torch.library.custom_op("torchtitan::sort_slots", mutates_args=(), device_types="cuda")
