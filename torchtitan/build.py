@@ -14,14 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from torchtitan.components import lr_scheduler
 from torchtitan.components.metrics import MetricsLogger, device_name
-from torchtitan.components.schedule import Schedule
-from torchtitan.config import (
-    JobConfig,
-    Parallelism,
-    resolve_degrees,
-    resolve_global_batch_size,
-)
+from torchtitan.config import JobConfig, Parallelism, resolve_degrees, run_schedule
 from torchtitan.config.pipeline import PipelinePlan
+from torchtitan.config.run_schedule import RunSchedule
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.fsdp import materialize
 from torchtitan.distributed.pipeline_parallel import Pipeline, cut_into_parts
@@ -89,14 +84,10 @@ def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
     return local if 0 in (local % span, span % local) else math.gcd(local, span)
 
 
-def build_schedule(config: JobConfig, dp_degree: int) -> Schedule:
-    schedule = Schedule(
-        config.schedule.phase,
-        lr=config.optimizer.lr,
-        batch_size=resolve_global_batch_size(config, dp_degree),
-    )
+def build_schedule(config: JobConfig, dp_degree: int) -> RunSchedule:
+    schedule = run_schedule(config, dp_degree)
     if schedule.phases:
-        num_steps = schedule.num_steps(config.training.seq_len)
+        num_steps = schedule.num_steps()
         text = f"Schedule: {len(schedule.phases)} phases end after step {num_steps}"
         if config.training.steps == num_steps:
             logger.info("%s, and so does the run", text)
@@ -105,9 +96,7 @@ def build_schedule(config: JobConfig, dp_degree: int) -> Schedule:
     return schedule
 
 
-def build_metrics(
-    config: JobConfig, model_args: BaseModelArgs, device: torch.device, start_step: int
-) -> MetricsLogger:
+def build_metrics(config: JobConfig, device: torch.device, start_step: int) -> MetricsLogger:
     settings, compute_dtype = config.metrics, TORCH_DTYPES[config.training.mixed_precision_param]
     return MetricsLogger(
         dump_folder=config.job.dump_folder,
@@ -118,7 +107,6 @@ def build_metrics(
         save_for_all_ranks=settings.save_for_all_ranks,
         disable_color_printing=settings.disable_color_printing,
         device=device,
-        flops_per_token=model_args.train_flops_per_token(config.training.seq_len),
         peak_flops=peak_flops(device_name(device), compute_dtype),
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -127,7 +115,7 @@ def build_metrics(
 
 
 def build_lr_scheduler(
-    config: JobConfig, optimizer: Optimizer, schedule: Schedule, tokens_seen: Callable[[], int]
+    config: JobConfig, optimizer: Optimizer, schedule: RunSchedule, tokens_seen: Callable[[], int]
 ) -> LambdaLR:
     """By steps, or by the tokens of `schedule` where it has phases."""
     settings = config.lr_scheduler
@@ -152,15 +140,14 @@ def build_pipeline(
     **how: Any,
 ) -> Pipeline:
     """parts: from `build_model`. how: `device`, `loss_fn` and `masks_of` of `Pipeline`."""
-    tokens = config.training.seq_len // dims.cp
     vocab_parts = 1 if config.parallelism.disable_loss_parallel else dims.tp
     return Pipeline(
         parts,
         plan,
         mesh=dims.mesh["pp"],
-        tokens=(tokens,),
-        hidden=(tokens // dims.tp, model_args.stage_channels),
-        logits=(tokens, model_args.vocab_size // vocab_parts),
+        hidden=model_args.stage_channels,
+        vocab=model_args.vocab_size // vocab_parts,
+        split=dims.tp,
         dtype=TORCH_DTYPES[config.training.mixed_precision_param],
         **how,
     )

@@ -7,11 +7,11 @@ import torch
 from torchtitan.components.dump_folder import check_dump_folder
 from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.param_groups import check_groups
-from torchtitan.components.schedule import coefficients_set
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.validate import check_samples
-from torchtitan.config import JobConfig, validate
+from torchtitan.config import JobConfig, run_schedule, validate
 from torchtitan.config.pipeline import PipelinePlan, plan_pipeline
+from torchtitan.config.run_schedule import coefficients_set
 from torchtitan.distributed.activation_checkpoint import check_memory_budget
 from torchtitan.distributed.compile import check_compile_backend
 from torchtitan.hf_datasets import check_training_data
@@ -33,11 +33,7 @@ def check_config(config: JobConfig) -> Checked:
     check_compile_backend(config.compile)
     check_memory_budget(config.activation_checkpoint)
     spec = get_train_spec(config.model.name)
-    model_args = get_flavor(spec, config.model.name, config.model.flavor).for_run(
-        overrides=config.model.args,
-        seq_len=config.training.seq_len,
-        force_load_balance=config.debug.moe_force_load_balance,
-    )
+    model_args = model_args_of(config, spec, config.training.seq_len)
     tokenizer = load_tokenizer(config.model.hf_assets_path)
     if tokenizer.vocab_size > model_args.vocab_size:
         raise UserError(
@@ -57,13 +53,39 @@ def check_config(config: JobConfig) -> Checked:
             "compile.cuda_graph = true is not supported yet with multi-token prediction "
             "(model.args.n_mtp_layers); set either to false or 0."
         )
-    pipeline_plan(config, model_args)
+    shortest = min([model_args, *_check_phases(config, spec)], key=lambda args: args.max_seq_len)
+    _check_pipeline(config, model_args)
     check_training_data(config.training, tokenizer)
     check_hf(config, spec, model_args)
-    check_samples(config.validation, tokenizer, model_args)
-    check_validation_data(config.validation, model_args.max_seq_len)
+    check_samples(config.validation, tokenizer, shortest)
+    check_validation_data(config.validation, shortest.max_seq_len)
     check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
+
+
+def model_args_of(
+    config: JobConfig, spec: TrainSpec, seq_len: int, yarn: str | None = None
+) -> BaseModelArgs:
+    """Those of the run, for sequences of `seq_len` tokens; yarn takes the place of model.args'.
+    Raises `UserError`."""
+    flavor = get_flavor(spec, config.model.name, config.model.flavor)
+    return flavor.for_run(
+        overrides=config.model.args | ({"yarn": yarn} if yarn else {}),
+        seq_len=seq_len,
+        force_load_balance=config.debug.moe_force_load_balance,
+    )
+
+
+def _check_phases(config: JobConfig, spec: TrainSpec) -> list[BaseModelArgs]:
+    """The model arguments of each phase of the run."""
+    found = []
+    ends = run_schedule(config, dp_degree=1).ends[1:]  # sequences are as long on any layout
+    for n, (phase, now) in enumerate(zip(config.schedule.phase, ends, strict=True), start=1):
+        try:
+            found.append(model_args_of(config, spec, now.seq_len, now.yarn))
+        except UserError as error:
+            raise UserError(f"{phase.title(n)}: {error}") from None
+    return found
 
 
 def pipeline_plan(config: JobConfig, model_args: BaseModelArgs) -> PipelinePlan | None:
@@ -75,3 +97,23 @@ def pipeline_plan(config: JobConfig, model_args: BaseModelArgs) -> PipelinePlan 
         num_layers=model_args.n_layers,
         local_batch_size=config.training.local_batch_size,
     )
+
+
+def _check_pipeline(config: JobConfig, model_args: BaseModelArgs) -> None:
+    """Each batch that will pass through it must be one for its schedule."""
+    if pipeline_plan(config, model_args) is None:
+        return
+    sizes = {
+        f"{phase.title(n)} local_batch_size": phase.local_batch_size
+        for n, phase in enumerate(config.schedule.phase, start=1)
+    }
+    if config.validation.enable:
+        sizes["validation.local_batch_size"] = config.validation.local_batch_size
+    for key, size in sizes.items():
+        if size is not None:
+            plan_pipeline(
+                config.parallelism,
+                num_layers=model_args.n_layers,
+                local_batch_size=size,
+                batch_key=key,
+            )

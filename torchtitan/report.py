@@ -46,6 +46,7 @@ class Interval:
     """What adds up between two log lines."""
 
     tokens: int = 0
+    flops: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     data_seconds: float = 0.0
 

@@ -21,19 +21,19 @@ from torchtitan.build import (
     build_metrics,
     build_model,
     build_parallel_dims,
-    build_pipeline,
     build_schedule,
     profilers,
 )
-from torchtitan.check_config import Checked, check_config, pipeline_plan
+from torchtitan.check_config import Checked, check_config, model_args_of, pipeline_plan
 from torchtitan.components.balance import Action, Alarms, Numbers, violation_numbers
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.cuda_graph import GraphedPass
+from torchtitan.components.dataloader import merge_states
 from torchtitan.components.dump_folder import save_config
 from torchtitan.components.ema import WeightAverage
 from torchtitan.components.fused_adam import FusedAdam
-from torchtitan.components.loss import IGNORE_INDEX, build_loss
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.loss_watch import LossWatch
 from torchtitan.components.lr_scheduler import resume_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer, group_rules
@@ -42,7 +42,6 @@ from torchtitan.components.validate import Validator
 from torchtitan.components.working_weights import build_working_weights
 from torchtitan.config import JobConfig
 from torchtitan.config.pipeline import PipelinePlan
-from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
 from torchtitan.distributed.pipeline_parallel import StepInputs
@@ -56,16 +55,14 @@ from torchtitan.distributed.utils import (
 from torchtitan.hf_datasets import build_training_dataloader, data_numbers
 from torchtitan.hf_datasets.validation_data import build_validation_dataloader
 from torchtitan.models.moe.balancing import Load, step_loads, update_expert_bias
+from torchtitan.passes import Batch, Passes
 from torchtitan.protocols.model import BaseModel
-from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.report import Interval, StepResult, balance_of, traffic_of
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.gc import GarbageCollection
 from torchtitan.tools.logging import logger
 from torchtitan.tools.signals import StopRequest
 from torchtitan.tools.utils import TORCH_DTYPES, local_device
-
-Batch = tuple[dict[str, Tensor], Tensor]
 
 
 class Trainer:
@@ -77,28 +74,37 @@ class Trainer:
     def __init__(self, config: JobConfig, checked: Checked | None = None):
         """checked: what `check_config(config)` returned, where it has been called already."""
         self.config = config
-        spec, self.model_args, self.tokenizer = checked or check_config(config)
+        self.spec, self.model_args, self.tokenizer = checked or check_config(config)
         self._open = ExitStack()
         try:
-            self._build(spec)
+            self._build()
         except BaseException:
             self._open.close()
             raise
 
-    def _build(self, spec: TrainSpec) -> None:
+    def _build(self) -> None:
         """In an order that matters: groups, then data and model, then what updates the model, then
         what watches the run; last of all the state of an earlier run."""
         plan = self._join_ranks()
         config = self.config
-        self.checkpoint = build_checkpoint_manager(config, spec, self.model_args, asdict(self.dims))
+        layout = asdict(self.dims)
+        self.checkpoint = build_checkpoint_manager(config, self.spec, self.model_args, layout)
         self._open.callback(self.checkpoint.close)
         start = self.checkpoint.find_start()
         seed = self.checkpoint.seed = set_determinism(config.debug, self.device, start.seed)
         ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
         self.dataloader = build_training_dataloader(config, self.tokenizer, seed=seed, **ranks)
-        parts = self._build_model(spec, plan)
-        self._build_updates(spec)
-        self._build_loss(parts, plan)
+        parts = self._build_model(plan)
+        self._build_updates()
+        self.passes = Passes(
+            config,
+            self.model,
+            self.dims,
+            self.device,
+            eos_id=self.tokenizer.eos_id,
+            parts=parts,
+            plan=plan,
+        )
         self._build_watchers(start.step)
         self.run_state = RunState(
             model=self.model,
@@ -114,9 +120,7 @@ class Trainer:
         self.validator = None
         if config.validation.enable:
             loader = build_validation_dataloader(config.validation, self.tokenizer, **ranks)
-            self.validator = Validator(
-                config.validation, loader, self._loss_sum_once, device=self.device
-            )
+            self.validator = Validator(config.validation, loader, self.loss_sum, device=self.device)
 
     def _join_ranks(self) -> PipelinePlan | None:
         """The process groups, and what each rank is in them."""
@@ -130,14 +134,12 @@ class Trainer:
             save_config(config, self.model_args)
         plan = pipeline_plan(config, self.model_args)
         self.dims = build_parallel_dims(config, plan)
-        # With context parallelism: of this rank's part of each sequence.
-        self.positions = positions_of_this_rank(self.dims, config.training.seq_len, self.device)
         return plan
 
-    def _build_model(self, spec: TrainSpec, plan: PipelinePlan | None) -> list[BaseModel]:
+    def _build_model(self, plan: PipelinePlan | None) -> list[BaseModel]:
         """Returns its parts by stage, with a pipeline."""
         config, dims = self.config, self.dims
-        self.model, parts = build_model(spec, self.model_args, dims, config, self.device, plan)
+        self.model, parts = build_model(self.spec, self.model_args, dims, config, self.device, plan)
         # also of the groups that are new now
         set_timeout(config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.moes = self.model.moe_layers()
@@ -151,12 +153,12 @@ class Trainer:
             )
         return parts
 
-    def _build_updates(self, spec: TrainSpec) -> None:
+    def _build_updates(self) -> None:
         """What changes the weights: schedule, optimizer, learning rate, average."""
         config = self.config
         self.step = self.tokens_seen = 0
         self.schedule = build_schedule(config, self.dims.dp_degree)
-        self.now = self.schedule.at(0)
+        self.now = self.schedule.ends[0]  # until the first step
         self.working = build_working_weights(
             self.model,
             config,
@@ -166,7 +168,7 @@ class Trainer:
         )
         self.graphed = GraphedPass(self._pass_and_clip) if config.compile.cuda_graph else None
         with torch.device("meta"):  # the whole model, also where this rank has a stage of it
-            group_rules(config.optimizer).log(spec.model_cls(self.model_args))
+            group_rules(config.optimizer).log(self.spec.model_cls(self.model_args))
         self.optimizer = build_optimizer(
             [self.model], working=self.working, **vars(config.optimizer)
         )
@@ -177,38 +179,9 @@ class Trainer:
             config, self.optimizer, self.schedule, lambda: self.tokens_seen
         )
 
-    def _build_loss(self, parts: list[BaseModel], plan: PipelinePlan | None) -> None:
-        config = self.config
-        # The model's own loss holds no logits; a CPU has the memory, and one GEMM is its fastest.
-        # Split logits, pipelines and further tokens' losses have losses of their own.
-        self.model_has_loss = (
-            self.model.computes_loss
-            and self.device.type != "cpu"
-            and self.dims.tp == 1
-            and plan is None
-            and not self.model_args.has_side_losses
-        )
-        self.loss_fn = build_loss(
-            self.dims, disable_loss_parallel=config.parallelism.disable_loss_parallel
-        )
-        if config.compile.enable and "loss" in config.compile.components:
-            self.loss_fn = torch.compile(self.loss_fn, backend=config.compile.backend)
-        self.pipeline = None
-        if plan is not None:
-            self.pipeline = build_pipeline(
-                config,
-                self.model_args,
-                self.dims,
-                parts,
-                plan,
-                device=self.device,
-                loss_fn=self.loss_fn,
-                masks_of=self._attention_masks,
-            )
-
     def _build_watchers(self, start_step: int) -> None:
         config, training = self.config, self.config.training
-        self.metrics = build_metrics(config, self.model_args, self.device, start_step)
+        self.metrics = build_metrics(config, self.device, start_step)
         self._open.callback(self.metrics.close)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
         self._open.callback(self.gc.close)
@@ -223,11 +196,12 @@ class Trainer:
     def train(self) -> None:
         """All steps, with their log lines."""
         config, steps = self.config, self.config.training.steps
+        first = self.schedule.at(self.tokens_seen)
         logger.info(
             "Training: %d steps of %d sequences of %d tokens",
             steps,
-            self.now.batch_size,
-            config.training.seq_len,
+            first.batch_size,
+            first.seq_len,
         )
         batches, interval = iter(self.dataloader), Interval()
         stopping = timeout_set = False
@@ -294,54 +268,21 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
-        self.model.set_tokens_in_step(valid_tokens)
-        inputs = self._inputs(batch)
-        if self.pipeline is not None:
-            return self.pipeline.step(inputs, valid_tokens)
-        masks = self._attention_masks(batch[0]["input"])
-        return self._pass(
-            inputs.tokens, inputs.labels, valid_tokens, masks, inputs.positions, **inputs.extra
-        )
+        return self.passes.forward_backward(batch, valid_tokens)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Over this rank's valid labels of a batch, and how many these are."""
-        inputs = self._inputs(batch)
-        count = inputs.token_mask.sum()
-        if self.pipeline is not None:
-            return self.pipeline.evaluate(inputs), count
-        masks = self._attention_masks(batch[0]["input"])
-        loss = self._loss_sum(inputs.tokens, inputs.labels, masks, inputs.positions, **inputs.extra)
-        return loss, count
-
-    def _inputs(self, batch: Batch) -> StepInputs:
-        """On the device; with context parallelism, this rank's part of each sequence."""
-        tokens, labels = batch[0]["input"].to(self.device), batch[1].to(self.device)
-        whole, positions = tokens, None
-        extra = self.model.extra_inputs(tokens, labels, self.tokenizer.eos_id, self.positions)
-        if self.positions is not None:
-            tokens, labels = tokens[:, self.positions], labels[:, self.positions]
-            positions = self.positions.unsqueeze(0)
-        return StepInputs(tokens, labels, whole, positions, labels != IGNORE_INDEX, extra)
-
-    def _loss_sum_once(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`loss_sum` for adding up over all ranks."""
-        loss, count = self.loss_sum(batch)
+        """Over a batch's valid labels, and how many these are: adds up over all ranks."""
+        loss, count = self.passes.loss_sum(batch)
         return self._counted_once(loss), self._counted_once(count)
 
     def _counted_once(self, of_tokens: Tensor) -> Tensor:
         """Zero on ranks that only repeat another's (tensor parallelism, earlier stages)."""
         return of_tokens if self.rank in self.dims.loss_ranks else torch.zeros_like(of_tokens)
 
-    def _attention_masks(self, tokens: Tensor) -> Any:
-        """Of whole sequences; with gathered keys, for the positions that this rank computes."""
-        gathers = self.config.parallelism.context_parallel_rotate_method == "allgather"
-        queries = self.positions if gathers else None
-        return self.model.get_attention_masks(tokens, self.tokenizer.eos_id, queries, self.device)
-
     def _graphed_pass(self, batch: Batch, valid_tokens: Tensor) -> tuple[Tensor, ...]:
         """Loss and gradient norm of a step whose kernels are replayed."""
-        inputs = self._inputs(batch)
-        if self._attention_masks(batch[0]["input"]) is not None:
+        inputs = self.passes.inputs(batch)
+        if self.passes.masks(batch[0]["input"]) is not None:
             raise UserError(
                 "compile.cuda_graph = true needs the same kernels in every step, but the documents "
                 "of model.args.attn_mask_type 'block_causal' change; set either to its default."
@@ -355,35 +296,11 @@ class Trainer:
             self.optimizer.as_graph = self.graphed.holds_grads
         return loss_and_norm
 
-    def _pass_and_clip(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return self._pass(*inputs), self._clip()
-
-    def _pass(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        valid_tokens: Tensor,
-        masks: Any = None,
-        positions: Tensor | None = None,
-        **extra: Any,
-    ) -> Tensor:
-        loss = self._loss_sum(tokens, labels, masks, positions, **extra) / valid_tokens
-        loss.backward()
-        return loss.detach()
-
-    def _loss_sum(
-        self, tokens: Tensor, labels: Tensor, masks: Any, positions: Tensor | None, **extra: Any
-    ) -> Tensor:
-        out = self.model(
-            tokens,
-            attention_masks=masks,
-            positions=positions,
-            token_mask=labels != IGNORE_INDEX,
-            **({"labels": labels} if self.model_has_loss else {}),
-            **extra,
-        )
-        # The logits, the largest activation, are freed as soon as their gradient is there.
-        return out if self.model_has_loss else self.loss_fn(out, labels)
+    def _pass_and_clip(
+        self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        inputs = StepInputs(tokens, labels, tokens, None, labels != IGNORE_INDEX, {})
+        return self.passes.backward(inputs, None, valid_tokens), self._clip()
 
     def close(self) -> None:
         """Release files and process groups; safe to call twice."""
@@ -425,18 +342,37 @@ class Trainer:
         """What the schedule says for this step."""
         now, before = self.schedule.at(self.tokens_seen), self.now
         self.now = now
+        if now.sequences != before.sequences:
+            self._change_sequences()
         if not now.phase:
             return
-        if now.phase != before.phase or self.step == 1:
+        if now.phase != before.phase:
             logger.info("Step %d: in phase %s: %s", self.step, now.title, now.describe())
         resume_lr_scheduler(self.lr_scheduler, self.lr_scheduler.last_epoch)  # also after a rewind
         self.model.set_coefficients(now.coefficients)
 
+    def _change_sequences(self) -> None:
+        """Their length, number in a forward pass or YaRN, between two steps. What depends on them
+        is made anew, as a run that begins here would make it."""
+        now = self.now
+        self.model_args = model_args_of(self.config, self.spec, now.seq_len, now.yarn)
+        self.model.set_context(self.model_args)
+        self.checkpoint.set_model_args(self.model_args)
+        positions: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(positions, self.dataloader.local_state())
+        state = merge_states(positions)
+        self.dataloader.resize(state, batch_size=now.local_batch_size, seq_len=now.seq_len)
+        if self.passes.pipeline is not None:
+            self.passes.pipeline.forget_schedules()
+        if self.config.compile.enable:
+            # Else the compiler would take the second length as a sign that lengths vary, and make
+            # code for any, which is slower.
+            torch.compiler.reset()
+
     @property
     def accumulation(self) -> int:
         """Micro-batches of this step."""
-        at_once = self.config.training.local_batch_size * self.dims.dp_degree
-        return self.now.batch_size // at_once
+        return self.now.batch_size // (self.now.local_batch_size * self.dims.dp_degree)
 
     def _next_batches(self, batches: Iterator[Batch], interval: Interval) -> list[Batch]:
         start = time.perf_counter()
@@ -444,6 +380,7 @@ class Trainer:
         interval.data_seconds += time.perf_counter() - start
         tokens = sum(labels.numel() for _, labels in micro_batches) * self.dims.dp_degree
         interval.tokens += tokens
+        interval.flops += tokens * self.model_args.train_flops_per_token(self.now.seq_len)
         self.tokens_seen += tokens
         return micro_batches
 
@@ -518,8 +455,8 @@ class Trainer:
         """Also lets the alarms look; returns what they ask for."""
         counted = data_numbers(self.dataloader, self.device, self.dims.dp_group)
         biases = {layer: moe.expert_bias for layer, moe in self.moes.items()}
-        if self.pipeline is not None:  # of the layers on all stages
-            result.loads, result.traffic, result.watched, biases = self.pipeline.gather(
+        if self.passes.pipeline is not None:  # of the layers on all stages
+            result.loads, result.traffic, result.watched, biases = self.passes.pipeline.gather(
                 (result.loads, result.traffic, result.watched, biases)
             )
         traffic, balance = self._routing_numbers(result, biases)
@@ -531,6 +468,7 @@ class Trainer:
             lr=result.lr,
             tokens=interval.tokens,
             tokens_seen=self.tokens_seen,
+            flops=interval.flops,
             step_seconds=interval.step_seconds,
             data_seconds=interval.data_seconds,
             expert_loads=result.loads,
@@ -548,6 +486,6 @@ class Trainer:
         watched = balance | violation_numbers(result.loads)
         watched |= {"loss": result.loss, "grad_norm": result.grad_norm}
         if self.config.metrics.log_traffic and traffic:
-            tokens = self.now.batch_size * self.config.training.seq_len
+            tokens = self.now.batch_size * self.now.seq_len
             logger.info("%s", traffic_line(traffic, tokens))
         return self.alarms.check(self.step, watched)

@@ -88,7 +88,8 @@ class StepProfile:
                 inside = name.startswith("layers.")
                 if (name == ending or name.endswith(f".{ending}")) and (inside_too or not inside):
                     _mark(module, scope)
-        trainer.loss_fn = _in_range("head + loss", trainer.loss_fn)
+        passes = trainer.passes
+        passes.loss_fn = _in_range("head + loss", passes.loss_fn)
         trainer.forward_backward = _in_range("forward_backward", trainer.forward_backward)
 
     def measure(self, step: Callable[[], None], step_seconds: float) -> dict[str, object]:

@@ -195,19 +195,28 @@ def test_split_sequences_and_matrices_write_no_samples(texts, tmp_path, axis):
         return str(caught.value)
 
     assert refusal().startswith("validation.sample_prompts is set, but text is written token by ")
-    assert refusal(validation__sample_prompts="[]") == (
-        "validation.seq_len = 24 must equal training.seq_len (32) with "
-        f"parallelism.{axis}_parallel_degree = 2."
-    )
-    same_length = {"validation__sample_prompts": "[]", "validation__seq_len": 32}
-    if axis == "pipeline":
-        assert refusal(**same_length) == (
-            "validation.local_batch_size = 4 must equal training.local_batch_size (2) with "
-            "parallelism.pipeline_parallel_degree = 2: a pipeline is built for its micro-batches."
-        )
-        same_length["validation__local_batch_size"] = 2
-    same = options(tmp_path, texts, **split, **same_length)
+    same = options(tmp_path, texts, **split, validation__sample_prompts="[]")
     _check_validation(ConfigManager().parse_args(same))
+
+
+@pytest.mark.parametrize(
+    "axis, changes, sentence",
+    [
+        ("context", {"validation__seq_len": 18}, "validation.seq_len = 18 must be a multiple of 4"),
+        (
+            "pipeline",
+            {"validation__local_batch_size": 1},
+            "validation.local_batch_size over .* makes 1; change validation.local_batch_size",
+        ),
+    ],
+)
+def test_what_is_validated_must_fit_the_layout(
+    texts, tmp_path, monkeypatch, axis, changes, sentence
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    changes |= {f"parallelism__{axis}_parallel_degree": 2, "validation__sample_prompts": "[]"}
+    with pytest.raises(UserError, match=sentence):
+        check_config(ConfigManager().parse_args(options(tmp_path, texts, **changes)))
 
 
 def test_without_validation_its_keys_may_hold_anything(texts, tmp_path):

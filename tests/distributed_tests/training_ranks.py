@@ -155,7 +155,7 @@ def evaluated_and_trained(options: list[str], dump_folder: str) -> list[float]:
     losses = [_step(trainer, batches[0])]
     trainer.model.eval()
     with torch.no_grad():
-        loss, count = map(sum_over_ranks, trainer._loss_sum_once(batches[1]))
+        loss, count = map(sum_over_ranks, trainer.loss_sum(batches[1]))
     trainer.model.train()
     losses += [(loss / count).item(), _step(trainer, batches[1])]
     trainer.close()

@@ -105,8 +105,8 @@ def test_operators_find_their_parts(script):
     trainer = SimpleNamespace(
         model=model,
         config=SimpleNamespace(compile=compiled),
-        loss_fn=torch.sum,
-        forward_backward=lambda: trainer.loss_fn(model(x)).backward(),
+        passes=SimpleNamespace(loss_fn=torch.sum),
+        forward_backward=lambda: trainer.passes.loss_fn(model(x)).backward(),
     )
 
     def step():

@@ -99,6 +99,12 @@ class CheckpointManager:
             self._ranks = RanksOf(self.group)
             self._choice = CheckpointChoice(settings, folder, total_steps, self._ranks)
 
+    def set_model_args(self, model_args: BaseModelArgs) -> None:
+        """What meta.json and exports say of the model from here on; its weights stay the same."""
+        self.identity = replace(self.identity, all_args=asdict(model_args))
+        if self._adapter is not None:
+            self._adapter.model_args = model_args
+
     def find_start(self) -> Start:
         """The checkpoint to begin from. Raises `UserError` for one that is asked for and isn't
         there, or where every checkpoint is damaged."""

@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +94,10 @@ class LanesDataset(Protocol):
         """The next `iter()` begins behind `consumed` examples; a lane not named at its start."""
         ...
 
+    def resize(self, share: Share, seq_len: int) -> None:
+        """The next `iter()` gives examples of `seq_len` tokens, those of `share`."""
+        ...
+
     def __iter__(self) -> Iterator[Any]: ...
 
 
@@ -111,13 +115,17 @@ class ParallelAwareDataLoader:
 
     def __init__(self, dataset: LanesDataset) -> None:
         self._dataset = dataset
-        self._share = share = dataset.share
+        self._share = dataset.share
         self._first = 0  # N: the examples of the run before the current iteration
         self._batches = 0  # of this iteration that were handed out
         self._lanes: dict[int, str] = {}
         self.skipped_documents = 0
         self.tokens_of = dict.fromkeys(dataset.names, 0)
-        self._loader = DataLoader(
+        self._loader = self._make_loader()
+
+    def _make_loader(self) -> DataLoader:
+        share, dataset = self._share, self._dataset
+        return DataLoader(
             dataset,
             batch_size=share.batch_size,
             num_workers=share.num_workers,
@@ -134,10 +142,26 @@ class ParallelAwareDataLoader:
             self._start(0, {}, 0, {})
         return self._iterate()
 
+    def resize(self, state: dict[str, Any], *, batch_size: int, seq_len: int) -> None:
+        """Other batches from here on, also from the iterator in use. state: merged, of now."""
+        self._share = replace(self._share, batch_size=batch_size)
+        self._dataset.resize(self._share, seq_len)
+        self._loader = self._make_loader()
+        self.load_state_dict(state)
+
     def _iterate(self) -> Iterator[Any]:
+        loader = None
+        while loader is not self._loader:  # at first, and after `resize`
+            loader = self._loader
+            for batch in self._batches_of(loader):
+                yield batch
+                if loader is not self._loader:
+                    break
+
+    def _batches_of(self, loader: DataLoader) -> Iterator[Any]:
         examples = itertools.count(self._first + self._share.dp_rank, self._share.dp_degree)
         try:
-            for batch in self._loader:
+            for batch in loader:
                 self._batches += 1
                 self.skipped_documents += int(batch[0].pop(SKIPPED).sum())
                 for name in batch[0].pop(DATASET, ()):

@@ -43,7 +43,6 @@ class MetricsLogger:
         save_for_all_ranks: bool,
         disable_color_printing: bool,
         device: torch.device,
-        flops_per_token: float,
         peak_flops: float | None,
         rank: int = 0,
         world_size: int = 1,
@@ -52,7 +51,6 @@ class MetricsLogger:
         self.log_freq = log_freq
         self.total_steps = total_steps
         self.device = device
-        self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.rank = rank
         self.world_size = world_size
@@ -75,8 +73,8 @@ class MetricsLogger:
         if self.peak_flops is not None:
             peak = f"peak {self.peak_flops / 1e12:,.0f} TFLOP/s dense"
         logger.info(
-            f"metrics: {self.world_size} x {device_name(self.device)} ({peak}), "
-            f"{self.flops_per_token / 1e9:,.3f} GFLOP per token; records in {self.jsonl.file.name}"
+            f"metrics: {self.world_size} x {device_name(self.device)} ({peak}); records in "
+            f"{self.jsonl.file.name}"
         )
         if self.tensorboard is not None:
             folder = self.tensorboard.folder
@@ -98,6 +96,7 @@ class MetricsLogger:
         lr: float,
         tokens: int,
         tokens_seen: int,
+        flops: float,
         step_seconds: Sequence[float],
         data_seconds: float,
         expert_loads: Mapping[int, torch.Tensor] | None = None,
@@ -108,8 +107,9 @@ class MetricsLogger:
         Of the step: `loss`, its mean over all tokens of all ranks; `max_loss`, the largest mean of
         a rank; `grad_norm` before clipping; `lr`; `expert_loads`, {layer id: tokens per expert
         (E,)}, summed over ranks. Since the last logged step: `tokens` that all ranks together
-        processed (padding included, it costs the same), `step_seconds`, one duration a step,
-        waiting for data included, and `data_seconds`, the sum of that waiting on this rank.
+        processed (padding included, it costs the same), the `flops` that these need (recomputation
+        not counted), `step_seconds`, one duration a step, waiting for data included, and
+        `data_seconds`, the sum of that waiting on this rank.
         `tokens_seen` counts from the start of training. `extra` holds further numbers of the
         trainer's, under names that are not taken.
         """
@@ -125,7 +125,7 @@ class MetricsLogger:
             "lr": lr,
             "tokens_seen": tokens_seen,
         }
-        record |= self._throughput(tokens, step_seconds, data_seconds) | memory
+        record |= self._throughput(tokens, flops, step_seconds, data_seconds) | memory
         heatmap = None
         if expert_loads:
             layers, loads = list(expert_loads), torch.stack(list(expert_loads.values()))
@@ -147,20 +147,20 @@ class MetricsLogger:
             self.tensorboard.write_texts(texts, step)
 
     def _throughput(
-        self, tokens: int, step_seconds: Sequence[float], data_seconds: float
+        self, tokens: int, flops: float, step_seconds: Sequence[float], data_seconds: float
     ) -> dict[str, float]:
         seconds = sum(step_seconds)
-        tps = tokens / seconds / self.world_size
+        per_second = flops / seconds / self.world_size
         numbers = {
-            "tps": tps,
-            "tflops": self.flops_per_token * tps / 1e12,
+            "tps": tokens / seconds / self.world_size,
+            "tflops": per_second / 1e12,
             "step_seconds": seconds / len(step_seconds),
             "max_step_seconds": max(step_seconds),
             "data_seconds": data_seconds / len(step_seconds),
             "data_percent": 100 * data_seconds / seconds,
         }
         if self.peak_flops is not None:
-            numbers["mfu_percent"] = 100 * self.flops_per_token * tps / self.peak_flops
+            numbers["mfu_percent"] = 100 * per_second / self.peak_flops
         return numbers
 
     def _read_memory(self) -> dict[str, float]:

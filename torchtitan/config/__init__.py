@@ -23,7 +23,7 @@ from torchtitan.config.job_config import (
 )
 from torchtitan.config.manager import ConfigManager
 from torchtitan.config.recipe import EMA, Alarm, ParamGroup, Phase, Schedule
-from torchtitan.config.validate import resolve_global_batch_size, validate
+from torchtitan.config.validate import resolve_global_batch_size, run_schedule, validate
 
 __all__ = [
     "CHECKPOINT_PARTS",
@@ -52,6 +52,7 @@ __all__ = [
     "Validation",
     "resolve_degrees",
     "resolve_global_batch_size",
+    "run_schedule",
     "to_dict",
     "validate",
 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from torchtitan.config.job_config import JobConfig, Training
+from torchtitan.config.run_schedule import RunSchedule
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
 
@@ -20,13 +21,15 @@ LONGEST_PERIOD = 10_000
 
 @dataclass(frozen=True)
 class Stretch:
-    """From example `first` on, dataset k of the blend gives parts[k] of every sum(parts)."""
+    """From example `first` on, dataset k of the blend gives parts[k] of every sum(parts). tokens:
+    before it, by the schedule."""
 
     first: int
     parts: tuple[int, ...]
+    tokens: int = 0
 
 
-def blend_stretches(config: JobConfig) -> list[Stretch]:
+def blend_stretches(config: JobConfig, schedule: RunSchedule) -> list[Stretch]:
     """In order, the first from example 0; none without a blend. Raises `UserError` for what can't
     be.
 
@@ -38,16 +41,18 @@ def blend_stretches(config: JobConfig) -> list[Stretch]:
         return []
     _check_datasets(config.training)
     names = [dataset.name for dataset in blend]
-    tables = [("training.blend", {d.name: d.weight for d in blend if d.weight is not None}, 0)]
+    weights = {d.name: d.weight for d in blend if d.weight is not None}
+    tables = [("training.blend", weights, 0, 0.0)]
     tokens = 0.0
-    for n, phase in enumerate(phases, start=1):
+    for n, (phase, first) in enumerate(zip(phases, schedule.first_sequences(), strict=True), 1):
         if phase.blend is not None:
-            first = math.ceil(tokens / config.training.seq_len)
-            where = f"schedule.phase {n}" + (f" ('{phase.name}')" if phase.name else "") + ": blend"
             tables = tables if first else []  # the run begins with this one
-            tables.append((where, phase.blend, first))
+            tables.append((f"{phase.title(n)}: blend", phase.blend, first, tokens))
         tokens += phase.tokens
-    stretches = [Stretch(first, _parts(names, weights, where)) for where, weights, first in tables]
+    stretches = [
+        Stretch(first, _parts(names, weights, where), int(tokens))
+        for where, weights, first, tokens in tables
+    ]
     for k, name in enumerate(names):
         if not any(stretch.parts[k] for stretch in stretches):
             raise UserError(

@@ -27,7 +27,8 @@ _KEY = "parallelism.pipeline_parallel_"
 @dataclass(frozen=True)
 class PipelinePlan:
     """schedule: torch's name, or the file. stages: the names of the modules of each stage.
-    rank_of_stage: of the pp axis. microbatch_size: sequences.
+    rank_of_stage: of the pp axis. num_microbatches: of the batch that it was planned for.
+    microbatch_size: sequences.
     """
 
     schedule: str
@@ -47,19 +48,24 @@ class PipelinePlan:
 
 
 def plan_pipeline(
-    parallelism: Parallelism, *, num_layers: int, local_batch_size: int
+    parallelism: Parallelism,
+    *,
+    num_layers: int,
+    local_batch_size: int,
+    batch_key: str = "training.local_batch_size",
 ) -> PipelinePlan:
-    """Raises `UserError` for what can't be. Call it only where the degree is above 1."""
+    """Raises `UserError` for what can't be; batch_key: what sentences call local_batch_size. Call
+    it only where the degree is above 1."""
     degree = parallelism.pipeline_parallel_degree
     schedule = parallelism.pipeline_parallel_schedule
     if schedule not in SCHEDULES:
         raise UserError(
             f"{_KEY}schedule = '{schedule}' is not a schedule{suggest(schedule, SCHEDULES)}"
         )
-    n = _num_microbatches(parallelism, local_batch_size)
+    n = _num_microbatches(parallelism, local_batch_size, batch_key)
     path, file = parallelism.pipeline_parallel_schedule_csv, None
     if path:
-        file = read_schedule_file(path, degree=degree, num_microbatches=n)
+        file = read_schedule_file(path, degree=degree, num_microbatches=n, batch_key=batch_key)
     _check_reshard(parallelism, file)
     if parallelism.module_fqns_per_model_part is not None:
         stages = _as_listed(parallelism.module_fqns_per_model_part, num_layers)
@@ -77,7 +83,7 @@ def plan_pipeline(
         file=file,
     )
     if file is None:
-        _check_microbatches(plan)
+        _check_microbatches(plan, batch_key)
     return plan
 
 
@@ -197,18 +203,18 @@ def _check_count(
         raise UserError(f"{key} makes {stages} stages, but their number {rule}; change either.")
 
 
-def _num_microbatches(parallelism: Parallelism, local_batch_size: int) -> int:
+def _num_microbatches(parallelism: Parallelism, local_batch_size: int, batch_key: str) -> int:
     size = parallelism.pipeline_parallel_microbatch_size
     divisors = [n for n in range(1, local_batch_size + 1) if local_batch_size % n == 0]
     if size not in divisors:
         raise UserError(
-            f"{_KEY}microbatch_size = {size} must divide training.local_batch_size "
-            f"({local_batch_size}); set it to {nearest(size, divisors)}."
+            f"{_KEY}microbatch_size = {size} must divide {batch_key} ({local_batch_size}); set it "
+            f"to {nearest(size, divisors)}."
         )
     return local_batch_size // size
 
 
-def _check_microbatches(plan: PipelinePlan) -> None:
+def _check_microbatches(plan: PipelinePlan, batch_key: str) -> None:
     """The rules of torch's schedules."""
     n, stages, rule = plan.num_microbatches, len(plan.stages), None
     if plan.schedule in ("1F1B", *V_SHAPED) and n < stages:
@@ -219,6 +225,6 @@ def _check_microbatches(plan: PipelinePlan) -> None:
     if rule:
         raise UserError(
             f"{_KEY}schedule '{plan.schedule}' needs {rule} micro-batches, but "
-            f"training.local_batch_size over {_KEY}microbatch_size ({plan.microbatch_size}) makes "
-            f"{n}; change training.local_batch_size."
+            f"{batch_key} over {_KEY}microbatch_size ({plan.microbatch_size}) makes {n}; change "
+            f"{batch_key}."
         )

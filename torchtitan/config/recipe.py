@@ -4,7 +4,7 @@ Frozen dataclasses with a sentence per key, as in `job_config.py`, which takes t
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +79,9 @@ class EMA:
     """Steps from one update to the next; each then moves it by 1 - decay ** interval (ours)."""
 
 
-# Why a key that one might look for in a phase is not there, and what to do instead.
-_ONE_LENGTH = (
-    "a run has one sequence length, because its memory and its compiled code depend on it; extend "
-    "the context in a run of its own, with training.seq_len and model.args.yarn in its file and "
-    "checkpoint.initial_load_path set to the last checkpoint of this one (docs/recipe.md)."
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """A stretch of the run, counted in tokens. What a phase leaves out stays as it was."""
-
-    REFUSED: ClassVar[dict[str, str]] = {"seq_len": _ONE_LENGTH, "yarn": _ONE_LENGTH}
 
     name: str = ""
     """What the log calls the phase."""
@@ -107,6 +97,12 @@ class Phase:
     """constant: batch_size from the start of the phase on; linear: stairs from the size before."""
     batch_size_step: int | None = None
     """With batch_size_shape "linear": height of a stair, in sequences."""
+    seq_len: int | None = None
+    """Tokens per sequence."""
+    local_batch_size: int | None = None
+    """Sequences per forward pass of a data-parallel rank: fewer where they are longer."""
+    yarn: Literal["auto", "on", "off"] | None = None
+    """RoPE scaled for longer contexts, as model.args.yarn."""
     load_balance_coeff: float | None = None
     """Speed of the expert bias (the report's gamma)."""
     sequence_balance_coeff: float | None = None
@@ -117,6 +113,10 @@ class Phase:
     """Weight of the multi-token prediction loss (the report's lambda)."""
     blend: dict[str, float] | None = None
     """Weights of the datasets of [[training.blend]] by name; from those not named, nothing."""
+
+    def title(self, number: int) -> str:
+        """What sentences call the phase; number: from 1."""
+        return f"schedule.phase {number}" + (f" ('{self.name}')" if self.name else "")
 
 
 @dataclass(frozen=True, kw_only=True)

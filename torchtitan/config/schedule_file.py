@@ -64,9 +64,11 @@ class ScheduleFile:
         return any(one.kind in "IW" for one in self.all_passes)
 
 
-def read_schedule_file(path: str, *, degree: int, num_microbatches: int) -> ScheduleFile:
+def read_schedule_file(
+    path: str, *, degree: int, num_microbatches: int, batch_key: str = "training.local_batch_size"
+) -> ScheduleFile:
     """Raises `UserError` where it can't be read, or could not run on `degree` ranks with
-    `num_microbatches`."""
+    `num_microbatches`; batch_key: from which their number comes."""
     rows = _read(path)
     if len(rows) != degree:
         raise UserError(
@@ -75,7 +77,7 @@ def read_schedule_file(path: str, *, degree: int, num_microbatches: int) -> Sche
         )
     passes = tuple(tuple(_parse(cell, path, rank) for cell in row) for rank, row in enumerate(rows))
     file = ScheduleFile(path, rows, passes)
-    _check_microbatches(file, num_microbatches)
+    _check_microbatches(file, num_microbatches, batch_key)
     _check_complete(file, num_microbatches)
     _check_order(file)
     return file
@@ -107,11 +109,11 @@ def _parse(cell: str, path: str, rank: int) -> tuple[Pass, ...]:
     return tuple(passes)
 
 
-def _check_microbatches(file: ScheduleFile, expected: int) -> None:
+def _check_microbatches(file: ScheduleFile, expected: int, batch_key: str) -> None:
     number = 1 + max(one.microbatch for one in file.all_passes)
     if number != expected:
         raise UserError(
-            f"{KEY} {file.path} is for {number} micro-batches, but training.local_batch_size over "
+            f"{KEY} {file.path} is for {number} micro-batches, but {batch_key} over "
             f"parallelism.pipeline_parallel_microbatch_size makes {expected}; change either."
         )
 

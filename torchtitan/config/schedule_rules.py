@@ -1,18 +1,19 @@
 """Which phases of [[schedule.phase]] can be: each alone, one after the other, on this layout."""
 
 import math
+from itertools import pairwise
 
-from torchtitan.config.degrees import nearest
+from torchtitan.config.degrees import Degrees, nearest
 from torchtitan.config.job_config import JobConfig, LRScheduler
 from torchtitan.config.recipe import Phase
+from torchtitan.config.run_schedule import COEFFICIENTS, Now, RunSchedule
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError
 
 
-def check_schedule(config: JobConfig, global_batch_size: int, dp_degree: int) -> None:
-    """Raise `UserError` for the first phase that can't be; global_batch_size: resolved, before the
-    first phase."""
-    phases = config.schedule.phase
+def check_schedule(schedule: RunSchedule, config: JobConfig, degrees: Degrees) -> None:
+    """Raise `UserError` for the first phase that can't be."""
+    phases = schedule.phases
     if phases:
         _check_decay_is_left_to_phases(config.lr_scheduler)
         if config.optimizer.lr <= 0:
@@ -20,15 +21,47 @@ def check_schedule(config: JobConfig, global_batch_size: int, dp_degree: int) ->
                 f"optimizer.lr = {config.optimizer.lr} must be above 0 with [[schedule.phase]]: it "
                 "is the rate before the first phase, and the phases' rates are measured against it."
             )
-    unit = config.training.local_batch_size * dp_degree
-    batch_size = global_batch_size
-    for n, phase in enumerate(phases, start=1):
-        where = f"schedule.phase {n}" + (f" ('{phase.name}')" if phase.name else "")
-        _check_numbers(phase, where, config.training.seq_len)
+    dp_degree = degrees.dp_replicate * degrees.dp_shard
+    pairs = pairwise(schedule.ends)
+    for n, (phase, (before, end)) in enumerate(zip(phases, pairs, strict=True), start=1):
+        where = phase.title(n)
+        _check_numbers(phase, where)
+        _check_sequences(phase, where, end, degrees)
         _check_shapes(phase, where)
-        if phase.batch_size is not None:
-            _check_batch_size(phase, where, batch_size, unit)
-            batch_size = phase.batch_size
+        _check_batch_size(phase, where, before.batch_size, end, dp_degree)
+
+
+def _check_sequences(phase: Phase, where: str, end: Now, degrees: Degrees) -> None:
+    for name in ("seq_len", "local_batch_size"):
+        value = getattr(phase, name)
+        if value is not None and value < 1:
+            raise UserError(f"{where}: {name} = {value} must be 1 or more.")
+    if phase.seq_len is not None:
+        check_sequence(f"{where}: seq_len", phase.seq_len, degrees)
+    if not end.seq_len <= phase.tokens < math.inf:
+        raise UserError(
+            f"{where}: tokens = {as_text(phase.tokens)} must be a number of tokens, at least one "
+            f"sequence (seq_len, {end.seq_len})."
+        )
+
+
+def check_sequence(key: str, seq_len: int, degrees: Degrees) -> None:
+    """TP splits each rank's part of a sequence evenly; CP splits sequences into 2 x cp chunks, an
+    early and a late one for each rank, so that causal attention costs all ranks the same. Raises
+    `UserError`."""
+    tp, cp = degrees.tp, degrees.cp
+    unit = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
+    if seq_len % unit == 0:
+        return
+    of = {"context_parallel_degree": cp, "tensor_parallel_degree": tp}
+    names = [f"parallelism.{name} ({n})" for name, n in of.items() if n > 1]
+    split = "split" if len(names) > 1 else "splits"
+    below = seq_len // unit * unit
+    legal = nearest(seq_len, [n for n in (below, below + unit) if n])
+    raise UserError(
+        f"{key} = {seq_len} must be a multiple of {unit}, so that {' and '.join(names)} "
+        f"{split} it evenly; set it to {legal}."
+    )
 
 
 def _check_decay_is_left_to_phases(lr_scheduler: LRScheduler) -> None:
@@ -42,21 +75,10 @@ def _check_decay_is_left_to_phases(lr_scheduler: LRScheduler) -> None:
             )
 
 
-def _check_numbers(phase: Phase, where: str, seq_len: int) -> None:
-    if not seq_len <= phase.tokens < math.inf:
-        raise UserError(
-            f"{where}: tokens = {as_text(phase.tokens)} must be a number of tokens, at least one "
-            f"sequence (training.seq_len, {seq_len})."
-        )
+def _check_numbers(phase: Phase, where: str) -> None:
     if phase.lr is not None and not 0 <= phase.lr < math.inf:
         raise UserError(f"{where}: lr = {as_text(phase.lr)} must be a finite number, 0 or more.")
-    coefficients = (
-        "load_balance_coeff",
-        "sequence_balance_coeff",
-        "global_balance_coeff",
-        "mtp_loss_weight",
-    )
-    for name in coefficients:
+    for name in COEFFICIENTS:
         value = getattr(phase, name)
         if value is not None and not 0 <= value < math.inf:
             raise UserError(
@@ -79,21 +101,27 @@ def _check_shapes(phase: Phase, where: str) -> None:
         )
 
 
-def _check_batch_size(phase: Phase, where: str, before: int, unit: int) -> None:
+def _check_batch_size(phase: Phase, where: str, before: int, end: Now, dp_degree: int) -> None:
     """All sizes on the way must be whole forward passes of all ranks."""
-    for name in ("batch_size", "batch_size_step"):
-        size = getattr(phase, name)
+    unit = end.local_batch_size * dp_degree
+    step = phase.batch_size_step
+    for name, size in (("batch_size", end.batch_size), ("batch_size_step", step)):
         if size is not None and (size < 1 or size % unit):
             below = max(size // unit, 0) * unit
             legal = [number for number in (below, below + unit) if number]
             raise UserError(
                 f"{where}: {name} = {size} must be a multiple of {unit}, one forward pass of all "
-                "ranks (training.local_batch_size x the data-parallel degree); set it to "
+                "ranks (local_batch_size x the data-parallel degree); set it to "
                 f"{nearest(size, legal)}."
             )
-    step = phase.batch_size_step
-    if step is not None and (phase.batch_size - before) % step:
+    if step is not None and (end.batch_size - before) % step:
         raise UserError(
             f"{where}: batch_size_step = {step} must divide the way from {before} to "
-            f"{phase.batch_size} sequences ({abs(phase.batch_size - before)})."
+            f"{end.batch_size} sequences ({abs(end.batch_size - before)})."
+        )
+    if step is not None and before % unit:
+        raise UserError(
+            f"{where}: the way from {before} sequences begins with no multiple of {unit}, one "
+            "forward pass of all ranks (local_batch_size x the data-parallel degree); change "
+            "local_batch_size in a phase of its own."
         )

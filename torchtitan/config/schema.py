@@ -268,8 +268,6 @@ def make_row(row: type, table: dict[str, Any], where: str) -> Any:
     kinds = {field.name: hints[field.name] for field in dataclasses.fields(row)}
     values = {}
     for name, value in table.items():
-        if name in getattr(row, "REFUSED", {}):
-            raise UserError(f"{where}: {name} is not a key here: {row.REFUSED[name]}")
         if name not in kinds:
             raise UserError(f"{where}: unknown key '{name}'{suggest(name, kinds)}")
         if not matches(value, kinds[name]):

@@ -12,10 +12,11 @@ from typing import Any
 from torchtitan.config.alarm_rules import check_alarms
 from torchtitan.config.blend import blend_stretches
 from torchtitan.config.checkpoint_rules import check_checkpoint
-from torchtitan.config.degrees import Degrees, nearest, resolve_degrees
+from torchtitan.config.degrees import nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.optimizer_rules import check_optimizer_groups
-from torchtitan.config.schedule_rules import check_schedule
+from torchtitan.config.run_schedule import RunSchedule
+from torchtitan.config.schedule_rules import check_schedule, check_sequence
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
 
@@ -39,11 +40,13 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     check_checkpoint(config, world_size)
     check_alarms(config)
     degrees = resolve_degrees(config.parallelism, world_size)
-    dp_degree = degrees.dp_replicate * degrees.dp_shard
-    _check_sequence(config.training.seq_len, degrees)
+    check_sequence("training.seq_len", config.training.seq_len, degrees)
+    if config.validation.enable:
+        check_sequence("validation.seq_len", config.validation.seq_len, degrees)
     _check_async_tensor_parallel(config, device_type)
-    check_schedule(config, resolve_global_batch_size(config, dp_degree), dp_degree)
-    blend_stretches(config)
+    schedule = run_schedule(config, degrees.dp_replicate * degrees.dp_shard)
+    check_schedule(schedule, config, degrees)
+    blend_stretches(config, schedule)
     _check_early_step(config, world_size)
     _check_cuda_graph(config, world_size, device_type)
 
@@ -263,28 +266,14 @@ def _check_validation(config: JobConfig) -> None:
         raise UserError(
             "validation.sample_prompts holds an empty text; write one, or leave it out."
         )
-    for axis in ("tensor", "context", "pipeline"):
-        key = f"parallelism.{axis}_parallel_degree"
-        degree = _get(config, key)
-        if degree == 1:
-            continue
-        if validation.sample_prompts:
-            raise UserError(
-                f"validation.sample_prompts is set, but text is written token by token, which "
-                f"{key} = {degree} can't split; leave it out, and read what scripts/generate.py "
-                "writes from a checkpoint."
-            )
-        if validation.seq_len != config.training.seq_len:
-            raise UserError(
-                f"validation.seq_len = {validation.seq_len} must equal training.seq_len "
-                f"({config.training.seq_len}) with {key} = {degree}."
-            )
-        if axis == "pipeline" and validation.local_batch_size != config.training.local_batch_size:
-            raise UserError(
-                f"validation.local_batch_size = {validation.local_batch_size} must equal "
-                f"training.local_batch_size ({config.training.local_batch_size}) with {key} = "
-                f"{degree}: a pipeline is built for its micro-batches."
-            )
+    split = [f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline")]
+    split = [key for key in split if _get(config, key) > 1]
+    if validation.sample_prompts and split:
+        raise UserError(
+            f"validation.sample_prompts is set, but text is written token by token, which "
+            f"{split[0]} = {_get(config, split[0])} can't split; leave it out, and read what "
+            "scripts/generate.py writes from a checkpoint."
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -306,6 +295,10 @@ def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
             f"set it to {nearest(wanted, [number for number in (below, below + unit) if number])}."
         )
     return wanted
+
+
+def run_schedule(config: JobConfig, dp_degree: int) -> RunSchedule:
+    return RunSchedule.of(config, resolve_global_batch_size(config, dp_degree))
 
 
 def _check_early_step(config: JobConfig, world_size: int) -> None:
@@ -332,16 +325,20 @@ def _check_early_step(config: JobConfig, world_size: int) -> None:
                 f"optimizer.early_step_in_backward = true, because {reason}; set it to "
                 f"{way_out}, or early_step_in_backward to false."
             )
-    if any(phase.batch_size for phase in config.schedule.phase):
+    if any(phase.batch_size or phase.local_batch_size for phase in config.schedule.phase):
         raise UserError(
             "optimizer.early_step_in_backward = true needs one forward pass a step, but a "
-            "schedule.phase sets a batch_size; leave one of them out."
+            "schedule.phase sets a batch_size or local_batch_size; leave one of them out."
         )
     if world_size > 1:
         raise UserError(
             "optimizer.early_step_in_backward = true works on one process, but this run has "
             f"{world_size}; set it to false: FSDP spreads gradients over the processes."
         )
+
+
+# Keys of a phase that change what a forward pass is.
+_SHAPES = ("batch_size", "local_batch_size", "seq_len", "yarn")
 
 
 def _check_cuda_graph(config: JobConfig, world_size: int, device_type: str) -> None:
@@ -356,8 +353,8 @@ def _check_cuda_graph(config: JobConfig, world_size: int, device_type: str) -> N
         reason = f"this run has {world_size}"
     elif config.training.global_batch_size not in one_pass:
         reason = f"training.global_batch_size = {config.training.global_batch_size} takes several"
-    elif any(phase.batch_size for phase in config.schedule.phase):
-        reason = "a schedule.phase sets a batch_size"
+    elif changed := [key for key in _SHAPES if any(getattr(p, key) for p in config.schedule.phase)]:
+        reason = f"a schedule.phase sets {changed[0]}"
     elif config.optimizer.early_step_in_backward:
         reason = "optimizer.early_step_in_backward changes what the pass does from step to step"
     if reason is not None:
@@ -365,24 +362,6 @@ def _check_cuda_graph(config: JobConfig, world_size: int, device_type: str) -> N
             "compile.cuda_graph = true is for one process on a CUDA GPU and one forward pass a "
             f"step, but {reason}; set it to false."
         )
-
-
-def _check_sequence(seq_len: int, degrees: Degrees) -> None:
-    """TP splits each rank's part of a sequence evenly; CP splits sequences into 2 x cp chunks, an
-    early and a late one for each rank, so that causal attention costs all ranks the same."""
-    tp, cp = degrees.tp, degrees.cp
-    unit = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
-    if seq_len % unit == 0:
-        return
-    of = {"context_parallel_degree": cp, "tensor_parallel_degree": tp}
-    names = [f"parallelism.{name} ({n})" for name, n in of.items() if n > 1]
-    split = "split" if len(names) > 1 else "splits"
-    below = seq_len // unit * unit
-    legal = nearest(seq_len, [n for n in (below, below + unit) if n])
-    raise UserError(
-        f"training.seq_len = {seq_len} must be a multiple of {unit}, so that {' and '.join(names)} "
-        f"{split} it evenly; set it to {legal}."
-    )
 
 
 def _check_async_tensor_parallel(config: JobConfig, device_type: str) -> None:

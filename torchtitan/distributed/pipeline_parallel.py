@@ -99,8 +99,11 @@ class _Stage(PipelineStage):
 class Pipeline:
     """This rank's stages and their schedule; `step` is a forward and backward pass of all ranks.
 
-    parts: of `cut_into_parts`, after parallelisation. Shapes of one sequence on this rank: tokens
-    (S,); hidden (S, `stage_channels`), in `dtype`, what travels between stages; logits (S, V).
+    parts: of `cut_into_parts`, after parallelisation. hidden, dtype: channels of a token, and their
+    type, as they travel between stages, where `split` ranks share the tokens of a sequence. vocab:
+    entries of the logits on this rank.
+
+    A schedule is made for the shape (B, S) of the inputs at the first pass of that shape.
     """
 
     def __init__(
@@ -110,41 +113,57 @@ class Pipeline:
         *,
         mesh: DeviceMesh,
         device: torch.device,
-        tokens: tuple[int],
-        hidden: tuple[int, int],
-        logits: tuple[int, int],
+        hidden: int,
+        vocab: int,
+        split: int,
         dtype: torch.dtype,
         loss_fn: LossFn,
         masks_of: Callable[[Tensor], Any],
     ) -> None:
         last = len(plan.stages) - 1
-        own = plan.stages_of(mesh.get_local_rank())
+        self._parts, self._plan, self._device = parts, plan, device
+        self._own = own = plan.stages_of(mesh.get_local_rank())
+        self._hidden, self._vocab, self._split, self._dtype = hidden, vocab, split, dtype
         self.has_first, self.has_last = 0 in own, last in own
         self._loss_fn = loss_fn
         self._masks_of = masks_of
         self._divisor: Tensor | None = None
-        self._group = group = mesh.get_group()
+        self._group = mesh.get_group()
+        self._schedules: dict[torch.Size, Any] = {}
+        for part in parts:
+            part.register_forward_pre_hook(self._make_masks, with_kwargs=True)
+
+    def forget_schedules(self) -> None:
+        """And the memory of their stages; for shapes that don't come again."""
+        self._schedules.clear()
+
+    def _schedule(self, shape: torch.Size) -> Any:
+        if shape not in self._schedules:
+            n = shape[0] // self._plan.microbatch_size
+            stages = self._make_stages(tokens=shape[1])
+            self._schedules[shape] = _make_schedule(stages, self._plan, n, self._loss)
+        return self._schedules[shape]
+
+    def _make_stages(self, tokens: int) -> list[PipelineStage]:
         # Without examples, torch would find the shapes by running the parts, and experts would
         # count tokens and send them.
-        B = plan.microbatch_size
-        at_first = torch.empty(B, *tokens, dtype=torch.int64, device="meta")
+        B, last, dtype = self._plan.microbatch_size, len(self._plan.stages) - 1, self._dtype
+        hidden, logits = (tokens // self._split, self._hidden), (tokens, self._vocab)
+        at_first = torch.empty(B, tokens, dtype=torch.int64, device="meta")
         between = torch.empty(B, *hidden, dtype=dtype, device="meta", requires_grad=True)
         at_last = torch.empty(B, *logits, dtype=dtype, device="meta", requires_grad=True)
-        stages = []
-        for part, index in zip(parts, own, strict=True):
-            part.register_forward_pre_hook(self._make_masks, with_kwargs=True)
-            stages.append(
-                _Stage(
-                    part,
-                    index,
-                    last + 1,
-                    device,
-                    input_args=at_first if index == 0 else between,
-                    output_args=at_last if index == last else between,
-                    group=group,
-                )
+        return [
+            _Stage(
+                part,
+                index,
+                last + 1,
+                self._device,
+                input_args=at_first if index == 0 else between,
+                output_args=at_last if index == last else between,
+                group=self._group,
             )
-        self._schedule = _make_schedule(stages, plan, self._loss)
+            for part, index in zip(self._parts, self._own, strict=True)
+        ]
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self._loss_fn(logits, labels) / self._divisor
@@ -160,13 +179,14 @@ class Pipeline:
         valid_tokens: of the whole step, what losses are divided by.
         """
         self._divisor = valid_tokens
-        return self._run(self._schedule.step, inputs)
+        return self._run(self._schedule(inputs.tokens.shape).step, inputs)
 
     def evaluate(self, inputs: StepInputs) -> Tensor:
         """The sum of this rank's losses (zero without the last stage), without gradients."""
         self._divisor = torch.ones((), device=inputs.labels.device)
-        with _forward_only(self._schedule):
-            return self._run(self._schedule.eval, inputs)
+        schedule = self._schedule(inputs.tokens.shape)
+        with _forward_only(schedule):
+            return self._run(schedule.eval, inputs)
 
     def _run(self, run: Callable[..., Any], inputs: StepInputs) -> Tensor:
         kwargs = {"token_mask": inputs.token_mask, "whole_tokens": inputs.whole_tokens}
@@ -219,10 +239,12 @@ def _forward_only(schedule: Any) -> Iterator[None]:
         schedule.pipeline_order_with_comms = order
 
 
-def _make_schedule(stages: list[PipelineStage], plan: PipelinePlan, loss_fn: LossFn) -> Any:
+def _make_schedule(
+    stages: list[PipelineStage], plan: PipelinePlan, num_microbatches: int, loss_fn: LossFn
+) -> Any:
     # scale_grads: the loss is divided by the tokens of the step already.
     options = {
-        "n_microbatches": plan.num_microbatches,
+        "n_microbatches": num_microbatches,
         "loss_fn": loss_fn,
         "scale_grads": False,
     }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import IterableDataset
 
-from torchtitan.components.dataloader import DATASET, POSITION, SKIPPED
+from torchtitan.components.dataloader import DATASET, POSITION, SKIPPED, Share
 from torchtitan.config.blend import Stretch
 from torchtitan.hf_datasets.lanes import START, Lane
 from torchtitan.hf_datasets.records import Skips
@@ -130,6 +130,11 @@ class BlendedDataset(IterableDataset):
             for key, value in dataset.identity().items():
                 identity[key if key in shared else f"training.blend.{name}: {key}"] = value
         return identity
+
+    def resize(self, share: Share, seq_len: int) -> None:
+        self.share = share
+        for dataset in self._datasets:
+            dataset.resize(share, seq_len)
 
     def start(self, consumed: int, lanes: dict[int, dict]) -> None:
         """Each `iter()` from now on begins behind `consumed` examples, at these positions."""

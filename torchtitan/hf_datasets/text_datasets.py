@@ -70,6 +70,9 @@ class TextDataset(IterableDataset):
             **self.source.identity(),
         }
 
+    def resize(self, share: Share, seq_len: int) -> None:
+        self.share, self.seq_len = share, seq_len
+
     def start(self, consumed: int, lanes: dict[int, dict]) -> None:
         """Each `iter()` from now on begins behind `consumed` examples, at these positions."""
         for lane, position in lanes.items():

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from torchtitan.components.dataloader import ParallelAwareDataLoader, Share, build_dataloader
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.config import JobConfig, Training
+from torchtitan.config import JobConfig, Training, run_schedule
 from torchtitan.config.blend import Stretch, blend_stretches
 from torchtitan.distributed.utils import sum_over_ranks
 from torchtitan.hf_datasets.blend import BlendedDataset, Turns
@@ -35,6 +35,7 @@ def check_training_data(training: Training, tokenizer: Tokenizer) -> None:
 def build_training_dataloader(
     config: JobConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_degree: int, seed: int
 ) -> ParallelAwareDataLoader:
+    """As the run begins; phases may `resize` it."""
     training = config.training
     if training.fim_rate > 0:
         rate, tokens = training.fim_rate, training.fim_tokens
@@ -61,7 +62,8 @@ def _build_blended(
     config: JobConfig, tokenizer: Tokenizer, share: Share, seed: int
 ) -> ParallelAwareDataLoader:
     """All datasets have as many lanes as suit the one that suits the fewest."""
-    training, stretches = config.training, blend_stretches(config)
+    training = config.training
+    stretches = blend_stretches(config, run_schedule(config, share.dp_degree))
     logger.info("Blend: %s", describe_blend(stretches, training))
     sources: dict[str, Source] = {}
     for part in training.blend:
@@ -101,7 +103,7 @@ def describe_blend(stretches: list[Stretch], training: Training) -> str:
         whole = sum(stretch.parts)
         pairs = zip((data.name for data in training.blend), stretch.parts, strict=True)
         shares = ", ".join(f"{name} {100 * part / whole:.4g} %" for name, part in pairs if part)
-        begin = f"from token {stretch.first * training.seq_len:,} on " if stretch.first else ""
+        begin = f"from token {stretch.tokens:,} on " if stretch.first else ""
         texts.append(begin + shares)
     return "; ".join(texts)
 

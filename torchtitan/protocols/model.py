@@ -185,6 +185,11 @@ class BaseModel(nn.Module):
         """Weights of losses, and speeds, that a phase of the run sets; `check_coefficients` has
         seen their names."""
 
+    def set_context(self, model_args: BaseModelArgs) -> None:
+        """Encode positions as `model_args` says, which may differ from the model's own in
+        max_seq_len and in how positions are scaled only."""
+        raise NotImplementedError
+
     def blocks(self) -> dict[str, nn.Module]:
         """All layers by name, those beside the main path included: the units in which weights are
         gathered, activations recomputed, and code compiled."""

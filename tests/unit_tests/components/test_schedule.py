@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_run import as_option, losses, records, tiny
-from torchtitan.components.schedule import Schedule
 from torchtitan.config import ConfigManager, JobConfig, Phase, validate
+from torchtitan.config.run_schedule import Now, RunSchedule
 from torchtitan.train import main
 
 
-def schedule_of(*phases: Phase) -> Schedule:
-    return Schedule(phases, lr=1.0, batch_size=4)
+def schedule_of(*phases: Phase) -> RunSchedule:
+    before = Now(0, "", lr=1.0, batch_size=4, seq_len=8, local_batch_size=2)
+    return RunSchedule(phases, before)
 
 
 def test_values_by_hand():
@@ -54,13 +55,25 @@ def test_the_batch_climbs_stairs_that_share_the_phase_evenly():
 def test_steps_are_counted_without_walking_through_them():
     stairs = {"batch_size_shape": "linear", "batch_size_step": 4}
     schedule = schedule_of(
-        Phase(tokens=1000), Phase(tokens=777, batch_size=16, **stairs), Phase(tokens=5000)
+        Phase(tokens=1000),
+        Phase(tokens=777, batch_size=16, **stairs),
+        Phase(tokens=9, batch_size=8, seq_len=32),
+        Phase(tokens=11, seq_len=10),  # the step of 256 tokens before it goes over its end
+        Phase(tokens=5000, batch_size=6),
     )
-    tokens = steps = 0
+    tokens = steps = sequences = 0
+    firsts, ends = {}, [0, 1000, 1777, 1786, 1797]
     while tokens < schedule.tokens:
-        tokens += schedule.at(tokens).batch_size * 8
+        now = schedule.at(tokens)
+        for _ in range(now.batch_size):
+            for phase, end in enumerate(ends):
+                if tokens >= end:
+                    firsts.setdefault(phase, sequences)
+            tokens += now.seq_len
+            sequences += 1
         steps += 1
-    assert schedule.num_steps(seq_len=8) == steps
+    assert schedule.num_steps() == steps
+    assert schedule.first_sequences() == list(firsts.values())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -68,16 +81,11 @@ def test_steps_are_counted_without_walking_through_them():
 # ---------------------------------------------------------------------------------------------
 
 
-def published() -> tuple[Schedule, JobConfig]:
+def published() -> tuple[RunSchedule, JobConfig]:
     file = Path("train_configs/deepseek_v3_671b.toml")
     config = ConfigManager().parse_args([f"--job.config_file={file}"])
     validate(config, world_size=1024)
-    schedule = Schedule(
-        config.schedule.phase,
-        lr=config.optimizer.lr,
-        batch_size=config.training.global_batch_size,
-    )
-    return schedule, config
+    return RunSchedule.of(config, config.training.global_batch_size), config
 
 
 @pytest.mark.parametrize(
@@ -105,7 +113,7 @@ def test_671b_is_the_report(tokens, lr, batch_size, coefficients):
 def test_671b_ends_with_its_phases_after_14_8_trillion_tokens():
     schedule, config = published()
     assert schedule.tokens == 14.8e12
-    assert schedule.num_steps(seq_len=4096) == config.training.steps
+    assert schedule.num_steps() == config.training.steps
 
 
 # ---------------------------------------------------------------------------------------------

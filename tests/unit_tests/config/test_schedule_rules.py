@@ -46,8 +46,6 @@ def test_decay_and_phases_exclude_each_other():
         ("[[schedule.phase]]\nlr = 1", "phase 1: tokens is missing"),
         ("[[schedule.phase]]\ntokens = 'x'", 'phase 1: tokens = "x" must be a number'),
         ("[schedule]\nphase = 3", "must be a list of tables, for example"),
-        ("[[schedule.phase]]\ntokens = 1\nseq_len = 32768", "a run has one sequence length"),
-        ("[[schedule.phase]]\ntokens = 1\nyarn = 'on'", "checkpoint.initial_load_path"),
     ],
 )
 def test_a_wrong_table_is_one_sentence(toml, text, sentence):

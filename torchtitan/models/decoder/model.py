@@ -157,6 +157,10 @@ class Decoder(KeepsBufferDtypes, BaseModel):
         for moe in self.moe_layers().values():
             moe.set_coefficients(values)
 
+    def set_context(self, model_args: DecoderArgs) -> None:
+        self.model_args = model_args
+        self.rope = self.make_rope_table().to(self.rope.device)
+
     def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
         attentions = [layer.attention for layer in self.layers.values()]
         return caching(attentions, lambda each: self.cached_attend(each, batch_size, length))

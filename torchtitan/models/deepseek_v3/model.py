@@ -156,6 +156,12 @@ class DeepSeekV3Model(Decoder):
             args.qk_rope_head_dim, args.max_seq_len, args.rope_theta, args.yarn_scaling
         )
 
+    def set_context(self, model_args: DeepSeekV3ModelArgs) -> None:
+        super().set_context(model_args)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.softmax_scale = model_args.softmax_scale
+
     def forward(
         self,
         tokens: Tensor,

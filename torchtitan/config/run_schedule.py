@@ -8,24 +8,39 @@ as the config says, and `lr_scheduler` shapes the learning rate.
     batch size      in stairs of equal height, so that the layout can't change the sizes; the sizes
                     from first to last share the phase evenly (first: training.global_batch_size)
     coefficients    constant in a phase (first: those of the model arguments)
+    sequences       length, number in one forward pass, YaRN: constant in a phase (first: [training]
+                    and the model arguments)
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
-from torchtitan.config import Phase
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.recipe import Phase
+
+
+class Sequences(NamedTuple):
+    """What a forward pass takes. yarn: None is the model's own."""
+
+    seq_len: int
+    local_batch_size: int
+    yarn: str | None
 
 
 @dataclass(frozen=True)
 class Now:
-    """The values of one optimizer step. phase: from 1, 0 without phases. A coefficient that is None
-    is the model's own."""
+    """The values of one optimizer step. phase: from 1, 0 without phases. A coefficient that is
+    None, or yarn, is the model's own."""
 
     phase: int
     name: str
     lr: float
     batch_size: int
+    seq_len: int
+    local_batch_size: int
+    yarn: str | None = None
     load_balance_coeff: float | None = None
     sequence_balance_coeff: float | None = None
     global_balance_coeff: float | None = None
@@ -36,20 +51,27 @@ class Now:
         return f"{self.phase} '{self.name}'" if self.name else str(self.phase)
 
     @property
+    def sequences(self) -> Sequences:
+        return Sequences(self.seq_len, self.local_batch_size, self.yarn)
+
+    @property
     def coefficients(self) -> dict[str, float]:
         """Those that some phase up to now has set."""
         values = {name: getattr(self, name) for name in COEFFICIENTS}
         return {name: value for name, value in values.items() if value is not None}
 
     def describe(self) -> str:
-        parts = [f"learning rate {self.lr:.3g}", f"{self.batch_size} sequences a step"]
+        sequences = f"{self.batch_size} sequences of {self.seq_len} tokens a step"
+        parts = [f"learning rate {self.lr:.3g}", sequences]
+        parts += [f'yarn "{self.yarn}"'] if self.yarn else []
         return ", ".join(parts + [f"{name} {v:g}" for name, v in self.coefficients.items()])
 
     def numbers(self) -> dict[str, float]:
         """For the log; nothing without phases."""
         if not self.phase:
             return {}
-        return {"phase": self.phase, "batch_size": self.batch_size, **self.coefficients}
+        sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
+        return {"phase": self.phase, **sizes, **self.coefficients}
 
 
 COEFFICIENTS = (
@@ -65,19 +87,32 @@ def coefficients_set(phases: Sequence[Phase]) -> set[str]:
     return {n for phase in phases for n in COEFFICIENTS if getattr(phase, n) is not None}
 
 
-class Schedule:
-    """lr, batch_size: of the run before its first phase."""
+class RunSchedule:
+    """before: of the run before its first phase."""
 
-    def __init__(self, phases: Sequence[Phase], *, lr: float, batch_size: int):
+    def __init__(self, phases: Sequence[Phase], before: Now):
         self.phases = list(phases)
-        self._before = [Now(0, "", lr, batch_size)]  # the values at the end of each phase
+        self._before = [before]  # the values at the end of each phase
         for n, phase in enumerate(self.phases, start=1):
             self._before.append(_entered(self._before[-1], phase, n))
+
+    @classmethod
+    def of(cls, config: JobConfig, batch_size: int) -> Self:
+        """batch_size: of the first step, resolved."""
+        training = config.training
+        sizes = {"seq_len": training.seq_len, "local_batch_size": training.local_batch_size}
+        before = Now(0, "", config.optimizer.lr, batch_size, **sizes)
+        return cls(config.schedule.phase, before)
 
     @property
     def tokens(self) -> float:
         """Of all phases."""
         return sum(phase.tokens for phase in self.phases)
+
+    @property
+    def ends(self) -> list[Now]:
+        """What holds before the first phase, and at the end of each."""
+        return list(self._before)
 
     def at(self, tokens: int) -> Now:
         """For the step that has `tokens` behind it. After the last phase its end holds."""
@@ -88,26 +123,47 @@ class Schedule:
             start += phase.tokens
         return self._before[-1]
 
-    def num_steps(self, seq_len: int) -> int:
+    def num_steps(self) -> int:
         """Optimizer steps until the phases are over."""
-        tokens = steps = 0
+        return sum(number for number, _, _ in self._stretches())
+
+    def first_sequences(self) -> list[int]:
+        """For each phase the number, from 0, of the run's first sequence that has all tokens of the
+        phases before it behind it; it may be in the middle of a step of the phase before."""
+        firsts: list[int] = []
+        stretches, seq_len = self._stretches(), self._before[0].seq_len
+        began = sequences, tokens = 0, 0  # of the last stretch; behind it
         end = 0.0
+        for phase in self.phases:
+            while tokens < end:
+                began = sequences, tokens
+                number, batch_size, seq_len = next(stretches)
+                sequences += number * batch_size
+                tokens += number * batch_size * seq_len
+            firsts.append(began[0] + math.ceil((end - began[1]) / seq_len))
+            end += phase.tokens
+        return firsts
+
+    def _stretches(self) -> Iterator[tuple[int, int, int]]:
+        """The run's steps, until the phases are over: how many are alike, their batch size and
+        sequence length. None goes on over the end of a phase but with its last step."""
+        tokens, end = 0, 0.0
         for phase in self.phases:
             end += phase.tokens
             while tokens < end:
-                tokens_of_step = self.at(tokens).batch_size * seq_len
+                now = self.at(tokens)
+                tokens_of_step = now.batch_size * now.seq_len
                 alike = phase.batch_size_shape == "constant"
                 number = math.ceil((end - tokens) / tokens_of_step) if alike else 1
+                yield number, now.batch_size, now.seq_len
                 tokens += number * tokens_of_step
-                steps += number
-        return steps
 
 
 def _entered(before: Now, phase: Phase, number: int) -> Now:
     """The values at the end of the phase."""
     named = {
         name: getattr(phase, name)
-        for name in ("lr", "batch_size", *COEFFICIENTS)
+        for name in ("lr", "batch_size", *Sequences._fields, *COEFFICIENTS)
         if getattr(phase, name) is not None
     }
     return replace(before, phase=number, name=phase.name, **named)

@@ -1,0 +1,115 @@
+"""The forward and backward pass over a micro-batch, in any layout: of one model, or of the parts of
+a pipeline; over whole sequences, or over this rank's part of each.
+
+Shapes come with the batch; nothing here is made for one length of sequences.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtitan.build import build_pipeline
+from torchtitan.components.loss import IGNORE_INDEX, build_loss
+from torchtitan.config import JobConfig
+from torchtitan.config.pipeline import PipelinePlan
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.context_parallel import positions_of_this_rank
+from torchtitan.distributed.pipeline_parallel import StepInputs
+from torchtitan.protocols.model import BaseModel
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+class Passes:
+    """parts, plan: of `build_model`, with a pipeline."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        model: BaseModel,
+        dims: ParallelDims,
+        device: torch.device,
+        *,
+        eos_id: int | None,
+        parts: list[BaseModel],
+        plan: PipelinePlan | None,
+    ) -> None:
+        self.model, self.dims, self.device, self.eos_id = model, dims, device, eos_id
+        parallelism, compiler = config.parallelism, config.compile
+        self._gathers_keys = parallelism.context_parallel_rotate_method == "allgather"
+        # The model's own loss holds no logits; a CPU has the memory, and one GEMM is its fastest.
+        # Split logits, pipelines and further tokens' losses have losses of their own.
+        self._model_has_loss = (
+            model.computes_loss
+            and device.type != "cpu"
+            and dims.tp == 1
+            and plan is None
+            and not model.model_args.has_side_losses
+        )
+        self.loss_fn = build_loss(dims, disable_loss_parallel=parallelism.disable_loss_parallel)
+        if compiler.enable and "loss" in compiler.components:
+            self.loss_fn = torch.compile(self.loss_fn, backend=compiler.backend)
+        self.pipeline = None
+        if plan is not None:
+            how = {"device": device, "loss_fn": self.loss_fn, "masks_of": self.masks}
+            args = model.model_args
+            self.pipeline = build_pipeline(config, args, dims, parts, plan, **how)
+        self._positions: dict[int, Tensor | None] = {}
+
+    def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
+        """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
+        self.model.set_tokens_in_step(valid_tokens)
+        inputs = self.inputs(batch)
+        if self.pipeline is not None:
+            return self.pipeline.step(inputs, valid_tokens)
+        return self.backward(inputs, self.masks(batch[0]["input"]), valid_tokens)
+
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Over this rank's valid labels of a batch, and how many these are."""
+        inputs = self.inputs(batch)
+        count = inputs.token_mask.sum()
+        if self.pipeline is not None:
+            return self.pipeline.evaluate(inputs), count
+        return self._loss_sum(inputs, self.masks(batch[0]["input"])), count
+
+    def inputs(self, batch: Batch) -> StepInputs:
+        """On the device; with context parallelism, this rank's part of each sequence."""
+        tokens, labels = batch[0]["input"].to(self.device), batch[1].to(self.device)
+        whole, here = tokens, self._positions_in(tokens)
+        extra = self.model.extra_inputs(tokens, labels, self.eos_id, here)
+        positions = None
+        if here is not None:
+            tokens, labels = tokens[:, here], labels[:, here]
+            positions = here.unsqueeze(0)
+        return StepInputs(tokens, labels, whole, positions, labels != IGNORE_INDEX, extra)
+
+    def masks(self, tokens: Tensor) -> Any:
+        """Of whole sequences; with gathered keys, for the positions that this rank computes."""
+        queries = self._positions_in(tokens) if self._gathers_keys else None
+        return self.model.get_attention_masks(tokens, self.eos_id, queries, self.device)
+
+    def backward(self, inputs: StepInputs, masks: Any, valid_tokens: Tensor) -> Tensor:
+        """The loss, whose gradients are then there."""
+        loss = self._loss_sum(inputs, masks) / valid_tokens
+        loss.backward()
+        return loss.detach()
+
+    def _positions_in(self, tokens: Tensor) -> Tensor | None:
+        """Of this rank in whole sequences, with context parallelism."""
+        seq_len = tokens.size(1)
+        if seq_len not in self._positions:
+            self._positions[seq_len] = positions_of_this_rank(self.dims, seq_len, self.device)
+        return self._positions[seq_len]
+
+    def _loss_sum(self, inputs: StepInputs, masks: Any) -> Tensor:
+        out = self.model(
+            inputs.tokens,
+            attention_masks=masks,
+            positions=inputs.positions,
+            token_mask=inputs.token_mask,
+            **({"labels": inputs.labels} if self._model_has_loss else {}),
+            **inputs.extra,
+        )
+        # The logits, the largest activation, are freed as soon as their gradient is there.
+        return out if self._model_has_loss else self.loss_fn(out, inputs.labels)
