@@ -149,6 +149,7 @@ def build_pipeline(
         vocab=model_args.vocab_size // vocab_parts,
         split=dims.tp,
         dtype=TORCH_DTYPES[config.training.mixed_precision_param],
+        overlap=config.parallelism.pipeline_parallel_expert_parallel_overlap and dims.ep > 1,
         **how,
     )
 

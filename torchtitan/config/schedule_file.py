@@ -19,7 +19,7 @@ from torchtitan.tools.errors import UserError
 
 KEY = "parallelism.pipeline_parallel_schedule_csv"
 _PASS = re.compile(r"(\d+)([FBIW])(\d+)")
-_PAIR = re.compile(r"\((\d+[FBIW]\d+);(\d+[FBIW]\d+)\)OVERLAP_F_B")
+_PAIR = re.compile(r"\((\d+F\d+);(\d+[BI]\d+)\)OVERLAP_F_B")
 
 
 class Pass(NamedTuple):

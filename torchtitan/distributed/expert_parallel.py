@@ -23,12 +23,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import (
-    all_to_all_single,
-    all_to_all_single_autograd,
-)
+from torch.distributed._functional_collectives import all_to_all_single
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from torchtitan.distributed.exchange import Exchange
+from torchtitan.distributed.overlap import give_way
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import gather, reduce_scatter
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
@@ -154,19 +153,27 @@ class Hop:
         weights_RK = expand_rows(rows.weights_PK, order)
         # One message for both: expert ids are exact in fp32.
         slots = torch.cat((weights_RK, ids_RK.to(weights_RK.dtype)), dim=1)
-        slots = self._exchange(slots, received, sent)
-        x = self._exchange(expand_rows(rows.x_PD, order), received, sent)
+        slots, x = self._exchange([slots, expand_rows(rows.x_PD, order)], received, sent)
         weights, ids = slots.chunk(2, dim=1)
         arrived = Rows(x, ids.detach().long(), weights)
         return arrived, HopRecord(order, sent, received)
 
     def back(self, x_PD: Tensor, record: HopRecord) -> Tensor:
         """Return the rows that came with `go` to their senders, and sum there."""
-        x_RD = self._exchange(x_PD, record.sent, record.received)
+        (x_RD,) = self._exchange([x_PD], record.sent, record.received)
         return reduce_rows(x_RD, record.order)
 
-    def _exchange(self, x: Tensor, received: list[int], sent: list[int]) -> Tensor:
-        return all_to_all_single_autograd(x.contiguous(), received, sent, self.group)
+    def _exchange(
+        self, tensors: list[Tensor], received: list[int], sent: list[int]
+    ) -> list[Tensor]:
+        """They travel at the same time, which is another pass's turn to work (overlap.py)."""
+        last = len(tensors) - 1
+        exchanges = [
+            Exchange(received, sent, self.group, yields=i == last) for i in range(len(tensors))
+        ]
+        travelling = [each.start(x) for each, x in zip(exchanges, tensors, strict=True)]
+        give_way()
+        return [each.finish(x) for each, x in zip(exchanges, travelling, strict=True)]
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         """counts: (size, …) int64, a line for each rank. Returns what the others had for us."""

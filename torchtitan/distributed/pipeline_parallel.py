@@ -8,6 +8,7 @@ what initialisation, optimizer and checkpoints see; a *part* is the same module 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +17,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
+    FULL_BACKWARD,
+    OVERLAP_F_B,
     PipelineScheduleMulti,
     _Action,
+    _PipelineContext,
     _PipelineScheduleRuntime,
+    _wait_batch_p2p,
     get_schedule_class,
 )
 
 from torchtitan.config.pipeline import ENDS, PipelinePlan
+from torchtitan.distributed.overlap import by_turns
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.logging import logger
 
@@ -101,7 +107,7 @@ class Pipeline:
 
     parts: of `cut_into_parts`, after parallelisation. hidden, dtype: channels of a token, and their
     type, as they travel between stages, where `split` ranks share the tokens of a sequence. vocab:
-    entries of the logits on this rank.
+    entries of the logits on this rank. overlap: pairs of passes go by turns (overlap.py).
 
     A schedule is made for the shape (B, S) of the inputs at the first pass of that shape.
     """
@@ -119,6 +125,7 @@ class Pipeline:
         dtype: torch.dtype,
         loss_fn: LossFn,
         masks_of: Callable[[Tensor], Any],
+        overlap: bool,
     ) -> None:
         last = len(plan.stages) - 1
         self._parts, self._plan, self._device = parts, plan, device
@@ -127,6 +134,7 @@ class Pipeline:
         self.has_first, self.has_last = 0 in own, last in own
         self._loss_fn = loss_fn
         self._masks_of = masks_of
+        self._overlap = overlap
         self._divisor: Tensor | None = None
         self._group = mesh.get_group()
         self._schedules: dict[torch.Size, Any] = {}
@@ -141,7 +149,10 @@ class Pipeline:
         if shape not in self._schedules:
             n = shape[0] // self._plan.microbatch_size
             stages = self._make_stages(tokens=shape[1])
-            self._schedules[shape] = _make_schedule(stages, self._plan, n, self._loss)
+            schedule = _make_schedule(stages, self._plan, n, self._loss)
+            if self._overlap:
+                schedule.register_custom_function(OVERLAP_F_B, _overlap)
+            self._schedules[shape] = schedule
         return self._schedules[shape]
 
     def _make_stages(self, tokens: int) -> list[PipelineStage]:
@@ -194,6 +205,7 @@ class Pipeline:
         if inputs.positions is not None:
             kwargs["positions"] = inputs.positions.expand_as(inputs.tokens).contiguous()
         args = (inputs.tokens,) if self.has_first else ()
+        kwargs["return_outputs"] = False  # the logits of all micro-batches
         if not self.has_last:
             run(*args, **kwargs)
             return torch.zeros((), device=inputs.labels.device)
@@ -258,3 +270,50 @@ def _make_schedule(
         return schedule
     cls = get_schedule_class(plan.schedule)
     return cls(stages if issubclass(cls, PipelineScheduleMulti) else stages[0], **options)
+
+
+def _overlap(pair: _Action, context: _PipelineContext) -> None:
+    """The forward pass of a micro-batch through one stage, the backward pass of another through
+    another, by turns."""
+    forward, backward = pair.sub_actions
+    run = partial(_run_forward, forward, context), partial(_run_backward, backward, context)
+    if forward.stage_index == backward.stage_index:  # FSDP knows one pass of a module at a time
+        run[0]()
+        run[1]()
+    else:
+        by_turns(*run)
+
+
+def _run_forward(action: _Action, context: _PipelineContext) -> None:
+    """As torch's schedules do it, which keep it to themselves; so the next function."""
+    schedule, microbatch = context.schedule_ref, action.microbatch_index
+    stages = {stage.stage_index: stage for stage in schedule._stages}
+    stage = stages[action.stage_index]
+    schedule._assert_unsharded(stage)
+    if not stage.is_first and stage.stage_index - 1 not in stages:
+        _wait_batch_p2p(schedule.fwd_recv_ops.pop((stage.stage_index, microbatch)))
+    args, kwargs = context.arg_mbs[microbatch], context.kwarg_mbs[microbatch]
+    output = stage.forward_one_chunk(microbatch, args, kwargs, save_forward_output=False)
+    schedule._maybe_compute_loss(stage, output, context.target_mbs, microbatch)
+    if behind := stages.get(stage.stage_index + 1):
+        behind.set_local_fwd_input(output, microbatch)
+
+
+def _run_backward(action: _Action, context: _PipelineContext) -> None:
+    schedule, microbatch = context.schedule_ref, action.microbatch_index
+    stages = {stage.stage_index: stage for stage in schedule._stages}
+    stage = stages[action.stage_index]
+    schedule._assert_unsharded(stage)
+    if not stage.is_last and stage.stage_index + 1 not in stages:
+        _wait_batch_p2p(schedule.bwd_recv_ops.pop((stage.stage_index, microbatch)))
+    whole = action.computation_type == FULL_BACKWARD
+    schedule.backward_counter[stage.stage_index] += whole
+    is_last = schedule.backward_counter[stage.stage_index] == schedule._n_microbatches
+    stage.backward_one_chunk(
+        microbatch,
+        loss=schedule._maybe_get_loss(stage, microbatch),
+        full_backward=whole,
+        last_backward=whole and is_last,
+    )
+    if before := stages.get(stage.stage_index - 1):
+        before.set_local_bwd_input(stage.get_local_bwd_output(microbatch), microbatch)

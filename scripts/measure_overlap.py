@@ -1,0 +1,129 @@
+"""What it saves that two passes go by turns (`pipeline_parallel_expert_parallel_overlap`).
+
+    torchrun --nproc_per_node 2 scripts/measure_overlap.py --model.flavor 16B \
+        --model.args.n_layers 4 --parallelism.expert_parallel_degree 2 [any option of a run]
+
+Each rank has two models, as it has two stages in DualPipeV, and repeats that schedule's pair: the
+forward pass of a micro-batch through one, the backward pass of another through the other. Pairs are
+timed one after the other and by turns, in one process, alternately; beside them stands the time
+that the all-to-all kernels of a pair take. `--pairs`: of each measurement.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from torchtitan.build import build_model, build_parallel_dims
+from torchtitan.check_config import check_config
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.distributed.overlap import by_turns
+from torchtitan.distributed.utils import init_distributed
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.utils import local_device
+
+WARMUP, ROUNDS = 6, 5
+
+
+class Pairs:
+    """`run` does the next pair: forward through the model that has no pass waiting for its backward
+    pass, backward through the one that has."""
+
+    def __init__(self, config: JobConfig, device: torch.device):
+        spec, args, _ = check_config(config)
+        dims = build_parallel_dims(config)
+        self.models = [build_model(spec, args, dims, config, device)[0] for _ in range(2)]
+        for model in self.models:  # as for all micro-batches of a pipeline but the last
+            model.set_requires_gradient_sync(False)
+            model.set_is_last_backward(False)
+            model.set_reshard_after_backward(False)
+            model.set_tokens_in_step(torch.ones((), device=device))
+        shape = config.training.local_batch_size, config.training.seq_len
+        self.tokens = torch.randint(0, args.vocab_size, shape, device=device)
+        self.waiting = self._forward(0)
+        self.next = 1
+
+    def run(self, together: Callable[[Callable, Callable], None]) -> None:
+        loss = []
+        together(lambda: loss.append(self._forward(self.next)), self.waiting.backward)
+        (self.waiting,) = loss
+        self.next = 1 - self.next
+
+    def _forward(self, which: int) -> torch.Tensor:
+        mask = torch.ones_like(self.tokens, dtype=torch.bool)
+        return self.models[which](self.tokens, token_mask=mask, labels=self.tokens)
+
+
+def one_after_the_other(first: Callable[[], None], second: Callable[[], None]) -> None:
+    first()
+    second()
+
+
+def milliseconds(pairs: Pairs, together: Callable, count: int) -> float:
+    """Of a pair, on the slowest rank."""
+    _wait()
+    began = time.perf_counter()
+    for _ in range(count):
+        pairs.run(together)
+    _wait()
+    seconds = torch.tensor((time.perf_counter() - began) / count, device=local_device())
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return 1e3 * seconds.item()
+
+
+def exchange_milliseconds(pairs: Pairs) -> float | None:
+    """What the kernels of a pair's all-to-alls take on this rank, waiting for others included."""
+    if not torch.cuda.is_available():
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(2):
+            pairs.run(one_after_the_other)
+        _wait()
+    spent = [e.self_device_time_total for e in profiler.key_averages() if "SendRecv" in e.key]
+    return sum(spent) / 2 / 1e3
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
+def main(argv: list[str] | None = None) -> int:
+    init_logger()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
+    parser.add_argument("--pairs", type=int, default=10)
+    options, others = parser.parse_known_args(argv)
+    device = local_device()
+    try:
+        config = ConfigManager().parse_args([*others, "--activation_checkpoint.mode=none"])
+        leave = init_distributed(config.comm, device, config.job.dump_folder)
+        pairs = Pairs(config, device)
+    except UserError as error:
+        logger.error("%s", error)
+        return 2
+    kinds = {"one after the other": one_after_the_other, "by turns": by_turns}
+    for together in kinds.values():
+        milliseconds(pairs, together, WARMUP)
+    found: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(ROUNDS):
+        for name, together in kinds.items():
+            found[name].append(milliseconds(pairs, together, options.pairs))
+    row = {f"{name}, ms a pair": statistics.median(times) for name, times in found.items()}
+    row["all-to-all kernels, ms a pair"] = exchange_milliseconds(pairs)
+    row["all rounds"] = found
+    if dist.get_rank() == 0:
+        print(json.dumps(row, indent=1))
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

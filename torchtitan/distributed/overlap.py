@@ -1,0 +1,81 @@
+"""Two passes by turns: while one waits for what travels, the other computes.
+
+Each pass runs in a thread of its own, but never at the same time: a pass gives way where it has
+just started an exchange (`give_way`), and goes on when the other gives way or ends. Both use one
+stream, so what a GPU sees is one sequence of kernels, in which the other's work stands between the
+start of an exchange and the first use of its result. The turns depend on the order of the program
+alone, so all ranks start their collectives in the same order.
+
+Like DeepSeek's DualPipe (arXiv 2412.19437, section 3.2.1), where the passes are the forward pass of
+one micro-batch and the backward pass of another.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_turns: "_Turns | None" = None
+
+
+def give_way() -> None:
+    """An exchange is under way: let the other pass work, if there is one."""
+    if _turns is not None:
+        _turns.give_way()
+
+
+def by_turns(first: Callable[[], Any], second: Callable[[], Any]) -> None:
+    """Run both to their end; `second` in this thread. Raises what either has raised."""
+    global _turns
+    assert _turns is None, "passes by turns inside of passes by turns"
+    _turns = _Turns()
+    try:
+        _turns.run(first, second)
+    finally:
+        _turns = None
+
+
+class _Turns:
+    def __init__(self) -> None:
+        # Whoever holds its own may run; index 0 is the first pass.
+        self._may_run = (threading.Semaphore(0), threading.Semaphore(0))
+        self._ended = [False, False]
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def run(self, first: Callable[[], Any], second: Callable[[], Any]) -> None:
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = threading.Thread(target=self._run_first, args=(first, device))
+        self._thread.start()
+        self._may_run[0].release()
+        self._may_run[1].acquire()
+        try:
+            second()
+        finally:
+            self._end(1)
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run_first(self, first: Callable[[], Any], device: int | None) -> None:
+        if device is not None:  # each thread has a current device of its own
+            torch.cuda.set_device(device)
+        self._may_run[0].acquire()
+        try:
+            first()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._end(0)
+
+    def give_way(self) -> None:
+        # The second pass may be in a thread of autograd's.
+        me = 0 if threading.current_thread() is self._thread else 1
+        if not self._ended[1 - me]:
+            self._may_run[1 - me].release()
+            self._may_run[me].acquire()
+
+    def _end(self, me: int) -> None:
+        self._ended[me] = True
+        self._may_run[1 - me].release()
