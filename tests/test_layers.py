@@ -20,8 +20,9 @@ HEIGHT = {
     "check_config": 6,
     "build": 6,
     "report": 6,
-    "trainer": 7,
-    "train": 8,
+    "passes": 7,
+    "trainer": 8,
+    "train": 9,
 }
 # What families share, each on those before it.
 SHARED = ("moe", "decoder")

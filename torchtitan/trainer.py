@@ -162,7 +162,7 @@ class Trainer:
         self.working = build_working_weights(
             self.model,
             config,
-            dist.get_world_size(),
+            self.dims,
             # A batch that grows takes several micro-batches sooner or later.
             several_passes=self.accumulation > 1 or bool(self.schedule.phases),
         )

@@ -2,8 +2,8 @@
 
 torch's fused kernels want weights, gradients and states of one type. Here gradients may be bf16
 beside fp32 weights, the clipping factor is applied on the way, and the new weight is written to its
-working copy too. Parameter groups and states are those of torch's AdamW, so that checkpoints don't
-tell one from the other.
+working copy too. Of DTensors each rank updates what it holds. Parameter groups and states are those
+of torch's AdamW, so that checkpoints don't tell one from the other.
 """
 
 from collections.abc import Iterable
@@ -14,6 +14,7 @@ from torch.optim import AdamW
 
 from torchtitan.components.working_weights import WorkingWeights
 from torchtitan.ops.adamw import adamw_update, step_numbers
+from torchtitan.ops.grouped_mm import local_part
 
 
 class FusedAdam(AdamW):
@@ -29,7 +30,7 @@ class FusedAdam(AdamW):
         params: Iterable[dict[str, object]],
         *,
         decoupled: bool,
-        working: WorkingWeights,
+        working: WorkingWeights | None = None,
         early_step: bool = False,
         **settings: object,
     ):
@@ -107,16 +108,15 @@ class FusedAdam(AdamW):
 
     def _update(self, param: nn.Parameter) -> None:
         state, group = self.state[param], self.param_groups[self._group_of[param]]
+        working = self._working
         adamw_update(
-            param,
-            param.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            *map(local_part, (param, param.grad, state["exp_avg"], state["exp_avg_sq"])),
             self._numbers[self._row_of[param]],
-            copy=self._working.copy_of(param),
+            copy=None if working is None else working.copy_of(param),
             factor=self.grad_factor,
             betas=group["betas"],
             eps=group["eps"],
             l2=0.0 if self._decoupled else group["weight_decay"],
         )
-        self._working.written(param)
+        if working is not None:
+            working.written(param)

@@ -82,7 +82,9 @@ def build_optimizer(
             f"optimizer.name = {name!r} is not known; choose one of {', '.join(_OPTIMIZERS)}, Muon"
         )
     settings = {"lr": lr, "betas": (beta1, beta2), "eps": eps}
-    if working is not None and implementation == "fused":
+    # torch's own kernel is the faster one on a CPU; it takes one type only.
+    on_gpu = all(p.device.type == "cuda" for group in groups for p in group["params"])
+    if implementation == "fused" and (on_gpu or working is not None):
         return FusedAdam(
             groups,
             decoupled=name == "AdamW",

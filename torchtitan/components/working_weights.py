@@ -8,17 +8,24 @@ Without copies, every forward pass of every micro-batch would cast all weights a
 Where a module names weights in `fused_weights`, their copies are one tensor, so that one GEMM does
 for all. With parameters of the compute type the fused tensor takes their place in memory.
 
-For one process. With several, FSDP keeps fp32 shards and gathers them in bf16, to the same effect.
+For one process, and for experts that no other rank has (FSDP leaves them alone; they are DTensors,
+of which this rank's part is meant here). Of all other weights FSDP keeps fp32 shards and gathers
+them in bf16, to the same effect.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.fsdp import experts_alone
+from torchtitan.ops.grouped_mm import local_part
+from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.utils import TORCH_DTYPES
 
 
@@ -34,29 +41,38 @@ class _Fused:
     dim: int
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return tensor.split([p.size(self.dim) for p in self.params], self.dim)
+        return tensor.split([local_part(p).size(self.dim) for p in self.params], self.dim)
 
 
 class WorkingWeights:
-    """Gives every parameter of `model` its working copy; call last, after weights are filled.
+    """Gives every parameter of `modules` its working copy; call last, after weights are filled.
+    root: what is called for a forward pass.
 
     fp32_grads: hand gradients to the parameters in fp32, and add up micro-batches there; otherwise
     in `dtype` as the kernels made them, good for one micro-batch.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, *, fp32_grads: bool):
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        dtype: torch.dtype,
+        *,
+        root: nn.Module,
+        fp32_grads: bool,
+    ):
         self.fp32_grads = fp32_grads
         self.after_grad: Callable[[nn.Parameter], None] | None = None
         self._fused: list[_Fused] = []
         self._copy_of: dict[nn.Parameter, Tensor] = {}
         self._seen_version: dict[nn.Parameter, int] = {}
-        for module in model.modules():
+        modules = list(modules)
+        for module in modules:
             for name, (parts, dim) in getattr(module, "fused_weights", {}).items():
                 self._add(module, name, [module.get_parameter(part) for part in parts], dim, dtype)
-        for module in model.modules():
+        for module in modules:
             for name, param in module.named_parameters(recurse=False):
                 self._add_single(module, name, param, dtype)
-        model.register_forward_pre_hook(lambda *_: self.refresh())
+        root.register_forward_pre_hook(lambda *_: self.refresh())
 
     def _add(
         self,
@@ -66,13 +82,13 @@ class WorkingWeights:
         dim: int,
         dtype: torch.dtype,
     ) -> None:
-        tensor = torch.cat([p.detach().to(dtype) for p in params], dim)
+        tensor = torch.cat([local_part(p.detach()).to(dtype) for p in params], dim)
         fused = _Fused(tensor.requires_grad_(), params, dim)
         for p, part in zip(params, fused.parts(tensor.detach()), strict=True):
             if p.dtype == dtype:
                 p.data = part  # nothing to keep beside it
             self._copy_of[p] = part
-            self._seen_version[p] = p._version
+            self._seen_version[p] = _version(p)
             p.grad_dtype = torch.float32 if self.fp32_grads else dtype
         tensor.register_post_accumulate_grad_hook(self._hook(len(self._fused)))
         self._fused.append(fused)
@@ -105,11 +121,11 @@ class WorkingWeights:
         for p, part in zip(fused.params, fused.parts(grad), strict=True):
             if not self.fp32_grads:
                 assert p.grad is None, "gradients of several micro-batches need fp32_grads"
-                p.grad = part
+                p.grad = _placed_as(p, part)
             elif p.grad is None:
-                p.grad = part.float()
+                p.grad = _placed_as(p, part.float())
             else:
-                p.grad += part
+                local_part(p.grad).add_(part)
             self._call_after_grad(p)
 
     def _call_after_grad(self, param: nn.Parameter) -> None:
@@ -119,38 +135,67 @@ class WorkingWeights:
     def copy_of(self, param: nn.Parameter) -> Tensor | None:
         """Where an optimizer should write the new weight as well; None = nowhere."""
         copy = self._copy_of.get(param)
-        return None if copy is None or copy.data_ptr() == param.data_ptr() else copy
+        if copy is None or copy.data_ptr() == local_part(param).data_ptr():
+            return None
+        return copy
 
     def written(self, param: nn.Parameter) -> None:
         """The copy is already that of the parameter as it is now."""
-        self._seen_version[param] = param._version
+        self._seen_version[param] = _version(param)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy what has changed since: loaded weights, or an optimizer that knows of no copies."""
         for param, seen in self._seen_version.items():
-            if param._version != seen:
+            if _version(param) != seen:
                 copy = self.copy_of(param)
                 if copy is not None:
-                    copy.copy_(param)
+                    copy.copy_(local_part(param))
                 self.written(param)
 
 
+def _version(param: Tensor) -> int:
+    """Grows with every change in place, of a DTensor's part by itself, too."""
+    local = param._local_tensor._version if isinstance(param, DTensor) else 0
+    return param._version + local
+
+
+def _placed_as(param: Tensor, local: Tensor) -> Tensor:
+    if not isinstance(param, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
 def build_working_weights(
-    model: nn.Module, config: JobConfig, world_size: int, *, several_passes: bool
+    model: BaseModel,
+    config: JobConfig,
+    dims: ParallelDims,
+    *,
+    several_passes: bool,
 ) -> WorkingWeights | None:
-    """For one process, unless it keeps and computes in fp32. several_passes: a step may add up the
-    gradients of several micro-batches."""
-    training, early = config.training, config.optimizer.early_step_in_backward
-    if world_size > 1:
+    """None where there is nothing to copy. several_passes: a step may add up the gradients of
+    several micro-batches."""
+    training, optimizer = config.training, config.optimizer
+    keeps, computes = training.dtype, training.mixed_precision_param
+    if keeps == computes and (keeps == "float32" or dims.world_size > 1):
+        if not optimizer.early_step_in_backward:
+            return None
+    alone = dims.world_size == 1
+    modules = list(model.modules()) if alone else experts_alone(model, dims, training)
+    if not modules:
         return None
-    if training.dtype == training.mixed_precision_param == "float32" and not early:
-        return None
-    dtype = TORCH_DTYPES[training.mixed_precision_param]
-    optimizer = config.optimizer
     fused = (
         optimizer.implementation == "fused"
         and optimizer.name != "Muon"
         and optimizer.state_dtype == "float32"
     )
-    return WorkingWeights(model, dtype, fp32_grads=several_passes or not fused)
+    return WorkingWeights(
+        modules, TORCH_DTYPES[computes], root=model, fp32_grads=several_passes or not fused
+    )

@@ -52,8 +52,10 @@ def apply_data_parallel(
     offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
     options = {"mp_policy": policy, "offload_policy": offload}
     reshard = _reshard(dims, parallelism)
-    if dims.expert_mesh is not None:
+    alone = experts_alone(model, dims, training)
+    if dims.expert_mesh is not None and not alone:
         _shard_experts(model, dims.expert_mesh, reshard, options)
+    options["ignored_params"] = {param for experts in alone for param in experts.parameters()}
     _shard_layers(model, reshard, options | {"mesh": _data_parallel_axes(dims.mesh)})
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -68,6 +70,19 @@ def apply_data_parallel(
         training.mixed_precision_param,
         training.mixed_precision_reduce,
     )
+
+
+def experts_alone(model: BaseModel, dims: ParallelDims, training: Training) -> list[nn.Module]:
+    """The experts of each layer, where no other rank has the same ones: FSDP would cast and copy
+    them to gather them from one rank, and copy their gradients to reduce them over it."""
+    mesh = dims.expert_mesh
+    if mesh is None or mesh["dp_replicate"].size() * mesh["fsdp"].size() > 1:
+        return []
+    # Offloading is FSDP's. A pipeline's backward pass may come in two pieces, of which the second
+    # is for parameters: it doesn't know of working weights.
+    if training.enable_cpu_offload or dims.pp > 1:
+        return []
+    return [moe.experts for moe in model.moe_layers().values()]
 
 
 def materialize(model: nn.Module, device: torch.device, *, offload: bool) -> None:

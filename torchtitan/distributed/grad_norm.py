@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.ops.grad_norm import total_norm
+from torchtitan.ops.grouped_mm import local_part
 from torchtitan.tools.utils import local_device
 
 
@@ -17,41 +18,50 @@ from torchtitan.tools.utils import local_device
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients so that their L2 norm over all ranks is at most `max_norm`.
 
-    Returns the norm before clipping: a scalar, equal on all ranks. Each rank adds up the squares of
-    what it holds, a part of which r ranks hold the same counting 1/r; then one all-reduce over all
-    ranks, whatever the meshes (dense, experts, one for each pipeline stage).
+    Returns the norm before clipping: a scalar, equal on all ranks.
     """
-    by_copies = defaultdict(list)
-    for p in parameters:
-        if p.grad is not None:
-            local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-            by_copies[_copies(p.grad)].append(local)
-    squares = [
-        nn.utils.get_total_norm(grads, foreach=True).square() / copies
-        for copies, grads in by_copies.items()
-    ]
-    # On the device, where the ranks can meet; offloaded gradients are on the host.
-    total = torch.stack(squares).sum().to(local_device())
-    dist.all_reduce(total)
-    norm = total.sqrt()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch does
-    for grads in by_copies.values():
+    parameters = list(parameters)
+    norm, factor = clip_factor(parameters, max_norm)
+    for grads in _local_grads(parameters).values():
         torch._foreach_mul_(grads, factor.to(grads[0].device))
     return norm
 
 
 @torch.no_grad()
 def clip_factor(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
-    """One process: the norm, and what to multiply gradients by instead of clipping them in a pass
-    of its own. Gradients may be parts of one tensor, in any dtype.
+    """The L2 norm of all gradients over all ranks, and what to multiply them by instead of clipping
+    them in a pass of its own. Of this rank, gradients may be parts of one tensor, in any dtype.
+
+    Each rank adds up the squares of what it holds, a part of which r ranks hold the same counting
+    1/r; then one all-reduce over all ranks, whatever the meshes (dense, experts, one for each
+    pipeline stage).
     """
-    norm = total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    grads_by_copies = _local_grads(parameters)
+    squares = [total_norm(g).square() / copies for copies, g in grads_by_copies.items()]
+    # On the device, where the ranks can meet; offloaded gradients are on the host.
+    total = torch.stack([s.to(local_device()) for s in squares]).sum()
+    if _world_size() > 1:
+        dist.all_reduce(total)
+    norm = total.sqrt()
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch does
+
+
+def _local_grads(parameters: Iterable[nn.Parameter]) -> dict[int, list[Tensor]]:
+    """What this rank holds of them, by how many ranks hold the same."""
+    by_copies = defaultdict(list)
+    for p in parameters:
+        if p.grad is not None:
+            by_copies[_copies(p.grad)].append(local_part(p.grad))
+    return by_copies
 
 
 def _copies(grad: Tensor) -> int:
     """How many ranks hold the same numbers."""
     if not isinstance(grad, DTensor):
-        return dist.get_world_size()
+        return _world_size()
     sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)
     return prod(size for size, placement in sizes if placement.is_replicate())
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

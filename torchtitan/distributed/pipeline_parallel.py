@@ -150,7 +150,7 @@ class Pipeline:
             n = shape[0] // self._plan.microbatch_size
             stages = self._make_stages(tokens=shape[1])
             schedule = _make_schedule(stages, self._plan, n, self._loss)
-            if self._overlap:
+            if self._overlap and isinstance(schedule, _PipelineScheduleRuntime):
                 schedule.register_custom_function(OVERLAP_F_B, _overlap)
             self._schedules[shape] = schedule
         return self._schedules[shape]

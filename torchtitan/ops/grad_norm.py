@@ -9,10 +9,13 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     one cut along one dim.
     """
     first = tensors[0]
+    tensors = [t for t in tensors if t.numel()]
+    if not tensors:
+        return first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
     if first.is_cuda and first.dtype != torch.float64:
         from torchtitan.ops import grad_norm_triton
 
-        return grad_norm_triton.sum_of_squares([t for t in tensors if t.numel()]).sqrt()
+        return grad_norm_triton.sum_of_squares(tensors).sqrt()
     dtype = torch.promote_types(first.dtype, torch.float32)
     norms = torch._foreach_norm(tensors, 2.0, dtype=dtype)
     return torch.linalg.vector_norm(torch.stack(norms))

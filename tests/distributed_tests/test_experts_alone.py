@@ -1,0 +1,128 @@
+"""Experts that no other rank has: without FSDP, with working weights, updated where they lie."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from tests.distributed_tests.test_layouts import layout
+from tests.distributed_tests.training_ranks import assert_trained_alike, config_of, train_with
+from tests.tiny_run import losses, tiny
+from torchtitan.components import working_weights
+from torchtitan.components.fused_adam import FusedAdam
+from torchtitan.distributed import fsdp
+from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
+from torchtitan.train import main
+from torchtitan.trainer import Trainer
+
+BF16 = "--training.mixed_precision_param=bfloat16"
+
+
+def train(options: list[str], folder: str, *, by_fsdp: bool) -> dict:
+    patch = pytest.MonkeyPatch()
+    if by_fsdp:
+        for module in (fsdp, working_weights):
+            patch.setattr(module, "experts_alone", lambda *_: [])
+    try:
+        return train_with(config_of(*options, BF16, f"--job.dump_folder={folder}"))
+    finally:
+        patch.undo()
+
+
+def oracle(options: list[str], folder: str) -> dict:
+    return train(options, folder, by_fsdp=True)
+
+
+def ours(options: list[str], folder: str) -> dict:
+    return train(options, folder, by_fsdp=False)
+
+
+@pytest.mark.parametrize(
+    "world_size, options",
+    [
+        layout(2, ep=2),
+        layout(2, ep=2, accumulation=2),
+        layout(2, replicate=2, shard=1, ep=2, ac="full"),
+        (2, [*layout(2, tp=2, etp=2)[1], "--optimizer.name=Muon"]),
+    ],
+    ids=["FSDP", "accumulation", "DDP", "split experts, Muon"],
+)
+def test_they_train_as_under_fsdp(ranks, tmp_path, world_size, options):
+    """The oracle is the same layout with FSDP around all weights, which casts and reduces."""
+    expected = ranks(world_size).run(oracle, options, str(tmp_path / "a"))
+    for result in ranks(world_size).run(ours, options, str(tmp_path / "b")):
+        assert_trained_alike(result, expected[0])
+
+
+def kinds(options: list[str], folder: str) -> list[bool]:
+    trainer = Trainer(config_of(*options, BF16, f"--job.dump_folder={folder}"))
+    moe = next(iter(trainer.model.moe_layers().values()), None)
+    if moe is None:  # on another stage
+        trainer.close()
+        return []
+    found = [isinstance(moe.experts, FSDPModule), moe.experts.w13 is not None]
+    trainer.close()
+    return found
+
+
+def test_only_those_that_no_other_rank_has(ranks, tmp_path):
+    for name, options in {"alone": layout(2, ep=2)[1], "shared": layout(2)[1]}.items():
+        found = ranks(2).run(kinds, options, str(tmp_path / name))
+        assert found == [[False, True]] * 2 if name == "alone" else [[False, False]] * 2
+    others = {"two ranks each": layout(4, ep=2), "pipeline": layout(4, pp=2, ep=2)}
+    for name, options in others.items():
+        found = ranks(4).run(kinds, options[1], str(tmp_path / name))
+        assert [kind for kind in found if kind] == [[True, False]] * (2 if "pipe" in name else 4)
+
+
+def test_a_checkpoint_reaches_their_working_weights(ranks, tmp_path):
+    settings = {
+        "training__mixed_precision_param": "bfloat16",
+        "parallelism__expert_parallel_degree": 2,
+        "lr_scheduler__min_lr_factor": 1,
+        "checkpoint__enable": True,
+        "checkpoint__last_save_model_only": False,
+    }
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert ranks(2).run(main, tiny(whole, **settings)) == [0, 0]
+    assert ranks(2).run(main, tiny(parts, **settings, training__steps=2)) == [0, 0]
+    assert ranks(2).run(main, tiny(parts, **settings)) == [0, 0]
+    assert losses(parts) == losses(whole)
+
+
+def update(fused: bool) -> list[torch.Tensor]:
+    """Three clipped steps on shards, one of which is empty, and on a whole tensor."""
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(4, 6), (1, 5), (3,)]
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for i in range(2):
+        params[i] = nn.Parameter(distribute_tensor(params[i].data, mesh, [Shard(0)]))
+    groups = [{"params": params, "lr": 1e-2, "weight_decay": 0.1}]
+    how = {"betas": (0.9, 0.95), "eps": 1e-8}
+    optimizer = (
+        FusedAdam(groups, decoupled=True, **how) if fused else torch.optim.AdamW(groups, **how)
+    )
+    for _ in range(3):
+        for p, shape in zip(params, shapes, strict=True):
+            grad = torch.randn(shape, generator=generator)
+            is_split = isinstance(p, DTensor)
+            p.grad = distribute_tensor(grad, mesh, [Shard(0)]) if is_split else grad
+        if fused:
+            _, optimizer.grad_factor = clip_factor(params, 0.5)
+        else:
+            clip_grad_norm(params, 0.5)
+        optimizer.step()
+    return [
+        p.full_tensor() if isinstance(p, DTensor) else p for p in map(torch.Tensor.detach, params)
+    ]
+
+
+def test_one_pass_over_shards_is_adamw(ranks):
+    for result, expected in zip(
+        ranks(2).run(update, True), ranks(2).run(update, False), strict=True
+    ):
+        for got, wanted in zip(result, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
