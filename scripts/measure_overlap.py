@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from torchtitan.build import build_model, build_parallel_dims
 from torchtitan.check_config import check_config
+from torchtitan.components.working_weights import build_working_weights
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.overlap import by_turns
 from torchtitan.distributed.utils import init_distributed
@@ -41,6 +42,7 @@ class Pairs:
         dims = build_parallel_dims(config)
         self.models = [build_model(spec, args, dims, config, device)[0] for _ in range(2)]
         for model in self.models:  # as for all micro-batches of a pipeline but the last
+            build_working_weights(model, config, dims, several_passes=True)
             model.set_requires_gradient_sync(False)
             model.set_is_last_backward(False)
             model.set_reshard_after_backward(False)

@@ -51,11 +51,16 @@ def run(config: JobConfig, checked: Checked) -> int:
     except Exception as error:
         sentence = explain_lost_peer(error, trainer.step if trainer else 0)
         if sentence is None:
-            raise
+            if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+                raise
+            sentence = f"{type(error).__name__}: {error}"
+            logger.exception("This rank has failed")
         logger.error("%s", sentence)
         leave_last_words(sentence, 1)
         logging.shutdown()
-        os._exit(1)  # groups can't be closed any more, and threads that save would wait in them
+        # Groups can't be closed any more: that waits for ranks which wait for this one. Threads
+        # that save would wait in them, too.
+        os._exit(1)
     finally:
         if trainer is not None:
             trainer.close()

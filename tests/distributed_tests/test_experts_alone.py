@@ -8,12 +8,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.distributed_tests.test_layouts import layout
-from tests.distributed_tests.training_ranks import assert_trained_alike, config_of, train_with
+from tests.distributed_tests.training_ranks import (
+    assert_trained_alike,
+    config_of,
+    train_with,
+)
 from tests.tiny_run import losses, tiny
 from torchtitan.components import working_weights
 from torchtitan.components.fused_adam import FusedAdam
 from torchtitan.distributed import fsdp
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
+from torchtitan.tools.utils import local_device
 from torchtitan.train import main
 from torchtitan.trainer import Trainer
 
@@ -94,10 +99,15 @@ def test_a_checkpoint_reaches_their_working_weights(ranks, tmp_path):
 
 def update(fused: bool) -> list[torch.Tensor]:
     """Three clipped steps on shards, one of which is empty, and on a whole tensor."""
-    mesh = init_device_mesh("cpu", (2,))
+    device = local_device()
+    mesh = init_device_mesh(device.type, (2,))
     generator = torch.Generator().manual_seed(3)
     shapes = [(4, 6), (1, 5), (3,)]
-    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+    def random(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    params = [nn.Parameter(random(shape)) for shape in shapes]
     for i in range(2):
         params[i] = nn.Parameter(distribute_tensor(params[i].data, mesh, [Shard(0)]))
     groups = [{"params": params, "lr": 1e-2, "weight_decay": 0.1}]
@@ -107,7 +117,7 @@ def update(fused: bool) -> list[torch.Tensor]:
     )
     for _ in range(3):
         for p, shape in zip(params, shapes, strict=True):
-            grad = torch.randn(shape, generator=generator)
+            grad = random(shape)
             is_split = isinstance(p, DTensor)
             p.grad = distribute_tensor(grad, mesh, [Shard(0)]) if is_split else grad
         if fused:

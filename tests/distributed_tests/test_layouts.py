@@ -24,6 +24,7 @@ from tests.distributed_tests.training_ranks import (
     train_on_this_rank,
 )
 from torchtitan.check_config import check_config
+from torchtitan.distributed import overlap
 from torchtitan.tools.errors import UserError
 
 DEGREES = {
@@ -73,6 +74,7 @@ BUDGET_0 = (  # the compiler recomputes all that it can
 )
 
 
+BY_TURNS = "--parallelism.pipeline_parallel_expert_parallel_overlap"
 PARTS = [["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]
 FOUR_STAGES = f"--parallelism.module_fqns_per_model_part={json.dumps(PARTS)}"
 SCHEDULE_FILE = Path(__file__).parents[1] / "assets/schedule.csv"  # of two micro-batches
@@ -184,6 +186,10 @@ for _name, _stages in SCHEDULES.items():
 ZERO_BUBBLE = pipeline("InterleavedZeroBubble", 4)
 DUAL = pipeline("DualPipeV", 4)
 LAYOUTS |= {
+    "PP 2, DualPipeV by turns, EP 2": layout(4, *DUAL, BY_TURNS, pp=2, ep=2),
+    "PP 2, DualPipeV by turns, EP 2, compiled, recomputed": layout(
+        4, *DUAL, *COMPILED, BY_TURNS, pp=2, ep=2, ac="full"
+    ),
     "PP 2, accumulation": layout(2, pp=2, accumulation=2),
     "PP 2, recomputed": layout(2, *ZERO_BUBBLE, pp=2, ac="full"),
     "PP 2, DDP 2": layout(4, pp=2, replicate=2, shard=1),
@@ -194,10 +200,10 @@ LAYOUTS |= {
     "PP 2, CP 2": layout(4, pp=2, cp=2),
     # Two neighbouring stages a rank, halves of backward passes, a pair: no schedule of torch's.
     "PP 2, a schedule from a file, EP 2": layout(
-        4, FROM_FILE, FOUR_STAGES, PAIRS_OF_SEQUENCES, pp=2, ep=2
+        4, FROM_FILE, FOUR_STAGES, PAIRS_OF_SEQUENCES, BY_TURNS, pp=2, ep=2
     ),
     "PP 2, HSDP 2 x 2": layout(8, pp=2, replicate=2),
-    "PP 2, FSDP 2, TP 2, EP 2": layout(8, *DUAL, pp=2, tp=2, ep=2),
+    "PP 2, FSDP 2, TP 2, EP 2, by turns": layout(8, *DUAL, BY_TURNS, pp=2, tp=2, ep=2),
     "PP 2, FSDP 2, CP 2, EP 2": layout(8, *ZERO_BUBBLE, pp=2, cp=2, ep=2),
     "PP 2, CP 2, TP 2, EP 4, nodes of 2": layout(8, nodes_of(2), pp=2, cp=2, tp=2, ep=4),
 }
@@ -270,7 +276,7 @@ def gradients_of_one_process(ranks, tmp_path_factory) -> dict[str, Tensor]:
         "FSDP 2, CP 2, TP 2, EP 4, nodes of 2",
         "PP 2, 1F1B",
         "PP 2, TP 2",
-        "PP 2, DualPipeV, EP 2",
+        "PP 2, DualPipeV by turns, EP 2",
     ],
 )
 def test_every_gradient_is_that_of_one_process(ranks, gradients_of_one_process, name, tmp_path):
@@ -292,6 +298,36 @@ def test_a_pipeline_evaluates_like_one_process(ranks, one_process, name, tmp_pat
     for losses in ranks(world_size).run(evaluated_and_trained, options, str(tmp_path)):
         expected = one_process["losses"]
         assert losses == pytest.approx([expected[0], expected[1], expected[1]], rel=1e-6)
+
+
+def trained_and_turns(options: list[str], folder: str) -> tuple[dict, int]:
+    """And how often one pass of a pair has let the other work."""
+    turns, patch = 0, pytest.MonkeyPatch()
+    real = overlap._Turns.give_way
+
+    def counted(self: overlap._Turns) -> None:
+        nonlocal turns
+        turns += not any(self._ended)
+        real(self)
+
+    patch.setattr(overlap._Turns, "give_way", counted)
+    try:
+        return train_on_this_rank(options, folder), turns
+    finally:
+        patch.undo()
+
+
+def test_passes_by_turns_compute_the_same_bits(ranks, tmp_path):
+    """Each of four stages has experts, so both passes of a pair do."""
+    world_size, options = layout(4, *pipeline("DualPipeV"), pp=2, ep=2)
+    options += ["--model.args.n_layers=4", "--model.args.n_dense_layers=0"]
+    plain = ranks(world_size).run(trained_and_turns, options, str(tmp_path))
+    results = ranks(world_size).run(trained_and_turns, [*options, BY_TURNS], str(tmp_path))
+    for (result, turns), (expected, no_turns) in zip(results, plain, strict=True):
+        assert turns > 0 == no_turns
+        assert (result["losses"], result["norms"]) == (expected["losses"], expected["norms"])
+        for name, tensor in expected["state"].items():
+            assert torch.equal(result["state"][name], tensor), name
 
 
 def test_a_combined_layout_repeats_bit_for_bit(ranks, tmp_path) -> None:

@@ -181,8 +181,8 @@ class Parallelism:
     """File with a schedule of one's own."""
     pipeline_parallel_microbatch_size: int = 1
     """Sequences per micro-batch."""
-    pipeline_parallel_expert_parallel_overlap: bool = True
-    """Accepted for torchtitan's files; without effect: nothing overlaps yet."""
+    pipeline_parallel_expert_parallel_overlap: bool = False
+    """Let the pairs of passes in DualPipeV, or a file, take turns around experts' exchanges."""
     context_parallel_degree: int = 1
     """Processes over which each sequence is split."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"

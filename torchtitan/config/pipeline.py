@@ -46,6 +46,10 @@ class PipelinePlan:
     def rank_of(self, stage: int) -> int:
         return self.rank_of_stage[stage]
 
+    @property
+    def splits_backward(self) -> bool:
+        return self.file.splits_backward if self.file else self.schedule in SPLIT_BACKWARD
+
 
 def plan_pipeline(
     parallelism: Parallelism,

@@ -12,16 +12,14 @@ from torchtitan.distributed.overlap import give_way
 
 
 class Exchange:
-    """`sent[r]` rows go to rank r of the group, `received[r]` come from there.
+    """`sent[r]` rows go to rank r of the group, `received[r]` come from there. Use it once.
 
-    Use it once. yields: whether the backward pass gives way to another before it waits for the
-    gradient; of several exchanges that travel together, the last should.
+    The backward pass gives way to another before it waits for the gradient; in the forward pass
+    that is the caller's part.
     """
 
-    def __init__(
-        self, received: list[int], sent: list[int], group: dist.ProcessGroup, *, yields: bool
-    ):
-        self.received, self.sent, self.group, self.yields = received, sent, group, yields
+    def __init__(self, received: list[int], sent: list[int], group: dist.ProcessGroup):
+        self.received, self.sent, self.group = received, sent, group
         # On its way. Autograd can't hand it from node to node: it has the shape that the rows have
         # at the other end.
         self.gradient: Tensor | None = None
@@ -35,6 +33,21 @@ class Exchange:
         return _Finish.apply(travelling, self)
 
 
+def on_host(numbers: Tensor) -> list[int]:
+    """A vector's values, as soon as they are known. Another pass may work until then, and what that
+    has for the device isn't waited for."""
+    if numbers.device.type != "cuda":
+        give_way()
+        return numbers.tolist()
+    copy = torch.empty_like(numbers, device="cpu", pin_memory=True)
+    copy.copy_(numbers, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
+    give_way()
+    there.synchronize()
+    return copy.tolist()
+
+
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
@@ -44,8 +57,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
-        if exchange.yields:
-            give_way()
+        give_way()
         gradient, exchange.gradient = exchange.gradient, None
         return _wait(gradient), None
 

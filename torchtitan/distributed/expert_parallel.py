@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from torchtitan.distributed.exchange import Exchange
+from torchtitan.distributed.exchange import Exchange, on_host
 from torchtitan.distributed.overlap import give_way
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import gather, reduce_scatter
@@ -167,10 +167,7 @@ class Hop:
         self, tensors: list[Tensor], received: list[int], sent: list[int]
     ) -> list[Tensor]:
         """They travel at the same time, which is another pass's turn to work (overlap.py)."""
-        last = len(tensors) - 1
-        exchanges = [
-            Exchange(received, sent, self.group, yields=i == last) for i in range(len(tensors))
-        ]
+        exchanges = [Exchange(received, sent, self.group) for _ in tensors]
         travelling = [each.start(x) for each, x in zip(exchanges, tensors, strict=True)]
         give_way()
         return [each.finish(x) for each, x in zip(exchanges, travelling, strict=True)]
@@ -211,8 +208,8 @@ class AllToAllDispatcher:
         slots = count_destinations(ids_TK // hop.experts_per_rank, hop.size)
         received = hop.exchange_counts(torch.stack((sent, slots), dim=1))
         # host sync: the all-to-all wants its split sizes as integers
-        counts = torch.cat((sent.unsqueeze(1), received), dim=1).T.tolist()
-        sent_rows, received_rows, received_slots = counts
+        counts = on_host(torch.cat((sent.unsqueeze(1), received), dim=1).T.flatten())
+        sent_rows, received_rows, received_slots = _split_list(counts, [hop.size] * 3)
         rows, record = hop.go(
             Rows(x_TD, ids_TK, weights_TK), destination_TK, sent_rows, received_rows
         )
@@ -255,7 +252,7 @@ class NodeLimitedDispatcher:
         to_node_TK = between.destinations(ids_TK)
         out, relayed, arriving, copies = self._counts(ids_TK, to_node_TK)
         # host sync: split sizes of both hops at once; (rows out, in), (relayed out, in), slots in
-        told = torch.cat((out.T.flatten(), relayed.flatten(), arriving.T.flatten())).tolist()
+        told = on_host(torch.cat((out.T.flatten(), relayed.flatten(), arriving.T.flatten())))
         sizes = [between.size] * 2 + [within.size] * 3
         to_nodes, from_nodes, to_ranks, from_ranks, slots = _split_list(told, sizes)
 

@@ -1,6 +1,6 @@
 """Two passes by turns: while one waits for what travels, the other computes.
 
-Each pass runs in a thread of its own, but never at the same time: a pass gives way where it has
+Each pass runs in a thread of its own, but never both at a time: a pass gives way where it has
 just started an exchange (`give_way`), and goes on when the other gives way or ends. Both use one
 stream, so what a GPU sees is one sequence of kernels, in which the other's work stands between the
 start of an exchange and the first use of its result. The turns depend on the order of the program
@@ -12,11 +12,14 @@ one micro-batch and the backward pass of another.
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 _turns: "_Turns | None" = None
+# One for all pairs: cuDNN's plans belong to a thread, and a new one would make them again.
+_first_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="first of two passes")
 
 
 def give_way() -> None:
@@ -41,37 +44,32 @@ class _Turns:
         # Whoever holds its own may run; index 0 is the first pass.
         self._may_run = (threading.Semaphore(0), threading.Semaphore(0))
         self._ended = [False, False]
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._thread_of_first = 0
 
     def run(self, first: Callable[[], Any], second: Callable[[], Any]) -> None:
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._thread = threading.Thread(target=self._run_first, args=(first, device))
-        self._thread.start()
-        self._may_run[0].release()
+        future = _first_thread.submit(self._run_first, first, device)
         self._may_run[1].acquire()
         try:
             second()
         finally:
             self._end(1)
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
+            error = future.exception()
+        if error is not None:
+            raise error
 
     def _run_first(self, first: Callable[[], Any], device: int | None) -> None:
         if device is not None:  # each thread has a current device of its own
             torch.cuda.set_device(device)
-        self._may_run[0].acquire()
+        self._thread_of_first = threading.get_ident()
         try:
             first()
-        except BaseException as error:
-            self._error = error
         finally:
             self._end(0)
 
     def give_way(self) -> None:
         # The second pass may be in a thread of autograd's.
-        me = 0 if threading.current_thread() is self._thread else 1
+        me = 0 if threading.get_ident() == self._thread_of_first else 1
         if not self._ended[1 - me]:
             self._may_run[1 - me].release()
             self._may_run[me].acquire()

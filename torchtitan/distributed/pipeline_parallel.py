@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -140,6 +141,9 @@ class Pipeline:
         self._schedules: dict[torch.Size, Any] = {}
         for part in parts:
             part.register_forward_pre_hook(self._make_masks, with_kwargs=True)
+        if plan.splits_backward:
+            # Compiled layers would reuse memory in the first half that the second half reads.
+            torch._functorch.config.donated_buffer = False
 
     def forget_schedules(self) -> None:
         """And the memory of their stages; for shapes that don't come again."""

@@ -76,7 +76,9 @@ def test_keys_are_those_of_v02_and_ours_at_their_defaults():
     mine = flat(to_dict(JobConfig()))
     assert set(mine) == set(theirs) | UNSET | OURS
     differing = {key for key, value in theirs.items() if mine[key] != value}
-    assert differing == {"model.name"}
+    # Overlap costs time where ranks are close together (docs/parallelism.md).
+    overlap = "parallelism.pipeline_parallel_expert_parallel_overlap"
+    assert differing == {"model.name", overlap}
     assert {key for key in UNSET if mine[key] is not None} == {"job.save_config_file"}
 
 
