@@ -78,8 +78,11 @@ class Trainer:
         self._open = ExitStack()
         try:
             self._build()
-        except BaseException:
-            self._open.close()
+        except BaseException as error:
+            # An unexpected error is this rank's alone, and closing would wait for the others.
+            alone = not dist.is_initialized() or dist.get_world_size() == 1
+            if alone or isinstance(error, UserError | RunError):
+                self._open.close()
             raise
 
     def _build(self) -> None:

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from scripts.soak import ranks_of
 from tests.fault_tests.test_kills import SAVES, losses_by_step
 from tests.tiny_run import tiny
@@ -56,3 +58,26 @@ def test_the_last_line_tells_which_signal_ended_which_rank(tmp_path):
     assert run.wait(60) == 1
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert "E rank 1 was ended by SIGKILL (perhaps the machine ran out of memory" in last
+
+
+@pytest.mark.parametrize("what", ["passes.Passes.forward_backward", "trainer.build_metrics"])
+def test_an_unexpected_error_of_one_rank_is_told_at_once_and_ends_the_run(tmp_path, what):
+    """Not behind the closing of groups, which would wait for the other rank's collectives."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, sys\n"
+        "from torchtitan import passes, trainer\n"
+        "from torchtitan.train import main\n"
+        "def fail(*_): raise ValueError('a mistake of ours')\n"
+        "if os.environ['RANK'] == '1':\n"
+        f"    {what} = fail\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    run = launch(tmp_path / "log", "--nproc-per-node", 2, script, *tiny(tmp_path))
+    try:
+        assert run.wait(60) == 1
+    finally:
+        run.kill()
+    log = (tmp_path / "log").read_text()
+    assert "This rank has failed\nTraceback" in log
+    assert "E ValueError: a mistake of ours" in log
