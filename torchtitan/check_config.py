@@ -100,9 +100,18 @@ def pipeline_plan(config: JobConfig, model_args: BaseModelArgs) -> PipelinePlan 
 
 
 def _check_pipeline(config: JobConfig, model_args: BaseModelArgs) -> None:
-    """Each batch that will pass through it must be one for its schedule."""
-    if pipeline_plan(config, model_args) is None:
+    """Each batch that will pass through it must be one for its schedule, and each layer, too."""
+    plan = pipeline_plan(config, model_args)
+    if plan is None:
         return
+    compiles = config.compile.enable and "model" in config.compile.components
+    if compiles and plan.splits_backward and torch.__version__ < (2, 13):
+        raise UserError(
+            f"compile.enable = true can't be had with the pipeline schedule '{plan.schedule}' on "
+            f"torch {torch.__version__}, which can't split the backward pass of a compiled layer; "
+            'set it to false, parallelism.pipeline_parallel_schedule to "Interleaved1F1B", or '
+            "install torch 2.13 or later."
+        )
     sizes = {
         f"{phase.title(n)} local_batch_size": phase.local_batch_size
         for n, phase in enumerate(config.schedule.phase, start=1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from tests.distributed_tests.training_ranks import (
     FP32,
@@ -183,13 +184,14 @@ for _name, _stages in SCHEDULES.items():
         f"PP 2, {_name}": layout(2, *_options, pp=2),
         f"PP 2, {_name}, EP 2": layout(4, *_options, pp=2, ep=2),
     }
+if torch.__version__ >= (2, 13):  # refused before
+    LAYOUTS["PP 2, DualPipeV by turns, EP 2, compiled, recomputed"] = layout(
+        4, *pipeline("DualPipeV", 4), *COMPILED, BY_TURNS, pp=2, ep=2, ac="full"
+    )
 ZERO_BUBBLE = pipeline("InterleavedZeroBubble", 4)
 DUAL = pipeline("DualPipeV", 4)
 LAYOUTS |= {
     "PP 2, DualPipeV by turns, EP 2": layout(4, *DUAL, BY_TURNS, pp=2, ep=2),
-    "PP 2, DualPipeV by turns, EP 2, compiled, recomputed": layout(
-        4, *DUAL, *COMPILED, BY_TURNS, pp=2, ep=2, ac="full"
-    ),
     "PP 2, accumulation": layout(2, pp=2, accumulation=2),
     "PP 2, recomputed": layout(2, *ZERO_BUBBLE, pp=2, ac="full"),
     "PP 2, DDP 2": layout(4, pp=2, replicate=2, shard=1),
@@ -423,3 +425,12 @@ def test_what_cannot_run_is_refused_before_anything_starts(name, monkeypatch, tm
     with pytest.raises(UserError) as error:
         check_config(config_of(*options, f"--job.dump_folder={tmp_path}"))
     assert str(error.value) == sentence
+
+
+def test_compiled_layers_with_split_backward_passes_need_torch_2_13(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
+    options = [*COMPILED, f"--job.dump_folder={tmp_path}"]
+    check_config(config_of(*layout(2, *pipeline("1F1B"), pp=2)[1], *options))
+    with pytest.raises(UserError, match="'DualPipeV' on torch 2.11.0.*install torch 2.13 or"):
+        check_config(config_of(*layout(2, *DUAL, pp=2)[1], *options))
