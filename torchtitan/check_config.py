@@ -106,11 +106,13 @@ def _check_pipeline(config: JobConfig, model_args: BaseModelArgs) -> None:
         return
     compiles = config.compile.enable and "model" in config.compile.components
     if compiles and plan.splits_backward and torch.__version__ < (2, 13):
+        other = 'set parallelism.pipeline_parallel_schedule to "Interleaved1F1B"'
+        if plan.file is not None:
+            other = "name a file without I and W"
         raise UserError(
             f"compile.enable = true can't be had with the pipeline schedule '{plan.schedule}' on "
             f"torch {torch.__version__}, which can't split the backward pass of a compiled layer; "
-            'set it to false, parallelism.pipeline_parallel_schedule to "Interleaved1F1B", or '
-            "install torch 2.13 or later."
+            f"{other}, set compile.enable to false, or install torch 2.13 or later."
         )
     sizes = {
         f"{phase.title(n)} local_batch_size": phase.local_batch_size

@@ -53,9 +53,11 @@ def run(config: JobConfig, checked: Checked) -> int:
         if sentence is None:
             if int(os.environ.get("WORLD_SIZE", 1)) == 1:
                 raise
-            sentence = f"{type(error).__name__}: {error}"
+            first_line = str(error).partition("\n")[0]
+            sentence = f"{type(error).__name__}: {first_line}"
             logger.exception("This rank has failed")
-        logger.error("%s", sentence)
+        else:
+            logger.error("%s", sentence)
         leave_last_words(sentence, 1)
         logging.shutdown()
         # Groups can't be closed any more: that waits for ranks which wait for this one. Threads

@@ -42,6 +42,7 @@ from torchtitan.components.validate import Validator
 from torchtitan.components.working_weights import build_working_weights
 from torchtitan.config import JobConfig
 from torchtitan.config.pipeline import PipelinePlan
+from torchtitan.config.run_schedule import Sequences
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
 from torchtitan.distributed.pipeline_parallel import StepInputs
@@ -162,6 +163,7 @@ class Trainer:
         self.step = self.tokens_seen = 0
         self.schedule = build_schedule(config, self.dims.dp_degree)
         self.now = self.schedule.ends[0]  # until the first step
+        self.sequences: Sequences | None = self.now.sequences  # what all is set up for
         self.working = build_working_weights(
             self.model,
             config,
@@ -175,6 +177,8 @@ class Trainer:
         self.optimizer = build_optimizer(
             [self.model], working=self.working, **vars(config.optimizer)
         )
+        if self.working is not None and not isinstance(self.optimizer, FusedAdam):
+            self.optimizer.register_step_post_hook(lambda *_: self.working.outdate())
         self.average = WeightAverage(self.model, config.ema) if config.ema.enable else None
         if self.average is not None:
             self._open.callback(self.average.close)
@@ -195,6 +199,7 @@ class Trainer:
         )
         self.alarms = Alarms(config.metrics.alarm)
         self.stop = StopRequest()
+        self.warming_up = True  # the next step may compile
 
     def train(self) -> None:
         """All steps, with their log lines."""
@@ -207,7 +212,7 @@ class Trainer:
             first.seq_len,
         )
         batches, interval = iter(self.dataloader), Interval()
-        stopping = timeout_set = False
+        stopping = False
         with profilers(config, self.rank) as profile_step, self._listening():
             while self.step < steps and not stopping:
                 self.step += 1
@@ -231,9 +236,9 @@ class Trainer:
                     self.checkpoint.finish()
                     raise RunError(f"{self.alarms.reason}, and its action is to stop.")
                 profile_step()
-                if not timeout_set:
+                if self.warming_up:
                     set_timeout(config.comm.train_timeout_seconds, self.checkpoint.group)
-                    timeout_set = True
+                    self.warming_up = False
             self.checkpoint.finish()
         how = "finished" if self.step >= steps else f"stopped short of {steps} steps,"
         logger.info("Training %s after step %d", how, self.step)
@@ -329,7 +334,10 @@ class Trainer:
     def _rewind(self) -> None:
         """Back to the last checkpoint; the data goes on after the batch that was just read."""
         self.optimizer.zero_grad()
+        context = self.checkpoint.identity.all_args
         to_step, tokens_seen = self.checkpoint.rewind(self.run_state)
+        if self.checkpoint.identity.all_args != context:
+            self.sequences = None
         self.watch.count_rewind(self.step, to_step)
         self.step, self.tokens_seen = to_step, tokens_seen
         if self.average is not None:
@@ -345,7 +353,7 @@ class Trainer:
         """What the schedule says for this step."""
         now, before = self.schedule.at(self.tokens_seen), self.now
         self.now = now
-        if now.sequences != before.sequences:
+        if now.sequences != self.sequences:
             self._change_sequences()
         if not now.phase:
             return
@@ -358,6 +366,7 @@ class Trainer:
         """Their length, number in a forward pass or YaRN, between two steps. What depends on them
         is made anew, as a run that begins here would make it."""
         now = self.now
+        self.sequences = now.sequences
         self.model_args = model_args_of(self.config, self.spec, now.seq_len, now.yarn)
         self.model.set_context(self.model_args)
         self.checkpoint.set_model_args(self.model_args)
@@ -367,10 +376,11 @@ class Trainer:
         self.dataloader.resize(state, batch_size=now.local_batch_size, seq_len=now.seq_len)
         if self.passes.pipeline is not None:
             self.passes.pipeline.forget_schedules()
-        if self.config.compile.enable:
-            # Else the compiler would take the second length as a sign that lengths vary, and make
-            # code for any, which is slower.
-            torch.compiler.reset()
+        # Else the compiler would take the second length as a sign that lengths vary, and make code
+        # for any, which is slower.
+        torch.compiler.reset()
+        set_timeout(self.config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
+        self.warming_up = True
 
     @property
     def accumulation(self) -> int:

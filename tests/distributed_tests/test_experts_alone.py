@@ -51,8 +51,9 @@ def ours(options: list[str], folder: str) -> dict:
         layout(2, ep=2, accumulation=2),
         layout(2, replicate=2, shard=1, ep=2, ac="full"),
         (2, [*layout(2, tp=2, etp=2)[1], "--optimizer.name=Muon"]),
+        (2, [*layout(2, ep=2)[1], "--optimizer.implementation=foreach"]),
     ],
-    ids=["FSDP", "accumulation", "DDP", "split experts, Muon"],
+    ids=["FSDP", "accumulation", "DDP", "split experts, Muon", "foreach"],
 )
 def test_they_train_as_under_fsdp(ranks, tmp_path, world_size, options):
     """The oracle is the same layout with FSDP around all weights, which casts and reduces."""

@@ -123,6 +123,8 @@ def test_a_rewind_takes_the_sequences_back(tmp_path, monkeypatch):
     assert [r["step"] for r in seen] == [1, 2, 3, 2, 3, 4]
     assert [r["seq_len"] for r in seen] == [32, 32, 64, 32, 64, 64]
     assert [r["rewinds"] for r in seen] == [0, 0, 0, 1, 1, 1]
+    meta = json.loads((tmp_path / "checkpoint/step-1/meta.json").read_text())
+    assert meta["model"]["all_args"]["max_seq_len"] == 32, "saved anew behind the rewind"
 
 
 # Processes, the degree of data parallelism, options.
@@ -179,7 +181,13 @@ def test_every_layout_changes_them_alike(ranks, validated, tmp_path, name):
     [
         ({"seq_len": 0}, [], "phase 1: seq_len = 0 must be 1 or more"),
         ({"seq_len": 2048}, [], "tokens = 1000.0 must be .* at least one sequence .seq_len, 2048"),
-        ({"local_batch_size": 3}, [], "batch_size = 8 must be a multiple of 3.*set it to 6 or 9"),
+        ({"local_batch_size": 3}, [], "local_batch_size = 3 x .*must divide the batch_size that"),
+        (
+            {"local_batch_size": 3, "batch_size": 8},
+            [],
+            "batch_size = 8 must be a multiple of 3.*set it to 6 or 9",
+        ),
+        ({"seq_len": 8}, ["--comm.mode=fake_backend"], "seq_len = 8 needs to know how far the"),
         ({"yarn": "maybe"}, [], 'yarn = "maybe" must be "auto", "on" or "off"'),
         ({"seq_len": 64}, ["--model.args.max_seq_len=32"], "phase 1: model.args.max_seq_len"),
         ({"yarn": "on"}, ["--model.name=qwen3"], "phase 1: model.args.yarn is not a model arg"),

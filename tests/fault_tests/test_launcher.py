@@ -80,4 +80,4 @@ def test_an_unexpected_error_of_one_rank_is_told_at_once_and_ends_the_run(tmp_pa
         run.kill()
     log = (tmp_path / "log").read_text()
     assert "This rank has failed\nTraceback" in log
-    assert "E ValueError: a mistake of ours" in log
+    assert "E rank 1: ValueError: a mistake of ours" in log, "the launcher's last words"

@@ -94,7 +94,7 @@ MISTAKES = {
     ),
     "positions too few": (
         ["--model.args.max_seq_len=16"],
-        ["model.args.max_seq_len (16) must be at least training.seq_len (32)", "leave it out"],
+        ["model.args.max_seq_len (16) must be at least seq_len (32)", "leave it out"],
     ),
     "vocabulary smaller than the tokenizer's": (
         ["--model.args.vocab_size=2047"],

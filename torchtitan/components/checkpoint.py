@@ -177,7 +177,9 @@ class CheckpointManager:
         start = self._choice.start_of(path, set(CHECKPOINT_PARTS))
         kept = frozenset({"model", "ema", "optimizer", "lr_scheduler", "rng"})
         self.load(state, replace(start, parts=start.parts & kept))
-        return start.step, read_json(path, META)["tokens_seen"]
+        meta = read_json(path, META)
+        self.identity = replace(self.identity, all_args=meta["model"]["all_args"])
+        return start.step, meta["tokens_seen"]
 
     # -------------------------------------------------------------- save
 

@@ -140,8 +140,13 @@ class WorkingWeights:
         return copy
 
     def written(self, param: nn.Parameter) -> None:
-        """The copy is already that of the parameter as it is now."""
-        self._seen_version[param] = _version(param)
+        """The copy, if there is one, is already that of the parameter as it is now."""
+        if param in self._copy_of:
+            self._seen_version[param] = _version(param)
+
+    def outdate(self) -> None:
+        """All copies: some of torch's optimizers change DTensors without any version's notice."""
+        self._seen_version = dict.fromkeys(self._copy_of, -1)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -155,7 +160,7 @@ class WorkingWeights:
 
 
 def _version(param: Tensor) -> int:
-    """Grows with every change in place, of a DTensor's part by itself, too."""
+    """Grows with changes in place, of a DTensor's part by itself, too."""
     local = param._local_tensor._version if isinstance(param, DTensor) else 0
     return param._version + local
 

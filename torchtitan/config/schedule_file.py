@@ -97,6 +97,11 @@ def _read(path: str) -> tuple[tuple[str, ...], ...]:
 
 def _parse(cell: str, path: str, rank: int) -> tuple[Pass, ...]:
     pair = _PAIR.fullmatch(cell)
+    if pair is None and cell.endswith("OVERLAP_F_B"):
+        raise UserError(
+            f"{KEY} {path}: rank {rank} has '{cell}', but a pair is a forward pass, then B or I of "
+            "another micro-batch, such as '(0F3;7B1)OVERLAP_F_B'."
+        )
     passes = []
     for text in pair.groups() if pair else (cell,):
         found = _PASS.fullmatch(text)

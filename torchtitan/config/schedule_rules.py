@@ -26,16 +26,24 @@ def check_schedule(schedule: RunSchedule, config: JobConfig, degrees: Degrees) -
     for n, (phase, (before, end)) in enumerate(zip(phases, pairs, strict=True), start=1):
         where = phase.title(n)
         _check_numbers(phase, where)
-        _check_sequences(phase, where, end, degrees)
+        is_played = config.comm.mode == "fake_backend"
+        _check_sequences(phase, where, end, degrees, is_played=is_played)
         _check_shapes(phase, where)
         _check_batch_size(phase, where, before.batch_size, end, dp_degree)
 
 
-def _check_sequences(phase: Phase, where: str, end: Now, degrees: Degrees) -> None:
+def _check_sequences(
+    phase: Phase, where: str, end: Now, degrees: Degrees, *, is_played: bool
+) -> None:
     for name in ("seq_len", "local_batch_size"):
         value = getattr(phase, name)
         if value is not None and value < 1:
             raise UserError(f"{where}: {name} = {value} must be 1 or more.")
+        if value is not None and is_played:
+            raise UserError(
+                f"{where}: {name} = {value} needs to know how far the data of all ranks is, but "
+                'comm.mode = "fake_backend" plays one of them; leave either out.'
+            )
     if phase.seq_len is not None:
         check_sequence(f"{where}: seq_len", phase.seq_len, degrees)
     if not end.seq_len <= phase.tokens < math.inf:
@@ -105,6 +113,12 @@ def _check_batch_size(phase: Phase, where: str, before: int, end: Now, dp_degree
     """All sizes on the way must be whole forward passes of all ranks."""
     unit = end.local_batch_size * dp_degree
     step = phase.batch_size_step
+    if phase.batch_size is None and end.batch_size % unit:
+        raise UserError(
+            f"{where}: local_batch_size = {end.local_batch_size} x the data-parallel degree "
+            f"({dp_degree}) must divide the batch_size that the phase begins with "
+            f"({end.batch_size} sequences); change it, or set batch_size, too."
+        )
     for name, size in (("batch_size", end.batch_size), ("batch_size_step", step)):
         if size is not None and (size < 1 or size % unit):
             below = max(size // unit, 0) * unit

@@ -29,7 +29,9 @@ def give_way() -> None:
 
 
 def by_turns(first: Callable[[], Any], second: Callable[[], Any]) -> None:
-    """Run both to their end; `second` in this thread. Raises what either has raised."""
+    """Run both to their end; `second` in this thread. Raises what either has raised, of `second`
+    at once.
+    """
     global _turns
     assert _turns is None, "passes by turns inside of passes by turns"
     _turns = _Turns()
@@ -52,11 +54,9 @@ class _Turns:
         self._may_run[1].acquire()
         try:
             second()
-        finally:
+        finally:  # with an error at once: the first pass may wait for ranks that wait for us
             self._end(1)
-            error = future.exception()
-        if error is not None:
-            raise error
+        future.result()
 
     def _run_first(self, first: Callable[[], Any], device: int | None) -> None:
         if device is not None:  # each thread has a current device of its own

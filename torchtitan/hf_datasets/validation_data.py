@@ -18,8 +18,8 @@ def check_validation_data(settings: Validation, max_seq_len: int) -> None:
     if settings.seq_len > max_seq_len:
         raise UserError(
             f"validation.seq_len = {settings.seq_len} must be at most the model's max_seq_len "
-            f"({max_seq_len}, which follows training.seq_len); lower it, or set "
-            "model.args.max_seq_len."
+            f"({max_seq_len}; it follows seq_len of [training], or of the phase with the shortest "
+            "sequences); lower it, or set model.args.max_seq_len."
         )
     with _its_own_keys():
         check_dataset(settings.dataset, settings.dataset_path)

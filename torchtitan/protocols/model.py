@@ -43,8 +43,8 @@ class BaseModelArgs:
             args = dataclasses.replace(args, max_seq_len=seq_len)
         elif args.max_seq_len < seq_len:
             raise UserError(
-                f"model.args.max_seq_len ({args.max_seq_len}) must be at least training.seq_len "
-                f"({seq_len}); leave it out to follow training.seq_len."
+                f"model.args.max_seq_len ({args.max_seq_len}) must be at least seq_len "
+                f"({seq_len}); leave it out to follow seq_len."
             )
         return args.with_forced_load_balance() if force_load_balance else args
 

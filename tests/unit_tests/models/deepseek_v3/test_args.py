@@ -249,8 +249,8 @@ def test_none_unsets_an_optional_field_only():
         ({"dim": 0}, "model.args: dim (0) must be above 0."),
         (
             {"max_seq_len": 64},
-            "model.args.max_seq_len (64) must be at least training.seq_len (128); leave it out to "
-            "follow training.seq_len.",
+            "model.args.max_seq_len (64) must be at least seq_len (128); leave it out to follow "
+            "seq_len.",
         ),
         (
             {"n_dense_layers": 7},
