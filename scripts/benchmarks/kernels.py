@@ -7,8 +7,6 @@ pass), or the bytes that must be read and written once.
 
 import argparse
 import dataclasses
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.timing import machine, measure
 from torchtitan.components.loss import cross_entropy_sum
 from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.working_weights import WorkingWeights
 from torchtitan.config.job_config import Optimizer
 from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
 from torchtitan.models.moe import MoE
@@ -131,13 +130,9 @@ def plain_chain(moe: MoE, x_BSD: Tensor) -> Tensor:
     return unsorted_ND.unflatten(0, ids_TK.shape).sum(dim=1).view_as(x_BSD)
 
 
-def _work_in_bf16(module: nn.Module) -> object | None:
-    """The layout of weights that a run computes with, where this version keeps one."""
-    name = "torchtitan.components.working_weights"
-    if importlib.util.find_spec(name) is None:
-        return None
-    working = importlib.import_module(name).WorkingWeights
-    return working(module, torch.bfloat16, fp32_grads=False)
+def _work_in_bf16(module: nn.Module) -> object:
+    """The layout of weights that a run computes with."""
+    return WorkingWeights(module.modules(), torch.bfloat16, root=module, fp32_grads=False)
 
 
 def _core(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterator[Row]:
