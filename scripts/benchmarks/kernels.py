@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import machine, measure
-from torchtitan.components.loss import cross_entropy_sum
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.working_weights import WorkingWeights
 from torchtitan.config.job_config import Optimizer
@@ -23,6 +22,7 @@ from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
 from torchtitan.models.moe import MoE
 from torchtitan.ops.attention import attention
 from torchtitan.ops.grouped_mm import grouped_mm
+from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan.ops.rope import apply_rope, rope_table
 from torchtitan.tools.errors import UserError, suggest
 
@@ -168,19 +168,10 @@ def _head(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterator[Ro
                 x @ weight_VD.t(), grad @ weight_VD, grad.t() @ x
         return x_TD
 
-    name = "torchtitan.ops.linear_cross_entropy"
-    if importlib.util.find_spec(name) is not None:
-        fused = importlib.import_module(name).linear_cross_entropy
-    else:
-        loss = _maybe_compiled(cross_entropy_sum, options)
-
-        def fused(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-            return loss(F.linear(x, weight).unsqueeze(0), labels.unsqueeze(0))
-
     def both() -> Tensor:
         # Gradients may be made in either pass, so only their sum compares.
         x_TD.grad = weight_VD.grad = None
-        total = fused(x_TD, weight_VD, labels_T)
+        total = linear_cross_entropy(x_TD, weight_VD, labels_T)
         total.backward()
         return total.detach()
 
