@@ -105,7 +105,14 @@ def main(argv: list[str] | None = None) -> int:
     options, others = parser.parse_known_args(argv)
     device = local_device()
     try:
+        if options.pairs < 1:
+            raise UserError(f"--pairs = {options.pairs} must be 1 or more.")
         config = ConfigManager().parse_args([*others, "--activation_checkpoint.mode=none"])
+        if config.parallelism.expert_parallel_degree < 2:
+            raise UserError(
+                "parallelism.expert_parallel_degree = 1, so nothing is exchanged; start this with "
+                "torchrun on two or more processes and set it to their number."
+            )
         leave = init_distributed(config.comm, device, config.job.dump_folder)
         pairs = Pairs(config, device)
     except UserError as error:

@@ -53,7 +53,7 @@ def check_config(config: JobConfig) -> Checked:
             "compile.cuda_graph = true is not supported yet with multi-token prediction "
             "(model.args.n_mtp_layers); set either to false or 0."
         )
-    shortest = min([model_args, *_check_phases(config, spec)], key=lambda args: args.max_seq_len)
+    shortest = min([model_args, *_args_of_phases(config, spec)], key=lambda args: args.max_seq_len)
     _check_pipeline(config, model_args)
     check_training_data(config.training, tokenizer)
     check_hf(config, spec, model_args)
@@ -76,7 +76,7 @@ def model_args_of(
     )
 
 
-def _check_phases(config: JobConfig, spec: TrainSpec) -> list[BaseModelArgs]:
+def _args_of_phases(config: JobConfig, spec: TrainSpec) -> list[BaseModelArgs]:
     """The model arguments of each phase of the run."""
     found = []
     ends = run_schedule(config, dp_degree=1).ends[1:]  # sequences are as long on any layout

@@ -115,13 +115,16 @@ class ParallelAwareDataLoader:
 
     def __init__(self, dataset: LanesDataset) -> None:
         self._dataset = dataset
-        self._share = dataset.share
         self._first = 0  # N: the examples of the run before the current iteration
         self._batches = 0  # of this iteration that were handed out
         self._lanes: dict[int, str] = {}
         self.skipped_documents = 0
         self.tokens_of = dict.fromkeys(dataset.names, 0)
         self._loader = self._make_loader()
+
+    @property
+    def _share(self) -> Share:
+        return self._dataset.share
 
     def _make_loader(self) -> DataLoader:
         share, dataset = self._share, self._dataset
@@ -144,8 +147,7 @@ class ParallelAwareDataLoader:
 
     def resize(self, state: dict[str, Any], *, batch_size: int, seq_len: int) -> None:
         """Other batches from here on, also from the iterator in use. state: merged, of now."""
-        self._share = replace(self._share, batch_size=batch_size)
-        self._dataset.resize(self._share, seq_len)
+        self._dataset.resize(replace(self._share, batch_size=batch_size), seq_len)
         self._loader = self._make_loader()
         self.load_state_dict(state)
 

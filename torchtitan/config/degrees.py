@@ -1,10 +1,10 @@
-"""How the degrees of parallelism share the processes: resolved, or refused in a sentence.
+"""How parallelism shares processes and sequences: degrees resolved, or refused in a sentence.
 
 Ranks are laid out as (pp, dp_replicate, dp_shard, cp, tp), the last axis fastest; the experts of a
 pipeline stage as (dp_replicate, what is left, ep, etp) over the same ranks.
 """
 
-from math import prod
+from math import lcm, prod
 from typing import NamedTuple
 
 from torchtitan.config.job_config import Parallelism
@@ -132,4 +132,23 @@ def _check_node_size(size: int | None, degrees: Degrees) -> None:
     raise UserError(
         f"parallelism.expert_parallel_node_size = {size} must divide {what} ({span}) or be a "
         f"multiple of it; set it to {nearest(size, [n for n in range(1, largest + 1) if fits(n)])}."
+    )
+
+
+def check_sequence(key: str, seq_len: int, degrees: Degrees) -> None:
+    """TP splits each rank's part of a sequence evenly; CP splits sequences into 2 x cp chunks, an
+    early and a late one for each rank, so that causal attention costs all ranks the same. Raises
+    `UserError`."""
+    tp, cp = degrees.tp, degrees.cp
+    unit = lcm(2 * cp if cp > 1 else 1, cp * tp)
+    if seq_len % unit == 0:
+        return
+    of = {"context_parallel_degree": cp, "tensor_parallel_degree": tp}
+    names = [f"parallelism.{name} ({n})" for name, n in of.items() if n > 1]
+    split = "split" if len(names) > 1 else "splits"
+    below = seq_len // unit * unit
+    legal = nearest(seq_len, [n for n in (below, below + unit) if n])
+    raise UserError(
+        f"{key} = {seq_len} must be a multiple of {unit}, so that {' and '.join(names)} "
+        f"{split} it evenly; set it to {legal}."
     )

@@ -3,10 +3,10 @@
 import math
 from itertools import pairwise
 
-from torchtitan.config.degrees import Degrees, nearest
+from torchtitan.config.degrees import Degrees, check_sequence, nearest
 from torchtitan.config.job_config import JobConfig, LRScheduler
 from torchtitan.config.recipe import Phase
-from torchtitan.config.run_schedule import COEFFICIENTS, Now, RunSchedule
+from torchtitan.config.run_schedule import COEFFICIENTS, Now, RunSchedule, Sequences
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError
 
@@ -39,11 +39,13 @@ def _check_sequences(
         value = getattr(phase, name)
         if value is not None and value < 1:
             raise UserError(f"{where}: {name} = {value} must be 1 or more.")
-        if value is not None and is_played:
-            raise UserError(
-                f"{where}: {name} = {value} needs to know how far the data of all ranks is, but "
-                'comm.mode = "fake_backend" plays one of them; leave either out.'
-            )
+    changed = [name for name in Sequences._fields if getattr(phase, name) is not None]
+    if changed and is_played:
+        raise UserError(
+            f"{where}: {changed[0]} = {as_text(getattr(phase, changed[0]))} needs to know how far "
+            'the data of all ranks is, but comm.mode = "fake_backend" plays one of them; leave '
+            "either out."
+        )
     if phase.seq_len is not None:
         check_sequence(f"{where}: seq_len", phase.seq_len, degrees)
     if not end.seq_len <= phase.tokens < math.inf:
@@ -51,25 +53,6 @@ def _check_sequences(
             f"{where}: tokens = {as_text(phase.tokens)} must be a number of tokens, at least one "
             f"sequence (seq_len, {end.seq_len})."
         )
-
-
-def check_sequence(key: str, seq_len: int, degrees: Degrees) -> None:
-    """TP splits each rank's part of a sequence evenly; CP splits sequences into 2 x cp chunks, an
-    early and a late one for each rank, so that causal attention costs all ranks the same. Raises
-    `UserError`."""
-    tp, cp = degrees.tp, degrees.cp
-    unit = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
-    if seq_len % unit == 0:
-        return
-    of = {"context_parallel_degree": cp, "tensor_parallel_degree": tp}
-    names = [f"parallelism.{name} ({n})" for name, n in of.items() if n > 1]
-    split = "split" if len(names) > 1 else "splits"
-    below = seq_len // unit * unit
-    legal = nearest(seq_len, [n for n in (below, below + unit) if n])
-    raise UserError(
-        f"{key} = {seq_len} must be a multiple of {unit}, so that {' and '.join(names)} "
-        f"{split} it evenly; set it to {legal}."
-    )
 
 
 def _check_decay_is_left_to_phases(lr_scheduler: LRScheduler) -> None:

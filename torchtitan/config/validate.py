@@ -12,11 +12,11 @@ from typing import Any
 from torchtitan.config.alarm_rules import check_alarms
 from torchtitan.config.blend import blend_stretches
 from torchtitan.config.checkpoint_rules import check_checkpoint
-from torchtitan.config.degrees import nearest, resolve_degrees
+from torchtitan.config.degrees import check_sequence, nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.optimizer_rules import check_optimizer_groups
 from torchtitan.config.run_schedule import RunSchedule
-from torchtitan.config.schedule_rules import check_schedule, check_sequence
+from torchtitan.config.schedule_rules import check_schedule
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
 
@@ -298,6 +298,7 @@ def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
 
 
 def run_schedule(config: JobConfig, dp_degree: int) -> RunSchedule:
+    """The run's phases on so many data-parallel ranks. Raises `UserError` for its batch size."""
     return RunSchedule.of(config, resolve_global_batch_size(config, dp_degree))
 
 
