@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchtitan.distributed.expert_parallel import AllToAllDispatcher, NodeLimitedDispatcher
 from torchtitan.models.moe.dispatcher import TokenDispatcher
+from torchtitan.tools.utils import local_device
 
 Routing = list[list[list[int]]]
 # Dispatcher, ranks of a node.
@@ -86,13 +87,20 @@ class _RoutingCheck:
         self.way, self.routing, self.experts_per_rank = way, routing, experts_per_rank
         self.num_experts = experts_per_rank * dist.get_world_size()
         self.rank, dim = dist.get_rank(), 3
-        random = {"generator": torch.Generator().manual_seed(1), "dtype": torch.float64}
-        self.factors_ED = torch.randn(self.num_experts, dim, **random)
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*size: int) -> Tensor:  # drawn on the CPU: the same numbers on every device
+            numbers = torch.randn(*size, generator=generator, dtype=torch.float64)
+            return numbers.to(local_device())
+
+        self.factors_ED = random(self.num_experts, dim)
         num_tokens = [len(tokens) for tokens in routing]
-        self.x = torch.randn(sum(num_tokens), dim, **random).split(num_tokens)
-        self.weights = torch.randn(sum(num_tokens), top_k, **random).split(num_tokens)
-        self.toward_TD = torch.randn(num_tokens[self.rank], dim, **random)
-        self.ids_TK = torch.tensor(routing[self.rank], dtype=torch.int64).view(-1, top_k)
+        self.x = random(sum(num_tokens), dim).split(num_tokens)
+        self.weights = random(sum(num_tokens), top_k).split(num_tokens)
+        self.toward_TD = random(num_tokens[self.rank], dim)
+        self.ids_TK = torch.tensor(
+            routing[self.rank], dtype=torch.int64, device=local_device()
+        ).view(-1, top_k)
 
     def run(self) -> None:
         x_TD = self.x[self.rank].clone().requires_grad_()

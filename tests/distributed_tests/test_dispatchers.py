@@ -15,6 +15,7 @@ from tests.distributed_tests.expert_ranks import (
     ways,
 )
 from torchtitan.models.moe import MoE, MoEArgs
+from torchtitan.tools.utils import local_device
 
 # Multiples of 16 bytes in fp32, so that experts take the grouped GEMM.
 DIM, HIDDEN, EXPERTS = 16, 8, 16
@@ -45,7 +46,7 @@ def make_layer(args: MoEArgs, dtype: torch.dtype) -> MoE:
     moe = MoE(args, dim=DIM, hidden_dim=HIDDEN)
     moe.init_weights(0.3)
     moe.expert_bias.normal_(std=0.1)
-    return moe.to(dtype)
+    return moe.to(local_device(), dtype)
 
 
 def tokens_by_rank(world_size: int, dtype: torch.dtype) -> list[Tensor]:
@@ -53,7 +54,7 @@ def tokens_by_rank(world_size: int, dtype: torch.dtype) -> list[Tensor]:
     num_tokens = [0 if rank == 1 else 3 + rank * 5 % 7 for rank in range(world_size)]
     generator = torch.Generator().manual_seed(4)
     both = torch.randn(sum(num_tokens), 2, DIM, dtype=dtype, generator=generator)
-    return list(both.split(num_tokens))
+    return list(both.to(local_device()).split(num_tokens))
 
 
 def outputs_and_gradients(moe: MoE, tokens_T2D: Tensor) -> dict[str, Tensor]:
@@ -62,7 +63,8 @@ def outputs_and_gradients(moe: MoE, tokens_T2D: Tensor) -> dict[str, Tensor]:
     out_TD = moe(x_TD.unsqueeze(0)).squeeze(0)
     (out_TD * toward_TD).sum().backward()
     gradients = {name: param.grad for name, param in moe.named_parameters()}
-    return {"out": out_TD.detach(), "x": x_TD.grad} | gradients
+    results = {"out": out_TD.detach(), "x": x_TD.grad} | gradients
+    return {name: value.cpu() for name, value in results.items()}
 
 
 def layers_on_this_rank(way: Way, dtype: torch.dtype) -> list[dict[str, Tensor]]:
@@ -158,12 +160,13 @@ def test_any_pattern(ranks, routing_and_top_k):
 def sums_of_bf16(way: Way) -> list[float]:
     """Two tokens of rank 0, whose experts return 256, 1 and 1: all on the last rank, or each on a
     rank of its own."""
-    rank, experts_per_rank = dist.get_rank(), 4
+    rank, experts_per_rank, device = dist.get_rank(), 4, local_device()
     dispatcher = make_dispatcher(way, experts_per_rank * dist.get_world_size())
-    ids_TK = torch.tensor([[12, 13, 14], [0, 4, 8]])[: 2 if rank == 0 else 0]
-    x_TD = torch.ones(len(ids_TK), 1, dtype=torch.bfloat16)
-    rows_RD, counts_L, record = dispatcher.dispatch(x_TD, ids_TK, torch.ones(ids_TK.shape))
-    outputs_L = torch.tensor([256.0 if rank in (0, 3) else 1.0, 1.0, 1.0, 1.0])
+    ids_TK = torch.tensor([[12, 13, 14], [0, 4, 8]], device=device)[: 2 if rank == 0 else 0]
+    x_TD = torch.ones(len(ids_TK), 1, dtype=torch.bfloat16, device=device)
+    weights_TK = torch.ones(ids_TK.shape, device=device)
+    rows_RD, counts_L, record = dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+    outputs_L = torch.tensor([256.0 if rank in (0, 3) else 1.0, 1.0, 1.0, 1.0], device=device)
     rows_RD = rows_RD * outputs_L.repeat_interleave(counts_L).unsqueeze(1).to(torch.bfloat16)
     out_TD = dispatcher.combine(rows_RD, record)
     assert out_TD.dtype == torch.bfloat16

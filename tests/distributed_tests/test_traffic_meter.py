@@ -12,6 +12,7 @@ from torchtitan.models.moe import MoE, MoEArgs
 from torchtitan.models.moe.balancing import Load, record_load, step_loads
 from torchtitan.models.moe.dispatcher import LocalDispatcher
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter
+from torchtitan.tools.utils import local_device
 
 
 def route(args: MoEArgs, num_tokens: int, rank: int) -> Tensor:
@@ -26,15 +27,18 @@ def route(args: MoEArgs, num_tokens: int, rank: int) -> Tensor:
     )
     torch.nn.init.eye_(router.gate.weight)
     generator = torch.Generator().manual_seed(rank)
-    return router(torch.randn(num_tokens, args.num_experts, generator=generator))[1]
+    # On the CPU, so that the choice is the same whatever the device of the dispatchers.
+    ids_TK = router(torch.randn(num_tokens, args.num_experts, generator=generator))[1]
+    return ids_TK.to(local_device())
 
 
 def send_tokens(way: Way, args: MoEArgs, num_tokens: int) -> tuple[Tensor, Tensor]:
     """This rank's routing and what the meter says about it."""
     ids_TK = route(args, num_tokens, dist.get_rank())
     dispatcher = make_dispatcher(way, args.num_experts)
-    x_TD, weights_TK = torch.randn(num_tokens, 2), torch.ones(ids_TK.shape)
-    return ids_TK, dispatcher.dispatch(x_TD, ids_TK, weights_TK)[2].traffic
+    x_TD = torch.randn(num_tokens, 2, device=ids_TK.device)
+    weights_TK = torch.ones(ids_TK.shape, device=ids_TK.device)
+    return ids_TK.cpu(), dispatcher.dispatch(x_TD, ids_TK, weights_TK)[2].traffic.cpu()
 
 
 def remote_places(ids_K: Tensor, experts_per_place: int, experts_per_node: int, node: int) -> int:
@@ -81,8 +85,11 @@ def test_with_a_group_a_node_no_token_crosses_to_more_nodes_than_it_may_use_grou
 def send_one_by_one(args: MoEArgs, num_tokens: int) -> list[Tensor]:
     ids_TK = route(args, num_tokens, dist.get_rank())
     dispatcher = make_dispatcher(("node_limited", 2), args.num_experts)
-    x_1D, weights_1K = torch.zeros(1, 2), torch.ones(1, args.top_k)
-    return [dispatcher.dispatch(x_1D, ids_1K, weights_1K)[2].traffic for ids_1K in ids_TK.split(1)]
+    x_1D = torch.zeros(1, 2, device=ids_TK.device)
+    weights_1K = torch.ones(1, args.top_k, device=ids_TK.device)
+    return [
+        dispatcher.dispatch(x_1D, ids_1K, weights_1K)[2].traffic.cpu() for ids_1K in ids_TK.split(1)
+    ]
 
 
 @pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
@@ -116,14 +123,16 @@ def loads_of_two_layers(way: Way) -> tuple[Load, list[list[list[list[int]]]], in
         for name, param in list(layers[-1].experts.named_parameters()):
             local = torch.nn.Parameter(param.detach().chunk(world_size)[rank])
             setattr(layers[-1].experts, name, local)
+        layers[-1].to(local_device())
         layers[-1].dispatcher = make_dispatcher(way, 8)
     torch.manual_seed(rank)
     for num_tokens in (rank, 5):
         for moe in layers:
-            x_BSD = torch.randn(1, num_tokens, 4)
+            x_BSD = torch.randn(1, num_tokens, 4).to(local_device())
             record_load(moe, moe(x_BSD, return_load=True)[1])
             routings.append(moe.router(x_BSD[0], moe.expert_bias)[1].tolist())
     load = step_loads(layers, dist.group.WORLD)
+    load = load._replace(traffic=load.traffic.cpu(), tokens_E=load.tokens_E.cpu())
     return load, routings, sum(moe.traffic.sum().item() for moe in layers)
 
 
