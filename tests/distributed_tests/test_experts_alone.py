@@ -114,7 +114,10 @@ def update(fused: bool) -> list[torch.Tensor]:
     groups = [{"params": params, "lr": 1e-2, "weight_decay": 0.1}]
     how = {"betas": (0.9, 0.95), "eps": 1e-8}
     optimizer = (
-        FusedAdam(groups, decoupled=True, **how) if fused else torch.optim.AdamW(groups, **how)
+        FusedAdam(groups, decoupled=True, **how)
+        if fused
+        # On GPUs torch's multi-tensor form refuses plain tensors beside sharded ones.
+        else torch.optim.AdamW(groups, foreach=False, **how)
     )
     for _ in range(3):
         for p, shape in zip(params, shapes, strict=True):

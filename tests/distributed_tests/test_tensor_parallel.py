@@ -55,6 +55,12 @@ def watched(config: JobConfig) -> tuple[set, list, list]:
     return watch.shapes, watch.gathered, watch.exchanged
 
 
+without_flex = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="on GPUs context parallelism takes flex attention, which `Watch` can't follow",
+)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_no_rank_ever_holds_all_logits(ranks, tmp_path, whole):
     vocabulary, tokens = MODEL["vocab_size"], SEQUENCES * SEQ_LEN
@@ -65,6 +71,7 @@ def test_no_rank_ever_holds_all_logits(ranks, tmp_path, whole):
         assert bool(of_all) == whole, of_all
 
 
+@without_flex
 def test_context_parallelism_gathers_the_compressed_form_only(ranks, tmp_path):
     channels = MODEL["kv_lora_rank"] + MODEL["qk_rope_head_dim"]
     half = (SEQUENCES, SEQ_LEN // 2, channels)

@@ -129,6 +129,9 @@ def attention(
         # The CPU's flash kernel wants equal channels; without it SDPA holds S × S scores and is
         # 1.7 (fp32) to 2.4 (bf16) times slower at S = 2048.
         v_BSHC = F.pad(v_BSHC, (0, q_BSHC.size(-1) - v_channels))
+    if isinstance(mask, BlockMask):
+        # Flex attention has no kernel below 16 channels; zeros change no score.
+        q_BSHC, k_BSHC, v_BSHC = (_at_least(16, t) for t in (q_BSHC, k_BSHC, v_BSHC))
     q, k, v = (t.transpose(1, 2) for t in (q_BSHC, k_BSHC, v_BSHC))
     if isinstance(mask, BlockMask):
         out = _compiled_flex(q, k, v, block_mask=mask, scale=scale)
@@ -138,6 +141,10 @@ def attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
             )
     return out.transpose(1, 2)[..., :v_channels]
+
+
+def _at_least(channels: int, x_BSHC: Tensor) -> Tensor:
+    return F.pad(x_BSHC, (0, max(0, channels - x_BSHC.size(-1))))
 
 
 def _ends(documents: Documents, shape: torch.Size) -> Tensor:
