@@ -12,7 +12,8 @@ def bound_onednn_cache() -> None:
     """Let oneDNN keep few compiled products, unless the user has set how many.
 
     Every new number of rows of an expert's product is one more entry, with buffers of its own: at
-    oneDNN's default of 1,024 a process grows by 8 to 17 MB a step. Call it before the first product.
+    oneDNN's default of 1,024 a process grows by 8 to 17 MB a step. Call it before the first
+    product.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
