@@ -20,7 +20,7 @@ def launch(log: Path, *arguments: object) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, REPO / "scripts/launch.py", "--standalone", *map(str, arguments)]
     with log.open("a") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, env=env)
+        return subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
 
 
 def test_a_killed_rank_makes_the_run_go_on_by_itself_and_a_signal_ends_it_well(tmp_path):
@@ -34,7 +34,7 @@ def test_a_killed_rank_makes_the_run_go_on_by_itself_and_a_signal_ends_it_well(t
         until(lambda: "steps are done" in log.read_text(), log)
         reached = max(losses_by_step(tmp_path))
         until(lambda: max(losses_by_step(tmp_path)) > reached + 2, log)
-        run.send_signal(signal.SIGUSR1)
+        run.send_signal(signal.SIGTERM)
         assert run.wait(60) == 0, log.read_text()
     finally:
         run.kill()
@@ -42,6 +42,62 @@ def test_a_killed_rank_makes_the_run_go_on_by_itself_and_a_signal_ends_it_well(t
     found = losses_by_step(tmp_path)
     assert list(found) == list(range(1, max(found) + 1)), "no step is missing"
     assert {len(losses) for losses in found.values()} == {1}, "steps done twice gave the same"
+    assert (checkpoints / f"step-{max(found)}").exists(), "saved at its end"
+    assert "SignalException" not in log.read_text()
+
+
+def test_one_signal_to_the_whole_group_counts_once(tmp_path):
+    """As a terminal sends Ctrl-C: the ranks get theirs, and the launcher's that it hands on."""
+    log = tmp_path / "log"
+    options = {"training__steps": 100_000, "checkpoint__interval": 1000}
+    options |= {"training__dataset_num_workers": 1}
+    restarts = ["--nproc-per-node", 2, "--max-restarts", 1]
+    run = launch(log, *restarts, "-m", "torchtitan.train", *tiny(tmp_path, **SAVES | options))
+    try:
+        until(lambda: log.read_text().count(" loss: ") > 2, log)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(60) == 130, log.read_text()
+    finally:
+        run.kill()
+    said = log.read_text()
+    assert "Traceback" not in said and "second signal" not in said, said
+    (saved,) = (tmp_path / "checkpoint").glob("step-*")
+    assert saved.name == f"step-{max(losses_by_step(tmp_path))}"
+
+
+def test_a_second_signal_to_the_launcher_ends_all_at_once(tmp_path):
+    """Also a rank that hangs, on which the others wait in vain."""
+    log = tmp_path / "log"
+    options = tiny(tmp_path, **SAVES | {"training__steps": 100_000})
+    run = launch(log, "--nproc-per-node", 2, "-m", "torchtitan.train", *options)
+    try:
+        until(lambda: log.read_text().count(" loss: ") > 2, log)
+        ranks = ranks_of(run.pid)
+        os.kill(ranks[1], signal.SIGSTOP)
+        run.send_signal(signal.SIGHUP)
+        until(lambda: "SIGHUP: the run ends after this step" in log.read_text(), log)
+        time.sleep(0.2)
+        assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        assert run.wait(5) == 130, log.read_text()
+    finally:
+        run.kill()
+    until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), log, 5)
+    assert log.read_text().endswith("SIGINT: the second signal, so all ranks end at once\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_step_ends_all_at_once(tmp_path, number, code):
+    log = tmp_path / "log"
+    run = launch(log, "--nproc-per-node", 2, "-m", "torchtitan.train", *tiny(tmp_path))
+    try:
+        until(lambda: run.poll() is not None or ranks_of(run.pid), log)
+        os.killpg(run.pid, number)
+        assert run.wait(20) == code, log.read_text()
+    finally:
+        run.kill()
+    (sentence,) = log.read_text().splitlines()
+    assert f"{number.name}: the run ends before its first step" in sentence
 
 
 def until(condition, log: Path, seconds: float = 90) -> None:
