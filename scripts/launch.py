@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts import entry
+
+# isort: split
 from torchtitan.tools.last_words import (
     ERROR_FILE,
     have_steps_begun,
@@ -39,7 +42,9 @@ class Launch:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="torchtitan-"))
         self.error_file = self.folder / "last_words.jsonl"
-        os.environ[ERROR_FILE] = str(self.error_file)  # the ranks inherit it
+        os.environ[ERROR_FILE] = str(self.error_file)  # the ranks inherit both
+        path = (sys.path[0], os.environ.get("PYTHONPATH"))  # the package need not be installed
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self._number = 0
         SignalListener(self._receive).start()
 
@@ -134,4 +139,4 @@ def _killed(rank: int, failure: Any) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)
