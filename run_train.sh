@@ -53,7 +53,14 @@ export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 if [ -n "${COMM_MODE:-}" ]; then
   LOG_RANK=0 RANK=0 LOCAL_RANK=0 WORLD_SIZE=$NGPU exec "$PYTHON" "${train[@]}" --comm.mode "$COMM_MODE"
 fi
+# A signal counts from here on. bash takes note of it when the check is over; the launcher listens itself.
+ended=
+for each in TERM:0 USR1:0 HUP:129 INT:130 QUIT:131; do trap "ended=$each" "${each%:*}"; done
 # A wrong config is told here, in one sentence, before any process meets another.
-WORLD_SIZE=$NGPU LOCAL_WORLD_SIZE=$NGPU LOG_RANK=0 "$PYTHON" "${train[@]}" --job.check_config
+WORLD_SIZE=$NGPU LOCAL_WORLD_SIZE=$NGPU LOG_RANK=0 "$PYTHON" "${train[@]}" --job.check_config || exit
+if [ -n "$ended" ]; then
+  echo "SIG${ended%:*}: the run ends before its first step" >&2
+  exit "${ended#*:}"
+fi
 exec "$PYTHON" "$repo/scripts/launch.py" --standalone --nproc-per-node "$NGPU" --max-restarts "$MAX_RESTARTS" \
   --local-ranks-filter "$LOG_RANK" --role rank --tee 3 "${train[@]}"
