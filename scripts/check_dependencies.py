@@ -9,6 +9,7 @@ only: this runs before anything is there.
 
 import re
 import shlex
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -73,4 +74,5 @@ def main(pyproject: str, extras: str = "", constraints: str | None = None) -> in
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     sys.exit(main(*sys.argv[1:]))

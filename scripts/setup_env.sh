@@ -35,7 +35,7 @@ use() { # interpreter, extras, its name for people
     return 1
   fi
   case ${lacks:=a Python that runs} in
-    [A-Z]*) echo "$3 has torch but not $lacks; activate an environment that has both, or one without" \
+    Python*) echo "$3 has torch but not $lacks; activate an environment that has both, or one without" \
       "torch to have .venv made." ;;
     *) echo "$3 has torch but lacks ${lacks//$'\n'/, }; run: $1 -m pip install '${lacks//$'\n'/\' \'}'" ;;
   esac >&2

@@ -82,6 +82,8 @@ def _train(argv: list[str], rank: int, world_size: int, port: int, log: Path) ->
         "GLOO_SOCKET_IFNAME": "lo",
         "LOG_RANK": ",".join(map(str, range(world_size))),
     }
+    os.environ.pop("TITAN_NOHUP", None)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -101,8 +101,8 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_a_checkpoint(
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)],
-    ids=["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"],
+    [(signal.SIGHUP, 129), (signal.SIGQUIT, 131)],
+    ids=["SIGHUP", "SIGQUIT"],
 )
 def test_without_checkpoints_every_signal_ends_after_a_step_too(tmp_path, number, code):
     with Run(tiny(tmp_path, training__steps=10_000), 1, tmp_path / "log") as run:
@@ -186,7 +186,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
         run.kill(1, signal.SIGSTOP)
         time.sleep(0.3)  # rank 0 comes to wait for rank 1
         run.kill(0, signal.SIGTERM)
-        time.sleep(0.2)
+        time.sleep(0.5)
         assert run.ranks[0].is_alive()
         run.kill(0, signal.SIGTERM)
         began = time.monotonic()

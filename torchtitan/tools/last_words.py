@@ -44,8 +44,9 @@ def mark_steps_begun() -> None:
 
 
 def have_steps_begun(path: Path, ranks: Iterable[int]) -> bool:
-    """Whether any of these ranks (process ids) has something to save."""
-    return any(_begun(path, rank).exists() for rank in ranks)
+    """Whether any of these ranks (process ids) has something to save; of none, whether one had."""
+    begun = [_begun(path, rank) for rank in ranks] or path.parent.glob("begun-*")
+    return any(file.exists() for file in begun)
 
 
 def leave_stop_code(code: int) -> None:

@@ -21,8 +21,8 @@ POLITE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.S
 # Set by a launcher that was started with nohup. Its ranks can't see it: torchrun's own handlers
 # take the place of "ignored".
 _NOHUP = "TITAN_NOHUP"
-# `timeout` sends its signal to the process and to its group: twice within microseconds.
-_SAME_SIGNAL_SECONDS = 0.1
+# `timeout` sends its signal to the process and to its group: twice, one right after the other.
+_SAME_SIGNAL_SECONDS = 0.25
 # A launcher that shares its group's signal with its ranks hands on the one they had already.
 _SAME_REQUEST_SECONDS = 2.0
 
@@ -79,11 +79,11 @@ class SignalListener:
             self._take(info.si_signo, info.si_pid)
 
     def _take(self, number: int, sender: int | None) -> None:
-        now, (last, then) = time.monotonic(), self._last
-        self._last = (number, now)
-        again = number == last and now - then < _SAME_SIGNAL_SECONDS
+        last, then = self._last
+        again = number == last and time.monotonic() - then < _SAME_SIGNAL_SECONDS
         if number not in self._ignored and not again:
             self._receive(signal.Signals(number), sender)
+        self._last = (number, time.monotonic())  # the second may have waited for that
 
 
 class StopRequest:
