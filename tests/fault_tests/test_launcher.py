@@ -108,7 +108,7 @@ def test_a_signal_before_the_first_step_ends_all_at_once(tmp_path):
     assert "SIGINT: the run ends before its first step" in sentence
 
 
-def until(condition, log: Path, seconds: float = 90) -> None:
+def until(condition, log: Path, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, log.read_text()
