@@ -31,10 +31,20 @@ for argument in "$@"; do
   case $argument in -h | --help) exec "$PYTHON" "${train[@]}" ;; esac
 done
 
+# A signal counts from here on. bash takes note of it when its child is done; the launcher listens itself.
+ended=
+for each in TERM:0 USR1:0 HUP:129 INT:130 QUIT:131; do trap "ended=$each" "${each%:*}"; done
+end_if_asked() {
+  if [ -z "$ended" ]; then return; fi
+  echo "SIG${ended%:*}: the run ends before its first step" >&2
+  exit "${ended#*:}"
+}
+
 gpus=0
 # torch knows best, but its import takes seconds: only a machine with a GPU's driver asks it.
 if command -v nvidia-smi rocm-smi >/dev/null || [ -e /dev/nvidia0 ] || [ -e /dev/kfd ]; then
-  gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+  count='import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); import torch; print(torch.cuda.device_count())'
+  gpus=$("$PYTHON" -c "$count") || { end_if_asked; exit 1; }
   [ "$gpus" -gt 0 ] || echo "no GPU visible to this torch: running on CPU" >&2
 fi
 if [ "$gpus" -gt 0 ]; then
@@ -54,6 +64,7 @@ if [ -n "${COMM_MODE:-}" ]; then
   LOG_RANK=0 RANK=0 LOCAL_RANK=0 WORLD_SIZE=$NGPU exec "$PYTHON" "${train[@]}" --comm.mode "$COMM_MODE"
 fi
 # A wrong config is told here, in one sentence, before any process meets another.
-WORLD_SIZE=$NGPU LOCAL_WORLD_SIZE=$NGPU LOG_RANK=0 "$PYTHON" "${train[@]}" --job.check_config
+WORLD_SIZE=$NGPU LOCAL_WORLD_SIZE=$NGPU LOG_RANK=0 "$PYTHON" "${train[@]}" --job.check_config || exit
+end_if_asked
 exec "$PYTHON" "$repo/scripts/launch.py" --standalone --nproc-per-node "$NGPU" --max-restarts "$MAX_RESTARTS" \
   --local-ranks-filter "$LOG_RANK" --role rank --tee 3 "${train[@]}"

@@ -21,6 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts import entry
+
+# isort: split
 import torch
 from benchmarks import kernels, our_step, peers
 from benchmarks.breakdown import PARTS
@@ -164,4 +168,4 @@ def step_table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

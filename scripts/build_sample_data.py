@@ -19,6 +19,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts import entry
+
+# isort: split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from torchtitan.tools.errors import UserError
@@ -162,4 +166,4 @@ def check(built: dict[str, bytes]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

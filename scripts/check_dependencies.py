@@ -8,6 +8,8 @@ only: this runs before anything is there.
 """
 
 import re
+import shlex
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -49,16 +51,28 @@ def read_pins(constraints: str) -> dict[str, str]:
     return dict(re.findall(r"^([\w.-]+)==(\S+)", Path(constraints).read_text(), re.MULTILINE))
 
 
-def main(pyproject: str, extras: str = "", constraints: str | None = None) -> int:
+def read_requirements(pyproject: str | Path, extras: str = "") -> list[str]:
+    """What the project asks for, with these of its optional dependencies ("test,docs")."""
     project = tomllib.loads(Path(pyproject).read_text())["project"]
     wanted = list(project["dependencies"])
     for extra in filter(None, extras.split(",")):
         wanted += project["optional-dependencies"][extra]
-    absent = missing(wanted, read_pins(constraints) if constraints else None)
+    return wanted
+
+
+def install_line(python: str, requirements: list[str]) -> str:
+    """The command that adds them to that interpreter's environment."""
+    return shlex.join([python, "-m", "pip", "install", *requirements])
+
+
+def main(pyproject: str, extras: str = "", constraints: str | None = None) -> int:
+    pins = read_pins(constraints) if constraints else None
+    absent = missing(read_requirements(pyproject, extras), pins)
     for requirement in absent:
         print(requirement)
     return bool(absent)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     sys.exit(main(*sys.argv[1:]))

@@ -21,6 +21,10 @@ import time
 from operator import itemgetter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts import entry
+
+# isort: split
 import torch
 from played_nodes import LINK, PlayedNodes, check_can_play
 
@@ -294,4 +298,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts import entry
+
+# isort: split
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -189,4 +193,4 @@ def main(settings: str, rank: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    entry.run(main, *sys.argv[1:])

@@ -6,9 +6,14 @@ The token is routed by the package's own router (64 experts on 4 nodes of 2 rank
 4, top-8); the arrows are what each dispatcher sends for it, as tests/distributed_tests counts it.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts import entry
+
+# isort: split
 import matplotlib
 import torch
 
@@ -92,6 +97,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: plot_dispatch.py PICTURE.png")
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("picture", help="the file to draw into, such as picture.png")
+    entry.run(main, parser.parse_args().picture)

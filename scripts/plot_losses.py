@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts import entry
+
 REPO = Path(__file__).parents[1]
 LOSSES = REPO / "tests/assets/losses/deepseek_v3_debugmodel_cpu.txt"
 PICTURE = REPO / "docs/debug_model_loss.png"
@@ -17,6 +20,9 @@ UNIGRAM_ENTROPY = 6.4340
 
 
 def main(arguments: list[str]) -> None:
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(arguments) != 1:
         refuse("Give the path of one metrics.jsonl, for example outputs/metrics.jsonl.")
     losses = read_losses(Path(arguments[0]))
@@ -95,4 +101,4 @@ def import_pyplot():
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    entry.run(main, sys.argv[1:])

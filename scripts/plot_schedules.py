@@ -7,11 +7,16 @@ of a whole rank takes 2 units, so does each half of its backward pass (for input
 sending takes none. A rank with two stages does each in half the time.
 """
 
+import argparse
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts import entry
+
+# isort: split
 import matplotlib
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
@@ -122,6 +127,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: plot_schedules.py PICTURE.png")
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("picture", help="the file to draw into, such as picture.png")
+    entry.run(main, parser.parse_args().picture)

@@ -10,6 +10,10 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts import entry
+
+# isort: split
 from plot_losses import import_pyplot, refuse
 
 from torchtitan.train import main as train
@@ -58,6 +62,9 @@ VARIANTS = {
 
 
 def main(arguments: list[str]) -> None:
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(arguments) != 1:
         refuse("Give the folder for the runs, for example outputs/recipe.")
     runs = {name: run(Path(arguments[0]), name) for name in VARIANTS}
@@ -108,4 +115,4 @@ def draw(runs: dict[str, list[dict]], window: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    entry.run(main, sys.argv[1:])

@@ -1,10 +1,11 @@
 # Sourced by run_train.sh and scripts/test.sh. `set_up [EXTRA,...]` sets PYTHON to an interpreter that
 # has what pyproject.toml asks for, with these of its optional dependencies.
 #
-# An activated environment that has it all is used as it is. Otherwise .venv in the repository is made,
-# and what it lacks is installed, in the versions of constraints.txt. Nothing is remembered: each call
-# looks at what is there (a tenth of a second), so a set-up that was interrupted, or is older than
-# pyproject.toml, mends itself.
+# The first of these that has torch: the activated environment, .venv in the repository, the python3 of
+# PATH. Neither the first nor the last is changed: where it lacks something, a sentence names the pip
+# command that adds it. Without any torch, .venv is made. What .venv lacks is installed, in the versions
+# of constraints.txt. Nothing is remembered: each call looks at what is there (a tenth of a second), so a
+# set-up that was interrupted, or is older than pyproject.toml, mends itself.
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -13,20 +14,40 @@ lacking() { # interpreter, extras, [constraints]: prints what it lacks, and fail
 }
 
 set_up() { # [extras]
-  local extras=${1:-} lacks activated=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
-  if [ -n "$activated" ] && ! [ "$activated" -ef "$repo/.venv" ]; then
-    PYTHON=python
-    if lacks=$(lacking python "$extras"); then return; fi
-    lacks=${lacks:-a Python that runs}
-    echo "the activated environment lacks: ${lacks//$'\n'/, }; using .venv (or pip install -e" \
-      "'.${extras:+[$extras]}' into yours)" >&2
-  fi
+  local extras=${1:-} activated=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+  [ "$activated" -ef "$repo/.venv" ] && activated=
+  if [ -n "$activated" ] && use python "$extras" "the activated environment, $activated,"; then return; fi
   PYTHON=$repo/.venv/bin/python
-  if ! lacking "$PYTHON" "$extras" "$repo/constraints.txt" >/dev/null 2>&1; then fill_venv "$extras"; fi
+  if lacking "$PYTHON" "$extras" "$repo/constraints.txt" >/dev/null 2>&1; then return; fi
+  if [ -z "$activated" ] && ! has_torch "$PYTHON" && use python3 "$extras" "the python3 of PATH"; then return; fi
+  PYTHON=$repo/.venv/bin/python
+  fill_venv "$extras"
+}
+
+# Sets PYTHON to an interpreter that has all, and fails for one without torch. One that has torch and lacks
+# something else ends us with the way out: no second torch is fetched beside it.
+use() { # interpreter, extras, its name for people
+  local lacks
+  PYTHON=$1
+  if lacks=$(lacking "$1" "$2"); then return; fi
+  if ! has_torch "$1"; then
+    [ "$1" = python3 ] || echo "$3 has no torch: using .venv" >&2
+    return 1
+  fi
+  case ${lacks:=a Python that runs} in
+    Python*) echo "$3 has torch but not $lacks; activate an environment that has both, or one without" \
+      "torch to have .venv made." ;;
+    *) echo "$3 has torch but lacks ${lacks//$'\n'/, }; run: $1 -m pip install '${lacks//$'\n'/\' \'}'" ;;
+  esac >&2
+  exit 2
+}
+
+has_torch() { # interpreter
+  (cd / && "$1" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))') 2>/dev/null
 }
 
 fill_venv() { # extras
-  local base site info packages
+  local base site info packages log=$repo/.venv/pip.log
   if ! "$PYTHON" -c 'import tomllib' 2>/dev/null || ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
     base=$(find_python) || exit 2
     "$base" -m venv --clear "$repo/.venv"
@@ -38,9 +59,22 @@ fill_venv() { # extras
   done
   mapfile -t packages < <(lacking "$PYTHON" "$1" "$repo/constraints.txt")
   echo "Installing into $repo/.venv (a few minutes the first time): ${packages[*]}" >&2
-  "$PYTHON" -m pip install --quiet --constraint "$repo/constraints.txt" "${packages[@]}"
+  if ! "$PYTHON" -m pip install --quiet --retries 1 --constraint "$repo/constraints.txt" "${packages[@]}" \
+    2>"$log"; then
+    echo "pip could not install that: $(reason_in "$log") (all it said: $log)" >&2
+    exit 2
+  fi
   # The repository itself, as an editable install has it, but without building it: that needs a network.
   echo "$repo" >"$site/torchtitan-moe.pth"
+}
+
+reason_in() { # pip's words: prints why it failed, and the way out
+  if grep -qE 'NewConnectionError|ProxyError|timed out|name resolution' "$1"; then
+    echo "the package index can't be reached; connect this machine to a network, set PIP_INDEX_URL to a" \
+      "mirror, or activate an environment that has torch"
+  else
+    sed -n 's/^ERROR: //p' "$1" | tail -n 1
+  fi
 }
 
 find_python() { # prints the first that is new enough and can make environments

@@ -10,6 +10,7 @@ every loss of every life must be the undisturbed run's, bit for bit. Exit code 0
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -20,6 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts import entry
+
+# isort: split
 from torchtitan.components.checkpoint_files import damage, step_folder, steps_with_folder
 
 LAUNCHER = Path(__file__).with_name("launch.py")
@@ -49,12 +54,25 @@ def start(folder: Path, args: argparse.Namespace) -> subprocess.Popen:
     options = [f"--{key}={value}" for key, value in settings.items()]
     command = [sys.executable, LAUNCHER, "--standalone", "--nproc-per-node", str(args.ranks)]
     with open(folder / "log", "a") as log:
-        return subprocess.Popen(
+        run = subprocess.Popen(
             [*command, "-m", "torchtitan.train", *options, *args.options],
             stdout=log,
             stderr=log,
             env={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | os.environ,
+            start_new_session=True,  # Ctrl-C is for the soak, which then ends it
         )
+    args.runs.callback(kill_all, run)
+    return run
+
+
+def kill_all(run: subprocess.Popen) -> None:
+    """The launcher and its ranks, if they are still there."""
+    ranks = ranks_of(run.pid)
+    run.kill()
+    run.wait()
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def ranks_of(launcher: int) -> list[int]:
@@ -143,7 +161,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args, args.options = parser.parse_known_args()
     args.steps = args.steps or 10 * args.kills
-    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+    with tempfile.TemporaryDirectory(prefix="soak-") as name, contextlib.ExitStack() as args.runs:
         calm, disturbed = Path(name, "calm"), Path(name, "disturbed")
         calm.mkdir(), disturbed.mkdir()
         if start(calm, args).wait() != 0:
@@ -163,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

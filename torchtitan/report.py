@@ -24,8 +24,8 @@ class StepResult:
     when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer;
     traffic: see `TokenDispatcher.dispatch`, by layer. watched: see models/moe/watch.py, by layer;
     empty without metrics.log_routing. side_losses: by name, means as `loss` is. valid_tokens: of
-    the step, over all ranks. verdict: what became of the step. stop: some rank was asked to end
-    the run.
+    the step, over all ranks. verdict: what became of the step. asked_by: the signal
+    that asked some rank to end the run, 0 for none.
     """
 
     loss: float
@@ -38,7 +38,7 @@ class StepResult:
     side_losses: dict[str, float]
     valid_tokens: int
     verdict: Verdict
-    stop: bool
+    asked_by: int
 
 
 @dataclass

@@ -4,21 +4,36 @@ import logging
 import os
 import sys
 
+from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.signals import StopRequest
+
+if __name__ == "__main__":  # signals count from here on: the imports below take seconds
+    init_logger()
+    STOP = StopRequest().__enter__()
+
 from torchtitan.check_config import Checked, check_config
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.lost_peers import explain_lost_peer
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.last_words import leave_last_words
-from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.orphans import end_with_the_launcher
 from torchtitan.trainer import Trainer
 
 __all__ = ["Trainer", "main"]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train. Returns the exit code: 0 done, 1 training failed, 2 the user can mend it."""
+def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
+    """Train. Returns the exit code: 0 done, 1 training failed, 2 the user can mend it; for a run
+    that a signal has ended, see `torchtitan.tools.signals.stop_code`.
+
+    stop: what hears signals already.
+    """
     init_logger()
+    with stop or StopRequest() as stop:
+        return check_and_run(argv, stop) or stop.exit_code()
+
+
+def check_and_run(argv: list[str] | None, stop: StopRequest) -> int:
     try:
         config = ConfigManager().parse_args(argv)
         if config.job.check_config:  # the run itself will tell what it found
@@ -30,25 +45,27 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if config.job.check_config:
         return 0
-    return run(config, checked)
+    return run(config, checked, stop)
 
 
-def run(config: JobConfig, checked: Checked) -> int:
+def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
     end_with_the_launcher()
     trainer = None
     try:
-        trainer = Trainer(config, checked)
+        trainer = Trainer(config, checked, stop)
         if config.checkpoint.create_seed_checkpoint:
             trainer.save_seed()
         else:
             trainer.train()
     except (UserError, RunError) as error:  # perhaps this rank's own
+        stop.end_steps()
         exit_code = 2 if isinstance(error, UserError) else 1
         logger.error("%s", error)
         # Before the trainer closes: then the other ranks fail, and the launcher ends this one too.
         leave_last_words(str(error), exit_code)
         return exit_code
     except Exception as error:
+        stop.end_steps()
         sentence = explain_lost_peer(error, trainer.step if trainer else 0)
         if sentence is None:
             if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -70,4 +87,4 @@ def run(config: JobConfig, checked: Checked) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(stop=STOP))

@@ -8,8 +8,9 @@ numbers.
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
+from signal import Signals
 from typing import Any
 
 import torch
@@ -73,9 +74,16 @@ class Trainer:
     Raises `UserError` for what the user can mend, `RunError` when training itself has failed.
     """
 
-    def __init__(self, config: JobConfig, checked: Checked | None = None):
-        """checked: what `check_config(config)` returned, where it has been called already."""
+    def __init__(
+        self,
+        config: JobConfig,
+        checked: Checked | None = None,
+        stop: StopRequest | None = None,
+    ):
+        """checked: what `check_config(config)` returned, where it has been called already.
+        stop: where signals are heard already."""
         self.config = config
+        self.stop = stop or StopRequest()
         self.spec, self.model_args, self.tokenizer = checked or check_config(config)
         self._open = ExitStack()
         try:
@@ -210,7 +218,6 @@ class Trainer:
             early_step=config.optimizer.early_step_in_backward,
         )
         self.alarms = Alarms(config.metrics.alarm)
-        self.stop = StopRequest()
         self.warming_up = True  # the next step may compile
 
     def train(self) -> None:
@@ -224,15 +231,17 @@ class Trainer:
             first.seq_len,
         )
         batches, interval = iter(self.dataloader), Interval()
-        stopping = False
-        with profilers(config, self.rank) as profile_step, self._listening():
+        with profilers(config, self.rank) as profile_step, self.stop:
+            self.stop.begin_steps(saves=self.checkpoint.saves)
+            stopping = self._was_asked_to_stop()
             while self.step < steps and not stopping:
                 self.step += 1
                 self.gc.run(self.step)
                 start = time.perf_counter()
                 result = self.train_step(batches, interval)
                 interval.step_seconds.append(time.perf_counter() - start)
-                stopping = result.stop
+                self.stop.agree(result.asked_by)
+                stopping = result.asked_by != 0
                 alarm: Action = "none"
                 validation = self._validate()
                 if self.metrics.should_log(self.step) or validation or stopping:
@@ -251,8 +260,11 @@ class Trainer:
                 if self.warming_up:
                     set_timeout(config.comm.train_timeout_seconds, self.checkpoint.group)
                     self.warming_up = False
+            self.stop.end_steps()
             self.checkpoint.finish()
         how = "finished" if self.step >= steps else f"stopped short of {steps} steps,"
+        if self.step < steps and self.stop.number:
+            how = f"was ended by {Signals(self.stop.number).name} short of {steps} steps,"
         logger.info("Training %s after step %d", how, self.step)
 
     def train_step(self, batches: Iterator[Batch], interval: Interval) -> StepResult:
@@ -355,9 +367,12 @@ class Trainer:
         if self.average is not None:
             self.average.enter(self.step)
 
-    def _listening(self) -> AbstractContextManager:
-        """Signals ask for a last checkpoint where there are checkpoints, else they just end us."""
-        return self.stop if self.checkpoint.saves else nullcontext()
+    def _was_asked_to_stop(self) -> bool:
+        """Whether any rank was, before its first step."""
+        asked = torch.tensor(float(self.stop.number), device=self.device)
+        all_asked = torch.stack(gather_from_ranks(asked))
+        self.stop.agree(int(all_asked.max()))  # host sync: once, at start
+        return self.stop.number != 0
 
     # -------------------------------------------------------------- parts of a step
 
@@ -416,13 +431,13 @@ class Trainer:
         load = step_loads(moes, group) if moes else Load([], [])
         loads_LE, traffic_L23, watched_L5 = load.tokens_E, load.traffic, load.watched
         # A request to stop travels with the loss: all ranks end after the same step.
-        asked = torch.full_like(local_loss, float(self.stop.requested))
+        asked = torch.full_like(local_loss, float(self.stop.number))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
         # host sync: a non-finite step must be known before the weights change
         last = torch.stack((valid.double(), grad_norm.double()))  # fp32 counts to 2**24 only
         *pairs, valid_tokens, norm = torch.cat((gathered.double(), last)).tolist()
         rank_losses = [pairs[2 * rank] for rank in self.dims.loss_ranks]
-        stop = any(pairs[1::2])
+        asked_by = int(max(pairs[1::2]))
         verdict = self.watch.judge(self.step, rank_losses, norm)
         if verdict == "update":
             self._before_update()
@@ -446,7 +461,7 @@ class Trainer:
             side_losses={name: x.item() / valid_tokens for name, x in side.items()},
             valid_tokens=int(valid_tokens),
             verdict=verdict,
-            stop=stop,
+            asked_by=asked_by,
         )
 
     def _before_update(self) -> None:

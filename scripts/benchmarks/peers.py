@@ -41,7 +41,8 @@ def run_peer(
     """The peer's row, or {name, missing: why and how to get it} or {name, failed: last words}."""
     if name == "torchtitan" and torchtitan_site is None:
         return {"name": name, "missing": f"not installed: {HOW_TO_GET[name]}"}
-    path = [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
+    # Our own package comes last: one peer has its name.
+    path = [str(SCRIPTS), os.environ.get("PYTHONPATH", ""), str(SCRIPTS.parent)]
     if name == "torchtitan":
         path.insert(1, str(torchtitan_site.resolve()))
     with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from scripts import entry
+
+# isort: split
 from torchtitan.components.hf_convert import hf_to_checkpoint
 from torchtitan.components.hf_files import HFFolder
 from torchtitan.components.stored_model import find_model
@@ -76,4 +80,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

@@ -12,6 +12,10 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from scripts import entry
+
+# isort: split
 from torchtitan.components.checkpoint_files import require_checkpoint
 from torchtitan.components.hf_convert import checkpoint_to_hf
 from torchtitan.components.hf_files import MAX_FILE_BYTES
@@ -73,4 +77,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -48,11 +49,20 @@ class Run:
 
     def wait_for(self, path: Path, seconds: float = 60) -> None:
         """Until a file is there."""
+        self.wait_until(path.exists, f"{path} did not come", seconds)
+
+    def wait_until(self, happens: Callable[[], bool], else_: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
-        while not path.exists():
-            assert time.monotonic() < deadline, f"{path} did not come:\n{self.log.read_text()}"
+        while not happens():
+            assert time.monotonic() < deadline, f"{else_}:\n{self.log.read_text()}"
             assert all(process.is_alive() for process in self.ranks), self.log.read_text()
-            time.sleep(0.01)
+            time.sleep(0.005)
+
+    def wait_for_words(self, words: str) -> None:
+        """Until a rank has said them."""
+        self.wait_until(
+            lambda: self.log.exists() and words in self.log.read_text(), f"none said '{words}'"
+        )
 
 
 def _free_port() -> int:
@@ -72,6 +82,8 @@ def _train(argv: list[str], rank: int, world_size: int, port: int, log: Path) ->
         "GLOO_SOCKET_IFNAME": "lo",
         "LOG_RANK": ",".join(map(str, range(world_size))),
     }
+    os.environ.pop("TITAN_NOHUP", None)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -1,5 +1,6 @@
 """Processes that are killed, asked to stop, or hang: the next start goes on bit for bit."""
 
+import os
 import random
 import signal
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.soak import ranks_of
 from tests.fault_tests.processes import Run
 from tests.tiny_run import losses, records, tiny
 from torchtitan.components.checkpoint_files import damage, step_folder, steps_with_folder
@@ -72,23 +74,109 @@ def test_killed_at_random_moments_a_run_loses_nothing(undisturbed, tmp_path, mod
     assert not list(checkpoints.glob("*.tmp")) + list(checkpoints.glob("*.old"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)],
+    ids=["SIGTERM", "SIGUSR1", "SIGINT"],
+)
 def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_a_checkpoint(
-    undisturbed, tmp_path, number
+    undisturbed, tmp_path, number, code
 ):
     rarely = {"checkpoint__interval": 1000, "checkpoint__enable_first_step_checkpoint": True}
     argv = tiny(tmp_path, **SAVES | rarely)
     with Run(argv, 2, tmp_path / "log") as run:
         run.wait_for(step_folder(tmp_path / "checkpoint", 1))
         run.kill(1, number)
-        assert run.exit_codes() == [0, 0], run.log.read_text()
+        assert run.exit_codes() == [code, code], run.log.read_text()
     last = losses(tmp_path)
     assert 1 < len(last) < STEPS, "it did not wait for the end"
     assert whole_checkpoints(tmp_path / "checkpoint") == [1, len(last)]
-    assert f"{number.name}: the run ends after this step" in run.log.read_text()
+    said = run.log.read_text()
+    assert f"{number.name}: the run ends after this step, with a checkpoint" in said
+    assert said.count(f"Training was ended by {number.name} short of {STEPS} steps") == 2
     with Run(argv, 2, tmp_path / "log") as run:
         assert run.exit_codes() == [0, 0], run.log.read_text()
     assert losses(tmp_path) == list(undisturbed.values())
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGHUP, 129), (signal.SIGQUIT, 131)],
+    ids=["SIGHUP", "SIGQUIT"],
+)
+def test_without_checkpoints_every_signal_ends_after_a_step_too(tmp_path, number, code):
+    with Run(tiny(tmp_path, training__steps=10_000), 1, tmp_path / "log") as run:
+        run.wait_for_words(" step: ")
+        run.kill(0, number)
+        assert run.exit_codes() == [code], run.log.read_text()
+    said = run.log.read_text()
+    assert f"{number.name}: the run ends after this step\n" in said and "Traceback" not in said
+    assert (
+        f"ended by {number.name} short of 10000 steps, after step {len(losses(tmp_path))}" in said
+    )
+
+
+def test_a_signal_before_the_first_step_ends_all_ranks_together(tmp_path):
+    argv = tiny(tmp_path, **SAVES | {"training__steps": 10_000})
+    with Run(argv, 2, tmp_path / "log") as run:
+        run.wait_for(tmp_path / "config.json")  # the ranks have met, and build the model
+        run.kill(1, signal.SIGINT)
+        assert run.exit_codes() == [130, 130], run.log.read_text()
+    assert "Training was ended by SIGINT short of 10000 steps, after step 0" in run.log.read_text()
+
+
+def test_a_lone_process_ends_at_once_before_its_first_step(tmp_path):
+    with Run(tiny(tmp_path), 1, tmp_path / "log") as run:
+        run.wait_for_words("Seed")
+        run.kill(0, signal.SIGINT)
+        assert run.exit_codes() == [130]
+    assert "W SIGINT: the run " in run.log.read_text(), "and not a traceback"
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps"),
+    [("disabled", 10_000), ("async", 10_000), ("async", 3)],
+    ids=["save", "save in the background", "last save"],
+)
+def test_a_signal_during_a_save_lets_it_finish(tmp_path, mode, steps):
+    """To all ranks, as a terminal and SLURM send it."""
+    changes = {"training__steps": steps, "checkpoint__async_mode": mode}
+    checkpoints = tmp_path / "checkpoint"
+    with Run(tiny(tmp_path, **SAVES | changes), 2, tmp_path / "log") as run:
+        run.wait_until(lambda: bool(list(checkpoints.glob("step-3*"))), "no third save")
+        for rank in (0, 1):
+            run.kill(rank, signal.SIGTERM)
+        assert run.exit_codes() == [0, 0], run.log.read_text()
+    assert max(whole_checkpoints(checkpoints)) == len(losses(tmp_path)) <= min(steps, 50)
+    assert "Traceback" not in run.log.read_text()
+
+
+def test_loader_processes_outlive_the_signals_that_the_run_answers(tmp_path):
+    """scancel sends them to every process of the job, a terminal to those in the foreground."""
+    options = {"training__dataset_num_workers": 2, "training__steps": 10_000}
+    with Run(tiny(tmp_path, **SAVES | options), 1, tmp_path / "log") as run:
+        run.wait_for(step_folder(tmp_path / "checkpoint", 2))
+        below = descendants(run.ranks[0].pid)
+        assert len(below) >= 3, "two workers and the server that they come from"
+        for pid in below:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                os.kill(pid, number)
+        time.sleep(0.2)  # were they to die, the loader would notice
+        run.kill(0, signal.SIGINT)
+        assert run.exit_codes() == [130], run.log.read_text()
+    said = run.log.read_text()
+    assert "Traceback" not in said and "killed by signal" not in said, said
+    assert max(whole_checkpoints(tmp_path / "checkpoint")) == len(losses(tmp_path))
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in below):
+        assert time.monotonic() < deadline, "they stay behind"
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of its children and of theirs."""
+    children = ranks_of(pid)
+    return children + [below for child in children for below in descendants(child)]
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -98,7 +186,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
         run.kill(1, signal.SIGSTOP)
         time.sleep(0.3)  # rank 0 comes to wait for rank 1
         run.kill(0, signal.SIGTERM)
-        time.sleep(0.1)
+        time.sleep(0.5)
         assert run.ranks[0].is_alive()
         run.kill(0, signal.SIGTERM)
         began = time.monotonic()

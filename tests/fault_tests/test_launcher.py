@@ -13,6 +13,9 @@ from scripts.soak import ranks_of
 from tests.fault_tests.test_kills import SAVES, losses_by_step
 from tests.tiny_run import tiny
 
+# A launch takes seconds of imports; machines that run the tests may be busy.
+pytestmark = pytest.mark.timeout(240)
+
 REPO = Path(__file__).parents[2]
 
 
@@ -20,7 +23,7 @@ def launch(log: Path, *arguments: object) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, REPO / "scripts/launch.py", "--standalone", *map(str, arguments)]
     with log.open("a") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, env=env)
+        return subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
 
 
 def test_a_killed_rank_makes_the_run_go_on_by_itself_and_a_signal_ends_it_well(tmp_path):
@@ -34,7 +37,7 @@ def test_a_killed_rank_makes_the_run_go_on_by_itself_and_a_signal_ends_it_well(t
         until(lambda: "steps are done" in log.read_text(), log)
         reached = max(losses_by_step(tmp_path))
         until(lambda: max(losses_by_step(tmp_path)) > reached + 2, log)
-        run.send_signal(signal.SIGUSR1)
+        run.send_signal(signal.SIGTERM)
         assert run.wait(60) == 0, log.read_text()
     finally:
         run.kill()
@@ -42,9 +45,70 @@ def test_a_killed_rank_makes_the_run_go_on_by_itself_and_a_signal_ends_it_well(t
     found = losses_by_step(tmp_path)
     assert list(found) == list(range(1, max(found) + 1)), "no step is missing"
     assert {len(losses) for losses in found.values()} == {1}, "steps done twice gave the same"
+    assert (checkpoints / f"step-{max(found)}").exists(), "saved at its end"
+    assert "SignalException" not in log.read_text()
 
 
-def until(condition, log: Path, seconds: float = 90) -> None:
+def test_one_signal_to_the_whole_group_counts_once(tmp_path):
+    """As a terminal and `timeout` send it: the ranks get theirs, and what the launcher hands on."""
+    log = tmp_path / "log"
+    options = {"training__steps": 100_000, "checkpoint__interval": 1000}
+    restarts = ["--nproc-per-node", 2, "--max-restarts", 1]
+    run = launch(log, *restarts, "-m", "torchtitan.train", *tiny(tmp_path, **SAVES | options))
+    try:
+        until(lambda: log.read_text().count(" loss: ") > 2, log)
+        # As `timeout` does: to the process and to its group.
+        run.send_signal(signal.SIGINT)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(60) == 130, log.read_text()
+    finally:
+        run.kill()
+    said = log.read_text()
+    assert "Traceback" not in said and "second signal" not in said, said
+    (saved,) = (tmp_path / "checkpoint").glob("step-*")
+    assert saved.name == f"step-{max(losses_by_step(tmp_path))}"
+
+
+def test_a_second_signal_to_the_launcher_ends_all_at_once(tmp_path):
+    """Also ranks that hang: these here don't listen to the first one."""
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        "import sys, time\n"
+        "from torchtitan.tools.last_words import mark_steps_begun\n"
+        "mark_steps_begun()\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    log = tmp_path / "log"
+    run = launch(log, "--nproc-per-node", 2, script)
+    try:
+        until(lambda: log.read_text().count("begun") == 2, log)
+        ranks = ranks_of(run.pid)
+        run.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        assert run.wait(10) == 130, log.read_text()
+    finally:
+        run.kill()
+    until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), log, 5)
+    assert log.read_text().endswith("SIGINT: the second signal, so all ranks end at once\n")
+
+
+def test_a_signal_before_the_first_step_ends_all_at_once(tmp_path):
+    log = tmp_path / "log"
+    run = launch(log, "--nproc-per-node", 2, "-m", "torchtitan.train", *tiny(tmp_path))
+    try:
+        until(lambda: run.poll() is not None or ranks_of(run.pid), log)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(20) == 130, log.read_text()
+    finally:
+        run.kill()
+    (sentence,) = log.read_text().splitlines()
+    assert "SIGINT: the run ends before its first step" in sentence
+
+
+def until(condition, log: Path, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, log.read_text()

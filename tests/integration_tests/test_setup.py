@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-NEEDED_BY_THE_SCRIPT = ("bash", "dirname", "rm")
+NEEDED_BY_THE_SCRIPT = ("bash", "dirname", "rm", "grep", "sed", "tail")
+# This interpreter, and as it would be without the torch that the tests have.
+PYTHON = f'exec {sys.executable} "$@"'
+WITHOUT_TORCH = f'case "$*" in *find_spec*) exit 1 ;; esac\n{PYTHON}'
 
 
 def build_wheel(folder: Path, name: str, version: str) -> None:
@@ -44,7 +47,7 @@ class Repository:
             shutil.copy(REPO / "scripts" / script, root / "scripts")
         for tool in NEEDED_BY_THE_SCRIPT:
             (self.path / tool).symlink_to(shutil.which(tool))
-        self.install_program("python3", f'exec {sys.executable} "$@"')
+        self.install_program("python3", WITHOUT_TORCH)
         for version in ("1.0", "2.0"):
             build_wheel(self.wheels, "tool_a", version)
             build_wheel(self.wheels, "tool_b", version)
@@ -168,7 +171,7 @@ def test_an_environment_without_pip_is_made_anew(repository):
 def test_a_python_that_cannot_make_environments_is_not_taken(tmp_path):
     """Debian without python3-venv: `import venv` works there, `import ensurepip` does not."""
     repository = Repository(tmp_path / "repository")
-    without = f'case "$*" in *ensurepip*) exit 1 ;; esac\nexec {sys.executable} "$@"'
+    without = f'case "$*" in *ensurepip*) exit 1 ;; esac\n{WITHOUT_TORCH}'
     repository.install_program("python3", without)
     done = repository.set_up()
     assert done.returncode == 2 and done.stdout == ""
@@ -177,21 +180,88 @@ def test_a_python_that_cannot_make_environments_is_not_taken(tmp_path):
     assert not (repository.root / ".venv").exists()
 
 
-def test_an_activated_environment_that_has_all_is_used_whatever_its_versions(repository):
-    repository.install_program("python", f'exec {sys.executable} "$@"')
-    repository.ask_for(["pytest>=1.0"], pins={"pytest": "1.0"})
-    done = repository.set_up(VIRTUAL_ENV="/somewhere")
+@pytest.fixture
+def with_torch(tmp_path) -> Repository:
+    """A clone without .venv on a machine whose `python` and `python3` are this one, with torch."""
+    repository = Repository(tmp_path / "clone")
+    for name in ("python", "python3"):
+        repository.install_program(name, PYTHON)
+    return repository
+
+
+def test_an_activated_environment_that_has_all_is_used_whatever_its_versions(with_torch):
+    with_torch.ask_for(["pytest>=1.0"], pins={"pytest": "1.0"})
+    done = with_torch.set_up(VIRTUAL_ENV="/somewhere")
     assert (done.returncode, done.stdout, done.stderr) == (0, "python\n", "")
 
 
-def test_an_activated_environment_that_lacks_a_package_is_told_which(repository):
-    repository.install_program("python", f'exec {sys.executable} "$@"')
-    done = repository.set_up("test", CONDA_PREFIX="/somewhere")
-    assert done.returncode == 0 and done.stdout.strip() == str(repository.python)
-    assert done.stderr.splitlines()[0] == (
-        "the activated environment lacks: tool_a>=1.0, tool_b; using .venv "
-        "(or pip install -e '.[test]' into yours)"
+def test_an_activated_environment_with_torch_is_told_the_line_that_completes_it(with_torch):
+    with_torch.ask_for(["torch>=2.11", "tool_a>=1.0", "pytest"], pins={"torch": "2.11"})
+    done = with_torch.set_up("test", CONDA_PREFIX="/some where")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "the activated environment, /some where, has torch but lacks tool_a>=1.0, tool_b; "
+        "run: python -m pip install 'tool_a>=1.0' 'tool_b'\n"
     )
+    assert not (with_torch.root / ".venv").exists(), "no second torch"
+
+
+def test_an_activated_environment_without_torch_is_passed_over(repository):
+    repository.install_program("python", WITHOUT_TORCH)
+    done = repository.set_up("test", VIRTUAL_ENV="/somewhere")
+    assert done.returncode == 0 and done.stdout.strip() == str(repository.python)
+    first = done.stderr.splitlines()[0]
+    assert first == "the activated environment, /somewhere, has no torch: using .venv"
+
+
+def test_a_python_that_is_too_old_is_no_reason_for_a_second_torch(with_torch):
+    old = f'case "$*" in *check_dep*) echo "Python>=3.11"; exit 1 ;; esac\n{PYTHON}'
+    with_torch.install_program("python", old)
+    done = with_torch.set_up(VIRTUAL_ENV="/somewhere")
+    assert done.returncode == 2 and "has torch but not Python>=3.11; activate" in done.stderr
+    assert not (with_torch.root / ".venv").exists()
+
+
+def test_the_python_of_the_path_is_used_where_it_has_torch(with_torch):
+    """A GPU machine or container: nothing is activated, and python3 has torch."""
+    with_torch.ask_for(["pytest>=1.0"], pins={"pytest": "1.0"})
+    done = with_torch.set_up()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "python3\n", "")
+    done = with_torch.set_up("test")
+    assert (done.returncode, done.stdout) == (2, "")
+    way_out = "run: python3 -m pip install 'tool_b'\n"
+    assert done.stderr == f"the python3 of PATH has torch but lacks tool_b; {way_out}"
+    assert not (with_torch.root / ".venv").exists()
+
+
+def test_a_venv_that_is_complete_comes_before_the_python_of_the_path(repository):
+    repository.install_program("python3", PYTHON)
+    try:
+        assert repository.set_up().stdout.strip() == str(repository.python)
+    finally:
+        repository.install_program("python3", WITHOUT_TORCH)
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        (
+            {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"},
+            "the package index can't be reached; connect this machine to a network",
+        ),
+        ({}, "No matching distribution found for tool_a>=3.0"),
+    ],
+    ids=["no network", "no such version"],
+)
+def test_what_pip_cannot_install_is_one_sentence(repository, variables, reason):
+    repository.ask_for(["tool_a>=3.0"], pins={})
+    done = repository.set_up(**variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    told, sentence = done.stderr.splitlines()
+    assert told.startswith("Installing into") and sentence.startswith(
+        "pip could not install that: "
+    )
+    assert reason in sentence and f"{repository.root}/.venv/pip.log" in sentence
 
 
 def test_our_own_environment_may_be_activated_too(repository):

@@ -23,6 +23,8 @@ def copy_of_script(folder):
         (folder / name).mkdir()
     copy = folder / "scripts/plot_losses.py"
     copy.write_bytes(SCRIPT.read_bytes())
+    for name in ("entry.py", "check_dependencies.py"):  # what it imports from beside it
+        copy.with_name(name).write_bytes(SCRIPT.with_name(name).read_bytes())
     return copy
 
 

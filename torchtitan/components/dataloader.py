@@ -12,6 +12,7 @@ A loader process makes the whole of each lane that its examples meet. Where L is
 read and tokenise the same lanes and each drops what is another's, which costs time and no more.
 """
 
+import atexit
 import itertools
 import json
 import multiprocessing
@@ -285,11 +286,21 @@ def _check_same(what: str, saved: object, ours: object) -> None:
 def _worker_context(dataset: LanesDataset) -> multiprocessing.context.BaseContext:
     """Workers come from a clean server process, not as forks of the trainer: a fork copies the
     locks of CUDA's, NCCL's and gloo's threads without the threads, and may wait for them forever.
+
+    A run's signals are blocked in its children (`SignalListener`), SIGTERM among them, with which
+    multiprocessing ends what is left of them at exit, to wait for them then: they are killed first.
     """
+    atexit.register(_kill_workers)
     context = multiprocessing.get_context("forkserver")
     # Imported once in the server instead of once in each worker.
     context.set_forkserver_preload([__name__, type(dataset).__module__])
     return context
+
+
+def _kill_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _start_worker(worker: int) -> None:

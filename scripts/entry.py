@@ -1,0 +1,72 @@
+"""How every script here begins and ends: it finds the package, and its last word is a sentence.
+
+Each one puts the repository into sys.path, so that nothing need be installed and any working folder
+will do, and imports this before what takes seconds or may be missing. `run(main)` is its end.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    print(f"{sys.argv[0]} needs Python 3.11; {sys.executable} is older.", file=sys.stderr)
+    sys.exit(2)
+from scripts.check_dependencies import install_line, missing, read_requirements
+
+REPO = Path(__file__).resolve().parents[1]
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def run(main: Callable[..., int | None], *arguments: object) -> NoReturn:
+    """Exit with what `main` returns (None: 0), with a sentence and 130 at Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have to clean up
+    try:
+        code = main(*arguments)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # the second one
+        print("Interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def _interrupted(*_: object) -> NoReturn:
+    print("Interrupted", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What the interpreter calls for an exception that nobody has caught."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or (REPO / package).is_dir():
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"{Path(sys.argv[0]).name} {_lacks(package)}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def _lacks(package: str) -> str:
+    """What this interpreter lacks beside `package`, and the way out."""
+    lacking = missing(read_requirements(REPO / "pyproject.toml"))
+    if not any(requirement.startswith(package) for requirement in lacking):
+        lacking.append(package)
+    environment = REPO / ".venv"
+    python = environment / "bin/python"
+    use_ours = python.exists() and Path(sys.prefix) != environment
+    install = f"run {install_line(sys.executable, lacking)}"
+    way_out = f"call it with {python}" if use_ours else install
+    return f"needs {', '.join(lacking)}, which {sys.executable} lacks; {way_out}."
+
+
+def _is_in_charge() -> bool:
+    """Whether this process runs a script of ours; tests import them as modules."""
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    return main is not None and Path(main).resolve().is_relative_to(REPO / "scripts")
+
+
+if _is_in_charge():
+    signal.signal(signal.SIGINT, _interrupted)  # no import is left half-way with a traceback
+    sys.excepthook = _tell

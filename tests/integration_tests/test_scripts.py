@@ -1,0 +1,92 @@
+"""Every file in scripts/ that is called by hand: from any folder, with nothing installed, and at
+Ctrl-C, its last word is a sentence."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+CALLED = [path for path in SCRIPTS.rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
+# One runs before anything is there; one is given a peer's package in place of ours.
+APART = {SCRIPTS / "check_dependencies.py", SCRIPTS / "benchmarks/peer_step.py"}
+WITHOUT_OURS = [name for name in os.environ if name != "PYTHONPATH"]
+
+
+def call(folder: Path, *command: object, site: bool = True) -> subprocess.CompletedProcess:
+    env = {name: os.environ[name] for name in WITHOUT_OURS}
+    options = [] if site else ["-I", "-S"]  # without site-packages: nothing is installed
+    return subprocess.run(
+        [sys.executable, *options, *map(str, command)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+
+
+def imports(statement: ast.stmt) -> list[str]:
+    """The top-level packages that a statement imports."""
+    if isinstance(statement, ast.Import):
+        return [alias.name.partition(".")[0] for alias in statement.names]
+    if isinstance(statement, ast.ImportFrom):
+        return [statement.module.partition(".")[0]]
+    return []
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(CALLED) - APART), ids=lambda path: str(path.relative_to(SCRIPTS))
+)
+def test_a_script_finds_the_package_before_it_imports_what_may_be_missing(path):
+    body = ast.parse(path.read_text()).body
+    (inserts,) = [
+        i for i, each in enumerate(body) if ast.unparse(each).startswith("sys.path.insert(0,")
+    ]
+    up = len(path.relative_to(SCRIPTS).parts)
+    assert f"Path(__file__).resolve().parents[{up}]" in ast.unparse(body[inserts])
+    before = [name for each in body[:inserts] for name in imports(each)]
+    assert set(before) <= sys.stdlib_module_names
+    assert ast.unparse(body[inserts + 1]) == "from scripts import entry"
+    assert "entry.run(main" in ast.unparse(body[-1])
+
+
+def test_a_script_runs_from_any_folder(tmp_path):
+    done = call(tmp_path, SCRIPTS / "checkpoint_conversion/convert_to_hf.py", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: convert_to_hf.py")
+
+
+@pytest.mark.parametrize(
+    "name", ["generate.py", "checkpoint_conversion/convert_from_hf.py", "launch.py", "bench.py"]
+)
+def test_a_script_names_the_packages_that_the_environment_lacks(tmp_path, name):
+    done = call(tmp_path, SCRIPTS / name, "x", site=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith(f"{Path(name).name} needs torch>=2.11, datasets>=3.6, ")
+    assert f"tyro>=1.0, which {sys.executable} lacks; " in sentence
+
+
+def test_ctrl_c_while_a_script_imports_and_while_it_works_is_a_sentence(tmp_path):
+    """A package that takes its time, then work that does."""
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\nprint('imports', flush=True)\ntime.sleep(60)\n")
+    imports = f"import sys; sys.argv = ['x']; sys.path.insert(0, {str(tmp_path)!r}); "
+    starts = f"import __main__; __main__.__file__ = {str(SCRIPTS / 'generate.py')!r}; "
+    works = "entry.run(lambda: print('works', flush=True) or __import__('time').sleep(60))"
+    for code in ("from scripts import entry; import slow", f"from scripts import entry; {works}"):
+        run = subprocess.Popen(
+            [sys.executable, "-c", imports + starts + code],
+            cwd=SCRIPTS.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert run.stdout.readline().strip() in ("imports", "works")
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=20)
+        assert (run.returncode, said) == (130, "Interrupted\n")
