@@ -213,7 +213,7 @@ class Trainer:
         )
         batches, interval = iter(self.dataloader), Interval()
         stopping = False
-        with profilers(config, self.rank) as profile_step, self._listening():
+        with profilers(config, self.rank, self.step) as profile_step, self._listening():
             while self.step < steps and not stopping:
                 self.step += 1
                 self.gc.run(self.step)
@@ -340,6 +340,7 @@ class Trainer:
             self.sequences = None
         self.watch.count_rewind(self.step, to_step)
         self.step, self.tokens_seen = to_step, tokens_seen
+        self.metrics.rewind(to_step)
         if self.average is not None:
             self.average.enter(self.step)
 

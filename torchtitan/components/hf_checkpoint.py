@@ -360,10 +360,12 @@ def _all_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
         yield
     except (UserError, OSError) as caught:
         error = caught
-    kinds = (
-        (type(error) if isinstance(error, UserError) else OSError, str(error)) if error else None
-    )
-    told = next((kind for kind in _gather(kinds, group) if kind), None)
+    mine = None
+    if isinstance(error, UserError):
+        mine = UserError, (str(error),)
+    elif error is not None:
+        mine = OSError, (error.errno, error.strerror or str(error), error.filename)
+    told = next((one for one in _gather(mine, group) if one), None)
     if told is not None:
-        kind, sentence = told
-        raise kind(sentence) from error
+        kind, arguments = told
+        raise kind(*arguments) from error
