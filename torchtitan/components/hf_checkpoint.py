@@ -9,7 +9,7 @@ one of them finds something wrong, all of them raise the same `UserError`.
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -245,11 +245,10 @@ def save_hf(
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
             writer.create()
-    with _all_or_none(group):
+    with _all_or_none(group), closing(writer):
         for piece in pieces:
             if piece.ours in state and _writes(state[piece.ours]):
                 _write_piece(writer, piece, state[piece.ours])
-        writer.close()
     _report_routing(adapter, state, dtype, group)
     with _all_or_none(group):
         if _rank() == 0:

@@ -14,6 +14,7 @@ import pickle
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def _tells_of_the_disk(convert: Callable[..., None]) -> Callable[..., None]:
         try:
             convert(source, target, *args, **options)
         except OSError as error:
-            why = reason(error, target.parent)
+            why = reason(error, target.parent) + (f": {error.filename}" if error.filename else "")
             raise UserError(
                 f"{target} could not be made ({why}); make room or name another folder, and call "
                 "it again: it goes on where it stopped."
@@ -316,9 +317,9 @@ def checkpoint_to_hf(
         writer.create()
         journal.add("files")
     for unit in _units_with_progress(pieces, layout, journal):
-        for piece in unit:
-            _write_piece(writer, piece, stored, fp8=fp8)
-        writer.close()
+        with closing(writer):
+            for piece in unit:
+                _write_piece(writer, piece, stored, fp8=fp8)
         journal.add(unit[0].ours)
     _report_routing(adapter, stored, dtype)
     (tmp / INDEX).write_text(layout.index() + "\n", encoding="utf-8")

@@ -29,10 +29,13 @@ def check_writable(key: str, folder: str | os.PathLike) -> None:
     """
     problem = _problem_of(Path(folder).absolute())
     if problem is not None:
-        raise UserError(f"{key} {folder} can't be written to ({problem}): name a folder that can.")
+        raise UserError(
+            f"{key} {_shortened(folder)} can't be written to ({problem}): name a folder that can."
+        )
 
 
 def _problem_of(folder: Path) -> str | None:
+    nearest = folder
     try:
         nearest = _nearest(folder)
         if nearest.is_symlink() and not nearest.exists():
@@ -46,7 +49,7 @@ def _problem_of(folder: Path) -> str | None:
     except OSError as error:
         if error.errno in FULL:
             return None
-        return f"{error.strerror}: {_shortened(error.filename or folder)}"
+        return f"{error.strerror}: {_shortened(nearest)}"
 
 
 def _nearest(folder: Path) -> Path:
@@ -69,7 +72,7 @@ def check_readable(key: str, path: str | os.PathLike) -> None:
     try:
         if Path(path).is_dir():
             os.listdir(path)
-            os.stat(Path(path, "."))  # a folder that may be listed, but not entered
+            os.stat(os.path.join(path, "."))  # a folder that may be listed, but not entered
         elif Path(path).exists():
             with open(path, "rb"):
                 pass

@@ -157,7 +157,7 @@ class _MemorySnapshots:
 
 def _export(profiler: torch.profiler.profile, path: Path) -> None:
     """Raises `OSError`, which torch's own code in C++ doesn't, where the trace can't be written."""
-    with whole_or_none(path):
+    with whole_or_none(path.with_name(path.name + ".tmp")), whole_or_none(path):  # torch 2.13's
         path.touch()
         profiler.export_chrome_trace(str(path))
         with path.open("rb") as file:
