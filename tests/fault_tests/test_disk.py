@@ -97,7 +97,7 @@ def test_config_files_that_do_not_fit_are_said_and_no_half_ones_are_left(tmp_pat
     assert "o/config.json can't be written (No space left on device" in said
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 def test_a_device_that_takes_nothing_needs_no_root_to_be_met(tmp_path, capfd):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     assert main(tiny(tmp_path, training__steps=3)) == 0
