@@ -23,7 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.build import build_model, build_parallel_dims
 from torchtitan.components.checkpoint_files import is_complete
-from torchtitan.components.checkpoint_storage import CheckpointReader, read_tensor_index
+from torchtitan.components.checkpoint_storage import (
+    CheckpointReader,
+    read_tensor_index,
+    reason_of_failure,
+)
 from torchtitan.components.ema import check_has_average
 from torchtitan.components.generation import Sampling, check_prompts, generate
 from torchtitan.components.hf_checkpoint import load_hf
@@ -94,7 +98,8 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
         try:
             dcp.load(state, storage_reader=CheckpointReader(source))
         except CheckpointException as error:
-            raise UserError(f"checkpoint {source} could not be loaded: {error}.") from None
+            why = reason_of_failure(error, source)
+            raise UserError(f"checkpoint {source} could not be loaded: {why}.") from None
         own = {name.partition(".")[2]: tensor for name, tensor in state.items()}
         model.load_state_dict(own)
     elif averaged:

@@ -120,9 +120,10 @@ def whole_steps(folder: Path) -> list[int]:
 def losses(folder: Path) -> dict[int, set[float]]:
     """By step, of all lives of the run."""
     found: dict[int, set[float]] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        found.setdefault(record["step"], set()).add(record["loss"])
+    for path in folder.glob("metrics*.jsonl"):  # the replaced ones, too
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            found.setdefault(record["step"], set()).add(record["loss"])
     return found
 
 

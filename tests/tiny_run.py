@@ -48,9 +48,9 @@ def as_toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def records(dump_folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (dump_folder / "metrics.jsonl").read_text().splitlines()]
+def records(dump_folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of a file of a run's metrics."""
+    return [json.loads(line) for line in (dump_folder / name).read_text().splitlines()]
 
 
 def losses(dump_folder: Path) -> list[float]:

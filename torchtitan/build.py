@@ -155,10 +155,10 @@ def build_pipeline(
 
 
 @contextmanager
-def profilers(config: JobConfig, rank: int) -> Iterator[Callable[[], None]]:
+def profilers(config: JobConfig, rank: int, start_step: int) -> Iterator[Callable[[], None]]:
     """Traces and memory snapshots, where asked for; call what it yields after every step."""
     settings = config.profiling
-    where = {"dump_folder": config.job.dump_folder, "rank": rank}
+    where = {"dump_folder": config.job.dump_folder, "rank": rank, "start_step": start_step}
     with (
         maybe_profile(
             enable_profiling=settings.enable_profiling,

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from torchtitan.components.dump_folder import check_dump_folder
+from torchtitan.components.dump_folder import check_folders
 from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.param_groups import check_groups
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
@@ -18,6 +18,7 @@ from torchtitan.hf_datasets import check_training_data
 from torchtitan.hf_datasets.validation_data import check_validation_data
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
+from torchtitan.tools.disk import check_readable
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.utils import check_local_processes, device_type
 
@@ -30,6 +31,8 @@ def check_config(config: JobConfig) -> Checked:
     validate(config, world_size, device_type())
     if config.comm.mode == "default":
         check_local_processes(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    check_folders(config, device_type())
+    check_readable("model.hf_assets_path", config.model.hf_assets_path)
     check_compile_backend(config.compile)
     check_memory_budget(config.activation_checkpoint)
     spec = get_train_spec(config.model.name)
@@ -59,7 +62,6 @@ def check_config(config: JobConfig) -> Checked:
     check_hf(config, spec, model_args)
     check_samples(config.validation, tokenizer, shortest)
     check_validation_data(config.validation, shortest.max_seq_len)
-    check_dump_folder(config.job.dump_folder)
     return spec, model_args, tokenizer
 
 

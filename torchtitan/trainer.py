@@ -231,7 +231,7 @@ class Trainer:
             first.seq_len,
         )
         batches, interval = iter(self.dataloader), Interval()
-        with profilers(config, self.rank) as profile_step, self.stop:
+        with profilers(config, self.rank, self.step) as profile_step, self.stop:
             self.stop.begin_steps(saves=self.checkpoint.saves)
             stopping = self._was_asked_to_stop()
             while self.step < steps and not stopping:
@@ -364,6 +364,7 @@ class Trainer:
             self.sequences = None
         self.watch.count_rewind(self.step, to_step)
         self.step, self.tokens_seen = to_step, tokens_seen
+        self.metrics.rewind(to_step)
         if self.average is not None:
             self.average.enter(self.step)
 

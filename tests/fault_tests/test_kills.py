@@ -37,7 +37,7 @@ def undisturbed(tmp_path_factory) -> dict[int, float]:
 def losses_by_step(folder: Path) -> dict[int, set[float]]:
     """Of all lives of a run: a step that two of them have done must have one loss all the same."""
     found: dict[int, set[float]] = {}
-    for record in records(folder):
+    for record in [each for path in folder.glob("metrics*") for each in records(folder, path.name)]:
         found.setdefault(record["step"], set()).add(record["loss"])
     return found
 
@@ -69,6 +69,7 @@ def test_killed_at_random_moments_a_run_loses_nothing(undisturbed, tmp_path, mod
         assert max(whole_checkpoints(checkpoints)) >= before + 2
     with Run(argv, 2, tmp_path / "log") as run:
         assert run.exit_codes() == [0, 0], run.log.read_text()
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, STEPS + 1))
     assert losses_by_step(tmp_path) == {step: {loss} for step, loss in undisturbed.items()}
     assert whole_checkpoints(checkpoints) == [STEPS - 1, STEPS]
     assert not list(checkpoints.glob("*.tmp")) + list(checkpoints.glob("*.old"))

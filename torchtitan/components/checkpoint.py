@@ -1,7 +1,7 @@
 """Saving and loading a run: when, which one, and what a failure means.
 
-A save may fail (a full disk, a read-only folder): it is said, older checkpoints stay as they are,
-training goes on and the next interval tries again. Only the last save of a run must succeed.
+A save may fail (a full disk, say): it is said, older checkpoints stay as they are, training goes on
+and the next interval tries again. Only the last save of a run must succeed.
 Loading takes the newest whole checkpoint of the run's own folder; a damaged one is passed over.
 
 All methods are called on all ranks at the same step; DCP's protocol makes them agree on failures.
@@ -34,21 +34,31 @@ from torchtitan.components.checkpoint_choice import (
     refuse_other_model,
     refuse_other_tensors,
 )
-from torchtitan.components.checkpoint_files import META, NUMBERS, clean_up, read_json, step_folder
+from torchtitan.components.checkpoint_files import (
+    META,
+    NUMBERS,
+    clean_up,
+    read_json,
+    step_folder,
+    steps_with_folder,
+)
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.checkpoint_storage import (
     CheckpointReader,
     CheckpointWriter,
     read_tensor_index,
+    reason_of_failure,
 )
 from torchtitan.components.ema import has_average
 from torchtitan.components.hf_checkpoint import initial_hf_folder, load_hf, save_hf
+from torchtitan.components.hf_files import plan_layout
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
 from torchtitan.distributed.groups import group_of
 from torchtitan.distributed.utils import RanksOf
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec
+from torchtitan.tools.disk import reason
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import TORCH_DTYPES
@@ -89,6 +99,7 @@ class CheckpointManager:
         self._adapter = adapter
         self._choice: CheckpointChoice | None = None
         self._pending: _Pending | None = None
+        self._writer: CheckpointWriter | None = None  # of the last attempt
         self._failed: str | None = None  # why the last attempt did not succeed
         self._stager: DefaultStager | None = None
         if settings.enable:
@@ -151,8 +162,9 @@ class CheckpointManager:
         try:
             dcp.load(tensors, storage_reader=CheckpointReader(start.path), process_group=self.group)
         except CheckpointException as error:
+            why = reason_of_failure(error, start.path)
             raise UserError(
-                f"checkpoint {start.path} could not be loaded: {_reason(error)}; take another one."
+                f"checkpoint {start.path} could not be loaded: {why}; take another one."
             ) from None
         state.take_tensors(tensors)
         state.load_numbers(read_json(start.path, NUMBERS), parts)
@@ -227,8 +239,8 @@ class CheckpointManager:
             NUMBERS: json.dumps(numbers, indent=1) + "\n",
             META: json.dumps(meta, indent=2) + "\n",
         }
-        writer = CheckpointWriter(self.folder, step, texts, self.settings.keep_latest_k)
-        options = {"storage_writer": writer, "process_group": self.group}
+        self._writer = CheckpointWriter(self.folder, step, texts, self.settings.keep_latest_k)
+        options = {"storage_writer": self._writer, "process_group": self.group}
         self._failed = None
         if self.settings.async_mode == "disabled":
             try:
@@ -236,7 +248,7 @@ class CheckpointManager:
             except CheckpointException as error:
                 self._tell_failure(step, error)
             else:
-                self._tell_success(step, began)
+                self._tell_success(step_folder(self.folder, step), began)
             return
         response = dcp.async_save(tensors, async_stager=self._get_stager(), **options)
         if isinstance(response, AsyncSaveResponse):
@@ -262,8 +274,17 @@ class CheckpointManager:
     def finish(self) -> None:
         """Wait for the last save. Raises `RunError` if it has failed."""
         self._wait()
-        if self._failed is not None:
-            raise RunError(f"the last save of the run has failed: {self._failed}")
+        if self._failed is None:
+            return
+        failed, steps = self._ranks.from_rank_0(lambda: (self._failed, self._whole_steps()))
+        after = f"step {steps[-1]}, the newest checkpoint there" if steps else "the start"
+        raise RunError(
+            f"the last save of the run has failed: {failed}; mend that and call the same command "
+            f"again: it goes on from {after}."
+        )
+
+    def _whole_steps(self) -> list[int]:
+        return [step for step, whole in steps_with_folder(self.folder).items() if whole]
 
     def close(self) -> None:
         if self._stager is not None:
@@ -291,21 +312,24 @@ class CheckpointManager:
     def _export(self, state: RunState, step: int) -> None:
         self._failed, began = None, time.perf_counter()
         path = self.folder / f"step-{step}-hf"
+        dtype = TORCH_DTYPES[self.settings.export_dtype]
         try:
             save_hf(
                 state.model,
                 self._adapter,
                 str(path),
-                dtype=TORCH_DTYPES[self.settings.export_dtype],
+                dtype=dtype,
                 assets_path=self._adapter.hf_assets_path,
                 group=self.group,
             )
         except OSError as error:
-            self._failed = f"{path} could not be written: {error}"
-            logger.error("%s", self._failed)
+            needed = sum(plan_layout(self._adapter.pieces(), dtype).sizes.values())
+            self._failed = f"{path} could not be written: {reason(error, path, needed=needed)}"
+            if self._ranks.rank == 0:
+                shutil.rmtree(self.folder / f"step-{step}-hf.tmp", ignore_errors=True)
+                logger.error("%s", self._failed)
         else:
-            seconds = time.perf_counter() - began
-            logger.info("Saved %s in Hugging Face's format in %.2f s", path, seconds)
+            self._tell_success(path, began)
 
     # -------------------------------------------------------------- saves that are under way
 
@@ -323,31 +347,24 @@ class CheckpointManager:
         except CheckpointException as error:
             self._tell_failure(pending.step, error)
         else:
-            self._tell_success(pending.step, pending.started)
+            self._tell_success(step_folder(self.folder, pending.step), pending.started)
 
-    def _tell_success(self, step: int, began: float) -> None:
-        path = step_folder(self.folder, step)
+    def _tell_success(self, path: Path, began: float) -> None:
         logger.info("Saved %s in %.3f s", path, time.perf_counter() - began)
 
     def _tell_failure(self, step: int, error: CheckpointException) -> None:
-        self._failed = (
-            f"the checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}"
-        )
+        tmp = self.folder / f"step-{step}.tmp"
+        why = reason_of_failure(error, tmp, self._writer.needed)
+        self._failed = f"the checkpoint of step {step} could not be written to {self.folder}: {why}"
         if self._ranks.rank == 0:
             # What it has written may be what fills the disk.
-            shutil.rmtree(self.folder / f"step-{step}.tmp", ignore_errors=True)
+            shutil.rmtree(tmp, ignore_errors=True)
             logger.error(
                 "%s; older checkpoints are as they were, and the next save is due at the next "
                 "multiple of checkpoint.interval (%d)",
                 self._failed,
                 self.settings.interval,
             )
-
-
-def _reason(error: CheckpointException) -> str:
-    """ "rank 1: No space left on device (…)" of the first rank that failed."""
-    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-    return f"rank {rank}: {cause if isinstance(cause, OSError | UserError) else repr(cause)}"
 
 
 def build_checkpoint_manager(

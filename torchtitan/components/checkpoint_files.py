@@ -46,12 +46,27 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    return (checkpoint / MARKER).is_file()
+    """Raises `UserError` where the folder can't be looked into."""
+    try:
+        return (checkpoint / MARKER).is_file()
+    except OSError as error:
+        raise _closed(checkpoint, error) from None
+
+
+def _closed(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{folder} can't be searched for checkpoints ({error.strerror}); let this user read it, or "
+        "name another folder."
+    )
 
 
 def steps_with_folder(folder: Path) -> dict[int, bool]:
-    """Of every step-N folder, in ascending order: whether it has its marker."""
-    found = [_STEP.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    """Of every step-N folder, in ascending order: whether it has its marker. Raises `UserError`
+    where they can't be looked into."""
+    try:
+        found = [_STEP.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise _closed(folder, error) from None
     steps = sorted(int(match[1]) for match in found if match)
     return {step: is_complete(step_folder(folder, step)) for step in steps}
 
@@ -126,7 +141,11 @@ def keep_latest(folder: Path, count: int) -> None:
 
     A failure is only said: nothing that is needed is lost.
     """
-    complete = [step for step, whole in steps_with_folder(folder).items() if whole]
+    try:
+        complete = [step for step, whole in steps_with_folder(folder).items() if whole]
+    except UserError as error:
+        logger.warning("Old checkpoints could not be deleted: %s", error)
+        return
     for step in complete[:-count] if count else []:
         path = step_folder(folder, step)
         try:
@@ -143,10 +162,12 @@ def clean_up(folder: Path) -> None:
         return
     for path in sorted(folder.iterdir()):
         match = _LEFTOVER.fullmatch(path.name)
-        if match is None or not path.is_dir() or not _is_ours(path):
+        if match is None:
             continue
         final = step_folder(folder, int(match[1]))
         try:
+            if not path.is_dir() or not _is_ours(path):
+                continue
             if match[2] == "old" and not final.exists():
                 path.rename(final)
             else:

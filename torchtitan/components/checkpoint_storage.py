@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     Metadata,
@@ -36,19 +37,24 @@ from torchtitan.components.checkpoint_files import (
     keep_latest,
     publish,
 )
+from torchtitan.tools.disk import free_bytes, reason
 from torchtitan.tools.errors import UserError
 
 # ------------------------------------------------------------------ writing
 
 
 class CheckpointWriter(FileSystemWriter):
-    """Writes `folder/step-N`. texts: META and NUMBERS (used on the coordinator only)."""
+    """Writes `folder/step-N`. texts: META and NUMBERS (used on the coordinator only).
+
+    needed: bytes of all tensors of all ranks; 0 until they are known, and on other ranks.
+    """
 
     def __init__(self, folder: Path, step: int, texts: dict[str, str], keep_latest_k: int) -> None:
         super().__init__(folder / f"step-{step}.tmp", sync_files=True)
         self._folder, self._step = folder, step
         self._texts = texts
         self._keep_latest_k = keep_latest_k
+        self.needed = 0
         self.fs = _SummingFiles()
 
     def storage_meta(self) -> StorageMeta:
@@ -58,6 +64,8 @@ class CheckpointWriter(FileSystemWriter):
         return plan  # the coordinator alone makes the folder
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        tensors = [item.tensor_data for plan in plans for item in plan.items if item.tensor_data]
+        self.needed = sum(t.chunk.sizes.numel() * t.properties.dtype.itemsize for t in tensors)
         begin(self._folder, self._step)
         return super().prepare_global_plan(plans)
 
@@ -79,6 +87,19 @@ class CheckpointWriter(FileSystemWriter):
         keep_latest(self._folder, self._keep_latest_k)
 
 
+def reason_of_failure(error: CheckpointException, folder: Path, needed: int = 0) -> str:
+    """ "rank 1: No space left on device (…)" of the first rank that failed to write or read
+    `folder`. What lies there counts as free: it goes when a save has failed. needed: bytes."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+    if not isinstance(cause, OSError):
+        return f"rank {rank}: {cause if isinstance(cause, UserError) else repr(cause)}"
+    free = free_bytes(folder)
+    with contextlib.suppress(OSError):  # another rank may be removing them
+        free = (free or 0) + sum(path.stat().st_size for path in folder.iterdir())
+    place = f" ({cause.filename})" if cause.filename else ""
+    return f"rank {rank}: {reason(cause, folder, free=free, needed=needed)}{place}"
+
+
 class _SummingFiles(FileSystem):
     """Sums up what is written, by file name, as it passes."""
 
@@ -89,20 +110,26 @@ class _SummingFiles(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: Path, mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as stream:
-            summing = _SummingStream(stream)
-            yield summing
+            summing = SummingStream(stream)
+            with tells_of_the_disk(summing):
+                yield summing
         self.sums[Path(path).name] = FileSum(summing.size, summing.digest.hexdigest())
 
 
-class _SummingStream:
-    """A file that is only ever appended to."""
+class SummingStream:
+    """A file that is only ever appended to. error: what kept it from being written."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.size, self.digest = 0, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        count = self._stream.write(data)
+        try:
+            count = self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.digest.update(data)
         self.size += count
         return count
@@ -119,6 +146,18 @@ class _SummingStream:
 
     def close(self) -> None:
         self._stream.close()
+
+
+@contextlib.contextmanager
+def tells_of_the_disk(stream: SummingStream) -> Iterator[None]:
+    """Around `torch.save` into `stream`: raise the `OSError` of a write that failed. torch's zip
+    writer raises one of its own instead, about positions in the file."""
+    try:
+        yield
+    except Exception:
+        if stream.error is not None:
+            raise stream.error from None
+        raise
 
 
 # ------------------------------------------------------------------ reading

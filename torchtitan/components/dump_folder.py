@@ -1,31 +1,60 @@
-"""The folder of a run's outputs: can it be written, and what the run was told goes there."""
+"""The folders of a run: can they be used, and what the run was told goes beside its outputs."""
 
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 
+from torchtitan.components.checkpoint_files import steps_with_folder
 from torchtitan.config import JobConfig, to_dict
 from torchtitan.protocols.model import BaseModelArgs
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.disk import SideOutput, check_readable, check_writable, write_whole
 from torchtitan.tools.logging import logger
 
 
-def check_dump_folder(dump_folder: str) -> None:
-    """Raise `UserError` where it can't be made or written to; makes nothing yet."""
-    folder = Path(dump_folder)
-    candidates = (folder, *folder.absolute().parents)
-    nearest = next(path for path in candidates if os.path.exists(path))
-    if not nearest.is_dir():
-        raise _not_writable(folder, f"{nearest} is not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _not_writable(folder, f"no permission in {nearest}")
+def check_folders(config: JobConfig, device_type: str) -> None:
+    """Raise `UserError` where a folder that this run writes to can't be made or written to, or one
+    that it reads can't be read; makes nothing yet."""
+    dump_folder, checkpoint = Path(config.job.dump_folder), config.checkpoint
+    check_writable("job.dump_folder", dump_folder)
+    for key, folder, is_used in _folders_inside(config, device_type):
+        if is_used:
+            check_writable(key, dump_folder / folder)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        if config.compile.enable and os.environ.get(name):
+            check_writable(name, os.environ[name])
+    own = dump_folder / checkpoint.folder
+    if checkpoint.enable and checkpoint.load_only:
+        check_readable("checkpoint.folder", own)
+    if checkpoint.enable and checkpoint.initial_load_path and not steps_with_folder(own):
+        check_readable("checkpoint.initial_load_path", checkpoint.initial_load_path)
 
 
-def _not_writable(folder: Path, reason: str) -> UserError:
-    return UserError(
-        f"job.dump_folder {folder} can't be written to ({reason}): name a folder that can."
-    )
+def _folders_inside(config: JobConfig, device_type: str) -> list[tuple[str, str, bool]]:
+    """Key, folder in job.dump_folder (or anywhere), and whether this run writes to it."""
+    profiling, metrics, memory = config.profiling, config.metrics, config.activation_checkpoint
+    saves = config.checkpoint.enable and not config.checkpoint.load_only
+    records_collectives = device_type == "cuda" and config.comm.trace_buf_size > 0
+    return [
+        ("checkpoint.folder", config.checkpoint.folder, saves),
+        (
+            "profiling.save_traces_folder",
+            profiling.save_traces_folder,
+            profiling.enable_profiling,
+        ),
+        (
+            "profiling.save_memory_snapshot_folder",
+            profiling.save_memory_snapshot_folder,
+            profiling.enable_memory_snapshot,
+        ),
+        ("metrics.save_tb_folder", metrics.save_tb_folder, metrics.enable_tensorboard),
+        ("comm.save_traces_folder", config.comm.save_traces_folder, records_collectives),
+        (
+            "activation_checkpoint.visualize_memory_budget_pareto: folder",
+            "memory_budget_pareto",
+            memory.visualize_memory_budget_pareto,
+        ),
+    ]
 
 
 def save_config(config: JobConfig, model_args: BaseModelArgs) -> None:
@@ -40,9 +69,8 @@ def save_config(config: JobConfig, model_args: BaseModelArgs) -> None:
         logger.info("Config: %s", settings)
         logger.info("Model arguments: %s", arguments)
     folder = Path(config.job.dump_folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / config.job.save_config_file).write_text(settings + "\n")
-        (folder / "model_args.json").write_text(arguments + "\n")
-    except OSError as error:
-        raise _not_writable(folder, error.strerror) from None
+    for name, text in ((config.job.save_config_file, settings), ("model_args.json", arguments)):
+        path = folder / name
+        with SideOutput(str(path), folder, "what this run was told is not kept there").attempt():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, f"{text}\n".encode())

@@ -9,7 +9,7 @@ one of them finds something wrong, all of them raise the same `UserError`.
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -245,11 +245,10 @@ def save_hf(
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
             writer.create()
-    with _all_or_none(group):
+    with _all_or_none(group), closing(writer):
         for piece in pieces:
             if piece.ours in state and _writes(state[piece.ours]):
                 _write_piece(writer, piece, state[piece.ours])
-        writer.close()
     _report_routing(adapter, state, dtype, group)
     with _all_or_none(group):
         if _rank() == 0:
@@ -360,10 +359,12 @@ def _all_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
         yield
     except (UserError, OSError) as caught:
         error = caught
-    kinds = (
-        (type(error) if isinstance(error, UserError) else OSError, str(error)) if error else None
-    )
-    told = next((kind for kind in _gather(kinds, group) if kind), None)
+    mine = None
+    if isinstance(error, UserError):
+        mine = UserError, (str(error),)
+    elif error is not None:
+        mine = OSError, (error.errno, error.strerror or str(error), error.filename)
+    told = next((one for one in _gather(mine, group) if one), None)
     if told is not None:
-        kind, sentence = told
-        raise kind(sentence) from error
+        kind, arguments = told
+        raise kind(*arguments) from error

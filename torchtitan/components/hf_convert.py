@@ -14,6 +14,7 @@ import pickle
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,11 @@ from torchtitan.components.checkpoint_files import (
     publish,
     require_checkpoint,
 )
-from torchtitan.components.checkpoint_storage import read_tensor_index
+from torchtitan.components.checkpoint_storage import (
+    SummingStream,
+    read_tensor_index,
+    tells_of_the_disk,
+)
 from torchtitan.components.ema import PREFIX as EMA_PREFIX
 from torchtitan.components.ema import check_has_average
 from torchtitan.components.hf_checkpoint import (
@@ -69,6 +74,7 @@ from torchtitan.components.hf_files import (
 from torchtitan.components.journal import Journal
 from torchtitan.ops.block_fp8 import quantize_blocks
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
+from torchtitan.tools.disk import reason, whole_or_none
 from torchtitan.tools.errors import UserError
 
 PREFIX = "model."  # of weights among the tensors of a checkpoint
@@ -89,8 +95,9 @@ def _tells_of_the_disk(convert: Callable[..., None]) -> Callable[..., None]:
         try:
             convert(source, target, *args, **options)
         except OSError as error:
+            why = reason(error, target.parent) + (f": {error.filename}" if error.filename else "")
             raise UserError(
-                f"{target} could not be made ({error}); make room or name another folder, and call "
+                f"{target} could not be made ({why}); make room or name another folder, and call "
                 "it again: it goes on where it stopped."
             ) from None
 
@@ -135,7 +142,9 @@ def hf_to_checkpoint(
         for number, file in enumerate(sorted(by_file)):
             if file not in journal.done:
                 out = tmp / f"__0_{number}.distcp"
-                journal.add(file, _write_chunks(out, source, adapter, by_file[file], dtype))
+                with whole_or_none(out):
+                    written = _write_chunks(out, source, adapter, by_file[file], dtype)
+                journal.add(file, written)
                 progress.update(sizes[file])
             source.close()
     sums = {info["file"]: FileSum(*info["sum"]) for info in journal.done.values()}
@@ -164,7 +173,7 @@ def _write_chunks(
 ) -> dict[str, Any]:
     """One of our files with what one of theirs holds: its sum, and where each chunk lies in it."""
     chunks = []
-    with path.open("wb") as file:
+    with path.open("wb") as opened, tells_of_the_disk(file := SummingStream(opened)):
         for piece in pieces:
             tensor = read_rows(source, adapter, piece, (0,) * len(piece.shape), piece.shape)
             quantized = piece.name + SCALE in source.file_of
@@ -178,13 +187,10 @@ def _write_chunks(
             name = str(tensor.dtype).removeprefix("torch.")
             length = file.tell() - begin
             chunks.append([piece.ours, offset, list(tensor.shape), name, begin, length])
-        file.flush()
         os.fsync(file.fileno())
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
     return {
         "file": path.name,
-        "sum": [path.stat().st_size, digest.hexdigest()],
+        "sum": [file.size, file.digest.hexdigest()],
         "chunks": chunks,
     }
 
@@ -311,9 +317,9 @@ def checkpoint_to_hf(
         writer.create()
         journal.add("files")
     for unit in _units_with_progress(pieces, layout, journal):
-        for piece in unit:
-            _write_piece(writer, piece, stored, fp8=fp8)
-        writer.close()
+        with closing(writer):
+            for piece in unit:
+                _write_piece(writer, piece, stored, fp8=fp8)
         journal.add(unit[0].ours)
     _report_routing(adapter, stored, dtype)
     (tmp / INDEX).write_text(layout.index() + "\n", encoding="utf-8")

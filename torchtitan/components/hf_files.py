@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from torchtitan.ops.block_fp8 import BLOCK, FP8, dequantize_blocks, scale_shape
 from torchtitan.protocols.state_dict_adapter import Piece
+from torchtitan.tools.disk import check_readable
 from torchtitan.tools.errors import UserError
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
@@ -48,6 +50,7 @@ class HFFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        check_readable("Hugging Face folder", path)
         self._open: tuple[str, Any] | None = None
         self.file_of = self._list_tensors()
 
@@ -118,6 +121,7 @@ class HFFolder:
     def _handle(self, file: str) -> Any:
         """One file is open at a time: tensors are asked for file by file."""
         if self._open is None or self._open[0] != file:
+            check_readable("Hugging Face file", self.path / file)
             try:
                 self._open = file, safe_open(self.path / file, framework="pt")
             except (OSError, SafetensorError) as error:
@@ -277,11 +281,14 @@ class HFWriter:
             view, begin = view[written:], begin + written
 
     def close(self) -> None:
-        """What was written is on disk afterwards."""
-        for handle in self._files.values():
-            os.fsync(handle)
-            os.close(handle)
-        self._files.clear()
+        """What was written is on disk afterwards. Where that fails, the files are closed all the
+        same: an open one keeps its room on the disk even when it is deleted."""
+        files, self._files = self._files, {}
+        with ExitStack() as stack:
+            for handle in files.values():
+                stack.callback(os.close, handle)
+            for handle in files.values():
+                os.fsync(handle)
 
 
 def copy_assets(source: str | Path | None, folder: Path) -> None:

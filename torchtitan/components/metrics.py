@@ -74,7 +74,7 @@ class MetricsLogger:
             peak = f"peak {self.peak_flops / 1e12:,.0f} TFLOP/s dense"
         logger.info(
             f"metrics: {self.world_size} x {device_name(self.device)} ({peak}); records in "
-            f"{self.jsonl.file.name}"
+            f"{self.jsonl.path}"
         )
         if self.tensorboard is not None:
             folder = self.tensorboard.folder
@@ -145,6 +145,12 @@ class MetricsLogger:
         """What the model writes behind each of some beginnings, into TensorBoard."""
         if self.tensorboard is not None:
             self.tensorboard.write_texts(texts, step)
+
+    def rewind(self, step: int) -> None:
+        """The steps after `step` are done again."""
+        for writer in (self.jsonl, self.tensorboard):
+            if writer is not None:
+                writer.rewind(step)
 
     def _throughput(
         self, tokens: int, flops: float, step_seconds: Sequence[float], data_seconds: float

@@ -6,72 +6,52 @@ give every number the same name. The heat map of the expert load is a picture of
 channel, made with numpy alone.
 """
 
+import io
 import json
 import math
 import os
 import re
+import socket
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from torchtitan.tools.logging import logger
+from torchtitan.components.record_file import RecordFile, move_aside, take_back
 
-_TAIL_BYTES = 2**20  # More than the longest line: some 100 layers make 10 kB.
 _RUN_NAME = re.compile(r"(\d{8}-\d{4})(?:-(\d\d+))?")
 
 Record = Mapping[str, float | int | Mapping[int | str, float | list[float]]]
 
 
 class JsonlWriter:
-    """One JSON object a line, flushed at once. A resumed run goes on in the file of the newest run;
-    a new one (start_step 0) moves that aside as metrics.1.jsonl, metrics.2.jsonl and so on.
+    """One JSON object a line, each step once. A resumed run goes on in the file of the newest run;
+    a new one (start_step 0) moves that aside as metrics.1.jsonl, metrics.2.jsonl and so on. Records
+    of steps that are done again move to metrics.replaced.jsonl.
 
     Floats have full precision. A number that is not finite becomes the string "NaN", "Infinity" or
     "-Infinity": JSON has no such numbers; `float()` and JavaScript's `Number()` read these words.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if start_step == 0:
-            _move_aside(path)
-        else:
-            _drop_torn_line(path)
-        self.file = path.open("a", encoding="utf-8")
+        self.path = path
+        before = partial(take_back, path, start_step) if start_step else partial(move_aside, path)
+        self._file = RecordFile(path, before)
 
     def write(self, record: Record) -> None:
-        self.file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self.file.flush()
+        line = json.dumps(_finite(record), allow_nan=False) + "\n"
+        self._file.append(record["step"], line.encode())
+
+    def rewind(self, step: int) -> None:
+        """The steps after `step` are done again."""
+        self._file.rewind(step, partial(take_back, self.path, step))
 
     def close(self) -> None:
-        self.file.close()
-
-
-def _move_aside(path: Path) -> None:
-    """Keep an earlier run's file under the next free number; one without a record may go."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    pattern = re.compile(rf"{re.escape(path.stem)}\.(\d+){re.escape(path.suffix)}")
-    found = [pattern.fullmatch(other.name) for other in path.parent.iterdir()]
-    number = 1 + max((int(match[1]) for match in found if match), default=0)
-    kept = path.rename(path.with_name(f"{path.stem}.{number}{path.suffix}"))
-    logger.info(f"metrics: {path} of an earlier run is now {kept.name}")
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut the half line that a killed process left; the next record would stick to it."""
-    size = path.stat().st_size if path.exists() else 0
-    if size == 0:
-        return
-    with path.open("rb") as file:
-        tail_start = max(0, size - _TAIL_BYTES)
-        file.seek(tail_start)
-        whole = tail_start + file.read().rfind(b"\n") + 1
-    if whole < size:
-        logger.warning(f"{path}: dropped an unfinished last line ({size - whole} bytes)")
-        os.truncate(path, whole)
+        self._file.close()
 
 
 def _finite(value):
@@ -88,43 +68,81 @@ class TensorBoardWriter:
 
     Each new run has its own dated folder below `parent`, which shows all of them. A resumed run
     goes on in the newest; what the interrupted one wrote after `start_step` is replaced.
+
+    The file is written here and not by torch's SummaryWriter, whose thread dies with the first
+    error of the disk.
     """
 
     def __init__(self, parent: Path, start_step: int) -> None:
         # Costs a second and needs a package, so only runs that want TensorBoard import it.
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto import event_pb2
+        from torch.utils.tensorboard import summary
 
+        self._events, self._summary = event_pb2, summary
         newest = _newest_run(parent)
         self.folder = newest if newest and start_step else parent / _next_run_name(newest)
-        self.writer = SummaryWriter(str(self.folder), purge_step=start_step + 1)
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        name = f"{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
+        # TensorBoard reads the files of a folder in the order of their names.
+        self._file = RecordFile(self.folder / f"events.out.tfevents.{name}")
+        version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
+        self._append(start_step, [version])
+        self.rewind(start_step)
 
     def write(self, record: Record, heatmap: np.ndarray | None) -> None:
-        step = record["step"]
+        scalar, found = self._summary.scalar, []
         for name, value in record.items():
             if isinstance(value, Mapping):
                 for key, number in value.items():
                     if isinstance(number, list):  # one per expert: the heat map shows them
                         continue
                     curve = f"layer_{key}" if isinstance(key, int) else key
-                    self.writer.add_scalar(f"{name}/{curve}", number, step)
+                    found.append(scalar(f"{name}/{curve}", number))
             elif name not in ("step", "time"):  # TensorBoard's own axes.
-                self.writer.add_scalar(name, value, step)
+                found.append(scalar(name, value))
         if heatmap is not None:
-            self.writer.add_image("expert_load", heatmap, step, dataformats="HWC")
-        self.writer.flush()
+            found.append(self._summary.image("expert_load", heatmap, dataformats="HWC"))
+        self._append_summaries(record["step"], found)
 
     def write_texts(self, texts: Mapping[str, str], step: int) -> None:
         """Beginnings and what follows them; bold is the beginning (TensorBoard shows Markdown)."""
-        for number, (beginning, text) in enumerate(texts.items(), start=1):
-            self.writer.add_text(f"samples/{number}", f"**{beginning}**{text}", step)
+        found = [
+            self._summary.text(f"samples/{number}", f"**{beginning}**{text}")
+            for number, (beginning, text) in enumerate(texts.items(), start=1)
+        ]
+        self._append_summaries(step, found)
+
+    def rewind(self, step: int) -> None:
+        """The steps after `step` are done again: TensorBoard forgets what it has of them."""
+        events = self._events
+        start = events.SessionLog(status=events.SessionLog.START)
+        event = events.Event(wall_time=time.time(), step=step + 1, session_log=start)
+        self._append(step, [event])
+
+    def _append_summaries(self, step: int, summaries: list[Any]) -> None:
+        now, make = time.time(), self._events.Event
+        self._append(step, [make(wall_time=now, step=step, summary=each) for each in summaries])
+
+    def _append(self, step: int, events: list[Any]) -> None:
+        """In one piece."""
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        buffer = io.BytesIO()
+        writer = RecordWriter(buffer)
+        for event in events:
+            writer.write(event.SerializeToString())
+        self._file.append(step, buffer.getvalue())
 
     def close(self) -> None:
-        self.writer.close()
+        self._file.close()
 
 
 def _newest_run(parent: Path) -> Path | None:
-    runs = parent.iterdir() if parent.is_dir() else ()
-    return max((run for run in runs if _RUN_NAME.fullmatch(run.name)), default=None)
+    try:
+        runs = [run for run in parent.iterdir() if _RUN_NAME.fullmatch(run.name)]
+    except OSError:  # none yet, or the first record will tell
+        return None
+    return max(runs, default=None)
 
 
 def _next_run_name(newest: Path | None) -> str:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchtitan.config import Comm, Debug
+from torchtitan.tools.disk import SideOutput
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -91,9 +92,11 @@ def _set_up_flight_recorder(config: Comm, dump_folder: str) -> None:
     os.environ["TORCH_FR_BUFFER_SIZE"] = str(config.trace_buf_size)
     if config.trace_buf_size > 0:
         prefix = Path(dump_folder, config.save_traces_folder, config.save_traces_file_prefix)
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
-        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(prefix)
+        lost = "a collective that times out leaves no trace"
+        with SideOutput(str(prefix.parent), prefix.parent, lost).attempt():
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
+            os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(prefix)
 
 
 def set_timeout(seconds: int, except_for: dist.ProcessGroup | None = None) -> None:
@@ -143,9 +146,17 @@ class RanksOf:
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
 
     def from_rank_0(self, read: Callable[[], Any]) -> Any:
-        """What the group's first rank reads: folders may look different from other nodes."""
-        answer = [read() if self.rank == 0 else None]
+        """What the group's first rank reads: folders may look different from other nodes. Its
+        `UserError` or `OSError` is raised on all ranks."""
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = read()
+            except (UserError, OSError) as error:
+                answer[1] = error
         dist.broadcast_object_list(answer, group_src=0, group=self.group)
+        if answer[1] is not None:
+            raise answer[1]
         return answer[0]
 
     def gather(self, value: Any) -> list[Any]:

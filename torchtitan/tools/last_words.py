@@ -7,6 +7,7 @@ communication, and the output of most ranks is not shown.
 Further: which ranks have begun their steps, and the exit code of a run that a signal has ended.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -22,7 +23,8 @@ def leave_last_words(sentence: str, exit_code: int) -> None:
         rank = int(os.environ.get("RANK", 0))
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         words = {"rank": rank, "attempt": attempt, "exit_code": exit_code, "sentence": sentence}
-        with open(os.environ[ERROR_FILE], "a") as file:
+        # On a full disk the log has to do.
+        with contextlib.suppress(OSError), open(os.environ[ERROR_FILE], "a") as file:
             file.write(json.dumps(words) + "\n")
 
 
@@ -31,7 +33,12 @@ def read_last_words(path: Path) -> tuple[str, int] | None:
     the cause, whatever comes after it may follow from it. Of several attempts the last one's."""
     if not path.exists():
         return None
-    words = [json.loads(line) for line in path.read_text().splitlines()]
+    words = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # half a line of a full disk
+            words.append(json.loads(line))
+    if not words:
+        return None
     last = max(each["attempt"] for each in words)
     first = next(each for each in words if each["attempt"] == last)
     return f"rank {first['rank']}: {first['sentence']}", first["exit_code"]

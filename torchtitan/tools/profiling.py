@@ -5,6 +5,7 @@ at the end of each training step; switched off, they yield one that does nothing
 branches. Open a trace in https://ui.perfetto.dev and a snapshot in https://pytorch.org/memory_viz.
 """
 
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Protocol
 import torch
 from torch.profiler import ProfilerActivity
 
+from torchtitan.tools.disk import SideOutput, free_bytes, whole_or_none
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -60,13 +62,16 @@ def maybe_profile(
         )
 
     folder = Path(dump_folder, save_traces_folder)
+    output = SideOutput(f"The trace for {folder}", folder, "later ones are tried")
 
     def save(profiler: torch.profiler.profile) -> None:
         step = start_step + profiler.step_num
-        path = _file_of(folder, f"iteration_{step}", f"rank{rank}_trace.json")
-        began = time.monotonic()
-        profiler.export_chrome_trace(str(path))
-        logger.info(f"profiler: wrote {path} in {time.monotonic() - began:.1f} s")
+        # An exception in here leaves torch's profiler in a state in which it crashes (2.13).
+        with output.attempt(Exception):
+            path = _file_of(folder, f"iteration_{step}", f"rank{rank}_trace.json")
+            began = time.monotonic()
+            _export(profiler, path)
+            logger.info(f"profiler: wrote {path} in {time.monotonic() - began:.1f} s")
 
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -133,6 +138,9 @@ class _MemorySnapshots:
         self.freq = freq
         self.steps_done = start_step
         self.rank = rank
+        self._output = SideOutput(
+            f"The memory snapshot for {folder}", folder, "later ones are tried"
+        )
 
     def step(self) -> None:
         self.steps_done += 1
@@ -140,9 +148,23 @@ class _MemorySnapshots:
             self.save(f"iteration_{self.steps_done}")
 
     def save(self, subfolder: str) -> None:
-        path = _file_of(self.folder, subfolder, f"rank{self.rank}_memory_snapshot.pickle")
-        torch.cuda.memory._dump_snapshot(str(path))
-        logger.info(f"memory snapshot: wrote {path}")
+        with self._output.attempt(Exception):
+            path = _file_of(self.folder, subfolder, f"rank{self.rank}_memory_snapshot.pickle")
+            with whole_or_none(path):
+                torch.cuda.memory._dump_snapshot(str(path))
+            logger.info(f"memory snapshot: wrote {path}")
+
+
+def _export(profiler: torch.profiler.profile, path: Path) -> None:
+    """Raises `OSError`, which torch's own code in C++ doesn't, where the trace can't be written."""
+    with whole_or_none(path.with_name(path.name + ".tmp")), whole_or_none(path):  # torch 2.13's
+        path.touch()
+        profiler.export_chrome_trace(str(path))
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 16))
+            if not file.read().rstrip().endswith(b"}"):
+                error = errno.EIO if free_bytes(path) else errno.ENOSPC
+                raise OSError(error, os.strerror(error), str(path))
 
 
 def _file_of(folder: Path, subfolder: str, name: str) -> Path:

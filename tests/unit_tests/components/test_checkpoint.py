@@ -111,7 +111,7 @@ def test_a_run_that_is_prolonged_goes_on_from_the_last_full_checkpoint(tmp_path,
     run(tmp_path, **ENABLED, training__steps=6)
     said = capfd.readouterr().err
     assert "step-4 is passed over: it holds only weights, and the run is not at its end" in said
-    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 3, 4, 5, 6]
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_rank_of_its_own_reads_what_dcp_wrote(tmp_path):
@@ -135,7 +135,7 @@ def test_load_step_names_one_and_load_only_saves_nothing(tmp_path):
     again = run(
         tmp_path, **FULL, training__steps=6, checkpoint__load_step=2, checkpoint__load_only=True
     )
-    assert again[6:] == straight[2:]
+    assert again == straight
     assert sorted(path.name for path in (tmp_path / "checkpoint").rglob("*")) == before
 
 

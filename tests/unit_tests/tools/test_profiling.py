@@ -52,6 +52,34 @@ def test_iterations_of_a_resumed_run_go_on_counting(tmp_path):
     assert traces_in(tmp_path) == {"iteration_104": [103, 104], "iteration_108": [107, 108]}
 
 
+def test_half_a_trace_is_removed_and_said_and_profiling_goes_on(tmp_path, monkeypatch, caplog):
+    """torch's writer says nothing when the disk is full. Without a pause between traces, an error
+    that reached torch's profiler was a segmentation fault."""
+    export = torch.profiler.profile.export_chrome_trace
+
+    def half(self, path):
+        export(self, path)
+        if "iteration_8" not in path:
+            with open(path, "r+b") as file:
+                file.truncate(100)
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", half)
+    profile(tmp_path, steps=13, profiler_warmup=3, profiler_active=1)
+    assert traces_in(tmp_path) == {"iteration_8": [8]}
+    said = [text for text in caplog.messages if "The trace for" in text]
+    assert [text.partition("profile_traces ")[2][:25] for text in said] == [
+        "can't be written (Input/o",
+        "can be written again",
+        "can't be written (Input/o",
+    ]
+
+
+def test_a_folder_of_traces_that_can_not_be_made_ends_nothing(tmp_path, caplog):
+    (tmp_path / "profile_traces").write_text("in the way")
+    profile(tmp_path, steps=13, profiler_warmup=3, profiler_active=1)
+    assert caplog.text.count("can't be written (") == 1
+
+
 def test_switched_off_writes_nothing(tmp_path):
     profile(tmp_path, steps=8, enable_profiling=False)
     snapshot(tmp_path, steps=8, enable_memory_snapshot=False)
@@ -114,6 +142,15 @@ def test_out_of_memory_leaves_a_snapshot_of_the_failed_step(tmp_path, allocator_
         snapshot(tmp_path, steps=9, fail_at=6)
     assert folders_in(tmp_path) == {"iteration_4", "iteration_6_out_of_memory"}
     assert allocator_calls == ["all", None]
+
+
+def test_a_snapshot_that_can_not_be_written_does_not_hide_that_memory_ran_out(
+    tmp_path, allocator_calls, caplog
+):
+    (tmp_path / "memory_snapshot").write_text("in the way")
+    with pytest.raises(torch.OutOfMemoryError):
+        snapshot(tmp_path, steps=9, fail_at=6)
+    assert caplog.text.count("can't be written (") == 1
 
 
 @needs_cuda
