@@ -79,12 +79,14 @@ def test_a_refusal_ends_all_ranks_at_once(refuses):
     assert time.monotonic() - began < 5
 
 
-def test_ranks_that_do_not_come_are_named():
+def test_ranks_that_do_not_come_are_named(monkeypatch):
+    monkeypatch.setattr(agreement, "LINGER_SECONDS", 0.1)
     told = {str(error) for error in meet([having(a=1)] * 2, seconds=0.3, world_size=5)}
     assert len(told) == 1 and told.pop().startswith("ranks 2-4 of 5 did not come within comm.init_")
 
 
-def test_a_refusal_is_heard_although_others_never_come():
+def test_a_refusal_is_heard_although_others_never_come(monkeypatch):
+    monkeypatch.setattr(agreement, "LINGER_SECONDS", 0.1)
     first, second = meet([having(a=1), refusing("no.")], world_size=8)
     assert (str(first), str(second)) == ("rank 1: no.", "no.")
 
@@ -96,7 +98,7 @@ def test_values_that_are_long_and_begin_alike_are_told_apart():
 
 
 def test_settings_that_only_one_version_knows():
-    assert 'differ in b: 2 on rank 1, absent on rank 0' in explain(
+    assert "differ in b: 2 on rank 1, absent on rank 0" in explain(
         [([0], {"a": 1}), ([1], {"a": 1, "b": 2})]
     )
 
@@ -126,10 +128,10 @@ def test_every_key_of_the_config_is_compared_or_listed(tmp_path):
 
 
 def test_tables_in_lists_are_compared_by_key_without_their_paths(tmp_path):
-    data = "tests/assets/sample" if False else str(tmp_path / "a.jsonl")
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    blend = f'--training.blend=[{{name = "a", dataset = "text", dataset_path = "{data}"}}]'
-    found = settings(tmp_path, blend)
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "a"}\n')
+    blend = f'--training.blend=[{{name = "a", weight = 1.0, dataset = "text", dataset_path = "{data}"}}]'
+    found = settings(tmp_path, blend, "--training.dataset=c4_test")
     assert found["training.blend.1.name"] == "a"
     assert "training.blend.1.dataset_path" not in found
 

@@ -90,7 +90,7 @@ def test_they_must_fit_each_other(launched, changes, sentence):
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM_NTASKS is 2, .* srun"),
         ({"SLURM_PROCID": "1"}, "SLURM_PROCID is 1, .* srun"),
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS is 8"),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4, .* Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4, .*Open MPI"),
         ({"PMI_SIZE": "3", "PMI_RANK": "0"}, "PMI_SIZE is 3, .* mpiexec"),
     ],
 )
