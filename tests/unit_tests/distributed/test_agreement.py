@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch.distributed as dist
 
-from tests.tiny_run import tiny
+from tests.tiny_run import as_option, tiny
 from torchtitan import same_run
 from torchtitan.check_config import check_config
 from torchtitan.config import ConfigManager
@@ -130,7 +130,8 @@ def test_every_key_of_the_config_is_compared_or_listed(tmp_path):
 def test_tables_in_lists_are_compared_by_key_without_their_paths(tmp_path):
     data = tmp_path / "a.jsonl"
     data.write_text('{"text": "a"}\n')
-    blend = f'--training.blend=[{{name = "a", weight = 1.0, dataset = "text", dataset_path = "{data}"}}]'
+    row = {"name": "a", "weight": 1.0, "dataset": "text", "dataset_path": str(data)}
+    blend = as_option([row], "training.blend")
     found = settings(tmp_path, blend, "--training.dataset=c4_test")
     assert found["training.blend.1.name"] == "a"
     assert "training.blend.1.dataset_path" not in found
