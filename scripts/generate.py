@@ -9,7 +9,6 @@ Under torchrun the weights are spread over the ranks: experts whole, the rest by
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from torchtitan.distributed.utils import init_distributed
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.launcher import read_launch
 from torchtitan.tools.script import run_script
 from torchtitan.tools.utils import device_type, local_device
 
@@ -71,7 +71,7 @@ def find_tokenizer(source: Path, named: str | None) -> Tokenizer:
 
 def make_config(args: argparse.Namespace, model: StoredModel) -> JobConfig:
     """Of a job that only computes forward, its experts spread as far as they go."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = read_launch().world_size
     dtype = args.dtype or ("bfloat16" if device_type() == "cuda" else "float32")
     has_experts = getattr(model.args, "has_experts", False)
     degree = math.gcd(model.args.moe_args.num_experts, world_size) if has_experts else 1
@@ -126,7 +126,8 @@ def run(args: argparse.Namespace) -> None:
         )
     check_prompts(prompts, sampling, model_args)
     config, device = make_config(args, found), local_device()
-    leave = init_distributed(config.comm, device, config.job.dump_folder)
+    told = {f"--{name}": str(value) for name, value in vars(args).items()}
+    leave = init_distributed(config.comm, device, config.job.dump_folder, lambda rank: told)
     try:
         model, _ = build_model(spec, model_args, build_parallel_dims(config), config, device)
         load_weights(model, spec, args.source, averaged=args.ema)

@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
     parser.add_argument("--pairs", type=int, default=10)
     options, others = parser.parse_known_args(argv)
-    device = local_device()
     try:
+        device = local_device()
         if options.pairs < 1:
             raise UserError(f"--pairs = {options.pairs} must be 1 or more.")
         config = ConfigManager().parse_args([*others, "--activation_checkpoint.mode=none"])

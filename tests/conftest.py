@@ -14,6 +14,9 @@ from torchtitan.tools.logging import logger
 # Nothing here may reach out for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# A shell on a cluster may have more tasks; the tests start theirs themselves.
+for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_"))]:
+    del os.environ[name]
 
 
 def pytest_collection_finish() -> None:

@@ -20,6 +20,7 @@ HEIGHT = {
     "check_config": 6,
     "build": 6,
     "report": 6,
+    "same_run": 7,
     "passes": 7,
     "trainer": 8,
     "train": 9,

@@ -1,7 +1,6 @@
 """What a run is built from: a function for each part, from the config and the parts before it."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from torchtitan.distributed.pipeline_parallel import Pipeline, cut_into_parts
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.flops import peak_flops
+from torchtitan.tools.launcher import planned_processes
 from torchtitan.tools.logging import logger
 from torchtitan.tools.profiling import maybe_memory_snapshot, maybe_profile
 from torchtitan.tools.utils import TORCH_DTYPES, device_type
@@ -79,7 +79,7 @@ def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
     """
     if parallelism.expert_parallel_node_size is not None:
         return parallelism.expert_parallel_node_size
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    local = planned_processes()[1] or world_size
     span = parallelism.expert_parallel_degree * parallelism.expert_tensor_parallel_degree
     return local if 0 in (local % span, span % local) else math.gcd(local, span)
 

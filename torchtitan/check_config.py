@@ -1,7 +1,5 @@
 """What can be found wrong with a run before a process group or a GPU is touched."""
 
-import os
-
 import torch
 
 from torchtitan.components.dump_folder import check_folders
@@ -20,6 +18,7 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
 from torchtitan.tools.disk import check_readable
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.launcher import planned_processes
 from torchtitan.tools.utils import check_local_processes, device_type
 
 Checked = tuple[TrainSpec, BaseModelArgs, Tokenizer]
@@ -27,10 +26,10 @@ Checked = tuple[TrainSpec, BaseModelArgs, Tokenizer]
 
 def check_config(config: JobConfig) -> Checked:
     """Everything that can be found wrong before a process group or GPU is touched (`UserError`)."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size, local_world_size = planned_processes()
     validate(config, world_size, device_type())
     if config.comm.mode == "default":
-        check_local_processes(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        check_local_processes(local_world_size or 1)
     check_folders(config, device_type())
     check_readable("model.hf_assets_path", config.model.hf_assets_path)
     check_compile_backend(config.compile)

@@ -1,5 +1,6 @@
 """Entry point: `torchrun -m torchtitan.train --job.config_file X.toml [--section.key value]`."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -13,9 +14,12 @@ if __name__ == "__main__":  # signals count from here on: the imports below take
 
 from torchtitan.check_config import Checked, check_config
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.distributed.agreement import RefusedElsewhere
 from torchtitan.distributed.lost_peers import explain_lost_peer
+from torchtitan.distributed.meeting_point import refuse
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.last_words import leave_last_words
+from torchtitan.tools.launcher import Launch, planned_processes, read_launch
 from torchtitan.tools.orphans import end_with_the_launcher
 from torchtitan.trainer import Trainer
 
@@ -34,18 +38,32 @@ def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
 
 
 def check_and_run(argv: list[str] | None, stop: StopRequest) -> int:
+    config = None
     try:
         config = ConfigManager().parse_args(argv)
         if config.job.check_config:  # the run itself will tell what it found
             logger.setLevel("WARNING")
         checked = check_config(config)
-    except UserError as error:  # every rank finds the same mistake: one of them tells it
-        if int(os.environ.get("RANK", 0)) == 0:
-            logger.error("%s", error)
+    except UserError as error:
+        tell_before_meeting(str(error), config)
         return 2
     if config.job.check_config:
         return 0
     return run(config, checked, stop)
+
+
+def tell_before_meeting(sentence: str, config: JobConfig | None) -> None:
+    """Tell the other ranks, who wait for this one, of a mistake found before all have met. Where
+    rank 0 has found the same one, as it mostly has, it tells the user for all."""
+    launch = Launch()
+    if config is None or not (config.job.check_config or config.comm.mode == "fake_backend"):
+        with contextlib.suppress(UserError):  # then there is nobody to meet
+            launch = read_launch()
+    leave_last_words(sentence, 2)
+    if launch.rank == 0:
+        logger.error("%s", sentence)
+    if not refuse(launch, sentence):
+        logger.error("%s", sentence)
 
 
 def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
@@ -62,13 +80,14 @@ def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
         exit_code = 2 if isinstance(error, UserError) else 1
         logger.error("%s", error)
         # Before the trainer closes: then the other ranks fail, and the launcher ends this one too.
-        leave_last_words(str(error), exit_code)
+        if not isinstance(error, RefusedElsewhere):
+            leave_last_words(str(error), exit_code)
         return exit_code
     except Exception as error:
         stop.end_steps()
         sentence = explain_lost_peer(error, trainer.step if trainer else 0)
         if sentence is None:
-            if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            if planned_processes()[0] == 1:
                 raise
             first_line = str(error).partition("\n")[0]
             sentence = f"{type(error).__name__}: {first_line}"

@@ -28,10 +28,11 @@ from torchtitan.build import (
 from torchtitan.check_config import Checked, check_config, model_args_of, pipeline_plan
 from torchtitan.components.balance import Action, Alarms, Numbers, violation_numbers
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
+from torchtitan.components.checkpoint_choice import Start
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.cuda_graph import GraphedPass
 from torchtitan.components.dataloader import merge_states
-from torchtitan.components.dump_folder import save_config
+from torchtitan.components.dump_folder import alone_in_folders, save_config
 from torchtitan.components.ema import WeightAverage
 from torchtitan.components.fused_adam import FusedAdam
 from torchtitan.components.loss import IGNORE_INDEX
@@ -44,12 +45,14 @@ from torchtitan.components.working_weights import build_working_weights
 from torchtitan.config import JobConfig
 from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.config.run_schedule import Sequences
+from torchtitan.distributed.agreement import Settings
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
 from torchtitan.distributed.pipeline_parallel import StepInputs
 from torchtitan.distributed.utils import (
     gather_from_ranks,
     init_distributed,
+    meeting_of_ranks,
     set_determinism,
     set_timeout,
     sum_over_ranks,
@@ -60,6 +63,7 @@ from torchtitan.models.moe.balancing import Load, step_loads, update_expert_bias
 from torchtitan.passes import Batch, Passes
 from torchtitan.protocols.model import BaseModel
 from torchtitan.report import Interval, StepResult, balance_of, traffic_of
+from torchtitan.same_run import identity_of_start, settings_of_run
 from torchtitan.tools.cpu import bound_onednn_cache, lacks_bf16
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.gc import GarbageCollection
@@ -106,7 +110,7 @@ class Trainer:
         start = self.checkpoint.find_start()
         seed = self.checkpoint.seed = set_determinism(config.debug, self.device, start.seed)
         ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
-        self.dataloader = build_training_dataloader(config, self.tokenizer, seed=seed, **ranks)
+        meeting_of_ranks(config.comm).agree(lambda: self._open_data(start, seed, ranks))
         parts = self._build_model(plan)
         self._build_updates()
         self.passes = Passes(
@@ -132,8 +136,9 @@ class Trainer:
             self.average.enter(self.step)
         self.validator = None
         if config.validation.enable:
-            loader = build_validation_dataloader(config.validation, self.tokenizer, **ranks)
-            self.validator = Validator(config.validation, loader, self.loss_sum, device=self.device)
+            self.validator = Validator(
+                config.validation, self.validation_data, self.loss_sum, device=self.device
+            )
 
     def _join_ranks(self) -> PipelinePlan | None:
         """The process groups, and what each rank is in them."""
@@ -141,7 +146,9 @@ class Trainer:
         self.device = local_device()
         if self.device.type == "cpu":
             bound_onednn_cache()
-        leave = init_distributed(config.comm, self.device, config.job.dump_folder)
+        leave = init_distributed(
+            config.comm, self.device, config.job.dump_folder, self._take_folders
+        )
         self._open.callback(leave)
         self.rank = dist.get_rank()
         logger.info("%s", config.job.description)
@@ -159,6 +166,23 @@ class Trainer:
                 'training.mixed_precision_param = "bfloat16" is emulated by this CPU and up to 14 '
                 'times slower than "float32"; set it to "float32".'
             )
+
+    def _take_folders(self, rank: int) -> Settings:
+        """Take them for all ranks, if this is rank 0. Returns what must be the same on all."""
+        if rank == 0:
+            self._open.enter_context(alone_in_folders(self.config))
+        return settings_of_run(self.config, (self.spec, self.model_args, self.tokenizer))
+
+    def _open_data(self, start: Start, seed: int, ranks: dict[str, int]) -> Settings:
+        """Returns what must be the same on all ranks: the data, and what the run begins from."""
+        config = self.config
+        self.dataloader = build_training_dataloader(config, self.tokenizer, seed=seed, **ranks)
+        found = self.dataloader.identity() | identity_of_start(start.path)
+        if config.validation.enable:
+            data = build_validation_dataloader(config.validation, self.tokenizer, **ranks)
+            self.validation_data = data
+            found |= {f"validation: {name}": value for name, value in data.identity().items()}
+        return found
 
     def _build_model(self, plan: PipelinePlan | None) -> list[BaseModel]:
         """Returns its parts by stage, with a pipeline."""

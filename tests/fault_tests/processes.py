@@ -17,13 +17,23 @@ from tests.helpers import processes
 
 
 class Run:
-    """`world_size` processes in `torchtitan.train.main(argv)`; what they say is added to `log`."""
+    """`world_size` processes in `torchtitan.train.main(argv)`; what they say is added to `log`.
 
-    def __init__(self, argv: list[str], world_size: int, log: Path) -> None:
+    prepare: a module's function that each process calls first, with its rank and options; it may
+    change both the options and the process.
+    """
+
+    def __init__(
+        self,
+        argv: list[str],
+        world_size: int,
+        log: Path,
+        prepare: Callable[[int, list[str]], None] | None = None,
+    ) -> None:
         self.log = log
         port = _free_port()
         self.ranks = [
-            processes.Process(target=_train, args=(argv, rank, world_size, port, log))
+            processes.Process(target=_train, args=(argv, rank, world_size, port, log, prepare))
             for rank in range(world_size)
         ]
         for process in self.ranks:
@@ -71,7 +81,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _train(argv: list[str], rank: int, world_size: int, port: int, log: Path) -> None:
+def _train(
+    argv: list[str],
+    rank: int,
+    world_size: int,
+    port: int,
+    log: Path,
+    prepare: Callable[[int, list[str]], None] | None,
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -89,4 +106,6 @@ def _train(argv: list[str], rank: int, world_size: int, port: int, log: Path) ->
     os.dup2(handle, 2)
     from torchtitan.train import main
 
+    if prepare is not None:
+        prepare(rank, argv)
     sys.exit(main(argv))

@@ -246,12 +246,6 @@ def test_degrees_must_fit_the_number_of_processes(
         assert part in sentence
 
 
-def test_one_rank_speaks_for_all(tmp_path, capfd, monkeypatch, no_process_group):
-    monkeypatch.setenv("RANK", "1")
-    assert main([*tiny(tmp_path), "--model.flavor=debugmodle"]) == 2
-    assert capfd.readouterr() == ("", "")
-
-
 def test_block_causal_masks_need_a_tokenizer_that_ends_its_texts(tmp_path, capfd, no_process_group):
     shutil.copy(SHIPPED_TOKENIZER / "tokenizer.json", tmp_path)  # names no special tokens itself
     assert load_tokenizer(str(tmp_path)).eos_id is None

@@ -127,6 +127,10 @@ class ParallelAwareDataLoader:
     def _share(self) -> Share:
         return self._dataset.share
 
+    def identity(self) -> dict[str, Any]:
+        """What the examples depend on: the data, and how it is cut."""
+        return self._dataset.identity()
+
     def _make_loader(self) -> DataLoader:
         share, dataset = self._share, self._dataset
         return DataLoader(

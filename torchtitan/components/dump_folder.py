@@ -1,7 +1,10 @@
-"""The folders of a run: can they be used, and what the run was told goes beside its outputs."""
+"""The folders of a run: can they be used, and by this run alone; what the run was told goes beside
+its outputs."""
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +12,10 @@ from torchtitan.components.checkpoint_files import steps_with_folder
 from torchtitan.config import JobConfig, to_dict
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.disk import SideOutput, check_readable, check_writable, write_whole
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.folder_lock import NAME, FolderLock
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
 
 
 def check_folders(config: JobConfig, device_type: str) -> None:
@@ -55,6 +61,32 @@ def _folders_inside(config: JobConfig, device_type: str) -> list[tuple[str, str,
             memory.visualize_memory_budget_pareto,
         ),
     ]
+
+
+def own_folders(config: JobConfig) -> dict[Path, str]:
+    """The folders that the run writes to as its own, each with the key that names it."""
+    dump_folder = Path(config.job.dump_folder)
+    folders = {dump_folder.resolve(): "job.dump_folder"}
+    for key, folder, is_used in _folders_inside(config, device_type()):
+        if is_used:
+            folders.setdefault((dump_folder / folder).resolve(), key)
+    return folders
+
+
+@contextmanager
+def alone_in_folders(config: JobConfig) -> Iterator[None]:
+    """Keep other runs out of this one's folders. Raises `UserError` where another one is in."""
+    with ExitStack() as locks:
+        for folder, key in own_folders(config).items():
+            lock = FolderLock(folder / NAME, f"{key} {folder}", f"name another {key}")
+            try:
+                locks.enter_context(lock)
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(
+                    f"{key} {folder} can't be written to ({reason}): name a folder that can."
+                ) from None
+        yield
 
 
 def save_config(config: JobConfig, model_args: BaseModelArgs) -> None:

@@ -76,6 +76,7 @@ from torchtitan.ops.block_fp8 import quantize_blocks
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
 from torchtitan.tools.disk import reason, whole_or_none
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folder_lock import FolderLock
 
 PREFIX = "model."  # of weights among the tensors of a checkpoint
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
@@ -88,12 +89,15 @@ def _work_folder(target: Path) -> Path:
 
 
 def _tells_of_the_disk(convert: Callable[..., None]) -> Callable[..., None]:
-    """Where it can't be written to or is full: one sentence. What is done stays."""
+    """Where it can't be written to, is full or is made by another process: one sentence. What is
+    done stays."""
 
     @functools.wraps(convert)
     def told(source: Any, target: Path, *args: Any, **options: Any) -> None:
+        lock = target.with_name(f"{target.name}.lock")
         try:
-            convert(source, target, *args, **options)
+            with FolderLock(lock, str(target), "name another folder"):
+                convert(source, target, *args, **options)
         except OSError as error:
             why = reason(error, target.parent) + (f": {error.filename}" if error.filename else "")
             raise UserError(

@@ -1,5 +1,6 @@
 """Process groups: start, time limits, seeds, sums of scalars, end."""
 
+import itertools
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,74 +12,99 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchtitan.config import Comm, Debug
+from torchtitan.distributed.agreement import Meeting, Settings
+from torchtitan.distributed.meeting_point import meet
 from torchtitan.tools.disk import SideOutput
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.launcher import planned_processes, read_launch, warn_if_alone_by_mistake
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import check_local_processes
 
 
-def init_distributed(config: Comm, device: torch.device, dump_folder: str) -> Callable[[], None]:
+def init_distributed(
+    config: Comm,
+    device: torch.device,
+    dump_folder: str,
+    settings: Callable[[int], Settings] = lambda rank: {},
+) -> Callable[[], None]:
     """Join the other processes that torchrun started; alone, a group of one. Returns how to leave.
 
     A process group that is already there is used, and left to its owner. With `comm.mode`
     "fake_backend" this process plays rank 0 of WORLD_SIZE and collectives do nothing: a dry run of
     a large layout.
+
+    settings: called with this process's rank before any group is made; what it returns must be the
+        same on all ranks, and a `UserError` of one rank is raised on all (`Meeting.agree`).
     """
     if dist.is_initialized():
+        meeting = meeting_of_ranks(config)
+        meeting.agree(lambda: settings(meeting.rank))
         return lambda: None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    _join(config, device, dump_folder)
+    _join(config, device, dump_folder, settings)
     return dist.destroy_process_group
 
 
-def _join(config: Comm, device: torch.device, dump_folder: str) -> None:
+def _join(
+    config: Comm, device: torch.device, dump_folder: str, settings: Callable[[int], Settings]
+) -> None:
     if config.mode == "fake_backend":
+        settings(0)
         _init_fake()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return
+    launch = read_launch()
+    check_local_processes(launch.local_world_size)
+    if launch.world_size > 1:
+        meeting = meet(launch, config.init_timeout_seconds)
+        meeting.agree(lambda: settings(launch.rank))
+        store = meeting.store
+    else:  # plain `python -m torchtitan.train`
+        settings(0)
+        warn_if_alone_by_mistake()
+        store = dist.HashStore()
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         _set_up_flight_recorder(config, dump_folder)
-    options = {
-        "backend": "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
-        "timeout": timedelta(seconds=config.init_timeout_seconds),
-    }
-    if "RANK" not in os.environ:  # plain `python -m torchtitan.train`
-        dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
-        return
     try:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = _meeting_point(rank, world_size, options["timeout"])
-        dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        dist.init_process_group(
+            backend="cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=config.init_timeout_seconds),
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+        )
+    except dist.DistError as error:
         raise UserError(
-            f"the {os.environ['WORLD_SIZE']} processes did not find each other within "
-            f"comm.init_timeout_seconds ({config.init_timeout_seconds}): {error}; check that all "
-            "nodes were started with the same --rdzv-endpoint and that it is reachable."
+            f"the {launch.world_size} processes have met, but could not connect to each other "
+            f"({str(error).strip().splitlines()[0][:200]}): check that GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME name a network that all machines share, or unset them."
         ) from None
 
 
-def _meeting_point(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Where ranks leave their addresses for each other; torchrun's agent keeps it where it can.
+_meetings = itertools.count()  # all ranks meet as often
 
-    torchrun keeps one store over its restarts (at least in torch 2.11-2.13), and the ranks of the
-    next attempt would call at the addresses of the last one: each attempt gets names of its own.
-    """
-    agent_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0 and not agent_keeps_it,
-        timeout=timeout,
-        multi_tenant=True,
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt_{attempt}", store)
+
+def meeting_of_ranks(config: Comm) -> Meeting:
+    """Of all ranks of the group that is there."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if dist.get_backend() == "fake":
+        rank, world_size = 0, 1
+    store = dist.distributed_c10d._get_default_store()
+    store = dist.PrefixStore(f"meeting_{next(_meetings)}", store)
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return Meeting(store, rank, world_size, config.init_timeout_seconds, keeps_store)
 
 
 def _init_fake() -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size, _ = planned_processes()
+    if os.environ.get("RANK", "0") != "0":
+        raise UserError(
+            f'comm.mode = "fake_backend" plays rank 0 in one process, but RANK is '
+            f"{os.environ['RANK']}: start one process, with COMM_MODE=fake_backend ./run_train.sh."
+        )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     logger.warning(
         "comm.mode fake_backend: one process plays rank 0 of %d and nothing is communicated, so "

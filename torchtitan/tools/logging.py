@@ -10,7 +10,7 @@ logger = logging.getLogger("torchtitan")
 def init_logger() -> None:
     """Send the package's log lines to stderr; ranks outside LOG_RANK ("0,1"; default 0) are quiet
     below WARNING."""
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or "0"
     if sys.stderr is None:  # closed by who started us
         sys.stderr = open(os.devnull, "w")
     handler = logging.StreamHandler(sys.stderr)

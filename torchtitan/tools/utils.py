@@ -1,10 +1,9 @@
 """The device of this process, and names for dtypes."""
 
-import os
-
 import torch
 
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.launcher import local_rank
 
 TORCH_DTYPES = {
     "float16": torch.float16,
@@ -32,4 +31,4 @@ def local_device() -> torch.device:
     """The device that torchrun gave this process."""
     if device_type() == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", local_rank())

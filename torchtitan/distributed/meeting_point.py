@@ -1,0 +1,147 @@
+"""The store in which the ranks of a run meet, at MASTER_ADDR and MASTER_PORT, before any group.
+
+torch's client waits in C++ for an address that is wrong, prints its stack for every try, and may
+wait for ever for a server that is none of its own: so the way there is looked at first.
+"""
+
+import errno
+import os
+import socket
+import threading
+import time
+from datetime import timedelta
+from functools import cache
+
+import torch.distributed as dist
+
+from torchtitan.distributed.agreement import LINGER_SECONDS, Meeting
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.launcher import Launch
+
+# A name may become known a little after its machine has started.
+_RESOLVE_SECONDS = 10.0
+_rounds = 0  # meetings of this process
+
+
+def meet(launch: Launch, seconds: float) -> Meeting:
+    """Meet the other ranks' store; several ranks. Raises `UserError` where that can't be.
+
+    seconds: how long to wait for the store, and in the meeting for other ranks.
+    """
+    global _rounds
+    _rounds += 1
+    # torchrun's agent keeps one store over its restarts (torch 2.11-2.13), and ranks would call at
+    # the addresses of the last attempt, or of the last run of this process.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    keeps_store = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = _store(launch.master_addr, launch.master_port, keeps_store, seconds)
+    store = dist.PrefixStore(f"attempt_{attempt}_{_rounds}", store)
+    try:
+        taken = store.add(f"here/{launch.rank}", 1) > 1
+    except (dist.DistError, RuntimeError) as error:
+        raise _not_found(launch.master_addr, launch.master_port, seconds, str(error)) from None
+    if taken:
+        raise UserError(
+            f"the environment variable RANK is {launch.rank}, which another process at "
+            f"{launch.master_addr}:{launch.master_port} has already: give each process a RANK of "
+            "its own, and each run a MASTER_PORT of its own."
+        )
+    return Meeting(store, launch.rank, launch.world_size, seconds, keeps_store)
+
+
+def refuse(launch: Launch, sentence: str) -> bool:
+    """Tell the others, who wait for this rank, why it does not come. Whether rank 0 tells its user
+    the same sentence."""
+    if launch.world_size == 1:
+        return True
+    try:
+        return meet(launch, LINGER_SECONDS).refuse(sentence)
+    except UserError:  # nobody is there
+        return launch.rank == 0
+
+
+@cache  # the server ends with the object
+def _store(address: str, port: int, keeps_store: bool, seconds: float) -> dist.Store:
+    deadline = time.monotonic() + seconds
+    _resolve(address, port, min(deadline, time.monotonic() + _RESOLVE_SECONDS))
+    if keeps_store:
+        _check_port(port)
+    else:
+        _wait_for_server(address, port, deadline, seconds)
+    made: list[dist.Store | Exception] = []
+
+    def make() -> None:
+        try:
+            store = dist.TCPStore(
+                address,
+                port,
+                is_master=keeps_store,
+                timeout=timedelta(seconds=seconds),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except (dist.DistError, RuntimeError) as error:
+            made.append(error)
+        else:
+            made.append(store)
+
+    # A server of something else may accept and never answer, and torch waits on.
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    thread.join(max(1.0, deadline - time.monotonic()))
+    if made and isinstance(made[0], dist.Store):
+        return made[0]
+    reason = str(made[0]) if made else "something else answers there"
+    raise _not_found(address, port, seconds, reason)
+
+
+def _resolve(address: str, port: int, deadline: float) -> None:
+    while True:
+        try:
+            socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+            return
+        except (OSError, UnicodeError) as error:  # UnicodeError: not a possible name
+            if isinstance(error, UnicodeError) or time.monotonic() > deadline:
+                raise UserError(
+                    f"the environment variable MASTER_ADDR is '{address[:80]}', which does not "
+                    f"resolve to an address on this machine ({error}): set it to the name or "
+                    "address of the machine of rank 0."
+                ) from None
+        time.sleep(0.2)
+
+
+def _check_port(port: int) -> None:
+    """Raise `UserError` where this process can't listen there."""
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                return  # torch knows other ways
+            taken = error.errno == errno.EADDRINUSE
+            why = "another process listens" if taken else "this user may not listen"
+            raise UserError(
+                f"the environment variable MASTER_PORT is {port}, at which {why}: set it to a free "
+                "port, the same for all processes (torchrun --standalone chooses one by itself)."
+            ) from None
+
+
+def _wait_for_server(address: str, port: int, deadline: float, seconds: float) -> None:
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise _not_found(address, port, seconds, error.strerror or str(error)) from None
+        time.sleep(0.1)
+
+
+def _not_found(address: str, port: int, seconds: float, reason: str) -> UserError:
+    first_line = reason.strip().partition("\n")[0][:200]
+    return UserError(
+        f"rank 0 was not found at MASTER_ADDR:MASTER_PORT ({address}:{port}) within "
+        f"comm.init_timeout_seconds ({seconds:g}; {first_line}): check that all processes were "
+        "started, with the same address (torchrun: --rdzv-endpoint) of a machine that all reach."
+    )
