@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 
-from torchtitan.check_config import Checked, check_config
+from torchtitan.check_config import Checked, check_config, describe
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.lost_peers import explain_lost_peer
 from torchtitan.tools.errors import RunError, UserError
@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
             logger.error("%s", error)
         return 2
     if config.job.check_config:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(describe(config, checked))
         return 0
     return run(config, checked)
 
