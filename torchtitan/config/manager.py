@@ -77,8 +77,10 @@ class ConfigManager:
         for path in [path for path in options if _is_model_arg(path)]:
             model_args = deep_merge(model_args, _model_arg(path, options.pop(path)))
         flat[_MODEL_ARGS] = model_args
+        flat |= {path: value for path, value in options.items() if isinstance(value, bool)}
+        texts = {path: value for path, value in options.items() if isinstance(value, str)}
         config = build(flat)
-        return with_home(_apply_options(options, config) if options else config)
+        return with_home(_apply_texts(texts, config) if texts else config)  # tyro takes its time
 
 
 # ---------------------------------------------------------------------------------------------
@@ -227,8 +229,8 @@ def _option_value(path: str, negated: bool, values: list[str]) -> str | bool:
     return values[0]
 
 
-def _apply_options(options: dict[str, str | bool], default: JobConfig) -> JobConfig:
-    args = {path: _tyro_option(path, value) for path, value in options.items()}
+def _apply_texts(options: dict[str, str], default: JobConfig) -> JobConfig:
+    args = {path: f"--{path}={text}" for path, text in options.items()}
     config = _run_tyro(list(args.values()), default)
     if config is not None:
         return config
@@ -237,13 +239,6 @@ def _apply_options(options: dict[str, str | bool], default: JobConfig) -> JobCon
     raise UserError(
         f"command line: --{wrong} {options[wrong]} {requirement(wrong, options[wrong])}"
     )
-
-
-def _tyro_option(path: str, value: str | bool) -> str:
-    if isinstance(value, bool):
-        table, _, key = path.rpartition(".")
-        return f"--{path}" if value else f"--{table}.no_{key}"
-    return f"--{path}={value}"
 
 
 def _run_tyro(args: list[str], default: JobConfig) -> JobConfig | None:

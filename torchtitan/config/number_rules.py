@@ -78,9 +78,11 @@ def broken_rule(value: Any, kind: Any, largest: int = OTHERWISE) -> str | None:
     if type(value) not in (int, float):
         return None
     if float not in alternatives(kind):
-        return None if abs(value) <= largest else f"an integer of at most {largest:,}"
+        if abs(value) <= largest:
+            return None
+        return f"an integer of {f'at most {largest:,}' if value > 0 else f'at least {-largest:,}'}"
     if not abs(value) <= LARGEST_FLOAT:  # NaN fails every comparison
-        return f"a finite number of at most {LARGEST_FLOAT:.3g}, the largest that fp32 has"
+        return f"a finite number within {LARGEST_FLOAT:.3g} of 0, as fp32 has them"
     if 0 < abs(value) < SMALLEST_FLOAT:
         return f"0 or at least {SMALLEST_FLOAT:.3g}, the smallest number that fp32 has"
     return None

@@ -340,7 +340,7 @@ def entries(config: JobConfig) -> Iterator[Entry]:
         if row is None:
             yield Entry(key, key, known.type, value)
             continue
-        hints = get_type_hints(row)
+        hints = get_type_hints(row) if value else {}
         for n, table in enumerate(value, start=1):
             for name, kind in hints.items():
                 item = getattr(table, name)
