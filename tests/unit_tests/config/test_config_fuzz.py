@@ -197,7 +197,9 @@ def play(case: Case, folder: Path) -> str | None:
         return f"exit code {code}, {out.getvalue()!r}, {err.getvalue()!r}"
     config = ConfigManager().parse_args(argv)
     _, model_args, _ = check_config(config)
-    numbers = [*numbers_of(asdict(config)), *numbers_of(asdict(model_args), "model_args")]
+    settings = asdict(config)
+    settings["model"].pop("args")  # model_args has what they became
+    numbers = [*numbers_of(settings), *numbers_of(asdict(model_args), "model_args")]
     return next((f"{name} = {n}" for name, n in numbers if is_absurd(name, n)), None)
 
 
