@@ -8,8 +8,7 @@ from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import Entry, as_text, entries, replace_entries
 from torchtitan.tools.errors import UserError
 
-# Every key that is a path, or joined to one. An empty one is unset where another key's file takes
-# its place; elsewhere it is a mistake.
+# Every key that is a path, or joined to one.
 PATHS = frozenset(
     (
         "job.config_file job.dump_folder job.save_config_file profiling.save_traces_folder "
