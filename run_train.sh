@@ -63,8 +63,13 @@ export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 if [ -n "${COMM_MODE:-}" ]; then
   LOG_RANK=0 RANK=0 LOCAL_RANK=0 WORLD_SIZE=$NGPU exec "$PYTHON" "${train[@]}" --comm.mode "$COMM_MODE"
 fi
-# A wrong config is told here, in one sentence, before any process meets another.
-WORLD_SIZE=$NGPU LOCAL_WORLD_SIZE=$NGPU LOG_RANK=0 "$PYTHON" "${train[@]}" --job.check_config || exit
+# A wrong config is told here, in one sentence, before any process meets another; a good one's line
+# is for those who asked for it.
+check=(env WORLD_SIZE="$NGPU" LOCAL_WORLD_SIZE="$NGPU" LOG_RANK=0 "$PYTHON" "${train[@]}")
+for argument in "$@"; do
+  case $argument in --job.check_config | --job.check-config) exec "${check[@]}" ;; esac
+done
+"${check[@]}" --job.check_config >/dev/null || exit
 end_if_asked
 exec "$PYTHON" "$repo/scripts/launch.py" --standalone --nproc-per-node "$NGPU" --max-restarts "$MAX_RESTARTS" \
   --local-ranks-filter "$LOG_RANK" --role rank --tee 3 "${train[@]}"

@@ -1,5 +1,8 @@
 """What can be found wrong with a run before a process group or a GPU is touched."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from torchtitan.components.dump_folder import check_folders
@@ -7,7 +10,8 @@ from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.param_groups import check_groups
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.validate import check_samples
-from torchtitan.config import JobConfig, run_schedule, validate
+from torchtitan.config import JobConfig, resolve_degrees, run_schedule, validate
+from torchtitan.config.manager import read_config_file
 from torchtitan.config.pipeline import PipelinePlan, plan_pipeline
 from torchtitan.config.run_schedule import coefficients_set
 from torchtitan.distributed.activation_checkpoint import check_memory_budget
@@ -70,11 +74,53 @@ def model_args_of(
     """Those of the run, for sequences of `seq_len` tokens; yarn takes the place of model.args'.
     Raises `UserError`."""
     flavor = get_flavor(spec, config.model.name, config.model.flavor)
-    return flavor.for_run(
-        overrides=config.model.args | ({"yarn": yarn} if yarn else {}),
-        seq_len=seq_len,
-        force_load_balance=config.debug.moe_force_load_balance,
+
+    def args_for(overrides: dict[str, Any]) -> BaseModelArgs:
+        return flavor.for_run(
+            overrides=overrides | ({"yarn": yarn} if yarn else {}),
+            seq_len=seq_len,
+            force_load_balance=config.debug.moe_force_load_balance,
+        )
+
+    try:
+        return args_for(config.model.args)
+    except UserError as error:
+        file = config.job.config_file
+        if file and _is_refused(args_for, read_config_file(file).get("model.args", {}), error):
+            raise UserError(f"{file}: {error}") from None
+        raise
+
+
+def _is_refused(make: Callable[[dict[str, Any]], Any], overrides: Any, error: UserError) -> bool:
+    """Whether these alone, without the command line's, lead to the same sentence."""
+    try:
+        make(overrides)
+    except UserError as own:
+        return bool(overrides) and str(own) == str(error)
+    return False
+
+
+def describe(config: JobConfig, checked: Checked) -> str:
+    """What the config comes to, for a user who asked whether it can run."""
+    _, model_args, _ = checked
+    processes, _ = planned_processes()
+    degrees = resolve_degrees(config.parallelism, processes)
+    first = run_schedule(config, degrees.dp_replicate * degrees.dp_shard).at(0)
+    layout = " x ".join(f"{name} {n}" for name, n in degrees._asdict().items() if n > 1)
+    return (
+        f"The config fits: {processes} process{'es' if processes > 1 else ''}"
+        f"{f' ({layout})' if layout else ''}, {config.model.name} {config.model.flavor} with "
+        f"{_short(model_args.num_weights)} parameters, {config.training.steps:,} steps of "
+        f"{first.batch_size} sequences of {first.seq_len} tokens."
     )
+
+
+def _short(number: int) -> str:
+    """In three digits: 671 B."""
+    for unit, size in {"T": 10**12, "B": 10**9, "M": 10**6, "k": 10**3}.items():
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
 
 
 def _args_of_phases(config: JobConfig, spec: TrainSpec) -> list[BaseModelArgs]:

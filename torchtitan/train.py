@@ -12,7 +12,7 @@ if __name__ == "__main__":  # signals count from here on: the imports below take
     init_logger()
     STOP = StopRequest().__enter__()
 
-from torchtitan.check_config import Checked, check_config
+from torchtitan.check_config import Checked, check_config, describe
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.agreement import RefusedElsewhere
 from torchtitan.distributed.lost_peers import explain_lost_peer
@@ -48,6 +48,8 @@ def check_and_run(argv: list[str] | None, stop: StopRequest) -> int:
         tell_before_meeting(str(error), config)
         return 2
     if config.job.check_config:
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(config, checked))
         return 0
     return run(config, checked, stop)
 

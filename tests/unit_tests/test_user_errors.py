@@ -276,7 +276,7 @@ def test_help_names_every_key_and_exits_with_0(capfd, no_process_group):
 def test_check_config_checks_and_does_not_train(tmp_path, capfd, no_process_group):
     folder = tmp_path / "outputs"
     assert main([*tiny(folder), "--job.check_config"]) == 0
-    assert not folder.exists()
+    assert not folder.exists() and capfd.readouterr().out.startswith("The config fits: 1 process,")
     assert main([*tiny(folder), "--job.check_config", "--model.flavor=debugmodle"]) == 2
     assert "debugmodle" in sentence_of(capfd)
 

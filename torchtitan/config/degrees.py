@@ -4,7 +4,7 @@ Ranks are laid out as (pp, dp_replicate, dp_shard, cp, tp), the last axis fastes
 pipeline stage as (dp_replicate, what is left, ep, etp) over the same ranks.
 """
 
-from math import lcm, prod
+from math import isqrt, lcm, prod
 from typing import NamedTuple
 
 from torchtitan.config.job_config import Parallelism
@@ -72,15 +72,17 @@ def _take_off(given: dict[str, int], world_size: int) -> int:
             over = f" over {' x '.join(taken)}" if taken else ""
             raise UserError(
                 f"parallelism.{name} = {degree} does not divide the number of processes{over} "
-                f"({rest}); set it to {nearest(degree, _divisors(rest))}."
+                f"({rest}); set it to {nearest(degree, divisors(rest))}."
             )
         rest //= degree
         taken += [f"{name} ({degree})"] if degree > 1 else []
     return rest
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def divisors(number: int) -> list[int]:
+    """All of them, in order; in a moment for billions, too."""
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _check_experts(degrees: Degrees, stage: int) -> None:
@@ -96,7 +98,7 @@ def _check_experts(degrees: Degrees, stage: int) -> None:
         )
     replica = degrees.dp_shard * degrees.cp * degrees.tp // degrees.etp
     most = stage // degrees.etp
-    legal = [n for n in _divisors(most) if 0 in (replica % n, n % replica)]
+    legal = [n for n in divisors(most) if 0 in (replica % n, n % replica)]
     if degrees.ep in legal:
         return
     parts = {"data-parallel shard": degrees.dp_shard, "context-parallel": degrees.cp}
@@ -125,13 +127,14 @@ def _check_node_size(size: int | None, degrees: Degrees) -> None:
 
     if size is None or (size >= 1 and fits(size)):
         return
-    largest = max(size, 0) + span  # a multiple of `span` lies in between
+    below = max(size, 0) // span * span
+    legal = [n for n in [*divisors(span), below, below + span] if n and fits(n)]
     what = "parallelism.expert_parallel_degree"
     if degrees.etp > 1:
         what += " x expert_tensor_parallel_degree"
     raise UserError(
         f"parallelism.expert_parallel_node_size = {size} must divide {what} ({span}) or be a "
-        f"multiple of it; set it to {nearest(size, [n for n in range(1, largest + 1) if fits(n)])}."
+        f"multiple of it; set it to {nearest(size, sorted({*legal}))}."
     )
 
 

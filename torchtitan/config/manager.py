@@ -6,8 +6,10 @@ them, and what it refuses is said again in one sentence (`UserError`), the same 
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import (
     KEYS,
     alternatives,
+    as_text,
     build,
     flatten,
     make_row,
@@ -28,9 +31,15 @@ from torchtitan.config.schema import (
     row_type,
 )
 from torchtitan.config.schema import unknown as unknown_key
-from torchtitan.tools.errors import UserError, suggest
+from torchtitan.config.text_rules import check_path, with_home
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
 
 _MODEL_ARGS = "model.args"
+# Bytes of a config file; ours have two thousand.
+LARGEST_FILE = 1_000_000
+# Tables and lists inside of one another; real ones have four.
+DEEPEST = 16
 _ABOUT = (
     "Train a DeepSeek-V3-like mixture-of-experts model. Each option is a key of the TOML file "
     "named by --job.config_file, and wins over it. "
@@ -53,13 +62,25 @@ class ConfigManager:
         options = _read_options(argv)
         flat: dict[str, Any] = {}
         if (file := options.pop("job.config_file", None)) is not None:
+            file = os.path.expanduser(file)
+            check_path("job.config_file", file)
             flat = read_config_file(file)
+            if "job.config_file" in flat and not file.endswith(".json"):  # runs save their own
+                logger.warning(
+                    "%s: job.config_file = %s is not read, because no file takes in another; "
+                    "remove it, and copy what it holds.",
+                    file,
+                    as_text(flat["job.config_file"]),
+                )
             flat["job.config_file"] = file
         model_args = flat.get(_MODEL_ARGS, {})
         for path in [path for path in options if _is_model_arg(path)]:
             model_args = deep_merge(model_args, _model_arg(path, options.pop(path)))
         flat[_MODEL_ARGS] = model_args
-        return _apply_options(options, build(flat))
+        flat |= {path: value for path, value in options.items() if isinstance(value, bool)}
+        texts = {path: value for path, value in options.items() if isinstance(value, str)}
+        config = build(flat)
+        return with_home(_apply_texts(texts, config) if texts else config)  # tyro takes its time
 
 
 # ---------------------------------------------------------------------------------------------
@@ -70,15 +91,7 @@ class ConfigManager:
 def read_config_file(file: str) -> dict[str, Any]:
     """A TOML file as checked `{'training.steps': 10, ...}`; also the JSON file that a run saved."""
     path = Path(file)
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        near = suggest(path.name, [p.name for p in path.parent.glob("*.toml")])
-        raise UserError(f"job.config_file {file} does not exist{near}") from None
-    except OSError as error:
-        raise UserError(
-            f"job.config_file {file} cannot be read ({error.strerror}); name a readable TOML file."
-        ) from None
+    raw = _read(path)
     try:
         text = raw.decode("utf-8-sig")  # some Windows editors put a byte-order mark in front
     except UnicodeDecodeError as error:
@@ -86,14 +99,70 @@ def read_config_file(file: str) -> dict[str, Any]:
         raise UserError(
             f"{file} is not UTF-8 text (at line {line}), which TOML requires; save it as UTF-8."
         ) from None
-    language, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomli.loads)
+    language, parse = ("JSON", _loads_json) if path.suffix == ".json" else ("TOML", tomli.loads)
     try:
         table = parse(text)
-    except ValueError as error:  # both parsers say the line
+    except (tomli.TOMLDecodeError, json.JSONDecodeError) as error:  # both say the line
         raise UserError(f"{file} is not valid {language}: {error}.") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except ValueError:  # Python's own limit
+        raise UserError(
+            f"{file} holds an integer of more than {sys.get_int_max_str_digits()} digits; no "
+            "setting takes one."
+        ) from None
+    except RecursionError:
+        table = None
+    if table is None or is_deep(table):
+        raise UserError(
+            f"{file} has tables or lists inside of one another more than {DEEPEST} deep, which no "
+            "setting takes; remove them."
+        )
     if not isinstance(table, dict):
         raise UserError(f"{file} must hold a JSON object with one entry per table.")
     return flatten(table, source=file)
+
+
+def _read(path: Path) -> bytes:
+    """The whole file. Raises `UserError` for what can't be a config, before any of it is read."""
+    try:
+        status = path.stat()
+        if not (path.is_file() or path.is_dir()):  # a pipe waits, and each process needs the whole
+            raise UserError(
+                f"job.config_file {path} is a pipe or a device; write its content to a TOML file."
+            )
+        if status.st_size > LARGEST_FILE:
+            raise UserError(
+                f"job.config_file {path} has {status.st_size:,} bytes, but a config has at most "
+                f"{LARGEST_FILE:,}; name the TOML file of the run."
+            )
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"job.config_file {path} does not exist{_near_file(path)}") from None
+    except OSError as error:
+        raise UserError(
+            f"job.config_file {path} cannot be read ({error.strerror}); name a readable TOML file."
+        ) from None
+
+
+def _near_file(path: Path) -> str:
+    """The way out: a TOML file beside it whose name is close, without the ending they share."""
+    stems = {other.stem.lower(): other.name for other in path.parent.glob("*.toml")}
+    near = difflib.get_close_matches(path.stem.lower(), stems, n=1, cutoff=0.75)
+    return f"; did you mean '{stems[near[0]]}'?" if near else "."
+
+
+def _loads_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_without_twins)
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"the key {as_text(twin)} is there twice in one table; leave one out.")
+    return table
 
 
 # ---------------------------------------------------------------------------------------------
@@ -160,8 +229,8 @@ def _option_value(path: str, negated: bool, values: list[str]) -> str | bool:
     return values[0]
 
 
-def _apply_options(options: dict[str, str | bool], default: JobConfig) -> JobConfig:
-    args = {path: _tyro_option(path, value) for path, value in options.items()}
+def _apply_texts(options: dict[str, str], default: JobConfig) -> JobConfig:
+    args = {path: f"--{path}={text}" for path, text in options.items()}
     config = _run_tyro(list(args.values()), default)
     if config is not None:
         return config
@@ -170,13 +239,6 @@ def _apply_options(options: dict[str, str | bool], default: JobConfig) -> JobCon
     raise UserError(
         f"command line: --{wrong} {options[wrong]} {requirement(wrong, options[wrong])}"
     )
-
-
-def _tyro_option(path: str, value: str | bool) -> str:
-    if isinstance(value, bool):
-        table, _, key = path.rpartition(".")
-        return f"--{path}" if value else f"--{table}.no_{key}"
-    return f"--{path}={value}"
 
 
 def _run_tyro(args: list[str], default: JobConfig) -> JobConfig | None:
@@ -263,16 +325,28 @@ def parse_value(text: str) -> Any:
         return {"None": None, "True": True, "False": False}[text]
     try:
         table = tomli.loads(f"value = {text}")
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also an integer of thousands of digits
         return text
-    return table["value"] if list(table) == ["value"] else text
+    return table["value"] if list(table) == ["value"] and not is_deep(table) else text
+
+
+def is_deep(value: Any) -> bool:
+    """Whether tables and lists are inside of one another more than DEEPEST deep."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        tables = [item for item in level if isinstance(item, dict | list)]
+        level = [i for t in tables for i in (t.values() if isinstance(t, dict) else t)]
+    return bool(level)
 
 
 def _model_arg(path: str, text: str | bool) -> dict[str, Any]:
     """`model.args.moe_args.top_k` and "2" as {"moe_args": {"top_k": 2}}."""
     assert isinstance(text, str), f"{path} is no switch"
     value = parse_value(text)
-    for name in reversed(path.split(".")[2:]):
+    names = path.split(".")[2:]
+    if len(names) > DEEPEST:
+        raise UserError(f"command line: --{path} is not a model argument; --help shows examples.")
+    for name in reversed(names):
         value = {name: value}
     if not matches(value, KEYS[_MODEL_ARGS].type):
         raise UserError(f"command line: --{path} {text} {requirement(_MODEL_ARGS, value)}")

@@ -7,7 +7,7 @@ they go around the ranks (s modulo the degree) or there and back ("v"); a schedu
 
 from dataclasses import dataclass
 
-from torchtitan.config.degrees import nearest
+from torchtitan.config.degrees import divisors, nearest
 from torchtitan.config.job_config import Parallelism
 from torchtitan.config.schedule_file import KEY as _FILE
 from torchtitan.config.schedule_file import ScheduleFile, read_schedule_file
@@ -209,11 +209,10 @@ def _check_count(
 
 def _num_microbatches(parallelism: Parallelism, local_batch_size: int, batch_key: str) -> int:
     size = parallelism.pipeline_parallel_microbatch_size
-    divisors = [n for n in range(1, local_batch_size + 1) if local_batch_size % n == 0]
-    if size not in divisors:
+    if size not in divisors(local_batch_size):
         raise UserError(
             f"{_KEY}microbatch_size = {size} must divide {batch_key} ({local_batch_size}); set it "
-            f"to {nearest(size, divisors)}."
+            f"to {nearest(size, divisors(local_batch_size))}."
         )
     return local_batch_size // size
 

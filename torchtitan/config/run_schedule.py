@@ -148,13 +148,16 @@ class RunSchedule:
         """The run's steps, until the phases are over: how many are alike, their batch size and
         sequence length. None goes on over the end of a phase but with its last step."""
         tokens, end = 0, 0.0
-        for phase in self.phases:
-            end += phase.tokens
+        for n, phase in enumerate(self.phases):
+            start, end = end, end + phase.tokens
             while tokens < end:
                 now = self.at(tokens)
                 tokens_of_step = now.batch_size * now.seq_len
-                alike = phase.batch_size_shape == "constant"
-                number = math.ceil((end - tokens) / tokens_of_step) if alike else 1
+                border = start + _end_of_stair(self._before[n], now, phase)
+                number = max(1, math.ceil((min(border, end) - tokens) / tokens_of_step))
+                last = self.at(tokens + (number - 1) * tokens_of_step)
+                if last.batch_size != now.batch_size:  # by rounding: it is on the next stair
+                    number -= 1
                 yield number, now.batch_size, now.seq_len
                 tokens += number * tokens_of_step
 
@@ -178,8 +181,20 @@ def _within(before: Now, end: Now, phase: Phase, tokens: float) -> Now:
         )
         now = replace(now, lr=end.lr + (before.lr - end.lr) * left)
     if phase.batch_size_shape == "linear":
-        stairs = abs(end.batch_size - before.batch_size) // phase.batch_size_step
-        climbed = math.floor(progress * (stairs + 1))
+        climbed = math.floor(progress * _num_sizes(before, phase))
         step = math.copysign(phase.batch_size_step, end.batch_size - before.batch_size)
         now = replace(now, batch_size=before.batch_size + int(step) * climbed)
     return now
+
+
+def _num_sizes(before: Now, phase: Phase) -> int:
+    """Batch sizes of a phase with stairs, first and last included."""
+    return abs(phase.batch_size - before.batch_size) // phase.batch_size_step + 1
+
+
+def _end_of_stair(before: Now, now: Now, phase: Phase) -> float:
+    """Tokens of the phase after which its batch size changes next."""
+    if phase.batch_size_shape == "constant":
+        return phase.tokens
+    climbed = abs(now.batch_size - before.batch_size) // phase.batch_size_step
+    return phase.tokens * (climbed + 1) / _num_sizes(before, phase)

@@ -1,14 +1,17 @@
 """Which phases of [[schedule.phase]] can be: each alone, one after the other, on this layout."""
 
-import math
 from itertools import pairwise
 
 from torchtitan.config.degrees import Degrees, check_sequence, nearest
 from torchtitan.config.job_config import JobConfig, LRScheduler
+from torchtitan.config.number_rules import MOST_TOKENS
 from torchtitan.config.recipe import Phase
 from torchtitan.config.run_schedule import COEFFICIENTS, Now, RunSchedule, Sequences
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError
+
+# Each is looked at before the run begins.
+MOST_STAIRS = 10_000
 
 
 def check_schedule(schedule: RunSchedule, config: JobConfig, degrees: Degrees) -> None:
@@ -48,10 +51,10 @@ def _check_sequences(
         )
     if phase.seq_len is not None:
         check_sequence(f"{where}: seq_len", phase.seq_len, degrees)
-    if not end.seq_len <= phase.tokens < math.inf:
+    if not end.seq_len <= phase.tokens <= MOST_TOKENS:
         raise UserError(
             f"{where}: tokens = {as_text(phase.tokens)} must be a number of tokens, at least one "
-            f"sequence (seq_len, {end.seq_len})."
+            f"sequence (seq_len, {end.seq_len}) and at most {MOST_TOKENS:,}."
         )
 
 
@@ -67,11 +70,9 @@ def _check_decay_is_left_to_phases(lr_scheduler: LRScheduler) -> None:
 
 
 def _check_numbers(phase: Phase, where: str) -> None:
-    if phase.lr is not None and not 0 <= phase.lr < math.inf:
-        raise UserError(f"{where}: lr = {as_text(phase.lr)} must be a finite number, 0 or more.")
-    for name in COEFFICIENTS:
+    for name in ("lr", *COEFFICIENTS):
         value = getattr(phase, name)
-        if value is not None and not 0 <= value < math.inf:
+        if value is not None and value < 0:
             raise UserError(
                 f"{where}: {name} = {as_text(value)} must be a finite number, 0 or more."
             )
@@ -111,10 +112,16 @@ def _check_batch_size(phase: Phase, where: str, before: int, end: Now, dp_degree
                 "ranks (local_batch_size x the data-parallel degree); set it to "
                 f"{nearest(size, legal)}."
             )
-    if step is not None and (end.batch_size - before) % step:
+    way = abs(end.batch_size - before)
+    if step is not None and way % step:
         raise UserError(
             f"{where}: batch_size_step = {step} must divide the way from {before} to "
-            f"{end.batch_size} sequences ({abs(end.batch_size - before)})."
+            f"{end.batch_size} sequences ({way})."
+        )
+    if step is not None and way // step > MOST_STAIRS:
+        raise UserError(
+            f"{where}: batch_size_step = {step} makes {way // step} stairs from {before} to "
+            f"{end.batch_size} sequences, but at most {MOST_STAIRS} can be; raise it."
         )
     if step is not None and before % unit:
         raise UserError(

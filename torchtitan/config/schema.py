@@ -6,9 +6,10 @@ are checked; `build` puts the flat form back into the dataclasses.
 
 import dataclasses
 import difflib
+import functools
 import json
 import types
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan.config.job_config import JobConfig
@@ -89,7 +90,7 @@ def matches(value: Any, kind: Any) -> bool:
     if get_origin(kind) is list:
         return isinstance(value, list) and all(matches(item, *get_args(kind)) for item in value)
     if get_origin(kind) is dict:
-        is_item = partial(matches, kind=float) if kind == dict[str, float] else _is_plain
+        is_item = functools.partial(matches, kind=float) if kind == dict[str, float] else _is_plain
         return isinstance(value, dict) and all(is_item(item) for item in value.values())
     if kind is float:
         return type(value) in (int, float)
@@ -162,6 +163,8 @@ def _requirement(key: Key, value: Any) -> str:
 
 
 def _nearest_first(value: str, choices: tuple[str, ...]) -> list[str]:
+    value = value[:100]  # the comparison takes the product of both lengths
+
     def distance(choice: str) -> float:
         return -difflib.SequenceMatcher(None, value.lower(), choice.lower()).ratio()
 
@@ -186,7 +189,7 @@ def as_text(value: Any) -> str:
 
 def unknown(path: str, *, is_table: bool = False) -> str:
     """Why there is no such key (or table), and where to look instead, as the end of a sentence."""
-    parts = path.split(".")
+    parts = path.split(".", 16)  # all beyond is one name: no table lies as deep
     prefixes = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
     for prefix in prefixes:
         if prefix in FOREIGN_TABLES:
@@ -229,6 +232,11 @@ def flatten(table: dict[str, Any], *, source: str, at: str = "") -> dict[str, An
     flat: dict[str, Any] = {}
     for name, value in table.items():
         path = f"{at}.{name}" if at else name
+        if "." in name:
+            raise UserError(
+                f"{source}: the quoted name {as_text(name)} holds a dot; write a key below its "
+                "[table], without quotes."
+            )
         if path in TABLES:
             if not isinstance(value, dict):
                 shown = as_text(value)
@@ -257,9 +265,20 @@ def _checked(path: str, value: Any, source: str) -> Any:
         return [
             make_row(row, table, f"{source}: {path} {n}") for n, table in enumerate(value, start=1)
         ]
-    if float in alternatives(kind) and type(value) is int:
+    return as_float(value, kind)
+
+
+def as_float(value: Any, kind: Any) -> Any:
+    """An integer as a float where the annotation asks for one; any other value as it is.
+
+    So is an integer that no float can hold: number_rules.py then refuses it as it was written.
+    """
+    if float not in alternatives(kind) or type(value) is not int:
+        return value
+    try:
         return float(value)
-    return value
+    except OverflowError:
+        return value
 
 
 def make_row(row: type, table: dict[str, Any], where: str) -> Any:
@@ -273,8 +292,7 @@ def make_row(row: type, table: dict[str, Any], where: str) -> Any:
         if not matches(value, kinds[name]):
             key = Key(kinds[name], None)
             raise UserError(f"{where}: {name} = {as_text(value)} {_requirement(key, value)}")
-        is_float = float in alternatives(kinds[name]) and type(value) is int
-        values[name] = float(value) if is_float else value
+        values[name] = as_float(value, kinds[name])
     for field in dataclasses.fields(row):
         if field.name not in values and field.default is dataclasses.MISSING:
             raise UserError(f"{where}: {field.name} is missing, which each of these tables needs.")
@@ -295,3 +313,61 @@ def _filled(table: Any, flat: dict[str, Any], at: str) -> Any:
         elif path in flat:
             changes[field.name] = flat[path]
     return dataclasses.replace(table, **changes)
+
+
+# ---------------------------------------------------------------------------------------------
+# All settings of a config
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A setting with its value. key: "schedule.phase.lr" in every phase; title: what sentences
+    call it, "schedule.phase 1: lr". type: its annotation.
+    """
+
+    key: str
+    title: str
+    type: Any
+    value: Any
+
+
+def entries(config: JobConfig) -> Iterator[Entry]:
+    """Every setting, those in lists of tables and the numbers in tables of numbers included."""
+    for key, known in KEYS.items():
+        value = functools.reduce(getattr, key.split("."), config)
+        row = row_type(known.type)
+        if row is None:
+            yield Entry(key, key, known.type, value)
+            continue
+        hints = get_type_hints(row) if value else {}
+        for n, table in enumerate(value, start=1):
+            for name, kind in hints.items():
+                item = getattr(table, name)
+                entry = Entry(f"{key}.{name}", f"{key} {n}: {name}", kind, item)
+                yield entry
+                if dict[str, float] in alternatives(kind):
+                    yield from _numbers_of(entry)
+
+
+def _numbers_of(entry: Entry) -> Iterator[Entry]:
+    for name, number in (entry.value or {}).items():
+        yield Entry(entry.key, f"{entry.title}.{name}", float, number)
+
+
+def replace_entries(config: JobConfig, values: Mapping[str, Any]) -> JobConfig:
+    """The config with these settings instead, by title."""
+    flat = {}
+    for key, known in KEYS.items():
+        value = functools.reduce(getattr, key.split("."), config)
+        if (row := row_type(known.type)) is not None:
+            names = [field.name for field in dataclasses.fields(row)]
+            value = [
+                dataclasses.replace(
+                    table,
+                    **{x: values[t] for x in names if (t := f"{key} {n}: {x}") in values},
+                )
+                for n, table in enumerate(value, start=1)
+            ]
+        flat[key] = values.get(key, value)
+    return build(flat)

@@ -5,6 +5,7 @@ The model's own arguments are checked by the model, data paths by the data layer
 """
 
 import math
+import re
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -14,10 +15,12 @@ from torchtitan.config.blend import blend_stretches
 from torchtitan.config.checkpoint_rules import check_checkpoint
 from torchtitan.config.degrees import check_sequence, nearest, resolve_degrees
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.number_rules import check_numbers
 from torchtitan.config.optimizer_rules import check_optimizer_groups
 from torchtitan.config.run_schedule import RunSchedule
 from torchtitan.config.schedule_rules import check_schedule
 from torchtitan.config.schema import as_text
+from torchtitan.config.text_rules import check_text
 from torchtitan.tools.errors import UserError, suggest
 
 # Towards the new value a step moves a running mean by 1 - beta of the way; bf16 resolves 0.4 %.
@@ -30,6 +33,8 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     _check_supported(config)
     _check_renamed(config)
     _check_ranges(config)
+    check_text(config)
+    check_numbers(config)
     _check_choices(config)
     _check_memory_budget(config)
     _check_cpu_offload(config, world_size, device_type)
@@ -160,7 +165,7 @@ def _check_choices(config: JobConfig) -> None:
                 f"{suggest(component, ['model', 'loss'])}"
             )
     option = config.activation_checkpoint.selective_ac_option
-    if option not in ("op", "elementwise") and not (option.isdecimal() and int(option) >= 1):
+    if option not in ("op", "elementwise") and not re.fullmatch("[1-9][0-9]{0,5}", option):
         raise UserError(
             f"activation_checkpoint.selective_ac_option = {as_text(option)} must be "
             '"op", "elementwise" or a positive integer as a string, such as "2".'

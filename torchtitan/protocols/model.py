@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan.config import Parallelism
-from torchtitan.config.schema import alternatives, as_text, matches
+from torchtitan.config.schema import as_float, as_text, matches
 from torchtitan.tools.errors import UserError, suggest
 
 
@@ -60,6 +60,11 @@ class BaseModelArgs:
         raise UserError(
             "debug.moe_force_load_balance is true, but this model has no experts; set it to false."
         )
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all matrices: norms and biases, one in thousands, are left out."""
+        raise NotImplementedError
 
     @property
     def has_side_losses(self) -> bool:
@@ -157,7 +162,7 @@ def _checked(value: Any, kind: Any, key: str, current: Any) -> Any:
             f"{key} = {as_text(value)} is of the wrong type: this model has "
             f"{as_text(current)} there; write a value of that kind."
         )
-    return float(value) if float in alternatives(kind) and type(value) is int else value
+    return as_float(value, kind)
 
 
 class BaseModel(nn.Module):

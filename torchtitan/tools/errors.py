@@ -8,12 +8,34 @@ class UserError(ValueError):
     """Wrong config, data, checkpoint or environment.
 
     The message is one sentence that names the key or file, the value, the rule and the way out.
-    `torchtitan.train.main` prints it without a traceback and exits with code 2.
+    `torchtitan.train.main` prints it without a traceback and exits with code 2. What a user wrote
+    may be anything: of overlong words the middle is left out, and control characters are escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_readable(message))
 
 
 class RunError(RuntimeError):
     """Training itself has failed (a loss that is not finite, say): one sentence, exit code 1."""
+
+
+# Letters of a word, then of a sentence, of which the middle is left out.
+LONGEST_WORD, LONGEST_SENTENCE = 400, 20_000
+
+
+def _readable(message: str) -> str:
+    printable = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in _shortened(message, LONGEST_SENTENCE)
+    )
+    words = printable.split(" ")
+    return " ".join(_shortened(word, LONGEST_WORD) for word in words)
+
+
+def _shortened(text: str, longest: int) -> str:
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:
@@ -25,7 +47,7 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
     if not known:
         return "."
     folded = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower(), folded, n=1)
+    near = difflib.get_close_matches(name[:100].lower(), folded, n=1)
     if near:
         return f"; did you mean '{folded[near[0]]}'?"
     return "; choose one of " + ", ".join(f"'{candidate}'" for candidate in known) + "."

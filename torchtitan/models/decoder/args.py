@@ -5,10 +5,16 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
-from torchtitan.config.degrees import nearest
+from torchtitan.config.degrees import divisors, nearest
+from torchtitan.config.number_rules import check_argument_numbers
 from torchtitan.models.moe import MoEArgs
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.errors import UserError
+
+# Each layer is a module of its own, and each check and log line meets all of them.
+MOST_LAYERS = 1_024
+# 400 TB in fp32; the largest models have a hundredth of it.
+MOST_WEIGHTS = 10**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,23 @@ class DecoderArgs(BaseModelArgs):
         "global_balance_coeff",
         "z_loss_coeff",
     )
+
+    def __post_init__(self) -> None:
+        """Before the rules of a family: comparisons there then meet no NaN."""
+        check_argument_numbers(self, {"n_layers": MOST_LAYERS, "n_mtp_layers": MOST_LAYERS})
+
+    def check_weights(self) -> None:
+        """Raise `UserError` for a model that fits no machine."""
+        if self.num_weights > MOST_WEIGHTS:
+            raise UserError(
+                f"these arguments make a model of {self.num_weights:.2g} weights, but at most "
+                f"{MOST_WEIGHTS:.0e} can be had; lower the largest of {self._sizes()}."
+            )
+
+    def _sizes(self) -> str:
+        names = [f.name for f in dataclasses.fields(self) if f.type in (int, "int")]
+        largest = sorted(names, key=lambda name: -getattr(self, name))[:3]
+        return ", ".join(f"{name} ({getattr(self, name)})" for name in largest)
 
     @property
     def has_experts(self) -> bool:
@@ -95,11 +118,10 @@ class DecoderArgs(BaseModelArgs):
             return super().check_expert_parallel(degree)
         num_experts = self.moe_args.num_experts
         if num_experts % degree:
-            divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
             raise UserError(
                 f"parallelism.expert_parallel_degree = {degree} must divide the number of experts, "
                 f"model.args.moe_args.num_experts ({num_experts}); the nearest that does is "
-                f"{min(divisors, key=lambda n: abs(n - degree))}."
+                f"{min(divisors(num_experts), key=lambda n: abs(n - degree))}."
             )
 
     def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
@@ -128,8 +150,7 @@ class DecoderArgs(BaseModelArgs):
 def _check_divides(key: str, degree: int, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         if size % degree:
-            legal = [n for n in range(1, size + 1) if size % n == 0]
             raise UserError(
                 f"parallelism.{key} = {degree} must divide model.args.{name} ({size}); set it to "
-                f"{nearest(degree, legal)}."
+                f"{nearest(degree, divisors(size))}."
             )

@@ -74,6 +74,7 @@ class DeepSeekV3ModelArgs(DecoderArgs):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_positive(
             "vocab_size max_seq_len dim inter_dim moe_inter_dim n_layers n_heads kv_lora_rank "
             "qk_nope_head_dim qk_rope_head_dim v_head_dim original_seq_len rope_theta norm_eps "
@@ -97,6 +98,7 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             )
         if self.rope_factor < 1:
             raise UserError(f"rope_factor ({self.rope_factor}) must be 1 or more.")
+        self.check_weights()
 
     @property
     def qk_head_dim(self) -> int:
@@ -145,6 +147,19 @@ class DeepSeekV3ModelArgs(DecoderArgs):
     def has_side_losses(self) -> bool:
         return self.n_mtp_layers > 0
 
+    @property
+    def num_weights(self) -> int:
+        ends = 2 * self.dim * self.vocab_size  # MTP layers share them
+        return self._layer_weights(self.moe_args.num_experts) + ends
+
+    def _layer_weights(self, routed_experts: int) -> int:
+        """Of all layers, with so many routed experts in each that has some."""
+        moe = self._moe_weights(routed_experts)
+        weights = self.n_layers * self._attention_weights()
+        weights += self.n_dense_layers * 3 * self.dim * self.inter_dim
+        weights += (self.n_layers - self.n_dense_layers) * moe
+        return weights + self.n_mtp_layers * (self._attention_weights() + moe + 2 * self.dim**2)
+
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
         """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =
         3 ×.
@@ -152,12 +167,9 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         causal: count the half of the S × S scores that causal attention needs (what MFU is about);
         otherwise all of them. Norms, RoPE and the softmax are left out, as is usual.
         """
-        weights = self.n_layers * self._attention_weights()
-        weights += self.n_dense_layers * 3 * self.dim * self.inter_dim
-        weights += (self.n_layers - self.n_dense_layers) * self._active_moe_weights()
-        weights += self.dim * self.vocab_size  # output; the embedding is a look-up
-        mtp = self._attention_weights() + self._active_moe_weights()
-        weights += self.n_mtp_layers * (mtp + self.dim * (2 * self.dim + self.vocab_size))
+        weights = self._layer_weights(self.moe_args.top_k)
+        # The output, of each MTP layer too; the embedding is a look-up.
+        weights += (1 + self.n_mtp_layers) * self.dim * self.vocab_size
         keys_per_query = seq_len / 2 if causal else seq_len
         core = 2 * self.n_heads * (self.qk_head_dim + self.v_head_dim) * keys_per_query
         return 3 * (2 * weights + (self.n_layers + self.n_mtp_layers) * core)
@@ -172,6 +184,6 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         kv_up = self.kv_lora_rank * self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
         return q + kv_down + kv_up + self.n_heads * self.v_head_dim * self.dim
 
-    def _active_moe_weights(self) -> int:
-        experts = self.moe_args.top_k + self.moe_args.num_shared_experts
+    def _moe_weights(self, routed_experts: int) -> int:
+        experts = routed_experts + self.moe_args.num_shared_experts
         return self.dim * (3 * self.moe_inter_dim * experts + self.moe_args.num_experts)

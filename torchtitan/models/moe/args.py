@@ -1,13 +1,18 @@
 """What a mixture-of-experts layer is made of, and the rules that its numbers must keep."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
+from torchtitan.config.degrees import divisors
+from torchtitan.config.number_rules import check_argument_numbers
 from torchtitan.tools.errors import UserError
 
 ScoreFunc = Literal["softmax", "sigmoid"]
 GroupScoreFunc = Literal["top2_sum", "max"]
+
+# Of one layer; the largest published models have a few hundred.
+MOST_EXPERTS = 65_536
+_COUNTS = ("num_experts", "num_shared_experts", "top_k", "num_expert_groups", "num_limited_groups")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,7 @@ class MoEArgs:
     z_loss_coeff: float = 0.0
 
     def __post_init__(self) -> None:
+        check_argument_numbers(self, dict.fromkeys(_COUNTS, MOST_EXPERTS))
         check_routing(
             num_experts=self.num_experts,
             top_k=self.top_k,
@@ -64,12 +70,14 @@ class MoEArgs:
             num_limited_groups=self.num_limited_groups,
             group_score_func=self.group_score_func,
         )
+        if self.route_scale <= 0:
+            raise UserError(f"route_scale ({self.route_scale}) must be above 0.")
         if self.num_shared_experts < 0:
             raise UserError(
                 f"num_shared_experts ({self.num_shared_experts}) must be 0 (none) or more."
             )
         for name in ("sequence_balance_coeff", "global_balance_coeff", "z_loss_coeff"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) < 0:
                 raise UserError(f"{name} ({getattr(self, name)}) must be 0 (off) or more.")
         if self.load_balance_coeff is not None and self.load_balance_coeff < 0:
             raise UserError(
@@ -113,9 +121,9 @@ def _check_groups(
     num_limited_groups: int | None,
     group_score_func: str,
 ) -> None:
-    divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-    if num_expert_groups not in divisors:
-        nearest = min(divisors, key=lambda n: abs(n - num_expert_groups))
+    legal = divisors(num_experts)
+    if num_expert_groups not in legal:
+        nearest = min(legal, key=lambda n: abs(n - num_expert_groups))
         raise UserError(
             f"num_expert_groups ({num_expert_groups}) must divide num_experts ({num_experts}); "
             f"the nearest that does is {nearest}."

@@ -35,6 +35,7 @@ class Qwen3ModelArgs(DecoderArgs):
     moe_inter_dim: int = 768
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_positive(
             "vocab_size max_seq_len dim n_layers n_heads n_kv_heads head_dim hidden_dim "
             "moe_inter_dim norm_eps rope_theta init_std"
@@ -45,6 +46,7 @@ class Qwen3ModelArgs(DecoderArgs):
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs.")
+        self.check_weights()
 
     @property
     def has_experts(self) -> bool:
@@ -58,15 +60,22 @@ class Qwen3ModelArgs(DecoderArgs):
     def dense_widths(self) -> dict[str, int]:
         return {} if self.moe_enabled else {"hidden_dim": self.hidden_dim}
 
-    def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
-        """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =
-        3 ×. causal: count the half of the S × S scores that causal attention needs."""
+    @property
+    def num_weights(self) -> int:
+        return self._layer_weights(self.moe_args.num_experts) + 2 * self.dim * self.vocab_size
+
+    def _layer_weights(self, routed_experts: int) -> int:
+        """Of all layers, with so many routed experts in each where there are some."""
         attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
         feed_forward = 3 * self.dim * self.hidden_dim
         if self.moe_enabled:
-            moe = self.moe_args
-            experts = moe.top_k + moe.num_shared_experts
-            feed_forward = self.dim * (3 * self.moe_inter_dim * experts + moe.num_experts)
-        weights = self.n_layers * (attention + feed_forward) + self.dim * self.vocab_size
+            experts = routed_experts + self.moe_args.num_shared_experts
+            feed_forward = self.dim * (3 * self.moe_inter_dim * experts + self.moe_args.num_experts)
+        return self.n_layers * (attention + feed_forward)
+
+    def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
+        """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =
+        3 ×. causal: count the half of the S × S scores that causal attention needs."""
+        weights = self._layer_weights(self.moe_args.top_k) + self.dim * self.vocab_size
         core = 4 * self.n_heads * self.head_dim * (seq_len / 2 if causal else seq_len)
         return 3 * (2 * weights + self.n_layers * core)
