@@ -149,7 +149,6 @@ class Trainer:
         self.moes = self.model.moe_layers()
         for moe in self.moes.values():
             moe.watch_routing = config.metrics.log_routing
-            moe.step_group = dims.stage_group if dims.stage_size > 1 else None
         if self.moes and all(moe.expert_bias is None for moe in self.moes.values()):
             logger.warning(
                 "Nothing evens out the expert load: model.args.moe_args.load_balance_coeff is not "
@@ -317,14 +316,22 @@ class Trainer:
     # -------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters that a checkpoint keeps, JSON only, the same on all ranks."""
+        """The counters that a checkpoint keeps, JSON only, the same on all ranks, which all call."""
         watch = self.watch.state_dict()
-        return {"step": self.step, "tokens_seen": self.tokens_seen, "loss_watch": watch}
+        counters = {"step": self.step, "tokens_seen": self.tokens_seen, "loss_watch": watch}
+        loads = {layer: moe.global_tokens_per_expert for layer, moe in self.moes.items()}
+        if self.passes.pipeline is not None:  # of the layers on all stages
+            (loads,) = self.passes.pipeline.gather((loads,))
+        return counters | {"expert_loads": {str(i): load.tolist() for i, load in loads.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.tokens_seen = state["tokens_seen"]
         self.watch.load_state_dict(state["loss_watch"])
+        loads = state.get("expert_loads", {})  # not in checkpoints of earlier versions
+        for layer, moe in self.moes.items():
+            load_E = moe.global_tokens_per_expert
+            load_E.copy_(torch.tensor(loads.get(str(layer), [0] * load_E.numel())))
 
     def save_seed(self) -> None:
         """The weights as they were initialised, as step 0: any layout can begin from them."""

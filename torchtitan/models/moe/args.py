@@ -30,7 +30,8 @@ class MoEArgs:
         stays as it was loaded, None = no bias.
     _debug_force_load_balance: ignore the router's choice and spread tokens evenly (benchmarks).
     sequence_balance_coeff: weight of the sequence-wise balance loss (the V3 report trains with
-        0.0001). global_balance_coeff: of the one over the global batch (Qwen). z_loss_coeff: of the
+        0.0001). global_balance_coeff: of the one over the global batch (Qwen),
+        with the loads of the step before. z_loss_coeff: of the
         router's z-loss (ST-MoE: 0.001). All three: aux_loss.py.
     group_score_func: a group's score is the sum of its two best experts (V3) or its best one (V2).
     """
