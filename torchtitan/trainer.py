@@ -42,7 +42,7 @@ from torchtitan.components.validate import Validator
 from torchtitan.components.working_weights import build_working_weights
 from torchtitan.config import JobConfig
 from torchtitan.config.pipeline import PipelinePlan
-from torchtitan.config.run_schedule import Sequences
+from torchtitan.config.run_schedule import Sequences, largest_coefficients
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
 from torchtitan.distributed.pipeline_parallel import StepInputs
@@ -149,11 +149,10 @@ class Trainer:
         self.moes = self.model.moe_layers()
         for moe in self.moes.values():
             moe.watch_routing = config.metrics.log_routing
-        if self.moes and all(moe.expert_bias is None for moe in self.moes.values()):
-            logger.warning(
-                "Nothing evens out the expert load: model.args.moe_args.load_balance_coeff is not "
-                "set (1e-3 is the usual speed of the bias)"
-            )
+        if self.rank == 0:
+            largest = largest_coefficients(config.schedule.phase)
+            for sentence in self.model_args.without_effect(config.model.args, largest):
+                logger.warning("%s", sentence)
         return parts
 
     def _build_updates(self) -> None:
@@ -316,7 +315,7 @@ class Trainer:
     # -------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters that a checkpoint keeps, JSON only, the same on all ranks, which all call."""
+        """The counters that a checkpoint keeps, JSON only, the same on all ranks; all call it."""
         watch = self.watch.state_dict()
         counters = {"step": self.step, "tokens_seen": self.tokens_seen, "loss_watch": watch}
         loads = {layer: moe.global_tokens_per_expert for layer, moe in self.moes.items()}

@@ -20,8 +20,8 @@ GLOBAL = f"--model.args.moe_args.global_balance_coeff={ALPHA}"
 
 
 class PlainLoss:
-    """Of a model on one process that takes each step in one pass: E Σ_i f_i P_i of each layer, f from
-    the choices of the step before, all of them 1 in the first."""
+    """E Σ_i f_i P_i of each layer of a model that takes a step in one pass, f from the choices of
+    the step before; in the first step f = 1."""
 
     def __init__(self) -> None:
         self.before: list[list[list[int]]] = []  # by layer, by token

@@ -20,8 +20,8 @@ def train_plainly(
     """Losses and gradient norms of one optimizer step per (tokens, labels); changes the model.
 
     tokens, labels: the whole global batch (B, S); label −100 = padding. mask_of(tokens): attention
-    mask, bool (B, 1, S, S), None = causal. side_loss(mask): of the forward pass before, with gradients;
-    mask: bool (B, S), False = padding.
+    mask, bool (B, 1, S, S), None = causal. side_loss(mask): of the forward pass
+    before, with gradients; mask: bool (B, S), False = padding.
     """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchtitan.config import Comm, Debug
+from torchtitan.distributed import played
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -75,13 +76,11 @@ def _meeting_point(rank: int, world_size: int, timeout: timedelta) -> dist.Store
 
 
 def _init_fake() -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    played.init_played(world_size)
     logger.warning(
-        "comm.mode fake_backend: one process plays rank 0 of %d and nothing is communicated, so "
-        "losses mean nothing",
+        "comm.mode fake_backend: one process plays rank 0 of %d and nothing is communicated (the "
+        "others are taken to do what it does), so losses mean nothing",
         world_size,
     )
 
@@ -99,7 +98,7 @@ def _set_up_flight_recorder(config: Comm, dump_folder: str) -> None:
 def set_timeout(seconds: int, except_for: dist.ProcessGroup | None = None) -> None:
     """From now on a collective fails after this long, in every other group that exists."""
     for group in dist.distributed_c10d._world.pg_map:
-        if group is not except_for and dist.get_backend(group) != "fake":
+        if group is not except_for and dist.get_backend(group) != played.BACKEND:
             _set_pg_timeout(timedelta(seconds=seconds), group)
 
 

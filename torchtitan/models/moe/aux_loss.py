@@ -15,13 +15,13 @@ Balance inside of the global batch (Qwen, arXiv 2501.11873): the same sum, with
                                  before this one
 
 c counts what the router has really chosen, with bias and group limit. A sequence may then use few
-experts, as long as the batch uses all. The counts of the step itself would only be whole after its
-last forward pass: to have them would take a second one, and a buffer that fills micro-batch by
-micro-batch (the paper's) makes the loss depend on how a step is cut. Those of the step before are
-whole and the same for every layout and accumulation, and cost no communication: the update of the
-expert bias sums them anyway, and acts one step later, too. In between a router moves by one learning
-rate's worth. They are part of a checkpoint; a run that begins, also from weights alone, has none, and
-its first step counts as even: f = 1, whose loss has no gradient.
+experts, as long as the batch uses all. The counts of the step itself are only whole after its
+last forward pass: they would take a second one. A buffer that fills micro-batch by micro-batch (the
+paper's) makes the loss depend on how a step is cut. Those of the step before are whole and the same
+for every layout and accumulation, and cost no communication: the update of the expert bias sums
+them anyway. It acts one step later, too; in between a router moves by one update. The counts are
+part of a checkpoint. A run that begins, also from weights alone, has none, and its first step
+counts as even: f = 1, whose loss has no gradient.
 
 z-loss (ST-MoE, arXiv 2202.08906): the mean over tokens of (log Σ_i exp(logit_i))², which keeps
 logits small.
@@ -74,8 +74,10 @@ def _shares(scores: Tensor) -> Tensor:
 
 
 def global_balance_sum(scores_TE: Tensor, mask_T: Tensor | None, counts_E: Tensor) -> Tensor:
-    """T · L / alpha of this rank's T tokens: scalar. counts_E: int64, of the step before; all zero =
-    there was none."""
+    """T · L / alpha of this rank's T tokens: scalar.
+
+    counts_E: int64, of the step before; all zero = there was none.
+    """
     share_TE = _shares(scores_TE)
     counted_TE = share_TE if mask_T is None else share_TE * mask_T.unsqueeze(1)
     total = counts_E.sum()

@@ -4,8 +4,7 @@ balance   sequence-wise balance loss before its weight (aux_loss.py); 1 = even
 z         z-loss before its weight
 entropy   of a token's scores, over ln E: 1 = undecided, 0 = one expert
 limited   tokens whose experts the group limit has changed
-global    balance loss over the global batch before its weight, with the loads of the step before; 1 =
-          even
+global    balance loss over the global batch before its weight; 1 = even
 """
 
 import math
