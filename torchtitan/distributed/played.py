@@ -12,13 +12,17 @@ rows as it sends, the mean over ranks. torch's own "fake" backend makes up sizes
 each collective alone, which don't fit together there.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import _create_work_from_future
+
+from torchtitan.ops.grouped_mm import local_part
+from torchtitan.tools.errors import UserError
 
 BACKEND = "played"
 
@@ -32,6 +36,22 @@ def init_played(world_size: int) -> None:
             BACKEND, lambda _, rank, size, __: PlayedGroup(rank, size), devices=["cpu", "cuda"]
         )
     dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=world_size)
+
+
+def check_room(model: nn.Module, device: torch.device) -> None:
+    """Raise `UserError` where `device` can't hold rank 0's weights, gradients and two running means
+    of the optimizer. model: on the meta device still."""
+    weights = sum(local_part(p).numel() * p.element_size() for p in model.parameters())
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[1]
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * weights > memory:
+        raise UserError(
+            f"rank 0 of {dist.get_world_size()} needs {4 * weights / 2**30:,.0f} GiB for weights, "
+            f"gradients and optimizer states alone, and there are {memory / 2**30:,.0f} GiB here; "
+            "set NGPU or the degrees in [parallelism] higher, or model.args.n_layers lower."
+        )
 
 
 class PlayedGroup(dist.ProcessGroup):
@@ -124,7 +144,10 @@ class PlayedGroup(dist.ProcessGroup):
 
     def recv(self, tensors: list[Tensor], source: int, tag: int):
         for tensor in tensors:
-            tensor.detach().normal_() if tensor.is_floating_point() else tensor.zero_()
+            if tensor.is_floating_point():
+                tensor.detach().normal_()
+            else:  # a stage's vote for the shapes that it was told (torch 2.13)
+                tensor.fill_(1)
         return _done()
 
     def barrier(self, opts: Any = None):
