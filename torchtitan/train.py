@@ -6,6 +6,7 @@ import sys
 
 from torchtitan.check_config import Checked, check_config
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.config.played_run import without_checkpoints
 from torchtitan.distributed.lost_peers import explain_lost_peer
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.last_words import leave_last_words
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         config = ConfigManager().parse_args(argv)
         if config.job.check_config:  # the run itself will tell what it found
             logger.setLevel("WARNING")
+        config = without_checkpoints(config)
         checked = check_config(config)
     except UserError as error:  # every rank finds the same mistake: one of them tells it
         if int(os.environ.get("RANK", 0)) == 0:

@@ -42,6 +42,7 @@ from torchtitan.components.validate import Validator
 from torchtitan.components.working_weights import build_working_weights
 from torchtitan.config import JobConfig
 from torchtitan.config.pipeline import PipelinePlan
+from torchtitan.config.played_run import without_checkpoints
 from torchtitan.config.run_schedule import Sequences, largest_coefficients
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
@@ -74,7 +75,7 @@ class Trainer:
 
     def __init__(self, config: JobConfig, checked: Checked | None = None):
         """checked: what `check_config(config)` returned, where it has been called already."""
-        self.config = config
+        self.config = config = without_checkpoints(config)
         self.spec, self.model_args, self.tokenizer = checked or check_config(config)
         self._open = ExitStack()
         try:

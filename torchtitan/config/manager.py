@@ -17,7 +17,6 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.played_run import without_checkpoints
 from torchtitan.config.schema import (
     KEYS,
     alternatives,
@@ -60,7 +59,7 @@ class ConfigManager:
         for path in [path for path in options if _is_model_arg(path)]:
             model_args = deep_merge(model_args, _model_arg(path, options.pop(path)))
         flat[_MODEL_ARGS] = model_args
-        return without_checkpoints(_apply_options(options, build(flat)))
+        return _apply_options(options, build(flat))
 
 
 # ---------------------------------------------------------------------------------------------
