@@ -19,6 +19,7 @@ from torchtitan.config.run_schedule import RunSchedule
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.fsdp import materialize
 from torchtitan.distributed.pipeline_parallel import Pipeline, cut_into_parts
+from torchtitan.distributed.played import check_room
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.flops import peak_flops
@@ -54,6 +55,8 @@ def build_model(
     parts = cut_into_parts(model, plan, dims.mesh["pp"].get_local_rank()) if plan else []
     for part in parts or [model]:
         spec.parallelize_fn(part, dims, config)
+    if config.comm.mode == "fake_backend":
+        check_room(model, device)
     materialize(model, device, offload=config.training.enable_cpu_offload)
     model.init_weights(buffer_device=device)
     return model.train(), parts

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # signals count from here on: the imports below take
 
 from torchtitan.check_config import Checked, check_config, describe
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.config.played_run import without_checkpoints
 from torchtitan.distributed.agreement import RefusedElsewhere
 from torchtitan.distributed.lost_peers import explain_lost_peer
 from torchtitan.distributed.meeting_point import refuse
@@ -43,6 +44,7 @@ def check_and_run(argv: list[str] | None, stop: StopRequest) -> int:
         config = ConfigManager().parse_args(argv)
         if config.job.check_config:  # the run itself will tell what it found
             logger.setLevel("WARNING")
+        config = without_checkpoints(config)
         checked = check_config(config)
     except UserError as error:
         tell_before_meeting(str(error), config)

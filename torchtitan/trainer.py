@@ -44,7 +44,8 @@ from torchtitan.components.validate import Validator
 from torchtitan.components.working_weights import build_working_weights
 from torchtitan.config import JobConfig
 from torchtitan.config.pipeline import PipelinePlan
-from torchtitan.config.run_schedule import Sequences
+from torchtitan.config.played_run import without_checkpoints
+from torchtitan.config.run_schedule import Sequences, largest_coefficients
 from torchtitan.distributed.agreement import Settings
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
@@ -86,7 +87,7 @@ class Trainer:
     ):
         """checked: what `check_config(config)` returned, where it has been called already.
         stop: where signals are heard already."""
-        self.config = config
+        self.config = config = without_checkpoints(config)
         self.stop = stop or StopRequest()
         self.spec, self.model_args, self.tokenizer = checked or check_config(config)
         self._open = ExitStack()
@@ -193,12 +194,10 @@ class Trainer:
         self.moes = self.model.moe_layers()
         for moe in self.moes.values():
             moe.watch_routing = config.metrics.log_routing
-            moe.step_group = dims.stage_group if dims.stage_size > 1 else None
-        if self.moes and all(moe.expert_bias is None for moe in self.moes.values()):
-            logger.warning(
-                "Nothing evens out the expert load: model.args.moe_args.load_balance_coeff is not "
-                "set (1e-3 is the usual speed of the bias)"
-            )
+        if self.rank == 0:
+            largest = largest_coefficients(config.schedule.phase)
+            for sentence in self.model_args.without_effect(config.model.args, largest):
+                logger.warning("%s", sentence)
         return parts
 
     def _build_updates(self) -> None:
@@ -365,14 +364,22 @@ class Trainer:
     # -------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters that a checkpoint keeps, JSON only, the same on all ranks."""
+        """The counters that a checkpoint keeps, JSON only, the same on all ranks; all call it."""
         watch = self.watch.state_dict()
-        return {"step": self.step, "tokens_seen": self.tokens_seen, "loss_watch": watch}
+        counters = {"step": self.step, "tokens_seen": self.tokens_seen, "loss_watch": watch}
+        loads = {layer: moe.global_tokens_per_expert for layer, moe in self.moes.items()}
+        if self.passes.pipeline is not None:  # of the layers on all stages
+            (loads,) = self.passes.pipeline.gather((loads,))
+        return counters | {"expert_loads": {str(i): load.tolist() for i, load in loads.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.tokens_seen = state["tokens_seen"]
         self.watch.load_state_dict(state["loss_watch"])
+        loads = state.get("expert_loads", {})  # not in checkpoints of earlier versions
+        for layer, moe in self.moes.items():
+            load_E = moe.global_tokens_per_expert
+            load_E.copy_(torch.tensor(loads.get(str(layer), [0] * load_E.numel())))
 
     def save_seed(self) -> None:
         """The weights as they were initialised, as step 0: any layout can begin from them."""

@@ -20,6 +20,8 @@ MODEL = {
     "model__flavor": "debugmodel_node_limited",
     "model__args.dim": 32,
     "model__args.q_lora_rank": 16,
+    # Its loads are those of the step before.
+    "model__args.moe_args.global_balance_coeff": 1.0,
     "debug__seed": None,  # drawn by the first run, taken over by the next ones
 }
 

@@ -1,5 +1,7 @@
 """Training on the ranks of a pool, and the plain single process that it must equal."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -178,12 +180,13 @@ def one_process_with_documents() -> dict:
     return train_alone(mask_of=document_mask)
 
 
-def train_alone(**options) -> dict:
+def train_alone(prepare: Callable = lambda model: None, **options) -> dict:
     args = deepseekv3_args["debugmodel_node_limited"].for_run(overrides=MODEL, seq_len=SEQ_LEN)
     torch.manual_seed(7)
     with torch.device(device_type()):  # a GPU draws other weights than a CPU
         model = DeepSeekV3Model(args)
     model.init_weights()
+    prepare(model)
     batches = [
         (tokens.to(device_type()), labels.to(device_type())) for tokens, labels in global_batches()
     ]

@@ -15,11 +15,13 @@ def train_plainly(
     max_norm: float,
     weight_decay: float,
     mask_of: Callable[[Tensor], Tensor | None] = lambda tokens: None,
+    side_loss: Callable[[Tensor], Tensor] = lambda mask: mask.new_zeros((), dtype=torch.float32),
 ) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of one optimizer step per (tokens, labels); changes the model.
 
     tokens, labels: the whole global batch (B, S); label −100 = padding. mask_of(tokens): attention
-    mask, bool (B, 1, S, S), None = causal.
+    mask, bool (B, 1, S, S), None = causal. side_loss(mask): of the forward pass
+    before, with gradients; mask: bool (B, S), False = padding.
     """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -38,7 +40,7 @@ def train_plainly(
         optimizer.zero_grad()
         logits = model(tokens, attention_masks=mask_of(tokens), token_mask=labels != -100)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())  # mean over valid labels
-        loss.backward()
+        (loss + side_loss(labels != -100)).backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm).item())
         losses.append(loss.item())
         optimizer.step()

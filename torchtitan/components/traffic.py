@@ -59,13 +59,17 @@ def traffic_line(numbers: Numbers, tokens: int) -> str:
 
     def part(tier: str) -> str:
         rows, size = numbers[f"rows_sent_{tier}"] * per_token, numbers[f"bytes_sent_{tier}"]
-        return f"{rows:.2f} rows a token and layer ({size / 2**20:,.1f} MiB in all)"
+        return f"{rows:.2f} rows a token and layer ({size / 2**20:,.1f} MiB)"
 
-    line = f"traffic: to other nodes {part('remote')}, inside nodes {part('node')}"
+    line = (
+        f"traffic: to other nodes {part('remote')}, inside nodes {part('node')}; rows are one way, "
+        "MiB of all layers out and back, forward and backward"
+    )
     if "traffic_saved_percent" in numbers:
         by_layer = numbers["layer_traffic_saved_percent"].items()
         line += (
-            f"; {numbers['traffic_saved_percent']:.0f}% of one copy per expert saved between nodes"
-            f" (layer {', '.join(f'{layer}: {percent:.0f}%' for layer, percent in by_layer)})"
+            f"; {numbers['traffic_saved_percent']:.0f}% fewer rows to other nodes than with one "
+            "copy per expert "
+            f"(layer {', '.join(f'{layer}: {each:.0f}%' for layer, each in by_layer)})"
         )
     return line

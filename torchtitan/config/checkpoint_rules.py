@@ -1,7 +1,6 @@
 """Which settings of [checkpoint] go together, and with those that need a checkpoint."""
 
 from torchtitan.config.job_config import CHECKPOINT_PARTS, JobConfig
-from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
 
 
@@ -32,11 +31,6 @@ def check_checkpoint(config: JobConfig, world_size: int) -> None:
 
 def _check_start(config: JobConfig, world_size: int) -> None:
     checkpoint = config.checkpoint
-    if config.comm.mode != "default":
-        raise UserError(
-            f"comm.mode = {as_text(config.comm.mode)} trains nothing, so there is nothing to save "
-            "or load; set checkpoint.enable to false."
-        )
     if checkpoint.create_seed_checkpoint and world_size > 1:
         raise UserError(
             f"checkpoint.create_seed_checkpoint = true needs one process, but there are "

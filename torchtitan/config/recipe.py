@@ -108,7 +108,7 @@ class Phase:
     sequence_balance_coeff: float | None = None
     """Weight of the sequence-wise balance loss (the report's alpha)."""
     global_balance_coeff: float | None = None
-    """Weight of the balance loss over the global batch."""
+    """Weight of the balance loss over the global batch, with the loads of the step before."""
     mtp_loss_weight: float | None = None
     """Weight of the multi-token prediction loss (the report's lambda)."""
     blend: dict[str, float] | None = None

@@ -87,6 +87,14 @@ def coefficients_set(phases: Sequence[Phase]) -> set[str]:
     return {n for phase in phases for n in COEFFICIENTS if getattr(phase, n) is not None}
 
 
+def largest_coefficients(phases: Sequence[Phase]) -> dict[str, float]:
+    """Of the coefficients that some phase sets, the largest value."""
+    return {
+        name: max(value for phase in phases if (value := getattr(phase, name)) is not None)
+        for name in coefficients_set(phases)
+    }
+
+
 class RunSchedule:
     """before: of the run before its first phase."""
 

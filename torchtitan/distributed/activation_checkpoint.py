@@ -31,9 +31,8 @@ from torchtitan.config import ActivationCheckpoint
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
-# Operations by their registered names. Kept in every mode: results that choose experts, or count
-# what was chosen on all ranks.
-_ROUTING = {"aten::topk", "torchtitan::route", "torchtitan::counts_so_far"}
+# Operations by their registered names. Kept in every mode: results that choose experts.
+_ROUTING = {"aten::topk", "torchtitan::route"}
 # Kept by operation. Our own operators (namespace torchtitan) are added here, and nowhere else.
 _KEPT = _ROUTING | {
     "aten::_scaled_dot_product_cudnn_attention",

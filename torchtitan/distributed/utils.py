@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchtitan.config import Comm, Debug
+from torchtitan.distributed import played
 from torchtitan.distributed.agreement import Meeting, Settings
 from torchtitan.distributed.meeting_point import meet
 from torchtitan.tools.disk import SideOutput
@@ -97,18 +98,16 @@ def meeting_of_ranks(config: Comm) -> Meeting:
 
 
 def _init_fake() -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     world_size, _ = planned_processes()
     if os.environ.get("RANK", "0") != "0":
         raise UserError(
             f'comm.mode = "fake_backend" plays rank 0 in one process, but RANK is '
             f"{os.environ['RANK']}: start one process, with COMM_MODE=fake_backend ./run_train.sh."
         )
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    played.init_played(world_size)
     logger.warning(
-        "comm.mode fake_backend: one process plays rank 0 of %d and nothing is communicated, so "
-        "losses mean nothing",
+        "comm.mode fake_backend: one process plays rank 0 of %d and nothing is communicated (the "
+        "others are taken to do what it does), so losses mean nothing",
         world_size,
     )
 
@@ -128,7 +127,7 @@ def _set_up_flight_recorder(config: Comm, dump_folder: str) -> None:
 def set_timeout(seconds: int, except_for: dist.ProcessGroup | None = None) -> None:
     """From now on a collective fails after this long, in every other group that exists."""
     for group in dist.distributed_c10d._world.pg_map:
-        if group is not except_for and dist.get_backend(group) != "fake":
+        if group is not except_for and dist.get_backend(group) != played.BACKEND:
             _set_pg_timeout(timedelta(seconds=seconds), group)
 
 

@@ -1,7 +1,7 @@
 """What the trainer may rely on in a model and in its arguments."""
 
 import dataclasses
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import (
@@ -86,6 +86,15 @@ class BaseModelArgs:
         self.check_expert_parallel(parallelism.expert_parallel_degree)
         self.check_tensor_parallel(tp, experts=parallelism.expert_tensor_parallel_degree)
         self.check_context_parallel(cp, method=method, tensor_parallel=tp)
+
+    def without_effect(
+        self, overrides: Mapping[str, Any], coefficients: Mapping[str, float]
+    ) -> Iterator[str]:
+        """Sentences on settings that a run can have, but that can't do what they are for.
+
+        overrides: the job's `[model.args]`. coefficients: the largest values that phases set.
+        """
+        yield from ()
 
     def check_expert_parallel(self, degree: int) -> None:
         """Raise `UserError` where the experts can't be spread over so many ranks."""

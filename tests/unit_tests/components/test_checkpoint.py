@@ -261,7 +261,6 @@ def test_hugging_face_weights_out_and_in(tmp_path):
         ("--training.non_finite_loss=rewind", 1, "needs checkpoints to go back to"),
         ("--training.loss_spike=rewind --checkpoint.enable --checkpoint.load_only", 1, "go back"),
         ("--training.loss_spike_factor=1", 1, "must be a finite number above 1"),
-        ("--checkpoint.enable --comm.mode=fake_backend", 4, "set checkpoint.enable to false"),
     ],
 )
 def test_settings_that_make_no_sense_are_told_why(options, world_size, part):

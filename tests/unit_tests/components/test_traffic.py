@@ -21,8 +21,9 @@ def test_rows_bytes_and_savings_by_layer_and_in_all():
     assert numbers["layer_traffic_saved_percent"] == pytest.approx({1: 75.0, 2: 400 / 7})
     assert numbers["traffic_saved_off_rank_percent"] == pytest.approx(100 * (1 - 60 / 170))
     assert traffic_line(numbers, tokens=10) == (
-        "traffic: to other nodes 2.50 rows a token and layer (0.0 MiB in all), inside nodes 0.50 "
-        "rows a token and layer (0.0 MiB in all); 67% of one copy per expert saved between nodes "
+        "traffic: to other nodes 2.50 rows a token and layer (0.0 MiB), inside nodes 0.50 rows a "
+        "token and layer (0.0 MiB); rows are one way, MiB of all layers out and back, forward and "
+        "backward; 67% fewer rows to other nodes than with one copy per expert "
         "(layer 1: 75%, 2: 57%)"
     )
 
@@ -31,7 +32,7 @@ def test_on_one_node_nothing_is_said_of_others():
     numbers = traffic_numbers({3: meter([5, 6, 0], [8, 12, 0])}, bytes_per_row=10)
     assert "traffic_saved_percent" not in numbers
     assert numbers["traffic_saved_off_rank_percent"] == 50
-    assert "saved" not in traffic_line(numbers, tokens=3)
+    assert "fewer" not in traffic_line(numbers, tokens=3)
 
 
 def test_a_step_without_expert_layers_has_no_traffic():

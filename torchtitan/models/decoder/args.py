@@ -1,13 +1,14 @@
 """Sizes that all decoders have, and the rules that they bring."""
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from torchtitan.config.degrees import divisors, nearest
 from torchtitan.config.number_rules import check_argument_numbers
 from torchtitan.models.moe import MoEArgs
+from torchtitan.models.moe.without_effect import BALANCING, without_effect
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.errors import UserError
 
@@ -110,8 +111,16 @@ class DecoderArgs(BaseModelArgs):
                 "[[schedule.phase]] sets load_balance_coeff, but the model has no expert bias: set "
                 "model.args.moe_args.load_balance_coeff to the speed of the start (0 is one)."
             )
-        of_experts = {"load_balance_coeff", "sequence_balance_coeff", "global_balance_coeff"}
-        super().check_coefficients(names - of_experts)
+        super().check_coefficients(names - set(BALANCING))
+
+    def without_effect(
+        self, overrides: Mapping[str, Any], coefficients: Mapping[str, float]
+    ) -> Iterator[str]:
+        if self.has_experts:
+            of_experts = {name: coefficients[name] for name in BALANCING if name in coefficients}
+            yield from without_effect(self.moe_args, of_experts)
+        elif "moe_args" in overrides:
+            yield "model.args.moe_args is set, but no layer of this model has experts; leave it out"
 
     def check_expert_parallel(self, degree: int) -> None:
         if not self.has_experts:

@@ -99,10 +99,6 @@ def _recompute_and_compile(model: Decoder, config: JobConfig, *, in_pieces: bool
         for moe in model.moe_layers().values():
             # Recomputation must see the choice of experts, to keep it.
             moe.router._choose = torch.compiler.disable(moe.router._choose)
-    if in_pieces or config.activation_checkpoint.mode == "memory_budget":
-        for moe in model.moe_layers().values():
-            # Seen by recomputation for the same reason, and out of reach of the compiler's own.
-            moe._count_so_far = torch.compiler.disable(moe._count_so_far)
     apply_activation_checkpoint(
         model.blocks(), config.activation_checkpoint, config.job.dump_folder
     )

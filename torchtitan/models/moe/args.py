@@ -31,12 +31,13 @@ class MoEArgs:
         all-to-all, one copy per chosen expert, the same number of bytes travels with or without it.
     use_grouped_mm: grouped GEMM for the experts; off = a plain loop over them.
     load_balance_coeff: speed of the expert bias that evens out the load without an auxiliary loss
-        (arXiv 2408.15664), per optimizer step; 0 = a bias that
-        stays as it was loaded, None = no bias.
+        (arXiv 2408.15664), per optimizer step; 0 = a bias that stays as it was loaded, None = no
+        bias.
     _debug_force_load_balance: ignore the router's choice and spread tokens evenly (benchmarks).
     sequence_balance_coeff: weight of the sequence-wise balance loss (the V3 report trains with
-        0.0001). global_balance_coeff: of the one over the global batch (Qwen). z_loss_coeff: of the
-        router's z-loss (ST-MoE: 0.001). All three: aux_loss.py.
+        0.0001). global_balance_coeff: of the one over the global batch, with the loads of the step
+        before (after Qwen). z_loss_coeff: of the router's z-loss (ST-MoE: 0.001). All three:
+        aux_loss.py.
     group_score_func: a group's score is the sum of its two best experts (V3) or its best one (V2).
     """
 

@@ -11,12 +11,17 @@ count. The K best are taken before bias and group limit, as the report writes it
 
 Balance inside of the global batch (Qwen, arXiv 2501.11873): the same sum, with
 
-    f_i = E / Σ_j c_j · c_i      c_i = tokens sent to expert i, of all ranks and of the step's
-                                 micro-batches up to this one (the paper's buffer)
+    f_i = E / Σ_j c_j · c_i      c_i = tokens that all ranks sent to expert i in the optimizer step
+                                 before this one
 
 c counts what the router has really chosen, with bias and group limit. A sequence may then use few
-experts, as long as the batch uses all. Each micro-batch only knows those before it, so here (and
-nowhere else) accumulation changes the loss a little; the split over ranks does not.
+experts, as long as the batch uses all. The counts of the step itself are only whole after its
+last forward pass: they would take a second one. A buffer that fills micro-batch by micro-batch (the
+paper's) makes the loss depend on how a step is cut. Those of the step before are whole and the same
+for every layout and accumulation, and cost no communication: the update of the expert bias sums
+them anyway. It acts one step later, too; in between a router moves by one update. The counts are
+part of a checkpoint. A run that begins, also from weights alone, has none, and its first step
+counts as even: f = 1, whose loss has no gradient.
 
 z-loss (ST-MoE, arXiv 2202.08906): the mean over tokens of (log Σ_i exp(logit_i))², which keeps
 logits small.
@@ -37,7 +42,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 
 def sequence_balance_sum(
@@ -70,35 +74,16 @@ def _shares(scores: Tensor) -> Tensor:
 
 
 def global_balance_sum(scores_TE: Tensor, mask_T: Tensor | None, counts_E: Tensor) -> Tensor:
-    """T · L / alpha of this rank's T tokens: scalar. counts_E: int64, from `counts_so_far`."""
+    """T · L / alpha of this rank's T tokens: scalar.
+
+    counts_E: int64, of the step before; all zero = there was none.
+    """
     share_TE = _shares(scores_TE)
     counted_TE = share_TE if mask_T is None else share_TE * mask_T.unsqueeze(1)
-    f_E = counts_E.to(share_TE) * counts_E.numel() / counts_E.sum().clamp(min=1)
+    total = counts_E.sum()
+    f_E = counts_E.to(share_TE) * counts_E.numel() / total.clamp(min=1)
+    f_E = torch.where(total > 0, f_E, 1.0)
     return (f_E * counted_TE.sum(dim=0)).sum()
-
-
-def counts_so_far(
-    counts_E: Tensor, before_E: Tensor, group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """before_E, plus this micro-batch's tokens per expert summed over `group`: (E,) int64.
-
-    An operator, so that recomputed layers keep its result (distributed/activation_checkpoint.py):
-    done again, it would need before_E as it was, and all ranks at the same time.
-    """
-    return _counts_so_far(counts_E, before_E, "" if group is None else group.group_name)
-
-
-@torch.library.custom_op("torchtitan::counts_so_far", mutates_args=())
-def _counts_so_far(counts_E: Tensor, before_E: Tensor, group: str) -> Tensor:
-    total_E = counts_E.clone()
-    if group:
-        dist.all_reduce(total_E, group=_resolve_process_group(group))
-    return total_E.add_(before_E)
-
-
-@_counts_so_far.register_fake
-def _(counts_E, before_E, group):
-    return torch.empty_like(counts_E)
 
 
 def z_sum(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:

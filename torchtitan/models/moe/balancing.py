@@ -38,14 +38,12 @@ def count_tokens(ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None =
 class Load(NamedTuple):
     """tokens_E: int64 tokens per expert, padding left out. traffic: what travelled for them, see
     `TokenDispatcher.dispatch`; None where nothing did. watched: see watch.py; None where nobody
-    watches. global_E: int64 tokens per expert of the step so far, all ranks'; None where no loss
-    needs them.
+    watches.
     """
 
     tokens_E: Tensor
     traffic: Tensor | None
     watched: Tensor | None = None
-    global_E: Tensor | None = None
 
 
 def record_load(moe: "MoE", load: Load) -> None:
@@ -55,8 +53,6 @@ def record_load(moe: "MoE", load: Load) -> None:
         moe.traffic += load.traffic
     if load.watched is not None:
         moe.watched += load.watched
-    if load.global_E is not None:
-        moe.global_tokens_per_expert.copy_(load.global_E)
 
 
 @torch.no_grad()
@@ -72,7 +68,6 @@ def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) ->
         dist.all_reduce(both, group=group)
     for moe in moes:
         moe.tokens_per_expert.zero_()
-        moe.global_tokens_per_expert.zero_()
         moe.traffic.zero_()
     num_experts = moes[0].tokens_per_expert.numel()
     traffic = both[:, num_experts:].unflatten(1, moes[0].traffic.shape)
@@ -84,10 +79,12 @@ def step_loads(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) ->
 def update_expert_bias(moes: Sequence["MoE"], load_LE: Tensor) -> None:
     """bias += coeff · sign(mean load − load), minus that step's mean, layer by layer.
 
-    load_LE: from `step_loads`. Centring each step changes no choice (a constant shifts all experts
+    load_LE: from `step_loads`; also kept for the next step's loss over the global batch
+    (aux_loss.py). Centring each step changes no choice (a constant shifts all experts
     alike) and keeps the bias near zero, where low-precision exports still resolve it.
     """
     for moe, load_E in zip(moes, load_LE, strict=True):
+        moe.global_tokens_per_expert.copy_(load_E)
         if moe.expert_bias is None:
             continue
         # sign(mean − load) in exact integers: mean − load = (sum − load · E) / E.

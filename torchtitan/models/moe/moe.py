@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torchtitan.models.moe.args import MoEArgs, check_routing
 from torchtitan.models.moe.aux_loss import (
     attach_loss,
-    counts_so_far,
     global_balance_sum,
     sequence_balance_sum,
     z_sum,
@@ -224,7 +223,7 @@ class MoE(KeepsBufferDtypes):
     `tokens_per_expert` (E,) int64 and `traffic` (2, 3) int64, tokens and their ways of the current
     optimizer step (see balancing.py); `watched` (5,) fp32, what watch.py sums over the step;
     `tokens_in_step` () fp32, by which the router's own losses are divided, and
-    `global_tokens_per_expert` (E,) int64, the step's so far on all ranks (see aux_loss.py).
+    `global_tokens_per_expert` (E,) int64, the step before's on all ranks (see aux_loss.py).
     """
 
     def __init__(self, moe_args: MoEArgs, dim: int, hidden_dim: int):
@@ -261,8 +260,6 @@ class MoE(KeepsBufferDtypes):
         self.watch_routing = False  # fill `watched`
         # The ranks that hold the other parts of each sequence (context parallelism), if any.
         self.sequence_group: dist.ProcessGroup | None = None
-        # All ranks that route tokens of the same step through this layer, if there are others.
-        self.step_group: dist.ProcessGroup | None = None
         bias_E = None
         if moe_args.load_balance_coeff is not None:
             bias_E = torch.zeros(moe_args.num_experts, dtype=torch.float32)
@@ -286,11 +283,9 @@ class MoE(KeepsBufferDtypes):
         """
         x_TD = x_BSD.flatten(0, 1)
         token_mask_T = None if token_mask_BS is None else token_mask_BS.flatten()
-        watched = global_E = None
+        watched = None
         if self._needs_scores:
-            weights_TK, ids_TK, load_E, watched, global_E = self._route_and_watch(
-                x_BSD, token_mask_BS
-            )
+            weights_TK, ids_TK, load_E, watched = self._route_and_watch(x_BSD, token_mask_BS)
         else:
             weights_TK, ids_TK, load_E = self.router(x_TD, self.expert_bias, token_mask_T)
 
@@ -313,7 +308,7 @@ class MoE(KeepsBufferDtypes):
         if self.shared_experts is not None:
             out_TD = out_TD + self.dispatcher.end_beside(self.shared_experts, begun_TD)
         out_BSD = out_TD.view_as(x_BSD)
-        return (out_BSD, Load(load_E, traffic, watched, global_E)) if return_load else out_BSD
+        return (out_BSD, Load(load_E, traffic, watched)) if return_load else out_BSD
 
     @property
     def _needs_scores(self) -> bool:
@@ -322,9 +317,8 @@ class MoE(KeepsBufferDtypes):
 
     def _route_and_watch(
         self, x_BSD: Tensor, mask_BS: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """The router's three results, its losses attached to the weights; the batch's sums, and the
-        step's tokens per expert so far."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The router's three results, its losses attached to the weights; the batch's sums."""
         mask_T = None if mask_BS is None else mask_BS.flatten()
         weights_TK, ids_TK, load_E, logits_TE, scores_TE = self.router(
             x_BSD.flatten(0, 1), self.expert_bias, mask_T, return_scores=True
@@ -332,20 +326,14 @@ class MoE(KeepsBufferDtypes):
         scores_BSE = scores_TE.unflatten(0, x_BSD.shape[:2])
         balance = sequence_balance_sum(scores_BSE, mask_BS, self.router.top_k, self.sequence_group)
         z = z_sum(logits_TE, mask_T)
+        in_batch = global_balance_sum(scores_TE, mask_T, self.global_tokens_per_expert)
         loss = self.sequence_balance_coeff * balance + self.z_loss_coeff * z
-        in_batch, global_E = torch.zeros_like(z), None
-        if self.watch_routing or self.global_balance_coeff:
-            global_E = self._count_so_far(load_E)
-            in_batch = global_balance_sum(scores_TE, mask_T, global_E)
-            loss = loss + self.global_balance_coeff * in_batch
+        loss = loss + self.global_balance_coeff * in_batch
         weights_TK = attach_loss(weights_TK, loss / self.tokens_in_step)
         limited = limited_sum(scores_TE, self.expert_bias, ids_TK, mask_T)
         sums = (balance, z, entropy_sum(scores_TE, mask_T), limited, in_batch)
         watched = torch.stack([s.detach().float() for s in sums])
-        return weights_TK, ids_TK, load_E, watched, global_E
-
-    def _count_so_far(self, load_E: Tensor) -> Tensor:
-        return counts_so_far(load_E, self.global_tokens_per_expert, self.step_group)
+        return weights_TK, ids_TK, load_E, watched
 
     def set_coefficients(self, values: Mapping[str, float]) -> None:
         """Those of this layer among `values`, for the steps to come."""

@@ -1,0 +1,172 @@
+"""comm.mode "fake_backend": one process plays rank 0 of any layout, without another process."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.tiny_run import records, tiny
+from torchtitan.config import ConfigManager
+from torchtitan.distributed.played import init_played
+from torchtitan.tools.errors import UserError
+from torchtitan.trainer import Trainer
+
+# In one process; torch 2.13 warns of the names that 2.11 has.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+PLAYED = "--comm.mode=fake_backend"
+FOUR_PARTS = (
+    '--parallelism.module_fqns_per_model_part=[["tok_embeddings"],["layers.0"],["layers.1"],'
+    '["norm","output"]]'
+)
+
+
+def degrees(**named: int) -> list[str]:
+    return [f"--parallelism.{name}_parallel_degree={n}" for name, n in named.items()]
+
+
+def nodes_of(size: int) -> str:
+    return f"--parallelism.expert_parallel_node_size={size}"
+
+
+def schedule(name: str) -> list[str]:
+    return [f"--parallelism.pipeline_parallel_schedule={name}", FOUR_PARTS]
+
+
+# Processes and options.
+ROWS = {
+    "EP 8": (8, degrees(expert=8)),
+    "EP 8, nodes of 2": (64, [*degrees(expert=8), nodes_of(2)]),
+    "EP 8, nodes of 1, HSDP": (
+        64,
+        [*degrees(expert=8), nodes_of(1), "--parallelism.data_parallel_replicate_degree=2"],
+    ),
+    "HSDP, EP, TP, split experts": (
+        32,
+        [
+            *degrees(tensor=2, expert=4, expert_tensor=2),
+            "--parallelism.data_parallel_replicate_degree=4",
+            "--optimizer.name=Muon",
+        ],
+    ),
+    "CP by heads": (
+        16,
+        [
+            *degrees(context=2, expert=8),
+            "--parallelism.context_parallel_rotate_method=alltoall",
+        ],
+    ),
+    "CP, TP, multi-token prediction": (
+        16,
+        [*degrees(tensor=2, context=4, expert=8), "--model.args.n_mtp_layers=2"],
+    ),
+    "1F1B": (8, degrees(pipeline=2, expert=4)),
+    "zero bubble V": (8, [*degrees(pipeline=2, expert=4), *schedule("ZBVZeroBubble")]),
+    "DualPipeV, by turns": (
+        2048,
+        [
+            *degrees(pipeline=2, expert=8),
+            *schedule("DualPipeV"),
+            "--parallelism.pipeline_parallel_expert_parallel_overlap",
+            "--model.args.n_mtp_layers=1",
+        ],
+    ),
+    "V3's experts, 8 nodes of 8": (
+        128,
+        [
+            *degrees(expert=64),
+            nodes_of(8),
+            "--model.args.moe_args.num_experts=256",
+            "--model.args.moe_args.top_k=8",
+            "--model.args.moe_args.num_expert_groups=8",
+            "--model.args.moe_args.num_limited_groups=4",
+            "--activation_checkpoint.mode=full",
+            "--metrics.log_routing",
+            "--model.args.moe_args.sequence_balance_coeff=1e-4",
+        ],
+    ),
+    "validated, averaged": (
+        8,
+        [
+            *degrees(expert=4, tensor=2),
+            "--ema.enable",
+            "--validation.enable",
+            "--validation.dataset=sample",
+            "--validation.seq_len=32",
+            "--validation.freq=1",
+            "--validation.steps=1",
+        ],
+    ),
+}
+
+
+def play(monkeypatch, folder, world_size: int, options: list[str]) -> list[dict]:
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    run = tiny(folder, training__steps=2)
+    trainer = Trainer(ConfigManager().parse_args([*run, PLAYED, *options]))
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return records(folder)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_layout_is_played(name, monkeypatch, tmp_path):
+    steps = play(monkeypatch, tmp_path, *ROWS[name])
+    assert [step["step"] for step in steps] == [1, 2]
+    assert all(math.isfinite(step[key]) for step in steps for key in ("loss", "grad_norm"))
+
+
+def test_the_group_gives_back_what_this_rank_has():
+    init_played(4)
+    try:
+        x = torch.arange(8.0)
+        total, gathered = x.clone(), [torch.empty(8) for _ in range(4)]
+        dist.all_reduce(total)
+        dist.all_gather(gathered, x)
+        part, largest = torch.empty(2), x.clone()
+        dist.reduce_scatter_tensor(part, x.clone())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        back = torch.empty(8)
+        dist.all_to_all_single(back, x, [3, 1, 0, 4], [3, 1, 0, 4])
+        objects = [None] * 4
+        dist.all_gather_object(objects, {"a": 1})
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(total, 4 * x) and torch.equal(part, 4 * x[:2]) and torch.equal(largest, x)
+    assert all(torch.equal(each, x) for each in [*gathered, back])
+    assert objects == [{"a": 1}] * 4
+
+
+def test_each_rank_gets_as_many_rows_as_it_sends(monkeypatch, tmp_path):
+    """Top-3 of 8 experts over 8 ranks: a row for each choice of all 8 ranks' tokens."""
+    first, _ = play(monkeypatch, tmp_path, *ROWS["EP 8"])
+    sent = sum(first[f"rows_sent_{tier}"] for tier in ("self", "node", "remote"))
+    assert sent == 8 * 4 * 32 * 3
+
+
+def test_what_needs_a_trained_model_is_switched_off(monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
+    options = [
+        "--checkpoint.enable",
+        "--checkpoint.interval=1",
+        "--checkpoint.initial_load_in_hf",
+        "--checkpoint.initial_load_path=/nowhere",
+        "--checkpoint.last_save_in_hf",
+        "--training.non_finite_loss=rewind",
+        "--training.loss_spike=rewind",
+    ]
+    play(monkeypatch, tmp_path, 8, [*options, *degrees(expert=8)])
+    assert "checkpoints are off, nothing is loaded, saved or exported" in caplog.text
+    assert "training.non_finite_loss is skip_step; training.loss_spike is warn" in caplog.text
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_model_that_does_not_fit_is_refused_in_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    run = [*tiny(tmp_path), PLAYED]
+    with pytest.raises(UserError, match=r"rank 0 of 2 needs .* GiB .* set NGPU or"):
+        Trainer(ConfigManager().parse_args(run))
