@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torchtitan.ops.block_fp8 import BLOCK, FP8, dequantize_blocks, scale_shape
 from torchtitan.protocols.state_dict_adapter import Piece
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, some
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 SCALE = "_scale_inv"
@@ -65,7 +65,7 @@ class HFFolder:
             absent = sorted(set(file_of.values()) - set(files))
             if absent:
                 raise UserError(
-                    f"{self.path / INDEX} names files that are not there: {', '.join(absent)}; "
+                    f"{self.path / INDEX} names files that are not there: {some(absent, ', ')}; "
                     "download them (scripts/download_hf_assets.py goes on where it stopped)."
                 )
             return file_of

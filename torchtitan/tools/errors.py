@@ -1,7 +1,7 @@
 """Errors that end a run with a sentence instead of a traceback, and the words for a wrong name."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -14,6 +14,12 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """Training itself has failed (a loss that is not finite, say): one sentence, exit code 1."""
+
+
+def some(names: Sequence[str], between: str = "; ", most: int = 5) -> str:
+    """The first names of a list, and how many others there are: `a; b; c and 195 others`."""
+    shown, others = between.join(names[:most]), len(names) - most
+    return f"{shown} and {others} other{'s' if others > 1 else ''}" if others > 0 else shown
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:
