@@ -113,6 +113,15 @@ def test_a_run_loads_and_saves_what_one_process_would(ranks, folder, name, tmp_p
     assert_same_files(target, folder.path)
 
 
+def test_copies_for_prediction_layers_are_written_wherever_their_original_is(ranks, tmp_path):
+    """Embedding on the first stage, head and prediction layers on the last."""
+    args = dataclasses.replace(ARGS, n_mtp_layers=2)
+    expected = written_by_one_process(args, tmp_path / "one")
+    options = [*layout(2, pp=2)[1], "--model.args.n_mtp_layers=2"]
+    ranks(2).run(in_and_out, options, str(expected.path), str(tmp_path / "out"), str(tmp_path))
+    assert_same_files(tmp_path / "out", expected.path)
+
+
 def test_experts_split_inside_are_put_together(ranks, tmp_path):
     overrides = MODEL | {"moe_args": {"num_experts": 4, "num_expert_groups": 2}}
     args = deepseekv3_args["debugmodel_node_limited"].for_run(overrides=overrides, seq_len=SEQ_LEN)
