@@ -62,7 +62,7 @@ def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> N
         adapter.check_export()
     own = Path(config.job.dump_folder, settings.folder)
     if settings.initial_load_in_hf and not steps_with_folder(own):
-        folder = HFFolder(initial_hf_folder(config))
+        folder = HFFolder(initial_hf_folder(config), spec.hf_repos.get(config.model.flavor))
         check_folder(folder, adapter, quantized=settings.initial_load_in_hf_quantized)
 
 
