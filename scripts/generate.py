@@ -108,8 +108,9 @@ def make_config(args: argparse.Namespace, model: StoredModel) -> JobConfig:
 
 def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: bool) -> None:
     if is_complete(source):
+        index = read_tensor_index(source)
         if averaged:
-            check_has_average(source, read_tensor_index(source))
+            check_has_average(source, index)
         of_average = {name for name, _ in model.named_parameters()} if averaged else set()
         state = {
             ("ema." if name in of_average else "model.") + name: tensor
@@ -118,7 +119,11 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
         try:
             dcp.load(state, storage_reader=CheckpointReader(source))
         except CheckpointException as error:
-            raise UserError(f"checkpoint {source} could not be loaded: {error}.") from None
+            first, _ = next(iter(error.failures.values()))
+            reason = " ".join(f"{type(first).__name__}: {first}".split())[:300]
+            raise UserError(
+                f"checkpoint {source} could not be loaded ({reason}); take another one."
+            ) from None
         own = {name.partition(".")[2]: tensor for name, tensor in state.items()}
         model.load_state_dict(own)
     elif averaged:
