@@ -7,7 +7,6 @@ Under torchrun the weights are spread over the ranks: experts whole, the rest by
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -28,9 +27,9 @@ from torchtitan.components.checkpoint_storage import (
     reason_of_failure,
 )
 from torchtitan.components.ema import check_has_average
-from torchtitan.components.generation import Sampling, check_prompts, generate
+from torchtitan.components.generation import Sampling, check_prompts, encode_prompts, generate
 from torchtitan.components.hf_checkpoint import load_hf
-from torchtitan.components.hf_files import HFFolder
+from torchtitan.components.hf_files import HFFolder, read_json
 from torchtitan.components.stored_model import StoredModel, find_model
 from torchtitan.components.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
@@ -47,10 +46,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="a step-N folder, or a Hugging Face folder")
     parser.add_argument("--prompt", action="append", required=True, help="again for several")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
-    parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="at most (default: 128)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="of sampling (default: 0.8); 0 takes the likeliest token, as transformers does",
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=0.95,
+        help="sample from the fewest tokens that have this probability together (default: 0.95)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument("--ema", action="store_true", help="with the average of the weights")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bf16 on GPUs")
     parser.add_argument("--tokenizer", help="folder or file (default: what the source came with)")
@@ -62,11 +71,30 @@ def find_tokenizer(source: Path, named: str | None) -> Tokenizer:
     (its config.json stands above the folder of checkpoints), else the shipped one."""
     if named is None and is_complete(source):
         settings = source.absolute().parent.parent / "config.json"
-        if settings.is_file():
-            named = json.loads(settings.read_text())["model"]["hf_assets_path"]
-        else:
-            named = DEFAULT_PATH
-    return load_tokenizer(named or str(source))
+        named = _tokenizer_of_run(settings) if os.path.lexists(settings) else DEFAULT_PATH
+    try:
+        return load_tokenizer(named or str(source))
+    except UserError as error:
+        raise UserError(f"{error} (Or name another tokenizer with --tokenizer.)") from None
+
+
+def _tokenizer_of_run(settings: Path) -> str:
+    try:
+        named = read_json(settings)["model"]["hf_assets_path"]
+        if not isinstance(named, str):
+            raise TypeError
+    except (UserError, KeyError, TypeError):
+        raise UserError(
+            f"{settings}, the config of the run, is damaged or has no model.hf_assets_path; name "
+            "the tokenizer with --tokenizer."
+        ) from None
+    return named
+
+
+def printable(text: str) -> str:
+    """With escapes for what the terminal's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def make_config(args: argparse.Namespace, model: StoredModel) -> JobConfig:
@@ -88,8 +116,9 @@ def make_config(args: argparse.Namespace, model: StoredModel) -> JobConfig:
 
 def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: bool) -> None:
     if is_complete(source):
+        index = read_tensor_index(source)
         if averaged:
-            check_has_average(source, read_tensor_index(source))
+            check_has_average(source, index)
         of_average = {name for name, _ in model.named_parameters()} if averaged else set()
         state = {
             ("ema." if name in of_average else "model.") + name: tensor
@@ -99,7 +128,9 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
             dcp.load(state, storage_reader=CheckpointReader(source))
         except CheckpointException as error:
             why = reason_of_failure(error, source)
-            raise UserError(f"checkpoint {source} could not be loaded: {why}.") from None
+            raise UserError(
+                f"checkpoint {source} could not be loaded ({why}); take another one."
+            ) from None
         own = {name.partition(".")[2]: tensor for name, tensor in state.items()}
         model.load_state_dict(own)
     elif averaged:
@@ -117,8 +148,7 @@ def run(args: argparse.Namespace) -> None:
     found = find_model(args.source)
     spec, model_args = found.spec, found.args
     tokenizer = find_tokenizer(args.source, args.tokenizer)
-    begin = tokenizer.bos_id is not None
-    prompts = [tokenizer.encode(prompt, add_bos=begin) for prompt in args.prompt]
+    prompts = encode_prompts(tokenizer, args.prompt)
     if max(map(max, filter(None, prompts)), default=0) >= model_args.vocab_size:
         raise UserError(
             f"the tokenizer has more entries than the model's {model_args.vocab_size}; name the "
@@ -134,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
         texts = generate(model, prompts, sampling, eos_id=tokenizer.eos_id, device=device)
         if dist.get_rank() == 0:
             for prompt, text in zip(args.prompt, texts, strict=True):
-                print(f"{prompt}{tokenizer.decode(text)}\n")
+                print(printable(f"{prompt}{tokenizer.decode(text)}\n"))
     finally:
         leave()
 

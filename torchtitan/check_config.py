@@ -40,7 +40,7 @@ def check_config(config: JobConfig) -> Checked:
     check_memory_budget(config.activation_checkpoint)
     spec = get_train_spec(config.model.name)
     model_args = model_args_of(config, spec, config.training.seq_len)
-    tokenizer = load_tokenizer(config.model.hf_assets_path)
+    tokenizer = load_tokenizer(config.model.hf_assets_path, spec.hf_repos.get(config.model.flavor))
     if tokenizer.vocab_size > model_args.vocab_size:
         raise UserError(
             f"the tokenizer in model.hf_assets_path ({config.model.hf_assets_path}) has "

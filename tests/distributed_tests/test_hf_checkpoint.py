@@ -55,11 +55,11 @@ def written_by_one_process(args: DeepSeekV3ModelArgs, path: Path) -> Folder:
     model.init_weights()
     for moe in model.moe_layers().values():
         moe.expert_bias.normal_()
-        moe.expert_bias -= moe.expert_bias.mean()
+        moe.expert_bias -= moe.expert_bias.min()
     save_hf(model, DeepSeekV3StateDictAdapter(args), path, dtype=torch.float32)
     tokens, labels = global_batches()[0]
     with torch.no_grad():
-        # as it was written: the bias is centred there
+        # as it was written: the bias begins at 0 there
         load_hf(model, DeepSeekV3StateDictAdapter(args), path)
         loss = cross_entropy_sum(model(tokens), labels) / (labels != IGNORE_INDEX).sum()
     return Folder(path, loss.item())
@@ -111,6 +111,15 @@ def test_a_run_loads_and_saves_what_one_process_would(ranks, folder, name, tmp_p
     )
     assert losses == [pytest.approx(folder.loss, rel=1e-6)] * world_size
     assert_same_files(target, folder.path)
+
+
+def test_copies_for_prediction_layers_are_written_wherever_their_original_is(ranks, tmp_path):
+    """Embedding on the first stage, head and prediction layers on the last."""
+    args = dataclasses.replace(ARGS, n_mtp_layers=2)
+    expected = written_by_one_process(args, tmp_path / "one")
+    options = [*layout(2, pp=2)[1], "--model.args.n_mtp_layers=2"]
+    ranks(2).run(in_and_out, options, str(expected.path), str(tmp_path / "out"), str(tmp_path))
+    assert_same_files(tmp_path / "out", expected.path)
 
 
 def test_experts_split_inside_are_put_together(ranks, tmp_path):
@@ -187,6 +196,7 @@ def refusal_of(source: str) -> tuple[str, bool]:
 def test_a_misshapen_tensor_of_one_stage_is_told_by_all_ranks(ranks, tmp_path):
     args = dataclasses.replace(ARGS, inter_dim=40)  # only layer 0, the first stage's
     other = written_by_one_process(args, tmp_path / "other").path
+    (other / "config.json").unlink()  # which would tell before any tensor is looked at
     for sentence, unchanged in ranks(2).run(refusal_of, str(other)):
         assert "model.layers.0.mlp.gate_proj.weight 40 x 32 instead of 48 x 32" in sentence
         assert unchanged

@@ -87,8 +87,11 @@ def require_checkpoint(path: Path, key: str = "") -> None:
 def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
     """META or NUMBERS. Raises `UserError` where it is missing or no JSON."""
     try:
-        return json.loads((checkpoint / name).read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not an object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"checkpoint {checkpoint} can't be used: its {name} is missing or damaged ({error}); "
             "take another checkpoint."

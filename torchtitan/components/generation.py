@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.tools.errors import UserError
 
@@ -81,6 +82,18 @@ def generate(
                 tokens = drawn.unsqueeze(1)
     finally:
         model.train(was_training)
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """With a begin token where the tokenizer has one. Raises `UserError` for bytes of a command
+    line that are no UTF-8, which Python passes on as halves of surrogate pairs."""
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"prompt {number}, {prompt!a}, must be text in UTF-8.") from None
+    begin = tokenizer.bos_id is not None
+    return [tokenizer.encode(prompt, add_bos=begin) for prompt in prompts]
 
 
 def check_prompts(

@@ -21,10 +21,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.components.checkpoint_files import steps_with_folder
+from torchtitan.components.hf_checks import (
+    check_names,
+    check_shapes,
+    check_sizes,
+    copies_that_differ,
+)
 from torchtitan.components.hf_files import (
     CONFIG,
     INDEX,
-    SCALE,
     HFFolder,
     HFWriter,
     copy_assets,
@@ -32,9 +37,8 @@ from torchtitan.components.hf_files import (
     write_config,
 )
 from torchtitan.config import JobConfig
-from torchtitan.ops.block_fp8 import scale_shape
 from torchtitan.protocols.model import BaseModelArgs
-from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
+from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter, warn_of_copies
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
@@ -58,7 +62,7 @@ def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> N
         adapter.check_export()
     own = Path(config.job.dump_folder, settings.folder)
     if settings.initial_load_in_hf and not steps_with_folder(own):
-        folder = HFFolder(initial_hf_folder(config))
+        folder = HFFolder(initial_hf_folder(config), spec.hf_repos.get(config.model.flavor))
         check_folder(folder, adapter, quantized=settings.initial_load_in_hf_quantized)
 
 
@@ -82,8 +86,8 @@ def load_hf(
     """Fill `model` (or this rank's part of it) in place; parameters keep their dtype.
 
     quantized: the folder has block-wise FP8 weights (`weight_scale_inv`). group: all ranks. Raises
-    `UserError` that lists missing, surplus and misshapen tensors by name; the model is then as it
-    was.
+    `UserError` that names the reason, or missing, surplus and misshapen tensors; the model is then
+    as it was. Warns of copies in the layers of multi-token prediction that differ.
     """
     state = get_model_state_dict(model)
     with _all_or_none(group):
@@ -92,47 +96,47 @@ def load_hf(
         say_what_differs(folder, adapter)
     by_file = defaultdict(list)
     for piece in adapter.pieces():
-        if piece.ours in state:
+        if piece.ours in state and not piece.copy:
             by_file[folder.file_of[piece.name]].append(piece)
     mine = [piece for pieces in by_file.values() for piece in pieces]
     with _all_or_none(group):
-        check_shapes(folder, mine)
+        check_shapes(folder, adapter, mine)
     with _all_or_none(group):
         for piece in mine:
             _read_piece(folder, adapter, piece, state[piece.ours])
+        readers = dist.get_world_size(group) if dist.is_initialized() else 1
+        differing = copies_that_differ(folder, adapter, reader=_rank(), readers=readers)
+    warn_of_copies(path, {name for names in _gather(differing, group) for name in names})
     folder.close()
     set_model_state_dict(model, state)  # a state dict need not be the model's own memory
     logger.info("Weights: %d tensors of %s, %d in part here", len(folder.file_of), path, len(mine))
 
 
 def check_folder(folder: HFFolder, adapter: StateDictAdapter, *, quantized: bool) -> None:
-    """Raise `UserError` unless it has exactly the model's tensors, and those of no use here."""
+    """Raise `UserError` unless it has exactly the model's tensors, and those of no use here. What
+    its config.json tells comes first: names of tensors would only be the consequence."""
+    check_sizes(folder, adapter)
     if quantized != folder.quantized:
         have, way_out = ("has", "true") if folder.quantized else ("has no", "false")
         raise UserError(
             f"{folder.path} {have} FP8 weights (weight_scale_inv); set "
             f"checkpoint.initial_load_in_hf_quantized to {way_out}."
         )
-    wanted = {piece.name for piece in adapter.pieces()}
-    scales = {name for name in folder.file_of if name.endswith(SCALE)}
-    missing = wanted - folder.file_of.keys()
-    missing |= {s for s in scales if s.removesuffix(SCALE) not in folder.file_of}
-    surplus = folder.file_of.keys() - wanted - scales
-    surplus = {name for name in surplus if adapter.left_out(name) is None}
-    _refuse(folder, {"lacks": sorted(missing), "has beside it": sorted(surplus)})
+    check_names(folder, adapter)
 
 
 def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
     """Log what is left out, and what config.json says otherwise than the run's arguments and no
     shape would show."""
-    wanted = {piece.name for piece in adapter.pieces()}
+    wanted = {piece.name for piece in adapter.pieces() if not piece.copy}
     reasons = [adapter.left_out(name) for name in folder.file_of if name not in wanted]
     for reason, count in Counter(filter(None, reasons)).items():
         logger.info("%s: %d tensors left out (%s)", folder.path, count, reason)
     if not folder.config:
         return
     theirs = type(adapter)(adapter.args_of(folder.config)).hf_config()
-    free = ("max_position_embeddings", "initializer_range")
+    # The number of prediction layers: tensors tell, by what is missing or left out.
+    free = ("max_position_embeddings", "initializer_range", "num_nextn_predict_layers")
     differing = [
         f"{name} {theirs.get(name)} ({value} here)"
         for name, value in adapter.hf_config().items()
@@ -144,35 +148,6 @@ def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
             folder.path / CONFIG,
             ", ".join(differing),
         )
-
-
-def check_shapes(folder: HFFolder, pieces: list[Piece]) -> None:
-    """Raise `UserError` naming the tensors of other shapes than the model's, and the scales that
-    FP8 ones lack."""
-    lacking, wrong = [], []
-    for piece in pieces:
-        expected = {piece.name: piece.shape}
-        if folder.is_fp8(piece.name):
-            expected[piece.name + SCALE] = scale_shape(piece.shape)
-        for name, shape in expected.items():
-            if name not in folder.file_of:
-                lacking.append(name)
-            elif (theirs := folder.shape(name)) != shape:
-                wrong.append(f"{name} {_by(theirs)} instead of {_by(shape)}")
-    _refuse(folder, {"lacks": lacking, "has in other shapes": wrong})
-
-
-def _refuse(folder: HFFolder, problems: dict[str, list[str]]) -> None:
-    found = [f"{verb} {'; '.join(names)}" for verb, names in problems.items() if names]
-    if found:
-        raise UserError(
-            f"{folder.path} does not hold this model: it {', and '.join(found)}. Choose the "
-            "model.flavor and model.args that its config.json describes."
-        )
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "a scalar"
 
 
 def _read_piece(folder: HFFolder, adapter: StateDictAdapter, piece: Piece, tensor: Tensor) -> None:
@@ -228,7 +203,7 @@ def save_hf(
 ) -> None:
     """Write `model` as a Hugging Face folder: safetensors, index, config.json, tokenizer files.
 
-    dtype: of the weights; the router's bias stays fp32 and is written minus its mean. assets_path:
+    dtype: of the weights; the router's bias stays fp32, written minus its minimum. assets_path:
     folder with the tokenizer and, if there is one, a config.json to take token ids and the like
     from. group: all ranks; its patience must outlast the slowest disk. The folder appears under its
     name when it is whole; one that was there is replaced. Raises `UserError` where Hugging Face has
@@ -275,14 +250,7 @@ def _write_piece(writer: HFWriter, piece: Piece, tensor: Tensor) -> None:
             return
         local, offset = local[mine], offset[1:]
     if local.numel():
-        writer.write(piece.name, centred(local) if piece.centred else local, offset)
-
-
-def centred(bias: Tensor) -> Tensor:
-    """A whole vector minus its mean; one whose mean is 0 to rounding stays, bit by bit."""
-    mean = bias.double().mean()
-    noise = torch.finfo(torch.float32).eps * bias.abs().max()
-    return bias if mean.abs() <= noise else (bias.double() - mean).float()
+        writer.write(piece.name, piece.written(local), offset)
 
 
 def replace_folder(tmp: Path, path: Path) -> None:
@@ -313,7 +281,7 @@ def routing_changes(
     """By layer, the share of tokens that meet other experts through what is written."""
     pieces = {p.ours: p for p in adapter.pieces() if p.ours in state}
     written = {
-        name: centred(tensor) if pieces[name].centred else tensor.to(dtype)
+        name: pieces[name].written(tensor) if pieces[name].fp32 else tensor.to(dtype)
         for name, tensor in state.items()
     }
     return adapter.routing_changes(state, written)

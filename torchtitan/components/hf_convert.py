@@ -51,15 +51,14 @@ from torchtitan.components.checkpoint_storage import (
 from torchtitan.components.ema import PREFIX as EMA_PREFIX
 from torchtitan.components.ema import check_has_average
 from torchtitan.components.hf_checkpoint import (
-    centred,
     check_folder,
-    check_shapes,
     log_routing_changes,
     read_rows,
     replace_folder,
     routing_changes,
     say_what_differs,
 )
+from torchtitan.components.hf_checks import check_shapes, copies_that_differ
 from torchtitan.components.hf_files import (
     INDEX,
     MAX_FILE_BYTES,
@@ -73,9 +72,9 @@ from torchtitan.components.hf_files import (
 )
 from torchtitan.components.journal import Journal
 from torchtitan.ops.block_fp8 import quantize_blocks
-from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
+from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter, warn_of_copies
 from torchtitan.tools.disk import reason, whole_or_none
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, some
 from torchtitan.tools.folder_lock import FolderLock
 
 PREFIX = "model."  # of weights among the tensors of a checkpoint
@@ -128,14 +127,16 @@ def hf_to_checkpoint(
     """Make a checkpoint with weights only, which runs take as `checkpoint.initial_load_path`.
 
     dtype: of the weights; None = as they are, FP8 as bf16 (what DeepSeek's own conversion gives).
-    Raises `UserError` that lists missing, surplus and misshapen tensors by name.
+    Raises `UserError` that names the reason, or missing, surplus and misshapen tensors.
     """
     check_folder(source, adapter, quantized=source.quantized)
     say_what_differs(source, adapter)
     by_file: dict[str, list[Piece]] = defaultdict(list)
     for piece in adapter.pieces():
-        by_file[source.file_of[piece.name]].append(piece)
-    check_shapes(source, [piece for pieces in by_file.values() for piece in pieces])
+        if not piece.copy:
+            by_file[source.file_of[piece.name]].append(piece)
+    check_shapes(source, adapter, [piece for pieces in by_file.values() for piece in pieces])
+    warn_of_copies(source.path, copies_that_differ(source, adapter))
     tmp = _work_folder(target)
     sizes = {file: (source.path / file).stat().st_size for file in sorted(by_file)}
     journal = Journal(
@@ -301,7 +302,7 @@ def checkpoint_to_hf(
 
     averaged: the moving average of the parameters instead; the expert bias is that of the step.
     fp8: the matrices that DeepSeek publishes in FP8 in block-wise FP8, the rest in `dtype`. Raises
-    `UserError` for a damaged checkpoint, and one of another model, with all names.
+    `UserError` for a damaged checkpoint, and one of another model.
     """
     adapter.check_export()
     require_checkpoint(checkpoint)
@@ -349,7 +350,7 @@ def _check_stored(checkpoint: Path, stored: StoredTensors, pieces: list[Piece]) 
     if problems:
         raise UserError(
             f"{checkpoint} does not hold the model that its meta.json describes: it "
-            f"{'; '.join(problems)}. Take a checkpoint that this version has written."
+            f"{some(problems)}. Take a checkpoint that this version has written."
         )
 
 
@@ -387,7 +388,7 @@ def _write_piece(writer: HFWriter, piece: Piece, stored: StoredTensors, *, fp8: 
         writer.write(piece.name, values)
         writer.write(piece.name + SCALE, scale_inv)
     else:
-        writer.write(piece.name, centred(tensor) if piece.centred else tensor)
+        writer.write(piece.name, piece.written(tensor))
 
 
 def _report_routing(adapter: StateDictAdapter, stored: StoredTensors, dtype: torch.dtype) -> None:

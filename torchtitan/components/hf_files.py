@@ -24,7 +24,7 @@ from torch import Tensor
 from torchtitan.ops.block_fp8 import BLOCK, FP8, dequantize_blocks, scale_shape
 from torchtitan.protocols.state_dict_adapter import Piece
 from torchtitan.tools.disk import check_readable
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, some
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 SCALE = "_scale_inv"
@@ -46,11 +46,13 @@ _TYPE_NAMES = {
 
 
 class HFFolder:
-    """The tensors of a folder, by name. Raises `UserError` where there is none to be read."""
+    """The tensors of a folder, by name. Raises `UserError` where there is none to be read; repo is
+    then where on the Hugging Face hub the model is."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, repo: str | None = None) -> None:
         self.path = Path(path)
         check_readable("Hugging Face folder", path)
+        self._repo = repo
         self._open: tuple[str, Any] | None = None
         self.file_of = self._list_tensors()
 
@@ -68,14 +70,16 @@ class HFFolder:
             absent = sorted(set(file_of.values()) - set(files))
             if absent:
                 raise UserError(
-                    f"{self.path / INDEX} names files that are not there: {', '.join(absent)}; "
+                    f"{self.path / INDEX} names files that are not there: {some(absent, ', ')}; "
                     "download them (scripts/download_hf_assets.py goes on where it stopped)."
                 )
             return file_of
         if not files:
+            script = f"python scripts/download_hf_assets.py {self._repo} --weights"
+            fetch = f"fetch them with `{script}`, or " if self._repo else ""
             raise UserError(
-                f"{self.path} is not a Hugging Face folder: it has no *.safetensors; name the "
-                "folder that holds the model's weights and config.json."
+                f"{self.path} is not a Hugging Face folder: it has no *.safetensors; {fetch}name "
+                "the folder that holds the model's weights and config.json."
             )
         return {name: file for file in files for name in self._handle(file).keys()}
 
@@ -137,13 +141,13 @@ def _box(offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Empty where there is no such file. Raises `UserError` for one that is no JSON object."""
-    if not path.is_file():
+    if not os.path.lexists(path):  # a link to nowhere is a file that was lost
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict):
             raise ValueError("it is not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read as JSON ({error}); download it again.") from None
     return content
 

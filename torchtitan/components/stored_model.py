@@ -28,11 +28,7 @@ class StoredModel(NamedTuple):
 def find_model(source: Path) -> StoredModel:
     """Raises `UserError` where `source` holds neither, or a model that no family here is."""
     if is_complete(source):
-        model = read_json(source, META)["model"]
-        spec = get_train_spec(model["name"])
-        template = next(iter(spec.model_args.values()))
-        args = override_fields(template, model["all_args"], "model.args")
-        return StoredModel(model["name"], model["flavor"], spec, args)
+        return _of_checkpoint(source)
     if any(steps_with_folder(source).values()):
         require_checkpoint(source)  # names one of the steps
     config = HFFolder(source).config
@@ -42,3 +38,21 @@ def find_model(source: Path) -> StoredModel:
     spec = get_train_spec(family)
     args = spec.state_dict_adapter.args_of(config)
     return StoredModel(family, source.absolute().name, spec, args)
+
+
+def _of_checkpoint(source: Path) -> StoredModel:
+    model = read_json(source, META).get("model")
+    fields = {"name": str, "flavor": str, "all_args": dict}
+    for key, kind in fields.items():
+        if not isinstance(model, dict) or not isinstance(model.get(key), kind):
+            raise UserError(
+                f"checkpoint {source} can't be used: its {META} lacks model.{key}; take another "
+                "checkpoint."
+            )
+    try:
+        spec = get_train_spec(model["name"])
+        template = next(iter(spec.model_args.values()))
+        args = override_fields(template, model["all_args"], "model.args")
+    except UserError as error:
+        raise UserError(f"{source / META} describes no model of this version: {error}") from None
+    return StoredModel(model["name"], model["flavor"], spec, args)

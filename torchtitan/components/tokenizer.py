@@ -1,18 +1,32 @@
 """Text to token ids and back: Hugging Face and tiktoken files behind one interface."""
 
-import base64
-import binascii
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 import tokenizers
 
-from torchtitan.tools.errors import UserError
+from torchtitan.components.tokenizer_files import (
+    WAY_OUT,
+    added_tokens,
+    read_rank_settings,
+    read_ranks,
+    read_text,
+    special_ids,
+    unreadable,
+)
+from torchtitan.components.tokenizer_probe import (
+    PROBE,
+    RustError,
+    lost_characters,
+    no_panic_report,
+    rust_errors,
+)
+from torchtitan.tools.errors import UserError, some
 from torchtitan.tools.logging import logger
 
 # The value of model.hf_assets_path when nobody sets it. An installed wheel carries a copy.
@@ -47,6 +61,8 @@ class Tokenizer(ABC):
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    # For sentences: where it came from.
+    _path: Path
     # Of all that decides which ids a text gets, special ids aside: the content of the files.
     _content_hash: str
 
@@ -71,7 +87,13 @@ class Tokenizer(ABC):
         (a model may have more rows than the tokenizer has entries)."""
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        ids = self._encode(text)
+        try:
+            ids = self._encode(text)
+        except RustError as error:
+            raise UserError(
+                f"{self._path} can't encode the text {text[:40]!a} ({error}); take it out of the "
+                "data, or set model.hf_assets_path to a tokenizer with byte fallback."
+            ) from None
         if add_bos:
             ids.insert(0, _required(self.bos_id, "add_bos", "begin"))
         if add_eos:
@@ -83,13 +105,19 @@ class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, read by `tokenizers`; specials is role (bos, eos, pad) -> id."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
-            self._json = path.read_text(encoding="utf-8")
-            self._build()
-        except Exception as error:  # tokenizers raises plain Exception for what it cannot parse
-            raise _unreadable(path, "a Hugging Face tokenizer.json", error) from error
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        ids = _special_ids(path.parent, self._tokenizer.token_to_id)
+            self._json = read_text(path)
+            with rust_errors(), no_panic_report():
+                self._build()
+            numbers = self._tokenizer.get_vocab(with_added_tokens=True).values()
+            if not numbers:
+                raise ValueError("its vocabulary is empty")
+        except (OSError, ValueError, RustError) as error:
+            raise unreadable(path, "a Hugging Face tokenizer.json", error) from error
+        self.vocab_size = max(numbers) + 1
+        self._check_added_tokens()
+        ids = special_ids(path.parent, self._tokenizer.token_to_id, self.vocab_size)
         self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], ids["pad"]
         self._content_hash = _hash(self._json)
 
@@ -100,6 +128,16 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # which means: as ordinary text
 
+    def _check_added_tokens(self) -> None:
+        """`tokenizers` numbers them on from its vocabulary, whatever the file says."""
+        for token in json.loads(self._json).get("added_tokens") or []:
+            given = self._tokenizer.token_to_id(token["content"])
+            if given not in (None, token["id"]):
+                raise UserError(
+                    f"{self._path} gives its added token {token['content']!r} the id "
+                    f"{token['id']}, but behind the tokens before it comes {given}; {WAY_OUT}."
+                )
+
     def __getstate__(self) -> dict:
         # Pickling `tokenizers.Tokenizer` itself forgets encode_special_tokens (0.23).
         return {name: value for name, value in self.__dict__.items() if name != "_tokenizer"}
@@ -109,7 +147,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._build()
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with rust_errors():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def token_id(self, text: str) -> int | None:
         return self._tokenizer.token_to_id(text)
@@ -128,32 +167,33 @@ class TikTokenTokenizer(Tokenizer):
     """
 
     def __init__(self, path: Path) -> None:
-        ranks = _read_ranks(path)
-        config = _read_json(path.parent / "tiktoken.json")
-        specials = config.get("special_tokens") or _added_tokens(path.parent)
+        self._path = path
+        ranks = read_ranks(path)
+        pattern, specials = read_rank_settings(path.parent)
+        pattern = DEFAULT_PATTERN if pattern is None else pattern
+        specials = specials or added_tokens(path.parent)
         if not specials:
             first = max(ranks.values()) + 1
             specials = {text: first + n for n, text in enumerate(DEFAULT_SPECIALS.values())}
-        pattern = config.get("pattern", DEFAULT_PATTERN)
         try:
-            taken = set(ranks.values()) & set(specials.values())
-            if taken:
-                raise ValueError(f"the special token ids {sorted(taken)} are ranks already")
-            self._encoding = tiktoken.Encoding(
-                path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
-            )
-        except Exception as error:  # a bad pattern or clashing ids; the Rust side has no one class
-            raise _unreadable(path, "a tiktoken rank file with its tiktoken.json", error) from error
-        ids = _special_ids(path.parent, specials.get, DEFAULT_SPECIALS)
+            _check_special_ids(specials, frozenset(ranks.values()))
+            with rust_errors(), no_panic_report():
+                self._encoding = tiktoken.Encoding(
+                    path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+                )
+        except (ValueError, RustError) as error:
+            raise unreadable(path, "a tiktoken rank file with its tiktoken.json", error) from error
         self._known = frozenset(ranks.values()) | frozenset(specials.values())
         self.vocab_size = max(self._known) + 1
+        ids = special_ids(path.parent, specials.get, self.vocab_size, DEFAULT_SPECIALS)
         self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], ids["pad"]
         self._content_hash = _hash(repr(sorted(ranks.items())), pattern)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for start in range(0, len(text), LONGEST_PIECE):
-            ids += self._encoding.encode_ordinary(text[start : start + LONGEST_PIECE])
+            with rust_errors():
+                ids += self._encoding.encode_ordinary(text[start : start + LONGEST_PIECE])
         return ids
 
     def token_id(self, text: str) -> int | None:
@@ -166,14 +206,29 @@ class TikTokenTokenizer(Tokenizer):
         return self._encoding.decode([i for i in ids if i in self._known])
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """Load from a folder (model.hf_assets_path) or a file; the file says which kind it is."""
-    found = _locate(path)
-    file = _choose_file(found) if found.is_dir() else found
+def _check_special_ids(specials: dict[str, int], ranks: frozenset[int]) -> None:
+    """Raise `ValueError` where two tokens would share an id."""
+    numbers = list(specials.values())
+    if taken := ranks & set(numbers):
+        raise ValueError(f"the special token ids {sorted(taken)} are ranks already")
+    if repeated := sorted(n for n in set(numbers) if numbers.count(n) > 1):
+        raise ValueError(f"two special tokens have the id {repeated[0]}")
+
+
+def load_tokenizer(path: str, repo: str | None = None) -> Tokenizer:
+    """Load from a folder (model.hf_assets_path) or a file; the file says which kind it is.
+
+    repo: on the Hugging Face hub, where the model's own can be fetched. Raises `UserError`.
+    """
+    script = f"python scripts/download_hf_assets.py {repo}"
+    fetch = f" (`{script}` fetches this model's)" if repo else ""
+    found = _locate(path, fetch)
+    file = _choose_file(found, fetch) if found.is_dir() else found
     if file.name.endswith(".json"):
         tokenizer: Tokenizer = HuggingFaceTokenizer(file)
     else:
         tokenizer = TikTokenTokenizer(file)
+    _tell_lost_characters(file, tokenizer)
     logger.info(
         f"Tokenizer {file}: {tokenizer.vocab_size:,} entries, bos {tokenizer.bos_id}, "
         f"eos {tokenizer.eos_id}, pad {tokenizer.pad_id}"
@@ -181,10 +236,26 @@ def load_tokenizer(path: str) -> Tokenizer:
     return tokenizer
 
 
-def _locate(path: str) -> Path:
-    given = Path(path).expanduser()
-    if given.exists():
-        return given
+def _tell_lost_characters(file: Path, tokenizer: Tokenizer) -> None:
+    try:
+        lost = lost_characters(tokenizer._encode)
+    except RustError as error:
+        raise unreadable(file, "a tokenizer of single characters", error) from error
+    for what, characters in lost.items():
+        logger.warning(
+            f"Tokenizer {file}: {len(characters)} of {len(PROBE)} characters tried {what} "
+            f"({some(characters, ', ')}); use a tokenizer with byte fallback or an unknown token, "
+            "or texts without them"
+        )
+
+
+def _locate(path: str, fetch: str) -> Path:
+    given = Path(os.path.expanduser(path))
+    try:
+        if given.is_dir() or given.is_file():
+            return given
+    except (OSError, ValueError):  # a name too long, a folder that may not be entered, a NUL
+        pass
     if Path(path) == Path(DEFAULT_PATH):
         for place in (_PACKAGE.parent / DEFAULT_PATH, _PACKAGE / "assets/tokenizer"):
             if place.is_dir():
@@ -192,12 +263,12 @@ def _locate(path: str) -> Path:
                 return place
     raise UserError(
         f"model.hf_assets_path = '{path}' is neither a folder nor a file here; set it to a folder "
-        f"with tokenizer.json or *.tiktoken, or leave it out for the shipped tokenizer."
+        f"with tokenizer.json or *.tiktoken{fetch}, or leave it out for the shipped tokenizer."
     )
 
 
-def _choose_file(folder: Path) -> Path:
-    if (folder / "tokenizer.json").is_file():
+def _choose_file(folder: Path, fetch: str) -> Path:
+    if os.path.lexists(folder / "tokenizer.json"):
         return folder / "tokenizer.json"
     ranks = sorted({*folder.glob("*.tiktoken"), *folder.glob("tiktoken.model")})
     ranks += sorted(folder.glob("tokenizer.model"))
@@ -211,76 +282,8 @@ def _choose_file(folder: Path) -> Path:
         )
     raise UserError(
         f"model.hf_assets_path = '{folder}' holds no tokenizer; it needs tokenizer.json, "
-        "*.tiktoken, or tokenizer.model in tiktoken's rank format."
+        f"*.tiktoken, or tokenizer.model in tiktoken's rank format{fetch}."
     )
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, "a tiktoken rank file", error) from error
-    # A sentencepiece model is a protobuf whose first field, a vocabulary piece, has tag 0x0a.
-    if data[:1] == b"\n" and b"\0" in data[:4096]:
-        raise UserError(
-            f"{path} looks like a sentencepiece model, which we don't read; put the model's "
-            "tokenizer.json (Hugging Face) into model.hf_assets_path instead."
-        )
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line:
-            continue
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as error:
-            reason = ValueError(f"line {number} is not 'base64 rank'")
-            raise _unreadable(path, "a tiktoken rank file", reason) from error
-    if not ranks:
-        raise _unreadable(path, "a tiktoken rank file", ValueError("it is empty"))
-    return ranks
-
-
-def _special_ids(folder: Path, token_to_id, default: Mapping[str, str] | None = None) -> dict:
-    """role -> id or None, from the first of the files beside the tokenizer that names the role."""
-    ids: dict[str, int | None] = {}
-    for name in ("tiktoken.json", "tokenizer_config.json", "special_tokens_map.json"):
-        config = _read_json(folder / name)
-        for role in ("bos", "eos", "pad"):
-            token = config.get(f"{role}_token")
-            token = token.get("content") if isinstance(token, dict) else token  # an AddedToken
-            if token is None or role in ids:
-                continue
-            ids[role] = token_to_id(token)
-            if ids[role] is None:
-                raise UserError(
-                    f"{folder / name} names '{token}' as {role}_token, which the tokenizer beside "
-                    "it doesn't have; correct the name, or remove the key (model.hf_assets_path)."
-                )
-    config = _read_json(folder / "config.json")
-    for role in ("bos", "eos", "pad"):
-        named = config.get(f"{role}_token_id")  # a list where a model has several ends: the first
-        named = named[0] if isinstance(named, list) and named else named
-        by_default = token_to_id(default[role]) if default else None
-        ids.setdefault(role, named if isinstance(named, int) else by_default)
-    return ids
-
-
-def _added_tokens(folder: Path) -> dict[str, int]:
-    added = _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    return {token["content"]: int(number) for number, token in added.items()}
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is not an object")
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, "JSON", error) from error
-    return content
 
 
 def _hash(*parts: str) -> str:
@@ -294,11 +297,3 @@ def _required(token_id: int | None, argument: str, role: str) -> int:
             "tokenizer_config.json beside the tokenizer."
         )
     return token_id
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(
-        f"{path} could not be read as {kind} ({reason}); replace the file, or set "
-        "model.hf_assets_path to a folder with a good one."
-    )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from torchtitan.components.generation import Sampling, check_prompts, generate
+from torchtitan.components.generation import Sampling, check_prompts, encode_prompts, generate
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import Validation
@@ -28,14 +28,10 @@ def check_samples(settings: Validation, tokenizer: Tokenizer, model_args: BaseMo
     """Raise `UserError` where `sample_prompts` can't be gone on with."""
     if settings.enable and settings.sample_prompts:
         try:
-            check_prompts(_encoded(settings, tokenizer), _sampling(settings), model_args)
+            prompts = encode_prompts(tokenizer, settings.sample_prompts)
+            check_prompts(prompts, _sampling(settings), model_args)
         except UserError as error:
             raise UserError(f"validation.sample_prompts, sample_tokens: {error}") from None
-
-
-def _encoded(settings: Validation, tokenizer: Tokenizer) -> list[list[int]]:
-    begin = tokenizer.bos_id is not None
-    return [tokenizer.encode(prompt, add_bos=begin) for prompt in settings.sample_prompts]
 
 
 def _sampling(settings: Validation) -> Sampling:
@@ -102,7 +98,7 @@ class Validator:
         prompts = self.settings.sample_prompts
         if not prompts:
             return {}
-        ids, sampling = _encoded(self.settings, tokenizer), _sampling(self.settings)
+        ids, sampling = encode_prompts(tokenizer, prompts), _sampling(self.settings)
         # What is written token by token would be compiled anew for every length.
         with torch.compiler.set_stance("force_eager"):
             texts = generate(model, ids, sampling, eos_id=tokenizer.eos_id, device=self.device)

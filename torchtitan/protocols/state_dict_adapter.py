@@ -1,13 +1,15 @@
 """Between our state dict and Hugging Face's: a table of tensors, and what is said about them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.tools.errors import some
+from torchtitan.tools.logging import logger
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class Piece:
 
     name: theirs. ours: name in our state dict. index: which part of our dim 0 it is (an expert of a
     stack); None = all of ours. shape: of the piece. fp32: never written in less. fp8: has the
-    block-wise form in FP8 files. centred: written minus its mean, which changes nothing for the
-    model and keeps its digits where low precision resolves them.
+    block-wise form in FP8 files. from_zero: written minus its minimum (`written`). copy: another
+    name for what the piece of `ours` that is no copy holds; written, but not needed for reading.
     """
 
     name: str
@@ -26,7 +28,31 @@ class Piece:
     shape: tuple[int, ...]
     fp32: bool = False
     fp8: bool = False
-    centred: bool = False
+    from_zero: bool = False
+    copy: bool = False
+
+    def written(self, tensor: Tensor) -> Tensor:
+        """What files hold of a tensor (a whole one where `from_zero`).
+
+        A selection bias becomes fp32 minus its minimum, which changes no choice of experts. No
+        entry is negative then, which readers need that mask left-out groups with 0, and an offset
+        such as DeepSeek-V3's 7 takes no digits where a reader rounds.
+        """
+        if not self.from_zero:
+            return tensor
+        return (tensor.double() - tensor.min().double()).float()
+
+
+def warn_of_copies(source: object, names: Iterable[str]) -> None:
+    """Say which copies in the layers of multi-token prediction differ from what they copy."""
+    if names := sorted(names):
+        logger.warning(
+            "%s: %s differ%s from the model's own embedding or head, which its layers of "
+            "multi-token prediction use here; their first losses will be higher than they were",
+            source,
+            some(names),
+            "s" if len(names) == 1 else "",
+        )
 
 
 class StateDictAdapter(ABC):
@@ -47,6 +73,14 @@ class StateDictAdapter(ABC):
     @abstractmethod
     def left_out(self, name: str) -> str | None:
         """Why a tensor of theirs is not needed here, in a few words; None = it is not known."""
+
+    @abstractmethod
+    def sizes(self, model_args: Any) -> dict[str, Any]:
+        """The arguments (by name, such as moe_args.num_experts) that decide names and shapes."""
+
+    def explain(self, names: Set[str]) -> str | None:
+        """Why these names of a folder are not the model's, and the way out; None = not known."""
+        return None
 
     @abstractmethod
     def row_order(self, piece: Piece, hf_config: Mapping[str, Any]) -> Tensor | None:
@@ -83,4 +117,4 @@ class StateDictAdapter(ABC):
 
     @abstractmethod
     def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Ours to Hugging Face's."""
+        """Ours to Hugging Face's: names and layouts only; files hold `Piece.written` of it."""

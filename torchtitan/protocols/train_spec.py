@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torchtitan
@@ -14,12 +14,16 @@ from torchtitan.tools.errors import UserError, suggest
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """model_cls is called with one of model_args (by flavor), parallelize_fn with the model."""
+    """model_cls is called with one of model_args (by flavor), parallelize_fn with the model.
+
+    hf_repos: flavor -> repository on the Hugging Face hub with tokenizer and weights.
+    """
 
     model_cls: type[BaseModel]
     model_args: Mapping[str, BaseModelArgs]
     parallelize_fn: Callable[..., BaseModel]
     state_dict_adapter: type[StateDictAdapter] | None = None
+    hf_repos: Mapping[str, str] = field(default_factory=dict)
 
 
 def get_train_spec(name: str) -> TrainSpec:

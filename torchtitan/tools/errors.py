@@ -1,7 +1,7 @@
 """Errors that end a run with a sentence instead of a traceback, and the words for a wrong name."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -36,6 +36,12 @@ def _readable(message: str) -> str:
 def _shortened(text: str, longest: int) -> str:
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
+
+
+def some(names: Sequence[str], between: str = "; ", most: int = 5) -> str:
+    """The first names of a list, and how many others there are: `a; b; c and 195 others`."""
+    shown, others = between.join(names[:most]), len(names) - most
+    return f"{shown} and {others} other{'s' if others > 1 else ''}" if others > 0 else shown
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ here).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.decoder.hf_config import expect
 from torchtitan.models.decoder.routing_change import routing_change
 from torchtitan.protocols.model import BaseModel
-from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
+from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter, warn_of_copies
 from torchtitan.tools.errors import UserError
 
 
@@ -30,7 +30,7 @@ class Row:
     theirs: str
     fp8: bool = False
     fp32: bool = False
-    centred: bool = False
+    from_zero: bool = False
     rope: bool = False
 
 
@@ -54,6 +54,7 @@ END_ROWS = {
     "output.weight": Row("lm_head.weight"),
 }
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_HEAD, _BIAS = END_ROWS["output.weight"].theirs, ".e_score_correction_bias"
 _GATE = re.compile(r"layers\.(\d+)\.moe\.router\.gate\.weight")
 
 
@@ -67,7 +68,7 @@ def in_layers(ours: str, rows: Mapping[str, Row]) -> dict[str, Row]:
 
 class TableAdapter(StateDictAdapter):
     """A family defines `table` (numbers in our names are {} there), `model_cls`, `model_types`,
-    `read_config` (what `args_of` returns; missing keys may raise KeyError) and `hf_config`.
+    `read_config` (what `args_of` returns; missing keys may raise KeyError), `sizes`, `hf_config`.
 
     Whole state dicts of plain tensors go in and out; experts are copied there, the rest is shared.
     """
@@ -123,7 +124,7 @@ class TableAdapter(StateDictAdapter):
 
     def _pieces_of(self, ours: str, shape: torch.Size) -> list[Piece]:
         row, numbers = self.row_of(ours), self.numbers_of(ours)
-        kinds = {"fp32": row.fp32, "fp8": row.fp8, "centred": row.centred}
+        kinds = {"fp32": row.fp32, "fp8": row.fp8, "from_zero": row.from_zero}
         if row.theirs.count("{}") <= len(numbers):
             return [Piece(row.theirs.format(*numbers), ours, None, tuple(shape), **kinds)]
         return [
@@ -136,12 +137,26 @@ class TableAdapter(StateDictAdapter):
             return "rotary frequencies, which are computed"
         return None
 
+    def explain(self, names: Set[str]) -> str | None:
+        """From names alone: config.json is silent or missing."""
+        wanted = {piece.name for piece in self.pieces() if not piece.copy}
+        if wanted - names == {_HEAD}:
+            return (
+                "its head is its embedding (tie_word_embeddings), while the models here have a "
+                f"matrix for each: add {_HEAD}, a copy of the embedding, to the folder"
+            )
+        biased, wants_bias = (any(n.endswith(_BIAS) for n in each) for each in (names, wanted))
+        if biased != wants_bias:
+            has, value = ("have no", '"none"') if wants_bias else ("have a", "0 or more")
+            return f"its experts {has} bias; set model.args.moe_args.load_balance_coeff to {value}"
+        return None
+
     def row_order(self, piece: Piece, hf_config: Mapping[str, Any]) -> Tensor | None:
         return None
 
     def from_hf(self, hf_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         theirs = {name: t for name, t in hf_state_dict.items() if not self.left_out(name)}
-        pieces = self.pieces()
+        pieces = [piece for piece in self.pieces() if not piece.copy]
         known = {piece.name for piece in pieces}
         for problem, wrong in (("lacks", known - theirs.keys()), ("has", theirs.keys() - known)):
             if wrong:
@@ -151,18 +166,31 @@ class TableAdapter(StateDictAdapter):
                     "config.json (model.args.moe_args.load_balance_coeff says whether experts have "
                     "a bias)."
                 )
+        self._compare_copies(hf_state_dict)
         parts: dict[str, list[Tensor]] = {}
         for piece in pieces:
             parts.setdefault(piece.ours, []).append(theirs[piece.name])
         stacks = {piece.ours for piece in pieces if piece.index is not None}
         return {n: torch.stack(each) if n in stacks else each[0] for n, each in parts.items()}
 
+    def _compare_copies(self, hf_state_dict: dict[str, Tensor]) -> None:
+        pieces = self.pieces()
+        original = {piece.ours: piece.name for piece in pieces if not piece.copy}
+        copies = {p.name: original[p.ours] for p in pieces if p.copy and p.name in hf_state_dict}
+        differing = [
+            name
+            for name, other in copies.items()
+            if not torch.equal(hf_state_dict[name], hf_state_dict[other])
+        ]
+        warn_of_copies("the Hugging Face state dict", differing)
+
     def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         for name, tensor in state_dict.items():
             for piece in self._pieces_of(name, tensor.shape):
                 # clone: safetensors refuses tensors that share storage
-                out[piece.name] = tensor if piece.index is None else tensor[piece.index].clone()
+                part = tensor if piece.index is None else tensor[piece.index]
+                out[piece.name] = part if part is tensor and not piece.copy else part.clone()
         return out
 
     # ------------------------------------------------------------------ routing

@@ -139,10 +139,20 @@ deepseekv3_args = {
 }
 
 
+_HF_REPOS = {
+    "16B": "deepseek-ai/DeepSeek-V2-Lite",
+    "236B": "deepseek-ai/DeepSeek-V2",
+    "671B": "deepseek-ai/DeepSeek-V3",
+    "Moonlight-16B-A3B": "moonshotai/Moonlight-16B-A3B",
+    "Kimi-K2": "moonshotai/Kimi-K2-Instruct",
+}
+
+
 def get_train_spec() -> TrainSpec:
     return TrainSpec(
         model_cls=DeepSeekV3Model,
         model_args=deepseekv3_args,
         parallelize_fn=parallelize_deepseekv3,
         state_dict_adapter=DeepSeekV3StateDictAdapter,
+        hf_repos=_HF_REPOS,
     )

@@ -6,7 +6,8 @@ the two halves of the rotary channels apart, and gets its rows put in order (`ro
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ _BLOCK = BLOCK_ROWS | {
     "attention.wkv_a.weight": Row("self_attn.kv_a_proj_with_mqa.weight", fp8=True, rope=True),
     "attention.kv_norm.weight": Row("self_attn.kv_a_layernorm.weight"),
     "attention.wkv_b.weight": Row("self_attn.kv_b_proj.weight", fp8=True),
-    "moe.expert_bias": Row("mlp.gate.e_score_correction_bias", fp32=True, centred=True),
+    "moe.expert_bias": Row("mlp.gate.e_score_correction_bias", fp32=True, from_zero=True),
     "moe.shared_experts.w1.weight": Row("mlp.shared_experts.gate_proj.weight", fp8=True),
     "moe.shared_experts.w2.weight": Row("mlp.shared_experts.down_proj.weight", fp8=True),
     "moe.shared_experts.w3.weight": Row("mlp.shared_experts.up_proj.weight", fp8=True),
@@ -44,8 +45,12 @@ _BESIDE_BLOCK = {
     "eh_proj.weight": Row("eh_proj.weight"),
     "norm.weight": Row("shared_head.norm.weight"),
 }
-# Copies of the model's own in those layers; not read, and not written again.
-_SHARED = ("embed_tokens.weight", "shared_head.head.weight")
+# Copies of the model's own in those layers: some readers of one layer want them there.
+_COPIES = {
+    "tok_embeddings.weight": "embed_tokens.weight",
+    "output.weight": "shared_head.head.weight",
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class DeepSeekV3StateDictAdapter(TableAdapter):
@@ -63,13 +68,46 @@ class DeepSeekV3StateDictAdapter(TableAdapter):
         first = self.model_args.n_layers if ours.startswith("mtp.") else 0
         return [first + number for number in super().numbers_of(ours)]
 
+    def sizes(self, model_args: DeepSeekV3ModelArgs) -> dict[str, Any]:
+        names = (
+            "vocab_size dim n_layers n_dense_layers n_heads q_lora_rank kv_lora_rank "
+            "qk_nope_head_dim qk_rope_head_dim v_head_dim"
+        ).split()
+        moe = model_args.moe_args
+        sizes = {name: getattr(model_args, name) for name in names} | model_args.dense_widths
+        if model_args.n_dense_layers < model_args.n_layers:
+            sizes["moe_inter_dim"] = model_args.moe_inter_dim
+            sizes["moe_args.num_experts"] = moe.num_experts
+            sizes["moe_args.num_shared_experts"] = moe.num_shared_experts
+        return sizes
+
+    def explain(self, names: Set[str]) -> str | None:
+        first, wanted = self.model_args.n_layers, self.model_args.n_mtp_layers
+        there = {int(layer[1]) for layer in map(_LAYER.match, names) if layer}
+        has = len([number for number in there if number >= first])
+        if has < wanted and set(range(first)) <= there:
+            return (
+                f"it has {has or 'no'} layers of multi-token prediction behind its {first}, and "
+                f"this model {wanted}: set model.args.n_mtp_layers to {has}"
+            )
+        return super().explain(names)
+
+    def _pieces_of(self, ours: str, shape: torch.Size) -> list[Piece]:
+        pieces = super()._pieces_of(ours, shape)
+        if ours in _COPIES:
+            first = self.model_args.n_layers
+            for number in range(first, first + self.model_args.n_mtp_layers):
+                name = f"model.layers.{number}.{_COPIES[ours]}"
+                pieces.append(replace(pieces[0], name=name, copy=True))
+        return pieces
+
     def left_out(self, name: str) -> str | None:
-        if (layer := re.match(r"model\.layers\.(\d+)\.", name)) is None:
+        if (layer := _LAYER.match(name)) is None:
             return super().left_out(name)
         first = self.model_args.n_layers
         if int(layer[1]) >= first + self.model_args.n_mtp_layers:
             return "multi-token prediction, which this model has not"
-        if int(layer[1]) >= first and name.removeprefix(layer[0]) in _SHARED:
+        if int(layer[1]) >= first and name.removeprefix(layer[0]) in _COPIES.values():
             return "multi-token prediction's copies of embedding and head, which it shares here"
         return super().left_out(name)
 

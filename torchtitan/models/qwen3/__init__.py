@@ -80,4 +80,5 @@ def get_train_spec() -> TrainSpec:
         model_args=qwen3_args,
         parallelize_fn=parallelize_qwen3,
         state_dict_adapter=Qwen3StateDictAdapter,
+        hf_repos={size: f"Qwen/Qwen3-{size}" for size in qwen3_args if "debug" not in size},
     )

@@ -30,6 +30,14 @@ class Qwen3StateDictAdapter(TableAdapter):
     model_types = ("qwen3", "qwen3_moe")
     table = END_ROWS | in_layers("layers.{}", _BLOCK)
 
+    def sizes(self, model_args: Qwen3ModelArgs) -> dict[str, Any]:
+        names = "vocab_size dim n_layers n_heads n_kv_heads head_dim moe_enabled".split()
+        sizes = {name: getattr(model_args, name) for name in names} | model_args.dense_widths
+        if model_args.moe_enabled:
+            sizes["moe_inter_dim"] = model_args.moe_inter_dim
+            sizes["moe_args.num_experts"] = model_args.moe_args.num_experts
+        return sizes
+
     def hf_config(self) -> dict[str, Any]:
         args, moe = self.model_args, self.model_args.moe_args
         config = {
