@@ -13,6 +13,7 @@ from torchtitan.tools.logging import logger
 # hub, its commit. Checkpoints of earlier versions have neither.
 CONTENTS = "data contents"
 REVISION = "data revision"
+FINGERPRINTS = (CONTENTS, REVISION)
 
 START_ANEW = (
     'or begin the data anew with checkpoint.exclude_from_loading = ["dataloader"] and keep the rest'
@@ -23,16 +24,8 @@ _SIZES = ("data bytes", "data files", "data documents")
 def refuse_other_data(saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise `UserError` that names the first thing (setting, file) in which `ours` differs from the
     identity `saved` with a position."""
-    new = sorted(name for name in ours.keys() - saved.keys() if name.endswith((CONTENTS, REVISION)))
-    if new:
-        logger.warning(
-            "The checkpoint has no fingerprint of its data (it was saved by an earlier version): "
-            "whether the documents are the same was checked by their number and size alone"
-        )
     for name in _differing(saved, ours):
         before, now = saved.get(name), ours.get(name)
-        if name in new:
-            continue
         if name.endswith(CONTENTS):
             raise _other_files(name.removesuffix(CONTENTS), saved, ours)
         way_out = f"resume with {before}"
@@ -42,14 +35,21 @@ def refuse_other_data(saved: dict[str, Any], ours: dict[str, Any]) -> None:
             f"The checkpoint's data position was saved with {name} = {before}, and this run has "
             f"{now}; {way_out}, {START_ANEW}."
         )
+    if any(name.endswith(FINGERPRINTS) for name in ours.keys() - saved.keys()):
+        logger.warning(
+            "The checkpoint has no fingerprint of its data (earlier versions saved none): that the "
+            "documents are the same was checked by their number and size alone"
+        )
 
 
 def _differing(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Lists of files first, as they name a file; one that only one side has follows from others."""
+    """Keys by name, but lists of files first, as they name a file. Fingerprints that only one side
+    has are none to compare: other keys tell other data."""
     names = [name for name in saved.keys() | ours.keys() if saved.get(name) != ours.get(name)]
-    with_files = {name for name in names if name.endswith(CONTENTS)}
-    compared = [name for name in with_files if saved.get(name) and ours.get(name)]
-    return sorted(compared) + sorted(set(names) - with_files)
+    return sorted(
+        (n for n in names if not n.endswith(FINGERPRINTS) or (saved.get(n) and ours.get(n))),
+        key=lambda name: (not name.endswith(CONTENTS), name),
+    )
 
 
 def _other_files(prefix: str, saved: dict[str, Any], ours: dict[str, Any]) -> UserError:

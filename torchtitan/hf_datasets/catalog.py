@@ -173,10 +173,9 @@ def _source_of(name: str, files: list[DocumentFile]) -> Source:
     all_indexed = len(indexed) == len(files)
     source = IndexedFiles(name, indexed) if all_indexed else GroupedFiles(name, grouped)
     texts = sum(isinstance(file, TextFile) for file in files)
-    as_one = f" ({texts} .txt, each one document)" if texts else ""
-    logger.info(
-        f"Data {name}: {len(source):,} documents, {len(files)} files{as_one}, {size:,} bytes"
-    )
+    counts = f"{len(source):,} documents, {len(files)} files, {size:,} bytes"
+    as_one = f" (each of the {texts} .txt files is one document)" if texts else ""
+    logger.info(f"Data {name}: {counts}{as_one}")
     return source
 
 
