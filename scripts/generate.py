@@ -8,6 +8,7 @@ Under torchrun the weights are spread over the ranks: experts whole, the rest by
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 

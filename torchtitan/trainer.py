@@ -27,10 +27,12 @@ from torchtitan.build import (
 )
 from torchtitan.check_config import Checked, check_config, model_args_of, pipeline_plan
 from torchtitan.components.balance import Action, Alarms, Numbers, violation_numbers
+from torchtitan.components.batch_change import tell_other_batch
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
 from torchtitan.components.checkpoint_choice import Start
 from torchtitan.components.checkpoint_state import RunState
 from torchtitan.components.cuda_graph import GraphedPass
+from torchtitan.components.data_identity import tell_other_validation_data
 from torchtitan.components.dataloader import merge_states
 from torchtitan.components.dump_folder import alone_in_folders, save_config
 from torchtitan.components.ema import WeightAverage
@@ -132,14 +134,14 @@ class Trainer:
             progress=self,
             average=self.average,
         )
-        self.checkpoint.load(self.run_state, start)
-        if self.average is not None:
-            self.average.enter(self.step)
         self.validator = None
         if config.validation.enable:
             self.validator = Validator(
                 config.validation, self.validation_data, self.loss_sum, device=self.device
             )
+        self.checkpoint.load(self.run_state, start)
+        if self.average is not None:
+            self.average.enter(self.step)
 
     def _join_ranks(self) -> PipelinePlan | None:
         """The process groups, and what each rank is in them."""
@@ -365,12 +367,17 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The counters that a checkpoint keeps, JSON only, the same on all ranks; all call it."""
-        watch = self.watch.state_dict()
-        counters = {"step": self.step, "tokens_seen": self.tokens_seen, "loss_watch": watch}
         loads = {layer: moe.global_tokens_per_expert for layer, moe in self.moes.items()}
         if self.passes.pipeline is not None:  # of the layers on all stages
             (loads,) = self.passes.pipeline.gather((loads,))
-        return counters | {"expert_loads": {str(i): load.tolist() for i, load in loads.items()}}
+        return {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "loss_watch": self.watch.state_dict(),
+            "expert_loads": {str(i): load.tolist() for i, load in loads.items()},
+            "batch_size": self.schedule.at(self.tokens_seen).batch_size,
+            "validation_data": self.validator.data_identity if self.validator else None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
@@ -380,6 +387,17 @@ class Trainer:
         for layer, moe in self.moes.items():
             load_E = moe.global_tokens_per_expert
             load_E.copy_(torch.tensor(loads.get(str(layer), [0] * load_E.numel())))
+        now = self.schedule.at(self.tokens_seen)
+        tell_other_batch(
+            state.get("batch_size", now.batch_size),  # earlier versions didn't save it
+            now.batch_size,
+            local_batch_size=now.local_batch_size,
+            dp_degree=self.dims.dp_degree,
+            in_phase=now.phase > 0,
+        )
+        saved = state.get("validation_data")
+        if saved and self.validator:
+            tell_other_validation_data(saved, self.validator.data_identity)
 
     def save_seed(self) -> None:
         """The weights as they were initialised, as step 0: any layout can begin from them."""

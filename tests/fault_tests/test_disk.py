@@ -89,7 +89,7 @@ def test_what_could_not_be_written_follows_when_there_is_room_again(tmp_path, ca
 
 
 def test_config_files_that_do_not_fit_are_said_and_no_half_ones_are_left(tmp_path, capfd):
-    with small_disk(tmp_path / "full", "4k"):
+    with small_disk(tmp_path / "full", "8k"):  # one page is the lock's
         assert main(tiny(tmp_path / "full/o", training__steps=1)) == 0
         left = {path.name for path in (tmp_path / "full/o").iterdir()}
     assert left == {"model_args.json", "metrics.jsonl"}
@@ -155,7 +155,7 @@ def test_an_export_that_does_not_fit_names_the_disk_and_leaves_nothing(tmp_path,
     with small_disk(tmp_path / "full", "1m"):
         where = {"checkpoint__folder": tmp_path / "full/c"}
         assert main(tiny(tmp_path / "o", **options | where, training__steps=1)) == 1
-        assert list((tmp_path / "full/c").iterdir()) == []
+        assert not (tmp_path / "full/c").exists()
         said = capfd.readouterr().err
         assert "step-1-hf could not be written: No space left on device: " in said
         assert "bytes needed" in said and "Traceback" not in said

@@ -25,7 +25,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from torchtitan.tools.errors import UserError
+from torchtitan.components.data_identity import START_ANEW, refuse_other_data
+from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.logging import init_logger, logger
 
 # In the dictionary of an example, for the loader, which takes them out again: how many documents
@@ -34,10 +35,6 @@ from torchtitan.tools.logging import init_logger, logger
 SKIPPED = "skipped_documents"
 DATASET = "dataset"
 POSITION = "position"
-
-_START_ANEW = (
-    'or begin the data anew with checkpoint.exclude_from_loading = ["dataloader"] and keep the rest'
-)
 
 
 @dataclass(frozen=True)
@@ -176,9 +173,22 @@ class ParallelAwareDataLoader:
                 for position, n in zip(batch[0].pop(POSITION), examples, strict=False):
                     self._lanes[n % self._dataset.num_lanes] = position
                 yield batch
-        except UserError as error:
+        except (UserError, RunError) as error:
             # From a worker it comes wrapped in that worker's traceback; the sentence is the end.
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+            kind = type(error)
+            raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise RunError(
+                f"a process of training.dataset_num_workers = {self._share.num_workers} that reads "
+                f"the data has ended ({' '.join(str(error).split())}), perhaps for want of memory; "
+                "set fewer and start the run again: it goes on from its newest checkpoint."
+            ) from None
+
+    def identity(self) -> dict[str, Any]:
+        """What it reads, and how: see `data_identity`."""
+        return self._dataset.identity()
 
     def local_state(self) -> dict[str, Any]:
         """What this rank knows of the position, for `merge_states`."""
@@ -188,7 +198,8 @@ class ParallelAwareDataLoader:
             "dp_rank": self._share.dp_rank,
             "consumed": self._first + taken * self._share.dp_degree,
             "lanes": {str(lane): json.loads(text) for lane, text in self._lanes.items()},
-            "identity": self._dataset.identity(),
+            # One rank tells for all: with many files it is long.
+            "identity": self._dataset.identity() if self._share.dp_rank == 0 else {},
             "skipped_documents": self.skipped_documents,
             "tokens_of": dict(self.tokens_of),
         }
@@ -201,9 +212,7 @@ class ParallelAwareDataLoader:
             )
             return
         try:
-            saved, ours = state["identity"], self._dataset.identity()
-            for name in sorted(saved.keys() | ours.keys()):
-                _check_same(name, saved.get(name), ours.get(name))
+            refuse_other_data(state["identity"], self._dataset.identity())
             lanes = {int(lane): position for lane, position in state["lanes"].items()}
             _check_complete(state["consumed"], lanes, self._dataset.num_lanes)
             skipped, tokens_of = int(state["skipped_documents"]), state.get("tokens_of", {})
@@ -213,7 +222,7 @@ class ParallelAwareDataLoader:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"The checkpoint's data position is damaged ({type(error).__name__}: {error}); "
-                f"take another checkpoint, {_START_ANEW}."
+                f"take another checkpoint, {START_ANEW}."
             ) from None
 
     def _start(
@@ -246,7 +255,7 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "consumed": consumed.pop(),
         "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0]))),
-        "identity": states[0]["identity"],
+        "identity": ranks[0]["identity"],
         "skipped_documents": sum(state["skipped_documents"] for state in ranks.values()),
         "tokens_of": {
             name: sum(state["tokens_of"][name] for state in ranks.values())
@@ -277,14 +286,6 @@ def _check_complete(consumed: int, lanes: dict[int, dict], num_lanes: int) -> No
         taken = lanes[lane]["taken"] if lane in lanes else 0
         if taken != due:
             raise ValueError(f"lane {lane} has given {taken} of {due} examples")
-
-
-def _check_same(what: str, saved: object, ours: object) -> None:
-    if saved != ours:
-        raise UserError(
-            f"The checkpoint's data position was saved with {what} = {saved}, and this run has "
-            f"{ours}; resume with {saved}, {_START_ANEW}."
-        )
 
 
 def _worker_context(dataset: LanesDataset) -> multiprocessing.context.BaseContext:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from torchtitan.components.dataloader import ParallelAwareDataLoader
 from torchtitan.components.generation import Sampling, check_prompts, encode_prompts, generate
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
@@ -48,13 +49,14 @@ class Validator:
     def __init__(
         self,
         settings: Validation,
-        loader: Iterable[Batch],
+        loader: ParallelAwareDataLoader,
         loss_sum: Callable[[Batch], tuple[Tensor, Tensor]],
         *,
         device: torch.device,
     ) -> None:
         self.settings = settings
         self.loader = loader
+        self.data_identity = loader.identity()
         self.loss_sum = loss_sum
         self.device = device
 

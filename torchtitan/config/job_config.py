@@ -114,7 +114,7 @@ class Training:
     dataset_num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process (ours)."""
     dataset_lanes: int | None = None
-    """Token streams of the run that documents are dealt to; unset: chosen by the data (ours)."""
+    """Streams of documents, fixed for the life of a run; unset: chosen by the data (ours)."""
     fim_rate: float = 0.0
     """Share of the documents that are rearranged to fill in their middle, in [0, 1] (ours)."""
     fim_tokens: list[str] = _listing("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")

@@ -2,28 +2,32 @@
 
 import difflib
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchtitan.hf_datasets.files import (
     DocumentFile,
     GroupedFile,
     IndexedFile,
-    find_files,
+    TextFile,
     open_file,
 )
+from torchtitan.hf_datasets.folders import Found, search
 from torchtitan.hf_datasets.records import Skips
 from torchtitan.hf_datasets.row_groups import GroupedFiles
 from torchtitan.hf_datasets.sources import HubStream, IndexedFiles, Source, StreamedFiles
+from torchtitan.hf_datasets.whole_files import (
+    PROBED_DOCUMENTS,
+    format_problem,
+    refuse_wrong_files,
+)
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 SAMPLE = Path(__file__).parent / "sample/sample.jsonl"
 # torchtitan's TOMLs name a small excerpt of C4 that its repository carries; ours carries this.
 SAMPLE_ALIASES = ("c4_test", "c4_validation_test")
-# When this many documents in a row are unusable, none will come.
-PROBED_DOCUMENTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class HubDataset:
     config: str | None = None
     split: str = "train"
     local_files: str | None = None
+    revision: str | None = None  # branch, tag or commit; else the newest
 
 
 HUB_DATASETS = {
@@ -46,9 +51,17 @@ NAMES = ("sample", *SAMPLE_ALIASES, *HUB_DATASETS, LOCAL)
 
 def check_dataset(name: str, path: str | None) -> None:
     """Raise UserError for a name or path that means nothing; reads no document, asks no hub."""
+    known = name in NAMES or name.partition("@")[0] in HUB_DATASETS
     if path:
+        if not known and not _is_on_hub(name):
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            raise UserError(
+                f"training.dataset = '{name}' is not known; did you mean "
+                f"'{near[0] if near else LOCAL}'? (With training.dataset_path the usual name is "
+                f"'{LOCAL}'; all: {', '.join(NAMES)}.)"
+            )
         _find_local(name, path)
-    elif name not in ("sample", *SAMPLE_ALIASES, *HUB_DATASETS) and not _is_on_hub(name):
+    elif name == LOCAL or (not known and not _is_on_hub(name)):
         raise _unknown(name)
 
 
@@ -56,34 +69,38 @@ def open_source(name: str, path: str | None, text_key: str, label: str | None = 
     """Find the documents and make sure that some are usable; every failure is a UserError.
 
     With a path the documents are local files, whatever the name. Without one the name is one of
-    NAMES, or "organisation/name" (or "organisation/name:config") on the Hugging Face hub. `label`
-    is what the log calls local files instead.
+    NAMES, or "organisation/name" (or "organisation/name:config") on the Hugging Face hub; a name on
+    the hub may end in "@revision". `label` is what the log calls local files instead.
     """
+    plain, _, revision = name.partition("@")
     if path:
         source = _open_files(label or name, _find_local(name, path), text_key)
     elif name == "sample" or name in SAMPLE_ALIASES:
         if name != "sample":
             logger.info(f"training.dataset '{name}' is read from the shipped sample, {SAMPLE}")
-        source = _open_files(label or name, [SAMPLE], "text")
-    elif name in HUB_DATASETS:
-        source = _open_hub(name, HUB_DATASETS[name], text_key)
+        source = _open_files(label or name, Found(SAMPLE.parent, [SAMPLE]), "text")
+    elif plain in HUB_DATASETS:
+        where = replace(HUB_DATASETS[plain], revision=revision or None)
+        source = _open_hub(plain, where, text_key)
     elif _is_on_hub(name):
-        repository, _, config = name.partition(":")
-        source = _open_hub(name, HubDataset(repository, config or None), text_key)
+        repository, _, config = plain.partition(":")
+        where = HubDataset(repository, config or None, revision=revision or None)
+        source = _open_hub(plain, where, text_key)
     else:
         raise _unknown(name)
     _check_usable(source)
+    refuse_wrong_files(source.files)
     return source
 
 
-def _find_local(name: str, path: str) -> list[Path]:
-    named = HUB_DATASETS.get(name)
-    return find_files(path, named.local_files if named else None)
+def _find_local(name: str, path: str) -> Found:
+    named = HUB_DATASETS.get(name.partition("@")[0])
+    return search(path, named.local_files if named else None)
 
 
 def _is_on_hub(name: str) -> bool:
     """Whether an unknown name is "organisation/name": the hub knows whether it exists."""
-    return name.count("/") == 1 and not Path(name).exists()
+    return name.partition("@")[0].count("/") == 1 and not Path(name).exists()
 
 
 def _unknown(name: str) -> UserError:
@@ -100,30 +117,53 @@ def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
     return UserError(
         f"training.dataset = '{name}' is not known; the nearest name is '{near}' (all: "
-        f"{', '.join(NAMES)}, 'organisation/name' on the hub, or any with training.dataset_path)."
+        f"{', '.join(NAMES)}, 'organisation/name' on the hub)."
     )
 
 
-def _open_files(name: str, paths: Sequence[Path], text_key: str) -> Source:
+def _open_files(name: str, found: Found, text_key: str) -> Source:
+    if found.left_out:
+        logger.warning(f"Data {name}: not read: {', '.join(found.left_out)}")
     files: list[DocumentFile] = []
-    trouble: list[str] = []
-    for path in paths:
-        try:
-            file = open_file(path, text_key)
-        except OSError as error:
-            trouble.append(f"{path}: {error}")
-            continue
-        if file.size == 0 or file.length == 0:
-            trouble.append(f"{path}: it is empty")
+    empty: list[Path] = []
+    broken: list[str] = []
+    with ThreadPoolExecutor(16) as threads:  # most of it is waiting for the disk
+        opened = list(threads.map(lambda path: _open(path, text_key), found.files))
+    for path, file in zip(found.files, opened, strict=True):
+        if isinstance(file, str):
+            broken.append(f"{path}: {file}")
+        elif file.size == 0 or file.length == 0:
+            empty.append(path)
         else:
+            file.name = str(path.relative_to(found.root))
             files.append(file)
-    if trouble:
-        logger.warning(f"Skipped {len(trouble)} of {len(paths)} files, first {trouble[0]}")
+    if empty:
+        which = f"Skipped {len(empty)} of {len(opened)} files"
+        logger.warning(f"{which}, first {empty[0]}: it is empty")
     if not files:
+        first = broken[0] if broken else f"{empty[0]}: it is empty"
         raise UserError(
-            f"None of the {len(paths)} file(s) of training.dataset '{name}' can be read "
-            f"(first: {trouble[0]}); mend them or correct training.dataset_path."
+            f"None of the {len(opened)} file(s) of training.dataset '{name}' can be read "
+            f"(first: {first}); mend them or correct training.dataset_path."
         )
+    if broken:
+        raise UserError(
+            f"{broken[0]}; mend the file (and {len(broken) - 1} more of training.dataset "
+            f"'{name}'), or leave it out of training.dataset_path."
+        )
+    return _source_of(name, files)
+
+
+def _open(path: Path, text_key: str) -> DocumentFile | str:
+    """Or why not."""
+    try:
+        return open_file(path, text_key)
+    except OSError as error:
+        wrong = path.name.endswith(".parquet") and format_problem(path)
+        return wrong or f"it can't be read ({error.strerror or error})"
+
+
+def _source_of(name: str, files: list[DocumentFile]) -> Source:
     size = sum(file.size for file in files)
     grouped = [file for file in files if isinstance(file, GroupedFile)]
     indexed = [file for file in files if isinstance(file, IndexedFile)]
@@ -132,7 +172,10 @@ def _open_files(name: str, paths: Sequence[Path], text_key: str) -> Source:
         return StreamedFiles(name, files)
     all_indexed = len(indexed) == len(files)
     source = IndexedFiles(name, indexed) if all_indexed else GroupedFiles(name, grouped)
-    logger.info(f"Data {name}: {len(source):,} documents, {len(files)} files, {size:,} bytes")
+    texts = sum(isinstance(file, TextFile) for file in files)
+    counts = f"{len(source):,} documents, {len(files)} files, {size:,} bytes"
+    as_one = f" (each of the {texts} .txt files is one document)" if texts else ""
+    logger.info(f"Data {name}: {counts}{as_one}")
     return source
 
 
@@ -140,9 +183,10 @@ def _open_hub(name: str, where: HubDataset, text_key: str) -> Source:
     """Streaming through `datasets`. Nothing is downloaded but what is read."""
     from datasets import load_dataset  # takes a second to import, and only this needs it
 
+    pinned = {"revision": where.revision} if where.revision else {}
     try:
         dataset = load_dataset(
-            where.repository, name=where.config, split=where.split, streaming=True
+            where.repository, name=where.config, split=where.split, streaming=True, **pinned
         )
     except Exception as error:  # its many ways to fail have no common class
         raise _hub_failed(name, where, error) from error
@@ -164,9 +208,11 @@ def _check_usable(source: Source) -> None:
         if not record.problem:
             return
         skips.add(record)
-    first = f"{skips.first.where}: {skips.first.problem}" if skips.first else "there is none"
+    first = f"{skips.first.where}: {skips.first.details}" if skips.first else "there is none"
+    wrong = format_problem(source.files[0].path) if source.files else None
+    hint = f"{source.files[0].path}: {wrong}; " if wrong else ""
     raise UserError(
         f"training.dataset '{source.name}' has no usable document among the first "
-        f"{skips.counts.total():,} ({skips or 'none found'}; first {first}); correct "
+        f"{skips.counts.total():,} ({skips or 'none found'}; first {first}); {hint}correct "
         "training.dataset_path or training.dataset_text_key, or mend the files."
     )

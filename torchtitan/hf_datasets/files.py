@@ -1,8 +1,9 @@
 """Local files of documents: JSON lines, parquet and plain text, found by path and read by place."""
 
-import glob
 import gzip
+import io
 import itertools
+import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -12,15 +13,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from torchtitan.hf_datasets.fingerprint import fingerprint
+from torchtitan.hf_datasets.folders import search
 from torchtitan.hf_datasets.records import (
     Record,
     record_of_bytes,
     record_of_json_line,
     record_of_text,
 )
-from torchtitan.tools.errors import UserError
-
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
+from torchtitan.tools.errors import RunError
 
 
 class DocumentFile(ABC):
@@ -32,6 +33,28 @@ class DocumentFile(ABC):
         self.path = path
         self.text_key = text_key
         self.size = path.stat().st_size
+        self.name = path.name  # in checkpoints; from its folder on where a folder is read
+        self.digest = fingerprint(path)
+
+    def lost(self, error: object) -> RunError:
+        """The error for a file that was whole when the run began, and isn't now."""
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        return RunError(
+            f"{self.path} can't be read any more ({' '.join(str(reason).split())}); put the file "
+            "back as it was and start the run again: it goes on from its newest checkpoint."
+        )
+
+    def open(self) -> io.BufferedReader:
+        """Raises `RunError` where the file is gone or has another size than at the start."""
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise self.lost(error) from None
+        size = os.fstat(file.fileno()).st_size
+        if size != self.size:
+            file.close()
+            raise self.lost(f"it had {self.size:,} bytes when the run began and has {size:,}")
+        return file
 
     @abstractmethod
     def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
@@ -78,9 +101,12 @@ class JsonLinesFile(IndexedFile):
 
     def read(self, place: int) -> Record:
         start, end = int(self._bounds[place]), int(self._bounds[place + 1])
-        with self.path.open("rb") as file:
-            file.seek(start)
-            line = file.read(end - start)
+        try:
+            with self.open() as file:
+                file.seek(start)
+                line = file.read(end - start)
+        except OSError as error:
+            raise self.lost(error) from None
         return record_of_json_line(f"{self.path} line {place + 1}", line, self.text_key)
 
 
@@ -92,7 +118,8 @@ class ParquetFile(GroupedFile):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 meta = file.metadata
-                self._has_text = text_key in file.schema_arrow.names
+                self.schema = file.schema_arrow
+                self._has_text = text_key in self.schema.names
         except pyarrow.ArrowException as error:
             raise OSError(f"it is no parquet file ({str(error)[:80]})") from error
         groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
@@ -125,10 +152,13 @@ class ParquetFile(GroupedFile):
         """The texts, or None and why not."""
         if not self._has_text:
             return None, f"no '{self.text_key}' key"
+        self.open().close()  # a file that is gone or changed is no damaged row group
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 table = file.read_row_group(group, columns=[self.text_key])
-        except (pyarrow.ArrowException, OSError):
+        except (pyarrow.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # of the disk or network, not of Arrow
+                raise self.lost(error) from None
             return None, "unreadable row group"
         return table.column(self.text_key), ""
 
@@ -148,7 +178,12 @@ class TextFile(IndexedFile):
         super().__init__(path, text_key, length=1)
 
     def read(self, place: int) -> Record:
-        return record_of_bytes(str(self.path), self.path.read_bytes(), "the file")
+        try:
+            with self.open() as file:
+                content = file.read()
+        except OSError as error:
+            raise self.lost(error) from None
+        return record_of_bytes(str(self.path), content, "the file")
 
 
 class GzipLinesFile(DocumentFile):
@@ -159,43 +194,24 @@ class GzipLinesFile(DocumentFile):
     def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
         place = -1
         try:
-            with gzip.open(self.path, "rb") as lines:
+            with self.open() as file, gzip.open(file, "rb") as lines:
                 for place, line in enumerate(lines):
                     if place >= start and keep(place):
                         where = f"{self.path} line {place + 1}"
                         yield place, record_of_json_line(where, line, self.text_key)
-        except (EOFError, OSError, zlib.error):
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            self.open().close()  # a file that has changed is no damaged one
             damaged = place + 1
             if damaged >= start and keep(damaged):
                 where = f"{self.path} after line {damaged}"
                 yield damaged, Record(where, problem="unreadable gzip")
+        except OSError as error:
+            raise self.lost(error) from None
 
 
 def find_files(path: str, pattern: str | None = None) -> list[Path]:
-    """The files that training.dataset_path means: a file, all below a folder, or a glob; sorted.
-
-    `pattern` is a glob to prefer inside a folder, where it matches anything.
-    """
-    given = Path(path).expanduser()
-    if given.is_dir():
-        found = list(given.glob(pattern)) if pattern else []
-        found = found or [file for file in given.rglob("*") if not _hidden(file, given)]
-    elif given.exists():
-        found = [given]
-    else:
-        found = [Path(name) for name in glob.glob(str(given), recursive=True)]
-        if not found:
-            raise UserError(
-                f"training.dataset_path = '{path}' names no file, folder or glob that matches "
-                "anything here; correct the path."
-            )
-    files = sorted(file for file in found if file.is_file() and file.name.endswith(SUFFIXES))
-    if not files:
-        raise UserError(
-            f"training.dataset_path = '{path}' holds no file that ends in {', '.join(SUFFIXES)}; "
-            "convert the documents to one of these (JSON lines are the simplest)."
-        )
-    return files
+    """The files that training.dataset_path means; see `folders.search`."""
+    return search(path, pattern).files
 
 
 def open_file(path: Path, text_key: str) -> DocumentFile:
@@ -207,11 +223,6 @@ def open_file(path: Path, text_key: str) -> DocumentFile:
     if path.name.endswith(".txt"):
         return TextFile(path, text_key)
     return JsonLinesFile(path, text_key)
-
-
-def _hidden(file: Path, root: Path) -> bool:
-    """Caches and version control keep their files below names that start with a dot."""
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def _line_bounds(path: Path) -> np.ndarray:

@@ -1,8 +1,9 @@
 """One document as it was found: its text, or why it is skipped; and the count of the skipped."""
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torchtitan.tools.logging import logger
@@ -11,20 +12,36 @@ from torchtitan.tools.logging import logger
 # they have become at 10, 100, 1,000, ... (some data never ends, so no epoch's summary may come).
 NAMED_SKIPS = 3
 
+KINDS = {
+    list: "a list",
+    dict: "an object",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
 
 @dataclass(frozen=True)
 class Record:
-    """`where` is for people ("data.jsonl line 7"); exactly one of text and problem is set."""
+    """`where` is for people ("data.jsonl line 7"); exactly one of text and problem is set. found:
+    what was there instead of the text, where a problem with the text key leaves that open."""
 
     where: str
     text: str = ""
     problem: str = ""
+    found: str = ""
+
+    @property
+    def details(self) -> str:
+        return self.problem + (f" ({self.found})" if self.found else "")
 
 
 def record_of_text(where: str, text: object, text_key: str) -> Record:
     """Check what stood under the text key."""
     if not isinstance(text, str):
-        return Record(where, problem=f"'{text_key}' is not a string")
+        found = f"it is {KINDS.get(type(text), 'a ' + type(text).__name__)}"
+        return Record(where, problem=f"'{text_key}' is not a string", found=found)
     if not text.strip():
         return Record(where, problem="empty text")
     try:
@@ -34,9 +51,16 @@ def record_of_text(where: str, text: object, text_key: str) -> Record:
     return Record(where, text=text)
 
 
+def keys_there(keys: Iterable[str]) -> str:
+    """For a sentence; the first few of many."""
+    names = [str(key)[:40] for key in itertools.islice(keys, 9)]
+    listed = ", ".join(names[:8]) + (", ..." if names[8:] else "")
+    return f"they have: {listed}" if names else "they have no keys"
+
+
 def record_of_fields(where: str, fields: Mapping, text_key: str) -> Record:
     if text_key not in fields:
-        return Record(where, problem=f"no '{text_key}' key")
+        return Record(where, problem=f"no '{text_key}' key", found=keys_there(fields))
     return record_of_text(where, fields[text_key], text_key)
 
 

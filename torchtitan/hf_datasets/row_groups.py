@@ -47,7 +47,7 @@ class GroupedFiles(Source):
 
     def __init__(self, name: str, files: Sequence[GroupedFile]) -> None:
         self.name = name
-        self._files = files
+        self.files: Sequence[GroupedFile] = files
         self._groups = [(file, n) for file in files for n in range(len(file.group_rows))]
         self._rows = np.concatenate([file.group_rows for file in files])
         self._lines: dict[tuple[int, int], np.ndarray] = {}
@@ -56,7 +56,7 @@ class GroupedFiles(Source):
         return int(self._rows.sum())
 
     def identity(self) -> dict:
-        return {**identity_of_files(self._files), "data documents": len(self)}
+        return {**identity_of_files(self.files), "data documents": len(self)}
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         pools = _pools(self._pieces(seed, epoch, shard), POOL_BYTES // shard.count)
@@ -64,7 +64,7 @@ class GroupedFiles(Source):
 
     def num_lanes(self) -> int:
         """Few enough for each lane to have a row group of its own and to hold it in memory."""
-        group_bytes = sum(int(file.group_bytes.sum()) for file in self._files) / len(self._groups)
+        group_bytes = sum(int(file.group_bytes.sum()) for file in self.files) / len(self._groups)
         most = min(len(self._groups), int(POOL_BYTES / max(1, group_bytes)))
         return lanes_of_documents(len(self), most)
 

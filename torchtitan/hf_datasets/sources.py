@@ -11,20 +11,27 @@ components/dataloader.py: how many there are never depends on who reads them.
 import bisect
 import copy
 import itertools
+import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from torchtitan.components.data_identity import CONTENTS, REVISION
 from torchtitan.hf_datasets.files import DocumentFile, IndexedFile
 from torchtitan.hf_datasets.order import order
 from torchtitan.hf_datasets.records import Record, record_of_fields
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import RunError, UserError
+from torchtitan.tools.logging import logger
 
 # Documents of a stream that are shuffled among each other, in all lanes together (a process that
 # reads every lane holds so many); read again when a run resumes.
 WINDOW = 4096
+# Seconds to wait before each new attempt at a stream that has failed; `datasets` has made its own
+# attempts before it lets a failure through.
+RECONNECT_AFTER = (1, 2, 4, 8)
 # A lane costs an open file and a line in the checkpoint. More are good for more ranks only, and 64
 # share well among the usual powers of two.
 MOST_LANES = 64
@@ -78,6 +85,7 @@ class Source(ABC):
     """Picklable: each loader process opens its own readers."""
 
     name: str
+    files: Sequence[DocumentFile] = ()  # none, of the hub
 
     @abstractmethod
     def identity(self) -> dict:
@@ -103,7 +111,7 @@ class IndexedFiles(Source):
 
     def __init__(self, name: str, files: Sequence[IndexedFile]) -> None:
         self.name = name
-        self._files = files
+        self.files: Sequence[IndexedFile] = files
         self._ends = np.cumsum([file.length for file in files]).tolist()
 
     def __len__(self) -> int:
@@ -112,10 +120,10 @@ class IndexedFiles(Source):
     def read(self, document: int) -> Record:
         file = bisect.bisect_right(self._ends, document)
         before = self._ends[file - 1] if file else 0
-        return self._files[file].read(document - before)
+        return self.files[file].read(document - before)
 
     def identity(self) -> dict:
-        return {**identity_of_files(self._files), "data documents": len(self)}
+        return {**identity_of_files(self.files), "data documents": len(self)}
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         return _PermutedReader(self, seed, epoch, shard)
@@ -223,9 +231,11 @@ class HubStream(Source):
         self.name = name
         self._dataset = dataset
         self._text_key = text_key
+        self._revision = revision_of(dataset)
 
     def identity(self) -> dict:
-        """What `datasets` tells without reading; a change of the documents alone stays unseen."""
+        """What `datasets` tells without reading. Off the hub, a change of the documents alone stays
+        unseen; on it, the revision shows it."""
         info, split = self._dataset.info, str(self._dataset.split)
         known = (info.splits or {}).get(split)
         return {
@@ -235,7 +245,7 @@ class HubStream(Source):
             "data split": split,
             "data files": self._dataset.num_shards,
             "data documents": known and known.num_examples,
-        }
+        } | ({REVISION: self._revision} if self._revision else {})
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         return WindowShuffledReader(self._stream(shard), seed, epoch, window_of(shard))
@@ -265,22 +275,45 @@ class _HubReader(Reader):
         self.load_state_dict({"number": 0, "dataset": None})
 
     def __next__(self) -> Record:
-        if self._examples is None:
-            # Plain `iter` would split the files over the loader's workers once more.
-            self._examples = self._dataset.iter(batch_size=1)
-        fields = {key: column[0] for key, column in next(self._examples).items()}
+        fields = {key: column[0] for key, column in self._next_example().items()}
         self._number += 1
         where = f"{self._name}, document {self._number} of this lane's stream"
         return record_of_fields(where, fields, self._text_key)
 
+    def _next_example(self) -> dict:
+        """Begins the stream again behind the last document where it fails, a few times."""
+        for seconds in (*RECONNECT_AFTER, None):
+            try:
+                if self._examples is None:
+                    # Plain `iter` would split the files over the loader's workers once more.
+                    self._examples = self._dataset.iter(batch_size=1)
+                example = next(self._examples)
+                self._has_begun = True
+                return example
+            except StopIteration:
+                raise
+            except Exception as error:  # clients of networks have no common class for theirs
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            where = f"training.dataset '{self._name}' behind document {self._number} of a stream"
+            if seconds is None:
+                raise RunError(
+                    f"{where} can't be read any more ({reason}), after {len(RECONNECT_AFTER)} new "
+                    "attempts; check the network and the data set and start the run again: it goes "
+                    "on from its newest checkpoint."
+                )
+            logger.warning(f"{where} can't be read ({reason}); the next attempt in {seconds} s")
+            time.sleep(seconds)
+            self.load_state_dict(self.state_dict())
+        raise AssertionError("the last attempt returns or raises")
+
     def state_dict(self) -> dict:
-        if self._examples is None:  # `datasets` tells a loaded position only once it iterates
+        if not self._has_begun:  # `datasets` tells a loaded position only once it iterates
             return self._loaded
         return {"number": self._number, "dataset": self._dataset.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self._loaded = state
-        self._number, self._examples = state["number"], None
+        self._number, self._examples, self._has_begun = state["number"], None, False
         if state["dataset"] is not None:
             self._dataset.load_state_dict(state["dataset"])
 
@@ -329,7 +362,15 @@ def identity_of_files(files: Sequence[DocumentFile]) -> dict:
         "training.dataset_text_key": files[0].text_key,
         "data files": len(files),
         "data bytes": sum(file.size for file in files),
+        CONTENTS: [[file.name, file.size, file.digest] for file in files],
     }
+
+
+def revision_of(dataset) -> str | None:
+    """The commit that the files of a streamed dataset of the hub belong to, by their addresses."""
+    addresses = str(getattr(getattr(dataset, "_ex_iterable", None), "kwargs", ""))
+    found = re.search(r"hf://datasets/[^@'\"]+@([^/'\"]+)/", addresses)
+    return found[1] if found else None
 
 
 def window_of(shard: Shard) -> int:

@@ -1,7 +1,7 @@
 """Text as training examples: the windows of the lanes, and who takes which."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import IterableDataset
@@ -19,6 +19,7 @@ from torchtitan.hf_datasets.catalog import open_source
 from torchtitan.hf_datasets.lanes import START, Lane
 from torchtitan.hf_datasets.records import Skips
 from torchtitan.hf_datasets.sources import Shard, Source
+from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 Example = tuple[dict, torch.Tensor]
@@ -153,19 +154,28 @@ def build_text_dataloader(
         infinite=infinite,
     )
     loader = build_dataloader(dataset)
-    report_lanes(source.name, dataset.num_lanes, share)
+    report_lanes(source.name, dataset.num_lanes, share, [source])
     return loader
 
 
-def report_lanes(name: str, lanes: int, share: Share) -> None:
-    """Say how many there are and, where this layout reads them twice, which number fits it."""
-    logger.info(f"Data {name}: dealt to {lanes} lanes")
+def report_lanes(name: str, lanes: int, share: Share, sources: Sequence[Source] = ()) -> None:
+    """Say how many streams there are and, where this layout makes them several times, which number
+    a new run could have instead: one that the `sources` accept."""
+    logger.info(f"Data {name}: its documents form {lanes} streams (training.dataset_lanes)")
     times = share.times_made(lanes)
-    if times >= 2:
-        # Without workers only the ranks share; with them each batch is another process's.
-        good = share.dp_degree if share.num_workers < 2 else share.processes * share.batch_size
-        logger.warning(
-            f"Data {name}: {share.processes} loader processes share {lanes} lanes so that each "
-            f"token is made {times:.1f} times; a multiple of {good} as training.dataset_lanes "
-            "makes it once"
-        )
+    if times < 2:
+        return
+    # Without workers only the ranks share; with them each batch is another process's.
+    good = share.dp_degree if share.num_workers < 2 else share.processes * share.batch_size
+    instead = good * max(1, round(lanes / good))
+    advice = f"; a new run avoids it with training.dataset_lanes = {instead}"
+    try:
+        for source in sources:
+            source.check_lanes(instead)
+    except UserError:  # there are too few documents for it
+        advice = ""
+    logger.warning(
+        f"Data {name}: {share.processes} processes read {lanes} streams, so each document is "
+        f"tokenized {times:.1f} times, which costs time and changes no number{advice}; a run that "
+        f"goes on from a checkpoint keeps its streams"
+    )

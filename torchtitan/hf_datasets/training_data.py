@@ -79,7 +79,7 @@ def _build_blended(
                 source, tokenizer, training.seq_len, share=share, num_lanes=num_lanes, seed=seed
             )
     loader = build_dataloader(BlendedDataset(datasets, Turns(stretches)))
-    report_lanes("blend", num_lanes, share)
+    report_lanes("blend", num_lanes, share, list(sources.values()))
     return loader
 
 

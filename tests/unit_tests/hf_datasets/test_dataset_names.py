@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit_tests.hf_datasets.byte_tokenizer import OneTokenAByte
 from torchtitan.components.dataloader import merge_states
-from torchtitan.hf_datasets import build_text_dataloader, files, open_source
+from torchtitan.hf_datasets import build_text_dataloader, check_dataset, files, open_source
 from torchtitan.hf_datasets.sources import HubStream, Shard
 from torchtitan.tools.errors import UserError
 
@@ -45,6 +45,29 @@ def test_names_and_paths_that_mean_nothing_are_refused(name, path, sentence):
         open_source(name, path, "text")
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("sampel", "'sampel' is not known; did you mean 'sample'"),
+        ("txt", "'txt' is not known; did you mean 'text'"),
+        ("mine", "'mine' is not known; did you mean 'text'"),
+        ("c4@", None),
+        ("c4", None),
+        ("org/name", None),
+        ("org/name:config@v1", None),
+        ("text", None),
+    ],
+)
+def test_a_name_beside_a_path_must_be_one_too(jsonl, name, sentence):
+    path = str(jsonl("a.jsonl", ["mine"]))
+    if sentence is None:
+        check_dataset(name, path)
+        return
+    with pytest.raises(UserError, match=sentence) as error:
+        check_dataset(name, path)
+    assert "With training.dataset_path the usual name is 'text'" in str(error.value)
+
+
 def test_hub_datasets_are_asked_for_by_repository_config_and_split(monkeypatch):
     asked = []
 
@@ -53,14 +76,25 @@ def test_hub_datasets_are_asked_for_by_repository_config_and_split(monkeypatch):
         return datasets.Dataset.from_list([{"text": "from the hub"}]).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    for name in ("c4", "c4_validation", "org/name", "org/name:small"):
+    for name in (
+        "c4",
+        "c4_validation",
+        "org/name",
+        "org/name:small",
+        "org/name:small@v2",
+        "c4@abc",
+    ):
         assert isinstance(open_source(name, None, "text"), HubStream)
     assert asked == [
         ("allenai/c4", {"name": "en", "split": "train", "streaming": True}),
         ("allenai/c4", {"name": "en", "split": "validation", "streaming": True}),
         ("org/name", {"name": None, "split": "train", "streaming": True}),
         ("org/name", {"name": "small", "split": "train", "streaming": True}),
+        ("org/name", {"name": "small", "split": "train", "streaming": True, "revision": "v2"}),
+        ("allenai/c4", {"name": "en", "split": "train", "streaming": True, "revision": "abc"}),
     ]
+    sources = [open_source(name, None, "text") for name in ("org/name", "org/name@v2")]
+    assert sources[0].identity() == sources[1].identity(), "what was asked for is no identity"
 
 
 def test_a_hub_without_network_is_one_sentence_with_the_way_out(monkeypatch):

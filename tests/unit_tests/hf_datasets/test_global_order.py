@@ -270,20 +270,33 @@ def test_a_position_of_other_readers_is_damaged(tmp_path):
     ("share", "line"),
     [
         (Share(0, 8), None),
-        (Share(0, 128), "128 loader processes share 64 lanes .* made 2.0 times; a multiple of 128"),
-        (Share(0, 3), "3 loader processes .* made 3.0 times; a multiple of 3 as"),
-        (Share(0, 2, batch_size=3, num_workers=2), "4 loader .* 2.0 times; a multiple of 12 as"),
+        (
+            Share(0, 128),
+            "128 processes read 64 streams.* 2.0 times.*a new run .*dataset_lanes = 128",
+        ),
+        (Share(0, 3), "3 processes read 64 streams.* 3.0 times.*a new run .*dataset_lanes = 63"),
+        (Share(0, 2, batch_size=3, num_workers=2), "4 processes .* 2.0 .*dataset_lanes = 60"),
     ],
 )
 def test_a_layout_that_reads_lanes_twice_is_told_which_number_does_not(share, line, log):
     report_lanes("mine", 64, share)
-    assert log[0] == "Data mine: dealt to 64 lanes"
+    assert log[0] == "Data mine: its documents form 64 streams (training.dataset_lanes)"
     if line is None:
         assert len(log) == 1
     else:
         assert re.search(line, log[1])
-        good = int(line.split("multiple of ")[1].split()[0])
+        assert log[1].endswith("a run that goes on from a checkpoint keeps its streams")
+        good = int(line.rpartition(" ")[2])
         assert share.times_made(good) == 1
+
+
+def test_no_number_of_streams_is_advised_that_the_data_has_not(tmp_path, log):
+    source = make_source("plain", tmp_path)  # 41 documents
+    log.clear()
+    report_lanes("mine", 2, Share(0, 64), [source])
+    assert "64 processes read 2 streams" in log[1] and "a new run" not in log[1]
+    report_lanes("mine", 2, Share(0, 3), [source])
+    assert "a new run avoids it with training.dataset_lanes = 3;" in log[3]
 
 
 def test_one_bad_file_of_a_lane_is_no_reason_to_stop_and_bad_data_is(tmp_path, jsonl):
