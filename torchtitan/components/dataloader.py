@@ -186,10 +186,6 @@ class ParallelAwareDataLoader:
                 "set fewer and start the run again: it goes on from its newest checkpoint."
             ) from None
 
-    def identity(self) -> dict[str, Any]:
-        """What it reads, and how: see `data_identity`."""
-        return self._dataset.identity()
-
     def local_state(self) -> dict[str, Any]:
         """What this rank knows of the position, for `merge_states`."""
         assert self._dataset.infinite, "a single pass through the data has no position to resume"
