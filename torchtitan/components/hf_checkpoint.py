@@ -21,15 +21,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.components.checkpoint_files import steps_with_folder
+from torchtitan.components.hf_assets import find_assets, write_assets
 from torchtitan.components.hf_files import (
     CONFIG,
     INDEX,
     SCALE,
     HFFolder,
     HFWriter,
-    copy_assets,
     plan_layout,
-    write_config,
 )
 from torchtitan.config import JobConfig
 from torchtitan.ops.block_fp8 import scale_shape
@@ -56,6 +55,7 @@ def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> N
     adapter = spec.state_dict_adapter(model_args, config.model.hf_assets_path)
     if settings.last_save_in_hf:
         adapter.check_export()
+        find_assets(config.model.hf_assets_path)
     own = Path(config.job.dump_folder, settings.folder)
     if settings.initial_load_in_hf and not steps_with_folder(own):
         folder = HFFolder(initial_hf_folder(config))
@@ -129,8 +129,10 @@ def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
     reasons = [adapter.left_out(name) for name in folder.file_of if name not in wanted]
     for reason, count in Counter(filter(None, reasons)).items():
         logger.info("%s: %d tensors left out (%s)", folder.path, count, reason)
+    tell_notes(folder.path, adapter.notes())
     if not folder.config:
         return
+    tell_notes(folder.path / CONFIG, adapter.notes_on(folder.config))
     theirs = type(adapter)(adapter.args_of(folder.config)).hf_config()
     free = ("max_position_embeddings", "initializer_range")
     differing = [
@@ -144,6 +146,12 @@ def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
             folder.path / CONFIG,
             ", ".join(differing),
         )
+
+
+def tell_notes(path: Path, notes: list[str]) -> None:
+    """Warn, once for all ranks, of what readers of a folder don't agree about."""
+    for note in notes if _rank() == 0 else []:
+        logger.warning("%s: %s", path, note)
 
 
 def check_shapes(folder: HFFolder, pieces: list[Piece]) -> None:
@@ -229,10 +237,10 @@ def save_hf(
     """Write `model` as a Hugging Face folder: safetensors, index, config.json, tokenizer files.
 
     dtype: of the weights; the router's bias stays fp32 and is written minus its mean. assets_path:
-    folder with the tokenizer and, if there is one, a config.json to take token ids and the like
-    from. group: all ranks; its patience must outlast the slowest disk. The folder appears under its
-    name when it is whole; one that was there is replaced. Raises `UserError` where Hugging Face has
-    no such model, `OSError` where the folder can't be written.
+    folder with the tokenizer (hf_assets.py says what is taken from it). group: all ranks; its
+    patience must outlast the slowest disk. The folder appears under its name when it is whole; one
+    that was there is replaced. Raises `UserError` where Hugging Face has no such model, `OSError`
+    where the folder can't be written.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
@@ -240,6 +248,7 @@ def save_hf(
     pieces = adapter.pieces()
     with _all_or_none(group):
         adapter.check_export()
+        tell_notes(path, adapter.notes())
         writer = HFWriter(tmp, plan_layout(pieces, dtype))
         if _rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -254,8 +263,7 @@ def save_hf(
     with _all_or_none(group):
         if _rank() == 0:
             (tmp / INDEX).write_text(writer.layout.index() + "\n", encoding="utf-8")
-            copy_assets(assets_path, tmp)
-            write_config(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=False)
+            write_assets(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=False)
             replace_folder(tmp, path)
 
 

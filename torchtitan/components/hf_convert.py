@@ -45,6 +45,7 @@ from torchtitan.components.checkpoint_files import (
 from torchtitan.components.checkpoint_storage import read_tensor_index
 from torchtitan.components.ema import PREFIX as EMA_PREFIX
 from torchtitan.components.ema import check_has_average
+from torchtitan.components.hf_assets import write_assets
 from torchtitan.components.hf_checkpoint import (
     centred,
     check_folder,
@@ -54,6 +55,7 @@ from torchtitan.components.hf_checkpoint import (
     replace_folder,
     routing_changes,
     say_what_differs,
+    tell_notes,
 )
 from torchtitan.components.hf_files import (
     INDEX,
@@ -62,9 +64,7 @@ from torchtitan.components.hf_files import (
     HFFolder,
     HFWriter,
     Layout,
-    copy_assets,
     plan_layout,
-    write_config,
 )
 from torchtitan.components.journal import Journal
 from torchtitan.ops.block_fp8 import quantize_blocks
@@ -294,6 +294,7 @@ def checkpoint_to_hf(
     `UserError` for a damaged checkpoint, and one of another model, with all names.
     """
     adapter.check_export()
+    tell_notes(target, adapter.notes())
     require_checkpoint(checkpoint)
     stored = StoredTensors(checkpoint, averaged=averaged)
     pieces = adapter.pieces()
@@ -317,8 +318,7 @@ def checkpoint_to_hf(
         journal.add(unit[0].ours)
     _report_routing(adapter, stored, dtype)
     (tmp / INDEX).write_text(layout.index() + "\n", encoding="utf-8")
-    copy_assets(assets_path, tmp)
-    write_config(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=fp8)
+    write_assets(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=fp8)
     journal.remove()
     replace_folder(tmp, target)
 

@@ -168,7 +168,7 @@ class TikTokenTokenizer(Tokenizer):
 
 def load_tokenizer(path: str) -> Tokenizer:
     """Load from a folder (model.hf_assets_path) or a file; the file says which kind it is."""
-    found = _locate(path)
+    found = locate(path)
     file = _choose_file(found) if found.is_dir() else found
     if file.name.endswith(".json"):
         tokenizer: Tokenizer = HuggingFaceTokenizer(file)
@@ -181,7 +181,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     return tokenizer
 
 
-def _locate(path: str) -> Path:
+def locate(path: str) -> Path:
+    """The folder or file that model.hf_assets_path names. Raises `UserError`."""
     given = Path(path).expanduser()
     if given.exists():
         return given

@@ -70,6 +70,7 @@ deepseekv3_args = {
         moe_args=_v2_experts(num_experts=64, num_shared_experts=2, top_k=6),
         q_lora_rank=0,
         mscale=0.707,
+        context_len=4096,
     ),
     "236B": DeepSeekV3ModelArgs(
         vocab_size=102400,
@@ -89,6 +90,7 @@ deepseekv3_args = {
             route_scale=16.0,
         ),
         q_lora_rank=1536,
+        context_len=4096,
     ),
     "671B": DeepSeekV3ModelArgs(
         vocab_size=129280,
@@ -107,6 +109,7 @@ deepseekv3_args = {
             route_scale=2.5,
         ),
         q_lora_rank=1536,
+        context_len=4096,
     ),
     "Moonlight-16B-A3B": DeepSeekV3ModelArgs(
         vocab_size=163840,
@@ -121,6 +124,7 @@ deepseekv3_args = {
         q_lora_rank=0,
         rope_theta=50000.0,
         yarn="off",  # trained at 8192 as it is
+        context_len=8192,
     ),
     "Kimi-K2": DeepSeekV3ModelArgs(
         vocab_size=163840,
@@ -135,6 +139,7 @@ deepseekv3_args = {
         rope_theta=50000.0,
         rope_factor=32.0,
         beta_fast=1.0,
+        context_len=4096,
     ),
 }
 
