@@ -148,8 +148,8 @@ def check_export(args: DeepSeekV3ModelArgs) -> None:
 
 def _check_lengths(args: DeepSeekV3ModelArgs) -> None:
     """transformers 4.5x takes max_position_embeddings over the original length for the factor."""
-    quotient = args.max_positions / args.original_seq_len
-    if args.use_yarn and not math.isclose(quotient, args.rope_factor, rel_tol=1e-9):
+    quotient = round(args.rope_factor * args.original_seq_len) / args.original_seq_len
+    if args.yarn != "off" and not math.isclose(quotient, args.rope_factor, rel_tol=1e-9):
         raise UserError(
             f"model.args.rope_factor ({args.rope_factor}) times original_seq_len "
             f"({args.original_seq_len}) must be a whole number of positions for a config.json that "
