@@ -214,13 +214,14 @@ class ConfigReader:
 
 
 def rope_settings(
-    config: ConfigReader, default_theta: float | None
+    config: ConfigReader, default_theta: float | None, *kinds: str
 ) -> tuple[str, float, ConfigReader]:
     """Kind of scaling ("default": none), base, and the scaling's numbers.
 
     transformers 5 writes `rope_parameters`, all others `rope_scaling` beside `rope_theta`.
-    default_theta: None where readers of a config without the base don't agree on one. Raises
-    `UserError` where the two tables, or their names for one thing, contradict each other.
+    default_theta: None where readers of a config without the base don't agree on one. kinds: that
+    the family has beside "default". Raises `UserError` for others, and where the two tables, or
+    their names for one thing, contradict each other.
     """
     tables = {key: config.table(key) for key in ("rope_parameters", "rope_scaling")}
     contents = [_scaling(table) for table in tables.values() if _scaling(table)]
@@ -240,7 +241,8 @@ def rope_settings(
         raise KeyError("rope_theta")
     theta = next(iter(bases.values()), default_theta)
     scaling = tables[name]
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.only("rope_type", "default", *kinds)
+    kind = kind or scaling.only("type", "default", *kinds, default="default")
     scaling.only("type", kind)
     scaling.only("partial_rotary_factor", 1)
     if kind == "default":

@@ -237,10 +237,9 @@ def read_hf_config(config: ConfigReader) -> DeepSeekV3ModelArgs:
 
 
 def _read_positions(config: ConfigReader) -> dict[str, Any]:
-    kind, theta, scaling = rope_settings(config, 10000.0)
+    kind, theta, scaling = rope_settings(config, 10000.0, "yarn")
     if kind == "default":
         return {"rope_theta": theta, "yarn": "off"}
-    expect("rope_scaling.type", kind, "yarn")
     factor = scaling.number("factor")
     numbers = {
         "rope_factor": factor,
@@ -325,7 +324,7 @@ def config_notes(config: ConfigReader) -> list[str]:
             'topk_method "greedy" leaves n_group unused here and in transformers; vLLM and SGLang '
             "choose by groups all the same"
         )
-    kind, _, scaling = rope_settings(config, 10000.0)
+    kind, _, scaling = rope_settings(config, 10000.0, "yarn")
     if kind == "default":
         return notes
     factor, positions = scaling.number("factor"), config.integer("max_position_embeddings")

@@ -6,7 +6,6 @@ from torchtitan.models.decoder.hf_config import (
     ConfigReader,
     check_aliases,
     check_layer_types,
-    expect,
     refuse_export,
     rope_settings,
 )
@@ -94,8 +93,7 @@ class Qwen3StateDictAdapter(TableAdapter):
         # Of no use without use_sliding_window, which published files have false.
         config.get("sliding_window")
         config.only("rope_interleave", False)
-        kind, rope_theta, _ = rope_settings(config, None)
-        expect("rope_scaling.rope_type", kind, "default")
+        _, rope_theta, _ = rope_settings(config, None)
         sizes = _read_experts(config) if is_moe else {}
         return Qwen3ModelArgs(
             vocab_size=config.integer("vocab_size"),
