@@ -24,6 +24,11 @@ def train(folder: Path, *more: str, **changes) -> None:
     assert main([*tiny(folder, **settings), *more]) == 0
 
 
+def said(capsys) -> str:
+    """Since the last call."""
+    return "".join(capsys.readouterr())
+
+
 def stored_args(folder: Path, step: int) -> dict:
     return json.loads((folder / f"checkpoint/step-{step}/meta.json").read_text())["model"][
         "all_args"
@@ -41,23 +46,23 @@ def long(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["ours", "Hugging Face's"])
-def test_yarn_stays_on_under_loaded_weights(long, tmp_path, caplog, kind):
+def test_yarn_stays_on_under_loaded_weights(long, tmp_path, capsys, kind):
     load = {"checkpoint.initial_load_path": long / "checkpoint/step-2"}
     if kind == "Hugging Face's":
         load = {"checkpoint.initial_load_path": long / "hf/checkpoint/step-2-hf"}
         load["checkpoint.initial_load_in_hf"] = True
     train(tmp_path / "auto", **load)
-    assert caplog.text.count(STAYS) == 1 and "means another model" not in caplog.text
+    text = said(capsys)
+    assert text.count(STAYS) == 1 and "means another model" not in text
     assert stored_args(tmp_path / "auto", 2)["yarn"] == "on"
     assert json.loads((tmp_path / "auto/model_args.json").read_text())["yarn"] == "on"
-    caplog.clear()
     train(tmp_path / "on", **load, model__args__yarn="on")
-    assert "YaRN" not in caplog.text
+    assert "YaRN" not in said(capsys)
     assert losses(tmp_path / "auto") == losses(tmp_path / "on")
 
     train(tmp_path / "off", **load, model__args__yarn="off")
     told = "means another model" if "in_hf" in str(load) else "YaRN is off from here on"
-    assert told in caplog.text
+    assert told in said(capsys)
     assert losses(tmp_path / "off")[0] != losses(tmp_path / "on")[0]
     # ... and goes on in the same way.
     train(tmp_path / "auto", training__steps=4)
@@ -65,28 +70,28 @@ def test_yarn_stays_on_under_loaded_weights(long, tmp_path, caplog, kind):
     assert losses(tmp_path / "auto") == losses(tmp_path / "on")
 
 
-def test_a_run_that_is_resumed_with_shorter_sequences_keeps_it(tmp_path, caplog):
+def test_a_run_that_is_resumed_with_shorter_sequences_keeps_it(tmp_path, capsys):
     train(tmp_path, training__seq_len=64)
     train(tmp_path, training__steps=4)
-    assert STAYS in caplog.text and stored_args(tmp_path, 4)["yarn"] == "on"
+    assert STAYS in said(capsys) and stored_args(tmp_path, 4)["yarn"] == "on"
 
 
-def test_a_phase_asks_for_it_by_length_as_the_run_does(long, tmp_path, caplog):
+def test_a_phase_asks_for_it_by_length_as_the_run_does(long, tmp_path, capsys):
     load = {"checkpoint.initial_load_path": long / "checkpoint/step-2"}
     train(tmp_path, as_option([{"tokens": 1e6, "seq_len": 16, "yarn": "auto"}]), **load)
-    assert STAYS in caplog.text
+    assert STAYS in said(capsys)
     assert stored_args(tmp_path, 2)["yarn"] == "on"
 
 
-def test_other_numbers_of_yarn_and_yarn_by_a_longer_run_are_told(long, tmp_path, caplog):
+def test_other_numbers_of_yarn_and_yarn_by_a_longer_run_are_told(long, tmp_path, capsys):
     load = {"checkpoint.initial_load_path": long / "checkpoint/step-2"}
     train(tmp_path / "4", **load, training__seq_len=64, model__args__rope_factor=4)
-    assert "YaRN changes what the weights mean: rope_factor 4.0 (8.0 so far)" in caplog.text
+    assert "YaRN changes what the weights mean: rope_factor 4.0 (8.0 so far)" in said(capsys)
     train(tmp_path / "short")
-    caplog.clear()
+    said(capsys)
     load = {"checkpoint.initial_load_path": tmp_path / "short/checkpoint/step-2"}
     train(tmp_path / "longer", **load, training__seq_len=64)
-    assert "YaRN is on from here on, and the weights were trained without it" in caplog.text
+    assert "YaRN is on from here on, and the weights were trained without it" in said(capsys)
 
 
 PHASES = [
@@ -95,13 +100,14 @@ PHASES = [
 ]
 
 
-def test_phases_tell_of_it_and_a_resumed_run_goes_on_as_it_was(tmp_path, caplog):
+def test_phases_tell_of_it_and_a_resumed_run_goes_on_as_it_was(tmp_path, capsys):
     train(tmp_path / "whole", as_option(PHASES), training__steps=4)
-    assert caplog.text.count("YaRN is off from here on") == 1
+    text = said(capsys)
+    assert text.count("YaRN is off from here on") == 1
     train(tmp_path / "parts", as_option(PHASES))
     train(tmp_path / "parts", as_option(PHASES), training__steps=4)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    assert STAYS not in caplog.text
+    assert STAYS not in said(capsys)
 
 
 def test_exports_name_the_longest_context_of_all_runs(tmp_path):

@@ -3,7 +3,7 @@
 Numbers of 16B (V2-Lite), 236B (V2) and 671B (V3) are those of the official inference configurations
 (config_16B/236B/671B.json of deepseek-ai/DeepSeek-V3); Moonlight-16B-A3B and Kimi-K2 are the V3
 architecture with the numbers of their published config.json (moonshotai on the Hugging Face hub).
-Released weights of all but Moonlight went through YaRN: to continue them, set model.args.yarn "on".
+Released weights of all but Moonlight went through YaRN, which stays on when a run loads them.
 """
 
 from typing import Any
