@@ -22,7 +22,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from torchtitan.components.hf_files import ASSETS, CONFIG, INDEX
+from torchtitan.components.hf_assets import ASSETS, GENERATION
+from torchtitan.components.hf_files import CONFIG, INDEX
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.script import run_script
@@ -39,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def download(args: argparse.Namespace) -> None:
     """Raises `UserError` where the hub can't be reached or has no such model."""
-    patterns = [*ASSETS, CONFIG, *([INDEX, "*.safetensors"] if args.weights else [])]
+    patterns = [*ASSETS, CONFIG, GENERATION, *([INDEX, "*.safetensors"] if args.weights else [])]
     target = args.folder / args.repo_id.rpartition("/")[2]
     try:
         snapshot_download(

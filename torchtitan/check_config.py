@@ -1,6 +1,6 @@
 """What can be found wrong with a run before a process group or a GPU is touched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -69,15 +69,23 @@ def check_config(config: JobConfig) -> Checked:
 
 
 def model_args_of(
-    config: JobConfig, spec: TrainSpec, seq_len: int, yarn: str | None = None
+    config: JobConfig,
+    spec: TrainSpec,
+    seq_len: int,
+    yarn: str | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> BaseModelArgs:
     """Those of the run, for sequences of `seq_len` tokens; yarn takes the place of model.args'.
-    Raises `UserError`."""
+    kept: of the weights that the run began from (`BaseModelArgs.keep_from`); their YaRN holds
+    where "auto" is asked for. Raises `UserError`."""
     flavor = get_flavor(spec, config.model.name, config.model.flavor)
 
     def args_for(overrides: dict[str, Any]) -> BaseModelArgs:
+        overrides = overrides | dict(kept or {})
+        if yarn is not None and not (yarn == "auto" and "yarn" in overrides):
+            overrides["yarn"] = yarn
         return flavor.for_run(
-            overrides=overrides | ({"yarn": yarn} if yarn else {}),
+            overrides=overrides,
             seq_len=seq_len,
             force_load_balance=config.debug.moe_force_load_balance,
         )

@@ -44,10 +44,10 @@ from torchtitan.components.optimizer import build_optimizer, group_rules
 from torchtitan.components.traffic import traffic_line
 from torchtitan.components.validate import Validator
 from torchtitan.components.working_weights import build_working_weights
-from torchtitan.config import JobConfig
+from torchtitan.config import JobConfig, run_schedule
 from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.config.played_run import without_checkpoints
-from torchtitan.config.run_schedule import Sequences, largest_coefficients
+from torchtitan.config.run_schedule import Now, Sequences, largest_coefficients
 from torchtitan.distributed.agreement import Settings
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
@@ -64,7 +64,7 @@ from torchtitan.hf_datasets import build_training_dataloader, data_numbers
 from torchtitan.hf_datasets.validation_data import build_validation_dataloader
 from torchtitan.models.moe.balancing import Load, step_loads, update_expert_bias
 from torchtitan.passes import Batch, Passes
-from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.report import Interval, StepResult, balance_of, traffic_of
 from torchtitan.same_run import identity_of_start, settings_of_run
 from torchtitan.tools.cpu import bound_onednn_cache, lacks_bf16
@@ -111,6 +111,7 @@ class Trainer:
         self.checkpoint = build_checkpoint_manager(config, self.spec, self.model_args, layout)
         self._open.callback(self.checkpoint.close)
         start = self.checkpoint.find_start()
+        self._keep_context(start)
         seed = self.checkpoint.seed = set_determinism(config.debug, self.device, start.seed)
         ranks = {"dp_rank": self.dims.dp_rank(self.rank), "dp_degree": self.dims.dp_degree}
         meeting_of_ranks(config.comm).agree(lambda: self._open_data(start, seed, ranks))
@@ -186,6 +187,33 @@ class Trainer:
             self.validation_data = data
             found |= {f"validation: {name}": value for name, value in data.identity().items()}
         return found
+    def _keep_context(self, start: Start) -> None:
+        """Positions stay encoded as the weights that are about to be loaded have it, where only the
+        lengths of this run would change it."""
+        self.kept: dict[str, Any] = {}
+        self.trained_as = self.checkpoint.stored_args(start, self.model_args)
+        if self.trained_as is None:
+            return
+        schedule = run_schedule(self.config, self.dims.dp_degree)
+        # A phase of this run may have changed it already: then this run goes on as it was.
+        begun = [self._args_of(each) for each in schedule.begun(start.tokens_seen)]
+        options = [args.keep_from(self.trained_as) for args in begun]
+        self.kept, told = min(options, key=lambda option: len(option[1]))
+        if not start.in_hf:  # there the two config.json are compared when weights are loaded
+            now = self._args_of(schedule.at(start.tokens_seen))
+            told = told + now.context_changes(self.trained_as)
+        self._tell(told)
+        self.model_args = self._args_of(schedule.ends[0])
+        self.checkpoint.set_model_args(self.model_args)
+        if self.rank == 0:
+            save_config(self.config, self.model_args)
+
+    def _args_of(self, now: Now) -> BaseModelArgs:
+        return model_args_of(self.config, self.spec, now.seq_len, now.yarn, self.kept)
+
+    def _tell(self, sentences: list[str]) -> None:
+        for sentence in sentences if self.rank == 0 else []:
+            logger.warning("%s", sentence)
 
     def _build_model(self, plan: PipelinePlan | None) -> list[BaseModel]:
         """Returns its parts by stage, with a pipeline."""
@@ -410,7 +438,7 @@ class Trainer:
         context = self.checkpoint.identity.all_args
         to_step, tokens_seen = self.checkpoint.rewind(self.run_state)
         if self.checkpoint.identity.all_args != context:
-            self.sequences = None
+            self.sequences = self.trained_as = None
         self.watch.count_rewind(self.step, to_step)
         self.step, self.tokens_seen = to_step, tokens_seen
         self.metrics.rewind(to_step)
@@ -432,6 +460,7 @@ class Trainer:
         self.now = now
         if now.sequences != self.sequences:
             self._change_sequences()
+        self.trained_as = self.model_args
         if not now.phase:
             return
         if now.phase != before.phase:
@@ -444,7 +473,12 @@ class Trainer:
         is made anew, as a run that begins here would make it."""
         now = self.now
         self.sequences = now.sequences
-        self.model_args = model_args_of(self.config, self.spec, now.seq_len, now.yarn)
+        if self.trained_as is not None:
+            longest = max(each.seq_len for each in self.schedule.begun(self.tokens_seen))
+            self.kept["context_len"] = max(self.model_args.context_len or 0, longest)
+        self.model_args = self._args_of(now)
+        if self.trained_as is not None:
+            self._tell(self.model_args.context_changes(self.trained_as))
         self.model.set_context(self.model_args)
         self.checkpoint.set_model_args(self.model_args)
         positions: list[Any] = [None] * dist.get_world_size()

@@ -52,6 +52,7 @@ from torchtitan.components.checkpoint_storage import (
 from torchtitan.components.ema import has_average
 from torchtitan.components.hf_checkpoint import initial_hf_folder, load_hf, save_hf
 from torchtitan.components.hf_files import plan_layout
+from torchtitan.components.stored_model import args_at_start
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
 from torchtitan.distributed.groups import group_of
 from torchtitan.distributed.utils import RanksOf
@@ -115,6 +116,10 @@ class CheckpointManager:
         self.identity = replace(self.identity, all_args=asdict(model_args))
         if self._adapter is not None:
             self._adapter.model_args = model_args
+
+    def stored_args(self, start: Start, model_args: BaseModelArgs) -> BaseModelArgs | None:
+        """See `args_at_start`. model_args: of the run."""
+        return args_at_start(start, self.identity, model_args, self._adapter)
 
     def find_start(self) -> Start:
         """The checkpoint to begin from. Raises `UserError` for one that is asked for and isn't

@@ -73,12 +73,13 @@ def make_meta(
 class Start:
     """Where a run begins: a checkpoint and the parts to take from it, or (path None) anew.
 
-    step: done already. seed: of the run that is gone on with. in_hf: path is in Hugging Face's
-    format.
+    step, tokens_seen: done already. seed: of the run that is gone on with. in_hf: path is in
+    Hugging Face's format.
     """
 
     path: Path | None = None
     step: int = 0
+    tokens_seen: int = 0
     seed: int | None = None
     parts: frozenset[str] = frozenset()
     in_hf: bool = False
@@ -141,9 +142,14 @@ class CheckpointChoice:
             # One that was converted from another format knows of no run.
             of_runs = {"lr_scheduler", "dataloader", "train_state"}
             parts -= of_runs - read_json(path, NUMBERS).keys()
-        step = meta["step"] if "train_state" in parts else 0
-        seed = meta["seed"] if "dataloader" in parts else None
-        return Start(path, step, seed, frozenset(parts))
+        going_on = "train_state" in parts
+        return Start(
+            path,
+            step=meta["step"] if going_on else 0,
+            tokens_seen=meta["tokens_seen"] if going_on else 0,
+            seed=meta["seed"] if "dataloader" in parts else None,
+            parts=frozenset(parts),
+        )
 
     def _initial_load(self) -> Start:
         settings = self.settings

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.components.checkpoint_files import steps_with_folder
+from torchtitan.components.hf_assets import find_assets, write_assets
 from torchtitan.components.hf_checks import (
     check_names,
     check_shapes,
@@ -32,9 +33,7 @@ from torchtitan.components.hf_files import (
     INDEX,
     HFFolder,
     HFWriter,
-    copy_assets,
     plan_layout,
-    write_config,
 )
 from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs
@@ -60,6 +59,7 @@ def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> N
     adapter = spec.state_dict_adapter(model_args, config.model.hf_assets_path)
     if settings.last_save_in_hf:
         adapter.check_export()
+        find_assets(config.model.hf_assets_path)
     own = Path(config.job.dump_folder, settings.folder)
     if settings.initial_load_in_hf and not steps_with_folder(own):
         folder = HFFolder(initial_hf_folder(config), spec.hf_repos.get(config.model.flavor))
@@ -132,8 +132,10 @@ def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
     reasons = [adapter.left_out(name) for name in folder.file_of if name not in wanted]
     for reason, count in Counter(filter(None, reasons)).items():
         logger.info("%s: %d tensors left out (%s)", folder.path, count, reason)
+    tell_notes(folder.path, adapter.notes())
     if not folder.config:
         return
+    tell_notes(folder.path / CONFIG, adapter.notes_on(folder.config))
     theirs = type(adapter)(adapter.args_of(folder.config)).hf_config()
     # The number of prediction layers: tensors tell, by what is missing or left out.
     free = ("max_position_embeddings", "initializer_range", "num_nextn_predict_layers")
@@ -148,6 +150,12 @@ def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
             folder.path / CONFIG,
             ", ".join(differing),
         )
+
+
+def tell_notes(path: Path, notes: list[str]) -> None:
+    """Warn, once for all ranks, of what readers of a folder don't agree about."""
+    for note in notes if _rank() == 0 else []:
+        logger.warning("%s: %s", path, note)
 
 
 def _read_piece(folder: HFFolder, adapter: StateDictAdapter, piece: Piece, tensor: Tensor) -> None:
@@ -204,10 +212,10 @@ def save_hf(
     """Write `model` as a Hugging Face folder: safetensors, index, config.json, tokenizer files.
 
     dtype: of the weights; the router's bias stays fp32, written minus its minimum. assets_path:
-    folder with the tokenizer and, if there is one, a config.json to take token ids and the like
-    from. group: all ranks; its patience must outlast the slowest disk. The folder appears under its
-    name when it is whole; one that was there is replaced. Raises `UserError` where Hugging Face has
-    no such model, `OSError` where the folder can't be written.
+    folder with the tokenizer (hf_assets.py says what is taken from it). group: all ranks; its
+    patience must outlast the slowest disk. The folder appears under its name when it is whole; one
+    that was there is replaced. Raises `UserError` where Hugging Face has no such model, `OSError`
+    where the folder can't be written.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
@@ -215,6 +223,7 @@ def save_hf(
     pieces = adapter.pieces()
     with _all_or_none(group):
         adapter.check_export()
+        tell_notes(path, adapter.notes())
         writer = HFWriter(tmp, plan_layout(pieces, dtype))
         if _rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -228,8 +237,7 @@ def save_hf(
     with _all_or_none(group):
         if _rank() == 0:
             (tmp / INDEX).write_text(writer.layout.index() + "\n", encoding="utf-8")
-            copy_assets(assets_path, tmp)
-            write_config(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=False)
+            write_assets(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=False)
             replace_folder(tmp, path)
 
 

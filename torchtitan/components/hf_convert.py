@@ -50,6 +50,7 @@ from torchtitan.components.checkpoint_storage import (
 )
 from torchtitan.components.ema import PREFIX as EMA_PREFIX
 from torchtitan.components.ema import check_has_average
+from torchtitan.components.hf_assets import write_assets
 from torchtitan.components.hf_checkpoint import (
     check_folder,
     log_routing_changes,
@@ -57,6 +58,7 @@ from torchtitan.components.hf_checkpoint import (
     replace_folder,
     routing_changes,
     say_what_differs,
+    tell_notes,
 )
 from torchtitan.components.hf_checks import check_shapes, copies_that_differ
 from torchtitan.components.hf_files import (
@@ -66,9 +68,7 @@ from torchtitan.components.hf_files import (
     HFFolder,
     HFWriter,
     Layout,
-    copy_assets,
     plan_layout,
-    write_config,
 )
 from torchtitan.components.journal import Journal
 from torchtitan.ops.block_fp8 import quantize_blocks
@@ -305,6 +305,7 @@ def checkpoint_to_hf(
     `UserError` for a damaged checkpoint, and one of another model.
     """
     adapter.check_export()
+    tell_notes(target, adapter.notes())
     require_checkpoint(checkpoint)
     stored = StoredTensors(checkpoint, averaged=averaged)
     pieces = adapter.pieces()
@@ -328,8 +329,7 @@ def checkpoint_to_hf(
         journal.add(unit[0].ours)
     _report_routing(adapter, stored, dtype)
     (tmp / INDEX).write_text(layout.index() + "\n", encoding="utf-8")
-    copy_assets(assets_path, tmp)
-    write_config(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=fp8)
+    write_assets(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=fp8)
     journal.remove()
     replace_folder(tmp, target)
 

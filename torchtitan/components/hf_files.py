@@ -9,7 +9,6 @@ must see the same file system, as for any checkpoint.)
 
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from torchtitan.ops.block_fp8 import BLOCK, FP8, dequantize_blocks, scale_shape
+from torchtitan.ops.block_fp8 import FP8, dequantize_blocks, scale_shape
 from torchtitan.protocols.state_dict_adapter import Piece
 from torchtitan.tools.disk import check_readable
 from torchtitan.tools.errors import UserError, some
@@ -29,12 +28,6 @@ from torchtitan.tools.errors import UserError, some
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 SCALE = "_scale_inv"
 MAX_FILE_BYTES = 5 * 10**9  # Hugging Face's own default
-# What a model's folder has beside weights and config: tokenizer, chat template, generation
-# settings, and the Python files that some models bring.
-ASSETS = (
-    "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.tiktoken "
-    "tiktoken.* generation_config.json chat_template* *.py LICENSE*"
-).split()
 _TYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -293,38 +286,3 @@ class HFWriter:
                 stack.callback(os.close, handle)
             for handle in files.values():
                 os.fsync(handle)
-
-
-def copy_assets(source: str | Path | None, folder: Path) -> None:
-    """Tokenizer files and the like from a folder (or the folder of a file), those that exist."""
-    if source is None or not Path(source).exists():
-        return
-    source = Path(source) if Path(source).is_dir() else Path(source).parent
-    for pattern in ASSETS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-
-
-def write_config(
-    ours: dict[str, Any],
-    folder: Path,
-    *,
-    assets_path: str | Path | None,
-    dtype: torch.dtype,
-    fp8: bool,
-) -> None:
-    """`config.json`: what the assets' one says beside the model (ids of special tokens, …), and
-    the model as it is."""
-    config = read_json(Path(assets_path) / CONFIG) if assets_path else {}
-    for outdated in ("quantization_config", "dtype", "rope_parameters", "rope_interleave"):
-        config.pop(outdated, None)
-    config |= ours | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    if fp8:
-        config["quantization_config"] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [BLOCK, BLOCK],
-        }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from torchtitan.components.checkpoint_choice import Identity, Start, refuse_other_model
 from torchtitan.components.checkpoint_files import (
     META,
     is_complete,
@@ -12,6 +13,7 @@ from torchtitan.components.checkpoint_files import (
 )
 from torchtitan.components.hf_files import CONFIG, HFFolder
 from torchtitan.protocols.model import BaseModelArgs, override_fields
+from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec, family_of, get_train_spec
 from torchtitan.tools.errors import UserError
 
@@ -56,3 +58,21 @@ def _of_checkpoint(source: Path) -> StoredModel:
     except UserError as error:
         raise UserError(f"{source / META} describes no model of this version: {error}") from None
     return StoredModel(model["name"], model["flavor"], spec, args)
+
+
+def args_at_start(
+    start: Start, identity: Identity, model_args: BaseModelArgs, adapter: StateDictAdapter | None
+) -> BaseModelArgs | None:
+    """Arguments of the model whose weights a run begins from; None where it has none, or where
+    nothing says them. Raises `UserError` for a checkpoint of another model than the run's.
+
+    identity, model_args, adapter: of the run.
+    """
+    if start.path is None or "model" not in start.parts:
+        return None
+    if start.in_hf:
+        config = HFFolder(start.path).config
+        return adapter.args_of(config) if config else None
+    meta = read_json(start.path, META)
+    refuse_other_model(start.path, meta, identity)
+    return override_fields(model_args, meta["model"]["all_args"], "model.args")

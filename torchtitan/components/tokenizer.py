@@ -222,7 +222,7 @@ def load_tokenizer(path: str, repo: str | None = None) -> Tokenizer:
     """
     script = f"python scripts/download_hf_assets.py {repo}"
     fetch = f" (`{script}` fetches this model's)" if repo else ""
-    found = _locate(path, fetch)
+    found = locate(path, fetch)
     file = _choose_file(found, fetch) if found.is_dir() else found
     if file.name.endswith(".json"):
         tokenizer: Tokenizer = HuggingFaceTokenizer(file)
@@ -249,7 +249,9 @@ def _tell_lost_characters(file: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def _locate(path: str, fetch: str) -> Path:
+def locate(path: str, fetch: str = "") -> Path:
+    """The folder or file that model.hf_assets_path names. fetch: how to get it, for the sentence.
+    Raises `UserError`."""
     given = Path(os.path.expanduser(path))
     try:
         if given.is_dir() or given.is_file():

@@ -131,6 +131,15 @@ class RunSchedule:
             start += phase.tokens
         return self._before[-1]
 
+    def begun(self, tokens: int) -> list[Now]:
+        """What holds at the end of each phase that has begun when `tokens` are seen."""
+        ends, start = [], 0.0
+        for n, phase in enumerate(self.phases, start=1):
+            if start <= tokens:
+                ends.append(self._before[n])
+            start += phase.tokens
+        return ends or [self._before[0]]
+
     def num_steps(self) -> int:
         """Optimizer steps until the phases are over."""
         return sum(number for number, _, _ in self._stretches())

@@ -28,13 +28,24 @@ class Yarn(NamedTuple):
     beta_slow: float = 1.0
 
 
+def yarn_magnitude(factor: float, mscale: float) -> float:
+    """YaRN's temperature of attention, as queries and keys share it: 0.1 · mscale · ln(factor) +
+    1."""
+    return 0.1 * mscale * math.log(factor) + 1.0
+
+
 def yarn_softmax_factor(factor: float, mscale: float) -> float:
     """What the softmax scale is multiplied by under YaRN: (0.1 · mscale · ln(factor) + 1)²."""
-    return (0.1 * mscale * math.log(factor) + 1.0) ** 2
+    return yarn_magnitude(factor, mscale) ** 2
 
 
-def rope_frequencies(dim: int, theta: float, yarn: Yarn | None = None) -> Tensor:
-    """Radians per position for each of the `dim / 2` channel pairs: (dim / 2,) fp32."""
+def rope_frequencies(
+    dim: int, theta: float, yarn: Yarn | None = None, *, truncate: bool = True
+) -> Tensor:
+    """Radians per position for each of the `dim / 2` channel pairs: (dim / 2,) fp32.
+
+    truncate: YaRN's ramp begins and ends at whole pairs (DeepSeek's code), not between them.
+    """
     freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if yarn is None:
         return freqs
@@ -44,17 +55,33 @@ def rope_frequencies(dim: int, theta: float, yarn: Yarn | None = None) -> Tensor
         wavelength = yarn.original_seq_len / (rotations * 2 * math.pi)
         return dim * math.log(wavelength) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_with_rotations(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_with_rotations(yarn.beta_slow)), dim - 1)
-    width = max(high - low, 0.001)  # equal ends would divide by zero
+    first, last = pair_with_rotations(yarn.beta_fast), pair_with_rotations(yarn.beta_slow)
+    if truncate:
+        first, last = math.floor(first), math.ceil(last)
+    low, high = max(first, 0), min(last, dim - 1)
+    # Equal ends would divide by zero. A negative width stays: the published code has it, too.
+    width = high - low or 0.001
     stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     return freqs / yarn.factor * stretched + freqs * (1 - stretched)
 
 
-def rope_table(dim: int, max_seq_len: int, theta: float, yarn: Yarn | None = None) -> Tensor:
-    """Cosine and sine of every position's angles: (max_seq_len, dim / 2, 2) fp32."""
-    angles = torch.outer(torch.arange(max_seq_len).float(), rope_frequencies(dim, theta, yarn))
-    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+def rope_table(
+    dim: int,
+    max_seq_len: int,
+    theta: float,
+    yarn: Yarn | None = None,
+    *,
+    truncate: bool = True,
+    factor: float = 1.0,
+) -> Tensor:
+    """Cosine and sine of every position's angles, times `factor`: (max_seq_len, dim / 2, 2) fp32.
+
+    truncate: see `rope_frequencies`.
+    """
+    frequencies = rope_frequencies(dim, theta, yarn, truncate=truncate)
+    angles = torch.outer(torch.arange(max_seq_len).float(), frequencies)
+    table = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    return table if factor == 1.0 else table * factor
 
 
 def apply_rope(x_BSHC: Tensor, table: Tensor, positions_BS: Tensor | None = None) -> Tensor:

@@ -23,12 +23,17 @@ from torchtitan.tools.errors import UserError, suggest
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelArgs:
-    """Sizes of a model. Frozen: a run gets its own copy with its overrides."""
+    """Sizes of a model. Frozen: a run gets its own copy with its overrides.
+
+    context_len: positions that the weights are good for, whatever this run's length is (of a
+    published model, those that it was trained on); exports name it where it is the longer one.
+    """
 
     vocab_size: int
     max_seq_len: int
     dim: int
     n_layers: int
+    context_len: int | None = None
 
     def for_run(
         self,
@@ -53,7 +58,22 @@ class BaseModelArgs:
         them. Not the sequence length: it may grow."""
         arguments = dataclasses.asdict(self)
         arguments.pop("max_seq_len")
+        arguments.pop("context_len")
         return arguments
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the weights are good for, this run's included."""
+        return max(self.max_seq_len, self.context_len or 0)
+
+    def keep_from(self, stored: Self) -> tuple[dict[str, Any], list[str]]:
+        """Arguments that stay as the loaded weights of `stored` have them, though the length of
+        this run would change them; and what to tell of it."""
+        return {"context_len": max(self.context_len or 0, stored.max_positions)}, []
+
+    def context_changes(self, before: Self) -> list[str]:
+        """A sentence on each way in which positions are encoded otherwise than `before`."""
+        return []
 
     def with_forced_load_balance(self) -> Self:
         """A copy that routes tokens evenly, for benchmarks. Models without experts refuse."""

@@ -99,6 +99,17 @@ class StateDictAdapter(ABC):
     def args_of(cls, hf_config: Mapping[str, Any]) -> BaseModelArgs:
         """Arguments of the model that a `config.json` describes. Raises `UserError` for others."""
 
+    def notes(self) -> list[str]:
+        """A sentence on each number of the model that readers of its `config.json` don't agree
+        about."""
+        return []
+
+    @classmethod
+    def notes_on(cls, hf_config: Mapping[str, Any]) -> list[str]:
+        """A sentence on each thing in a `config.json` that is read otherwise elsewhere, or not at
+        all here. Raises `UserError` as `args_of` does."""
+        return []
+
     def routing_changes(
         self, state: Mapping[str, Tensor], written: Mapping[str, Tensor]
     ) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.models.decoder.args import DecoderArgs
-from torchtitan.models.decoder.hf_config import expect
+from torchtitan.models.decoder.hf_config import ConfigReader, check_quantization, expect
 from torchtitan.models.decoder.routing_change import routing_change
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter, warn_of_copies
@@ -68,7 +68,7 @@ def in_layers(ours: str, rows: Mapping[str, Row]) -> dict[str, Row]:
 
 class TableAdapter(StateDictAdapter):
     """A family defines `table` (numbers in our names are {} there), `model_cls`, `model_types`,
-    `read_config` (what `args_of` returns; missing keys may raise KeyError), `sizes`, `hf_config`.
+    `read_config` (what `args_of` returns; missing keys raise KeyError), `sizes` and `hf_config`.
 
     Whole state dicts of plain tensors go in and out; experts are copied there, the rest is shared.
     """
@@ -79,12 +79,20 @@ class TableAdapter(StateDictAdapter):
 
     @classmethod
     def args_of(cls, hf_config: Mapping[str, Any]) -> DecoderArgs:
-        expect("model_type", hf_config.get("model_type"), *cls.model_types)
+        return cls._read(ConfigReader(hf_config))
+
+    @classmethod
+    def _read(cls, config: ConfigReader) -> DecoderArgs:
+        expect("model_type", config.get("model_type"), *cls.model_types)
         try:
-            return cls.read_config(hf_config)
+            args = cls.read_config(config)
+            config.refuse_other_models()
+            check_quantization(config)
+            return args
         except KeyError as error:
             raise UserError(
-                f"config.json lacks {error}, which says how large the model is."
+                f"config.json lacks {error}, without which the model is not known; download it "
+                "again, or add the key."
             ) from None
         except UserError:
             raise
@@ -95,8 +103,25 @@ class TableAdapter(StateDictAdapter):
             ) from None
 
     @classmethod
-    def read_config(cls, hf_config: Mapping[str, Any]) -> DecoderArgs:
+    def read_config(cls, config: ConfigReader) -> DecoderArgs:
         raise NotImplementedError
+
+    @classmethod
+    def notes_on(cls, hf_config: Mapping[str, Any]) -> list[str]:
+        config = ConfigReader(hf_config)
+        cls._read(config)
+        notes = cls.config_notes(config)
+        if unread := config.unread():
+            notes.append(
+                f"{', '.join(unread)}: not known here and passed over; if the model computes "
+                "otherwise because of it, these weights mean something else here"
+            )
+        return notes
+
+    @classmethod
+    def config_notes(cls, config: ConfigReader) -> list[str]:
+        """Of `notes_on`, what the family knows of its own keys."""
+        return []
 
     def row_of(self, ours: str) -> Row:
         row = self.table.get(_NUMBER.sub("{}", ours))

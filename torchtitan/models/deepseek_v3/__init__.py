@@ -3,7 +3,7 @@
 Numbers of 16B (V2-Lite), 236B (V2) and 671B (V3) are those of the official inference configurations
 (config_16B/236B/671B.json of deepseek-ai/DeepSeek-V3); Moonlight-16B-A3B and Kimi-K2 are the V3
 architecture with the numbers of their published config.json (moonshotai on the Hugging Face hub).
-Released weights of all but Moonlight went through YaRN: to continue them, set model.args.yarn "on".
+Released weights of all but Moonlight went through YaRN, which stays on when a run loads them.
 """
 
 from typing import Any
@@ -70,6 +70,7 @@ deepseekv3_args = {
         moe_args=_v2_experts(num_experts=64, num_shared_experts=2, top_k=6),
         q_lora_rank=0,
         mscale=0.707,
+        context_len=4096,
     ),
     "236B": DeepSeekV3ModelArgs(
         vocab_size=102400,
@@ -89,6 +90,7 @@ deepseekv3_args = {
             route_scale=16.0,
         ),
         q_lora_rank=1536,
+        context_len=4096,
     ),
     "671B": DeepSeekV3ModelArgs(
         vocab_size=129280,
@@ -107,6 +109,7 @@ deepseekv3_args = {
             route_scale=2.5,
         ),
         q_lora_rank=1536,
+        context_len=4096,
     ),
     "Moonlight-16B-A3B": DeepSeekV3ModelArgs(
         vocab_size=163840,
@@ -121,6 +124,7 @@ deepseekv3_args = {
         q_lora_rank=0,
         rope_theta=50000.0,
         yarn="off",  # trained at 8192 as it is
+        context_len=8192,
     ),
     "Kimi-K2": DeepSeekV3ModelArgs(
         vocab_size=163840,
@@ -135,6 +139,7 @@ deepseekv3_args = {
         rope_theta=50000.0,
         rope_factor=32.0,
         beta_fast=1.0,
+        context_len=4096,
     ),
 }
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torchtitan.models.decoder import DecoderArgs
 from torchtitan.ops.rope import Yarn, yarn_softmax_factor
@@ -22,9 +22,10 @@ class DeepSeekV3ModelArgs(DecoderArgs):
     trained without this mask).
 
     RoPE: max_seq_len positions, base rope_theta. YaRN: yarn "on", "off", or "auto" (on when
-    max_seq_len exceeds original_seq_len, the rule of DeepSeek's code: train from scratch at 4K
-    without it, load released weights with "on"); rope_factor, beta_fast, beta_slow; mscale scales
-    the softmax.
+    max_seq_len exceeds original_seq_len, the rule of DeepSeek's code, or when the weights that a
+    run begins from have it); rope_factor, beta_fast, beta_slow; yarn_truncate: the ramp between
+    the two begins and ends at whole channels; mscale scales the softmax, attention_factor the
+    rotary channels of queries and keys.
 
     init_std: of all matrices, normal (the V3 report's 0.006).
 
@@ -56,20 +57,27 @@ class DeepSeekV3ModelArgs(DecoderArgs):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
+    attention_factor: float = 1.0
+    yarn_truncate: bool = True
 
     n_mtp_layers: int = 0
     mtp_loss_weight: float = 0.3
 
     # Longer contexts change RoPE's scaling, fine-tuning may change the mask and the weight of
     # further tokens' losses.
-    not_of_weights = (
-        *DecoderArgs.not_of_weights,
-        "yarn",
+    yarn_numbers: ClassVar[tuple[str, ...]] = (
         "original_seq_len",
         "rope_factor",
         "beta_fast",
         "beta_slow",
         "mscale",
+        "attention_factor",
+        "yarn_truncate",
+    )
+    not_of_weights = (
+        *DecoderArgs.not_of_weights,
+        "yarn",
+        *yarn_numbers,
         "mtp_loss_weight",
     )
 
@@ -78,7 +86,7 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         self.check_positive(
             "vocab_size max_seq_len dim inter_dim moe_inter_dim n_layers n_heads kv_lora_rank "
             "qk_nope_head_dim qk_rope_head_dim v_head_dim original_seq_len rope_theta norm_eps "
-            "init_std"
+            "init_std beta_fast beta_slow attention_factor"
         )
         if self.q_lora_rank < 0:
             raise UserError(f"q_lora_rank ({self.q_lora_rank}) must be 0 (no compression) or more.")
@@ -98,6 +106,8 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             )
         if self.rope_factor < 1:
             raise UserError(f"rope_factor ({self.rope_factor}) must be 1 or more.")
+        if self.mscale < 0:
+            raise UserError(f"mscale ({self.mscale}) must be 0 (no scaling) or more.")
         self.check_weights()
 
     @property
@@ -122,6 +132,40 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         if self.use_yarn:
             scale *= yarn_softmax_factor(self.rope_factor, self.mscale)
         return scale
+
+    @property
+    def max_positions(self) -> int:
+        if self.use_yarn:
+            return round(self.rope_factor * self.original_seq_len)
+        return super().max_positions
+
+    def keep_from(self, stored: Self) -> tuple[dict[str, Any], list[str]]:
+        if not stored.use_yarn:
+            return super().keep_from(stored)
+        kept = {"context_len": stored.context_len} if stored.context_len else {}
+        if self.use_yarn or self.yarn != "auto":
+            return kept, []
+        return kept | {"yarn": "on"}, [
+            'YaRN stays on, as the weights were trained with it: model.args.yarn = "auto" would '
+            f"turn it off for sequences of {self.max_seq_len} tokens, which are not longer than "
+            f'original_seq_len ({self.original_seq_len}); set model.args.yarn = "on", or "off" to '
+            "go on without it"
+        ]
+
+    def context_changes(self, before: Self) -> list[str]:
+        if self.use_yarn != before.use_yarn:
+            now, then = ("on", "without") if self.use_yarn else ("off", "with")
+            return [
+                f"YaRN is {now} from here on, and the weights were trained {then} it so far: yarn "
+                f'is "{self.yarn}" here, with sequences of {self.max_seq_len} tokens and an '
+                f"original_seq_len of {self.original_seq_len}"
+            ]
+        differing = [
+            f"{name} {getattr(self, name)} ({getattr(before, name)} so far)"
+            for name in self.yarn_numbers
+            if self.use_yarn and getattr(self, name) != getattr(before, name)
+        ]
+        return [f"YaRN changes what the weights mean: {', '.join(differing)}"] if differing else []
 
     @property
     def has_experts(self) -> bool:

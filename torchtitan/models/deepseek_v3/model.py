@@ -153,7 +153,12 @@ class DeepSeekV3Model(Decoder):
     def make_rope_table(self) -> Tensor:
         args = self.model_args
         return rope_table(
-            args.qk_rope_head_dim, args.max_seq_len, args.rope_theta, args.yarn_scaling
+            args.qk_rope_head_dim,
+            args.max_seq_len,
+            args.rope_theta,
+            args.yarn_scaling,
+            truncate=args.yarn_truncate,
+            factor=args.attention_factor if args.use_yarn else 1.0,
         )
 
     def set_context(self, model_args: DeepSeekV3ModelArgs) -> None:

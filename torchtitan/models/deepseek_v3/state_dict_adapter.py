@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtitan.models.decoder.hf_config import ConfigReader
 from torchtitan.models.decoder.state_dict_adapter import (
     BLOCK_ROWS,
     END_ROWS,
@@ -21,7 +22,13 @@ from torchtitan.models.decoder.state_dict_adapter import (
     in_layers,
 )
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
-from torchtitan.models.deepseek_v3.hf_config import check_export, make_hf_config, read_hf_config
+from torchtitan.models.deepseek_v3.hf_config import (
+    check_export,
+    config_notes,
+    make_hf_config,
+    read_hf_config,
+    reader_notes,
+)
 from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
 from torchtitan.protocols.state_dict_adapter import Piece
 
@@ -127,6 +134,13 @@ class DeepSeekV3StateDictAdapter(TableAdapter):
     def check_export(self) -> None:
         check_export(self.model_args)
 
+    def notes(self) -> list[str]:
+        return reader_notes(self.model_args)
+
     @classmethod
-    def read_config(cls, hf_config: Mapping[str, Any]) -> DeepSeekV3ModelArgs:
-        return read_hf_config(hf_config)
+    def read_config(cls, config: ConfigReader) -> DeepSeekV3ModelArgs:
+        return read_hf_config(config)
+
+    @classmethod
+    def config_notes(cls, config: ConfigReader) -> list[str]:
+        return config_notes(config)

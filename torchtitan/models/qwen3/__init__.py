@@ -43,15 +43,18 @@ _DEBUG = {
     "hidden_dim": 1024,
 }
 
+_PUBLISHED = {"context_len": 40960}  # their max_position_embeddings
+
 qwen3_args = {
     "debugmodel": Qwen3ModelArgs(**_DEBUG),
     "debugmodel_moe": Qwen3ModelArgs(
         **_DEBUG, moe_enabled=True, moe_inter_dim=256, moe_args=_experts(8, 3)
     ),
-    "8B": Qwen3ModelArgs(dim=4096, n_layers=36, n_heads=32, hidden_dim=12288),
-    "14B": Qwen3ModelArgs(dim=5120, n_layers=40, n_heads=40, hidden_dim=17408),
-    "32B": Qwen3ModelArgs(dim=5120, n_layers=64, n_heads=64, hidden_dim=25600),
+    "8B": Qwen3ModelArgs(**_PUBLISHED, dim=4096, n_layers=36, n_heads=32, hidden_dim=12288),
+    "14B": Qwen3ModelArgs(**_PUBLISHED, dim=5120, n_layers=40, n_heads=40, hidden_dim=17408),
+    "32B": Qwen3ModelArgs(**_PUBLISHED, dim=5120, n_layers=64, n_heads=64, hidden_dim=25600),
     "30B-A3B": Qwen3ModelArgs(
+        **_PUBLISHED,
         dim=2048,
         n_layers=48,
         n_heads=32,
@@ -62,6 +65,7 @@ qwen3_args = {
         moe_args=_experts(128, 8),
     ),
     "235B-A22B": Qwen3ModelArgs(
+        **_PUBLISHED,
         dim=4096,
         n_layers=94,
         n_heads=64,

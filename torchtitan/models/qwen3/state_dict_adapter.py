@@ -1,9 +1,14 @@
 """Hugging Face's names and `config.json` for Qwen3, dense and with experts."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from torchtitan.models.decoder.hf_config import expect, refuse_export, rope_settings
+from torchtitan.models.decoder.hf_config import (
+    ConfigReader,
+    check_aliases,
+    check_layer_types,
+    refuse_export,
+    rope_settings,
+)
 from torchtitan.models.decoder.state_dict_adapter import (
     BLOCK_ROWS,
     END_ROWS,
@@ -50,8 +55,10 @@ class Qwen3StateDictAdapter(TableAdapter):
             "num_attention_heads": args.n_heads,
             "num_key_value_heads": args.n_kv_heads,
             "head_dim": args.head_dim,
-            "max_position_embeddings": args.max_seq_len,
+            "max_position_embeddings": args.max_positions,
             "rope_theta": args.rope_theta,
+            "rope_scaling": None,
+            "use_sliding_window": False,
             "rms_norm_eps": args.norm_eps,
             "hidden_act": "silu",
             "attention_bias": False,
@@ -80,54 +87,55 @@ class Qwen3StateDictAdapter(TableAdapter):
             "num_shared_experts": 0,
             "num_expert_groups": None,
             "route_scale": 1.0,
+            "_debug_force_load_balance": False,
         }
         for name, value in needed.items():
             if self.model_args.moe_enabled and getattr(moe, name) != value:
-                refuse_export(name, getattr(moe, name), "Qwen3", repr(value))
+                refuse_export(f"moe_args.{name}", getattr(moe, name), "Qwen3", repr(value))
 
     @classmethod
-    def read_config(cls, hf_config: Mapping[str, Any]) -> Qwen3ModelArgs:
-        return _read_config(hf_config)
-
-
-def _read_config(config: Mapping[str, Any]) -> Qwen3ModelArgs:
-    rope_type, rope_theta, _ = rope_settings(config, 1e6)
-    fixed = {
-        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (config.get("attention_bias", False), False),
-        "tie_word_embeddings": (config.get("tie_word_embeddings", False), False),
-        "use_sliding_window": (config.get("use_sliding_window", False), False),
-        "rope_type": (rope_type, "default"),
-        "decoder_sparse_step": (config.get("decoder_sparse_step", 1), 1),
-        "mlp_only_layers": (config.get("mlp_only_layers") or [], []),
-    }
-    for key, (value, *allowed) in fixed.items():
-        expect(key, value, *allowed)
-    is_moe = config["model_type"] == "qwen3_moe"
-    sizes: dict[str, Any] = {}
-    if is_moe:
-        experts = config.get("num_experts", config.get("num_local_experts"))
-        sizes["moe_inter_dim"] = config["moe_intermediate_size"]
-        sizes["moe_args"] = MoEArgs(
-            num_experts=experts,
-            num_shared_experts=0,
-            top_k=config["num_experts_per_tok"],
-            score_func="softmax",
-            route_norm=config["norm_topk_prob"],
-            score_before_experts=False,
-            load_balance_coeff=None,
+    def read_config(cls, config: ConfigReader) -> Qwen3ModelArgs:
+        is_moe = config.get("model_type") == "qwen3_moe"
+        n_layers = config.integer("num_hidden_layers")
+        check_layer_types(config, n_layers, 0 if is_moe else n_layers)
+        # Of no use without use_sliding_window, which published files have false.
+        config.get("sliding_window")
+        config.only("rope_interleave", False)
+        _, rope_theta, _ = rope_settings(config, None)
+        sizes = _read_experts(config) if is_moe else {}
+        return Qwen3ModelArgs(
+            vocab_size=config.integer("vocab_size"),
+            max_seq_len=config.integer("max_position_embeddings"),
+            dim=config.integer("hidden_size"),
+            n_layers=n_layers,
+            n_heads=config.integer("num_attention_heads"),
+            n_kv_heads=config.integer("num_key_value_heads"),
+            head_dim=config.integer("head_dim"),
+            hidden_dim=config.integer("intermediate_size"),
+            norm_eps=config.number("rms_norm_eps"),
+            rope_theta=rope_theta,
+            moe_enabled=is_moe,
+            **sizes,
         )
-    return Qwen3ModelArgs(
-        vocab_size=config["vocab_size"],
-        max_seq_len=config["max_position_embeddings"],
-        dim=config["hidden_size"],
-        n_layers=config["num_hidden_layers"],
-        n_heads=config["num_attention_heads"],
-        n_kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        hidden_dim=config["intermediate_size"],
-        norm_eps=config["rms_norm_eps"],
-        rope_theta=rope_theta,
-        moe_enabled=is_moe,
-        **sizes,
+
+
+def _read_experts(config: ConfigReader) -> dict[str, Any]:
+    config.only("decoder_sparse_step", 1)
+    config.only("mlp_only_layers", [])
+    config.only("scoring_func", "softmax")
+    for key in ("n_group", "topk_group", "routed_scaling_factor"):
+        config.only(key, 1)
+    config.only("n_shared_experts", 0)
+    name = "num_experts" if "num_experts" in config else "num_local_experts"
+    num_experts = config.integer(name)
+    check_aliases(config, num_experts, "num_experts", "num_local_experts", "n_routed_experts")
+    moe_args = MoEArgs(
+        num_experts=num_experts,
+        num_shared_experts=0,
+        top_k=config.integer("num_experts_per_tok"),
+        score_func="softmax",
+        route_norm=config.flag("norm_topk_prob"),
+        score_before_experts=False,
+        load_balance_coeff=None,
     )
+    return {"moe_inter_dim": config.integer("moe_intermediate_size"), "moe_args": moe_args}
