@@ -187,6 +187,7 @@ class Trainer:
             self.validation_data = data
             found |= {f"validation: {name}": value for name, value in data.identity().items()}
         return found
+
     def _keep_context(self, start: Start) -> None:
         """Positions stay encoded as the weights that are about to be loaded have it, where only the
         lengths of this run would change it."""
