@@ -52,12 +52,7 @@ def _router(args: MoEArgs) -> Iterator[str]:
     losses = ("sequence_balance_coeff", "global_balance_coeff", "z_loss_coeff")
     others = [name for name in losses if getattr(args, name)]
     rest = f"it learns from {', '.join(others)} alone" if others else "it moves by rounding noise"
-    if args.route_scale == 0:
-        yield (
-            f"{_key('route_scale')} = 0 takes routed experts out of the model: neither they nor "
-            f"the router get a gradient of the main loss; set it to 1"
-        )
-    elif args.top_k == 1 and args.route_norm:
+    if args.top_k == 1 and args.route_norm:
         yield (
             f"{_key('top_k')} = 1 with route_norm = true: the weight of the one expert is its "
             "score over itself, always 1, so the main loss gives the router no gradient and "

@@ -52,7 +52,6 @@ NO_GRADIENT = {
     "scaled": NORMED | {"route_scale": 2.5},
     "one expert": NORMED | {"num_experts": 1},
     "one expert, not normalised": {"num_experts": 1, "top_k": 1, "score_func": "softmax"},
-    "scaled by nothing": {"route_scale": 0.0},
 }
 
 
