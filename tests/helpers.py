@@ -84,6 +84,9 @@ def _serve(pipe: Connection, store: str, rank: int, world_size: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
         backend = "cuda:nccl,cpu:gloo"
+        # One process runs many shapes: at the usual limit flex attention would run uncompiled,
+        # which fails for short sequences.
+        torch._dynamo.config.recompile_limit = 256
     torch.set_num_threads(1)
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=world_size

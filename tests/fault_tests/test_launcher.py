@@ -20,7 +20,8 @@ REPO = Path(__file__).parents[2]
 
 
 def launch(log: Path, *arguments: object) -> subprocess.Popen:
-    env = os.environ | {"PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, REPO / "scripts/launch.py", "--standalone", *map(str, arguments)]
     with log.open("a") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)

@@ -89,7 +89,7 @@ _meetings = itertools.count()  # all ranks meet as often
 def meeting_of_ranks(config: Comm) -> Meeting:
     """Of all ranks of the group that is there."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if dist.get_backend() == "fake":
+    if dist.get_backend() == played.BACKEND:  # nobody else is there
         rank, world_size = 0, 1
     store = dist.distributed_c10d._get_default_store()
     store = dist.PrefixStore(f"meeting_{next(_meetings)}", store)
