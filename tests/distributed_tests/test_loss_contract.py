@@ -23,7 +23,7 @@ def contract() -> list[float]:
 def first_losses(steps: int, dump_folder: str) -> list[float]:
     config = REPO / "train_configs/debug_model.toml"
     options = [f"--job.config_file={config}", f"--job.dump_folder={dump_folder}"]
-    trainer = Trainer(ConfigManager().parse_args([*options, "--training.steps=200"]))
+    trainer = Trainer(ConfigManager().parse_args(options))
     batches, losses = iter(trainer.dataloader), []
     for _ in range(steps):
         trainer.step += 1
@@ -44,5 +44,5 @@ def test_the_debug_model_repeats_its_committed_losses(ranks, tmp_path) -> None:
 
 def test_the_committed_run_learned_more_than_token_frequencies() -> None:
     losses = contract()
-    assert len(losses) == 200
-    assert sum(losses[-20:]) / 20 < UNIGRAM_ENTROPY - 0.2
+    assert len(losses) == 280
+    assert sum(losses[-20:]) / 20 < 4.4 < UNIGRAM_ENTROPY

@@ -119,10 +119,11 @@ def test_a_rewind_takes_the_sequences_back(tmp_path, monkeypatch):
     monkeypatch.setattr(passes, "build_loss", lambda *_, **__: poisoned_loss("loss nan", 5))
     monkeypatch.setattr(DeepSeekV3Model, "computes_loss", False)  # of its own, on a GPU
     train(tmp_path, **saves | {"training.steps": 4})
-    seen = records(tmp_path)
-    assert [r["step"] for r in seen] == [1, 2, 3, 2, 3, 4]
-    assert [r["seq_len"] for r in seen] == [32, 32, 64, 32, 64, 64]
-    assert [r["rewinds"] for r in seen] == [0, 0, 0, 1, 1, 1]
+    seen, replaced = records(tmp_path), records(tmp_path, "metrics.replaced.jsonl")
+    assert [r["step"] for r in seen] == [1, 2, 3, 4]
+    assert [r["step"] for r in replaced] == [2, 3]
+    assert [r["seq_len"] for r in replaced + seen] == [32, 64, 32, 32, 64, 64]
+    assert [r["rewinds"] for r in replaced + seen] == [0, 0, 0, 1, 1, 1]
     meta = json.loads((tmp_path / "checkpoint/step-1/meta.json").read_text())
     assert meta["model"]["all_args"]["max_seq_len"] == 32, "saved anew behind the rewind"
 
