@@ -74,10 +74,12 @@ def draw(losses: list[float], window: int = 10) -> None:
     ]
     steps = range(1, len(losses) + 1)
     figure, axes = plt.subplots(figsize=(7, 3.4), dpi=120)
-    axes.plot(steps, losses, color="#b9c6d6", linewidth=1, label="loss of each step (512 tokens)")
+    axes.plot(steps, losses, color="#b9c6d6", linewidth=1, label="loss of each step (2,048 tokens)")
     axes.plot(steps, smooth, color="#1f4e79", linewidth=1.8, label=f"mean of {window} steps")
     axes.axhline(UNIGRAM_ENTROPY, color="#b5482a", linestyle="--", linewidth=1)
-    axes.text(2, UNIGRAM_ENTROPY - 0.09, "unigram entropy of the text", color="#b5482a", fontsize=8)
+    axes.text(
+        60, UNIGRAM_ENTROPY + 0.06, "unigram entropy of the text", color="#b5482a", fontsize=8
+    )
     axes.set(
         xlabel="step",
         ylabel="loss (nats per token)",
