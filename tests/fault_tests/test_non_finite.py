@@ -99,7 +99,7 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, kind):
     accumulate = {"training__global_batch_size": 8}  # two micro-batches a step
     with (
         closing(start(tmp_path, "skip_step", **accumulate)) as skipping,
-        closing(start(tmp_path, "skip_step", **accumulate)) as twin,
+        closing(start(tmp_path / "twin", "skip_step", **accumulate)) as twin,
     ):
         poison(skipping, kind, at_call=4)  # the second micro-batch of step 2
         batches, twin_batches = iter(skipping.dataloader), iter(twin.dataloader)

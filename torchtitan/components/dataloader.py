@@ -176,7 +176,9 @@ class ParallelAwareDataLoader:
         except (UserError, RunError) as error:
             # From a worker it comes wrapped in that worker's traceback; the sentence is the end.
             kind = type(error)
-            raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from None
+            sentence = str(error).rpartition(f"{kind.__name__}: ")[2]
+            # The traceback's line break, which `UserError` has escaped.
+            raise kind(sentence.strip().removesuffix("\\n")) from None
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
