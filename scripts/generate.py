@@ -20,7 +20,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan.build import build_model, build_parallel_dims
 from torchtitan.components.checkpoint_files import is_complete
 from torchtitan.components.checkpoint_storage import (
     CheckpointReader,
@@ -41,6 +40,7 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.launcher import read_launch
 from torchtitan.tools.script import run_script
 from torchtitan.tools.utils import device_type, local_device
+from torchtitan.trainer.build import build_model, build_parallel_dims
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -25,8 +25,6 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from torchtitan.build import build_model, build_parallel_dims
-from torchtitan.check_config import check_config
 from torchtitan.components.working_weights import build_working_weights
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.overlap import by_turns
@@ -34,6 +32,8 @@ from torchtitan.distributed.utils import init_distributed
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.utils import local_device
+from torchtitan.trainer.build import build_model, build_parallel_dims
+from torchtitan.trainer.preflight import check_config
 
 WARMUP, ROUNDS = 6, 5
 

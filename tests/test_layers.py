@@ -17,13 +17,8 @@ HEIGHT = {
     "models": 4,
     "components": 4,
     "hf_datasets": 5,
-    "check_config": 6,
-    "build": 6,
-    "report": 6,
-    "same_run": 7,
-    "passes": 7,
-    "trainer": 8,
-    "train": 9,
+    "trainer": 6,
+    "train": 7,
 }
 # What families share, each on those before it.
 SHARED = ("moe", "decoder")

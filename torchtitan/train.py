@@ -12,7 +12,6 @@ if __name__ == "__main__":  # signals count from here on: the imports below take
     init_logger()
     STOP = StopRequest().__enter__()
 
-from torchtitan.check_config import Checked, check_config, describe
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.played_run import without_checkpoints
 from torchtitan.distributed.agreement import RefusedElsewhere
@@ -23,6 +22,7 @@ from torchtitan.tools.last_words import leave_last_words
 from torchtitan.tools.launcher import Launch, planned_processes, read_launch
 from torchtitan.tools.orphans import end_with_the_launcher
 from torchtitan.trainer import Trainer
+from torchtitan.trainer.preflight import Checked, check_config, describe
 
 __all__ = ["Trainer", "main"]
 

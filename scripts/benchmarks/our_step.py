@@ -8,13 +8,13 @@ import torch
 from benchmarks.breakdown import StepProfile
 from benchmarks.rows import random_batches, summary
 from benchmarks.timing import peak_gib, time_steps
-from torchtitan.check_config import check_config
 from torchtitan.components.metrics import device_name
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.report import Interval
 from torchtitan.tools.flops import peak_flops
 from torchtitan.tools.utils import TORCH_DTYPES, device_type
 from torchtitan.trainer import Trainer
+from torchtitan.trainer.preflight import check_config
+from torchtitan.trainer.step_log import Interval
 
 
 def settings_of(options: list[str], *, warmup: int, steps: int) -> dict[str, object]:

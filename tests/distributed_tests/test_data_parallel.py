@@ -5,8 +5,8 @@ import torch
 
 from tests.distributed_tests.training_ranks import FP32, STEPS, config_of, train_on_this_rank
 from torchtitan.components.working_weights import WorkingWeights
-from torchtitan.report import Interval
 from torchtitan.trainer import Trainer
+from torchtitan.trainer.step_log import Interval
 
 
 def train_without_fused_weights(options: list[str], folder: str) -> dict:

@@ -24,9 +24,9 @@ from tests.distributed_tests.training_ranks import (
     one_process_with_documents,  # noqa: F401 (a fixture)
     train_on_this_rank,
 )
-from torchtitan.check_config import check_config
 from torchtitan.distributed import overlap
 from torchtitan.tools.errors import UserError
+from torchtitan.trainer.preflight import check_config
 
 DEGREES = {
     "replicate": "data_parallel_replicate_degree",

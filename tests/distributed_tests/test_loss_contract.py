@@ -7,8 +7,8 @@ import torch
 
 from tests.helpers import Ranks
 from torchtitan.config import ConfigManager
-from torchtitan.report import Interval
 from torchtitan.trainer import Trainer
+from torchtitan.trainer.step_log import Interval
 
 REPO = Path(__file__).parents[2]
 CONTRACT = REPO / "tests/assets/losses/deepseek_v3_debugmodel_cpu.txt"

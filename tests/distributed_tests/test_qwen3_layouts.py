@@ -17,11 +17,11 @@ from tests.distributed_tests.training_ranks import (
     training_options,
 )
 from tests.reference.training import train_plainly
-from torchtitan.check_config import check_config
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.models.qwen3 import Qwen3Model, qwen3_args
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.utils import device_type
+from torchtitan.trainer.preflight import check_config
 
 MODEL = {
     "n_layers": 2,

@@ -6,8 +6,8 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 from tests.distributed_tests.training_ranks import SEQ_LEN, config_of
-from torchtitan.report import Interval
 from torchtitan.trainer import Trainer
+from torchtitan.trainer.step_log import Interval
 
 # bf16: on the CPU, too, experts are then one grouped product inside of the compiled graph.
 OPTIONS = [

@@ -10,13 +10,12 @@ import pytest
 from tests.distributed_tests.test_layouts import COMPILED, layout, pipeline
 from tests.fault_tests.test_non_finite import poisoned_loss
 from tests.tiny_run import as_option, losses, records, tiny
-from torchtitan import passes
-from torchtitan.check_config import check_config
 from torchtitan.config import ConfigManager
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main
-from torchtitan.trainer import Trainer
+from torchtitan.trainer import Trainer, forward_backward
+from torchtitan.trainer.preflight import check_config
 
 # 8 sequences of 32 tokens a step, then 4 of 64 with YaRN, then 8 of 16 without.
 PHASES = [
@@ -116,7 +115,9 @@ def test_a_rewind_takes_the_sequences_back(tmp_path, monkeypatch):
     saves = WHOLE_SAVES | {"training.non_finite_loss": "rewind", "checkpoint.interval": 5}
     saves["checkpoint.enable_first_step_checkpoint"] = True
     # The loss is asked twice in each of the first steps (two micro-batches).
-    monkeypatch.setattr(passes, "build_loss", lambda *_, **__: poisoned_loss("loss nan", 5))
+    monkeypatch.setattr(
+        forward_backward, "build_loss", lambda *_, **__: poisoned_loss("loss nan", 5)
+    )
     monkeypatch.setattr(DeepSeekV3Model, "computes_loss", False)  # of its own, on a GPU
     train(tmp_path, **saves | {"training.steps": 4})
     seen, replaced = records(tmp_path), records(tmp_path, "metrics.replaced.jsonl")

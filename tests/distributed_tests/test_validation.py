@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiny_run import losses, records, tiny
-from torchtitan.check_config import check_config
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import ConfigManager
 from torchtitan.config.validate import _check_validation
@@ -18,6 +17,7 @@ from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main
 from torchtitan.trainer import Trainer
+from torchtitan.trainer.preflight import check_config
 
 # 32 documents of very different lengths: ranks run out of them at different times.
 TEXTS = [f"Document {n}. " + "The quick brown fox jumps over the lazy dog. " * n for n in range(32)]

@@ -14,9 +14,9 @@ from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.utils import sum_over_ranks
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
-from torchtitan.report import Interval
 from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer
+from torchtitan.trainer.step_log import Interval
 
 STEPS, SEQUENCES, SEQ_LEN = 3, 8, 16
 EOS = load_tokenizer(JobConfig().model.hf_assets_path).eos_id

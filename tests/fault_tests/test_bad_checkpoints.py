@@ -15,12 +15,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from tests.fault_tests.disks import mounted
 from tests.tiny_run import losses, records, tiny
-from torchtitan import trainer as trainer_module
 from torchtitan.components.checkpoint_storage import CheckpointWriter, read_tensor_index
 from torchtitan.config import ConfigManager
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.train import main
 from torchtitan.trainer import Trainer
+from torchtitan.trainer import trainer as trainer_module
 
 SAVES = {
     "checkpoint__enable": True,

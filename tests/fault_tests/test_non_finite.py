@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from tests.tiny_run import records, tiny
-from torchtitan import passes
 from torchtitan.components.loss import cross_entropy_sum
 from torchtitan.components.loss_watch import MAX_SKIPS_IN_A_ROW
 from torchtitan.config import ConfigManager
-from torchtitan.report import Interval
 from torchtitan.tools.errors import RunError
 from torchtitan.train import main
-from torchtitan.trainer import Trainer
+from torchtitan.trainer import Trainer, forward_backward
+from torchtitan.trainer.step_log import Interval
 
 # The same learning rate at each step: a run without the poisoned step is then an exact twin.
 CONSTANT_LR = {"lr_scheduler__min_lr_factor": 1}
@@ -120,7 +119,7 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, kind):
 
 def test_the_program_stops_with_one_sentence_and_exit_code_1(tmp_path, monkeypatch, capfd):
     loss_fn = poisoned_loss("loss nan", at_call=3)
-    monkeypatch.setattr(passes, "build_loss", lambda *_, **__: loss_fn)
+    monkeypatch.setattr(forward_backward, "build_loss", lambda *_, **__: loss_fn)
     assert main(tiny(tmp_path)) == 1
     error, *more = [line for line in capfd.readouterr().err.splitlines() if " E " in line]
     assert not more and "Traceback" not in error
@@ -136,7 +135,7 @@ def test_the_program_stops_with_one_sentence_and_exit_code_1(tmp_path, monkeypat
 
 def test_the_program_goes_on_after_a_skipped_step_and_counts_it(tmp_path, monkeypatch, capfd):
     loss_fn = poisoned_loss("loss nan", at_call=3)
-    monkeypatch.setattr(passes, "build_loss", lambda *_, **__: loss_fn)
+    monkeypatch.setattr(forward_backward, "build_loss", lambda *_, **__: loss_fn)
     options = ["--training.non_finite_loss=skip_step", "--metrics.enable_tensorboard"]
     assert main([*tiny(tmp_path, training__steps=5), *options]) == 0
     assert "Step 3 skipped (1 so far): the loss of rank 0 is not finite" in capfd.readouterr().err

@@ -11,7 +11,7 @@ import torch
 
 from tests.fault_tests.processes import Run
 from tests.tiny_run import tiny
-from torchtitan import same_run
+from torchtitan.trainer import same_run
 
 
 def with_options(rank: int, argv: list[str], *, options: list[str]) -> None:

@@ -10,13 +10,12 @@ import torch
 
 from tests.fault_tests.test_non_finite import poisoned_loss, state_of
 from tests.tiny_run import records, tiny
-from torchtitan import passes
 from torchtitan.components.loss_watch import MAX_REWINDS_IN_A_ROW, RECENT_LOSSES, LossWatch
 from torchtitan.config import ConfigManager, Training
-from torchtitan.report import Interval
 from torchtitan.tools.errors import RunError
 from torchtitan.train import main
-from torchtitan.trainer import Trainer
+from torchtitan.trainer import Trainer, forward_backward
+from torchtitan.trainer.step_log import Interval
 
 SAVES = {
     "checkpoint__enable": True,
@@ -36,7 +35,7 @@ def test_a_rewind_goes_on_as_if_the_batches_since_the_checkpoint_had_not_been(
     """Poison in step 4, checkpoint of step 2: batches 3 and 4 are passed over. The oracle is a run
     that goes on from the checkpoint by hand with batch 5."""
     loss_fn = poisoned_loss("loss nan", at_call=4)
-    monkeypatch.setattr(passes, "build_loss", lambda *_, **__: loss_fn)
+    monkeypatch.setattr(forward_backward, "build_loss", lambda *_, **__: loss_fn)
     with closing(start(tmp_path / "a", training__steps=5)) as trainer:
         trainer.train()
         rewound, tokens = state_of(trainer), trainer.tokens_seen
@@ -66,7 +65,7 @@ def test_a_rewind_goes_on_as_if_the_batches_since_the_checkpoint_had_not_been(
 def test_a_restart_after_a_rewind_does_not_meet_the_bad_batch_again(tmp_path, monkeypatch):
     """The rewound state was saved at once, with the data position behind the bad batch."""
     loss_fn = poisoned_loss("loss nan", at_call=4)
-    monkeypatch.setattr(passes, "build_loss", lambda *_, **__: loss_fn)
+    monkeypatch.setattr(forward_backward, "build_loss", lambda *_, **__: loss_fn)
     with closing(start(tmp_path, training__steps=5)) as trainer:
         trainer.train()
         position = trainer.dataloader.local_state()["consumed"]
@@ -101,7 +100,7 @@ def test_all_ranks_rewind_together(ranks, tmp_path):
 
 def test_without_a_checkpoint_a_rewind_is_a_sentence_and_exit_code_1(tmp_path, monkeypatch, capfd):
     loss_fn = poisoned_loss("loss nan", at_call=1)
-    monkeypatch.setattr(passes, "build_loss", lambda *_, **__: loss_fn)
+    monkeypatch.setattr(forward_backward, "build_loss", lambda *_, **__: loss_fn)
     assert main(tiny(tmp_path, **SAVES)) == 1
     assert "can't rewind:" in (said := capfd.readouterr().err) and "holds no checkpoint yet" in said
 

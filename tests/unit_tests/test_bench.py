@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from tests.tiny_run import TINY
-from torchtitan.check_config import check_config
 from torchtitan.config import ConfigManager
+from torchtitan.trainer.preflight import check_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 OPTIONS = [

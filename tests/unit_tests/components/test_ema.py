@@ -12,11 +12,10 @@ from torch import Tensor
 from scripts.checkpoint_conversion import convert_to_hf
 from tests.fault_tests.test_non_finite import poisoned_loss
 from tests.tiny_run import tiny
-from torchtitan import passes
 from torchtitan.config import ConfigManager, validate
-from torchtitan.report import Interval
 from torchtitan.tools.errors import UserError
-from torchtitan.trainer import Trainer
+from torchtitan.trainer import Trainer, forward_backward
+from torchtitan.trainer.step_log import Interval
 
 EMA = {"ema__enable": True, "ema__decay": 0.9}
 SAVES = {"checkpoint__enable": True, "checkpoint__interval": 2, "training__steps": 6}
@@ -82,7 +81,7 @@ def test_a_run_in_two_parts_has_the_average_of_a_run_in_one(tmp_path):
 def test_a_rewind_takes_the_average_back(tmp_path, monkeypatch):
     """Poison in step 4: what step 3 added is gone. The oracle passes over batches 3 and 4."""
     loss_fn = poisoned_loss("loss nan", at_call=4)
-    monkeypatch.setattr(passes, "build_loss", lambda *_, **__: loss_fn)
+    monkeypatch.setattr(forward_backward, "build_loss", lambda *_, **__: loss_fn)
     rewound = trained(tmp_path / "a", **WHOLE, training__non_finite_loss="rewind")
     monkeypatch.undo()
     with closing(start(tmp_path / "b", **WHOLE)) as oracle:

@@ -13,9 +13,9 @@ from tests.tiny_run import tiny
 from tests.unit_tests.components.test_optimizer import SETTINGS, Toy, written_out_adamw
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import ConfigManager, ParamGroup
-from torchtitan.report import Interval
 from torchtitan.train import main
 from torchtitan.trainer import Trainer
+from torchtitan.trainer.step_log import Interval
 
 TABLES = [
     ParamGroup(match=["tok_embeddings.*", "norm.weight"], weight_decay=0.0, lr_factor=0.5),

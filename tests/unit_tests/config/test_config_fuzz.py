@@ -28,9 +28,9 @@ import tomli
 
 import torchtitan.train as front_door
 from tests.tiny_run import as_toml
-from torchtitan.check_config import check_config
 from torchtitan.config import ConfigManager
 from torchtitan.config.schema import KEYS
+from torchtitan.trainer.preflight import check_config
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "train_configs").glob("*.toml"))

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.check_config import check_config
 from torchtitan.config import ConfigManager
 from torchtitan.tools.errors import UserError
+from torchtitan.trainer.preflight import check_config
 
 PAGE = Path(__file__).parents[3] / "docs/parallelism.md"
 MODELS = {

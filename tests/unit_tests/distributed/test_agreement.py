@@ -8,13 +8,13 @@ import pytest
 import torch.distributed as dist
 
 from tests.tiny_run import as_option, tiny
-from torchtitan import same_run
-from torchtitan.check_config import check_config
 from torchtitan.config import ConfigManager
 from torchtitan.config.schema import KEYS
 from torchtitan.distributed import agreement
 from torchtitan.distributed.agreement import Meeting, RefusedElsewhere, explain, ranks_text
 from torchtitan.tools.errors import UserError
+from torchtitan.trainer import same_run
+from torchtitan.trainer.preflight import check_config
 
 
 def meet(finds: list[Callable], seconds: float = 30, world_size: int | None = None) -> list:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.tiny_run import losses, records, tiny
 from torchtitan.config import ConfigManager
-from torchtitan.report import Interval
 from torchtitan.train import main
 from torchtitan.trainer import Trainer
+from torchtitan.trainer.step_log import Interval
 
 
 def start(folder: Path, **changes) -> Trainer:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtitan.build import build_pipeline
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.config import JobConfig
 from torchtitan.config.pipeline import PipelinePlan
@@ -17,11 +16,12 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.pipeline_parallel import StepInputs
 from torchtitan.protocols.model import BaseModel
+from torchtitan.trainer.build import build_pipeline
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
 
-class Passes:
+class ForwardBackward:
     """parts, plan: of `build_model`, with a pipeline."""
 
     def __init__(

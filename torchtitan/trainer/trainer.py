@@ -17,15 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.build import (
-    build_lr_scheduler,
-    build_metrics,
-    build_model,
-    build_parallel_dims,
-    build_schedule,
-    profilers,
-)
-from torchtitan.check_config import Checked, check_config, model_args_of, pipeline_plan
 from torchtitan.components.balance import Action, Alarms, Numbers, violation_numbers
 from torchtitan.components.batch_change import tell_other_batch
 from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
@@ -63,16 +54,25 @@ from torchtitan.distributed.utils import (
 from torchtitan.hf_datasets import build_training_dataloader, data_numbers
 from torchtitan.hf_datasets.validation_data import build_validation_dataloader
 from torchtitan.models.moe.balancing import Load, step_loads, update_expert_bias
-from torchtitan.passes import Batch, Passes
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
-from torchtitan.report import Interval, StepResult, balance_of, traffic_of
-from torchtitan.same_run import identity_of_start, settings_of_run
 from torchtitan.tools.cpu import bound_onednn_cache, lacks_bf16
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.gc import GarbageCollection
 from torchtitan.tools.logging import logger
 from torchtitan.tools.signals import StopRequest
 from torchtitan.tools.utils import TORCH_DTYPES, local_device
+from torchtitan.trainer.build import (
+    build_lr_scheduler,
+    build_metrics,
+    build_model,
+    build_parallel_dims,
+    build_schedule,
+    profilers,
+)
+from torchtitan.trainer.forward_backward import Batch, ForwardBackward
+from torchtitan.trainer.preflight import Checked, check_config, model_args_of, pipeline_plan
+from torchtitan.trainer.same_run import identity_of_start, settings_of_run
+from torchtitan.trainer.step_log import Interval, StepResult, balance_of, traffic_of
 
 
 class Trainer:
@@ -117,7 +117,7 @@ class Trainer:
         meeting_of_ranks(config.comm).agree(lambda: self._open_data(start, seed, ranks))
         parts = self._build_model(plan)
         self._build_updates()
-        self.passes = Passes(
+        self.passes = ForwardBackward(
             config,
             self.model,
             self.dims,

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 import torchtitan
-from torchtitan.build import resolve_node_size
-from torchtitan.check_config import Checked, pipeline_plan
 from torchtitan.components.checkpoint_files import MARKER
 from torchtitan.components.hf_files import CONFIG, INDEX
 from torchtitan.config import JobConfig, to_dict
 from torchtitan.distributed.agreement import Settings
 from torchtitan.tools.launcher import planned_processes
 from torchtitan.tools.utils import device_type
+from torchtitan.trainer.build import resolve_node_size
+from torchtitan.trainer.preflight import Checked, pipeline_plan
 
 # Keys that may differ by rank or machine: what is only printed, and paths whose content is compared
 # instead (tokenizer, data). Of tables in a list the key without a number.
