@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from torchtitan.components.hf_assets import ASSETS, GENERATION
-from torchtitan.components.hf_files import CONFIG, INDEX
+from torchtitan.components.huggingface.assets import ASSETS, GENERATION
+from torchtitan.components.huggingface.folder import CONFIG, INDEX
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.script import run_script

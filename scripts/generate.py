@@ -20,17 +20,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan.components.checkpoint_files import is_complete
-from torchtitan.components.checkpoint_storage import (
+from torchtitan.components.checkpoint.dcp_storage import (
     CheckpointReader,
     read_tensor_index,
     reason_of_failure,
 )
+from torchtitan.components.checkpoint.detect import StoredModel, find_model
+from torchtitan.components.checkpoint.folder import is_complete
 from torchtitan.components.ema import check_has_average
 from torchtitan.components.generation import Sampling, check_prompts, encode_prompts, generate
-from torchtitan.components.hf_checkpoint import load_hf
-from torchtitan.components.hf_files import HFFolder, read_json
-from torchtitan.components.stored_model import StoredModel, find_model
+from torchtitan.components.huggingface.folder import HFFolder, read_json
+from torchtitan.components.huggingface.load_save import load_hf
 from torchtitan.components.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.utils import init_distributed

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
 # isort: split
-from torchtitan.components.checkpoint_files import damage, step_folder, steps_with_folder
+from torchtitan.components.checkpoint.folder import damage, step_folder, steps_with_folder
 
 LAUNCHER = Path(__file__).with_name("launch.py")
 # A model that steps in milliseconds and saves after every second one, so that kills meet saves.

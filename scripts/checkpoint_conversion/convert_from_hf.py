@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts import entry
 
 # isort: split
-from torchtitan.components.hf_convert import hf_to_checkpoint
-from torchtitan.components.hf_files import HFFolder
-from torchtitan.components.stored_model import find_model
+from torchtitan.components.checkpoint.convert import hf_to_checkpoint
+from torchtitan.components.checkpoint.detect import find_model
+from torchtitan.components.huggingface.folder import HFFolder
 from torchtitan.config.manager import parse_value
 from torchtitan.protocols.model import override_fields
 from torchtitan.tools.errors import UserError

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts import entry
 
 # isort: split
-from torchtitan.components.checkpoint_files import require_checkpoint
-from torchtitan.components.hf_convert import checkpoint_to_hf
-from torchtitan.components.hf_files import MAX_FILE_BYTES
-from torchtitan.components.stored_model import find_model
+from torchtitan.components.checkpoint.convert import checkpoint_to_hf
+from torchtitan.components.checkpoint.detect import find_model
+from torchtitan.components.checkpoint.folder import require_checkpoint
+from torchtitan.components.huggingface.folder import MAX_FILE_BYTES
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.script import run_script

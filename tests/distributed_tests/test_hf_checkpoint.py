@@ -22,7 +22,7 @@ from tests.distributed_tests.training_ranks import (
     config_of,
     global_batches,
 )
-from torchtitan.components.hf_checkpoint import load_hf, save_hf
+from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
 from torchtitan.models.deepseek_v3 import (
     DeepSeekV3Model,

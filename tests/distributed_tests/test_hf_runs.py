@@ -9,8 +9,8 @@ import pytest
 
 from tests.scripts import script
 from tests.tiny_run import losses, tiny
-from torchtitan.components.hf_checkpoint import say_what_differs
-from torchtitan.components.hf_files import HFFolder
+from torchtitan.components.huggingface.folder import HFFolder
+from torchtitan.components.huggingface.load_save import say_what_differs
 from torchtitan.models.deepseek_v3 import DeepSeekV3StateDictAdapter
 from torchtitan.train import main
 

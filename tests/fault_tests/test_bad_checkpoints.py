@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from tests.fault_tests.disks import mounted
 from tests.tiny_run import losses, records, tiny
-from torchtitan.components.checkpoint_storage import CheckpointWriter, read_tensor_index
+from torchtitan.components.checkpoint.dcp_storage import CheckpointWriter, read_tensor_index
 from torchtitan.config import ConfigManager
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.train import main

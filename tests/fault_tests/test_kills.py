@@ -11,7 +11,7 @@ import pytest
 from scripts.soak import ranks_of
 from tests.fault_tests.processes import Run
 from tests.tiny_run import losses, records, tiny
-from torchtitan.components.checkpoint_files import damage, step_folder, steps_with_folder
+from torchtitan.components.checkpoint.folder import damage, step_folder, steps_with_folder
 
 STEPS = 24
 SAVES = {

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from tests.parity_tests.test_deepseek_hf import Case, batch, v3
-from torchtitan.components.hf_checkpoint import load_hf, save_hf
+from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.models.deepseek_v3 import (
     DeepSeekV3Model,
     DeepSeekV3ModelArgs,

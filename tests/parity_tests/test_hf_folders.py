@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import finegrained_fp8
 
 from tests.parity_tests.test_deepseek_hf import CASES, Case, batch, needs_v2_mscale, v2, v2_lite, v3
-from torchtitan.components.hf_checkpoint import load_hf, save_hf
-from torchtitan.components.hf_convert import checkpoint_to_hf, hf_to_checkpoint
-from torchtitan.components.hf_files import HFFolder
+from torchtitan.components.checkpoint.convert import checkpoint_to_hf, hf_to_checkpoint
+from torchtitan.components.huggingface.folder import HFFolder
+from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, DeepSeekV3StateDictAdapter
 from torchtitan.ops.block_fp8 import FP8
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from torchtitan.components.checkpoint_files import steps_with_folder
+from torchtitan.components.checkpoint.folder import steps_with_folder
 from torchtitan.config import JobConfig, to_dict
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.disk import SideOutput, check_readable, check_writable, write_whole

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from torchtitan.components.checkpoint.hf_rules import check_hf
 from torchtitan.components.dump_folder import check_folders
-from torchtitan.components.hf_checkpoint import check_hf
 from torchtitan.components.param_groups import check_groups
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.validate import check_samples

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import torchtitan
-from torchtitan.components.checkpoint_files import MARKER
-from torchtitan.components.hf_files import CONFIG, INDEX
+from torchtitan.components.checkpoint.folder import MARKER
+from torchtitan.components.huggingface.folder import CONFIG, INDEX
 from torchtitan.config import JobConfig, to_dict
 from torchtitan.distributed.agreement import Settings
 from torchtitan.tools.launcher import planned_processes

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan.components.balance import Action, Alarms, Numbers, violation_numbers
-from torchtitan.components.batch_change import tell_other_batch
-from torchtitan.components.checkpoint import WEIGHTS, build_checkpoint_manager
-from torchtitan.components.checkpoint_choice import Start
-from torchtitan.components.checkpoint_state import RunState
+from torchtitan.components.checkpoint.batch_change import tell_other_batch
+from torchtitan.components.checkpoint import build_checkpoint_manager
+from torchtitan.components.checkpoint.meta import WEIGHTS
+from torchtitan.components.checkpoint.resume import Start
+from torchtitan.components.checkpoint.run_state import RunState
 from torchtitan.components.cuda_graph import GraphedPass
 from torchtitan.components.data_identity import tell_other_validation_data
 from torchtitan.components.dataloader import merge_states

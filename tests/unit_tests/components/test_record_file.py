@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torchtitan.components import record_file
-from torchtitan.components.checkpoint_storage import SummingStream, tells_of_the_disk
+from torchtitan.components.checkpoint.dcp_storage import SummingStream, tells_of_the_disk
 from torchtitan.components.record_file import RecordFile, take_back
 from torchtitan.components.writers import JsonlWriter
 

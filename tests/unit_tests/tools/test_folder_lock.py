@@ -16,8 +16,8 @@ import pytest
 
 from tests.tiny_run import tiny
 from torchtitan.components import dump_folder
+from torchtitan.components.checkpoint.convert import _tells_of_the_disk
 from torchtitan.components.dump_folder import alone_in_folders, own_folders
-from torchtitan.components.hf_convert import _tells_of_the_disk
 from torchtitan.config import ConfigManager
 from torchtitan.tools import folder_lock
 from torchtitan.tools.errors import UserError

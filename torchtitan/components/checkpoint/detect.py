@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from torchtitan.components.checkpoint_choice import Identity, Start, refuse_other_model
-from torchtitan.components.checkpoint_files import (
+from torchtitan.components.checkpoint.folder import (
     META,
     is_complete,
     read_json,
     require_checkpoint,
     steps_with_folder,
 )
-from torchtitan.components.hf_files import CONFIG, HFFolder
+from torchtitan.components.checkpoint.meta import Identity
+from torchtitan.components.checkpoint.resume import Start, refuse_other_model
+from torchtitan.components.huggingface.folder import CONFIG, HFFolder
 from torchtitan.protocols.model import BaseModelArgs, override_fields
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec, family_of, get_train_spec

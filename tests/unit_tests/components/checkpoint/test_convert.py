@@ -12,13 +12,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from tests.scripts import script
-from torchtitan.components import hf_convert
-from torchtitan.components.checkpoint_files import damage
-from torchtitan.components.checkpoint_storage import CheckpointReader
-from torchtitan.components.hf_checkpoint import load_hf, save_hf
-from torchtitan.components.hf_convert import checkpoint_to_hf, hf_to_checkpoint
-from torchtitan.components.hf_files import HFFolder, plan_layout
-from torchtitan.components.journal import Journal
+from torchtitan.components.checkpoint import convert as hf_convert
+from torchtitan.components.checkpoint.convert import checkpoint_to_hf, hf_to_checkpoint
+from torchtitan.components.checkpoint.dcp_storage import CheckpointReader
+from torchtitan.components.checkpoint.folder import damage
+from torchtitan.components.checkpoint.progress import Journal
+from torchtitan.components.huggingface.folder import HFFolder, plan_layout
+from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.models.deepseek_v3 import (
     DeepSeekV3Model,
     DeepSeekV3ModelArgs,
@@ -344,8 +344,8 @@ def test_a_layout_fills_files_to_the_limit_and_no_further():
 _MEASURE = """
 import sys, torch
 from pathlib import Path
-from torchtitan.components.hf_convert import checkpoint_to_hf, hf_to_checkpoint
-from torchtitan.components.hf_files import HFFolder
+from torchtitan.components.checkpoint.convert import checkpoint_to_hf, hf_to_checkpoint
+from torchtitan.components.huggingface.folder import HFFolder
 from torchtitan.models.deepseek_v3 import DeepSeekV3StateDictAdapter
 
 def memory(kind):  # KiB

@@ -1,7 +1,7 @@
 """Tensors of a checkpoint on disk: torch.distributed.checkpoint's files, with two changes.
 
 The writer sums up every file while it is written and makes the folder a checkpoint at the end
-(checkpoint_files.py), on the coordinator and inside DCP's own protocol: whatever fails on any rank,
+(folder.py), on the coordinator and inside DCP's own protocol: whatever fails on any rank,
 every rank learns of it, in synchronous and asynchronous saves alike.
 
 The reader never runs anything. DCP keeps its index in a pickle, and a pickle may call whatever it
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from torchtitan.components.checkpoint_files import (
+from torchtitan.components.checkpoint.folder import (
     TENSOR_INDEX,
     FileSum,
     begin,

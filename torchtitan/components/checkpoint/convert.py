@@ -32,8 +32,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 from tqdm import tqdm
 
-from torchtitan.components.checkpoint_choice import WEIGHTS, Identity, make_meta
-from torchtitan.components.checkpoint_files import (
+from torchtitan.components.checkpoint.dcp_storage import (
+    SummingStream,
+    read_tensor_index,
+    tells_of_the_disk,
+)
+from torchtitan.components.checkpoint.folder import (
     MANIFEST,
     META,
     NUMBERS,
@@ -43,25 +47,13 @@ from torchtitan.components.checkpoint_files import (
     publish,
     require_checkpoint,
 )
-from torchtitan.components.checkpoint_storage import (
-    SummingStream,
-    read_tensor_index,
-    tells_of_the_disk,
-)
+from torchtitan.components.checkpoint.meta import WEIGHTS, Identity, make_meta
+from torchtitan.components.checkpoint.progress import Journal
 from torchtitan.components.ema import PREFIX as EMA_PREFIX
 from torchtitan.components.ema import check_has_average
-from torchtitan.components.hf_assets import write_assets
-from torchtitan.components.hf_checkpoint import (
-    check_folder,
-    log_routing_changes,
-    read_rows,
-    replace_folder,
-    routing_changes,
-    say_what_differs,
-    tell_notes,
-)
-from torchtitan.components.hf_checks import check_shapes, copies_that_differ
-from torchtitan.components.hf_files import (
+from torchtitan.components.huggingface.assets import write_assets
+from torchtitan.components.huggingface.checks import check_shapes, copies_that_differ
+from torchtitan.components.huggingface.folder import (
     INDEX,
     MAX_FILE_BYTES,
     SCALE,
@@ -70,7 +62,15 @@ from torchtitan.components.hf_files import (
     Layout,
     plan_layout,
 )
-from torchtitan.components.journal import Journal
+from torchtitan.components.huggingface.load_save import (
+    check_folder,
+    log_routing_changes,
+    read_rows,
+    replace_folder,
+    routing_changes,
+    say_what_differs,
+    tell_notes,
+)
 from torchtitan.ops.block_fp8 import quantize_blocks
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter, warn_of_copies
 from torchtitan.tools.disk import reason, whole_or_none

@@ -24,17 +24,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-from torchtitan.components.checkpoint_choice import (
-    EVERYTHING,
-    WEIGHTS,
-    CheckpointChoice,
-    Identity,
-    Start,
-    make_meta,
-    refuse_other_model,
-    refuse_other_tensors,
+from torchtitan.components.checkpoint.dcp_storage import (
+    CheckpointReader,
+    CheckpointWriter,
+    read_tensor_index,
+    reason_of_failure,
 )
-from torchtitan.components.checkpoint_files import (
+from torchtitan.components.checkpoint.detect import args_at_start
+from torchtitan.components.checkpoint.folder import (
     META,
     NUMBERS,
     clean_up,
@@ -42,17 +39,18 @@ from torchtitan.components.checkpoint_files import (
     step_folder,
     steps_with_folder,
 )
-from torchtitan.components.checkpoint_state import RunState
-from torchtitan.components.checkpoint_storage import (
-    CheckpointReader,
-    CheckpointWriter,
-    read_tensor_index,
-    reason_of_failure,
+from torchtitan.components.checkpoint.hf_rules import initial_hf_folder
+from torchtitan.components.checkpoint.meta import EVERYTHING, WEIGHTS, Identity, make_meta
+from torchtitan.components.checkpoint.resume import (
+    CheckpointChoice,
+    Start,
+    refuse_other_model,
+    refuse_other_tensors,
 )
+from torchtitan.components.checkpoint.run_state import RunState
 from torchtitan.components.ema import has_average
-from torchtitan.components.hf_checkpoint import initial_hf_folder, load_hf, save_hf
-from torchtitan.components.hf_files import plan_layout
-from torchtitan.components.stored_model import args_at_start
+from torchtitan.components.huggingface.folder import plan_layout
+from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
 from torchtitan.distributed.groups import group_of
 from torchtitan.distributed.utils import RanksOf

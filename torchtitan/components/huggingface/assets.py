@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchtitan.components.hf_files import CONFIG, read_json
+from torchtitan.components.huggingface.folder import CONFIG, read_json
 from torchtitan.components.tokenizer import load_tokenizer, locate
 from torchtitan.ops.block_fp8 import BLOCK
 from torchtitan.tools.errors import UserError

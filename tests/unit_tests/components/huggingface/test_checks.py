@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.unit_tests.components.test_hf_convert import ARGS, NAMES
-from torchtitan.components import hf_checks
-from torchtitan.components.hf_checkpoint import load_hf, save_hf
-from torchtitan.components.hf_convert import checkpoint_to_hf, hf_to_checkpoint
-from torchtitan.components.hf_files import HFFolder
+from torchtitan.components.checkpoint.convert import checkpoint_to_hf, hf_to_checkpoint
+from torchtitan.components.huggingface import checks as hf_checks
+from torchtitan.components.huggingface.folder import HFFolder
+from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, DeepSeekV3StateDictAdapter
 from torchtitan.models.qwen3 import Qwen3Model, Qwen3ModelArgs, Qwen3StateDictAdapter
 from torchtitan.tools.errors import UserError

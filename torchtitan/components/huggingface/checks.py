@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from torchtitan.components.hf_files import CONFIG, SCALE, HFFolder
+from torchtitan.components.huggingface.folder import CONFIG, SCALE, HFFolder
 from torchtitan.ops.block_fp8 import BLOCK, scale_shape
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
 from torchtitan.tools.errors import UserError, some

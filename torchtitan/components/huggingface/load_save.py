@@ -1,7 +1,7 @@
 """Weights of a running model from and to a Hugging Face folder, in any layout.
 
 Loading: a rank reads, of each tensor, the part that it holds. Saving: each part is written into its
-place by the first rank that holds it, into files laid out beforehand (hf_files.py), so the folder
+place by the first rank that holds it, into files laid out beforehand (folder.py), so the folder
 is bitwise the one that a single process writes. Both are collective: all ranks call them, and when
 one of them finds something wrong, all of them raise the same `UserError`.
 """
@@ -20,55 +20,25 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from torchtitan.components.checkpoint_files import steps_with_folder
-from torchtitan.components.hf_assets import find_assets, write_assets
-from torchtitan.components.hf_checks import (
+from torchtitan.components.huggingface.assets import write_assets
+from torchtitan.components.huggingface.checks import (
     check_names,
     check_shapes,
     check_sizes,
     copies_that_differ,
 )
-from torchtitan.components.hf_files import (
+from torchtitan.components.huggingface.folder import (
     CONFIG,
     INDEX,
     HFFolder,
     HFWriter,
     plan_layout,
 )
-from torchtitan.config import JobConfig
-from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter, warn_of_copies
-from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 Offset = tuple[int, ...]
-
-
-def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> None:
-    """What can be known before a run of the folders that it reads and writes (`UserError`)."""
-    settings = config.checkpoint
-    keys = [key for key in ("initial_load_in_hf", "last_save_in_hf") if getattr(settings, key)]
-    if not (settings.enable and keys):
-        return
-    if spec.state_dict_adapter is None:
-        raise UserError(
-            f"checkpoint.{keys[0]} = true, but model.name '{config.model.name}' has no form for "
-            "Hugging Face; set it to false."
-        )
-    adapter = spec.state_dict_adapter(model_args, config.model.hf_assets_path)
-    if settings.last_save_in_hf:
-        adapter.check_export()
-        find_assets(config.model.hf_assets_path)
-    own = Path(config.job.dump_folder, settings.folder)
-    if settings.initial_load_in_hf and not steps_with_folder(own):
-        folder = HFFolder(initial_hf_folder(config), spec.hf_repos.get(config.model.flavor))
-        check_folder(folder, adapter, quantized=settings.initial_load_in_hf_quantized)
-
-
-def initial_hf_folder(config: JobConfig) -> str:
-    """That of the tokenizer, where `checkpoint.initial_load_path` names no other one."""
-    return config.checkpoint.initial_load_path or config.model.hf_assets_path
 
 
 # ------------------------------------------------------------------ loading
@@ -212,7 +182,7 @@ def save_hf(
     """Write `model` as a Hugging Face folder: safetensors, index, config.json, tokenizer files.
 
     dtype: of the weights; the router's bias stays fp32, written minus its minimum. assets_path:
-    folder with the tokenizer (hf_assets.py says what is taken from it). group: all ranks; its
+    folder with the tokenizer (assets.py says what is taken from it). group: all ranks; its
     patience must outlast the slowest disk. The folder appears under its name when it is whole; one
     that was there is replaced. Raises `UserError` where Hugging Face has no such model, `OSError`
     where the folder can't be written.

@@ -1,16 +1,14 @@
 """Which checkpoint a run begins from, and whether it is one of this run's model."""
 
-import platform
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-import torchtitan
-from torchtitan.components.checkpoint_files import (
+from torchtitan.components.checkpoint.dcp_storage import compare_tensors
+from torchtitan.components.checkpoint.folder import (
     META,
     NUMBERS,
     damage,
@@ -19,54 +17,11 @@ from torchtitan.components.checkpoint_files import (
     step_folder,
     steps_with_folder,
 )
-from torchtitan.components.checkpoint_storage import compare_tensors
+from torchtitan.components.checkpoint.meta import EVERYTHING, WEIGHTS, Identity
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint
 from torchtitan.distributed.utils import RanksOf
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
-
-# "content" of meta.json.
-EVERYTHING, WEIGHTS = "everything", "weights"
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a checkpoint is of, for its meta.json. layout: degrees by name; config_hash: of all
-    settings; model_args: those that must not differ between saving and loading; all_args: all of
-    the model's, from which others rebuild it."""
-
-    model: str
-    flavor: str
-    model_args: dict[str, Any]
-    all_args: dict[str, Any]
-    layout: dict[str, Any]
-    config_hash: str
-
-
-def make_meta(
-    identity: Identity, *, step: int, content: str, tokens_seen: int, seed: int
-) -> dict[str, Any]:
-    """The contents of meta.json."""
-    return {
-        "step": step,
-        "content": content,
-        "tokens_seen": tokens_seen,
-        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": seed,
-        "layout": identity.layout,
-        "model": {
-            "name": identity.model,
-            "flavor": identity.flavor,
-            "args": identity.model_args,
-            "all_args": identity.all_args,
-        },
-        "config_hash": identity.config_hash,
-        "versions": {
-            "torchtitan": torchtitan.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
 
 
 @dataclass(frozen=True)

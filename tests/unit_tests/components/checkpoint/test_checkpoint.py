@@ -9,7 +9,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from tests.tiny_run import losses, records, tiny
-from torchtitan.components.checkpoint_files import (
+from torchtitan.components.checkpoint.dcp_storage import read_tensor_index
+from torchtitan.components.checkpoint.folder import (
     begin,
     clean_up,
     damage,
@@ -17,7 +18,6 @@ from torchtitan.components.checkpoint_files import (
     publish,
     steps_with_folder,
 )
-from torchtitan.components.checkpoint_storage import read_tensor_index
 from torchtitan.config import CHECKPOINT_PARTS, ConfigManager, validate
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main
@@ -279,7 +279,7 @@ TEXTS = {"meta.json": "{}", "state.json": "{}"}
 def write(folder: Path, step: int) -> Path:
     tmp = begin(folder, step)
     (tmp / ".metadata").write_text("index")
-    from torchtitan.components.checkpoint_files import FileSum, _sha256
+    from torchtitan.components.checkpoint.folder import FileSum, _sha256
 
     return publish(tmp, TEXTS, {".metadata": FileSum(5, _sha256("index"))})
 

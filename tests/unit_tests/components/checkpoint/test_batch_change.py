@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from torchtitan.components.batch_change import tell_other_batch
+from torchtitan.components.checkpoint.batch_change import tell_other_batch
 
 
 @pytest.mark.parametrize("before, local, ranks", [(4, 2, 1), (4, 2, 2), (4, 4, 2), (12, 8, 3)])

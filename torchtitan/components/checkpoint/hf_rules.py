@@ -1,0 +1,38 @@
+"""What a run's settings say of Hugging Face folders, checked before the run starts."""
+
+from pathlib import Path
+
+from torchtitan.components.checkpoint.folder import steps_with_folder
+from torchtitan.components.huggingface.assets import find_assets
+from torchtitan.components.huggingface.folder import HFFolder
+from torchtitan.components.huggingface.load_save import check_folder
+from torchtitan.config import JobConfig
+from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.protocols.train_spec import TrainSpec
+from torchtitan.tools.errors import UserError
+
+
+def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> None:
+    """What can be known before a run of the folders that it reads and writes (`UserError`)."""
+    settings = config.checkpoint
+    keys = [key for key in ("initial_load_in_hf", "last_save_in_hf") if getattr(settings, key)]
+    if not (settings.enable and keys):
+        return
+    if spec.state_dict_adapter is None:
+        raise UserError(
+            f"checkpoint.{keys[0]} = true, but model.name '{config.model.name}' has no form for "
+            "Hugging Face; set it to false."
+        )
+    adapter = spec.state_dict_adapter(model_args, config.model.hf_assets_path)
+    if settings.last_save_in_hf:
+        adapter.check_export()
+        find_assets(config.model.hf_assets_path)
+    own = Path(config.job.dump_folder, settings.folder)
+    if settings.initial_load_in_hf and not steps_with_folder(own):
+        folder = HFFolder(initial_hf_folder(config), spec.hf_repos.get(config.model.flavor))
+        check_folder(folder, adapter, quantized=settings.initial_load_in_hf_quantized)
+
+
+def initial_hf_folder(config: JobConfig) -> str:
+    """That of the tokenizer, where `checkpoint.initial_load_path` names no other one."""
+    return config.checkpoint.initial_load_path or config.model.hf_assets_path

@@ -1,0 +1,53 @@
+"""What a checkpoint says of itself: the contents of its meta.json."""
+
+import platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+import torchtitan
+
+# "content" of meta.json.
+EVERYTHING, WEIGHTS = "everything", "weights"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint is of, for its meta.json. layout: degrees by name; config_hash: of all
+    settings; model_args: those that must not differ between saving and loading; all_args: all of
+    the model's, from which others rebuild it."""
+
+    model: str
+    flavor: str
+    model_args: dict[str, Any]
+    all_args: dict[str, Any]
+    layout: dict[str, Any]
+    config_hash: str
+
+
+def make_meta(
+    identity: Identity, *, step: int, content: str, tokens_seen: int, seed: int
+) -> dict[str, Any]:
+    """The contents of meta.json."""
+    return {
+        "step": step,
+        "content": content,
+        "tokens_seen": tokens_seen,
+        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "layout": identity.layout,
+        "model": {
+            "name": identity.model,
+            "flavor": identity.flavor,
+            "args": identity.model_args,
+            "all_args": identity.all_args,
+        },
+        "config_hash": identity.config_hash,
+        "versions": {
+            "torchtitan": torchtitan.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,1 @@
+"""Hugging Face folders: their files, their tensors, what is checked and written."""
