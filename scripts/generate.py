@@ -27,10 +27,10 @@ from torchtitan.components.checkpoint.dcp_storage import (
 )
 from torchtitan.components.checkpoint.detect import StoredModel, find_model
 from torchtitan.components.checkpoint.folder import is_complete
-from torchtitan.components.ema import check_has_average
 from torchtitan.components.generation import Sampling, check_prompts, encode_prompts, generate
 from torchtitan.components.huggingface.folder import HFFolder, read_json
 from torchtitan.components.huggingface.load_save import load_hf
+from torchtitan.components.optimizer.ema import check_has_average
 from torchtitan.components.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.utils import init_distributed

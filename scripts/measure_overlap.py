@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from torchtitan.components.working_weights import build_working_weights
+from torchtitan.components.optimizer.compute_weights import build_compute_weights
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.overlap import by_turns
 from torchtitan.distributed.utils import init_distributed
@@ -47,7 +47,7 @@ class Pairs:
         dims = build_parallel_dims(config)
         self.models = [build_model(spec, args, dims, config, device)[0] for _ in range(2)]
         for model in self.models:  # as for all micro-batches of a pipeline but the last
-            build_working_weights(model, config, dims, several_passes=True)
+            build_compute_weights(model, config, dims, several_passes=True)
             model.set_requires_gradient_sync(False)
             model.set_is_last_backward(False)
             model.set_reshard_after_backward(False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import machine, measure
 from torchtitan.components.optimizer import build_optimizer
-from torchtitan.components.working_weights import WorkingWeights
+from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.config.job_config import Optimizer
 from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
 from torchtitan.models.moe import MoE
@@ -132,7 +132,7 @@ def plain_chain(moe: MoE, x_BSD: Tensor) -> Tensor:
 
 def _work_in_bf16(module: nn.Module) -> object:
     """The layout of weights that a run computes with."""
-    return WorkingWeights(module.modules(), torch.bfloat16, root=module, fp32_grads=False)
+    return ComputeWeights(module.modules(), torch.bfloat16, root=module, fp32_grads=False)
 
 
 def _core(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import torch
 from benchmarks.breakdown import StepProfile
 from benchmarks.rows import random_batches, summary
 from benchmarks.timing import peak_gib, time_steps
-from torchtitan.components.metrics import device_name
+from torchtitan.components.metrics.logger import device_name
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.tools.flops import peak_flops
 from torchtitan.tools.utils import TORCH_DTYPES, device_type

@@ -14,8 +14,8 @@ from tests.distributed_tests.training_ranks import (
     train_with,
 )
 from tests.tiny_run import losses, tiny
-from torchtitan.components import working_weights
-from torchtitan.components.fused_adam import FusedAdam
+from torchtitan.components.optimizer import compute_weights as compute_weights
+from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.distributed import fsdp
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
 from torchtitan.tools.utils import local_device
@@ -28,7 +28,7 @@ BF16 = "--training.mixed_precision_param=bfloat16"
 def train(options: list[str], folder: str, *, by_fsdp: bool) -> dict:
     patch = pytest.MonkeyPatch()
     if by_fsdp:
-        for module in (fsdp, working_weights):
+        for module in (fsdp, compute_weights):
             patch.setattr(module, "experts_alone", lambda *_: [])
     try:
         return train_with(config_of(*options, BF16, f"--job.dump_folder={folder}"))
@@ -83,7 +83,7 @@ def test_only_those_that_no_other_rank_has(ranks, tmp_path):
         assert [kind for kind in found if kind] == [[True, False]] * (2 if "pipe" in name else 4)
 
 
-def test_a_checkpoint_reaches_their_working_weights(ranks, tmp_path):
+def test_a_checkpoint_reaches_their_compute_weights(ranks, tmp_path):
     settings = {
         "training__mixed_precision_param": "bfloat16",
         "parallelism__expert_parallel_degree": 2,

@@ -15,7 +15,7 @@ from tests.distributed_tests.training_ranks import (
     assert_trained_alike,
     train_on_this_rank,
 )
-from torchtitan.components.muon import Muon
+from torchtitan.components.optimizer.muon import Muon
 from torchtitan.models.moe import MoE, MoEArgs
 
 DDP = "--parallelism.data_parallel_shard_degree=1"

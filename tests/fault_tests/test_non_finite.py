@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.tiny_run import records, tiny
 from torchtitan.components.loss import cross_entropy_sum
-from torchtitan.components.loss_watch import MAX_SKIPS_IN_A_ROW
+from torchtitan.components.metrics.loss_guard import MAX_SKIPS_IN_A_ROW
 from torchtitan.config import ConfigManager
 from torchtitan.tools.errors import RunError
 from torchtitan.train import main

@@ -10,7 +10,7 @@ import torch
 
 from tests.fault_tests.test_non_finite import poisoned_loss, state_of
 from tests.tiny_run import records, tiny
-from torchtitan.components.loss_watch import MAX_REWINDS_IN_A_ROW, RECENT_LOSSES, LossWatch
+from torchtitan.components.metrics.loss_guard import MAX_REWINDS_IN_A_ROW, RECENT_LOSSES, LossWatch
 from torchtitan.config import ConfigManager, Training
 from torchtitan.tools.errors import RunError
 from torchtitan.train import main

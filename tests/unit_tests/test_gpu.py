@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.tiny_run import losses, tiny
-from torchtitan.components.ema import WeightAverage
 from torchtitan.components.loss import cross_entropy_sum
+from torchtitan.components.optimizer.ema import WeightAverage
 from torchtitan.config import EMA
 from torchtitan.distributed.expert_parallel import AllToAllDispatcher
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args

@@ -37,7 +37,7 @@ def apply_data_parallel(
 
     Weights and gradients are kept in `training.dtype`, the model computes in
     `mixed_precision_param`, and gradients are summed over ranks in `mixed_precision_reduce`. One
-    process is left as it is: see components/working_weights.py.
+    process is left as it is: see components/optimizer/compute_weights.py.
     """
     param_dtype = TORCH_DTYPES[training.mixed_precision_param]
     if dims.world_size == 1:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from torchtitan.components import lr_scheduler
-from torchtitan.components.metrics import MetricsLogger, device_name
+from torchtitan.components.metrics.logger import MetricsLogger, device_name
+from torchtitan.components.optimizer import lr_scheduler
 from torchtitan.config import JobConfig, Parallelism, resolve_degrees, run_schedule
 from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.config.run_schedule import RunSchedule

@@ -7,7 +7,7 @@ import torch
 
 from torchtitan.components.checkpoint.hf_rules import check_hf
 from torchtitan.components.dump_folder import check_folders
-from torchtitan.components.param_groups import check_groups
+from torchtitan.components.optimizer.param_groups import check_groups
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.validate import check_samples
 from torchtitan.config import JobConfig, resolve_degrees, run_schedule, validate

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torchtitan.components.balance import (
+from torchtitan.components.metrics.expert_load import (
     Numbers,
     balance_numbers,
     cross_node_percent,
     routing_numbers,
 )
-from torchtitan.components.loss_watch import Verdict
-from torchtitan.components.traffic import traffic_numbers
+from torchtitan.components.metrics.expert_traffic import traffic_numbers
+from torchtitan.components.metrics.loss_guard import Verdict
 from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.protocols.model import BaseModelArgs
 

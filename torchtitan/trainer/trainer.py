@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.components.balance import Action, Alarms, Numbers, violation_numbers
-from torchtitan.components.checkpoint.batch_change import tell_other_batch
 from torchtitan.components.checkpoint import build_checkpoint_manager
+from torchtitan.components.checkpoint.batch_change import tell_other_batch
 from torchtitan.components.checkpoint.meta import WEIGHTS
 from torchtitan.components.checkpoint.resume import Start
 from torchtitan.components.checkpoint.run_state import RunState
@@ -27,15 +26,17 @@ from torchtitan.components.cuda_graph import GraphedPass
 from torchtitan.components.data_identity import tell_other_validation_data
 from torchtitan.components.dataloader import merge_states
 from torchtitan.components.dump_folder import alone_in_folders, save_config
-from torchtitan.components.ema import WeightAverage
-from torchtitan.components.fused_adam import FusedAdam
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.loss_watch import LossWatch
-from torchtitan.components.lr_scheduler import resume_lr_scheduler
+from torchtitan.components.metrics.alarms import Action, Alarms
+from torchtitan.components.metrics.expert_load import Numbers, violation_numbers
+from torchtitan.components.metrics.expert_traffic import traffic_line
+from torchtitan.components.metrics.loss_guard import LossWatch
 from torchtitan.components.optimizer import build_optimizer, group_rules
-from torchtitan.components.traffic import traffic_line
+from torchtitan.components.optimizer.compute_weights import build_compute_weights
+from torchtitan.components.optimizer.ema import WeightAverage
+from torchtitan.components.optimizer.fused_adam import FusedAdam
+from torchtitan.components.optimizer.lr_scheduler import resume_lr_scheduler
 from torchtitan.components.validate import Validator
-from torchtitan.components.working_weights import build_working_weights
 from torchtitan.config import JobConfig, run_schedule
 from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.config.played_run import without_checkpoints
@@ -239,7 +240,7 @@ class Trainer:
         self.schedule = build_schedule(config, self.dims.dp_degree)
         self.now = self.schedule.ends[0]  # until the first step
         self.sequences: Sequences | None = self.now.sequences  # what all is set up for
-        self.working = build_working_weights(
+        self.working = build_compute_weights(
             self.model,
             config,
             self.dims,

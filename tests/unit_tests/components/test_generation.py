@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.unit_tests.components.test_hf_convert import ARGS
+from tests.unit_tests.components.checkpoint.test_convert import ARGS
 from torchtitan.components import generation
 from torchtitan.components.generation import Sampling, _Draw, generate
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model

@@ -49,8 +49,6 @@ from torchtitan.components.checkpoint.folder import (
 )
 from torchtitan.components.checkpoint.meta import WEIGHTS, Identity, make_meta
 from torchtitan.components.checkpoint.progress import Journal
-from torchtitan.components.ema import PREFIX as EMA_PREFIX
-from torchtitan.components.ema import check_has_average
 from torchtitan.components.huggingface.assets import write_assets
 from torchtitan.components.huggingface.checks import check_shapes, copies_that_differ
 from torchtitan.components.huggingface.folder import (
@@ -71,6 +69,8 @@ from torchtitan.components.huggingface.load_save import (
     say_what_differs,
     tell_notes,
 )
+from torchtitan.components.optimizer.ema import PREFIX as EMA_PREFIX
+from torchtitan.components.optimizer.ema import check_has_average
 from torchtitan.ops.block_fp8 import quantize_blocks
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter, warn_of_copies
 from torchtitan.tools.disk import reason, whole_or_none
@@ -231,8 +231,8 @@ class StoredTensors:
     """Parts of the weights in a checkpoint. What the last read used stays in memory: neighbouring
     experts lie in the same chunk.
 
-    averaged: of the parameters their average (components/ema.py); buffers have none. Raises
-    `UserError` where the checkpoint holds none.
+    averaged: read the parameters' average (components/optimizer/ema.py); buffers have none.
+    Raises `UserError` where the checkpoint holds none.
     """
 
     def __init__(self, checkpoint: Path, *, averaged: bool = False) -> None:

@@ -48,9 +48,9 @@ from torchtitan.components.checkpoint.resume import (
     refuse_other_tensors,
 )
 from torchtitan.components.checkpoint.run_state import RunState
-from torchtitan.components.ema import has_average
 from torchtitan.components.huggingface.folder import plan_layout
 from torchtitan.components.huggingface.load_save import load_hf, save_hf
+from torchtitan.components.optimizer.ema import has_average
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
 from torchtitan.distributed.groups import group_of
 from torchtitan.distributed.utils import RanksOf

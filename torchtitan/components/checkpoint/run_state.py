@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchtitan.components.dataloader import ParallelAwareDataLoader, merge_states
-from torchtitan.components.ema import WeightAverage
-from torchtitan.components.lr_scheduler import resume_lr_scheduler
+from torchtitan.components.optimizer.ema import WeightAverage
+from torchtitan.components.optimizer.lr_scheduler import resume_lr_scheduler
 from torchtitan.config import CHECKPOINT_PARTS
 
 Numbers = dict[str, Any]

@@ -29,7 +29,7 @@ class Attention(nn.Module):
     Keys and values come from one normalised latent of `kv_lora_rank` channels; queries from another
     (or directly). Position sits in `qk_rope_head_dim` extra channels, for keys shared by all heads.
 
-    w_in: the weights that take the layer's input, as one (components/working_weights.py).
+    w_in: the weights that take the layer's input, as one (components/optimizer/compute_weights.py).
     """
 
     w_in: Tensor | None = None

@@ -36,7 +36,8 @@ __all__ = ["MoEArgs", "FeedForward", "TokenChoiceTopKRouter", "GroupedExperts", 
 class FeedForward(nn.Module):
     """SwiGLU feed-forward layer: w2(silu(w1 x) · w3 x), (..., dim) to (..., dim).
 
-    w13: both weights as one, where working weights are kept (components/working_weights.py).
+    w13: both weights as one, where compute-dtype weights are kept
+    (components/optimizer/compute_weights.py).
     """
 
     fused_weights = {"w13": (("w1.weight", "w3.weight"), 0)}
@@ -189,7 +190,8 @@ class TokenChoiceTopKRouter(nn.Module):
 class GroupedExperts(nn.Module):
     """SwiGLU experts as stacked weights: w1, w3 (E, F, D) and w2 (E, D, F).
 
-    w13: (E, 2F, D), gate over up, where working weights are kept (components/working_weights.py).
+    w13: (E, 2F, D), gate over up, where compute-dtype weights are kept
+    (components/optimizer/compute_weights.py).
     """
 
     fused_weights = {"w13": (("w1", "w3"), 1)}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.unit_tests.components.test_hf_convert import ARGS, NAMES
+from tests.unit_tests.components.checkpoint.test_convert import ARGS, NAMES
 from torchtitan.components.checkpoint.convert import checkpoint_to_hf, hf_to_checkpoint
 from torchtitan.components.huggingface import checks as hf_checks
 from torchtitan.components.huggingface.folder import HFFolder

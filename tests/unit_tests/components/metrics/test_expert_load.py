@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.tiny_run import records, tiny
-from torchtitan.components.balance import (
-    Alarms,
+from torchtitan.components.metrics.alarms import Alarms
+from torchtitan.components.metrics.expert_load import (
     balance_numbers,
     cross_node_percent,
     routing_numbers,

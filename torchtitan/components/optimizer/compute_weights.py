@@ -44,7 +44,7 @@ class _Fused:
         return tensor.split([local_part(p).size(self.dim) for p in self.params], self.dim)
 
 
-class WorkingWeights:
+class ComputeWeights:
     """Gives every parameter of `modules` its working copy; call last, after weights are filled.
     root: what is called for a forward pass.
 
@@ -178,13 +178,13 @@ def _placed_as(param: Tensor, local: Tensor) -> Tensor:
     )
 
 
-def build_working_weights(
+def build_compute_weights(
     model: BaseModel,
     config: JobConfig,
     dims: ParallelDims,
     *,
     several_passes: bool,
-) -> WorkingWeights | None:
+) -> ComputeWeights | None:
     """None where there is nothing to copy. several_passes: a step may add up the gradients of
     several micro-batches."""
     training, optimizer = config.training, config.optimizer
@@ -201,6 +201,6 @@ def build_working_weights(
         and optimizer.name != "Muon"
         and optimizer.state_dtype == "float32"
     )
-    return WorkingWeights(
+    return ComputeWeights(
         modules, TORCH_DTYPES[computes], root=model, fp32_grads=several_passes or not fused
     )

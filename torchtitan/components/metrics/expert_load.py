@@ -1,21 +1,39 @@
-"""How evenly the experts are used: numbers of a log record, and the alarms that watch them.
-
-All come from counts that are summed over ranks, so every rank has the same numbers and an alarm
-that ends the run ends it on all of them.
-"""
+"""How evenly the experts are used: numbers of a log record, from counts summed over ranks."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from torchtitan.components.metrics import load_balance, relative_load
-from torchtitan.config import Alarm
-from torchtitan.tools.logging import logger
-
 Numbers = dict[str, float | dict[int, float | list[float]]]
+
+
+def relative_load(loads: torch.Tensor) -> torch.Tensor:
+    """Tokens per expert (layers, E) -> the same over the layer's mean; 1 is a fair share.
+
+    A layer that saw no token at all is balanced: all ones.
+    """
+    loads = loads.double()
+    mean = loads.mean(dim=-1, keepdim=True)
+    return torch.where(mean > 0, loads / mean.clamp(min=torch.finfo(torch.double).tiny), 1.0)
+
+
+def load_balance(layers: Sequence[int], relative: torch.Tensor) -> dict[str, object]:
+    """What a record says about `relative_load`, (layers, E).
+
+    MaxVio = (largest load - mean) / mean is DeepSeek's measure of imbalance
+    (https://arxiv.org/abs/2408.15664): 0 is perfect, 1 is an expert with twice its
+    share. Given per layer, for the worst layer, and as the mean over layers.
+    """
+    violation = relative.max(dim=-1).values - 1
+    return {
+        "max_violation": violation.max().item(),
+        "mean_max_violation": violation.mean().item(),
+        "min_load": relative.min().item(),
+        "layer_max_violation": dict(zip(layers, violation.tolist(), strict=True)),
+        "layer_min_load": dict(zip(layers, relative.min(dim=-1).values.tolist(), strict=True)),
+    }
 
 
 def balance_numbers(
@@ -88,59 +106,8 @@ def cross_node_percent(traffic: Mapping[str, object]) -> dict[str, float]:
 
 
 def violation_numbers(loads: Mapping[int, Tensor]) -> dict[str, float]:
-    """`max_violation`, `mean_max_violation`, `min_load`: those of metrics.py, for the alarms."""
+    """`max_violation`, `mean_max_violation` and `min_load` of `load_balance`, for the alarms."""
     if not loads:
         return {}
     every = load_balance(list(loads), relative_load(torch.stack(list(loads.values())).cpu()))
     return {name: value for name, value in every.items() if isinstance(value, float)}
-
-
-# ---------------------------------------------------------------------------------------------
-# Alarms
-# ---------------------------------------------------------------------------------------------
-
-Action = Literal["none", "warn", "checkpoint", "stop"]
-_STRENGTH: tuple[Action, ...] = ("none", "warn", "checkpoint", "stop")
-
-
-class Alarms:
-    """Watches the numbers of logged steps. Counts anew after a restart."""
-
-    def __init__(self, alarms: Sequence[Alarm]):
-        self.alarms = list(alarms)
-        self._in_a_row = [0] * len(self.alarms)
-        self.reason = ""  # of the strongest action of the last check
-
-    def check(self, step: int, numbers: Mapping[str, object]) -> Action:
-        """The strongest action that this logged step asks for; says why in the log.
-
-        An alarm rings when its number has been out of bounds `times` logged steps in a row, and
-        then again after as many.
-        """
-        strongest: Action = "none"
-        for n, alarm in enumerate(self.alarms):
-            value = numbers.get(alarm.watch)
-            if value is None or not _out_of_bounds(alarm, value):
-                self._in_a_row[n] = 0
-                continue
-            self._in_a_row[n] += 1
-            if self._in_a_row[n] < alarm.times:
-                continue
-            self._in_a_row[n] = 0
-            reason = _reason(step, alarm, value)
-            logger.warning("%s", reason)
-            if _STRENGTH.index(alarm.action) > _STRENGTH.index(strongest):
-                strongest, self.reason = alarm.action, reason
-        return strongest
-
-
-def _out_of_bounds(alarm: Alarm, value: float) -> bool:
-    too_high = alarm.above is not None and value > alarm.above
-    return too_high or (alarm.below is not None and value < alarm.below)
-
-
-def _reason(step: int, alarm: Alarm, value: float) -> str:
-    high = alarm.above is not None and value > alarm.above
-    bound = f"above {alarm.above:g}" if high else f"below {alarm.below:g}"
-    times = f" {alarm.times} times in a row" if alarm.times > 1 else ""
-    return f"step {step}: alarm: {alarm.watch} = {value:.4g} is {bound}{times}"

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import torch
 
-from torchtitan.components.writers import JsonlWriter, Record, TensorBoardWriter, load_heatmap
+from torchtitan.components.metrics.expert_load import load_balance, relative_load
+from torchtitan.components.metrics.writers import (
+    JsonlWriter,
+    Record,
+    TensorBoardWriter,
+    load_heatmap,
+)
 from torchtitan.tools.logging import logger
 
 _GIB = 2**30
@@ -199,33 +205,6 @@ class MetricsLogger:
 
 # -----------------------------------------------------------------------------
 # Load balance of the experts
-
-
-def relative_load(loads: torch.Tensor) -> torch.Tensor:
-    """Tokens per expert (layers, E) -> the same over the layer's mean; 1 is a fair share.
-
-    A layer that saw no token at all is balanced: all ones.
-    """
-    loads = loads.double()
-    mean = loads.mean(dim=-1, keepdim=True)
-    return torch.where(mean > 0, loads / mean.clamp(min=torch.finfo(torch.double).tiny), 1.0)
-
-
-def load_balance(layers: Sequence[int], relative: torch.Tensor) -> dict[str, object]:
-    """What a record says about `relative_load`, (layers, E).
-
-    MaxVio = (largest load - mean) / mean is DeepSeek's measure of imbalance
-    (https://arxiv.org/abs/2408.15664): 0 is perfect, 1 is an expert with twice its
-    share. Given per layer, for the worst layer, and as the mean over layers.
-    """
-    violation = relative.max(dim=-1).values - 1
-    return {
-        "max_violation": violation.max().item(),
-        "mean_max_violation": violation.mean().item(),
-        "min_load": relative.min().item(),
-        "layer_max_violation": dict(zip(layers, violation.tolist(), strict=True)),
-        "layer_min_load": dict(zip(layers, relative.min(dim=-1).values.tolist(), strict=True)),
-    }
 
 
 # -----------------------------------------------------------------------------

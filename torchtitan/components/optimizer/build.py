@@ -6,11 +6,11 @@ from typing import Literal
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from torchtitan.components.adamw_bf16 import AdamWBf16
-from torchtitan.components.fused_adam import FusedAdam
-from torchtitan.components.muon import Muon
-from torchtitan.components.param_groups import GroupRules
-from torchtitan.components.working_weights import WorkingWeights
+from torchtitan.components.optimizer.adamw_bf16 import AdamWBf16
+from torchtitan.components.optimizer.compute_weights import ComputeWeights
+from torchtitan.components.optimizer.fused_adam import FusedAdam
+from torchtitan.components.optimizer.muon import Muon
+from torchtitan.components.optimizer.param_groups import GroupRules
 from torchtitan.config import Optimizer as OptimizerSettings
 from torchtitan.config import ParamGroup
 from torchtitan.tools.errors import UserError
@@ -46,7 +46,7 @@ def build_optimizer(
     muon_adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
     early_step_in_backward: bool = False,
     group: Sequence[ParamGroup] = (),
-    working: WorkingWeights | None = None,
+    working: ComputeWeights | None = None,
 ) -> Optimizer:
     """The optimizer of this rank: every trainable parameter of `model_parts` in exactly one group.
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchtitan.components.lr_scheduler import build_lr_scheduler, lr_factor
+from torchtitan.components.optimizer.lr_scheduler import build_lr_scheduler, lr_factor
 
 PLAIN = dict(decay_ratio=None, decay_type="linear", min_lr_factor=0.0)
 

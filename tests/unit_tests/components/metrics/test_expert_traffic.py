@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchtitan.components.traffic import traffic_line, traffic_numbers
+from torchtitan.components.metrics.expert_traffic import traffic_line, traffic_numbers
 
 
 def meter(sent: list[int], copies: list[int]) -> torch.Tensor:

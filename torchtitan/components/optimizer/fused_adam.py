@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from torchtitan.components.working_weights import WorkingWeights
+from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.ops.adamw import adamw_update, step_numbers
 from torchtitan.ops.grouped_mm import local_part
 
@@ -30,7 +30,7 @@ class FusedAdam(AdamW):
         params: Iterable[dict[str, object]],
         *,
         decoupled: bool,
-        working: WorkingWeights | None = None,
+        working: ComputeWeights | None = None,
         early_step: bool = False,
         **settings: object,
     ):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchtitan.components.record_file import RecordFile, move_aside, take_back
+from torchtitan.components.metrics.record_file import RecordFile, move_aside, take_back
 
 _RUN_NAME = re.compile(r"(\d{8}-\d{4})(?:-(\d\d+))?")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from torchtitan.components.fused_adam import FusedAdam
 from torchtitan.components.optimizer import build_optimizer
-from torchtitan.components.working_weights import WorkingWeights
+from torchtitan.components.optimizer.compute_weights import ComputeWeights
+from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.distributed.grad_norm import clip_factor
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
@@ -42,7 +42,7 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 def train(model: nn.Module, steps: int, *, passes: int = 1, implementation: str = "fused"):
     """Losses, and the model, after steps on working weights."""
     fp32_grads = passes > 1 or implementation != "fused"
-    working = WorkingWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=fp32_grads)
+    working = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=fp32_grads)
     optimizer = build_optimizer([model], working=working, implementation=implementation, **ADAMW)
     losses = []
     for _ in range(steps):
@@ -58,7 +58,7 @@ def train(model: nn.Module, steps: int, *, passes: int = 1, implementation: str 
 def test_one_step_is_that_of_weights_cast_by_hand():
     """The oracle: a bf16 model made from the fp32 weights, and torch's AdamW in fp32."""
     model, masters, bf16 = make_model(), make_model(), make_model().bfloat16()
-    working = WorkingWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    working = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
     optimizer = build_optimizer([model], working=working, implementation="fused", **ADAMW)
     loss, expected_loss = loss_of(model), loss_of(bf16)
     loss.backward(), expected_loss.backward()
@@ -84,7 +84,7 @@ def test_other_implementations_train_alike(implementation):
 
 def test_micro_batches_are_added_up_in_fp32():
     model = make_model()
-    WorkingWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=True)
+    ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=True)
     for _ in range(3):
         loss_of(model).backward()
     for name, p in model.named_parameters():
@@ -94,7 +94,7 @@ def test_micro_batches_are_added_up_in_fp32():
 
 def test_gradients_of_several_passes_without_fp32_are_refused():
     model = make_model()
-    WorkingWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
     loss_of(model).backward()
     with pytest.raises(AssertionError, match="fp32_grads"):
         loss_of(model).backward()
@@ -102,13 +102,13 @@ def test_gradients_of_several_passes_without_fp32_are_refused():
 
 def test_state_dict_is_that_of_the_plain_model_and_loading_reaches_the_copies():
     plain, model = make_model(), make_model()
-    WorkingWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
     state, expected = model.state_dict(), plain.state_dict()
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     other = make_model(init_std=0.1)
     reference = make_model(init_std=0.1)
-    WorkingWeights(reference.modules(), torch.bfloat16, root=reference, fp32_grads=False)
+    ComputeWeights(reference.modules(), torch.bfloat16, root=reference, fp32_grads=False)
     assert not torch.equal(model(tokens()), reference(tokens()))
     model.load_state_dict(other.state_dict())
     assert torch.equal(model(tokens()), reference(tokens()))
@@ -117,7 +117,7 @@ def test_state_dict_is_that_of_the_plain_model_and_loading_reaches_the_copies():
 def test_weights_of_the_compute_type_get_no_copies_and_fused_ones_take_their_place():
     model = make_model().bfloat16()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    working = WorkingWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    working = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
     experts = model.layers["1"].moe.experts
     assert experts.w1.data_ptr() == experts.w13.data_ptr()
     for name, p in model.named_parameters():
@@ -133,7 +133,7 @@ def test_the_clipping_factor_is_applied_on_the_way():
     clipped, scaled = make_model(), make_model()
     models = []
     for model in (clipped, scaled):
-        working = WorkingWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=True)
+        working = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=True)
         optimizer = build_optimizer([model], working=working, implementation="fused", **ADAMW)
         assert isinstance(optimizer, FusedAdam)
         loss_of(model).backward()
@@ -150,7 +150,7 @@ def test_the_clipping_factor_is_applied_on_the_way():
 def test_early_steps_are_the_late_ones_and_leave_no_gradient():
     late_losses, late = train(make_model(), 3)
     model = make_model()
-    working = WorkingWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    working = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
     optimizer = build_optimizer(
         [model], working=working, implementation="fused", early_step_in_backward=True, **ADAMW
     )
@@ -171,7 +171,7 @@ def test_optimizer_state_goes_on_bit_for_bit_and_is_torchs():
     models = [make_model(), make_model()]
     made = []
     for model in models:
-        working = WorkingWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+        working = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
         made.append(build_optimizer([model], working=working, implementation="fused", **ADAMW))
 
     def step(model, optimizer) -> float:
@@ -195,7 +195,7 @@ def test_optimizer_state_goes_on_bit_for_bit_and_is_torchs():
 
 def test_a_learning_rate_set_after_loading_counts():
     model = make_model()
-    working = WorkingWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    working = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
     optimizer = build_optimizer([model], working=working, implementation="fused", **ADAMW)
     optimizer.load_state_dict(optimizer.state_dict())
     for group in optimizer.param_groups:
@@ -208,7 +208,7 @@ def test_a_learning_rate_set_after_loading_counts():
 
 def test_a_model_with_copies_is_freed():
     model = make_model()
-    working = WorkingWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    working = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
     loss_of(model).backward()
     copies = weakref.ref(model.layers["1"].moe.experts.w13)
     del model, working

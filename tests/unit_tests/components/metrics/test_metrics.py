@@ -18,8 +18,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from torchtitan.components.metrics import MetricsLogger, load_balance, relative_load
-from torchtitan.components.writers import load_heatmap
+from torchtitan.components.metrics.expert_load import load_balance, relative_load
+from torchtitan.components.metrics.logger import MetricsLogger
+from torchtitan.components.metrics.writers import load_heatmap
 
 # Layer 1: expert 2 has 9 of 12 tokens, mean 3. Layer 4: balanced but for one token each way.
 LOADS = {1: torch.tensor([1, 2, 9, 0]), 4: torch.tensor([3, 4, 2, 3])}
@@ -284,7 +285,7 @@ def test_a_run_is_dated_as_in_torchtitan(tmp_path):
 def test_without_tensorboard_it_is_not_even_imported(tmp_path):
     """On each of thousands of ranks it would cost a second and some memory."""
     code = (
-        "import sys, torch; from torchtitan.components.metrics import MetricsLogger\n"
+        "import sys, torch; from torchtitan.components.metrics.logger import MetricsLogger\n"
         f"MetricsLogger(dump_folder={str(tmp_path)!r}, log_freq=1, total_steps=1, "
         "enable_tensorboard=False, save_tb_folder='tb', save_for_all_ranks=False, "
         "disable_color_printing=True, device=torch.device('cpu'), "

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from tests.tiny_run import losses, tiny
-from torchtitan.components.muon import orthogonalise, step_size
 from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.optimizer.muon import orthogonalise, step_size
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.train import main
 
@@ -61,7 +61,7 @@ def test_scaled_updates_are_as_large_as_adamws():
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with 2.9")
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
 def test_steps_are_those_of_torchs_muon_and_adamw(adjust, monkeypatch):
-    monkeypatch.setattr("torchtitan.components.muon.orthogonalise", in_bf16)
+    monkeypatch.setattr("torchtitan.components.optimizer.muon.orthogonalise", in_bf16)
     ours = Parts()
     theirs = Parts()
     theirs.load_state_dict(ours.state_dict())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.tiny_run import losses, tiny
-from torchtitan.components.adamw_bf16 import AdamWBf16
+from torchtitan.components.optimizer.adamw_bf16 import AdamWBf16
 from torchtitan.config import ConfigManager, validate
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main

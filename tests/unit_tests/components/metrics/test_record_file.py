@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchtitan.components import record_file
 from torchtitan.components.checkpoint.dcp_storage import SummingStream, tells_of_the_disk
-from torchtitan.components.record_file import RecordFile, take_back
-from torchtitan.components.writers import JsonlWriter
+from torchtitan.components.metrics import record_file
+from torchtitan.components.metrics.record_file import RecordFile, take_back
+from torchtitan.components.metrics.writers import JsonlWriter
 
 
 def lines(*steps: int) -> bytes:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny_run import tiny
-from tests.unit_tests.components.test_optimizer import SETTINGS, Toy, written_out_adamw
+from tests.unit_tests.components.optimizer.test_optimizer import SETTINGS, Toy, written_out_adamw
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import ConfigManager, ParamGroup
 from torchtitan.train import main
