@@ -30,7 +30,7 @@ from torchtitan.tools.logging import init_logger, logger
 
 PACKAGE = "dict-jargon"
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = "torchtitan/hf_datasets/sample/sample.jsonl"
+SAMPLE = "torchtitan/data/sample/sample.jsonl"
 TOKENIZER = "tests/assets/tokenizer/tokenizer.json"
 TOKENIZER_CONFIG = "tests/assets/tokenizer/tokenizer_config.json"
 VOCAB_SIZE = 2048

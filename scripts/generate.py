@@ -31,8 +31,8 @@ from torchtitan.components.generation import Sampling, check_prompts, encode_pro
 from torchtitan.components.huggingface.folder import HFFolder, read_json
 from torchtitan.components.huggingface.load_save import load_hf
 from torchtitan.components.optimizer.ema import check_has_average
-from torchtitan.components.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.data.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
 from torchtitan.distributed.utils import init_distributed
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.train_spec import TrainSpec

@@ -15,7 +15,7 @@ from scripts import entry
 REPO = Path(__file__).parents[1]
 LOSSES = REPO / "tests/assets/losses/deepseek_v3_debugmodel_cpu.txt"
 PICTURE = REPO / "docs/debug_model_loss.png"
-# Of the shipped text under the shipped tokenizer: torchtitan/hf_datasets/sample/README.md.
+# Of the shipped text under the shipped tokenizer: torchtitan/data/sample/README.md.
 UNIGRAM_ENTROPY = 6.4340
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "torchtitan"
-# A folder (or module) may import what stands before it. `models` and `components` stand side by
-# side.
+# A folder may import what stands before it; what has the same number stands side by side.
 HEIGHT = {
     "tools": 0,
     "ops": 1,
@@ -15,11 +14,27 @@ HEIGHT = {
     "protocols": 2,
     "distributed": 3,
     "models": 4,
-    "components": 4,
-    "hf_datasets": 5,
+    "data": 4,
+    "components": 5,
     "trainer": 6,
     "train": 7,
 }
+# The same inside a folder.
+ROOMS = {
+    "components": {
+        "cuda_graph": 0,
+        "generation": 0,
+        "huggingface": 0,
+        "loss": 0,
+        "metrics": 0,
+        "optimizer": 0,
+        "checkpoint": 1,
+        "validate": 1,
+        "dump_folder": 2,
+    },
+}
+# Folders that don't know each other, whatever their height.
+STRANGERS = {("components", "models")}
 # What families share, each on those before it.
 SHARED = ("moe", "decoder")
 MAY_DISTRIBUTE = {"parallelize.py", "__init__.py"}
@@ -44,6 +59,10 @@ def violations(path: Path, root: Path = ROOT) -> list[str]:
     for module in sorted(imports(path)):
         _, other, *rest = module.split(".")
         above = HEIGHT[other] >= HEIGHT[own] and other != own
+        above |= (own, other) in STRANGERS
+        if own == other and own in ROOMS and len(where.parts) > 1:
+            room, other_room = where.parts[1].removesuffix(".py"), rest[0]
+            above = ROOMS[own][other_room] >= ROOMS[own][room] and other_room != room
         if own == "models" and other == "models":
             family, other_family = where.parts[1], rest[0] if rest else ""
             below = SHARED[: SHARED.index(family)] if family in SHARED else SHARED
@@ -71,13 +90,15 @@ def test_imports_point_down(path: Path) -> None:
         ("ops/x.py", "import torchtitan.models.moe"),
         ("config/x.py", "from torchtitan.distributed import ParallelDims"),
         ("components/x.py", "from torchtitan.models.moe import MoE"),
+        ("components/metrics/x.py", "from torchtitan.components.checkpoint import folder"),
+        ("components/loss.py", "from torchtitan.components.validate import Validator"),
         ("models/qwen3/model.py", "from torchtitan.distributed.fsdp import apply_data_parallel"),
         ("models/qwen3/model.py", "from torchtitan.models.deepseek_v3 import DeepSeekV3Model"),
         ("models/moe/x.py", "from torchtitan.models.decoder import Decoder"),
         ("ops/x.py", "from torchtitan import trainer"),
         ("components/x.py", "from torchtitan import models"),
         ("tools/x.py", "import torchtitan.ops.rope"),
-        ("hf_datasets/x.py", "def f():\n    from torchtitan.trainer import Trainer"),
+        ("data/x.py", "def f():\n    from torchtitan.trainer import Trainer"),
     ],
 )
 def test_an_import_that_points_up_is_found(tmp_path: Path, where: str, line: str) -> None:

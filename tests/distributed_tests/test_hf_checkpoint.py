@@ -23,13 +23,14 @@ from tests.distributed_tests.training_ranks import (
     global_batches,
 )
 from torchtitan.components.huggingface.load_save import load_hf, save_hf
-from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.components.loss import cross_entropy_sum
 from torchtitan.models.deepseek_v3 import (
     DeepSeekV3Model,
     DeepSeekV3ModelArgs,
     DeepSeekV3StateDictAdapter,
     deepseekv3_args,
 )
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.tools.errors import UserError
 from torchtitan.trainer import Trainer
 

@@ -12,7 +12,7 @@ from torchtitan.trainer.step_log import Interval
 
 REPO = Path(__file__).parents[2]
 CONTRACT = REPO / "tests/assets/losses/deepseek_v3_debugmodel_cpu.txt"
-# Of the shipped text, see torchtitan/hf_datasets/sample/README.md (a test there recomputes it).
+# Of the shipped text, see torchtitan/data/sample/README.md (a test there recomputes it).
 UNIGRAM_ENTROPY = 6.4340
 
 

@@ -14,10 +14,11 @@ from tests.distributed_tests.training_ranks import (
     config_of,
     global_batches,
 )
-from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.components.loss import cross_entropy_sum
 from torchtitan.config import JobConfig
 from torchtitan.distributed.context_parallel import positions_of
 from torchtitan.distributed.tensor_parallel import vocab_parallel_cross_entropy_sum
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.trainer import Trainer
 
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiny_run import losses, records, tiny
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import ConfigManager
 from torchtitan.config.validate import _check_validation
-from torchtitan.hf_datasets.validation_data import build_validation_dataloader
+from torchtitan.data.validation import build_validation_dataloader
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main
 from torchtitan.trainer import Trainer

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.reference.training import train_plainly
-from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.data.tokenizer import load_tokenizer
 from torchtitan.distributed.utils import sum_over_ranks
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer
 from torchtitan.trainer.step_log import Interval

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_run import losses, records, tiny
-from torchtitan.hf_datasets.order import order
+from torchtitan.data.permutation import order
 from torchtitan.train import main
 
 # A run by itself takes ten seconds; machines that run the tests may be busy.

@@ -46,7 +46,7 @@ def test_the_wheel_holds_the_package_its_sample_and_its_tokenizer(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(REPO)) for path in REPO.glob("torchtitan/**/*.py")}
     assert modules <= names
-    assert "torchtitan/hf_datasets/sample/sample.jsonl" in names
+    assert "torchtitan/data/sample/sample.jsonl" in names
     assert "torchtitan/assets/tokenizer/tokenizer.json" in names
     assert "torchtitan/assets/tokenizer/tokenizer_config.json" in names
     top = {name.partition("/")[0] for name in names}
@@ -66,5 +66,5 @@ def test_an_installed_wheel_trains_in_an_empty_folder(wheel, tmp_path):
     ]
     log = run("-m", "torchtitan.train", *options, cwd=cwd, PYTHONPATH=str(site))
     assert f"Tokenizer {site}/torchtitan/assets/tokenizer/tokenizer.json" in log
-    assert f"read from the shipped sample, {site}/torchtitan/hf_datasets/sample" in log
+    assert f"read from the shipped sample, {site}/torchtitan/data/sample" in log
     assert len(losses(cwd / "outputs")) == 2

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from tests.tiny_run import tiny
-from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.schema import KEYS
+from torchtitan.data.tokenizer import load_tokenizer
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.utils import check_local_processes
 from torchtitan.train import main

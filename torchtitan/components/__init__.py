@@ -1,1 +1,1 @@
-"""Parts that a trainer holds: they know settings, not models."""
+"""Parts that a trainer holds: checkpoints, optimizers, metrics, loss; they know no model."""

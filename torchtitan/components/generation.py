@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.tools.errors import UserError
 

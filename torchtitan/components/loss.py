@@ -13,8 +13,6 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.tensor_parallel import vocab_parallel_cross_entropy_sum
 from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum
 
-__all__ = ["IGNORE_INDEX", "build_loss", "cross_entropy_sum"]
-
 
 def build_loss(
     dims: ParallelDims, *, disable_loss_parallel: bool

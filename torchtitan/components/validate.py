@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from torchtitan.components.dataloader import ParallelAwareDataLoader
 from torchtitan.components.generation import Sampling, check_prompts, encode_prompts, generate
-from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import Validation
+from torchtitan.data.dataloader import ParallelAwareDataLoader
+from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.distributed.utils import sum_over_ranks
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger

@@ -8,16 +8,16 @@ import torch
 from torchtitan.components.checkpoint.hf_rules import check_hf
 from torchtitan.components.dump_folder import check_folders
 from torchtitan.components.optimizer.param_groups import check_groups
-from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.components.validate import check_samples
 from torchtitan.config import JobConfig, resolve_degrees, run_schedule, validate
 from torchtitan.config.manager import read_config_file
 from torchtitan.config.pipeline import PipelinePlan, plan_pipeline
 from torchtitan.config.run_schedule import coefficients_set
+from torchtitan.data import check_training_data
+from torchtitan.data.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.data.validation import check_validation_data
 from torchtitan.distributed.activation_checkpoint import check_memory_budget
 from torchtitan.distributed.compile import check_compile_backend
-from torchtitan.hf_datasets import check_training_data
-from torchtitan.hf_datasets.validation_data import check_validation_data
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
 from torchtitan.tools.disk import check_readable

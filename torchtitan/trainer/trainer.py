@@ -23,10 +23,7 @@ from torchtitan.components.checkpoint.meta import WEIGHTS
 from torchtitan.components.checkpoint.resume import Start
 from torchtitan.components.checkpoint.run_state import RunState
 from torchtitan.components.cuda_graph import GraphedPass
-from torchtitan.components.data_identity import tell_other_validation_data
-from torchtitan.components.dataloader import merge_states
 from torchtitan.components.dump_folder import alone_in_folders, save_config
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics.alarms import Action, Alarms
 from torchtitan.components.metrics.expert_load import Numbers, violation_numbers
 from torchtitan.components.metrics.expert_traffic import traffic_line
@@ -41,6 +38,10 @@ from torchtitan.config import JobConfig, run_schedule
 from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.config.played_run import without_checkpoints
 from torchtitan.config.run_schedule import Now, Sequences, largest_coefficients
+from torchtitan.data import build_training_dataloader, data_numbers
+from torchtitan.data.dataloader import merge_states
+from torchtitan.data.identity import tell_other_validation_data
+from torchtitan.data.validation import build_validation_dataloader
 from torchtitan.distributed.agreement import Settings
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
@@ -53,9 +54,8 @@ from torchtitan.distributed.utils import (
     set_timeout,
     sum_over_ranks,
 )
-from torchtitan.hf_datasets import build_training_dataloader, data_numbers
-from torchtitan.hf_datasets.validation_data import build_validation_dataloader
 from torchtitan.models.moe.balancing import Load, step_loads, update_expert_bias
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.tools.cpu import bound_onednn_cache, lacks_bf16
 from torchtitan.tools.errors import RunError, UserError

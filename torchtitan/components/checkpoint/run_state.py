@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from torchtitan.components.dataloader import ParallelAwareDataLoader, merge_states
 from torchtitan.components.optimizer.ema import WeightAverage
 from torchtitan.components.optimizer.lr_scheduler import resume_lr_scheduler
 from torchtitan.config import CHECKPOINT_PARTS
+from torchtitan.data.dataloader import ParallelAwareDataLoader, merge_states
 
 Numbers = dict[str, Any]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchtitan.components.huggingface.folder import CONFIG, read_json
-from torchtitan.components.tokenizer import load_tokenizer, locate
+from torchtitan.data.tokenizer import load_tokenizer, locate
 from torchtitan.ops.block_fp8 import BLOCK
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger

@@ -1,0 +1,238 @@
+"""Local files of documents: JSON lines, parquet and plain text, found by path and read by place."""
+
+import gzip
+import io
+import itertools
+import os
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from torchtitan.data.documents import (
+    Record,
+    record_of_bytes,
+    record_of_json_line,
+    record_of_text,
+)
+from torchtitan.data.fingerprint import fingerprint
+from torchtitan.data.folders import search
+from torchtitan.tools.errors import RunError
+
+
+class DocumentFile(ABC):
+    """One file. `length` is its number of places, or None where only reading to the end tells."""
+
+    length: int | None
+
+    def __init__(self, path: Path, text_key: str) -> None:
+        self.path = path
+        self.text_key = text_key
+        self.size = path.stat().st_size
+        self.name = path.name  # in checkpoints; from its folder on where a folder is read
+        self.digest = fingerprint(path)
+
+    def lost(self, error: object) -> RunError:
+        """The error for a file that was whole when the run began, and isn't now."""
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        return RunError(
+            f"{self.path} can't be read any more ({' '.join(str(reason).split())}); put the file "
+            "back as it was and start the run again: it goes on from its newest checkpoint."
+        )
+
+    def open(self) -> io.BufferedReader:
+        """Raises `RunError` where the file is gone or has another size than at the start."""
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise self.lost(error) from None
+        size = os.fstat(file.fileno()).st_size
+        if size != self.size:
+            file.close()
+            raise self.lost(f"it had {self.size:,} bytes when the run began and has {size:,}")
+        return file
+
+    @abstractmethod
+    def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
+        """(place, record) from place `start` on, for the places that `keep` wants."""
+
+
+class GroupedFile(DocumentFile):
+    """A file that is read in groups of documents: how many each has, and its bytes in memory."""
+
+    length: int
+    group_rows: np.ndarray
+    group_bytes: np.ndarray
+
+    @abstractmethod
+    def open_group(self, group: int) -> Callable[[int], Record]:
+        """Read a group; what comes back gives its documents by row (0 is the group's first) and
+        holds the group's memory for as long as it is kept."""
+
+
+class IndexedFile(GroupedFile):
+    """A file any of whose documents can be read alone: one group that takes no memory."""
+
+    def __init__(self, path: Path, text_key: str, length: int) -> None:
+        super().__init__(path, text_key)
+        self.length = length
+        self.group_rows, self.group_bytes = np.array([length]), np.array([0])
+
+    @abstractmethod
+    def read(self, place: int) -> Record: ...
+
+    def open_group(self, group: int) -> Callable[[int], Record]:
+        return self.read
+
+    def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
+        return ((place, self.read(place)) for place in range(start, self.length) if keep(place))
+
+
+class JsonLinesFile(IndexedFile):
+    """One JSON object a line. In memory: where each line starts, eight bytes a line."""
+
+    def __init__(self, path: Path, text_key: str) -> None:
+        self._bounds = _line_bounds(path)
+        super().__init__(path, text_key, len(self._bounds) - 1)
+
+    def read(self, place: int) -> Record:
+        start, end = int(self._bounds[place]), int(self._bounds[place + 1])
+        try:
+            with self.open() as file:
+                file.seek(start)
+                line = file.read(end - start)
+        except OSError as error:
+            raise self.lost(error) from None
+        return record_of_json_line(f"{self.path} line {place + 1}", line, self.text_key)
+
+
+class ParquetFile(GroupedFile):
+    """A column of strings. One document costs the reading of its whole row group."""
+
+    def __init__(self, path: Path, text_key: str) -> None:
+        super().__init__(path, text_key)
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                meta = file.metadata
+                self.schema = file.schema_arrow
+                self._has_text = text_key in self.schema.names
+        except pyarrow.ArrowException as error:
+            raise OSError(f"it is no parquet file ({str(error)[:80]})") from error
+        groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
+        paths = [meta.schema.column(number).path for number in range(meta.num_columns)]
+        # A nested column has several, which start with its name; read and refused as no string.
+        ours = [n for n, name in enumerate(paths) if f"{name}.".startswith(f"{text_key}.")]
+        self.length = meta.num_rows
+        self.group_rows = np.array([group.num_rows for group in groups], np.int64)
+        self.group_bytes = np.array(
+            [sum(group.column(n).total_uncompressed_size for n in ours) for group in groups],
+            np.int64,
+        )
+
+    def open_group(self, group: int) -> Callable[[int], Record]:
+        before = int(self.group_rows[:group].sum())
+        column, problem = self._read_group(group)
+
+        def read(row: int) -> Record:
+            where = f"{self.path} row {before + row + 1}"
+            if column is None:
+                return Record(where, problem=problem)
+            try:
+                return record_of_text(where, column[row].as_py(), self.text_key)
+            except UnicodeDecodeError:
+                return Record(where, problem="wrong encoding")
+
+        return read
+
+    def _read_group(self, group: int) -> tuple[pyarrow.ChunkedArray | None, str]:
+        """The texts, or None and why not."""
+        if not self._has_text:
+            return None, f"no '{self.text_key}' key"
+        self.open().close()  # a file that is gone or changed is no damaged row group
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                table = file.read_row_group(group, columns=[self.text_key])
+        except (pyarrow.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # of the disk or network, not of Arrow
+                raise self.lost(error) from None
+            return None, "unreadable row group"
+        return table.column(self.text_key), ""
+
+    def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
+        bounds = itertools.pairwise([0, *np.cumsum(self.group_rows).tolist()])
+        for group, (first, end) in enumerate(bounds):
+            places = [place for place in range(max(first, start), end) if keep(place)]
+            if places:
+                read = self.open_group(group)
+                yield from ((place, read(place - first)) for place in places)
+
+
+class TextFile(IndexedFile):
+    """A whole file of plain text is one document."""
+
+    def __init__(self, path: Path, text_key: str) -> None:
+        super().__init__(path, text_key, length=1)
+
+    def read(self, place: int) -> Record:
+        try:
+            with self.open() as file:
+                content = file.read()
+        except OSError as error:
+            raise self.lost(error) from None
+        return record_of_bytes(str(self.path), content, "the file")
+
+
+class GzipLinesFile(DocumentFile):
+    """Compressed JSON lines, read from the front; what comes after damage is lost."""
+
+    length = None
+
+    def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
+        place = -1
+        try:
+            with self.open() as file, gzip.open(file, "rb") as lines:
+                for place, line in enumerate(lines):
+                    if place >= start and keep(place):
+                        where = f"{self.path} line {place + 1}"
+                        yield place, record_of_json_line(where, line, self.text_key)
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            self.open().close()  # a file that has changed is no damaged one
+            damaged = place + 1
+            if damaged >= start and keep(damaged):
+                where = f"{self.path} after line {damaged}"
+                yield damaged, Record(where, problem="unreadable gzip")
+        except OSError as error:
+            raise self.lost(error) from None
+
+
+def find_files(path: str, pattern: str | None = None) -> list[Path]:
+    """The files that training.dataset_path means; see `folders.search`."""
+    return search(path, pattern).files
+
+
+def open_file(path: Path, text_key: str) -> DocumentFile:
+    """Raises OSError where the file cannot be read."""
+    if path.name.endswith(".gz"):
+        return GzipLinesFile(path, text_key)
+    if path.name.endswith(".parquet"):
+        return ParquetFile(path, text_key)
+    if path.name.endswith(".txt"):
+        return TextFile(path, text_key)
+    return JsonLinesFile(path, text_key)
+
+
+def _line_bounds(path: Path) -> np.ndarray:
+    """Byte offsets of the starts of all lines and of the end of the last."""
+    bounds, position = [np.zeros(1, np.int64)], 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+            bounds.append(ends + (position + 1))
+            position += len(chunk)
+    if bounds[-1].size == 0 or bounds[-1][-1] != position:
+        bounds.append(np.array([position], np.int64))  # the last line has no newline
+    return np.concatenate(bounds)
