@@ -20,7 +20,7 @@ from scripts import entry
 import matplotlib
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
-from torchtitan.config.pipeline import SCHEDULES, SINGLE
+from torchtitan.distributed.pipeline_plan import SCHEDULES, SINGLE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

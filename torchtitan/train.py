@@ -13,7 +13,7 @@ if __name__ == "__main__":  # signals count from here on: the imports below take
     STOP = StopRequest().__enter__()
 
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.config.played_run import without_checkpoints
+from torchtitan.config.dry_run import without_checkpoints
 from torchtitan.distributed.agreement import RefusedElsewhere
 from torchtitan.distributed.lost_peers import explain_lost_peer
 from torchtitan.distributed.meeting_point import refuse

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tests.distributed_tests.expert_ranks import Way, expected_traffic, make_dispatcher
 from torchtitan.models.moe import MoE, MoEArgs
-from torchtitan.models.moe.balancing import Load, record_load, step_loads
+from torchtitan.models.moe.balancing import record_load, step_loads
 from torchtitan.models.moe.dispatcher import LocalDispatcher
+from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter
 from torchtitan.tools.utils import local_device
 
@@ -111,7 +112,7 @@ def test_v3s_routing_over_8_nodes(ranks, score_func):
     assert met == pytest.approx(exact, rel=0.01)
 
 
-def loads_of_two_layers(way: Way) -> tuple[Load, list[list[list[list[int]]]], int]:
+def loads_of_two_layers(way: Way) -> tuple[RoutingLoad, list[list[list[list[int]]]], int]:
     """Two micro-batches through two layers: the step's load, by micro-batch and layer this rank's
     routing, and what is left in the layers' buffers."""
     rank, world_size = dist.get_rank(), dist.get_world_size()

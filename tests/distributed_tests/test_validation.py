@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.tiny_run import losses, records, tiny
 from torchtitan.config import ConfigManager
-from torchtitan.config.validate import _check_validation
+from torchtitan.config.rules.values import check_validation
 from torchtitan.data.validation import build_validation_dataloader
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
@@ -191,12 +191,12 @@ def test_split_sequences_and_matrices_write_no_samples(texts, tmp_path, axis):
     def refusal(**changes) -> str:
         arguments = options(tmp_path, texts, **split, **changes)
         with pytest.raises(UserError) as caught:
-            _check_validation(ConfigManager().parse_args(arguments))
+            check_validation(ConfigManager().parse_args(arguments))
         return str(caught.value)
 
     assert refusal().startswith("validation.sample_prompts is set, but text is written token by ")
     same = options(tmp_path, texts, **split, validation__sample_prompts="[]")
-    _check_validation(ConfigManager().parse_args(same))
+    check_validation(ConfigManager().parse_args(same))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from torchtitan.config.pipeline import SCHEDULES, SPLIT_BACKWARD
+from torchtitan.distributed.pipeline_plan import SCHEDULES, SPLIT_BACKWARD
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,8 +22,10 @@ from torchtitan.config.job_config import (
     to_dict,
 )
 from torchtitan.config.manager import ConfigManager
-from torchtitan.config.recipe import EMA, Alarm, ParamGroup, Phase, Schedule
-from torchtitan.config.validate import resolve_global_batch_size, run_schedule, validate
+from torchtitan.config.optimizer_tables import EMA, ParamGroup
+from torchtitan.config.phases import resolve_global_batch_size, run_schedule
+from torchtitan.config.rules import validate
+from torchtitan.config.schedule_tables import Alarm, Phase, Schedule
 
 __all__ = [
     "CHECKPOINT_PARTS",

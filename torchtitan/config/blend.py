@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from torchtitan.config.job_config import JobConfig, Training
-from torchtitan.config.run_schedule import RunSchedule
+from torchtitan.config.phases import RunSchedule
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
 

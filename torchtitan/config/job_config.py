@@ -1,14 +1,15 @@
 """Every setting of a run: frozen dataclasses, one per TOML table, one sentence per key.
 
 Names, types and defaults are those of torchtitan v0.2, so that its files load unchanged; keys of
-our own are marked `(ours)`. What a key *may* hold beyond its type is checked in `validate.py`.
+our own are marked `(ours)`. What a key *may* hold beyond its type is checked in `rules/`.
 The sentences below the fields are what `python -m torchtitan.train --help` prints.
 """
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from torchtitan.config.recipe import EMA, Alarm, Dataset, LRScheduler, Optimizer, Schedule
+from torchtitan.config.optimizer_tables import EMA, LRScheduler, Optimizer
+from torchtitan.config.schedule_tables import Alarm, Dataset, Schedule
 
 
 def _listing(*items: Any) -> Any:

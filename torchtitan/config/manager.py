@@ -19,6 +19,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.rules.text import check_path, with_home
 from torchtitan.config.schema import (
     KEYS,
     alternatives,
@@ -31,7 +32,6 @@ from torchtitan.config.schema import (
     row_type,
 )
 from torchtitan.config.schema import unknown as unknown_key
-from torchtitan.config.text_rules import check_path, with_home
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 

@@ -271,7 +271,7 @@ def _checked(path: str, value: Any, source: str) -> Any:
 def as_float(value: Any, kind: Any) -> Any:
     """An integer as a float where the annotation asks for one; any other value as it is.
 
-    So is an integer that no float can hold: number_rules.py then refuses it as it was written.
+    So is an integer that no float can hold: rules/numbers.py then refuses it as it was written.
     """
     if float not in alternatives(kind) or type(value) is not int:
         return value
@@ -371,3 +371,8 @@ def replace_entries(config: JobConfig, values: Mapping[str, Any]) -> JobConfig:
             ]
         flat[key] = values.get(key, value)
     return build(flat)
+
+
+def value_of(config: JobConfig, key: str) -> Any:
+    """The value of `section.key`."""
+    return functools.reduce(getattr, key.split("."), config)

@@ -28,8 +28,8 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from torchtitan.config.pipeline import ENDS, PipelinePlan
 from torchtitan.distributed.overlap import by_turns
+from torchtitan.distributed.pipeline_plan import ENDS, PipelinePlan
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.logging import logger
 

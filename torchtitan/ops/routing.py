@@ -1,7 +1,7 @@
 """From router logits to each token's experts and weights in one kernel, on GPUs.
 
-The plain form, with every rule and its reason, is `TokenChoiceTopKRouter` (models/moe/moe.py); it
-runs everywhere else, and is what this is tested against.
+The plain form, with every rule and its reason, is `TokenChoiceTopKRouter` in models/moe/router.py;
+it runs everywhere else, and is what this is tested against.
 """
 
 from typing import NamedTuple

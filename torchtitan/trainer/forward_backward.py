@@ -11,10 +11,10 @@ from torch import Tensor
 
 from torchtitan.components.loss import build_loss
 from torchtitan.config import JobConfig
-from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.pipeline_parallel import StepInputs
+from torchtitan.distributed.pipeline_plan import PipelinePlan
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.protocols.model import BaseModel
 from torchtitan.trainer.build import build_pipeline

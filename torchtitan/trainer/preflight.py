@@ -11,13 +11,13 @@ from torchtitan.components.optimizer.param_groups import check_groups
 from torchtitan.components.validate import check_samples
 from torchtitan.config import JobConfig, resolve_degrees, run_schedule, validate
 from torchtitan.config.manager import read_config_file
-from torchtitan.config.pipeline import PipelinePlan, plan_pipeline
-from torchtitan.config.run_schedule import coefficients_set
+from torchtitan.config.phases import coefficients_set
 from torchtitan.data import check_training_data
 from torchtitan.data.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.data.validation import check_validation_data
 from torchtitan.distributed.activation_checkpoint import check_memory_budget
 from torchtitan.distributed.compile import check_compile_backend
+from torchtitan.distributed.pipeline_plan import PipelinePlan, plan_pipeline
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
 from torchtitan.tools.disk import check_readable

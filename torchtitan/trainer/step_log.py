@@ -20,12 +20,18 @@ from torchtitan.protocols.model import BaseModelArgs
 
 @dataclass
 class StepResult:
-    """loss: mean over the valid tokens of all ranks. max_loss: the same of the worst rank (exact
-    when all have as many). grad_norm: before clipping. loads: tokens per expert (E,), by layer;
-    traffic: see `TokenDispatcher.dispatch`, by layer. watched: see models/moe/watch.py, by layer;
-    empty without metrics.log_routing. side_losses: by name, means as `loss` is. valid_tokens: of
-    the step, over all ranks. verdict: what became of the step. asked_by: the signal
-    that asked some rank to end the run, 0 for none.
+    """Numbers of one optimizer step, the same on all ranks of a pipeline stage.
+
+    loss: mean over the valid tokens of all ranks.
+    max_loss: the same of the worst rank (exact when all have as many valid tokens).
+    grad_norm: before clipping.
+    loads: tokens per expert (E,), by layer.
+    traffic: see `TokenDispatcher.dispatch`, by layer.
+    watched: see models/moe/router_stats.py, by layer; empty without metrics.log_routing.
+    side_losses: means over the valid tokens, by name.
+    valid_tokens: of the step, over all ranks.
+    verdict: what became of the step.
+    asked_by: number of the signal that asked some rank to end the run, 0 for none.
     """
 
     loss: float

@@ -35,9 +35,8 @@ from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.components.optimizer.lr_scheduler import resume_lr_scheduler
 from torchtitan.components.validate import Validator
 from torchtitan.config import JobConfig, run_schedule
-from torchtitan.config.pipeline import PipelinePlan
-from torchtitan.config.played_run import without_checkpoints
-from torchtitan.config.run_schedule import Now, Sequences, largest_coefficients
+from torchtitan.config.dry_run import without_checkpoints
+from torchtitan.config.phases import Now, Sequences, largest_coefficients
 from torchtitan.data import build_training_dataloader, data_numbers
 from torchtitan.data.dataloader import merge_states
 from torchtitan.data.identity import tell_other_validation_data
@@ -46,6 +45,7 @@ from torchtitan.distributed.agreement import Settings
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
 from torchtitan.distributed.pipeline_parallel import StepInputs
+from torchtitan.distributed.pipeline_plan import PipelinePlan
 from torchtitan.distributed.utils import (
     gather_from_ranks,
     init_distributed,
@@ -54,7 +54,8 @@ from torchtitan.distributed.utils import (
     set_timeout,
     sum_over_ranks,
 )
-from torchtitan.models.moe.balancing import Load, step_loads, update_expert_bias
+from torchtitan.models.moe.balancing import step_loads, update_expert_bias
+from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.tools.cpu import bound_onednn_cache, lacks_bf16
@@ -515,7 +516,7 @@ class Trainer:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
         group = self.dims.stage_group
-        load = step_loads(moes, group) if moes else Load([], [])
+        load = step_loads(moes, group) if moes else RoutingLoad([], [])
         loads_LE, traffic_L23, watched_L5 = load.tokens_E, load.traffic, load.watched
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.number))

@@ -11,10 +11,10 @@ import torch
 from tests.tiny_run import as_option, tiny
 from torchtitan.config import ConfigManager, JobConfig, Parallelism, resolve_degrees
 from torchtitan.config.degrees import divisors
-from torchtitan.config.recipe import Phase
-from torchtitan.config.run_schedule import Now, RunSchedule
+from torchtitan.config.phases import Now, RunSchedule
+from torchtitan.config.rules.text import PATHS
+from torchtitan.config.schedule_tables import Phase
 from torchtitan.config.schema import KEYS, entries
-from torchtitan.config.text_rules import PATHS
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main

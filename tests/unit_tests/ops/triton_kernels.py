@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan.models.moe import TokenChoiceTopKRouter
-from torchtitan.models.moe.balancing import count_tokens
+from torchtitan.models.moe.load import count_tokens
 from torchtitan.ops import permute
 from torchtitan.ops.adamw import adamw_update, step_numbers
 from torchtitan.ops.rope import apply_rope, rope_table

@@ -75,7 +75,7 @@ def routing_numbers(
 ) -> Numbers:
     """What `metrics.log_routing` adds, as means over the step's `tokens` (valid ones, all ranks).
 
-    sums: (5,) by layer, see models/moe/watch.py. router_balance_loss, router_z_loss,
+    sums: (5,) by layer, see models/moe/router_stats.py. router_balance_loss, router_z_loss,
     router_global_balance_loss: before their weights; router_entropy; limited_percent: tokens whose
     experts the group limit has changed; each as mean over layers and by layer. layer_expert_load:
     of each expert, over the mean.

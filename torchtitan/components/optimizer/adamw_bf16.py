@@ -2,7 +2,7 @@
 2412.19437, section 3.3). Weights and gradients stay as they are, and all is computed in fp32.
 
 Rounding to nearest is enough: a step moves the means by 1 − beta of the way, 5 to 10 %, and bf16
-resolves 0.4 %. (With beta2 = 0.999 it would not be: refused in config/validate.py.)
+resolves 0.4 %. (With beta2 = 0.999 it would not be: refused in config/rules/values.py.)
 """
 
 import torch

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from torchtitan.config.degrees import divisors, nearest
-from torchtitan.config.number_rules import check_argument_numbers
+from torchtitan.config.rules.numbers import check_argument_numbers
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.moe.without_effect import BALANCING, without_effect
 from torchtitan.protocols.model import BaseModelArgs

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.decoder.cache import CachedAttend, caching
 from torchtitan.models.moe import FeedForward, MoE
-from torchtitan.models.moe.balancing import Load, record_load
+from torchtitan.models.moe.balancing import record_load
+from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.ops.attention import AttentionMask, causal_mask, document_mask
 from torchtitan.ops.buffers import KeepsBufferDtypes
 from torchtitan.ops.init import init_parameters
@@ -50,7 +51,7 @@ class TransformerBlock(nn.Module):
         mask: AttentionMask = None,
         positions_BS: Tensor | None = None,
         token_mask_BS: Tensor | None = None,
-    ) -> tuple[Tensor, Load | None]:
+    ) -> tuple[Tensor, RoutingLoad | None]:
         """Returns the new hidden state and, with experts, this batch's load.
 
         The load is returned, not kept: a block may be recomputed in the backward pass, and only

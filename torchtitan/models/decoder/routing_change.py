@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan.models.decoder.args import DecoderArgs
-from torchtitan.models.moe.moe import TokenChoiceTopKRouter
+from torchtitan.models.moe.router import TokenChoiceTopKRouter
 
 _TOKENS = 2048  # resolves shares of 0.05 %
 

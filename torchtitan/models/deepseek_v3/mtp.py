@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.moe.aux_loss import attach_loss
-from torchtitan.models.moe.balancing import Load, record_load
+from torchtitan.models.moe.balancing import record_load
+from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.ops.attention import AttentionMask
 from torchtitan.ops.buffers import KeepsBufferDtypes
 from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum
@@ -81,7 +82,7 @@ class MTPLayer(nn.Module):
         mask: AttentionMask,
         positions_BS: Tensor | None,
         token_mask_BS: Tensor,
-    ) -> tuple[Tensor, Load]:
+    ) -> tuple[Tensor, RoutingLoad]:
         """The new h, ready for the head, and the load of the block's experts."""
         x_BSD = self.eh_proj(torch.cat((self.enorm(embedded_BSD), self.hnorm(h_BSD)), dim=-1))
         x_BSD, load = self.block(x_BSD, rope, mask, positions_BS, token_mask_BS)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchtitan.config.degrees import divisors
-from torchtitan.config.number_rules import check_argument_numbers
+from torchtitan.config.rules.numbers import check_argument_numbers
 from torchtitan.tools.errors import UserError
 
 ScoreFunc = Literal["softmax", "sigmoid"]

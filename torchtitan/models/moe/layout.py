@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchtitan.models.moe.args import MoEArgs
-from torchtitan.models.moe.moe import TokenChoiceTopKRouter
+from torchtitan.models.moe.router import TokenChoiceTopKRouter
 from torchtitan.tools.logging import logger
 
 # Enough for two digits of an average of a few nodes.

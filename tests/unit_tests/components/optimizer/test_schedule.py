@@ -7,7 +7,7 @@ import pytest
 
 from tests.tiny_run import as_option, losses, records, tiny
 from torchtitan.config import ConfigManager, JobConfig, Phase, validate
-from torchtitan.config.run_schedule import Now, RunSchedule
+from torchtitan.config.phases import Now, RunSchedule
 from torchtitan.train import main
 
 

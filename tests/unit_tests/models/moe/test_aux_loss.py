@@ -11,7 +11,7 @@ from tests.unit_tests.models.moe.test_balancing import ARGS, RECOMPUTE, batch
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 from torchtitan.models.moe.aux_loss import sequence_balance_sum, z_sum
-from torchtitan.models.moe.watch import step_watch
+from torchtitan.models.moe.balancing import step_sums
 
 ALPHA, Z = 0.3, 0.02
 
@@ -132,7 +132,7 @@ def test_recomputation_and_accumulation_change_nothing(how):
         for t, m in zip(tokens, mask, strict=True)
     ]
     assert_alike(gradients(model, losses), plain)
-    sums = step_watch(list(model.moe_layers().values()))
+    sums = step_sums(list(model.moe_layers().values()))
     once = step_watch_of(tokens, mask)
     # The last one, over the batch, is not asked for here (test_global_balance.py).
     torch.testing.assert_close(sums[:, :4], once[:, :4], rtol=1e-5, atol=1e-5)
@@ -144,7 +144,7 @@ def step_watch_of(tokens: Tensor, mask: Tensor) -> Tensor:
     for moe in moes:
         moe.watch_routing = True
     model(tokens, token_mask=mask)
-    return step_watch(moes)
+    return step_sums(moes)
 
 
 def test_watched_sums_by_hand():
@@ -160,7 +160,7 @@ def test_watched_sums_by_hand():
 
     moe.router.register_forward_hook(keep)
     model(tokens, token_mask=mask)
-    balance, _, entropy, limited, _ = step_watch([moe])[0].tolist()
+    balance, _, entropy, limited, _ = step_sums([moe])[0].tolist()
     real = mask.flatten()
     ids, scores = seen["ids"][real], seen["scores"][real].detach()
     free = (scores + moe.expert_bias).topk(ARGS.moe_args.top_k).indices

@@ -14,12 +14,8 @@ from torchtitan.config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, DeepSeekV3ModelArgs
 from torchtitan.models.moe import MoE, MoEArgs
-from torchtitan.models.moe.balancing import (
-    count_tokens,
-    record_load,
-    step_loads,
-    update_expert_bias,
-)
+from torchtitan.models.moe.balancing import record_load, step_loads, update_expert_bias
+from torchtitan.models.moe.load import count_tokens
 
 ARGS = DeepSeekV3ModelArgs(
     vocab_size=32,

@@ -10,7 +10,7 @@ from tests.unit_tests.models.moe.test_balancing import ARGS, RECOMPUTE, batch
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
-from torchtitan.models.moe.watch import step_watch
+from torchtitan.models.moe.router_stats import step_watch
 
 ALPHA = 0.3
 TOP_K = ARGS.moe_args.top_k

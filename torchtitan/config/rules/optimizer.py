@@ -30,3 +30,27 @@ def check_optimizer_groups(config: JobConfig) -> None:
                 f"{where} changes nothing; set weight_decay, lr_factor or both, or leave the table "
                 "out."
             )
+
+
+# Towards the new value a step moves a running mean by 1 - beta of the way; bf16 resolves 0.4 %.
+LARGEST_BF16_BETA = 0.99
+
+
+def check_state_dtype(config: JobConfig) -> None:
+    """Raise `UserError` where the optimizer's states can't be kept in the type asked for."""
+    optimizer = config.optimizer
+    if optimizer.state_dtype == "float32":
+        return
+    if optimizer.name != "AdamW":
+        raise UserError(
+            f'optimizer.state_dtype = "bfloat16" is for AdamW, but optimizer.name is '
+            f'{as_text(optimizer.name)}; set state_dtype to "float32".'
+        )
+    for key in ("beta1", "beta2"):
+        beta = getattr(optimizer, key)
+        if beta > LARGEST_BF16_BETA:
+            raise UserError(
+                f'optimizer.{key} = {beta} with optimizer.state_dtype = "bfloat16": a step would '
+                "change the running mean by less than bf16 resolves; set it to "
+                f'{LARGEST_BF16_BETA} or less, or state_dtype to "float32".'
+            )

@@ -2,15 +2,15 @@
 
 Stages are numbered along the model. With one stage a rank, stage s lives on rank s; with several,
 they go around the ranks (s modulo the degree) or there and back ("v"); a schedule from a file
-(schedule_file.py) puts them where it likes.
+(pipeline_schedule_file.py) puts them where it likes.
 """
 
 from dataclasses import dataclass
 
 from torchtitan.config.degrees import divisors, nearest
 from torchtitan.config.job_config import Parallelism
-from torchtitan.config.schedule_file import KEY as _FILE
-from torchtitan.config.schedule_file import ScheduleFile, read_schedule_file
+from torchtitan.distributed.pipeline_schedule_file import KEY as _FILE
+from torchtitan.distributed.pipeline_schedule_file import ScheduleFile, read_schedule_file
 from torchtitan.tools.errors import UserError, suggest
 
 # Modules beside the layers, on the first and the last stage.

@@ -2,8 +2,8 @@
 
 import pytest
 
-from torchtitan.config.pipeline import PipelinePlan, plan_pipeline
 from torchtitan.config.schema import build
+from torchtitan.distributed.pipeline_plan import PipelinePlan, plan_pipeline
 from torchtitan.tools.errors import UserError
 
 KEY = "parallelism.pipeline_parallel_"

@@ -8,15 +8,9 @@ global    balance loss over the global batch before its weight; 1 = even
 """
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from torchtitan.models.moe.moe import MoE
 
 SUMS = ("balance", "z", "entropy", "limited", "global")
 
@@ -39,15 +33,3 @@ def limited_sum(
     worst_T = for_choice_TE.gather(1, ids_TK).amin(dim=-1)
     changed_T = worst_T < best_T
     return (changed_T if mask_T is None else changed_T & mask_T).sum().to(scores_TE.dtype)
-
-
-@torch.no_grad()
-def step_watch(moes: Sequence["MoE"], group: dist.ProcessGroup | None = None) -> Tensor:
-    """The optimizer step's sums over all ranks of `group`: (layers, 5) fp32, and takes them: they
-    start again from zero."""
-    sums_LN = torch.stack([moe.watched for moe in moes])
-    if group is not None:
-        dist.all_reduce(sums_LN, group=group)
-    for moe in moes:
-        moe.watched.zero_()
-    return sums_LN

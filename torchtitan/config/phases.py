@@ -17,8 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
+from torchtitan.config.degrees import nearest
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.recipe import Phase
+from torchtitan.config.schedule_tables import Phase
+from torchtitan.tools.errors import UserError
 
 
 class Sequences(NamedTuple):
@@ -215,3 +217,24 @@ def _end_of_stair(before: Now, now: Now, phase: Phase) -> float:
         return phase.tokens
     climbed = abs(now.batch_size - before.batch_size) // phase.batch_size_step
     return phase.tokens * (climbed + 1) / _num_sizes(before, phase)
+
+
+def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
+    """Sequences per optimizer step, -1 resolved; a multiple of one forward pass of all ranks."""
+    wanted, local = config.training.global_batch_size, config.training.local_batch_size
+    unit = local * dp_degree
+    if wanted == -1:
+        return unit
+    if wanted < 1 or wanted % unit:
+        below = max(wanted // unit, 0) * unit
+        raise UserError(
+            f"training.global_batch_size = {wanted} must be -1 or a multiple of {unit}, "
+            f"training.local_batch_size ({local}) x the data-parallel degree ({dp_degree}); "
+            f"set it to {nearest(wanted, [number for number in (below, below + unit) if number])}."
+        )
+    return wanted
+
+
+def run_schedule(config: JobConfig, dp_degree: int) -> RunSchedule:
+    """The run's phases on so many data-parallel ranks. Raises `UserError` for its batch size."""
+    return RunSchedule.of(config, resolve_global_batch_size(config, dp_degree))

@@ -1,0 +1,128 @@
+"""What settings of two tables, or of a table and the device, ask of each other."""
+
+import math
+
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schema import as_text, value_of
+from torchtitan.tools.errors import UserError
+
+# Back-ends of torch.compile that choose what the backward pass recomputes.
+_BUDGETING = ("inductor", "aot_eager_decomp_partition")
+
+
+def check_memory_budget(config: JobConfig) -> None:
+    settings, compiler = config.activation_checkpoint, config.compile
+    if not 0 <= settings.memory_budget <= 1:
+        raise UserError(
+            f"activation_checkpoint.memory_budget = {settings.memory_budget} must be between 0 "
+            "and 1."
+        )
+    if settings.mode != "memory_budget":
+        if settings.visualize_memory_budget_pareto:
+            raise UserError(
+                "activation_checkpoint.visualize_memory_budget_pareto = true draws what "
+                'activation_checkpoint.mode "memory_budget" chooses from, but the mode is '
+                f'"{settings.mode}"; set either.'
+            )
+        return
+    if not compiler.enable or "model" not in compiler.components:
+        raise UserError(
+            'activation_checkpoint.mode = "memory_budget" is kept to by the compiler: it needs '
+            'compile.enable with "model" in compile.components; set them, or another mode.'
+        )
+    if compiler.backend not in _BUDGETING:
+        raise UserError(
+            f'compile.backend = "{compiler.backend}" doesn\'t choose what is recomputed, which '
+            'activation_checkpoint.mode "memory_budget" needs; set it to "inductor".'
+        )
+
+
+def check_cpu_offload(config: JobConfig, world_size: int, device_type: str) -> None:
+    if not config.training.enable_cpu_offload:
+        return
+    reason = None
+    if device_type == "cpu":
+        reason = "moves weights from an accelerator to the CPU, but this run is on the CPU"
+    elif world_size == 1:
+        reason = "is FSDP's, which one process doesn't use"
+    if reason:
+        raise UserError(f"training.enable_cpu_offload = true {reason}; set it to false.")
+
+
+def check_early_step(config: JobConfig, world_size: int) -> None:
+    """A step in the backward pass comes before the norm of all gradients, and before the next
+    micro-batch.
+    """
+    if not config.optimizer.early_step_in_backward:
+        return
+    one_pass = (-1, config.training.local_batch_size)
+    rules = [
+        ("training.max_norm", (math.inf,), "clipping needs the norm of all gradients"),
+        ("training.non_finite_loss", ("rewind", "stop"), "a step that was taken can't be skipped"),
+        ("training.loss_spike", ("rewind", "warn"), "a step that was taken can't be skipped"),
+        ("training.global_batch_size", one_pass, "a gradient is gone after one forward pass"),
+        ("optimizer.implementation", ("fused",), "only this one updates single parameters"),
+        ("optimizer.name", ("Adam", "AdamW"), "only these update single parameters"),
+        ("optimizer.state_dtype", ("float32",), "only with these single parameters are updated"),
+    ]
+    for key, allowed, reason in rules:
+        if value_of(config, key) not in allowed:
+            way_out = "inf" if allowed[-1] == math.inf else as_text(allowed[-1])
+            raise UserError(
+                f"{key} = {as_text(value_of(config, key))} can't be had with "
+                f"optimizer.early_step_in_backward = true, because {reason}; set it to "
+                f"{way_out}, or early_step_in_backward to false."
+            )
+    if any(phase.batch_size or phase.local_batch_size for phase in config.schedule.phase):
+        raise UserError(
+            "optimizer.early_step_in_backward = true needs one forward pass a step, but a "
+            "schedule.phase sets a batch_size or local_batch_size; leave one of them out."
+        )
+    if world_size > 1:
+        raise UserError(
+            "optimizer.early_step_in_backward = true works on one process, but this run has "
+            f"{world_size}; set it to false: FSDP spreads gradients over the processes."
+        )
+
+
+# Keys of a phase that change what a forward pass is.
+_SHAPES = ("batch_size", "local_batch_size", "seq_len", "yarn")
+
+
+def check_cuda_graph(config: JobConfig, world_size: int, device_type: str) -> None:
+    """A graph repeats the same kernels on the same memory."""
+    if not config.compile.cuda_graph:
+        return
+    one_pass = (-1, config.training.local_batch_size)
+    reason = None
+    if device_type != "cuda":
+        reason = f"this run is on {device_type}"
+    elif world_size > 1:
+        reason = f"this run has {world_size}"
+    elif config.training.global_batch_size not in one_pass:
+        reason = f"training.global_batch_size = {config.training.global_batch_size} takes several"
+    elif changed := [key for key in _SHAPES if any(getattr(p, key) for p in config.schedule.phase)]:
+        reason = f"a schedule.phase sets {changed[0]}"
+    elif config.optimizer.early_step_in_backward:
+        reason = "optimizer.early_step_in_backward changes what the pass does from step to step"
+    if reason is not None:
+        raise UserError(
+            "compile.cuda_graph = true is for one process on a CUDA GPU and one forward pass a "
+            f"step, but {reason}; set it to false."
+        )
+
+
+def check_async_tensor_parallel(config: JobConfig, device_type: str) -> None:
+    if not config.parallelism.enable_async_tensor_parallel:
+        return
+    reason = None
+    if config.parallelism.tensor_parallel_degree == 1:
+        reason = "needs parallelism.tensor_parallel_degree of 2 or more"
+    elif device_type != "cuda":
+        reason = f"needs CUDA GPUs, but this run is on {device_type}"
+    elif not config.compile.enable or "model" not in config.compile.components:
+        reason = 'is done by the compiler: it needs compile.enable with "model" in its components'
+    if reason:
+        raise UserError(
+            f"parallelism.enable_async_tensor_parallel = true {reason}; set it to false."
+        )
