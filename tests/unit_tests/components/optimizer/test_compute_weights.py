@@ -119,13 +119,13 @@ def test_weights_of_the_compute_type_get_no_copies_and_fused_ones_take_their_pla
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     working = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
     experts = model.layers["1"].moe.experts
-    assert experts.w1.data_ptr() == experts.w13.data_ptr()
+    assert experts.w1.data_ptr() == experts.w13.tensor.data_ptr()
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and working.copy_of(p) is None
     optimizer = build_optimizer([model], working=working, implementation="fused", **ADAMW)
     loss_of(model).backward()
     optimizer.step()
-    assert torch.equal(experts.w13[:, :16], experts.w1)
+    assert torch.equal(experts.w13.tensor[:, :16], experts.w1)
     assert not torch.equal(experts.w1, before["layers.1.moe.experts.w1"])
 
 
@@ -210,7 +210,7 @@ def test_a_model_with_copies_is_freed():
     model = make_model()
     working = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
     loss_of(model).backward()
-    copies = weakref.ref(model.layers["1"].moe.experts.w13)
+    copies = weakref.ref(model.layers["1"].moe.experts.w13.tensor)
     del model, working
     gc.collect()
     assert copies() is None
