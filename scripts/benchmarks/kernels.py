@@ -226,7 +226,7 @@ def _optimizer(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterat
         settings.pop("early_step_in_backward")
         optimizer = build_optimizer([layer], **settings)
     else:
-        optimizer = build_optimizer([layer], working=working, **settings)
+        optimizer = build_optimizer([layer], compute_weights=working, **settings)
     grad_dtype = torch.float32 if working is None else torch.bfloat16
     layer.weight.grad = torch.randn_like(layer.weight).to(grad_dtype) * 1e-3
 

@@ -1,4 +1,4 @@
-"""Experts that no other rank has: without FSDP, with working weights, updated where they lie."""
+"""Experts that no other rank has: without FSDP, with compute weights, updated where they lie."""
 
 import pytest
 import torch

@@ -128,7 +128,7 @@ PLUG_POINTS = (
     PlugPoint(
         "watch_routing",
         "MoE",
-        ("trainer/trainer.py",),
+        ("trainer/built_run.py",),
         "collect the router's statistics",
     ),
     PlugPoint(

@@ -47,7 +47,7 @@ class _Fused:
 
 
 class ComputeWeights:
-    """Gives every parameter of `modules` its working copy; call last, after weights are filled.
+    """Gives every parameter of `modules` its copy in `dtype`; call last, after weights are filled.
     root: what is called for a forward pass.
 
     fp32_grads: hand gradients to the parameters in fp32, and add up micro-batches there; otherwise
