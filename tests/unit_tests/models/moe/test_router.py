@@ -1,5 +1,7 @@
 """The router chooses and weights as its slow twin does, and refuses impossible numbers."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,18 +16,7 @@ quick = settings(max_examples=60, deadline=None)
 
 
 def make_router(args: MoEArgs, dim: int = DIM) -> TokenChoiceTopKRouter:
-    return TokenChoiceTopKRouter(
-        dim=dim,
-        num_experts=args.num_experts,
-        num_expert_groups=args.num_expert_groups,
-        num_limited_groups=args.num_limited_groups,
-        top_k=args.top_k,
-        score_func=args.score_func,
-        route_norm=args.route_norm,
-        route_scale=args.route_scale,
-        group_score_func=args.group_score_func,
-        _debug_force_load_balance=args._debug_force_load_balance,
-    )
+    return TokenChoiceTopKRouter.of(args.routing, dim=dim)
 
 
 @st.composite
@@ -250,8 +241,7 @@ def test_impossible_layer_numbers_are_refused():
 @given(args=routings(), rounds=st.integers(1, 3), extra=st.integers(0, 3))
 def test_forced_routing_is_even_distinct_and_within_the_groups(args, rounds, extra):
     E, K = args.num_experts, args.top_k
-    router = make_router(args)
-    router._debug_force_load_balance = True
+    router = make_router(dataclasses.replace(args, _debug_force_load_balance=True))
     even = rounds * E
     weights, ids, counts = router(torch.randn(even + extra, DIM), None)
     assert torch.bincount(ids[:even].flatten(), minlength=E).tolist() == [rounds * K] * E
