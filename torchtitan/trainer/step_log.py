@@ -27,7 +27,7 @@ class StepResult:
     grad_norm: before clipping.
     loads: tokens per expert (E,), by layer.
     traffic: see `TokenDispatcher.dispatch`, by layer.
-    watched: see models/moe/router_stats.py, by layer; empty without metrics.log_routing.
+    router_stats: sums in the order of `ROUTER_STATS`, by layer; empty without metrics.log_routing.
     side_losses: means over the valid tokens, by name.
     valid_tokens: of the step, over all ranks.
     verdict: what became of the step.
@@ -40,7 +40,7 @@ class StepResult:
     lr: float
     loads: dict[int, Tensor]
     traffic: dict[int, Tensor]
-    watched: dict[int, Tensor]
+    router_stats: dict[int, Tensor]
     side_losses: dict[str, float]
     valid_tokens: int
     verdict: Verdict
@@ -73,6 +73,6 @@ def balance_of(
 ) -> Numbers:
     """How evenly the step used the experts; the same on all ranks."""
     numbers = balance_numbers(result.loads, biases, num_groups)
-    if result.watched:
-        numbers |= routing_numbers(result.watched, result.valid_tokens, result.loads)
+    if result.router_stats:
+        numbers |= routing_numbers(result.router_stats, result.valid_tokens, result.loads)
     return numbers | cross_node_percent(traffic)

@@ -227,7 +227,7 @@ class Trainer:
         set_timeout(config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.moes = self.model.moe_layers()
         for moe in self.moes.values():
-            moe.watch_routing = config.metrics.log_routing
+            moe.collect_router_stats = config.metrics.log_routing
         if self.rank == 0:
             largest = largest_coefficients(config.schedule.phase)
             for sentence in self.model_args.without_effect(config.model.args, largest):
@@ -517,7 +517,7 @@ class Trainer:
         moes = list(self.moes.values())
         group = self.dims.stage_group
         load = step_loads(moes, group) if moes else RoutingLoad([], [])
-        loads_LE, traffic_L23, watched_L5 = load.tokens_E, load.traffic, load.watched
+        loads_LE, traffic_L23, stats_LN = load.tokens_E, load.traffic, load.stats
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.number))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
@@ -545,7 +545,7 @@ class Trainer:
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
             traffic=dict(zip(self.moes, traffic_L23, strict=True)),
-            watched={} if watched_L5 is None else dict(zip(self.moes, watched_L5, strict=True)),
+            router_stats={} if stats_LN is None else dict(zip(self.moes, stats_LN, strict=True)),
             side_losses={name: x.item() / valid_tokens for name, x in side.items()},
             valid_tokens=int(valid_tokens),
             verdict=verdict,
@@ -584,8 +584,8 @@ class Trainer:
         counted = data_numbers(self.dataloader, self.device, self.dims.dp_group)
         biases = {layer: moe.expert_bias for layer, moe in self.moes.items()}
         if self.passes.pipeline is not None:  # of the layers on all stages
-            result.loads, result.traffic, result.watched, biases = self.passes.pipeline.gather(
-                (result.loads, result.traffic, result.watched, biases)
+            result.loads, result.traffic, result.router_stats, biases = self.passes.pipeline.gather(
+                (result.loads, result.traffic, result.router_stats, biases)
             )
         traffic, balance = self._routing_numbers(result, biases)
         self.metrics.log(
