@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.unit_tests.models.moe.test_balancing import ARGS, RECOMPUTE, batch
+from torchtitan.config.schedule_tables import EXPERT_COEFFICIENTS
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 from torchtitan.models.moe.aux_loss import sequence_balance_sum, z_sum
@@ -118,6 +119,28 @@ def test_every_gradient_is_that_of_the_formula(score_func):
     model.set_tokens_in_step(mask.sum())
     loss = model(tokens, token_mask=mask).square().sum() / mask.sum()
     assert_alike(gradients(model, [loss]), plain)
+
+
+def test_coefficients_of_a_phase_are_those_of_the_arguments():
+    """A model that a phase gives its coefficients has the gradients of one built with them."""
+    tokens, mask = batch(0, rows=3)[:, :7], some_mask()
+    values = {"sequence_balance_coeff": ALPHA, "global_balance_coeff": 0.2, "z_loss_coeff": Z}
+    assert {"load_balance_coeff", *values} == set(EXPERT_COEFFICIENTS)
+
+    def gradients_of(model: DeepSeekV3Model, values: dict[str, float]) -> dict[str, Tensor]:
+        model.set_coefficients(values)
+        model.set_tokens_in_step(mask.sum())
+        for moe in model.moe_layers().values():
+            moe.global_tokens_per_expert.copy_(torch.arange(8))
+        loss = model(tokens, token_mask=mask).square().sum() / mask.sum()
+        return gradients(model, [loss])
+
+    without = gradients_of(make_model(), {})
+    for name, value in values.items():
+        by_phase = gradients_of(make_model(), {name: value})
+        assert_alike(by_phase, gradients_of(make_model(**{name: value}), {}))
+        gate = "layers.2.moe.router.gate.weight"
+        assert not torch.allclose(by_phase[gate], without[gate], rtol=1e-2), name
 
 
 @pytest.mark.parametrize("how", RECOMPUTE)
