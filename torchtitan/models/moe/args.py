@@ -18,10 +18,11 @@ _COUNTS = ("num_experts", "num_shared_experts", "top_k", "num_expert_groups", "n
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingRule:
-    """How a router chooses experts and weights them. Raises `UserError` (a ValueError) for a rule
-    that can't hold.
+    """Arguments of a router: how it chooses experts and weights them. Raises `UserError` (a
+    ValueError) for values that can't hold.
 
-    A new argument is a field here and in `MoEArgs`, and what it does is in router.py.
+    A new argument is a field here and in `MoEArgs`, and router.py uses it. The GPU kernel
+    (ops/routing.py) must take it too, or `TokenChoiceTopKRouter.forward` go past the kernel.
 
     num_experts: routed experts.
     num_expert_groups, num_limited_groups: node-limited routing (DeepSeek-V3 report, section 2.1.2):
@@ -107,7 +108,7 @@ class MoEArgs:
     """Sizes, routing and balancing of one MoE layer. Raises `UserError` (a ValueError) for values
     that can't hold.
 
-    The router's arguments are told at `RoutingRule`; `routing` has them as one.
+    `RoutingRule` explains the router's arguments; `routing` returns them as one.
 
     num_shared_experts: experts every token passes, held as one FFN.
     score_before_experts: weight the experts' input, not their output (DeepSeek: the output).

@@ -91,7 +91,8 @@ class GroupedExperts(nn.Module):
 class MoE(KeepsBufferDtypes):
     """Routed experts plus shared ones.
 
-    Buffers, of which only the first is part of the state dict:
+    Its buffers, of which only the first is part of the state dict:
+
     expert_bias: (E,) fp32; None without balancing.
     tokens_per_expert: (E,) int64, of the current optimizer step (see balancing.py).
     traffic: (2, 3) int64, rows sent in the current optimizer step (see balancing.py).

@@ -51,18 +51,19 @@ def router_sums(routed: RoutedTokens) -> Tensor:
 
 @statistic
 def router_balance_loss(routed: RoutedTokens) -> Tensor:
-    """Sequence-wise balance loss; its mean is 1 with even use."""
+    """Sequence-wise balance loss before its weight; its mean is 1 with even use."""
     return routed.balance
 
 
 @statistic
 def router_z_loss(routed: RoutedTokens) -> Tensor:
+    """z-loss before its weight."""
     return routed.z
 
 
 @statistic
 def router_global_balance_loss(routed: RoutedTokens) -> Tensor:
-    """Balance loss over the global batch; its mean is 1 with even use."""
+    """Balance loss over the global batch before its weight; its mean is 1 with even use."""
     return routed.global_balance
 
 
