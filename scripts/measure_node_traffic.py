@@ -29,7 +29,7 @@ import torch
 from played_nodes import LINK, PlayedNodes, check_can_play
 
 from torchtitan.distributed.expert_parallel import bytes_per_row
-from torchtitan.models.moe.args import check_routing
+from torchtitan.models.moe.args import RoutingRule
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.logging import init_logger, logger
 
@@ -86,13 +86,11 @@ def check(options: argparse.Namespace) -> None:
             f"(--nodes {options.nodes} times --ranks_per_node {options.ranks_per_node})."
         )
     for groups, limited in options.routings:
-        check_routing(
+        RoutingRule(  # raises where it can't hold
             num_experts=options.num_experts,
             top_k=options.top_k,
-            score_func="sigmoid",
             num_expert_groups=groups or None,
             num_limited_groups=limited or None,
-            group_score_func="top2_sum",
         )
     check_can_play()
 

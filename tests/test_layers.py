@@ -23,6 +23,7 @@ HEIGHT = {
 ROOMS = {
     "config": {
         "optimizer_tables": 0,
+        "router_stats": 0,
         "schedule_tables": 0,
         "job_config": 1,
         "degrees": 2,

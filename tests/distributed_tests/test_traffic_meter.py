@@ -18,14 +18,7 @@ from torchtitan.tools.utils import local_device
 
 def route(args: MoEArgs, num_tokens: int, rank: int) -> Tensor:
     """Experts (T, K) that the router chooses from independent normal logits."""
-    router = TokenChoiceTopKRouter(
-        dim=args.num_experts,
-        num_experts=args.num_experts,
-        num_expert_groups=args.num_expert_groups,
-        num_limited_groups=args.num_limited_groups,
-        top_k=args.top_k,
-        score_func=args.score_func,
-    )
+    router = TokenChoiceTopKRouter.of(args.routing, dim=args.num_experts)
     torch.nn.init.eye_(router.gate.weight)
     generator = torch.Generator().manual_seed(rank)
     # On the CPU, so that the choice is the same whatever the device of the dispatchers.

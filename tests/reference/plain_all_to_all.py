@@ -70,8 +70,11 @@ class PlainAllToAllDispatcher:
         copies_TKD = copies_ND[record.order_N.argsort()].unflatten(0, record.weights_TK.shape)
         return (copies_TKD * record.weights_TK.unsqueeze(-1)).sum(dim=1).to(rows_RD.dtype)
 
-    def beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Callable[[], Tensor]:
-        return lambda: layer(x_TD)
+    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        return x_TD
+
+    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+        return layer(begun_TD)
 
     def _traffic(self, sent: Tensor) -> Tensor:
         me, rows_sent = self.group.rank(), torch.zeros(3, dtype=torch.int64)

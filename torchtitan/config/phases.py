@@ -14,12 +14,12 @@ as the config says, and `lr_scheduler` shapes the learning rate.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self
 
 from torchtitan.config.degrees import nearest
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.schedule_tables import Phase
+from torchtitan.config.schedule_tables import COEFFICIENTS, Phase
 from torchtitan.tools.errors import UserError
 
 
@@ -33,8 +33,12 @@ class Sequences(NamedTuple):
 
 @dataclass(frozen=True)
 class Now:
-    """The values of one optimizer step. phase: from 1, 0 without phases. A coefficient that is
-    None, or yarn, is the model's own."""
+    """Values of one optimizer step.
+
+    phase: from 1, 0 without phases.
+    yarn: None is the model's own.
+    coefficients: those that some phase up to now has set; all others are the model's own.
+    """
 
     phase: int
     name: str
@@ -43,10 +47,7 @@ class Now:
     seq_len: int
     local_batch_size: int
     yarn: str | None = None
-    load_balance_coeff: float | None = None
-    sequence_balance_coeff: float | None = None
-    global_balance_coeff: float | None = None
-    mtp_loss_weight: float | None = None
+    coefficients: dict[str, float] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -55,12 +56,6 @@ class Now:
     @property
     def sequences(self) -> Sequences:
         return Sequences(self.seq_len, self.local_batch_size, self.yarn)
-
-    @property
-    def coefficients(self) -> dict[str, float]:
-        """Those that some phase up to now has set."""
-        values = {name: getattr(self, name) for name in COEFFICIENTS}
-        return {name: value for name, value in values.items() if value is not None}
 
     def describe(self) -> str:
         sequences = f"{self.batch_size} sequences of {self.seq_len} tokens a step"
@@ -76,17 +71,9 @@ class Now:
         return {"phase": self.phase, **sizes, **self.coefficients}
 
 
-COEFFICIENTS = (
-    "load_balance_coeff",
-    "sequence_balance_coeff",
-    "global_balance_coeff",
-    "mtp_loss_weight",
-)
-
-
 def coefficients_set(phases: Sequence[Phase]) -> set[str]:
     """The coefficients that some phase sets."""
-    return {n for phase in phases for n in COEFFICIENTS if getattr(phase, n) is not None}
+    return {name for phase in phases for name in _values_set(phase, COEFFICIENTS)}
 
 
 def largest_coefficients(phases: Sequence[Phase]) -> dict[str, float]:
@@ -183,12 +170,14 @@ class RunSchedule:
 
 def _entered(before: Now, phase: Phase, number: int) -> Now:
     """The values at the end of the phase."""
-    named = {
-        name: getattr(phase, name)
-        for name in ("lr", "batch_size", *Sequences._fields, *COEFFICIENTS)
-        if getattr(phase, name) is not None
-    }
-    return replace(before, phase=number, name=phase.name, **named)
+    named = _values_set(phase, ("lr", "batch_size", *Sequences._fields))
+    values = before.coefficients | _values_set(phase, COEFFICIENTS)
+    in_order = {name: values[name] for name in COEFFICIENTS if name in values}
+    return replace(before, phase=number, name=phase.name, coefficients=in_order, **named)
+
+
+def _values_set(phase: Phase, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(phase, name)) is not None}
 
 
 def _within(before: Now, end: Now, phase: Phase, tokens: float) -> Now:

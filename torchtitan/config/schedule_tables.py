@@ -1,7 +1,15 @@
 """Tables that a config may repeat: [[schedule.phase]], [[training.blend]], [[metrics.alarm]]."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+def _coefficient(*, of_experts: bool = False) -> Any:
+    """A field of `Phase` that sets a weight of a loss, or a speed, of the model.
+
+    of_experts: `MoEArgs` and `MoE` have it under the same name.
+    """
+    return field(default=None, metadata={"coefficient": True, "of_experts": of_experts})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +36,15 @@ class Phase:
     """Sequences per forward pass of a data-parallel rank: fewer where they are longer."""
     yarn: Literal["auto", "on", "off"] | None = None
     """RoPE scaled for longer contexts, as model.args.yarn."""
-    load_balance_coeff: float | None = None
+    load_balance_coeff: float | None = _coefficient(of_experts=True)
     """Speed of the expert bias (the report's gamma)."""
-    sequence_balance_coeff: float | None = None
+    sequence_balance_coeff: float | None = _coefficient(of_experts=True)
     """Weight of the sequence-wise balance loss (the report's alpha)."""
-    global_balance_coeff: float | None = None
+    global_balance_coeff: float | None = _coefficient(of_experts=True)
     """Weight of the balance loss over the global batch, with the loads of the step before."""
-    mtp_loss_weight: float | None = None
+    z_loss_coeff: float | None = _coefficient(of_experts=True)
+    """Weight of the router's z-loss."""
+    mtp_loss_weight: float | None = _coefficient()
     """Weight of the multi-token prediction loss (the report's lambda)."""
     blend: dict[str, float] | None = None
     """Weights of the datasets of [[training.blend]] by name; from those not named, nothing."""
@@ -42,6 +52,11 @@ class Phase:
     def title(self, number: int) -> str:
         """What sentences call the phase; number: from 1."""
         return f"schedule.phase {number}" + (f" ('{self.name}')" if self.name else "")
+
+
+# Names of what phases set in the model, from the fields above.
+COEFFICIENTS = tuple(f.name for f in fields(Phase) if f.metadata.get("coefficient"))
+EXPERT_COEFFICIENTS = tuple(f.name for f in fields(Phase) if f.metadata.get("of_experts"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,10 +220,10 @@ class AllToAllDispatcher:
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
         return self.hop.back(reduce_rows(rows_RD, record.order), record.hops[0])
 
-    def begin_beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
         return self.side_stream.begin(layer, x_TD)
 
-    def end_beside(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
         return self.side_stream.end(layer, begun_TD)
 
 
@@ -293,10 +293,10 @@ class NodeLimitedDispatcher:
         x_PD = self.within.back(reduce_rows(rows_RD, record.order), record.hops[1])
         return self.between.back(x_PD, record.hops[0])
 
-    def begin_beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
         return self.side_stream.begin(layer, x_TD)
 
-    def end_beside(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
         return self.side_stream.end(layer, begun_TD)
 
 
@@ -319,11 +319,11 @@ class GatherDispatcher:
     def combine(self, rows_RD: Tensor, record: Any) -> Tensor:
         return reduce_scatter(self.inner.combine(rows_RD, record), 0, self.group)
 
-    def begin_beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
-        return self.inner.begin_beside(layer, x_TD)
+    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        return self.inner.start_shared(layer, x_TD)
 
-    def end_beside(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
-        return self.inner.end_beside(layer, begun_TD)
+    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+        return self.inner.finish_shared(layer, begun_TD)
 
 
 def _into_expert_order(

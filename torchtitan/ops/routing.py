@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 class Rule(NamedTuple):
-    """How a router chooses: its arguments, in the kernel's terms. groups, limited: 0 = no groups.
+    """`RoutingRule` (models/moe/args.py) in the kernel's terms, made by `TokenChoiceTopKRouter`.
+
+    groups, limited: 0 = no groups.
     top2: a group's score is the sum of its two best, otherwise its best.
     """
 

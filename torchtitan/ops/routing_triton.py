@@ -1,6 +1,6 @@
 """The router's choice and its backward pass, a program a token, in Triton.
 
-Twin: `TokenChoiceTopKRouter.forward` (models/moe/moe.py).
+Twin: `TokenChoiceTopKRouter.forward` (models/moe/router.py).
 """
 
 import torch

@@ -126,7 +126,7 @@ PLUG_POINTS = (
         "reading a weight gives its copy in the compute dtype",
     ),
     PlugPoint(
-        "watch_routing",
+        "collect_router_stats",
         "MoE",
         ("trainer/built_run.py",),
         "collect the router's statistics",

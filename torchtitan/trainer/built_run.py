@@ -176,7 +176,7 @@ class BuiltRun:
         set_timeout(config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.moes = self.model.moe_layers()
         for moe in self.moes.values():
-            moe.watch_routing = config.metrics.log_routing
+            moe.collect_router_stats = config.metrics.log_routing
         if self.rank == 0:
             largest = largest_coefficients(config.schedule.phase)
             for sentence in self.model_args.without_effect(config.model.args, largest):

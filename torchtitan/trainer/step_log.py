@@ -39,7 +39,7 @@ class StepResult:
     grad_norm: before clipping.
     loads: tokens per expert (E,), by layer.
     traffic: see `TokenDispatcher.dispatch`, by layer.
-    watched: see models/moe/router_stats.py, by layer; empty without metrics.log_routing.
+    router_stats: sums in the order of `ROUTER_STATS`, by layer; empty without metrics.log_routing.
     side_losses: means over the valid tokens, by name.
     valid_tokens: of the step, over all ranks.
     verdict: what became of the step.
@@ -52,7 +52,7 @@ class StepResult:
     lr: float
     loads: dict[int, Tensor]
     traffic: dict[int, Tensor]
-    watched: dict[int, Tensor]
+    router_stats: dict[int, Tensor]
     side_losses: dict[str, float]
     valid_tokens: int
     verdict: Verdict
@@ -106,8 +106,8 @@ class StepLog:
         counted = data_numbers(self.dataloader, self.device, self.dims.dp_group)
         biases = {layer: moe.expert_bias for layer, moe in self.moes.items()}
         if self.pipeline is not None:  # of the layers on all stages
-            result.loads, result.traffic, result.watched, biases = self.pipeline.gather(
-                (result.loads, result.traffic, result.watched, biases)
+            result.loads, result.traffic, result.router_stats, biases = self.pipeline.gather(
+                (result.loads, result.traffic, result.router_stats, biases)
             )
         traffic, balance = self._routing_numbers(result, biases, model_args)
         self.metrics.log(
@@ -170,6 +170,6 @@ def balance_of(
 ) -> Numbers:
     """How evenly the step used the experts; the same on all ranks."""
     numbers = balance_numbers(result.loads, biases, num_groups)
-    if result.watched:
-        numbers |= routing_numbers(result.watched, result.valid_tokens, result.loads)
+    if result.router_stats:
+        numbers |= routing_numbers(result.router_stats, result.valid_tokens, result.loads)
     return numbers | cross_node_percent(traffic)

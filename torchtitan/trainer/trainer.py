@@ -189,7 +189,7 @@ class Trainer(BuiltRun):
         moes = list(self.moes.values())
         group = self.dims.stage_group
         load = step_loads(moes, group) if moes else RoutingLoad([], [])
-        loads_LE, traffic_L23, watched_L5 = load.tokens_E, load.traffic, load.watched
+        loads_LE, traffic_L23, stats_LN = load.tokens_E, load.traffic, load.stats
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.number))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
@@ -217,7 +217,7 @@ class Trainer(BuiltRun):
             lr=lr,
             loads=dict(zip(self.moes, loads_LE, strict=True)),
             traffic=dict(zip(self.moes, traffic_L23, strict=True)),
-            watched={} if watched_L5 is None else dict(zip(self.moes, watched_L5, strict=True)),
+            router_stats={} if stats_LN is None else dict(zip(self.moes, stats_LN, strict=True)),
             side_losses={name: x.item() / valid_tokens for name, x in side.items()},
             valid_tokens=int(valid_tokens),
             verdict=verdict,

@@ -23,6 +23,7 @@ STAIRS = {"batch_size_shape": "linear", "batch_size_step": 8}
             "batch_size_step.*set it",
         ),
         ({"tokens": 1e6, "batch_size": 40, "batch_size_step": 8}, "leave it out"),
+        ({"tokens": 1e6, "z_loss_coeff": -0.1}, "z_loss_coeff = -0.1 must be a finite number"),
         ({"tokens": 1e6, "mtp_loss_weight": -0.1}, "mtp_loss_weight = -0.1 must be"),
     ],
 )

@@ -132,7 +132,7 @@ def test_routing_is_the_router_written_out(score_func, norm, group_score):
     logits, bias = torch.randn(T, E), torch.randn(E) * 0.3
     exact = logits.double().requires_grad_()
     expected, expected_ids, _ = router(exact, bias)
-    weights, ids = kernels("routing").route(logits, bias, **router._rule._asdict())
+    weights, ids = kernels("routing").route(logits, bias, **router.kernel_rule._asdict())
     order, expected_order = ids.argsort(1), expected_ids.argsort(1)  # neither promises an order
     assert torch.equal(ids.gather(1, order), expected_ids.gather(1, expected_order))
     expected = expected.gather(1, expected_order)

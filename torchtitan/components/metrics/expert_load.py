@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from torchtitan.config.router_stats import ROUTER_STATS
+
 Numbers = dict[str, float | dict[int, float | list[float]]]
 
 
@@ -73,24 +75,17 @@ def _entropy(relative_LE: Tensor) -> Tensor:
 def routing_numbers(
     sums: Mapping[int, Tensor], tokens: int, loads: Mapping[int, Tensor]
 ) -> Numbers:
-    """What `metrics.log_routing` adds, as means over the step's `tokens` (valid ones, all ranks).
+    """Numbers that `metrics.log_routing` adds: router statistics as means over tokens, each as mean
+    over layers and by layer (`layer_<name>`); and layer_expert_load, of each expert over the mean.
 
-    sums: (5,) by layer, see models/moe/router_stats.py. router_balance_loss, router_z_loss,
-    router_global_balance_loss: before their weights; router_entropy; limited_percent: tokens whose
-    experts the group limit has changed; each as mean over layers and by layer. layer_expert_load:
-    of each expert, over the mean.
+    sums: (N,) fp32 by layer, in the order of `ROUTER_STATS`.
+    tokens: valid ones of the step, all ranks.
+    loads: tokens per expert (E,), by layer.
     """
-    names = (
-        "router_balance_loss",
-        "router_z_loss",
-        "router_entropy",
-        "limited_percent",
-        "router_global_balance_loss",
-    )
-    scale = torch.tensor([1.0, 1.0, 1.0, 100.0, 1.0]) / max(1, tokens)
+    scale = torch.tensor(list(ROUTER_STATS.values())) / max(1, tokens)
     means = {layer: (each.cpu() * scale).tolist() for layer, each in sums.items()}
     numbers: Numbers = {}
-    for i, name in enumerate(names):
+    for i, name in enumerate(ROUTER_STATS):
         by_layer = {layer: values[i] for layer, values in means.items()}
         numbers[name] = sum(by_layer.values()) / max(1, len(by_layer))
         numbers[f"layer_{name}"] = by_layer

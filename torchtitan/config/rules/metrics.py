@@ -3,16 +3,14 @@
 import math
 
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.router_stats import ROUTER_STATS
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
 
-# Numbers of the log that are the same on all ranks; those of the second line need log_routing.
+# Numbers of the log that are the same on all ranks; router statistics are, too.
 ALWAYS = (
     "loss grad_norm max_violation mean_max_violation min_load dead_experts load_entropy bias_range "
     "max_group_load cross_node_percent"
-).split()
-ON_REQUEST = (
-    "router_balance_loss router_z_loss router_entropy limited_percent router_global_balance_loss"
 ).split()
 
 
@@ -20,12 +18,12 @@ def check_alarms(config: JobConfig) -> None:
     """Raise `UserError` for the first alarm that could never ring, or could not act."""
     for n, alarm in enumerate(config.metrics.alarm, start=1):
         where = f"metrics.alarm {n}"
-        if alarm.watch not in (*ALWAYS, *ON_REQUEST):
+        if alarm.watch not in (*ALWAYS, *ROUTER_STATS):
             raise UserError(
                 f"{where}: watch = {as_text(alarm.watch)} is no number that an alarm can watch"
-                f"{suggest(alarm.watch, [*ALWAYS, *ON_REQUEST])}"
+                f"{suggest(alarm.watch, [*ALWAYS, *ROUTER_STATS])}"
             )
-        if alarm.watch in ON_REQUEST and not config.metrics.log_routing:
+        if alarm.watch in ROUTER_STATS and not config.metrics.log_routing:
             raise UserError(
                 f"{where}: {alarm.watch} is measured only with metrics.log_routing = true; set it."
             )

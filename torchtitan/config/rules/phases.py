@@ -4,9 +4,9 @@ from itertools import pairwise
 
 from torchtitan.config.degrees import Degrees, check_sequence, nearest
 from torchtitan.config.job_config import JobConfig, LRScheduler
-from torchtitan.config.phases import COEFFICIENTS, Now, RunSchedule, Sequences
+from torchtitan.config.phases import Now, RunSchedule, Sequences
 from torchtitan.config.rules.numbers import MOST_TOKENS
-from torchtitan.config.schedule_tables import Phase
+from torchtitan.config.schedule_tables import COEFFICIENTS, Phase
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError
 

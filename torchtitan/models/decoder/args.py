@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from torchtitan.config.degrees import divisors, nearest
 from torchtitan.config.rules.numbers import check_argument_numbers
+from torchtitan.config.schedule_tables import EXPERT_COEFFICIENTS
 from torchtitan.models.moe import MoEArgs
-from torchtitan.models.moe.without_effect import BALANCING, without_effect
+from torchtitan.models.moe.without_effect import without_effect
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.errors import UserError
 
@@ -38,10 +39,7 @@ class DecoderArgs(BaseModelArgs):
     not_of_experts: ClassVar[tuple[str, ...]] = (
         "use_grouped_mm",
         "_debug_force_load_balance",
-        "load_balance_coeff",
-        "sequence_balance_coeff",
-        "global_balance_coeff",
-        "z_loss_coeff",
+        *EXPERT_COEFFICIENTS,
     )
 
     def __post_init__(self) -> None:
@@ -111,13 +109,13 @@ class DecoderArgs(BaseModelArgs):
                 "[[schedule.phase]] sets load_balance_coeff, but the model has no expert bias: set "
                 "model.args.moe_args.load_balance_coeff to the speed of the start (0 is one)."
             )
-        super().check_coefficients(names - set(BALANCING))
+        super().check_coefficients(names - set(EXPERT_COEFFICIENTS))
 
     def without_effect(
         self, overrides: Mapping[str, Any], coefficients: Mapping[str, float]
     ) -> Iterator[str]:
         if self.has_experts:
-            of_experts = {name: coefficients[name] for name in BALANCING if name in coefficients}
+            of_experts = {n: coefficients[n] for n in EXPERT_COEFFICIENTS if n in coefficients}
             yield from without_effect(self.moe_args, of_experts)
         elif "moe_args" in overrides:
             yield "model.args.moe_args is set, but no layer of this model has experts; leave it out"

@@ -14,7 +14,7 @@ from torchtitan.distributed.expert_parallel import apply_expert_parallel
 from torchtitan.distributed.fsdp import apply_data_parallel
 from torchtitan.distributed.tensor_parallel import TensorParallel
 from torchtitan.models.decoder.model import Decoder, TransformerBlock
-from torchtitan.models.moe.layout import say_expert_layout
+from torchtitan.models.moe.layout import log_expert_layout
 from torchtitan.ops.grouped_mm import why_loop
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import TORCH_DTYPES, device_type
@@ -39,7 +39,7 @@ def parallelize_decoder(
     blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
     moes = model.moe_layers()
     loops = _say_how_experts_compute(moes, config)
-    say_expert_layout(model.model_args.moe_args, ep=dims.ep, nodes=dims.nodes_per_ep_group)
+    log_expert_layout(model.model_args.moe_args, ep=dims.ep, nodes=dims.nodes_per_ep_group)
     if dims.tp > 1:
         tp = TensorParallel(dims.mesh["tp"])
         if config.parallelism.enable_async_tensor_parallel:

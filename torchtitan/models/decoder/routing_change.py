@@ -1,5 +1,7 @@
 """How many tokens meet other experts once a router's weights are written in less precision."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -20,17 +22,9 @@ def routing_change(args: DecoderArgs, before: Router, after: Router, norm_D: Ten
     An estimate that needs no data: a token here is a Gaussian vector under the layer's RMSNorm
     (weight `norm_D`), always the same ones.
     """
-    moe = args.moe_args
+    rule = replace(args.moe_args.routing, _debug_force_load_balance=False)
     with torch.device("meta"):
-        router = TokenChoiceTopKRouter(
-            dim=args.dim,
-            num_experts=moe.num_experts,
-            num_expert_groups=moe.num_expert_groups,
-            num_limited_groups=moe.num_limited_groups,
-            top_k=moe.top_k,
-            score_func=moe.score_func,
-            group_score_func=moe.group_score_func,
-        )
+        router = TokenChoiceTopKRouter.of(rule, dim=args.dim)
     x_TD = torch.randn(_TOKENS, args.dim, generator=torch.Generator().manual_seed(0))
     x_TD = nn.functional.rms_norm(x_TD, (args.dim,)).to(norm_D.device) * norm_D.float()
     chosen = []

@@ -50,10 +50,13 @@ def sequence_balance_sum(
     top_k: int,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Σ over sequences of S · L / alpha: scalar.
+    """Sum S · L / alpha over sequences: scalar.
 
-    mask_BS: bool, False = padding. group: the ranks that hold the other parts of these sequences;
-    each gets the share of its own tokens.
+    scores_BSE: of the router, at least fp32.
+    mask_BS: bool, False = padding.
+    top_k: experts a token.
+    group: the ranks that hold the other parts of these sequences; each gets the share of its own
+        tokens.
     """
     ids_BSK = scores_BSE.detach().topk(top_k, dim=-1, sorted=False).indices
     chosen_BSE = torch.zeros_like(scores_BSE, requires_grad=False).scatter_(-1, ids_BSK, 1.0)
@@ -74,9 +77,11 @@ def _shares(scores: Tensor) -> Tensor:
 
 
 def global_balance_sum(scores_TE: Tensor, mask_T: Tensor | None, counts_E: Tensor) -> Tensor:
-    """T · L / alpha of this rank's T tokens: scalar.
+    """Compute T · L / alpha of this rank's T tokens: scalar.
 
-    counts_E: int64, of the step before; all zero = there was none.
+    scores_TE: of the router, at least fp32.
+    mask_T: bool, False = padding.
+    counts_E: int64, tokens per expert in the step before; all zero = there was none.
     """
     share_TE = _shares(scores_TE)
     counted_TE = share_TE if mask_T is None else share_TE * mask_T.unsqueeze(1)
@@ -87,13 +92,17 @@ def global_balance_sum(scores_TE: Tensor, mask_T: Tensor | None, counts_E: Tenso
 
 
 def z_sum(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
-    """Σ over tokens of (log Σ exp logits)²: scalar."""
+    """Sum (log Σ exp logits)² over tokens: scalar.
+
+    logits_TE: of the router, at least fp32.
+    mask_T: bool, False = padding.
+    """
     z_T = logits_TE.logsumexp(dim=-1).square()
     return (z_T if mask_T is None else z_T * mask_T).sum()
 
 
 def attach_loss(tensor: Tensor, loss: Tensor) -> Tensor:
-    """`tensor`, whose backward pass also is that of `loss` (a scalar)."""
+    """Return `tensor`, whose backward pass also runs that of `loss` (a scalar)."""
     return _Attach.apply(tensor, loss)
 
 

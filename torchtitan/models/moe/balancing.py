@@ -1,4 +1,4 @@
-"""Even expert load without an auxiliary loss: count tokens, nudge the routing bias.
+"""Expert bias: evens out the load without an auxiliary loss, from counts of each step's tokens.
 
 After each optimizer step an expert that got more than the mean loses a little bias, one that got
 less gains it (arXiv 2408.15664; DeepSeek-V3 report, section 2.1.2). The step's counts add up in
@@ -21,17 +21,19 @@ def record_load(moe: MoE, load: RoutingLoad) -> None:
     moe.tokens_per_expert += load.tokens_E
     if load.traffic is not None:
         moe.traffic += load.traffic
-    if load.watched is not None:
-        moe.watched += load.watched
+    if load.stats is not None:
+        moe.router_stats += load.stats
 
 
 @torch.no_grad()
 def step_loads(moes: Sequence[MoE], group: dist.ProcessGroup | None = None) -> RoutingLoad:
-    """The optimizer step's load over all ranks of `group`: (layers, E) and (layers, 2, 3) int64;
-    where routers are watched, also (layers, 5) fp32.
+    """Sum the optimizer step's load over all ranks of `group`: (layers, E) and (layers, 2, 3)
+    int64; with router statistics, also (layers, N) fp32.
 
-    Takes the counts: they start again from zero. group: all ranks that hold these layers, each of
-    which routes tokens of its own; None = this process alone. One all-reduce for all layers.
+    Takes the counts: they start again from zero. One all-reduce for all layers.
+
+    group: all ranks that hold these layers, each of which routes tokens of its own; None = this
+        process alone.
     """
     both = torch.stack([torch.cat((moe.tokens_per_expert, moe.traffic.flatten())) for moe in moes])
     if group is not None:
@@ -41,17 +43,19 @@ def step_loads(moes: Sequence[MoE], group: dist.ProcessGroup | None = None) -> R
         moe.traffic.zero_()
     num_experts = moes[0].tokens_per_expert.numel()
     traffic = both[:, num_experts:].unflatten(1, moes[0].traffic.shape)
-    watched = step_sums(moes, group) if moes[0].watch_routing else None
-    return RoutingLoad(both[:, :num_experts], traffic, watched)
+    stats = step_router_stats(moes, group) if moes[0].collect_router_stats else None
+    return RoutingLoad(both[:, :num_experts], traffic, stats)
 
 
 @torch.no_grad()
 def update_expert_bias(moes: Sequence[MoE], load_LE: Tensor) -> None:
-    """bias += coeff · sign(mean load − load), minus that step's mean, layer by layer.
+    """Move each layer's bias: bias += coeff · sign(mean load − load), minus that step's mean.
 
-    load_LE: from `step_loads`; also kept for the next step's loss over the global batch
-    (aux_loss.py). Centring each step changes no choice (a constant shifts all experts
-    alike) and keeps the bias near zero, where low-precision exports still resolve it.
+    Centring each step changes no choice (a constant shifts all experts alike) and keeps the bias
+    near zero, where low-precision exports still resolve it.
+
+    load_LE: int64, from `step_loads`; also kept for the next step's loss over the global batch
+        (aux_loss.py).
     """
     for moe, load_E in zip(moes, load_LE, strict=True):
         moe.global_tokens_per_expert.copy_(load_E)
@@ -64,12 +68,14 @@ def update_expert_bias(moes: Sequence[MoE], load_LE: Tensor) -> None:
 
 
 @torch.no_grad()
-def step_sums(moes: Sequence[MoE], group: dist.ProcessGroup | None = None) -> Tensor:
-    """The optimizer step's sums over all ranks of `group`: (layers, 5) fp32, and takes them: they
-    start again from zero."""
-    sums_LN = torch.stack([moe.watched for moe in moes])
+def step_router_stats(moes: Sequence[MoE], group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum the optimizer step's router statistics over all ranks of `group`: (layers, N) fp32.
+
+    Takes the sums: they start again from zero.
+    """
+    sums_LN = torch.stack([moe.router_stats for moe in moes])
     if group is not None:
         dist.all_reduce(sums_LN, group=group)
     for moe in moes:
-        moe.watched.zero_()
+        moe.router_stats.zero_()
     return sums_LN

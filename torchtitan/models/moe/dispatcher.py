@@ -1,4 +1,4 @@
-"""Bring tokens to their experts and the results back: the interface, and the case of one rank.
+"""Token dispatchers: the interface, and the dispatcher for experts that all live on this rank.
 
 A dispatcher is a plain object without state of the current batch; what `combine` needs travels in
 the frozen record.
@@ -13,37 +13,53 @@ from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slot
 
 
 class TokenDispatcher(Protocol):
-    """`combine(f(dispatch(x)))` sums, for every token, the outputs of its K experts."""
+    """Brings tokens to their experts and the results back: `combine(f(dispatch(x)))` sums, for
+    every token, the outputs of its K experts."""
 
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Any]:
-        """Rows of this rank's experts.
+        """Send tokens to their experts; return the rows of this rank's experts.
 
-        ids_TK: int64 experts of each token. weights_TK: their routing weights, fp32.
+        x_TD: hidden states.
+        ids_TK: int64, experts of each token.
+        weights_TK: fp32, their routing weights.
 
         Returns rows_RD sorted by expert; counts_L, int64 rows of each local expert; and a record
         with `weights_R`, the routing weight of every row, and `traffic`, None where nothing
-        travels: (2, 3) int64 rows sent (first line), and what one copy of a token per expert would
-        have sent (second line), to this rank, to others of its node, and to other nodes.
+        travels: (2, 3) int64 rows sent (first line), and rows that one copy of a token per expert
+        would have sent (second line), to this rank, to others of its node, and to other nodes.
         """
         ...
 
     def combine(self, rows_RD: Tensor, record: Any) -> Tensor:
-        """Sum each token's rows (in fp32) into (T, D), in the rows' dtype."""
+        """Sum each token's rows, in fp32: (T, D) in the rows' dtype.
+
+        record: from `dispatch`.
+        """
         ...
 
-    def begin_beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
-        """Start `layer(x)`, to overlap with dispatch and combine; `end_beside` has its result."""
+    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        """Start the shared experts, to overlap with dispatch and combine.
+
+        Returns what `finish_shared` takes.
+        """
         ...
 
-    def end_beside(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
-        """The result of `layer`; begun_TD: from `begin_beside`."""
+    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+        """Return the result of `layer(x)`.
+
+        begun_TD: from `start_shared`.
+        """
         ...
 
 
 class LocalRecord(NamedTuple):
-    """weights_R: routing weight of every row. order: how rows and tokens belong together."""
+    """Record of `LocalDispatcher`.
+
+    weights_R: fp32, routing weight of every row.
+    order: which rows belong to which tokens.
+    """
 
     weights_R: Tensor
     order: RowOrder
@@ -51,7 +67,7 @@ class LocalRecord(NamedTuple):
 
 
 class LocalDispatcher:
-    """All experts live on this rank: sort, and sum. No host sync."""
+    """For experts that all live on this rank: sorts rows, and sums them. No host sync."""
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
@@ -66,8 +82,8 @@ class LocalDispatcher:
     def combine(self, rows_RD: Tensor, record: LocalRecord) -> Tensor:
         return reduce_rows(rows_RD, record.order)
 
-    def begin_beside(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
         return x_TD
 
-    def end_beside(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
         return layer(begun_TD)

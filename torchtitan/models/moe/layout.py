@@ -1,10 +1,11 @@
-"""Expert groups, EP ranks and nodes: what their layout means for the traffic between nodes.
+"""Traffic between nodes that follows from the layout of expert groups, EP ranks and nodes.
 
 Node-limited routing bounds the *groups* of a token. It bounds the nodes as well only where a group
 stands on one node, and fully only where a node holds one group.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,8 +18,12 @@ from torchtitan.tools.logging import logger
 _TOKENS = 4096
 
 
-def say_expert_layout(args: MoEArgs, *, ep: int, nodes: int) -> None:
-    """Log one line on what travels between nodes, and warn where groups and nodes don't match."""
+def log_expert_layout(args: MoEArgs, *, ep: int, nodes: int) -> None:
+    """Log one line on the traffic between nodes, and warn where groups and nodes don't match.
+
+    ep: ranks of an EP group.
+    nodes: nodes that it spans.
+    """
     if ep == 1:
         return
     line = f"Expert layout: {args.num_experts} experts over {ep} ranks on {nodes} node"
@@ -48,7 +53,7 @@ def _mismatch(args: MoEArgs, nodes: int) -> str:
 
 
 def _better_layout(args: MoEArgs, ep: int, nodes: int) -> str:
-    """One group a node: by as many groups as nodes, or as many nodes as groups."""
+    """Advise one group a node: by as many groups as nodes, or as many nodes as groups."""
     per_node = args.num_experts // nodes
     # The same share of all experts as now, and enough for top_k.
     share = math.ceil(args.num_limited_groups * nodes / args.num_expert_groups)
@@ -67,21 +72,18 @@ def _better_layout(args: MoEArgs, ep: int, nodes: int) -> str:
 
 @torch.no_grad()
 def expected_remote_nodes(args: MoEArgs, nodes: int, *, limited: bool = True) -> float:
-    """Nodes other than its own that a token's experts stand on, on average.
+    """Estimate on how many nodes other than its own a token's experts stand, on average.
 
-    By the router itself, on independent normal logits; the experts stand in order on `nodes` nodes,
-    and the token on any of them alike.
+    The router itself chooses, on independent normal logits. Experts stand in order on the nodes,
+    and the token is on any node with the same probability.
+
+    limited: with the group limit of `args`, otherwise without groups.
     """
+    rule = replace(args.routing, _debug_force_load_balance=False)
+    if not limited:
+        rule = replace(rule, num_expert_groups=None, num_limited_groups=None)
     with torch.device("meta"):  # draws no random numbers, which belong to the run
-        router = TokenChoiceTopKRouter(
-            dim=args.num_experts,
-            num_experts=args.num_experts,
-            num_expert_groups=args.num_expert_groups if limited else None,
-            num_limited_groups=args.num_limited_groups if limited else None,
-            top_k=args.top_k,
-            score_func=args.score_func,
-            group_score_func=args.group_score_func,
-        )
+        router = TokenChoiceTopKRouter.of(rule, dim=args.num_experts)
     router.gate.weight = nn.Parameter(torch.eye(args.num_experts))
     logits = torch.randn(_TOKENS, args.num_experts, generator=torch.Generator().manual_seed(0))
     _, ids_TK, _ = router(logits)

@@ -1,4 +1,4 @@
-"""The load of experts: how many tokens of a batch each one got, and what travelled for them."""
+"""The load of experts: tokens of a batch that each one got, and rows that travelled for them."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,12 @@ from torchtitan.ops import permute
 
 
 def count_tokens(ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None = None) -> Tensor:
-    """Tokens routed to each expert: (E,) int64. token_mask_T: bool, False = don't count. No host
-    sync.
+    """Count the tokens routed to each expert: (E,) int64. No host sync.
 
     (`torch.bincount` waits for the GPU, `torch.histc` has no integer kernel on CPU.)
+
+    ids_TK: int64, experts of each token.
+    token_mask_T: bool, False = don't count.
     """
     if ids_TK.is_cuda:
         return permute.count_tokens(ids_TK, num_experts, token_mask_T)
@@ -24,13 +26,13 @@ def count_tokens(ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None =
 
 
 class RoutingLoad(NamedTuple):
-    """What one micro-batch's routing came to.
+    """Result of one micro-batch's routing, or of a step's (see `step_loads`).
 
     tokens_E: int64 tokens per expert, padding left out.
     traffic: (2, 3) int64 rows sent, see `TokenDispatcher.dispatch`; None where nothing travelled.
-    watched: sums of router_stats.py; None where routers are not watched.
+    stats: (N,) fp32, sums of router_stats.py; None where they are not measured.
     """
 
     tokens_E: Tensor
     traffic: Tensor | None
-    watched: Tensor | None = None
+    stats: Tensor | None = None

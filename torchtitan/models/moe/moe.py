@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchtitan.config.router_stats import ROUTER_STATS
+from torchtitan.config.schedule_tables import EXPERT_COEFFICIENTS
 from torchtitan.models.moe.args import MoEArgs
 from torchtitan.models.moe.aux_loss import (
     attach_loss,
@@ -20,7 +22,7 @@ from torchtitan.models.moe.aux_loss import (
 from torchtitan.models.moe.dispatcher import LocalDispatcher, TokenDispatcher
 from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.models.moe.router import TokenChoiceTopKRouter
-from torchtitan.models.moe.router_stats import SUMS, entropy_sum, limited_sum
+from torchtitan.models.moe.router_stats import RoutedTokens, router_sums
 from torchtitan.ops.buffers import KeepsBufferDtypes
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.linear import (
@@ -65,7 +67,8 @@ class GroupedExperts(nn.Module):
     def forward(self, rows_RD: Tensor, counts_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
         """Pass rows, sorted by expert, through their experts: (R, D).
 
-        counts_L: int64 rows of each expert. weights_R: factors on the experts' outputs.
+        counts_L: int64 rows of each expert.
+        weights_R: fp32 factors on the experts' outputs.
         """
         loop = not self.use_grouped_mm
         gate_RF, up_RF = grouped_linear_joint(
@@ -91,27 +94,19 @@ class GroupedExperts(nn.Module):
 class MoE(KeepsBufferDtypes):
     """Routed experts plus shared ones.
 
-    Buffers: `expert_bias` (E,) fp32, part of the state dict (None without balancing);
-    `tokens_per_expert` (E,) int64 and `traffic` (2, 3) int64, tokens and their ways of the current
-    optimizer step (see balancing.py); `watched` (5,) fp32, what router_stats.py sums over the step;
-    `tokens_in_step` () fp32, by which the router's own losses are divided, and
-    `global_tokens_per_expert` (E,) int64, the step before's on all ranks (see aux_loss.py).
+    Its buffers, of which only the first is part of the state dict:
+
+    expert_bias: (E,) fp32; None without balancing.
+    tokens_per_expert: (E,) int64, of the current optimizer step (see balancing.py).
+    traffic: (2, 3) int64, rows sent in the current optimizer step (see balancing.py).
+    router_stats: (N,) fp32, sums of router_stats.py over the current optimizer step.
+    tokens_in_step: () fp32, by which the router's own losses are divided (see aux_loss.py).
+    global_tokens_per_expert: (E,) int64, the step before's on all ranks (see aux_loss.py).
     """
 
     def __init__(self, moe_args: MoEArgs, dim: int, hidden_dim: int):
         super().__init__()
-        self.router = TokenChoiceTopKRouter(
-            dim=dim,
-            num_experts=moe_args.num_experts,
-            num_expert_groups=moe_args.num_expert_groups,
-            num_limited_groups=moe_args.num_limited_groups,
-            top_k=moe_args.top_k,
-            score_func=moe_args.score_func,
-            route_norm=moe_args.route_norm,
-            route_scale=moe_args.route_scale,
-            group_score_func=moe_args.group_score_func,
-            _debug_force_load_balance=moe_args._debug_force_load_balance,
-        )
+        self.router = TokenChoiceTopKRouter.of(moe_args.routing, dim=dim)
         self.dispatcher: TokenDispatcher = LocalDispatcher(moe_args.num_experts)
         self.experts = GroupedExperts(
             dim=dim,
@@ -129,7 +124,7 @@ class MoE(KeepsBufferDtypes):
         self.sequence_balance_coeff = moe_args.sequence_balance_coeff
         self.global_balance_coeff = moe_args.global_balance_coeff
         self.z_loss_coeff = moe_args.z_loss_coeff
-        self.watch_routing = False  # fill `watched`
+        self.collect_router_stats = False
         # The ranks that hold the other parts of each sequence (context parallelism), if any.
         self.sequence_group: dist.ProcessGroup | None = None
         bias_E = None
@@ -141,7 +136,7 @@ class MoE(KeepsBufferDtypes):
             self.register_buffer(name, zeros_E, persistent=False)
         self.register_buffer("traffic", torch.zeros(2, 3, dtype=torch.int64), persistent=False)
         for name, value in (
-            ("watched", torch.zeros(len(SUMS))),
+            ("router_stats", torch.zeros(len(ROUTER_STATS))),
             ("tokens_in_step", torch.ones(())),
         ):
             self.register_buffer(name, value.float(), persistent=False)
@@ -149,20 +144,20 @@ class MoE(KeepsBufferDtypes):
     def forward(
         self, x_BSD: Tensor, token_mask_BS: Tensor | None = None, *, return_load: bool = False
     ) -> Tensor | tuple[Tensor, RoutingLoad]:
-        """(B, S, D) to (B, S, D); with `return_load` also the batch's load.
+        """Map (B, S, D) to (B, S, D); with `return_load` also return the batch's load.
 
         token_mask_BS: bool, False = padding, which is computed but not counted in the load.
         """
         x_TD = x_BSD.flatten(0, 1)
         token_mask_T = None if token_mask_BS is None else token_mask_BS.flatten()
-        watched = None
+        stats = None
         if self._needs_scores:
-            weights_TK, ids_TK, load_E, watched = self._route_and_watch(x_BSD, token_mask_BS)
+            weights_TK, ids_TK, load_E, stats = self._route_with_scores(x_BSD, token_mask_BS)
         else:
             weights_TK, ids_TK, load_E = self.router(x_TD, self.expert_bias, token_mask_T)
 
         if self.shared_experts is not None:
-            begun_TD = self.dispatcher.begin_beside(self.shared_experts, x_TD)
+            begun_TD = self.dispatcher.start_shared(self.shared_experts, x_TD)
         if self._all_in_one:
             out_TD = self.experts.fused(x_TD, ids_TK, weights_TK)
             traffic = None
@@ -177,19 +172,23 @@ class MoE(KeepsBufferDtypes):
             traffic = record.traffic
 
         if self.shared_experts is not None:
-            out_TD = out_TD + self.dispatcher.end_beside(self.shared_experts, begun_TD)
+            out_TD = out_TD + self.dispatcher.finish_shared(self.shared_experts, begun_TD)
         out_BSD = out_TD.view_as(x_BSD)
-        return (out_BSD, RoutingLoad(load_E, traffic, watched)) if return_load else out_BSD
+        return (out_BSD, RoutingLoad(load_E, traffic, stats)) if return_load else out_BSD
 
     @property
     def _needs_scores(self) -> bool:
         losses = self.sequence_balance_coeff or self.global_balance_coeff or self.z_loss_coeff
-        return bool(self.watch_routing or losses) and self.training and torch.is_grad_enabled()
+        needed = bool(self.collect_router_stats or losses)
+        return needed and self.training and torch.is_grad_enabled()
 
-    def _route_and_watch(
+    def _route_with_scores(
         self, x_BSD: Tensor, mask_BS: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The router's three results, its losses attached to the weights; the batch's sums."""
+        """Route, with the router's losses attached to the weights.
+
+        Returns the three results of the router and the batch's `router_sums`.
+        """
         mask_T = None if mask_BS is None else mask_BS.flatten()
         weights_TK, ids_TK, load_E, logits_TE, scores_TE = self.router(
             x_BSD.flatten(0, 1), self.expert_bias, mask_T, return_scores=True
@@ -201,14 +200,12 @@ class MoE(KeepsBufferDtypes):
         loss = self.sequence_balance_coeff * balance + self.z_loss_coeff * z
         loss = loss + self.global_balance_coeff * in_batch
         weights_TK = attach_loss(weights_TK, loss / self.tokens_in_step)
-        limited = limited_sum(scores_TE, self.expert_bias, ids_TK, mask_T)
-        sums = (balance, z, entropy_sum(scores_TE, mask_T), limited, in_batch)
-        watched = torch.stack([s.detach().float() for s in sums])
-        return weights_TK, ids_TK, load_E, watched
+        routed = RoutedTokens(scores_TE, self.expert_bias, ids_TK, mask_T, balance, z, in_batch)
+        return weights_TK, ids_TK, load_E, router_sums(routed)
 
     def set_coefficients(self, values: Mapping[str, float]) -> None:
-        """Those of this layer among `values`, for the steps to come."""
-        for name in ("load_balance_coeff", "sequence_balance_coeff", "global_balance_coeff"):
+        """Take over those of this layer among `values`, for the steps to come."""
+        for name in EXPERT_COEFFICIENTS:
             setattr(self, name, values.get(name, getattr(self, name)))
 
     @property
@@ -221,7 +218,7 @@ class MoE(KeepsBufferDtypes):
         )
 
     def init_weights(self, init_std: float) -> None:
-        """Fill a layer that stands alone; inside a model, the model does."""
+        """Initialise a layer that stands alone; inside a model, the model does it."""
         init_parameters(self, init_std)
         self.init_buffers()
 
@@ -229,7 +226,7 @@ class MoE(KeepsBufferDtypes):
         self.tokens_per_expert.zero_()
         self.global_tokens_per_expert.zero_()
         self.traffic.zero_()
-        self.watched.zero_()
+        self.router_stats.zero_()
         self.tokens_in_step.fill_(1)
         if self.expert_bias is not None:
             self.expert_bias.zero_()

@@ -3,10 +3,12 @@
 Letters: T tokens, D model dim, E experts, G expert groups, K top-k.
 """
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
-from torchtitan.models.moe.args import check_routing
+from torchtitan.models.moe.args import RoutingRule
 from torchtitan.models.moe.load import count_tokens
 from torchtitan.ops.linear import Gate
 from torchtitan.ops.routing import Rule, can_route, route
@@ -21,46 +23,32 @@ class TokenChoiceTopKRouter(nn.Module):
     precision the gate's weight arrives rounded to bf16, the form in which DeepSeek's checkpoints
     hold it; the product with it and all that follows is fp32.
 
-    Raises `UserError` (a ValueError) at construction; the rules are `check_routing`'s. When node
-    limiting saves traffic, and when not, is told at `MoEArgs`.
+    dim: model dim.
+    arguments: the fields of `RoutingRule`, by name (num_experts, num_expert_groups,
+        num_limited_groups, top_k, score_func, route_norm, route_scale, …). Raises `UserError` (a
+        ValueError) as it does.
     """
 
     # Whether the choice of experts stays out of compiled graphs, set by decoder/parallelize.py.
     choose_outside_graphs = False
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        num_experts: int,
-        num_expert_groups: int | None = None,
-        num_limited_groups: int | None = None,
-        top_k: int,
-        score_func: str = "sigmoid",
-        route_norm: bool = False,
-        route_scale: float = 1.0,
-        group_score_func: str = "top2_sum",
-        _debug_force_load_balance: bool = False,
-    ):
+    def __init__(self, *, dim: int, **arguments: Any):
         super().__init__()
-        check_routing(
-            num_experts=num_experts,
-            top_k=top_k,
-            score_func=score_func,
-            num_expert_groups=num_expert_groups,
-            num_limited_groups=num_limited_groups,
-            group_score_func=group_score_func,
-        )
-        self.gate = Gate(dim, num_experts)
-        self.num_experts = num_experts
-        self.num_expert_groups = num_expert_groups
-        self.num_limited_groups = num_limited_groups
-        self.top_k = top_k
-        self.score_func = score_func
-        self.route_norm = route_norm
-        self.route_scale = route_scale
-        self.group_score_func = group_score_func
-        self._debug_force_load_balance = _debug_force_load_balance
+        self.rule = RoutingRule(**arguments)
+        self.gate = Gate(dim, self.rule.num_experts)
+
+    @classmethod
+    def of(cls, rule: RoutingRule, *, dim: int) -> Self:
+        """Build a router with this rule."""
+        return cls(dim=dim, **vars(rule))
+
+    @property
+    def num_experts(self) -> int:
+        return self.rule.num_experts
+
+    @property
+    def top_k(self) -> int:
+        return self.rule.top_k
 
     def forward(
         self,
@@ -72,50 +60,55 @@ class TokenChoiceTopKRouter(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Choose experts and their weights.
 
-        expert_bias: (E,) fp32, added to the scores for the choice only. token_mask_T: bool, False =
-        not counted in num_tokens_per_expert.
+        x_TD: hidden states (T, D).
+        expert_bias: (E,) fp32, added to the scores for the choice only.
+        token_mask_T: bool, False = not counted in num_tokens_per_expert.
+        return_scores: return logits and scores, too.
 
         Returns top_scores (T, K) fp32, the weights; selected_experts_indices (T, K) int64;
         num_tokens_per_expert (E,) int64; with `return_scores` also logits and scores (T, E), at
         least fp32.
         """
+        rule = self.rule
         logits_TE = self.gate(x_TD)
-        fits = can_route(logits_TE, self._rule) and not self._debug_force_load_balance
+        fits = can_route(logits_TE, self.kernel_rule) and not rule._debug_force_load_balance
         if fits and not return_scores:
-            weights_TK, ids_TK = route(logits_TE, expert_bias, self._rule)
-            return weights_TK, ids_TK, count_tokens(ids_TK, self.num_experts, token_mask_T)
+            weights_TK, ids_TK = route(logits_TE, expert_bias, self.kernel_rule)
+            return weights_TK, ids_TK, count_tokens(ids_TK, rule.num_experts, token_mask_T)
         scores_TE = (
-            logits_TE.sigmoid() if self.score_func == "sigmoid" else logits_TE.softmax(dim=-1)
+            logits_TE.sigmoid() if rule.score_func == "sigmoid" else logits_TE.softmax(dim=-1)
         )
         choose = self._choose_outside_graphs if self.choose_outside_graphs else self._choose
         ids_TK = choose(scores_TE.detach(), expert_bias)
         weights_TK = scores_TE.gather(1, ids_TK)
-        if self.route_norm:
+        if rule.route_norm:
             # 1e-20 keeps a sum of underflowed sigmoids from dividing by zero.
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        weights_TK = weights_TK * self.route_scale
-        routing = weights_TK, ids_TK, count_tokens(ids_TK, self.num_experts, token_mask_T)
+        weights_TK = weights_TK * rule.route_scale
+        routing = weights_TK, ids_TK, count_tokens(ids_TK, rule.num_experts, token_mask_T)
         return (*routing, logits_TE, scores_TE) if return_scores else routing
 
     @property
-    def _rule(self) -> Rule:
+    def kernel_rule(self) -> Rule:
+        """The rule in the kernel's terms. `num_experts` is the width of the logits there."""
+        rule = self.rule
         return Rule(
-            top_k=self.top_k,
-            groups=self.num_expert_groups or 0,
-            limited=self.num_limited_groups or 0,
-            top2=self.group_score_func == "top2_sum",
-            sigmoid=self.score_func == "sigmoid",
-            norm=self.route_norm,
-            scale=self.route_scale,
+            top_k=rule.top_k,
+            groups=rule.num_expert_groups or 0,
+            limited=rule.num_limited_groups or 0,
+            top2=rule.group_score_func == "top2_sum",
+            sigmoid=rule.score_func == "sigmoid",
+            norm=rule.route_norm,
+            scale=rule.route_scale,
         )
 
     def _choose(self, scores_TE: Tensor, expert_bias: Tensor | None) -> Tensor:
-        if self._debug_force_load_balance:
+        if self.rule._debug_force_load_balance:
             return self._balanced_choice(scores_TE.size(0), scores_TE.device)
         scores_for_choice = scores_TE if expert_bias is None else scores_TE + expert_bias
-        if self.num_expert_groups is not None:
+        if self.rule.num_expert_groups is not None:
             scores_for_choice = self._get_node_limited_routing_scores(scores_for_choice)
-        return scores_for_choice.topk(self.top_k, dim=-1, sorted=False).indices
+        return scores_for_choice.topk(self.rule.top_k, dim=-1, sorted=False).indices
 
     @torch.compiler.disable
     def _choose_outside_graphs(self, scores_TE: Tensor, expert_bias: Tensor | None) -> Tensor:
@@ -123,12 +116,12 @@ class TokenChoiceTopKRouter(nn.Module):
 
     def _get_node_limited_routing_scores(self, scores_for_choice: Tensor) -> Tensor:
         """Scores (T, E) with those of all but the `num_limited_groups` best groups set to −inf."""
-        scores_TGe = scores_for_choice.unflatten(-1, (self.num_expert_groups, -1))
-        if self.group_score_func == "max":
+        scores_TGe = scores_for_choice.unflatten(-1, (self.rule.num_expert_groups, -1))
+        if self.rule.group_score_func == "max":
             group_scores_TG = scores_TGe.amax(dim=-1)
         else:
             group_scores_TG = scores_TGe.topk(2, dim=-1).values.sum(dim=-1)
-        best_TM = group_scores_TG.topk(self.num_limited_groups, dim=-1, sorted=False).indices
+        best_TM = group_scores_TG.topk(self.rule.num_limited_groups, dim=-1, sorted=False).indices
         left_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_TM, False)
         return scores_TGe.masked_fill(left_out_TG.unsqueeze(-1), float("-inf")).flatten(-2)
 
@@ -141,11 +134,11 @@ class TokenChoiceTopKRouter(nn.Module):
         experts would put all of them into one group, on one node.
         """
         # Without groups every expert is a group of its own that any token may use.
-        G = self.num_expert_groups or self.num_experts
-        M = min(self.num_limited_groups or self.top_k, self.top_k)
-        experts_per_group = self.num_experts // G
+        G = self.rule.num_expert_groups or self.rule.num_experts
+        M = min(self.rule.num_limited_groups or self.rule.top_k, self.rule.top_k)
+        experts_per_group = self.rule.num_experts // G
         t_T1 = torch.arange(num_tokens, device=device).unsqueeze(1)
-        k_1K = torch.arange(self.top_k, device=device).unsqueeze(0)
+        k_1K = torch.arange(self.rule.top_k, device=device).unsqueeze(0)
         # Groups of one token stand G // M apart, so that no two coincide and none is favoured.
         group_TK = (t_T1 + (k_1K % M) * (G // M)) % G
         expert_TK = (t_T1 // G + k_1K // M) % experts_per_group

@@ -1,4 +1,4 @@
-"""Settings of the routing that cannot do what they are for, each told in one sentence.
+"""Warnings about routing settings that cannot do what they are for, one sentence each.
 
 They are no errors: a published model may have them, and must load and compute as it was trained.
 """
@@ -7,16 +7,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import ceil
 
+from torchtitan.config.schedule_tables import EXPERT_COEFFICIENTS
 from torchtitan.models.moe.args import MoEArgs
 
-# Weights of losses, and the bias's speed, that phases of a run may set.
-BALANCING = ("load_balance_coeff", "sequence_balance_coeff", "global_balance_coeff")
+# The z-loss evens out nothing, and the bias's speed is no weight of a loss.
+BALANCING = tuple(name for name in EXPERT_COEFFICIENTS if name != "z_loss_coeff")
+LOSSES = tuple(name for name in EXPERT_COEFFICIENTS if name != "load_balance_coeff")
+# The sequence-wise loss is counted on scores, whatever experts the tokens go to.
+_BY_COUNTS = ("load_balance_coeff", "global_balance_coeff")
 
 
 def without_effect(args: MoEArgs, of_phases: Mapping[str, float] | None = None) -> Iterator[str]:
-    """Sentences for the log of a training run.
+    """Yield sentences for the log of a training run.
 
-    of_phases: the largest value that a phase of the run sets, by name of BALANCING.
+    of_phases: largest value that a phase of the run sets, by name of EXPERT_COEFFICIENTS.
     """
     for name, value in (of_phases or {}).items():
         args = replace(args, **{name: max(getattr(args, name) or 0.0, value)})
@@ -24,7 +28,7 @@ def without_effect(args: MoEArgs, of_phases: Mapping[str, float] | None = None) 
     if args._debug_force_load_balance:
         yield (
             "debug.moe_force_load_balance = true: tokens go to the experts in turn, whatever the "
-            f"router says{_idle(args, BALANCING[::2])}; it is for benchmarks, set it to false to "
+            f"router says{_idle(args, _BY_COUNTS)}; it is for benchmarks, set it to false to "
             "train"
         )
     elif args.top_k == args.num_experts:
@@ -47,10 +51,9 @@ def _idle(args: MoEArgs, names: tuple[str, ...]) -> str:
 
 
 def _router(args: MoEArgs) -> Iterator[str]:
-    """Where the main loss gives it no gradient. AdamW and Muon make steps of their usual size of
-    what is left, rounding noise."""
-    losses = ("sequence_balance_coeff", "global_balance_coeff", "z_loss_coeff")
-    others = [name for name in losses if getattr(args, name)]
+    """Yield cases in which the main loss gives the router no gradient. AdamW and Muon then make
+    steps of their usual size from what is left, rounding noise."""
+    others = [name for name in LOSSES if getattr(args, name)]
     rest = f"it learns from {', '.join(others)} alone" if others else "it moves by rounding noise"
     if args.top_k == 1 and args.route_norm:
         yield (

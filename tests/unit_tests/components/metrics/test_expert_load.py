@@ -13,6 +13,8 @@ from torchtitan.components.metrics.expert_load import (
     routing_numbers,
 )
 from torchtitan.config import Alarm, ConfigManager, validate
+from torchtitan.config.router_stats import ROUTER_STATS
+from torchtitan.models.moe import router_stats
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main
 
@@ -82,6 +84,25 @@ def test_a_run_records_what_its_routers_do(tmp_path):
         assert record["max_group_load"] >= 1.0
     # One update of +-0.001, less its mean.
     assert records(tmp_path)[0]["bias_range"] == pytest.approx(0.002, rel=1e-3)
+
+
+def test_a_statistic_is_logged_and_watched_once_it_stands_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(ROUTER_STATS, "chosen_percent", 100.0)
+    monkeypatch.setitem(router_stats.FUNCTIONS, "chosen_percent", chosen)
+    watch = '--metrics.alarm=[{watch="chosen_percent", above=100.0, action="stop"}]'
+    assert main([*tiny(tmp_path, training__steps=2), "--metrics.log_routing", watch]) == 1
+    (record,) = records(tmp_path)
+    assert record["chosen_percent"] == 300.0 and record["layer_chosen_percent"] == {"1": 300.0}
+    assert record["router_balance_loss"] == pytest.approx(1.0, abs=0.2)
+
+
+def chosen(routed: router_stats.RoutedTokens) -> torch.Tensor:
+    """The number of chosen experts, 3 a token: a sum by hand."""
+    return torch.tensor(float(routed.ids_TK.numel()))
+
+
+def test_every_statistic_of_the_table_has_its_function():
+    assert set(ROUTER_STATS) == set(router_stats.FUNCTIONS)
 
 
 def alarm(action: str, times: int = 2) -> str:

@@ -150,6 +150,28 @@ def test_a_phase_goes_on_in_its_middle_with_the_same_bits(tmp_path):
     assert [r["lr"] for r in records(parts)][-2:] == [r["lr"] for r in records(whole)][-2:]
 
 
+def test_a_phase_turns_the_z_loss_on(tmp_path):
+    """The first step of a run is the same with it, and what the router learns from there is not."""
+    phases = [{"tokens": 128}, {"tokens": 384, "z_loss_coeff": 0.5}]
+    plain = [phases[0], {"tokens": 384}]
+    for folder, rows in ((tmp_path / "with", phases), (tmp_path / "without", plain)):
+        assert main([*tiny(folder, training__steps=3), as_option(rows)]) == 0
+    with_z, without = records(tmp_path / "with"), records(tmp_path / "without")
+    assert [r.get("z_loss_coeff") for r in with_z] == [None, 0.5, 0.5]
+    assert all("z_loss_coeff" not in record for record in without)
+    norms = [[r["grad_norm"] for r in run] for run in (with_z, without)]
+    assert norms[0][0] == norms[1][0] and norms[0][1] != norms[1][1]
+
+
+def test_coefficients_of_experts_need_experts(tmp_path, capsys):
+    dense = "--model.args.n_dense_layers=2"
+    rows = [{"tokens": 1e6, "z_loss_coeff": 0.001}]
+    assert main([*tiny(tmp_path), dense, as_option(rows)]) == 2
+    assert (
+        "[[schedule.phase]] sets z_loss_coeff, which this model has not" in capsys.readouterr().err
+    )
+
+
 def test_a_bias_speed_needs_a_bias(tmp_path, capsys):
     no_bias = "--model.args.moe_args.load_balance_coeff=none"
     assert main([*tiny(tmp_path), no_bias, as_option(PHASES)]) == 2

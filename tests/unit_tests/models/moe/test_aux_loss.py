@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from tests.unit_tests.models.moe.test_balancing import ARGS, RECOMPUTE, batch
+from torchtitan.config.schedule_tables import EXPERT_COEFFICIENTS
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 from torchtitan.models.moe.aux_loss import sequence_balance_sum, z_sum
-from torchtitan.models.moe.balancing import step_sums
+from torchtitan.models.moe.balancing import step_router_stats
 
 ALPHA, Z = 0.3, 0.02
 
@@ -120,6 +121,28 @@ def test_every_gradient_is_that_of_the_formula(score_func):
     assert_alike(gradients(model, [loss]), plain)
 
 
+def test_coefficients_of_a_phase_are_those_of_the_arguments():
+    """A model that a phase gives its coefficients has the gradients of one built with them."""
+    tokens, mask = batch(0, rows=3)[:, :7], some_mask()
+    values = {"sequence_balance_coeff": ALPHA, "global_balance_coeff": 0.2, "z_loss_coeff": Z}
+    assert {"load_balance_coeff", *values} == set(EXPERT_COEFFICIENTS)
+
+    def gradients_of(model: DeepSeekV3Model, values: dict[str, float]) -> dict[str, Tensor]:
+        model.set_coefficients(values)
+        model.set_tokens_in_step(mask.sum())
+        for moe in model.moe_layers().values():
+            moe.global_tokens_per_expert.copy_(torch.arange(8))
+        loss = model(tokens, token_mask=mask).square().sum() / mask.sum()
+        return gradients(model, [loss])
+
+    without = gradients_of(make_model(), {})
+    for name, value in values.items():
+        by_phase = gradients_of(make_model(), {name: value})
+        assert_alike(by_phase, gradients_of(make_model(**{name: value}), {}))
+        gate = "layers.2.moe.router.gate.weight"
+        assert not torch.allclose(by_phase[gate], without[gate], rtol=1e-2), name
+
+
 @pytest.mark.parametrize("how", RECOMPUTE)
 def test_recomputation_and_accumulation_change_nothing(how):
     tokens, mask = batch(0, rows=3)[:, :7], some_mask()
@@ -132,26 +155,26 @@ def test_recomputation_and_accumulation_change_nothing(how):
         for t, m in zip(tokens, mask, strict=True)
     ]
     assert_alike(gradients(model, losses), plain)
-    sums = step_sums(list(model.moe_layers().values()))
-    once = step_watch_of(tokens, mask)
+    sums = step_router_stats(list(model.moe_layers().values()))
+    once = step_stats_of(tokens, mask)
     # The last one, over the batch, is not asked for here (test_global_balance.py).
     torch.testing.assert_close(sums[:, :4], once[:, :4], rtol=1e-5, atol=1e-5)
 
 
-def step_watch_of(tokens: Tensor, mask: Tensor) -> Tensor:
+def step_stats_of(tokens: Tensor, mask: Tensor) -> Tensor:
     model = make_model()
     moes = list(model.moe_layers().values())
     for moe in moes:
-        moe.watch_routing = True
+        moe.collect_router_stats = True
     model(tokens, token_mask=mask)
-    return step_sums(moes)
+    return step_router_stats(moes)
 
 
-def test_watched_sums_by_hand():
+def test_router_statistics_by_hand():
     tokens, mask = batch(0, rows=3)[:, :7], some_mask()
     model, seen = make_model(), {}
     moe = model.moe_layers()[1]
-    moe.watch_routing = True
+    moe.collect_router_stats = True
     with torch.no_grad():
         moe.expert_bias[3] = 0.5  # so that group limit and bias both matter
 
@@ -160,7 +183,7 @@ def test_watched_sums_by_hand():
 
     moe.router.register_forward_hook(keep)
     model(tokens, token_mask=mask)
-    balance, _, entropy, limited, _ = step_sums([moe])[0].tolist()
+    balance, _, entropy, limited, _ = step_router_stats([moe])[0].tolist()
     real = mask.flatten()
     ids, scores = seen["ids"][real], seen["scores"][real].detach()
     free = (scores + moe.expert_bias).topk(ARGS.moe_args.top_k).indices
@@ -172,10 +195,10 @@ def test_watched_sums_by_hand():
     assert balance / real.sum().item() >= 0.9
 
 
-def test_nothing_is_watched_or_added_in_evaluation():
+def test_nothing_is_measured_or_added_in_evaluation():
     model = make_model(sequence_balance_coeff=ALPHA)
     with torch.no_grad():
         model(batch(0))
     model.eval()
     model(batch(0))
-    assert not any(moe.watched.any() for moe in model.moe_layers().values())
+    assert not any(moe.router_stats.any() for moe in model.moe_layers().values())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests.unit_tests.models.moe.test_balancing import ARGS, RECOMPUTE, batch
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
-from torchtitan.models.moe.balancing import step_loads, step_sums, update_expert_bias
+from torchtitan.models.moe.balancing import step_loads, step_router_stats, update_expert_bias
 
 ALPHA = 0.3
 TOP_K = ARGS.moe_args.top_k
@@ -96,7 +96,7 @@ def test_every_gradient_is_that_of_the_formula(by_the_formula, how):
             (model(tokens, token_mask=mask).square().sum() / step_tokens).backward()
         for name, grad in gradients(model).items():
             torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-12, msg=name)
-        measured = step_sums(moes)[:, 4] / step_tokens
+        measured = step_router_stats(moes)[:, 4] / step_tokens
         torch.testing.assert_close(measured, torch.tensor(losses), rtol=1e-5, atol=0)
         bias = [moe.expert_bias.clone() for moe in moes]
         update_expert_bias(moes, step_loads(moes).tokens_E)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from torchtitan.models.moe import MoEArgs
-from torchtitan.models.moe.layout import expected_remote_nodes, say_expert_layout
+from torchtitan.models.moe.layout import expected_remote_nodes, log_expert_layout
 
 V3 = MoEArgs(num_experts=256, top_k=8, num_expert_groups=8, num_limited_groups=4)
 
@@ -56,7 +56,7 @@ def said(caplog):
 
     def say(args: MoEArgs, ep: int, nodes: int) -> tuple[list[str], list[str]]:
         caplog.clear()
-        say_expert_layout(args, ep=ep, nodes=nodes)
+        log_expert_layout(args, ep=ep, nodes=nodes)
         by_level = {logging.INFO: [], logging.WARNING: []}
         for record in caplog.records:
             by_level[record.levelno].append(record.getMessage())

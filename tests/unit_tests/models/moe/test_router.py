@@ -1,5 +1,7 @@
 """The router chooses and weights as its slow twin does, and refuses impossible numbers."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from tests.reference.moe import route
 from torchtitan.models.moe import MoEArgs, TokenChoiceTopKRouter
+from torchtitan.models.moe import router as router_module
+from torchtitan.models.moe.args import RoutingRule
 from torchtitan.tools.errors import UserError
 
 DIM, TOKENS = 6, 12
@@ -14,18 +18,7 @@ quick = settings(max_examples=60, deadline=None)
 
 
 def make_router(args: MoEArgs, dim: int = DIM) -> TokenChoiceTopKRouter:
-    return TokenChoiceTopKRouter(
-        dim=dim,
-        num_experts=args.num_experts,
-        num_expert_groups=args.num_expert_groups,
-        num_limited_groups=args.num_limited_groups,
-        top_k=args.top_k,
-        score_func=args.score_func,
-        route_norm=args.route_norm,
-        route_scale=args.route_scale,
-        group_score_func=args.group_score_func,
-        _debug_force_load_balance=args._debug_force_load_balance,
-    )
+    return TokenChoiceTopKRouter.of(args.routing, dim=dim)
 
 
 @st.composite
@@ -46,6 +39,79 @@ def routings(draw, *, grouped: bool = False) -> MoEArgs:
         route_norm=draw(st.booleans()),
         route_scale=draw(st.sampled_from([1.0, 2.5, 16.0])),
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# The rule
+# ---------------------------------------------------------------------------------------------
+
+RULE = RoutingRule(num_experts=8, top_k=2, num_expert_groups=4, num_limited_groups=2)
+CHANGED = {
+    "num_experts": 16,
+    "num_expert_groups": 2,
+    "num_limited_groups": 3,
+    "top_k": 3,
+    "score_func": "softmax",
+    "route_norm": True,
+    "route_scale": 2.5,
+    "group_score_func": "max",
+    "_debug_force_load_balance": True,
+}
+
+
+def route_by(rule: RoutingRule) -> list[torch.Tensor]:
+    """Weights and ids of the same random tokens, sorted by id."""
+    torch.manual_seed(0)
+    gate, x = torch.randn(16, DIM), torch.randn(64, DIM)
+    router = TokenChoiceTopKRouter.of(rule, dim=DIM)
+    router.gate.weight = torch.nn.Parameter(gate[: rule.num_experts])
+    weights, ids, _ = router(x)
+    order = ids.argsort(dim=1)
+    return [weights.gather(1, order), ids.gather(1, order)]
+
+
+def test_each_field_of_the_rule_has_a_change_below():
+    assert list(CHANGED) == [field.name for field in dataclasses.fields(RoutingRule)]
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_each_field_of_the_rule_changes_the_routing(name):
+    before = route_by(RULE)
+    assert all(map(torch.equal, route_by(RULE), before))
+    after = route_by(dataclasses.replace(RULE, **{name: CHANGED[name]}))
+    assert not all(map(torch.equal, after, before))
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_each_field_of_the_rule_reaches_the_kernel(name, monkeypatch):
+    """In the kernel's terms, as the width of the logits, or by leaving the kernel out."""
+    seen = []
+
+    def kernel(logits, bias, rule):
+        seen.append((logits.size(1), rule))
+        return torch.ones(64, rule.top_k), torch.zeros(64, rule.top_k, dtype=torch.int64)
+
+    monkeypatch.setattr(router_module, "can_route", lambda *_: True)
+    monkeypatch.setattr(router_module, "route", kernel)
+    route_by(RULE)
+    assert len(seen) == 1
+    route_by(dataclasses.replace(RULE, **{name: CHANGED[name]}))
+    assert len(seen) == 1 if name.startswith("_debug") else seen[1] != seen[0]
+
+
+@quick
+@given(args=routings())
+def test_a_router_from_arguments_is_the_one_from_their_rule(args):
+    rule = args.routing
+    named = {field.name: getattr(args, field.name) for field in dataclasses.fields(rule)}
+    router = TokenChoiceTopKRouter(dim=DIM, **named)
+    assert router.rule == rule == TokenChoiceTopKRouter.of(rule, dim=DIM).rule
+    assert (router.num_experts, router.top_k) == (args.num_experts, args.top_k)
+
+
+# ---------------------------------------------------------------------------------------------
+# Choice and weights
+# ---------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -226,6 +292,7 @@ WRONG = [
     ({"top_k": 0}, "top_k (0) must lie between 1 and num_experts (8)."),
     ({"num_experts": 0}, "num_experts (0) must be 1 or more."),
     ({"score_func": "tanh"}, "score_func ('tanh') must be 'softmax' or 'sigmoid'."),
+    ({"route_scale": 0.0}, "route_scale (0.0) must be above 0."),
     ({"group_score_func": "mean"}, "group_score_func ('mean') must be 'top2_sum' or 'max'."),
 ]
 
@@ -250,8 +317,7 @@ def test_impossible_layer_numbers_are_refused():
 @given(args=routings(), rounds=st.integers(1, 3), extra=st.integers(0, 3))
 def test_forced_routing_is_even_distinct_and_within_the_groups(args, rounds, extra):
     E, K = args.num_experts, args.top_k
-    router = make_router(args)
-    router._debug_force_load_balance = True
+    router = make_router(dataclasses.replace(args, _debug_force_load_balance=True))
     even = rounds * E
     weights, ids, counts = router(torch.randn(even + extra, DIM), None)
     assert torch.bincount(ids[:even].flatten(), minlength=E).tolist() == [rounds * K] * E

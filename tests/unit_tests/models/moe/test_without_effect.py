@@ -157,6 +157,11 @@ BALANCE = {
     "none": ({"load_balance_coeff": None}, {}, "Nothing evens out the expert load"),
     "a loss": ({"load_balance_coeff": None, "sequence_balance_coeff": 0.1}, {}, None),
     "a loss of a phase": ({"load_balance_coeff": None}, {"global_balance_coeff": 0.1}, None),
+    "a loss that evens out nothing": (
+        {"load_balance_coeff": None, "z_loss_coeff": 0.1},
+        {"z_loss_coeff": 0.2},
+        "Nothing evens out the expert load",
+    ),
     "a bias that stays": ({"load_balance_coeff": 0.0}, {}, None),
     "as fast as the scores": ({"load_balance_coeff": 1.0}, {}, "the bias chooses the experts"),
     "as fast in a phase": ({}, {"load_balance_coeff": 3.0}, "the bias chooses the experts"),
@@ -171,6 +176,11 @@ def test_what_evens_out_the_load(name):
     told = list(without_effect(moe_args(**settings), of_phases))
     assert len(told) == (sentence is not None)
     assert sentence is None or sentence in told[0]
+
+
+def test_a_loss_of_a_phase_is_what_the_router_learns_from():
+    (told,) = without_effect(moe_args(**NORMED), {"z_loss_coeff": 0.1})
+    assert "it learns from z_loss_coeff alone" in told
 
 
 def test_shipped_flavors_are_not_accused():
