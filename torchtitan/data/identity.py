@@ -83,8 +83,8 @@ def first_difference(saved: list[list], ours: list[list]) -> str:
             sizes = f"{content[0]:,} bytes then, {now[name][0]:,} now"
             sizes = "of the same size" if content[0] == now[name][0] else sizes
             return f"{name} has other content ({sizes})"
-    place = next(n for n, name in enumerate(before) if name != list(now)[n])
-    return f"{list(now)[place]} is read where {list(before)[place]} was (the order has changed)"
+    index = next(n for n, name in enumerate(before) if name != list(now)[n])
+    return f"{list(now)[index]} is read where {list(before)[index]} was (the order has changed)"
 
 
 def tell_other_validation_data(saved: dict[str, Any], ours: dict[str, Any]) -> None:

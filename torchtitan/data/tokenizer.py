@@ -259,10 +259,10 @@ def locate(path: str, fetch: str = "") -> Path:
     except (OSError, ValueError):  # a name too long, a folder that may not be entered, a NUL
         pass
     if Path(path) == Path(DEFAULT_PATH):
-        for place in (_PACKAGE.parent / DEFAULT_PATH, _PACKAGE / "assets/tokenizer"):
-            if place.is_dir():
-                logger.info(f"No {path} in the working directory: using the shipped {place}")
-                return place
+        for folder in (_PACKAGE.parent / DEFAULT_PATH, _PACKAGE / "assets/tokenizer"):
+            if folder.is_dir():
+                logger.info(f"No {path} in the working directory: using the shipped {folder}")
+                return folder
     raise UserError(
         f"model.hf_assets_path = '{path}' is neither a folder nor a file here; set it to a folder "
         f"with tokenizer.json or *.tiktoken{fetch}, or leave it out for the shipped tokenizer."
