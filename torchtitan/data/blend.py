@@ -122,8 +122,7 @@ class BlendedDataset(StreamDataset):
         self._datasets = list(datasets.values())
         self._order = order
         first = self._datasets[0]
-        super().__init__(first.num_streams, first.rank_slice)
-        self.seq_len = first.seq_len
+        super().__init__(first.settings, first.num_streams, first.rank_slice)
 
     def identity(self) -> dict:
         """The weights are not in it: another blend may go on from here with the same datasets."""

@@ -139,7 +139,9 @@ class ParallelAwareDataLoader:
 
     def local_state(self) -> dict[str, Any]:
         """Part of the position that this rank knows, for `merge_states`."""
-        assert self._dataset.infinite, "a single pass through the data has no position to resume"
+        assert self._dataset.settings.infinite, (
+            "a single pass through the data has no position to resume"
+        )
         loaded = {index: json.dumps(p) for index, p in self._dataset.positions.items()}
         states, first_rank = self._progress(), self._slice.dp_rank == 0
         # All ranks have loaded the same positions, and those are long: the first rank reports them.

@@ -6,6 +6,7 @@ token of this one, so every token of the stream but the very first is a label ex
 """
 
 from torchtitan.data.documents import Skips
+from torchtitan.data.settings import DataSettings
 from torchtitan.data.sources import Reader, Shard, Source
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.tools.errors import UserError
@@ -28,9 +29,7 @@ class PackedStream:
     tokenizer: text to token ids
     shard: the part of the source's documents that form this stream
     skips: count of skipped documents, shared by the streams of a process
-    seq_len: tokens per example; a sequence has one more
-    seed: seed of the order of documents
-    infinite: True goes on with the next epoch; False ends after one
+    settings: how they are cut; a sequence has seq_len + 1 tokens
     position: where to begin; `START`, or what `position()` gave
     """
 
@@ -42,19 +41,14 @@ class PackedStream:
         tokenizer: Tokenizer,
         shard: Shard,
         skips: Skips,
-        *,
-        seq_len: int,
-        seed: int,
-        infinite: bool,
+        settings: DataSettings,
         position: dict,
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
         self._shard = shard
         self._skips = skips
-        self._seq_len = seq_len
-        self._seed = seed
-        self._infinite = infinite
+        self._settings = settings
         self.skipped = 0  # documents passed over for the last sequence alone
         self._taken: int = position["taken"]
         self._carry: list[int] = position["carry"]
@@ -75,7 +69,7 @@ class PackedStream:
         assert number >= self._taken, (number, self._taken)
         while self._taken <= number:
             self.skipped = 0
-            sequence = self._carry + self._take(self._seq_len + 1 - len(self._carry))
+            sequence = self._carry + self._take(self._settings.seq_len + 1 - len(self._carry))
             if len(sequence) < 2:  # nothing left that could be a label
                 return None
             self._taken += 1
@@ -106,7 +100,7 @@ class PackedStream:
     def _open_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._document_start: dict | None = None
-        self._reader: Reader = self._source.open(self._seed, epoch, self._shard)
+        self._reader: Reader = self._source.open(self._settings.seed, epoch, self._shard)
 
     def _report_epoch(self) -> None:
         """Log a new epoch, for the first stream alone: the others are about as far."""
@@ -123,7 +117,7 @@ class PackedStream:
             start = self._reader.state_dict()
             record = next(self._reader, None)
             if record is None:
-                if not self._infinite:
+                if not self._settings.infinite:
                     return False
                 ends += 1
                 if ends > MOST_EMPTY_EPOCHS:  # the first end is that of an epoch with documents

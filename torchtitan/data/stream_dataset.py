@@ -9,6 +9,7 @@ import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import IterableDataset
 
 from torchtitan.data.documents import Skips
 from torchtitan.data.rank_slice import RankSlice
+from torchtitan.data.settings import DataSettings
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
 Example = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -47,19 +49,23 @@ class StreamDataset(IterableDataset, ABC):
     that its examples come from. Where others take from one too, it makes their sequences of it and
     drops them.
 
-    infinite: True goes on with the next epoch of each stream, in a new order, without a gap.
-        False is a single pass: each rank ends when its own streams have, so ranks may get
-        different numbers of batches, and whoever steps them together has to agree on the end. The
-        last sequence of a stream is padded; padding has the label IGNORE_INDEX.
+    With `settings.infinite` each stream goes on with its next epoch, in a new order, without a gap.
+    Without, it is a single pass: each rank ends when its own streams have, so ranks may get
+    different numbers of batches, and whoever steps them together has to agree on the end. The last
+    sequence of a stream is padded; padding has the label IGNORE_INDEX.
+
+    settings: which data, and how it is cut
+    num_streams: number of streams
+    rank_slice: which examples
     names: names of the datasets of a blend; empty without a blend
+    pad_id: token id of padding
     """
 
-    infinite: bool = True
     names: tuple[str, ...] = ()
-    seq_len: int
     pad_id: int = 0
 
-    def __init__(self, num_streams: int, rank_slice: RankSlice) -> None:
+    def __init__(self, settings: DataSettings, num_streams: int, rank_slice: RankSlice) -> None:
+        self.settings = settings
         self.num_streams = num_streams
         self.rank_slice = rank_slice
         self.start(0, {})
@@ -78,7 +84,9 @@ class StreamDataset(IterableDataset, ABC):
 
     def resize(self, rank_slice: RankSlice, seq_len: int) -> None:
         """Cut the next iteration into these batches of `seq_len` tokens."""
-        self.rank_slice, self.seq_len = rank_slice, seq_len
+        batch_size = rank_slice.batch_size
+        self.settings = replace(self.settings, seq_len=seq_len, batch_size=batch_size)
+        self.rank_slice = rank_slice
 
     def start(self, consumed: int, positions: dict[int, dict]) -> None:
         """Let each `iter()` from now on begin there.
@@ -95,7 +103,7 @@ class StreamDataset(IterableDataset, ABC):
 
     def example(self, sequence: list[int]) -> Example:
         """Input and labels of a sequence, padded to seq_len."""
-        missing = self.seq_len + 1 - len(sequence)
+        missing = self.settings.seq_len + 1 - len(sequence)
         inputs = sequence[:-1] + [self.pad_id] * missing
         labels = sequence[1:] + [IGNORE_INDEX] * missing
         return {"input": torch.tensor(inputs)}, torch.tensor(labels)

@@ -5,6 +5,7 @@ from typing import Any
 from torchtitan.data.documents import Skips
 from torchtitan.data.packing import START, PackedStream, check_start
 from torchtitan.data.rank_slice import RankSlice
+from torchtitan.data.settings import DataSettings
 from torchtitan.data.sources import Shard, Source
 from torchtitan.data.stream_dataset import StreamDataset
 from torchtitan.data.tokenizer import Tokenizer
@@ -15,37 +16,23 @@ class TextDataset(StreamDataset):
 
     source: documents
     tokenizer: text to token ids
-    seq_len: tokens per example
-    rank_slice: which examples; by default all
-    num_streams: number of streams; None lets the source decide
-    seed: seed of the order of documents
-    infinite: whether the data begins anew when it ends; see `StreamDataset`
+    settings: how the documents are cut; num_streams None lets the source decide
+    rank_slice: which examples
     """
 
     def __init__(
-        self,
-        source: Source,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        *,
-        rank_slice: RankSlice = RankSlice(),  # noqa: B008 - it is frozen
-        num_streams: int | None = None,
-        seed: int = 0,
-        infinite: bool = True,
+        self, source: Source, tokenizer: Tokenizer, settings: DataSettings, rank_slice: RankSlice
     ) -> None:
-        super().__init__(source.num_streams() if num_streams is None else num_streams, rank_slice)
+        super().__init__(settings, settings.num_streams or source.num_streams(), rank_slice)
         self.source = source
         self.tokenizer = tokenizer
-        self.seq_len = seq_len
-        self.seed = seed
-        self.infinite = infinite
         ids = (tokenizer.pad_id, tokenizer.eos_id)
         self.pad_id = next((i for i in ids if i is not None), 0)
         source.check_streams(self.num_streams)
 
     def identity(self) -> dict[str, Any]:
         return {
-            "debug.seed": self.seed,
+            "debug.seed": self.settings.seed,
             "training.dataset_lanes": self.num_streams,
             **self.tokenizer.identity(),
             **self.source.identity(),
@@ -55,13 +42,6 @@ class TextDataset(StreamDataset):
         check_start(index, position)
 
     def open_stream(self, index: int, skips: Skips, position: dict | None) -> PackedStream:
-        return PackedStream(
-            self.source,
-            self.tokenizer,
-            Shard(index, self.num_streams),
-            skips,
-            seq_len=self.seq_len,
-            seed=self.seed,
-            infinite=self.infinite,
-            position=START if position is None else position,
-        )
+        shard = Shard(index, self.num_streams)
+        begin = START if position is None else position
+        return PackedStream(self.source, self.tokenizer, shard, skips, self.settings, begin)

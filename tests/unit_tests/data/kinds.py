@@ -7,7 +7,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchtitan.data import DatasetSettings, open_source
+from torchtitan.data import DatasetSettings, DataSettings, TextDataset, open_source
+from torchtitan.data.rank_slice import RankSlice
 from torchtitan.data.sources import HubStream
 
 TEXTS = [f"document {n} " + "word " * (n % 13) + str(n * n) for n in range(41)]
@@ -22,6 +23,13 @@ def named(name, path=None, text_key="text", label="", key="training"):
 def opened(*args, **kwargs):
     """The source of a dataset; arguments as of `named`."""
     return open_source(named(*args, **kwargs))
+
+
+def text_dataset(source, tokenizer, seq_len, *, rank_slice=None, **settings):
+    """Examples of one source; settings as of `DataSettings`."""
+    rank_slice = rank_slice or RankSlice()
+    cut = DataSettings((source.settings,), False, seq_len, rank_slice.batch_size, **settings)
+    return TextDataset(source, tokenizer, cut, rank_slice)
 
 
 def make_source(kind, folder, texts=TEXTS):

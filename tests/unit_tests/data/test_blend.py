@@ -9,9 +9,8 @@ import pytest
 
 from tests.tiny_run import as_option, losses, records, tiny
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
-from tests.unit_tests.data.kinds import lists, opened, pack
+from tests.unit_tests.data.kinds import lists, opened, pack, text_dataset
 from torchtitan.config.blend import BlendSegment
-from torchtitan.data import TextDataset
 from torchtitan.data.blend import BlendedDataset, BlendOrder, period_of
 from torchtitan.data.dataloader import build_dataloader, merge_states
 from torchtitan.data.rank_slice import RankSlice
@@ -97,7 +96,7 @@ def sources(jsonl):
 
 def blend(sources, rank_slice=RankSlice(), segments=SEGMENTS, seed=SEED):  # noqa: B008 - it is frozen
     settings = dict(rank_slice=rank_slice, num_streams=STREAMS, seed=seed)
-    parts = {n: TextDataset(s, OneTokenAByte(), SEQ_LEN, **settings) for n, s in sources.items()}
+    parts = {n: text_dataset(s, OneTokenAByte(), SEQ_LEN, **settings) for n, s in sources.items()}
     return build_dataloader(BlendedDataset(parts, BlendOrder(segments)))
 
 

@@ -8,8 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.unit_tests.data.kinds import named, opened
-from torchtitan.data import TextDataset
+from tests.unit_tests.data.kinds import named, opened, text_dataset
 from torchtitan.data.folders import search
 from torchtitan.data.sources import Shard
 from torchtitan.tools.errors import UserError
@@ -130,7 +129,7 @@ def test_bad_documents_are_counted_and_only_the_first_and_some_milestones_are_na
     path = jsonl("a.jsonl", ["good"] * 10 + [""] * 200 + [7] * 50)
     source = opened("mine", str(path), "text")
     log.clear()
-    list(TextDataset(source, tokenizer, seq_len=4, infinite=False))
+    list(text_dataset(source, tokenizer, seq_len=4, infinite=False))
     named = [line for line in log if "Skipped" in line]
     assert len(named) == 5 and all(f"{path} line " in line for line in named)
     for line, total in zip(named[3:], (10, 100), strict=True):
@@ -143,7 +142,7 @@ def test_skipped_documents_are_reported_though_the_epoch_never_ends(jsonl, token
     source = opened("mine", str(jsonl("a.jsonl", ["good"] * 2 + [""] * 18)), "text")
     log.clear()
     for _ in zip(
-        range(200), TextDataset(source, tokenizer, seq_len=4, num_streams=2), strict=False
+        range(200), text_dataset(source, tokenizer, seq_len=4, num_streams=2), strict=False
     ):
         pass
     reported = [line.split(" ")[1] for line in log if "so far" in line]

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchtitan.data import DataSettings
 from torchtitan.data.dataloader import build_dataloader, merge_states
 from torchtitan.data.rank_slice import RankSlice
 from torchtitan.data.stream_dataset import StreamDataset
@@ -48,7 +49,7 @@ class Counting(StreamDataset):
     """Example n is n, of a stream that counts its examples; raises at `bad`."""
 
     def __init__(self, rank_slice=None, bad=None, seed=0):
-        super().__init__(STREAMS, rank_slice)
+        super().__init__(DataSettings((), False, 1, rank_slice.batch_size), STREAMS, rank_slice)
         self.bad, self.seed = bad, seed
 
     def identity(self):

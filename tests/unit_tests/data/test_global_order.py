@@ -9,8 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
-from tests.unit_tests.data.kinds import KINDS, TEXTS, lists, make_source, opened, pack
-from torchtitan.data import TextDataset
+from tests.unit_tests.data.kinds import KINDS, TEXTS, lists, make_source, opened, pack, text_dataset
 from torchtitan.data import parquet as row_groups
 from torchtitan.data import sources as sources_module
 from torchtitan.data.build import report_streams
@@ -41,7 +40,7 @@ class Run:
         settings = dict(seed=SEED, num_streams=STREAMS) | dataset
         for rank in range(dp_degree):
             rank_slice = RankSlice(rank, dp_degree, batch_size, workers)
-            dataset = TextDataset(
+            dataset = text_dataset(
                 source, OneTokenAByte(), SEQ_LEN, rank_slice=rank_slice, **settings
             )
             self.loaders.append(build_dataloader(dataset))
@@ -197,10 +196,10 @@ def test_workers_may_come_and_go(tmp_path):
 def test_a_longer_context_goes_on_with_the_same_documents(tmp_path):
     """Positions count tokens, so another seq_len may follow: nothing lost, nothing twice."""
     source = make_source("plain", tmp_path, USABLE)
-    short = TextDataset(source, OneTokenAByte(), 8, num_streams=1, seed=SEED)
+    short = text_dataset(source, OneTokenAByte(), 8, num_streams=1, seed=SEED)
     loader = build_dataloader(short)
     begin = [i for _, labels in islice(loader, 9) for i in labels.flatten().tolist()]
-    longer = build_dataloader(TextDataset(source, OneTokenAByte(), 30, num_streams=1, seed=SEED))
+    longer = build_dataloader(text_dataset(source, OneTokenAByte(), 30, num_streams=1, seed=SEED))
     longer.load_state_dict(merge_states([loader.local_state()]))
     both = begin + [i for _, labels in islice(longer, 3) for i in labels.flatten().tolist()]
     texts = [record.text for record in source.open(SEED, 0, Shard())]

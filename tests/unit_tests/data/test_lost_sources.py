@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
-from tests.unit_tests.data.kinds import named, opened
+from tests.unit_tests.data.kinds import named, opened, text_dataset
 from torchtitan.data import TextDataset, sources
 from torchtitan.data.dataloader import build_dataloader
 from torchtitan.data.rank_slice import RankSlice
@@ -134,7 +134,7 @@ def loader_of(path, workers):
     source = opened("text", str(path), "text")
     rank_slice = RankSlice(0, 1, 2, workers)
     return build_dataloader(
-        TextDataset(source, OneTokenAByte(), 16, rank_slice=rank_slice, num_streams=2)
+        text_dataset(source, OneTokenAByte(), 16, rank_slice=rank_slice, num_streams=2)
     )
 
 

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
-from tests.unit_tests.data.kinds import KINDS, TEXTS, lists, make_source, opened, pack
-from torchtitan.data import TextDataset
+from tests.unit_tests.data.kinds import KINDS, TEXTS, lists, make_source, opened, pack, text_dataset
 from torchtitan.data import parquet as row_groups
 from torchtitan.data import sources as sources_module
 from torchtitan.data.dataloader import build_dataloader
@@ -37,14 +36,14 @@ def test_examples_are_the_reference_packing(tmp_path_factory, texts, seq_len, se
     path = tmp_path_factory.mktemp("x") / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = opened("text", str(path), "text")
-    ours = TextDataset(source, OneTokenAByte(), seq_len, num_streams=1, seed=seed, infinite=False)
+    ours = text_dataset(source, OneTokenAByte(), seq_len, num_streams=1, seed=seed, infinite=False)
     ordered = [texts[i] for i in order(len(texts), seed, 0)]
     assert lists(ours) == pack(ordered, OneTokenAByte(), seq_len)
 
 
 def test_every_token_but_the_first_is_a_label_exactly_once(tmp_path):
     source = make_source("plain", tmp_path)
-    examples = list(TextDataset(source, OneTokenAByte(), 7, num_streams=1, infinite=False))
+    examples = list(text_dataset(source, OneTokenAByte(), 7, num_streams=1, infinite=False))
     labels = Counter(i for _, ids in lists(examples) for i in ids)
     del labels[IGNORE_INDEX]
     tokens = Counter()
@@ -56,7 +55,7 @@ def test_every_token_but_the_first_is_a_label_exactly_once(tmp_path):
 
 def test_examples_are_int64_and_a_document_longer_than_many_windows_goes_through(jsonl):
     source = opened("text", str(jsonl("a.jsonl", ["x" * 5000])), "text")
-    examples = list(TextDataset(source, OneTokenAByte(), 64, infinite=False))
+    examples = list(text_dataset(source, OneTokenAByte(), 64, infinite=False))
     assert lists(examples) == pack(["x" * 5000], OneTokenAByte(), 64)
     assert all(e["input"].dtype == ids.dtype == torch.int64 for e, ids in examples)
 
@@ -65,7 +64,7 @@ def test_a_tokenizer_without_begin_end_and_pad_packs_the_bare_text(jsonl):
     bare = OneTokenAByte()
     bare.bos_id = bare.eos_id = bare.pad_id = None
     source = opened("text", str(jsonl("a.jsonl", ["abcdef"])), "text")
-    examples = lists(TextDataset(source, bare, 4, infinite=False))
+    examples = lists(text_dataset(source, bare, 4, infinite=False))
     a, b, c, d, e, f = b"abcdef"
     assert examples == [([a, b, c, d], [b, c, d, e]), ([e, 0, 0, 0], [f, -100, -100, -100])]
 
@@ -128,7 +127,7 @@ def test_each_epoch_has_its_own_order_and_a_seed_always_the_same(tmp_path, kind)
 
 def test_infinite_data_goes_on_with_the_next_epoch_without_a_gap(tmp_path):
     source = make_source("plain", tmp_path)
-    dataset = TextDataset(source, OneTokenAByte(), 50, num_streams=1, seed=3)
+    dataset = text_dataset(source, OneTokenAByte(), 50, num_streams=1, seed=3)
     texts = [r.text for epoch in range(3) for r in source.open(3, epoch, Shard())]
     expected = pack(texts, OneTokenAByte(), 50)[:-1]  # the last one would go on with epoch 3
     found = [example for example, _ in zip(dataset, expected, strict=False)]
@@ -151,7 +150,7 @@ def test_the_loader_knows_the_skipped_documents_of_the_run(jsonl, num_workers):
     texts = [TEXTS[n] if n % 3 else "" for n in range(30)]
     source = opened("mine", str(jsonl("a.jsonl", texts + ["last"])), "text")
     counts, rank_slice = [], RankSlice(batch_size=2, num_workers=num_workers)
-    dataset = TextDataset(
+    dataset = text_dataset(
         source, OneTokenAByte(), 40, rank_slice=rank_slice, num_streams=1, infinite=False
     )
     loader = build_dataloader(dataset)
@@ -165,12 +164,12 @@ def test_the_loader_knows_the_skipped_documents_of_the_run(jsonl, num_workers):
 def test_the_state_behind_each_example_says_where_the_next_begins(tmp_path):
     """In an iterator of the same process, and as the position from which a dataset starts."""
     source = make_source("plain", tmp_path)
-    dataset = TextDataset(source, OneTokenAByte(), 40, num_streams=1, seed=1)
+    dataset = text_dataset(source, OneTokenAByte(), 40, num_streams=1, seed=1)
     states = []
     iterator = iter(dataset)
     examples = [(next(iterator), states.append(iterator.state_dict()))[0] for _ in range(12)]
     for taken in range(1, 12):
-        again = TextDataset(source, OneTokenAByte(), 40, num_streams=1, seed=1)
+        again = text_dataset(source, OneTokenAByte(), 40, num_streams=1, seed=1)
         resumed = iter(again)
         resumed.load_state_dict(states[taken - 1])
         again.start(taken, {0: json.loads(states[taken - 1]["streams"][0])})
