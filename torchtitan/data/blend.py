@@ -125,7 +125,7 @@ class BlendedDataset(StreamDataset):
         super().__init__(first.settings, first.num_streams, first.rank_slice)
 
     def identity(self) -> dict:
-        """The weights are not in it: another blend may go on from here with the same datasets."""
+        """Identity without the weights: another blend of the same datasets may resume from here."""
         shared = ("debug.seed", "training.dataset_lanes", *self._datasets[0].tokenizer.identity())
         identity: dict = {"training.blend": list(self.names)}
         for name, dataset in zip(self.names, self._datasets, strict=True):

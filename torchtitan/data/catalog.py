@@ -109,7 +109,7 @@ def _find_local(settings: DatasetSettings) -> Found:
 
 
 def _is_on_hub(name: str) -> bool:
-    """Whether an unknown name is "organisation/name": the hub knows whether it exists."""
+    """Return whether an unknown name is "organisation/name"; the hub knows whether it exists."""
     return name.partition("@")[0].count("/") == 1 and not Path(name).exists()
 
 

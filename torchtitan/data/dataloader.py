@@ -70,7 +70,7 @@ class ParallelAwareDataLoader:
         return given
 
     def identity(self) -> dict[str, Any]:
-        """What the examples depend on: the data, and how it is cut."""
+        """Facts that the examples depend on: the data, and how it is cut."""
         return self._dataset.identity()
 
     def _make_loader(self):

@@ -64,7 +64,7 @@ class GroupedFiles(Source):
         return _PoolReader(pools, seed, epoch)
 
     def num_streams(self) -> int:
-        """Few enough for each stream to have a row group of its own and to hold it in memory."""
+        """Number of streams that leaves each a row group of its own, and holds those in memory."""
         group_bytes = sum(int(file.group_bytes.sum()) for file in self.files) / len(self._groups)
         most = min(len(self._groups), int(POOL_BYTES / max(1, group_bytes)))
         return streams_of_documents(len(self), most)

@@ -46,7 +46,7 @@ class Order:
 
 
 def order(length: int, seed: int, epoch: int, window: int = 0) -> Order:
-    """The order of `length` things in this epoch; `window` tells the windows of a stream apart."""
+    """Order of `length` items in this epoch; `window` separates the shuffle windows of a stream."""
     return Order(length, seed, epoch, window)
 
 

@@ -1,4 +1,4 @@
-"""What a run reads, as values: which datasets, and how they are cut into batches.
+"""Data settings of a run as values: which datasets, and how they are cut into batches.
 
 Everything that opens a dataset takes `DatasetSettings` whole. It knows the TOML table it came from,
 so that an error names the key its reader has to change.

@@ -203,7 +203,7 @@ class StreamedFiles(Source):
 
 
 class _FilesReader(Reader):
-    """The files one after the other; line j of file n belongs to shard n + j modulo the shards."""
+    """Reads files in order; line j of file n belongs to shard n + j modulo the shards."""
 
     def __init__(self, files: Sequence[DocumentFile], numbers: list[int], shard: Shard) -> None:
         self._files = files
@@ -385,7 +385,7 @@ def identity_of_files(files: Sequence[DocumentFile]) -> dict:
 
 
 def revision_of(dataset) -> str | None:
-    """The commit that the files of a streamed dataset of the hub belong to, by their addresses."""
+    """Commit of a streamed dataset of the hub, by the addresses of its files."""
     addresses = str(getattr(getattr(dataset, "_ex_iterable", None), "kwargs", ""))
     found = re.search(r"hf://datasets/[^@'\"]+@([^/'\"]+)/", addresses)
     return found[1] if found else None

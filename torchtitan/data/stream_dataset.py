@@ -72,7 +72,7 @@ class StreamDataset(IterableDataset, ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What the meaning of a position depends on, for the loader to compare on resume."""
+        """Facts that the meaning of a position depends on; the loader compares them on resume."""
 
     @abstractmethod
     def open_stream(self, index: int, skips: Skips, position: dict | None) -> Stream:
