@@ -236,11 +236,11 @@ class _FilesReader(Reader):
 class HubStream(Source):
     """A streaming `datasets.IterableDataset`.
 
-    settings: its name, on the hub or by alias; the text key
-    dataset: the opened dataset
-
     `datasets` splits it by files, or by documents where there are fewer files than shards. Its own
     shuffle forgets its buffer when a run resumes, so the windows are shuffled here.
+
+    settings: name on the hub or alias, and the text key
+    dataset: the opened dataset
     """
 
     def __init__(self, settings: DatasetSettings, dataset) -> None:

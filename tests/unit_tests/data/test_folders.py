@@ -125,12 +125,12 @@ def test_a_path_that_can_be_no_name_is_one_sentence():
 
 
 def test_a_file_that_may_not_be_read_is_an_error_beside_others(tree, monkeypatch):
-    opened = files.open_file
+    real = files.open_file
 
     def open_file(path, text_key):
         if path.name == "b.jsonl":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return opened(path, text_key)
+        return real(path, text_key)
 
     monkeypatch.setattr("torchtitan.data.catalog.open_file", open_file)
     with pytest.raises(UserError, match="en/b.jsonl: it can't be read .Permission denied"):
