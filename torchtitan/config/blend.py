@@ -1,6 +1,6 @@
 """Which datasets a run draws from, in which parts, and from which sequence on.
 
-The parts of a stretch of the run are whole numbers: the shares of [[training.blend]], or of the
+The parts of a segment of the run are whole numbers: the shares of [[training.blend]], or of the
 phase that changes them, in lowest terms (0.7 and 0.3 are 7 and 3). What would need more than
 LONGEST_PERIOD is rounded to it.
 """
@@ -15,25 +15,30 @@ from torchtitan.config.phases import RunSchedule
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError, suggest
 
-# Sequences after which the turns of the datasets repeat: shares are exact to 0.01 %.
+# Sequences after which the order of the datasets repeats: shares are exact to 0.01 %.
 LONGEST_PERIOD = 10_000
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """From example `first` on, dataset k of the blend gives parts[k] of every sum(parts). tokens:
-    before it, by the schedule."""
+class BlendSegment:
+    """Part of a run with constant weights: dataset k of the blend gives parts[k] of every
+    sum(parts) examples.
+
+    first: number of its first example
+    parts: whole number per dataset, in the order of [[training.blend]]
+    tokens: tokens of the run before it, by the schedule
+    """
 
     first: int
     parts: tuple[int, ...]
     tokens: int = 0
 
 
-def blend_stretches(config: JobConfig, schedule: RunSchedule) -> list[Stretch]:
-    """In order, the first from example 0; none without a blend. Raises `UserError` for what can't
-    be.
+def blend_segments(config: JobConfig, schedule: RunSchedule) -> list[BlendSegment]:
+    """Segments of the run in order, the first from example 0; none without a blend. Raises
+    `UserError` for impossible weights.
 
-    A phase begins with the first example that has all tokens of the phases before it behind it.
+    A phase begins with the first example after all tokens of earlier phases.
     """
     blend, phases = config.training.blend, config.schedule.phase
     if not blend:
@@ -49,17 +54,17 @@ def blend_stretches(config: JobConfig, schedule: RunSchedule) -> list[Stretch]:
             tables = tables if first else []  # the run begins with this one
             tables.append((f"{phase.title(n)}: blend", phase.blend, first, tokens))
         tokens += phase.tokens
-    stretches = [
-        Stretch(first, _parts(names, weights, where), int(tokens))
+    segments = [
+        BlendSegment(first, _parts(names, weights, where), int(tokens))
         for where, weights, first, tokens in tables
     ]
     for k, name in enumerate(names):
-        if not any(stretch.parts[k] for stretch in stretches):
+        if not any(segment.parts[k] for segment in segments):
             raise UserError(
                 f"training.blend: nothing is ever drawn from '{name}'; give it a weight, name it "
                 "in the blend of a schedule.phase, or leave it out."
             )
-    return stretches
+    return segments
 
 
 def _parts(names: list[str], weights: Mapping[str, float], where: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""One document as it was found: its text, or why it is skipped; and the count of the skipped."""
+"""Records of documents: the text, or why it is skipped; and the count of the skipped."""
 
 import itertools
 import json
@@ -24,8 +24,13 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Record:
-    """`where` is for people ("data.jsonl line 7"); exactly one of text and problem is set. found:
-    what was there instead of the text, where a problem with the text key leaves that open."""
+    """One document. Exactly one of text and problem is set.
+
+    where: place for log lines and errors ("data.jsonl line 7")
+    text: usable text
+    problem: why the document is skipped
+    found: content in place of the text, where a problem with the text key leaves that open
+    """
 
     where: str
     text: str = ""
@@ -38,7 +43,7 @@ class Record:
 
 
 def record_of_text(where: str, text: object, text_key: str) -> Record:
-    """Check what stood under the text key."""
+    """Record of the value under the text key, checked."""
     if not isinstance(text, str):
         found = f"it is {KINDS.get(type(text), 'a ' + type(text).__name__)}"
         return Record(where, problem=f"'{text_key}' is not a string", found=found)
@@ -52,7 +57,7 @@ def record_of_text(where: str, text: object, text_key: str) -> Record:
 
 
 def keys_there(keys: Iterable[str]) -> str:
-    """For a sentence; the first few of many."""
+    """Part of an error sentence that lists the keys, the first few of many."""
     names = [str(key)[:40] for key in itertools.islice(keys, 9)]
     listed = ", ".join(names[:8]) + (", ..." if names[8:] else "")
     return f"they have: {listed}" if names else "they have no keys"
@@ -88,8 +93,8 @@ def record_of_json_line(where: str, line: bytes, text_key: str) -> Record:
 
 
 class Skips:
-    """What a loader process has skipped since it started: the first few are named in the log, then
-    their number as it grows."""
+    """Count of the documents that a loader process has skipped since it started. The log names the
+    first few, then their number as it grows."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

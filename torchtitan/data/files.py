@@ -1,4 +1,4 @@
-"""Local files of documents: JSON lines, parquet and plain text, found by path and read by place."""
+"""Local files of documents: JSON lines, parquet and plain text, read by the index of a document."""
 
 import gzip
 import io
@@ -20,12 +20,16 @@ from torchtitan.data.documents import (
     record_of_text,
 )
 from torchtitan.data.fingerprint import fingerprint
-from torchtitan.data.folders import search
 from torchtitan.tools.errors import RunError
 
 
 class DocumentFile(ABC):
-    """One file. `length` is its number of places, or None where only reading to the end tells."""
+    """One file of documents.
+
+    length: number of documents, usable or not; None where only reading to the end tells
+    path: where the file is
+    text_key: JSON key or column that holds the text
+    """
 
     length: int | None
 
@@ -37,7 +41,7 @@ class DocumentFile(ABC):
         self.digest = fingerprint(path)
 
     def lost(self, error: object) -> RunError:
-        """The error for a file that was whole when the run began, and isn't now."""
+        """Error for a file that was whole when the run began, and isn't now."""
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         return RunError(
             f"{self.path} can't be read any more ({' '.join(str(reason).split())}); put the file "
@@ -58,7 +62,7 @@ class DocumentFile(ABC):
 
     @abstractmethod
     def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
-        """(place, record) from place `start` on, for the places that `keep` wants."""
+        """(index, record) of the documents from index `start` on that `keep` accepts."""
 
 
 class GroupedFile(DocumentFile):
@@ -70,12 +74,12 @@ class GroupedFile(DocumentFile):
 
     @abstractmethod
     def open_group(self, group: int) -> Callable[[int], Record]:
-        """Read a group; what comes back gives its documents by row (0 is the group's first) and
-        holds the group's memory for as long as it is kept."""
+        """Read a group. The returned function gives its documents by row (0 is the group's first)
+        and holds the group's memory for as long as it is kept."""
 
 
 class IndexedFile(GroupedFile):
-    """A file any of whose documents can be read alone: one group that takes no memory."""
+    """A file of which any document can be read alone: one group that takes no memory."""
 
     def __init__(self, path: Path, text_key: str, length: int) -> None:
         super().__init__(path, text_key)
@@ -83,13 +87,13 @@ class IndexedFile(GroupedFile):
         self.group_rows, self.group_bytes = np.array([length]), np.array([0])
 
     @abstractmethod
-    def read(self, place: int) -> Record: ...
+    def read(self, index: int) -> Record: ...
 
     def open_group(self, group: int) -> Callable[[int], Record]:
         return self.read
 
     def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
-        return ((place, self.read(place)) for place in range(start, self.length) if keep(place))
+        return ((n, self.read(n)) for n in range(start, self.length) if keep(n))
 
 
 class JsonLinesFile(IndexedFile):
@@ -99,15 +103,15 @@ class JsonLinesFile(IndexedFile):
         self._bounds = _line_bounds(path)
         super().__init__(path, text_key, len(self._bounds) - 1)
 
-    def read(self, place: int) -> Record:
-        start, end = int(self._bounds[place]), int(self._bounds[place + 1])
+    def read(self, index: int) -> Record:
+        start, end = int(self._bounds[index]), int(self._bounds[index + 1])
         try:
             with self.open() as file:
                 file.seek(start)
                 line = file.read(end - start)
         except OSError as error:
             raise self.lost(error) from None
-        return record_of_json_line(f"{self.path} line {place + 1}", line, self.text_key)
+        return record_of_json_line(f"{self.path} line {index + 1}", line, self.text_key)
 
 
 class ParquetFile(GroupedFile):
@@ -149,7 +153,7 @@ class ParquetFile(GroupedFile):
         return read
 
     def _read_group(self, group: int) -> tuple[pyarrow.ChunkedArray | None, str]:
-        """The texts, or None and why not."""
+        """The texts, or None and the reason."""
         if not self._has_text:
             return None, f"no '{self.text_key}' key"
         self.open().close()  # a file that is gone or changed is no damaged row group
@@ -165,10 +169,10 @@ class ParquetFile(GroupedFile):
     def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
         bounds = itertools.pairwise([0, *np.cumsum(self.group_rows).tolist()])
         for group, (first, end) in enumerate(bounds):
-            places = [place for place in range(max(first, start), end) if keep(place)]
-            if places:
+            rows = [row for row in range(max(first, start), end) if keep(row)]
+            if rows:
                 read = self.open_group(group)
-                yield from ((place, read(place - first)) for place in places)
+                yield from ((row, read(row - first)) for row in rows)
 
 
 class TextFile(IndexedFile):
@@ -177,7 +181,7 @@ class TextFile(IndexedFile):
     def __init__(self, path: Path, text_key: str) -> None:
         super().__init__(path, text_key, length=1)
 
-    def read(self, place: int) -> Record:
+    def read(self, index: int) -> Record:
         try:
             with self.open() as file:
                 content = file.read()
@@ -192,26 +196,21 @@ class GzipLinesFile(DocumentFile):
     length = None
 
     def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
-        place = -1
+        index = -1
         try:
             with self.open() as file, gzip.open(file, "rb") as lines:
-                for place, line in enumerate(lines):
-                    if place >= start and keep(place):
-                        where = f"{self.path} line {place + 1}"
-                        yield place, record_of_json_line(where, line, self.text_key)
+                for index, line in enumerate(lines):
+                    if index >= start and keep(index):
+                        where = f"{self.path} line {index + 1}"
+                        yield index, record_of_json_line(where, line, self.text_key)
         except (EOFError, gzip.BadGzipFile, zlib.error):
             self.open().close()  # a file that has changed is no damaged one
-            damaged = place + 1
+            damaged = index + 1
             if damaged >= start and keep(damaged):
                 where = f"{self.path} after line {damaged}"
                 yield damaged, Record(where, problem="unreadable gzip")
         except OSError as error:
             raise self.lost(error) from None
-
-
-def find_files(path: str, pattern: str | None = None) -> list[Path]:
-    """The files that training.dataset_path means; see `folders.search`."""
-    return search(path, pattern).files
 
 
 def open_file(path: Path, text_key: str) -> DocumentFile:

@@ -18,8 +18,13 @@ from torchtitan.tools.errors import UserError
 
 
 class FillInTheMiddle(Tokenizer):
-    """`tokenizer`, but for a share of `rate` of the texts rearranged. tokens: begin, hole, end, as
-    the tokenizer spells them. Raises `UserError` where it has not all of them."""
+    """A tokenizer that rearranges some of the texts. Raises `UserError` where a token is missing.
+
+    tokenizer: text to token ids
+    rate: share of the texts that are rearranged, in [0, 1]
+    tokens: begin, hole, end, as the tokenizer spells them
+    seed: decides, with the text, which texts and where they are cut
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, rate: float, tokens: list[str], seed: int):
         self._tokenizer, self._rate, self._seed = tokenizer, rate, seed

@@ -1,4 +1,4 @@
-"""Fingerprints of data files: is this the file that a checkpoint's data position belongs to?
+"""Fingerprints of data files, to know the files that a checkpoint's data position belongs to.
 
 Neither the time of a file nor the folders above it count, so a copy elsewhere is the same file.
 """

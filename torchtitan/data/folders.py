@@ -1,4 +1,4 @@
-"""Which files training.dataset_path means: what is read, in one order, and what is left out.
+"""Which files a `dataset_path` means: what is read, in one order, and what is left out.
 
 Links are followed. A folder or file that is reached twice counts once, by its shortest name, so
 links that lead in a circle end. What can't be read is an error: documents would be missing.
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from torchtitan.data.settings import DatasetSettings
 from torchtitan.tools.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
@@ -18,7 +19,12 @@ GLOB_SIGNS = frozenset("*?[")
 
 @dataclass(frozen=True)
 class Found:
-    """root: the folder that the files' names are relative to. left_out: for the log, by reason."""
+    """Files of a dataset.
+
+    root: folder that the files' names are relative to
+    files: those that are read, sorted
+    left_out: what is not read, by reason, for the log
+    """
 
     root: Path
     files: list[Path]
@@ -27,53 +33,62 @@ class Found:
 
 @dataclass
 class _Tree:
-    """What is below a folder: folders (itself first), all else, and what is hidden by its name."""
+    """Content of a folder and all below it: folders (itself first), all else, hidden names."""
 
     folders: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
     hidden: list[Path] = field(default_factory=list)
 
 
-def search(path: str, pattern: str | None = None) -> Found:
+def search(settings: DatasetSettings, pattern: str | None = None) -> Found:
     """Look up a file, all files below a folder, or a glob; sorted.
 
-    pattern: a glob to prefer inside a folder, where it matches anything.
     Raises `UserError` for a path that means nothing, or below which something can't be read.
+
+    settings: dataset with a path
+    pattern: glob to prefer inside a folder, where it matches anything
     """
     try:
-        return _search(path, pattern)
+        return _search(settings, pattern)
     except OSError as error:
         raise UserError(
-            f"training.dataset_path = '{path}': {error.filename or path} can't be read "
+            f"{_assignment(settings)}: {error.filename or settings.path} can't be read "
             f"({error.strerror}); give this user access to it, or name a path without it."
         ) from None
 
 
-def _search(path: str, pattern: str | None) -> Found:
-    given = Path(path).expanduser()
+def _assignment(settings: DatasetSettings) -> str:
+    return f"{settings.toml_key('dataset_path')} = '{settings.path}'"
+
+
+def _search(settings: DatasetSettings, pattern: str | None) -> Found:
+    assert settings.path, settings
+    given = Path(settings.path).expanduser()
     if given.is_dir():
         preferred = list(given.glob(pattern)) if pattern else []
         if preferred:
-            return Found(given, _chosen(given, path, preferred).files)
+            return Found(given, _chosen(given, settings, preferred).files)
         tree = _tree(given)
-        return _chosen(given, path, tree.others, tree.hidden)
+        return _chosen(given, settings, tree.others, tree.hidden)
     if given.exists():
-        return _chosen(given.parent, path, [given])
+        return _chosen(given.parent, settings, [given])
     root, matches = _expand(given)
     if not matches:
         raise UserError(
-            f"training.dataset_path = '{path}' names no file, folder or glob that matches "
+            f"{_assignment(settings)} names no file, folder or glob that matches "
             "anything here; correct the path."
         )
-    return _chosen(root, path, matches)
+    return _chosen(root, settings, matches)
 
 
-def _chosen(root: Path, path: str, found: Iterable[Path], hidden: Iterable[Path] = ()) -> Found:
-    """Of what was found, the files that are read, each once; the rest is counted by its reason."""
+def _chosen(
+    root: Path, settings: DatasetSettings, found: Iterable[Path], hidden: Iterable[Path] = ()
+) -> Found:
+    """Choose the files that are read, each once, and count the rest by reason."""
     files: dict[str, Path] = {}
     reasons: dict[str, list[Path]] = {}
     for each in sorted(found, key=lambda each: (len(each.parts), each)):
-        reason = _reason_against(each)
+        reason = _reason_against(each, settings)
         real = os.path.realpath(each)
         if reason is None and real in files:
             reason = "reached twice through links"
@@ -90,18 +105,18 @@ def _chosen(root: Path, path: str, found: Iterable[Path], hidden: Iterable[Path]
     if not files:
         found_instead = f" (but {', '.join(left_out)})" if left_out else ""
         raise UserError(
-            f"training.dataset_path = '{path}' holds no file that ends in {', '.join(SUFFIXES)}"
+            f"{_assignment(settings)} holds no file that ends in {', '.join(SUFFIXES)}"
             f"{found_instead}; convert the documents to one of these (JSON lines are the simplest)."
         )
     return Found(root, sorted(files.values()), left_out)
 
 
-def _reason_against(path: Path) -> str | None:
-    """Why it is not read, if so. Raises `UserError` for a link to nothing."""
+def _reason_against(path: Path, settings: DatasetSettings) -> str | None:
+    """Reason why a path is not read, or None. Raises `UserError` for a link to nothing."""
     if path.is_symlink() and not path.exists():
         raise UserError(
-            f"training.dataset_path: {path} is a link to {os.readlink(path)}, which does not "
-            "exist; mend or remove the link."
+            f"{settings.toml_key('dataset_path')}: {path} is a link to {os.readlink(path)}, "
+            "which does not exist; mend or remove the link."
         )
     if path.is_dir():
         return "folders, which a glob reads with /** only"
@@ -133,8 +148,8 @@ def _tree(root: Path) -> _Tree:
 
 
 def _expand(pattern: Path) -> tuple[Path, list[Path]]:
-    """The folder before the first glob sign, and what matches. Unlike `glob.glob`, raises OSError
-    for a folder that it can't look into."""
+    """Return the folder before the first glob sign, and the matches. Unlike `glob.glob`, raises
+    OSError for a folder that it can't look into."""
     parts = [*pattern.parts] + (["*"] if pattern.name == "**" else [])
     first = next((n for n, part in enumerate(parts) if GLOB_SIGNS & set(part)), len(parts) - 1)
     root = Path(*parts[:first])

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's data position belongs to the data of this run.
+"""Check that a checkpoint's data position belongs to the data of this run.
 
 A dataset's `identity` says what the meaning of a position depends on: settings by their keys, and
 what is known of the documents. Names of a blend stand before the keys of each of its datasets.
@@ -53,7 +53,7 @@ def _differing(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def _other_files(prefix: str, saved: dict[str, Any], ours: dict[str, Any]) -> UserError:
-    """prefix: of the keys, "" but for a dataset of a blend."""
+    """Error for files that differ. prefix: of the keys; "" except for a dataset of a blend."""
     sizes = [prefix + size for size in _SIZES]
     differing = [size for size in sizes if saved.get(size) != ours.get(size)]
     what = f"other files than this run's, {prefix}" if prefix else "other files than this run's, "
@@ -68,7 +68,10 @@ def _other_files(prefix: str, saved: dict[str, Any], ours: dict[str, Any]) -> Us
 
 
 def first_difference(saved: list[list], ours: list[list]) -> str:
-    """For a sentence: the first of the files ([name, bytes, fingerprint]) that is not as it was."""
+    """Part of a sentence that names the first changed file.
+
+    saved, ours: lists of [name, bytes, fingerprint] in the order of reading
+    """
     before = {name: content for name, *content in saved}
     now = {name: content for name, *content in ours}
     added = [name for name in now if name not in before]
@@ -83,13 +86,13 @@ def first_difference(saved: list[list], ours: list[list]) -> str:
             sizes = f"{content[0]:,} bytes then, {now[name][0]:,} now"
             sizes = "of the same size" if content[0] == now[name][0] else sizes
             return f"{name} has other content ({sizes})"
-    place = next(n for n, name in enumerate(before) if name != list(now)[n])
-    return f"{list(now)[place]} is read where {list(before)[place]} was (the order has changed)"
+    index = next(n for n, name in enumerate(before) if name != list(now)[n])
+    return f"{list(now)[index]} is read where {list(before)[index]} was (the order has changed)"
 
 
 def tell_other_validation_data(saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Warn where the identity `saved` of the validation set isn't `ours`: it has no position, but
-    its losses mean something else."""
+    its losses are of other text."""
     names = _differing(saved, ours)
     if not names:
         return

@@ -1,32 +1,39 @@
-"""A lane: documents packed into one stream of tokens, cut into windows.
+"""A stream: documents packed one behind the other, cut into sequences.
 
-The stream is `bos document eos bos document eos ...`, epoch after epoch. A window of seq_len + 1
-tokens becomes input = window[:-1] and labels = window[1:]; the next window starts on the last token
-of this one, so every token of the lane but the very first is a label exactly once.
+The tokens are `bos document eos bos document eos ...`, epoch after epoch. A sequence of seq_len + 1
+tokens becomes input = sequence[:-1] and labels = sequence[1:]; the next one starts on the last
+token of this one, so every token of the stream but the very first is a label exactly once.
 """
 
 from torchtitan.data.documents import Skips
+from torchtitan.data.settings import DataSettings
 from torchtitan.data.sources import Reader, Shard, Source
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
-# Where a lane starts. `taken` counts its windows, `reader` is the position of the current document
-# (None: of the first one of the epoch), `token` how many of its tokens are read, `carry` the last
-# token of the last window.
+# Position at which a stream starts. `taken` counts its sequences, `reader` is the position of the
+# current document (None: of the first one of the epoch), `token` how many of its tokens are read,
+# `carry` the last token of the last sequence.
 START = {"taken": 0, "epoch": 0, "reader": None, "token": 0, "carry": []}
 
-# A lane may have bad luck with its part of an epoch (one damaged file); in this many epochs in a
+# A stream may have bad luck with its part of an epoch (one damaged file); in this many epochs in a
 # row it would be the data.
 MOST_EMPTY_EPOCHS = 10
 
 
-class Lane:
-    """The windows of one shard of the source, from a position on.
+class PackedStream:
+    """Sequences of one shard of a source, from a position on.
 
-    `skips` is shared by the lanes of a process; `skipped` counts the documents passed over for the
-    last window alone.
+    source: documents
+    tokenizer: text to token ids
+    shard: the part of the source's documents that form this stream
+    skips: count of skipped documents, shared by the streams of a process
+    settings: how they are cut; a sequence has seq_len + 1 tokens
+    position: where to begin; `START`, or what `position()` gave
     """
+
+    dataset = None  # the name is known to blends only
 
     def __init__(
         self,
@@ -34,20 +41,15 @@ class Lane:
         tokenizer: Tokenizer,
         shard: Shard,
         skips: Skips,
-        *,
-        seq_len: int,
-        seed: int,
-        infinite: bool,
+        settings: DataSettings,
         position: dict,
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
         self._shard = shard
         self._skips = skips
-        self._seq_len = seq_len
-        self._seed = seed
-        self._infinite = infinite
-        self.skipped = 0
+        self._settings = settings
+        self.skipped = 0  # documents passed over for the last sequence alone
         self._taken: int = position["taken"]
         self._carry: list[int] = position["carry"]
         self._tokens: list[int] = []
@@ -58,23 +60,24 @@ class Lane:
             self._next_document()
             self._token = position["token"]
 
-    def window(self, number: int) -> list[int] | None:
-        """Window `number` (they are asked for in order; others between belong to other processes).
+    def sequence(self, number: int) -> list[int] | None:
+        """Token ids of sequence `number`: seq_len + 1, fewer at the end of finite data, then None.
 
-        Full, but for the last of finite data; None behind that.
+        number: at least the last one + 1; sequences between are made and dropped, as they belong
+            to other processes
         """
         assert number >= self._taken, (number, self._taken)
         while self._taken <= number:
             self.skipped = 0
-            window = self._carry + self._take(self._seq_len + 1 - len(self._carry))
-            if len(window) < 2:  # nothing left that could be a label
+            sequence = self._carry + self._take(self._settings.seq_len + 1 - len(self._carry))
+            if len(sequence) < 2:  # nothing left that could be a label
                 return None
             self._taken += 1
-            self._carry = window[-1:]
-        return window
+            self._carry = sequence[-1:]
+        return sequence
 
     def position(self) -> dict:
-        """Behind the last window."""
+        """Position behind the last sequence."""
         return {
             "taken": self._taken,
             "epoch": self._epoch,
@@ -97,13 +100,15 @@ class Lane:
     def _open_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._document_start: dict | None = None
-        self._reader: Reader = self._source.open(self._seed, epoch, self._shard)
+        self._reader: Reader = self._source.open(self._settings.seed, epoch, self._shard)
 
     def _report_epoch(self) -> None:
-        """Of the first lane alone: the others are about as far."""
+        """Log a new epoch, for the first stream alone: the others are about as far."""
         if self._shard.index == 0:
-            name, number, lanes = self._source.name, self._epoch + 1, self._shard.count
-            logger.info(f"Data {name}: epoch {number} of its documents begins (lane 1 of {lanes})")
+            name, number, count = self._source.name, self._epoch + 1, self._shard.count
+            logger.info(
+                f"Data {name}: epoch {number} of its documents begins (stream 1 of {count})"
+            )
 
     def _next_document(self) -> bool:
         """Tokenise the next usable document; False at the end of finite data."""
@@ -112,7 +117,7 @@ class Lane:
             start = self._reader.state_dict()
             record = next(self._reader, None)
             if record is None:
-                if not self._infinite:
+                if not self._settings.infinite:
                     return False
                 ends += 1
                 if ends > MOST_EMPTY_EPOCHS:  # the first end is that of an epoch with documents
@@ -133,10 +138,17 @@ class Lane:
         return True
 
     def _empty(self) -> UserError:
-        lane, lanes = self._shard.index + 1, self._shard.count
-        way_out = "lower training.dataset_lanes" if lanes > 1 else "mend those it has"
+        number, count = self._shard.index + 1, self._shard.count
+        way_out = "lower training.dataset_lanes" if count > 1 else "mend those it has"
+        dataset = self._source.settings.toml_key("dataset")
         return UserError(
-            f"training.dataset '{self._source.name}' had no usable document for lane {lane} of "
-            f"{lanes} in {MOST_EMPTY_EPOCHS} epochs (skipped by this process: "
+            f"{dataset} '{self._source.name}' had no usable document for stream {number} of "
+            f"{count} in {MOST_EMPTY_EPOCHS} epochs (skipped by this process: "
             f"{self._skips or 'none'}); give it more documents, or {way_out}."
         )
+
+
+def check_start(index: int, position: dict) -> None:
+    """Raise ValueError where `position` has other keys than a position of stream `index`."""
+    if position.keys() != START.keys():
+        raise ValueError(f"stream {index} has {sorted(position)}")

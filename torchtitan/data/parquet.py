@@ -1,10 +1,10 @@
 """Parquet can only be read by whole row groups: what is open together is shuffled together.
 
 Each epoch puts the row groups of all files in a new order, which lines up all documents. Each
-shard owns an equal stretch of that line, so it reads few groups besides its own. It walks its
-stretch pool by pool: as many groups as fit into its part of POOL_BYTES are open, and their
+shard owns an equal range of that line, so it reads few groups besides its own. It walks its
+range pool by pool: as many groups as fit into its part of POOL_BYTES are open, and their
 documents come in a permuted order. A group is read once an epoch (once by each shard where a
-border of stretches falls into it), and the position of a document is computed, so resuming reads
+border of ranges falls into it), and the position of a document is computed, so resuming reads
 nothing twice.
 """
 
@@ -17,23 +17,24 @@ import numpy as np
 from torchtitan.data.documents import Record
 from torchtitan.data.files import GroupedFile
 from torchtitan.data.permutation import order
+from torchtitan.data.settings import DatasetSettings
 from torchtitan.data.sources import (
     Reader,
     Shard,
     Source,
-    check_enough,
     identity_of_files,
-    lanes_of_documents,
+    streams_of_documents,
 )
 
-# Text held open by all lanes together: some 120,000 web pages. A lane holds a row group at least.
+# Text held open by all streams together: some 120,000 web pages. A stream holds a row group at
+# least.
 # Changing it changes the order of everybody's resumed runs.
 POOL_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Those rows of one row group that one shard reads."""
+    """Rows of one row group that one shard reads."""
 
     file: GroupedFile
     group: int
@@ -45,8 +46,8 @@ class Piece:
 class GroupedFiles(Source):
     """Files that are read in groups, parquet first of all; others beside it are one group each."""
 
-    def __init__(self, name: str, files: Sequence[GroupedFile]) -> None:
-        self.name = name
+    def __init__(self, settings: DatasetSettings, files: Sequence[GroupedFile]) -> None:
+        super().__init__(settings, files)
         self.files: Sequence[GroupedFile] = files
         self._groups = [(file, n) for file in files for n in range(len(file.group_rows))]
         self._rows = np.concatenate([file.group_rows for file in files])
@@ -62,17 +63,17 @@ class GroupedFiles(Source):
         pools = _pools(self._pieces(seed, epoch, shard), POOL_BYTES // shard.count)
         return _PoolReader(pools, seed, epoch)
 
-    def num_lanes(self) -> int:
-        """Few enough for each lane to have a row group of its own and to hold it in memory."""
+    def num_streams(self) -> int:
+        """Number of streams that leaves each a row group of its own, and holds those in memory."""
         group_bytes = sum(int(file.group_bytes.sum()) for file in self.files) / len(self._groups)
         most = min(len(self._groups), int(POOL_BYTES / max(1, group_bytes)))
-        return lanes_of_documents(len(self), most)
+        return streams_of_documents(len(self), most)
 
-    def check_lanes(self, lanes: int) -> None:
-        check_enough(self.name, len(self), lanes)
+    def check_streams(self, num_streams: int) -> None:
+        self.check_enough(len(self), num_streams)
 
     def _line(self, seed: int, epoch: int) -> np.ndarray:
-        """All row groups in the epoch's order. Kept for the lanes that come to this epoch next."""
+        """All row groups in the epoch's order, kept for the streams that come to it next."""
         if (seed, epoch) not in self._lines:
             while len(self._lines) > 1:
                 del self._lines[min(self._lines)]
@@ -81,7 +82,7 @@ class GroupedFiles(Source):
         return self._lines[seed, epoch]
 
     def _pieces(self, seed: int, epoch: int, shard: Shard) -> list[Piece]:
-        """The shard's stretch of the epoch's line; no two shards differ by more than a document."""
+        """The shard's range of the epoch's line; no two shards differ by more than a document."""
         groups = self._line(seed, epoch)
         ends = np.cumsum(self._rows[groups])
         begins = ends - self._rows[groups]
@@ -89,10 +90,10 @@ class GroupedFiles(Source):
         firsts = np.maximum(begins, low) - begins
         rows = np.minimum(ends, high) - begins - firsts
         pieces = []
-        for place in np.flatnonzero(rows > 0):
-            file, group = self._groups[groups[place]]
+        for n in np.flatnonzero(rows > 0):
+            file, group = self._groups[groups[n]]
             size = int(file.group_bytes[group])
-            pieces.append(Piece(file, group, int(firsts[place]), int(rows[place]), size))
+            pieces.append(Piece(file, group, int(firsts[n]), int(rows[n]), size))
         return pieces
 
 
@@ -109,7 +110,7 @@ def _pools(pieces: list[Piece], pool_bytes: int) -> list[list[Piece]]:
 
 
 class _PoolReader(Reader):
-    """Document i of a shard lies in the pool that i falls into, at a permuted place there."""
+    """Document i of a shard lies in the pool that i falls into, at a permuted index there."""
 
     def __init__(self, pools: list[list[Piece]], seed: int, epoch: int) -> None:
         self._pools = pools
@@ -124,13 +125,13 @@ class _PoolReader(Reader):
             raise StopIteration
         if number != self._number:
             self._open(number)
-        place = self._order[self._taken - self._begin]
+        row = self._order[self._taken - self._begin]
         self._taken += 1
-        index = bisect.bisect_right(self._piece_ends, place)
+        index = bisect.bisect_right(self._piece_ends, row)
         piece = self._pools[number][index]
         if index not in self._read:
             self._read[index] = piece.file.open_group(piece.group)
-        return self._read[index](place - self._piece_ends[index] + piece.rows + piece.first)
+        return self._read[index](row - self._piece_ends[index] + piece.rows + piece.first)
 
     def _open(self, number: int) -> None:
         self._number = number

@@ -4,16 +4,16 @@ import hashlib
 from collections.abc import Iterator
 
 _MASK64 = (1 << 64) - 1
-# With fewer than 2^8 places a Feistel network reaches too few of the possible orders.
+# Below 2^8 values a Feistel network reaches too few of the possible orders.
 _SMALLEST_HALF_BITS = 4
 
 
 class Order:
-    """A permutation of range(length) that is computed place by place and never stored.
+    """A permutation of range(length) that is computed value by value and never stored.
 
-    A Feistel network shuffles the smallest even-bit power of two that holds `length`; places that
+    A Feistel network shuffles the smallest even-bit power of two that holds `length`; values that
     land outside are walked on until they land inside ("cycle walking", Black and Rogaway 2002).
-    Unlike numpy's shuffle it takes no memory for billions of documents, any place can be asked for
+    Unlike numpy's shuffle it takes no memory for billions of documents, any index can be asked for
     alone, and no library update can change it under a running experiment.
     """
 
@@ -26,16 +26,16 @@ class Order:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, place: int) -> int:
-        if not 0 <= place < self.length:
-            raise IndexError(place)
-        value = self._shuffle(place)
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        value = self._shuffle(index)
         while value >= self.length:
             value = self._shuffle(value)
         return value
 
     def __iter__(self) -> Iterator[int]:
-        return (self[place] for place in range(self.length))
+        return (self[index] for index in range(self.length))
 
     def _shuffle(self, value: int) -> int:
         mask = (1 << self._half) - 1
@@ -46,7 +46,7 @@ class Order:
 
 
 def order(length: int, seed: int, epoch: int, window: int = 0) -> Order:
-    """The order of `length` things in this epoch; `window` tells the windows of a stream apart."""
+    """Order of `length` items in this epoch; `window` separates the shuffle windows of a stream."""
     return Order(length, seed, epoch, window)
 
 

@@ -1,10 +1,10 @@
-"""Sources of documents: which lane gets which ones, in which order, and how to come back.
+"""Sources of documents: which shard gets which ones, in which order, and how to resume.
 
-Three kinds. Indexed files can be read at any place, so an epoch is one permutation of everything.
+Three kinds. Indexed files can be read at any index, so an epoch is one permutation of everything.
 Row groups (parquet, parquet.py) are put in a new order and shuffled in those open together.
-Streams (the hub, gzip files) can only be read from the front, so they are shuffled window by
-window. A reader yields the records of one epoch of one shard, and its state is the position of
-the next record: read again from there, the same records follow. The shards are the lanes of
+The hub and gzip files can only be read from the front, so they are shuffled window by window. A
+reader yields the records of one epoch of one shard, and its state is the position of the next
+record: read again from there, the same records follow. Each shard forms a stream of
 data/dataloader.py: how many there are never depends on who reads them.
 """
 
@@ -23,45 +23,47 @@ from torchtitan.data.documents import Record, record_of_fields
 from torchtitan.data.files import DocumentFile, IndexedFile
 from torchtitan.data.identity import CONTENTS, REVISION
 from torchtitan.data.permutation import order
+from torchtitan.data.settings import DatasetSettings
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.logging import logger
 
-# Documents of a stream that are shuffled among each other, in all lanes together (a process that
-# reads every lane holds so many); read again when a run resumes.
+# Documents of the hub or of gzip files that are shuffled among each other, in all streams together
+# (a process that reads every stream holds so many); read again when a run resumes.
 WINDOW = 4096
-# Seconds to wait before each new attempt at a stream that has failed; `datasets` has made its own
-# attempts before it lets a failure through.
+# Seconds to wait before each new attempt at a hub dataset that has failed; `datasets` has made its
+# own attempts before it lets a failure through.
 RECONNECT_AFTER = (1, 2, 4, 8)
-# A lane costs an open file and a line in the checkpoint. More are good for more ranks only, and 64
-# share well among the usual powers of two.
-MOST_LANES = 64
-# Lanes that differ by one document (or file) more or less are as good as equal from here on, and
-# one bad document leaves others in its lane.
+# A stream costs an open file and a line in the checkpoint. More are good for more ranks only, and
+# 64 divide well among the usual powers of two.
+MOST_STREAMS = 64
+# Streams that differ by one document (or file) more or less are as good as equal from here on, and
+# one bad document leaves others in its stream.
 EVEN_PARTS = 16
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a lane: `index` of `count`."""
+    """Part `index` of `count` of a source; the documents of one stream."""
 
     index: int = 0
     count: int = 1
 
 
-def choose_lanes(possible: Iterable[int]) -> int:
-    """The most even number, and of those the largest: d ranks read none of L lanes twice where d
-    divides L, and d is mostly a power of two."""
-    return max(possible, key=lambda lanes: (lanes & -lanes, lanes))
+def choose_streams(possible: Iterable[int]) -> int:
+    """The number with the largest power of two in it, and of those the largest: d ranks read none
+    of S streams twice where d divides S, and d is mostly a power of two."""
+    return max(possible, key=lambda streams: (streams & -streams, streams))
 
 
-def lanes_of_documents(documents: int, most: int = MOST_LANES) -> int:
-    return choose_lanes(range(1, max(1, min(most, MOST_LANES, documents // EVEN_PARTS)) + 1))
+def streams_of_documents(documents: int, most: int = MOST_STREAMS) -> int:
+    """Number of streams for documents that can be read one by one."""
+    return choose_streams(range(1, max(1, min(most, MOST_STREAMS, documents // EVEN_PARTS)) + 1))
 
 
-def lanes_of_files(files: int) -> int:
-    """Files that are read whole: as many for each lane, or almost."""
-    lanes = range(1, min(files, MOST_LANES) + 1)
-    return choose_lanes(n for n in lanes if files % n == 0 or files // n >= EVEN_PARTS)
+def streams_of_files(files: int) -> int:
+    """Number of streams for files that are read whole: as many for each stream, or almost."""
+    numbers = range(1, min(files, MOST_STREAMS) + 1)
+    return choose_streams(n for n in numbers if files % n == 0 or files // n >= EVEN_PARTS)
 
 
 class Reader(ABC):
@@ -82,14 +84,20 @@ class Reader(ABC):
 
 
 class Source(ABC):
-    """Picklable: each loader process opens its own readers."""
+    """Documents of one dataset. Picklable: each loader process opens its own readers.
 
-    name: str
-    files: Sequence[DocumentFile] = ()  # none, of the hub
+    settings: dataset, with the TOML table that errors name
+    files: local files; none of the hub
+    """
+
+    def __init__(self, settings: DatasetSettings, files: Sequence[DocumentFile] = ()) -> None:
+        self.settings = settings
+        self.name = settings.label or settings.name  # for log lines and errors
+        self.files = files
 
     @abstractmethod
     def identity(self) -> dict:
-        """What a position depends on: a checkpoint's must equal ours to go on from it."""
+        """Facts that a position depends on: a checkpoint's must equal ours to resume from it."""
 
     @abstractmethod
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader: ...
@@ -99,18 +107,27 @@ class Source(ABC):
         return self.open(0, 0, Shard())
 
     @abstractmethod
-    def num_lanes(self) -> int:
-        """The number of shards that suits this source, by its data alone."""
+    def num_streams(self) -> int:
+        """Number of shards that suits this source, by its data alone."""
 
-    def check_lanes(self, lanes: int) -> None:  # noqa: B027 - a stream's length is not known
-        """Raise UserError where some lane would have nothing to read."""
+    def check_streams(self, num_streams: int) -> None:  # noqa: B027 - the hub tells no length
+        """Raise `UserError` where some stream would have nothing to read."""
+
+    def check_enough(self, documents: int, num_streams: int) -> None:
+        """Raise `UserError` where there are fewer documents than streams."""
+        if documents < num_streams:
+            raise UserError(
+                f"training.dataset_lanes = {num_streams} must be at most {documents}, the number "
+                f"of documents of {self.settings.toml_key('dataset')} '{self.name}'; lower it, or "
+                "leave it unset."
+            )
 
 
 class IndexedFiles(Source):
-    """All documents of files that can be read at any place, permuted as a whole."""
+    """All documents of files that can be read at any index, permuted as a whole."""
 
-    def __init__(self, name: str, files: Sequence[IndexedFile]) -> None:
-        self.name = name
+    def __init__(self, settings: DatasetSettings, files: Sequence[IndexedFile]) -> None:
+        super().__init__(settings, files)
         self.files: Sequence[IndexedFile] = files
         self._ends = np.cumsum([file.length for file in files]).tolist()
 
@@ -128,11 +145,11 @@ class IndexedFiles(Source):
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         return _PermutedReader(self, seed, epoch, shard)
 
-    def num_lanes(self) -> int:
-        return lanes_of_documents(len(self))
+    def num_streams(self) -> int:
+        return streams_of_documents(len(self))
 
-    def check_lanes(self, lanes: int) -> None:
-        check_enough(self.name, len(self), lanes)
+    def check_streams(self, num_streams: int) -> None:
+        self.check_enough(len(self), num_streams)
 
 
 class _PermutedReader(Reader):
@@ -145,11 +162,11 @@ class _PermutedReader(Reader):
         self._taken = 0
 
     def __next__(self) -> Record:
-        place = self._taken * self._shard.count + self._shard.index
-        if place >= len(self._order):
+        index = self._taken * self._shard.count + self._shard.index
+        if index >= len(self._order):
             raise StopIteration
         self._taken += 1
-        return self._source.read(self._order[place])
+        return self._source.read(self._order[index])
 
     def state_dict(self) -> dict:
         return {"taken": self._taken}
@@ -159,15 +176,11 @@ class _PermutedReader(Reader):
 
 
 class StreamedFiles(Source):
-    """Files of which some can only be read from the front (gzip): a stream, its files permuted.
+    """Files of which some can only be read from the front (gzip), the files permuted.
 
     With no more shards than files each shard reads files of its own; otherwise all shards read all
     files and each keeps its lines.
     """
-
-    def __init__(self, name: str, files: Sequence[DocumentFile]) -> None:
-        self.name = name
-        self.files = files
 
     def identity(self) -> dict:
         return identity_of_files(self.files)
@@ -176,8 +189,8 @@ class StreamedFiles(Source):
         stream = self._stream(seed, epoch, shard)
         return WindowShuffledReader(stream, seed, epoch, window_of(shard))
 
-    def num_lanes(self) -> int:
-        return lanes_of_files(len(self.files))
+    def num_streams(self) -> int:
+        return streams_of_files(len(self.files))
 
     def probe(self) -> Iterator[Record]:
         return self._stream(0, 0, Shard())
@@ -190,7 +203,7 @@ class StreamedFiles(Source):
 
 
 class _FilesReader(Reader):
-    """The files one after the other; line j of file n belongs to shard n + j modulo the shards."""
+    """Reads files in order; line j of file n belongs to shard n + j modulo the shards."""
 
     def __init__(self, files: Sequence[DocumentFile], numbers: list[int], shard: Shard) -> None:
         self._files = files
@@ -225,22 +238,25 @@ class HubStream(Source):
 
     `datasets` splits it by files, or by documents where there are fewer files than shards. Its own
     shuffle forgets its buffer when a run resumes, so the windows are shuffled here.
+
+    settings: name on the hub or alias, and the text key
+    dataset: the opened dataset
     """
 
-    def __init__(self, name: str, dataset, text_key: str) -> None:
-        self.name = name
+    def __init__(self, settings: DatasetSettings, dataset) -> None:
+        super().__init__(settings)
+        self.name = settings.name.partition("@")[0]
         self._dataset = dataset
-        self._text_key = text_key
         self._revision = revision_of(dataset)
 
     def identity(self) -> dict:
-        """What `datasets` tells without reading. Off the hub, a change of the documents alone stays
-        unseen; on it, the revision shows it."""
+        """Facts that `datasets` tells without reading. Off the hub, a change of the documents alone
+        stays unseen; on it, the revision shows it."""
         info, split = self._dataset.info, str(self._dataset.split)
         known = (info.splits or {}).get(split)
         return {
             "training.dataset": self.name,
-            "training.dataset_text_key": self._text_key,
+            "training.dataset_text_key": self.settings.text_key,
             "data config": info.config_name,
             "data split": split,
             "data files": self._dataset.num_shards,
@@ -250,8 +266,8 @@ class HubStream(Source):
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         return WindowShuffledReader(self._stream(shard), seed, epoch, window_of(shard))
 
-    def num_lanes(self) -> int:
-        return lanes_of_files(self._dataset.num_shards)
+    def num_streams(self) -> int:
+        return streams_of_files(self._dataset.num_shards)
 
     def probe(self) -> Iterator[Record]:
         return self._stream(Shard())
@@ -264,24 +280,25 @@ class HubStream(Source):
             own = own.shard(shard.count, shard.index, contiguous=False)
         else:
             own = split_dataset_by_node(own, rank=shard.index, world_size=shard.count)
-        return _HubReader(self.name, own, self._text_key)
+        return _HubReader(self, own)
 
 
 class _HubReader(Reader):
-    def __init__(self, name: str, dataset, text_key: str) -> None:
-        self._name = name
+    def __init__(self, source: HubStream, dataset) -> None:
+        self._name = source.name
+        self._settings = source.settings
         self._dataset = dataset
-        self._text_key = text_key
         self.load_state_dict({"number": 0, "dataset": None})
 
     def __next__(self) -> Record:
         fields = {key: column[0] for key, column in self._next_example().items()}
         self._number += 1
-        where = f"{self._name}, document {self._number} of this lane's stream"
-        return record_of_fields(where, fields, self._text_key)
+        where = f"{self._name}, document {self._number} of this stream"
+        return record_of_fields(where, fields, self._settings.text_key)
 
     def _next_example(self) -> dict:
-        """Begins the stream again behind the last document where it fails, a few times."""
+        """Read an example; after a failure open the dataset again behind the last one, several
+        times."""
         for seconds in (*RECONNECT_AFTER, None):
             try:
                 if self._examples is None:
@@ -294,7 +311,8 @@ class _HubReader(Reader):
                 raise
             except Exception as error:  # clients of networks have no common class for theirs
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            where = f"training.dataset '{self._name}' behind document {self._number} of a stream"
+            key = self._settings.toml_key("dataset")
+            where = f"{key} '{self._name}' behind document {self._number} of a stream"
             if seconds is None:
                 raise RunError(
                     f"{where} can't be read any more ({reason}), after {len(RECONNECT_AFTER)} new "
@@ -367,7 +385,7 @@ def identity_of_files(files: Sequence[DocumentFile]) -> dict:
 
 
 def revision_of(dataset) -> str | None:
-    """The commit that the files of a streamed dataset of the hub belong to, by their addresses."""
+    """Commit of a streamed dataset of the hub, by the addresses of its files."""
     addresses = str(getattr(getattr(dataset, "_ex_iterable", None), "kwargs", ""))
     found = re.search(r"hf://datasets/[^@'\"]+@([^/'\"]+)/", addresses)
     return found[1] if found else None
@@ -375,11 +393,3 @@ def revision_of(dataset) -> str | None:
 
 def window_of(shard: Shard) -> int:
     return max(1, WINDOW // shard.count)
-
-
-def check_enough(name: str, documents: int, lanes: int) -> None:
-    if documents < lanes:
-        raise UserError(
-            f"training.dataset_lanes = {lanes} must be at most {documents}, the number of "
-            f"documents of training.dataset '{name}'; lower it, or leave it unset."
-        )

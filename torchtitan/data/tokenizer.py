@@ -50,7 +50,7 @@ DEFAULT_SPECIALS = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>", "pad":
 
 
 class Tokenizer(ABC):
-    """What the trainer needs of a tokenizer.
+    """Interface of tokenizers.
 
     `encode` treats the text as plain text: a special token spelled out in a document is not taken
     for the special token, and begin and end are added only where asked, so never twice.
@@ -67,7 +67,8 @@ class Tokenizer(ABC):
     _content_hash: str
 
     def identity(self) -> dict[str, Any]:
-        """What the ids of a text depend on: a data position in tokens means nothing without."""
+        """Facts that the ids of a text depend on: without them a data position, which counts
+        tokens, means nothing."""
         specials = repr((self.bos_id, self.eos_id, self.pad_id))
         return {
             "tokenizer entries": self.vocab_size,
@@ -79,12 +80,12 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_id(self, text: str) -> int | None:
-        """Of the token spelled so, a special one perhaps; None where there is none."""
+        """Id of the token spelled so, which may be a special one; None where there is none."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
-        """The text, special tokens spelled out; ids that the tokenizer doesn't have give nothing
-        (a model may have more rows than the tokenizer has entries)."""
+        """Text of the ids, special tokens spelled out; ids that the tokenizer doesn't have give
+        nothing (a model may have more rows than the tokenizer has entries)."""
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         try:
@@ -250,8 +251,11 @@ def _tell_lost_characters(file: Path, tokenizer: Tokenizer) -> None:
 
 
 def locate(path: str, fetch: str = "") -> Path:
-    """The folder or file that model.hf_assets_path names. fetch: how to get it, for the sentence.
-    Raises `UserError`."""
+    """Find the folder or file that model.hf_assets_path names. Raises `UserError`.
+
+    path: value of the key
+    fetch: how to get it, for the sentence
+    """
     given = Path(os.path.expanduser(path))
     try:
         if given.is_dir() or given.is_file():
@@ -259,10 +263,10 @@ def locate(path: str, fetch: str = "") -> Path:
     except (OSError, ValueError):  # a name too long, a folder that may not be entered, a NUL
         pass
     if Path(path) == Path(DEFAULT_PATH):
-        for place in (_PACKAGE.parent / DEFAULT_PATH, _PACKAGE / "assets/tokenizer"):
-            if place.is_dir():
-                logger.info(f"No {path} in the working directory: using the shipped {place}")
-                return place
+        for folder in (_PACKAGE.parent / DEFAULT_PATH, _PACKAGE / "assets/tokenizer"):
+            if folder.is_dir():
+                logger.info(f"No {path} in the working directory: using the shipped {folder}")
+                return folder
     raise UserError(
         f"model.hf_assets_path = '{path}' is neither a folder nor a file here; set it to a folder "
         f"with tokenizer.json or *.tiktoken{fetch}, or leave it out for the shipped tokenizer."

@@ -1,4 +1,4 @@
-"""The files of a tokenizer: what is read from each, checked field by field, with sentences."""
+"""Read the files of a tokenizer, checked field by field."""
 
 import base64
 import binascii
@@ -28,7 +28,8 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file. Raises `UserError` for one that is no JSON object."""
+    """Content of a JSON file; empty where there is no such file. Raises `UserError` for one that is
+    no JSON object."""
     if not os.path.lexists(path):  # a link to nowhere is a file that was lost
         return {}
     try:
@@ -84,7 +85,7 @@ def special_ids(
 
 
 def _token_text(path: Path, key: str, value: Any) -> str | None:
-    """Of a token written as text, or as a table with its content (an AddedToken)."""
+    """Text of a token that is written as text, or as a table with its content (an AddedToken)."""
     text = value.get("content") if isinstance(value, dict) else value
     if value is None:
         return None
@@ -94,7 +95,7 @@ def _token_text(path: Path, key: str, value: Any) -> str | None:
 
 
 def _token_id(path: Path, key: str, value: Any, vocab_size: int) -> int | None:
-    """Of a list (a model may have several ends) the first. Old files say -1 for no padding."""
+    """Id, or the first of a list (a model may have several ends); -1 in old files: no padding."""
     named = value[0] if isinstance(value, list) and value else value
     if named is None or named == [] or (key == "pad_token_id" and named == -1):
         return None
@@ -120,7 +121,7 @@ def added_tokens(folder: Path) -> dict[str, int]:
 
 
 def _is_text(text: str) -> bool:
-    """JSON can spell half a surrogate pair, which is no character."""
+    """Return False for half a surrogate pair, which JSON can spell and which is no character."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -147,7 +148,8 @@ def read_rank_settings(folder: Path) -> tuple[str | None, dict[str, int]]:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Raises `UserError` for a file that is none, and for ranks that can't encode every text."""
+    """Read a tiktoken rank file. Raises `UserError` for a file that is none, and for ranks that
+    can't encode every text."""
     try:
         data = path.read_bytes()
     except OSError as error:

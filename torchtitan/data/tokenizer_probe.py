@@ -1,4 +1,4 @@
-"""What a tokenizer does to single characters, and errors of its Rust code."""
+"""Probe what a tokenizer does to single characters; and errors of its Rust code."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 
 class RustError(Exception):
-    """What tokenizers or tiktoken raised. panicked: a failed assumption of theirs."""
+    """Error of tokenizers or tiktoken. panicked: whether an assumption of theirs failed."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(" ".join(str(error).split())[:200])
@@ -30,7 +30,7 @@ def rust_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def no_panic_report() -> Iterator[None]:
     """Keep what Rust writes to standard error about a panic away from the user, who gets the
-    sentence. Short: other threads are not heard either."""
+    sentence. Keep the block short: other threads' standard error is lost too."""
     try:
         saved = os.dup(2)
     except OSError:  # there is no standard error
@@ -66,7 +66,7 @@ PROBE = _probe()
 
 
 def lost_characters(encode: Callable[[str], list[int]]) -> dict[str, list[str]]:
-    """The characters of `PROBE` that a tokenizer drops or can't encode, by what happens to them.
+    """Characters of `PROBE` that a tokenizer drops or can't encode, by what happens to them.
     Raises `RustError` where it panics."""
     lost: dict[str, list[str]] = {}
     with no_panic_report():

@@ -1,12 +1,10 @@
 """The validation set: another dataset, read once from beginning to end each time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torchtitan.config import Validation
+from torchtitan.data.build import build_text_dataloader
 from torchtitan.data.catalog import check_dataset
 from torchtitan.data.dataloader import ParallelAwareDataLoader
-from torchtitan.data.text_datasets import build_text_dataloader
+from torchtitan.data.settings import validation_data, validation_dataset
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.tools.errors import UserError
 
@@ -21,34 +19,13 @@ def check_validation_data(settings: Validation, max_seq_len: int) -> None:
             f"({max_seq_len}; it follows seq_len of [training], or of the phase with the shortest "
             "sequences); lower it, or set model.args.max_seq_len."
         )
-    with _its_own_keys():
-        check_dataset(settings.dataset, settings.dataset_path)
+    check_dataset(validation_dataset(settings))
 
 
 def build_validation_dataloader(
     settings: Validation, tokenizer: Tokenizer, *, dp_rank: int, dp_degree: int
 ) -> ParallelAwareDataLoader:
-    """Gives the same windows in any layout, and for any seed of the run."""
-    with _its_own_keys():
-        return build_text_dataloader(
-            dataset_name=settings.dataset,
-            dataset_path=settings.dataset_path,
-            text_key=settings.dataset_text_key,
-            tokenizer=tokenizer,
-            seq_len=settings.seq_len,
-            batch_size=settings.local_batch_size,
-            dp_rank=dp_rank,
-            dp_degree=dp_degree,
-            seed=0,
-            num_workers=0,
-            infinite=False,
-        )
-
-
-@contextmanager
-def _its_own_keys() -> Iterator[None]:
-    """The data layer speaks of training.dataset…; the keys have the same names here."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("training.dataset", "validation.dataset")) from None
+    """Loader of the same examples in any layout, and for any seed of the run."""
+    return build_text_dataloader(
+        validation_data(settings), tokenizer, dp_rank=dp_rank, dp_degree=dp_degree
+    )

@@ -13,6 +13,7 @@ from pyarrow import types
 
 from torchtitan.data.documents import keys_there
 from torchtitan.data.files import DocumentFile, ParquetFile, TextFile
+from torchtitan.data.settings import DatasetSettings
 from torchtitan.tools.errors import UserError
 
 # When this many documents in a row are unusable, none will come.
@@ -41,23 +42,30 @@ NOT_STRINGS = (
 )
 
 
-def refuse_wrong_files(files: Iterable[DocumentFile]) -> None:
+def refuse_wrong_files(settings: DatasetSettings, files: Iterable[DocumentFile]) -> None:
     """Raise `UserError` that names the first file of which nothing can be used. Costs the reading
-    of one document a file where all is well."""
+    of one document a file where all is well.
+
+    settings: dataset that the files belong to
+    files: all of them
+    """
+    set_text_key = f"set {settings.toml_key('dataset_text_key')}"
     for file in files:
         problem = format_problem(file.path)
         if problem is None and isinstance(file, ParquetFile):
-            problem = _parquet_problem(file)
+            problem = _parquet_problem(file, set_text_key)
         elif problem is None and not isinstance(file, TextFile):
-            problem = _problem_of_documents(file)
+            problem = _problem_of_documents(file, set_text_key)
         if problem is not None:
             raise UserError(
-                f"{file.path}: {problem}, or leave the file out of training.dataset_path."
+                f"{file.path}: {problem}, or leave the file out of "
+                f"{settings.toml_key('dataset_path')}."
             )
 
 
 def format_problem(path: Path) -> str | None:
-    """What is wrong with the format, and the way out. Raises `UserError` where it is unreadable."""
+    """Sentence about a wrong format, with the way out, or None. Raises `UserError` where the file
+    is unreadable."""
     try:
         with path.open("rb") as file:
             head = file.read(4096)
@@ -74,24 +82,24 @@ def format_problem(path: Path) -> str | None:
     return None
 
 
-def _parquet_problem(file: ParquetFile) -> str | None:
+def _parquet_problem(file: ParquetFile, set_text_key: str) -> str | None:
     key = file.text_key
     if key not in file.schema.names:
         return (
             f"none of its {file.length:,} records has '{key}' "
-            f"({keys_there(file.schema.names)}); set training.dataset_text_key"
+            f"({keys_there(file.schema.names)}); {set_text_key}"
         )
     kind = file.schema.field(key).type
     if any(is_kind(kind) for is_kind in NOT_STRINGS):
-        return f"'{key}' is a column of {kind}, not of strings; set training.dataset_text_key"
+        return f"'{key}' is a column of {kind}, not of strings; {set_text_key}"
     return None
 
 
-def _problem_of_documents(file: DocumentFile) -> str | None:
+def _problem_of_documents(file: DocumentFile, set_text_key: str) -> str | None:
     """An empty text counts as one: the file has the right form."""
     key, problems = file.text_key, Counter[str]()
     first = None
-    for _, record in itertools.islice(file.records(0, lambda place: True), PROBED_DOCUMENTS):
+    for _, record in itertools.islice(file.records(0, lambda index: True), PROBED_DOCUMENTS):
         if record.problem in ("", "empty text"):
             return None
         if record.problem != "empty line":
@@ -102,14 +110,11 @@ def _problem_of_documents(file: DocumentFile) -> str | None:
     number = problems.total()
     which = f"its first {number:,}" if number >= PROBED_DOCUMENTS else f"its {number:,}"
     if len(problems) == 1 and first.problem == f"no '{key}' key":
-        return f"none of {which} records has '{key}' ({first.found}); set training.dataset_text_key"
+        return f"none of {which} records has '{key}' ({first.found}); {set_text_key}"
     if len(problems) == 1 and first.found:
-        return (
-            f"'{key}' is a string in none of {which} records ({first.found}); "
-            "set training.dataset_text_key"
-        )
+        return f"'{key}' is a string in none of {which} records ({first.found}); {set_text_key}"
     reasons = ", ".join(f"{count:,} {problem}" for problem, count in problems.most_common())
     return (
         f"none of {which} records can be used ({reasons}; first {first.where}: {first.details}); "
-        "write one JSON object a line, set training.dataset_text_key"
+        f"write one JSON object a line, {set_text_key}"
     )

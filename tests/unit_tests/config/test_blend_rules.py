@@ -4,7 +4,7 @@ import pytest
 
 from tests.tiny_run import as_option
 from torchtitan.config import ConfigManager, JobConfig, run_schedule, validate
-from torchtitan.config.blend import Stretch, blend_stretches
+from torchtitan.config.blend import BlendSegment, blend_segments
 from torchtitan.tools.errors import UserError
 
 BLEND = [{"name": "web", "weight": 0.7}, {"name": "code", "weight": 0.3}, {"name": "math"}]
@@ -17,8 +17,8 @@ def parse(blend, *options, phases=()):
     return ConfigManager().parse_args([tables, "--training.seq_len=1000", *options])
 
 
-def stretches(config: JobConfig) -> list[Stretch]:
-    return blend_stretches(config, run_schedule(config, dp_degree=1))
+def segments(config: JobConfig) -> list[BlendSegment]:
+    return blend_segments(config, run_schedule(config, dp_degree=1))
 
 
 def test_parts_are_in_lowest_terms_and_change_with_the_phases():
@@ -30,26 +30,26 @@ def test_parts_are_in_lowest_terms_and_change_with_the_phases():
     ]
     config = parse(BLEND, phases=phases)
     validate(config, world_size=1)
-    assert stretches(config) == [
-        Stretch(0, (7, 3, 0)),
-        Stretch(11, (1, 0, 1), 10_500),  # the first sequence with 10,500 tokens behind it
-        Stretch(51, (0, 0, 1), 50_500),
+    assert segments(config) == [
+        BlendSegment(0, (7, 3, 0)),
+        BlendSegment(11, (1, 0, 1), 10_500),  # the first sequence with 10,500 tokens behind it
+        BlendSegment(51, (0, 0, 1), 50_500),
     ]
-    assert stretches(ConfigManager().parse_args([])) == []
+    assert segments(ConfigManager().parse_args([])) == []
 
 
 def test_a_first_phase_may_say_how_the_run_begins():
     phases = [{"tokens": 1e6, "blend": {"web": 1, "code": 1, "math": 1}}]
-    assert stretches(parse(BLEND, phases=phases)) == [Stretch(0, (1, 1, 1))]
+    assert segments(parse(BLEND, phases=phases)) == [BlendSegment(0, (1, 1, 1))]
 
 
 def test_weights_may_be_numbers_of_tokens():
     """Then they are rounded, to 0.01 %."""
     blend = [{"name": "web", "weight": 1234567891011}, {"name": "code", "weight": 98765432101}]
-    assert stretches(parse(blend)) == [Stretch(0, (9259, 741))]
+    assert segments(parse(blend)) == [BlendSegment(0, (9259, 741))]
     blend[1]["weight"] = 6e7
     with pytest.raises(UserError, match="weight of 'code', 60000000.0, is less than one sequence"):
-        stretches(parse(blend))
+        segments(parse(blend))
 
 
 TWO = BLEND[:2]

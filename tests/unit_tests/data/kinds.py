@@ -7,11 +7,29 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchtitan.data import open_source
+from torchtitan.data import DatasetSettings, DataSettings, TextDataset, open_source
+from torchtitan.data.rank_slice import RankSlice
 from torchtitan.data.sources import HubStream
 
 TEXTS = [f"document {n} " + "word " * (n % 13) + str(n * n) for n in range(41)]
 KINDS = ["plain", "gzip", "parquet", "hub"]
+
+
+def named(name, path=None, text_key="text", label="", key="training"):
+    """A dataset as the keys of that table of the TOML name it."""
+    return DatasetSettings(key, name, path, text_key, label)
+
+
+def opened(*args, **kwargs):
+    """The source of a dataset; arguments as of `named`."""
+    return open_source(named(*args, **kwargs))
+
+
+def text_dataset(source, tokenizer, seq_len, *, rank_slice=None, **settings):
+    """Examples of one source; settings as of `DataSettings`."""
+    rank_slice = rank_slice or RankSlice()
+    cut = DataSettings((source.settings,), False, seq_len, rank_slice.batch_size, **settings)
+    return TextDataset(source, tokenizer, cut, rank_slice)
 
 
 def make_source(kind, folder, texts=TEXTS):
@@ -23,7 +41,7 @@ def make_source(kind, folder, texts=TEXTS):
             with open(paths[-1], "w") as file:
                 file.writelines(json.dumps({"text": t}) + "\n" for t in texts[number::4])
         rows = datasets.load_dataset("json", data_files=paths, split="train", streaming=True)
-        return HubStream("org/name", rows, "text")
+        return HubStream(named("org/name"), rows)
     for number in range(3):
         if kind == "parquet":
             table = pa.table({"text": texts[number::3]})
@@ -35,7 +53,7 @@ def make_source(kind, folder, texts=TEXTS):
         if kind == "gzip":
             (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
             path.unlink()
-    return open_source("text", str(folder / f"{kind}*"), "text")
+    return opened("text", str(folder / f"{kind}*"), "text")
 
 
 def pack(texts, tokenizer, seq_len):

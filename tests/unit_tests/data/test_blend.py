@@ -9,16 +9,16 @@ import pytest
 
 from tests.tiny_run import as_option, losses, records, tiny
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
-from tests.unit_tests.data.kinds import lists, pack
-from torchtitan.config.blend import Stretch
-from torchtitan.data import TextDataset, open_source
-from torchtitan.data.blend import BlendedDataset, Turns, period_of
-from torchtitan.data.dataloader import Share, build_dataloader, merge_states
+from tests.unit_tests.data.kinds import lists, opened, pack, text_dataset
+from torchtitan.config.blend import BlendSegment
+from torchtitan.data.blend import BlendedDataset, BlendOrder, period_of
+from torchtitan.data.dataloader import build_dataloader, merge_states
+from torchtitan.data.rank_slice import RankSlice
 from torchtitan.data.sources import Shard
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main
 
-SEQ_LEN, LANES, SEED = 20, 3, 1
+SEQ_LEN, STREAMS, SEED = 20, 3, 1
 PARTS = [(1, 1), (7, 3), (99, 1), (1, 1, 1), (501, 300, 199), (64, 32, 16, 8, 4, 2, 1), (5,)]
 
 # ---------------------------------------------------------------------------------------------
@@ -45,30 +45,34 @@ def test_a_period_keeps_the_shares_within_one_sequence(parts):
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_realised_shares_are_the_weights(parts):
-    turns, length = Turns([Stretch(0, parts)]), sum(parts)
+    turns, length = BlendOrder([BlendSegment(0, parts)]), sum(parts)
     first = [turns[n] for n in range(3 * length)]
     assert Counter(first) == {k: 3 * part for k, part in enumerate(parts)}
     assert furthest_from_share(first, parts) < (1 if len(parts) <= 2 else 2)
 
 
 @pytest.mark.parametrize("parts", [(1, 1), (501, 300, 199), (15, 1)])
-def test_every_lane_gets_every_dataset(parts):
-    """Although periods and 16 lanes have common divisors: a lane's own share is near the whole."""
-    turns, lanes, rows = Turns([Stretch(0, parts)]), 16, 1500
-    for lane in range(lanes):
-        seen = Counter(turns[row * lanes + lane] for row in range(rows))
+def test_every_stream_gets_every_dataset(parts):
+    """Although periods and 16 streams have common divisors: each one's share is near the whole."""
+    turns, streams, rows = BlendOrder([BlendSegment(0, parts)]), 16, 1500
+    for stream in range(streams):
+        seen = Counter(turns[row * streams + stream] for row in range(rows))
         for k, part in enumerate(parts):
             assert seen[k] == pytest.approx(rows * part / sum(parts), rel=0.15)
 
 
 def test_phases_have_shares_of_their_own():
     """Each counted from its first sequence on; no memory of what came before it."""
-    stretches = [Stretch(0, (7, 2, 1)), Stretch(33, (0, 1, 1)), Stretch(90, (1, 0, 0))]
-    turns = Turns(stretches)
+    segments = [
+        BlendSegment(0, (7, 2, 1)),
+        BlendSegment(33, (0, 1, 1)),
+        BlendSegment(90, (1, 0, 0)),
+    ]
+    turns = BlendOrder(segments)
     ends = [33, 90, 120]
-    for stretch, end in zip(stretches, ends, strict=True):
-        seen = [turns[n] for n in range(stretch.first, end)]
-        assert furthest_from_share(seen, stretch.parts) < 2
+    for segment, end in zip(segments, ends, strict=True):
+        seen = [turns[n] for n in range(segment.first, end)]
+        assert furthest_from_share(seen, segment.parts) < 2
     assert {turns[n] for n in range(33, 90)} == {1, 2}
 
 
@@ -81,32 +85,32 @@ CODE = [f"code {n} = " + "x + " * (n % 7) for n in range(9)]  # two epochs in wh
 MATH = [f"math {n}" for n in range(30)]
 TEXTS = {"web": WEB, "code": CODE, "math": MATH}
 # Math rests in the second phase.
-STRETCHES = [Stretch(0, (6, 3, 1)), Stretch(41, (1, 1, 0))]
+SEGMENTS = [BlendSegment(0, (6, 3, 1)), BlendSegment(41, (1, 1, 0))]
 
 
 @pytest.fixture
 def sources(jsonl):
     paths = {name: jsonl(f"{name}.jsonl", texts) for name, texts in TEXTS.items()}
-    return {name: open_source("text", str(path), "text", name) for name, path in paths.items()}
+    return {name: opened("text", str(path), "text", name) for name, path in paths.items()}
 
 
-def blend(sources, share=Share(), stretches=STRETCHES, seed=SEED):  # noqa: B008 - it is frozen
-    settings = dict(share=share, num_lanes=LANES, seed=seed)
-    parts = {n: TextDataset(s, OneTokenAByte(), SEQ_LEN, **settings) for n, s in sources.items()}
-    return build_dataloader(BlendedDataset(parts, Turns(stretches)))
+def blend(sources, rank_slice=RankSlice(), segments=SEGMENTS, seed=SEED):  # noqa: B008 - it is frozen
+    settings = dict(rank_slice=rank_slice, num_streams=STREAMS, seed=seed)
+    parts = {n: text_dataset(s, OneTokenAByte(), SEQ_LEN, **settings) for n, s in sources.items()}
+    return build_dataloader(BlendedDataset(parts, BlendOrder(segments)))
 
 
 def expected_order(sources, count):
-    """Example n is of lane n % LANES: the next window there of the dataset whose turn it is."""
-    turns = Turns(STRETCHES)
+    """Example n is of stream n % STREAMS: the next window there of the dataset whose turn it is."""
+    turns = BlendOrder(SEGMENTS)
     windows = {}
     for name, source in sources.items():
-        for lane in range(LANES):
-            epochs = (source.open(SEED, epoch, Shard(lane, LANES)) for epoch in range(9))
+        for stream in range(STREAMS):
+            epochs = (source.open(SEED, epoch, Shard(stream, STREAMS)) for epoch in range(9))
             texts = [record.text for epoch in epochs for record in epoch]
-            windows[name, lane] = iter(pack(texts, OneTokenAByte(), SEQ_LEN)[:-1])
+            windows[name, stream] = iter(pack(texts, OneTokenAByte(), SEQ_LEN)[:-1])
     names = list(sources)
-    found = [next(windows[names[turns[n]], n % LANES]) for n in range(count)]
+    found = [next(windows[names[turns[n]], n % STREAMS]) for n in range(count)]
     return [(tuple(inputs), tuple(labels)) for inputs, labels in found]
 
 
@@ -132,8 +136,8 @@ def test_a_chain_of_layouts_is_one_run(sources):
     """What all ranks saw is the one order, part by part, however many ranks and workers."""
     order, state, seen = expected_order(sources, 110), None, 0
     for batches, dp_degree, batch_size, workers in CHAIN:
-        shares = [Share(rank, dp_degree, batch_size, workers) for rank in range(dp_degree)]
-        loaders = [blend(sources, share) for share in shares]
+        slices = [RankSlice(rank, dp_degree, batch_size, workers) for rank in range(dp_degree)]
+        loaders = [blend(sources, rank_slice) for rank_slice in slices]
         for loader in loaders if state else []:
             loader.load_state_dict(json.loads(json.dumps(state)))
         part = take(loaders, batches)
@@ -145,31 +149,31 @@ def test_a_chain_of_layouts_is_one_run(sources):
     alone = blend(sources)
     take([alone], seen)
     assert state == merge_states([alone.local_state()])
-    assert max(lane["datasets"]["code"]["epoch"] for lane in state["lanes"].values()) >= 1
+    assert max(stream["datasets"]["code"]["epoch"] for stream in state["lanes"].values()) >= 1
 
 
-def test_each_document_of_a_lane_is_seen_before_any_is_seen_again(sources):
-    """Decoded from the labels, by lane and dataset."""
+def test_each_document_of_a_stream_is_seen_before_any_is_seen_again(sources):
+    """Decoded from the labels, by stream and dataset."""
     loader = blend(sources)
     texts = {}
     for n, (_, labels) in enumerate(take([loader], 90)):
-        texts.setdefault((turn := Turns(STRETCHES)[n], n % LANES), []).extend(labels)
+        texts.setdefault((turn := BlendOrder(SEGMENTS)[n], n % STREAMS), []).extend(labels)
         assert turn in (0, 1) or n < 41
     firsts = {k: [] for k in range(3)}
-    for (k, lane), ids in texts.items():
+    for (k, stream), ids in texts.items():
         read = "".join(chr(i) if i < 256 else "\n" * (i == 257) for i in ids).split("\n")[:-1]
-        firsts[k] += read[: len(range(lane, len(list(TEXTS.values())[k]), LANES))]
-    assert sorted(firsts[1]) == sorted(CODE), "each lane's first epoch"
+        firsts[k] += read[: len(range(stream, len(list(TEXTS.values())[k]), STREAMS))]
+    assert sorted(firsts[1]) == sorted(CODE), "each stream's first epoch"
     assert set(firsts[0]) <= set(WEB) and len(set(firsts[0])) == len(firsts[0]) > 20
     assert set(firsts[2]) <= set(MATH) and len(set(firsts[2])) == len(firsts[2]) > 2
 
 
 def test_the_loader_knows_what_each_dataset_gave(sources):
-    loaders = [blend(sources, Share(rank, 2, 2)) for rank in range(2)]
+    loaders = [blend(sources, RankSlice(rank, 2, 2)) for rank in range(2)]
     take(loaders, 10)
     state = merge_states([loader.local_state() for loader in loaders])
     assert state["tokens_of"] == {"web": 24 * SEQ_LEN, "code": 12 * SEQ_LEN, "math": 4 * SEQ_LEN}
-    again = [blend(sources, Share(rank, 3)) for rank in range(3)]
+    again = [blend(sources, RankSlice(rank, 3)) for rank in range(3)]
     for loader in again:
         loader.load_state_dict(state)
     assert merge_states([loader.local_state() for loader in again]) == state
@@ -178,7 +182,7 @@ def test_the_loader_knows_what_each_dataset_gave(sources):
 def test_an_epoch_of_a_dataset_is_told(sources, log):
     take([blend(sources)], 90)
     told = [line for line in log if "epoch" in line]
-    assert "Data code: epoch 2 of its documents begins (lane 1 of 3)" in told
+    assert "Data code: epoch 2 of its documents begins (stream 1 of 3)" in told
     assert not any("web" in line for line in told)
 
 
@@ -187,13 +191,15 @@ def test_another_blend_goes_on_with_the_same_datasets_and_not_with_others(source
     loader = blend(sources)
     take([loader], 12)
     state = merge_states([loader.local_state()])
-    only_code = blend(sources, stretches=[Stretch(0, (0, 1, 0))])
+    only_code = blend(sources, segments=[BlendSegment(0, (0, 1, 0))])
     only_code.load_state_dict(state)
     batch = next(iter(only_code))
-    order, turns = expected_order(sources, 60), Turns(STRETCHES)
+    order, turns = expected_order(sources, 60), BlendOrder(SEGMENTS)
     next_code = next(order[n] for n in range(12, 60, 3) if turns[n] == 1)
     assert tuple(batch[1][0].tolist()) == next_code[1]
-    fewer = blend({name: sources[name] for name in ("web", "code")}, stretches=[Stretch(0, (1, 1))])
+    fewer = blend(
+        {name: sources[name] for name in ("web", "code")}, segments=[BlendSegment(0, (1, 1))]
+    )
     with pytest.raises(UserError, match="training.blend = .'web', 'code', 'math'., and this run"):
         fewer.load_state_dict(state)
     del state["lanes"]["1"]["datasets"]["web"]

@@ -8,20 +8,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from torchtitan.data import TextDataset, open_source
-from torchtitan.data.files import find_files
+from tests.unit_tests.data.kinds import named, opened, text_dataset
+from torchtitan.data.folders import search
 from torchtitan.data.sources import Shard
 from torchtitan.tools.errors import UserError
 
 
 def texts_of(path, text_key="text", seed=0, epoch=0, shard=None):
-    source = open_source("text", str(path), text_key)
+    source = opened("text", str(path), text_key)
     records = source.open(seed, epoch, shard or Shard())
     return [record.text for record in records if not record.problem]
 
 
 def problems_of(path, text_key="text"):
-    source = open_source("text", str(path), text_key)
+    source = opened("text", str(path), text_key)
     found = {record.where: record.problem for record in source.open(0, 0, Shard())}
     return {where.rpartition("/")[2]: problem for where, problem in found.items() if problem}
 
@@ -61,7 +61,7 @@ def test_a_local_copy_of_c4_gives_the_split_that_was_asked_for(tmp_path):
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(gzip.compress(json.dumps({"text": split}).encode()))
     for name, text in (("c4", "train"), ("c4_validation", "validation")):
-        source = open_source(name, str(tmp_path), "text")
+        source = opened(name, str(tmp_path), "text")
         assert [record.text for record in source.open(0, 0, Shard())] == [text]
 
 
@@ -127,9 +127,9 @@ def test_bad_documents_are_counted_and_only_the_first_and_some_milestones_are_na
     jsonl, tokenizer, log
 ):
     path = jsonl("a.jsonl", ["good"] * 10 + [""] * 200 + [7] * 50)
-    source = open_source("mine", str(path), "text")
+    source = opened("mine", str(path), "text")
     log.clear()
-    list(TextDataset(source, tokenizer, seq_len=4, infinite=False))
+    list(text_dataset(source, tokenizer, seq_len=4, infinite=False))
     named = [line for line in log if "Skipped" in line]
     assert len(named) == 5 and all(f"{path} line " in line for line in named)
     for line, total in zip(named[3:], (10, 100), strict=True):
@@ -139,9 +139,11 @@ def test_bad_documents_are_counted_and_only_the_first_and_some_milestones_are_na
 
 def test_skipped_documents_are_reported_though_the_epoch_never_ends(jsonl, tokenizer, log):
     """What is reported grows with the data read, over many epochs, and the log stays short."""
-    source = open_source("mine", str(jsonl("a.jsonl", ["good"] * 2 + [""] * 18)), "text")
+    source = opened("mine", str(jsonl("a.jsonl", ["good"] * 2 + [""] * 18)), "text")
     log.clear()
-    for _ in zip(range(200), TextDataset(source, tokenizer, seq_len=4, num_lanes=2), strict=False):
+    for _ in zip(
+        range(200), text_dataset(source, tokenizer, seq_len=4, num_streams=2), strict=False
+    ):
         pass
     reported = [line.split(" ")[1] for line in log if "so far" in line]
     assert reported == ["10", "100", "1,000"]
@@ -161,13 +163,13 @@ def test_skipped_documents_are_reported_though_the_epoch_never_ends(jsonl, token
 def test_data_with_nothing_usable_is_refused_in_one_sentence(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence) as error:
-        open_source("text", str(tmp_path / name), "text")
+        opened("text", str(tmp_path / name), "text")
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_files_are_found_in_one_order_whatever_the_file_system_says(tmp_path, jsonl):
     for name in ("b.jsonl", "a.jsonl", "c/a.jsonl"):
         jsonl(name, ["x"])
-    found = find_files(str(tmp_path))
+    found = search(named("text", str(tmp_path))).files
     assert [str(f.relative_to(tmp_path)) for f in found] == ["a.jsonl", "b.jsonl", "c/a.jsonl"]
-    assert find_files(str(tmp_path / "**/a.jsonl")) == [found[0], found[2]]
+    assert search(named("text", str(tmp_path / "**/a.jsonl"))).files == [found[0], found[2]]

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tiny_run import as_option, tiny
-from torchtitan.data import fingerprint, open_source
+from tests.unit_tests.data.kinds import named, opened
+from torchtitan.data import fingerprint
 from torchtitan.data.identity import (
     CONTENTS,
     REVISION,
@@ -40,7 +41,7 @@ def write(path, texts):
 
 def identity(path):
     """As a checkpoint has it."""
-    return json.loads(json.dumps(open_source("text", str(path), "text").identity()))
+    return json.loads(json.dumps(opened("text", str(path), "text").identity()))
 
 
 @pytest.fixture(params=[".jsonl", ".json", ".jsonl.gz", ".parquet", ".txt"])
@@ -135,7 +136,7 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_has(data, log
 
 
 def test_the_shipped_sample_has_a_fingerprint_too():
-    saved = open_source("sample", None, "text").identity()
+    saved = opened("sample", None, "text").identity()
     ((name, size, _),) = saved[CONTENTS]
     assert name == "sample.jsonl"
     with pytest.raises(UserError, match="sample.jsonl has other content .*of the same size"):
@@ -148,7 +149,7 @@ def test_a_hub_dataset_is_known_by_its_commit(monkeypatch):
     def of(commit):
         address = f"hf://datasets/org/name@{commit}/data/0.parquet"
         monkeypatch.setattr(rows._ex_iterable, "kwargs", {"files": [address], "shards": [1]})
-        return HubStream("org/name", rows, "text").identity()
+        return HubStream(named("org/name"), rows).identity()
 
     assert of("abc")[REVISION] == "abc"
     refuse_other_data(of("abc"), of("abc"))

@@ -15,46 +15,60 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import IterableDataset
 
-from torchtitan.data.dataloader import (
-    POSITION,
-    SKIPPED,
-    Share,
-    build_dataloader,
-    merge_states,
-)
+from torchtitan.data import DataSettings
+from torchtitan.data.dataloader import build_dataloader, merge_states
+from torchtitan.data.rank_slice import RankSlice
+from torchtitan.data.stream_dataset import StreamDataset
 from torchtitan.tools.errors import UserError
 
-LANES = 6
+STREAMS = 6
 
 
-class Counting(IterableDataset):
-    """Example n is n, of a lane that counts its examples; raises at `bad`."""
+class CountingStream:
+    """Sequence k of stream s is the number of its example; raises at `bad`."""
 
-    num_lanes, infinite, names = LANES, True, ()
+    dataset = None
 
-    def __init__(self, share=None, bad=None, seed=0):
-        self.share, self.bad, self.seed = share, bad, seed
-        self.start(0, {})
+    def __init__(self, index, bad, position):
+        self.index, self.bad = index, bad
+        self.taken = position["taken"] if position else 0
+
+    def sequence(self, number):
+        self.last, self.taken = number * STREAMS + self.index, number + 1
+        if self.last == self.bad:
+            raise UserError(f"document {self.bad} is bad.")
+        self.skipped = int(self.last % 5 == 0)
+        return [self.last]
+
+    def position(self):
+        return {"taken": self.taken, "last": self.last}
+
+
+class Counting(StreamDataset):
+    """Example n is n, of a stream that counts its examples; raises at `bad`."""
+
+    def __init__(self, rank_slice=None, bad=None, seed=0):
+        super().__init__(DataSettings((), False, 1, rank_slice.batch_size), STREAMS, rank_slice)
+        self.bad, self.seed = bad, seed
 
     def identity(self):
         return {"debug.seed": self.seed}
 
-    def start(self, consumed, lanes):
-        assert all(position.keys() == {"taken", "last"} for position in lanes.values())
-        self.consumed, self.lanes = consumed, lanes
+    def check_position(self, index, position):
+        assert position.keys() == {"taken", "last"}
 
-    def __iter__(self):
-        for n in self.share.examples_here(self.consumed):
-            if n == self.bad:
-                raise UserError(f"document {self.bad} is bad.")
-            position = json.dumps({"taken": n // LANES + 1, "last": n})
-            yield {"n": n, SKIPPED: torch.tensor(n % 5 == 0), POSITION: position}, n
+    def open_stream(self, index, skips, position):
+        return CountingStream(index, self.bad, position)
+
+    def example(self, sequence):
+        return {"n": sequence[0]}, sequence[0]
 
 
 def build(batch_size=3, num_workers=0, dp_rank=0, dp_degree=1, **dataset):
-    return build_dataloader(Counting(Share(dp_rank, dp_degree, batch_size, num_workers), **dataset))
+    return build_dataloader(
+        Counting(RankSlice(dp_rank, dp_degree, batch_size, num_workers), **dataset)
+    )
 
 
 def run(batches, dp_degree, state=None, **layout):
@@ -86,8 +100,10 @@ def test_each_round_of_batches_of_all_ranks_is_the_next_stretch(
 ):
     """Batch i comes from worker i modulo their number, as torch hands them out."""
     workers = max(1, num_workers)
-    shares = [Share(rank, dp_degree, batch_size, num_workers) for rank in range(dp_degree)]
-    makers = [[share.examples(first, worker) for worker in range(workers)] for share in shares]
+    slices = [RankSlice(rank, dp_degree, batch_size, num_workers) for rank in range(dp_degree)]
+    makers = [
+        [rank_slice.examples(first, worker) for worker in range(workers)] for rank_slice in slices
+    ]
     for i in range(4):
         batches = [list(islice(rank[i % workers], batch_size)) for rank in makers]
         begin = first + i * dp_degree * batch_size
@@ -95,35 +111,35 @@ def test_each_round_of_batches_of_all_ranks_is_the_next_stretch(
         assert found == list(range(begin, begin + dp_degree * batch_size))
 
 
-@given(num_lanes=st.integers(1, 12), **SHARES)
+@given(num_streams=st.integers(1, 12), **SHARES)
 @settings(deadline=None)
-def test_the_lanes_of_a_process_are_all_that_it_ever_meets(
-    num_lanes, dp_degree, batch_size, num_workers, first
+def test_the_streams_of_a_process_are_all_that_it_ever_meets(
+    num_streams, dp_degree, batch_size, num_workers, first
 ):
-    share = Share(0, dp_degree, batch_size, num_workers)
-    lanes = share.lanes(num_lanes, share.examples(first))
-    assert {n % num_lanes for n in islice(share.examples(first), 400)} == lanes
+    rank_slice = RankSlice(0, dp_degree, batch_size, num_workers)
+    streams = rank_slice.streams(num_streams, rank_slice.examples(first))
+    assert {n % num_streams for n in islice(rank_slice.examples(first), 400)} == streams
 
 
 @pytest.mark.parametrize(
-    ("share", "num_lanes", "times"),
+    ("rank_slice", "num_streams", "times"),
     [
-        (Share(0, 8, batch_size=5), 64, 1),  # alone, a rank's batch size is its own affair
-        (Share(0, 8, batch_size=2, num_workers=4), 64, 1),
-        (Share(0, 3), 64, 3),  # no common divisor: all read all
-        (Share(0, 6), 64, 3),
-        (Share(0, 128), 64, 2),
-        (Share(0, 4), 1, 4),
-        (Share(0, 2, batch_size=3, num_workers=2), 12, 1),
+        (RankSlice(0, 8, batch_size=5), 64, 1),  # alone, a rank's batch size is its own affair
+        (RankSlice(0, 8, batch_size=2, num_workers=4), 64, 1),
+        (RankSlice(0, 3), 64, 3),  # no common divisor: all read all
+        (RankSlice(0, 6), 64, 3),
+        (RankSlice(0, 128), 64, 2),
+        (RankSlice(0, 4), 1, 4),
+        (RankSlice(0, 2, batch_size=3, num_workers=2), 12, 1),
     ],
 )
-def test_how_often_an_example_is_made(share, num_lanes, times):
-    assert share.times_made(num_lanes) == times
+def test_how_often_an_example_is_made(rank_slice, num_streams, times):
+    assert rank_slice.times_made(num_streams) == times
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_another_layout_goes_on_with_nothing_lost_and_nothing_twice(num_workers):
-    """4 ranks -> 3 -> 1 -> 2 with other batches; the last one has no multiple of the lanes."""
+    """4 ranks -> 3 -> 1 -> 2 with other batches; the last one has no multiple of the streams."""
     seen, state = run(2, dp_degree=4, batch_size=1)
     for batches, layout in [
         (1, dict(dp_degree=3, batch_size=5)),
@@ -134,8 +150,8 @@ def test_another_layout_goes_on_with_nothing_lost_and_nothing_twice(num_workers)
         assert sorted(taken) == list(range(len(seen), len(seen) + len(taken)))
         seen += taken
     assert sorted(seen) == list(range(41)) and state["consumed"] == 41
-    assert {lane: position["last"] for lane, position in state["lanes"].items()} == {
-        str(lane): max(range(lane, 41, LANES)) for lane in range(LANES)
+    assert {stream: position["last"] for stream, position in state["lanes"].items()} == {
+        str(stream): max(range(stream, 41, STREAMS)) for stream in range(STREAMS)
     }
     assert state["skipped_documents"] == 9, "0, 5, ..., 40: each told once over four layouts"
 
@@ -191,9 +207,9 @@ def test_a_state_of_other_data_is_refused_with_the_way_out():
     [
         (lambda state: state.pop("consumed"), "KeyError: 'consumed'"),
         (lambda state: state.pop("identity"), "KeyError: 'identity'"),
-        (lambda state: state["lanes"].pop("2"), "lane 2 has given 0 of 2 examples"),
-        (lambda state: state["lanes"]["1"].update(taken=3), "lane 1 has given 3 of 2 examples"),
-        (lambda state: state["lanes"].update({"6": {"taken": 1}}), "lanes .*6"),
+        (lambda state: state["lanes"].pop("2"), "stream 2 has given 0 of 2 examples"),
+        (lambda state: state["lanes"]["1"].update(taken=3), "stream 1 has given 3 of 2 examples"),
+        (lambda state: state["lanes"].update({"6": {"taken": 1}}), "streams .*6"),
         (lambda state: state.update(consumed=-1), "-1 examples"),
         (lambda state: state.update(consumed="many"), "TypeError"),
         (lambda state: state.update(lanes=[1, 2]), "AttributeError"),

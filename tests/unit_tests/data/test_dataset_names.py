@@ -8,7 +8,8 @@ import datasets
 import pytest
 
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
-from torchtitan.data import build_text_dataloader, check_dataset, files, open_source
+from tests.unit_tests.data.kinds import named, opened
+from torchtitan.data import DataSettings, build_text_dataloader, check_dataset, files
 from torchtitan.data.dataloader import merge_states
 from torchtitan.data.sources import HubStream, Shard
 from torchtitan.tools.errors import UserError
@@ -16,7 +17,7 @@ from torchtitan.tools.errors import UserError
 
 @pytest.mark.parametrize("name", ["sample", "c4_test", "c4_validation_test"])
 def test_the_sample_needs_no_path_and_an_alias_says_what_it_is(name, log):
-    source = open_source(name, None, "text")
+    source = opened(name, None, "text")
     assert len(source) == 2307
     assert any(f"'{name}' is read from the shipped sample" in line for line in log) == (
         name != "sample"
@@ -26,7 +27,7 @@ def test_the_sample_needs_no_path_and_an_alias_says_what_it_is(name, log):
 def test_a_path_wins_over_the_name(jsonl):
     path = jsonl("a.jsonl", ["mine"])
     for name in ("c4", "c4_test", "sample", "org/name", "anything"):
-        source = open_source(name, str(path), "text")
+        source = opened(name, str(path), "text")
         assert [record.text for record in source.open(0, 0, Shard())] == ["mine"]
 
 
@@ -42,7 +43,7 @@ def test_a_path_wins_over_the_name(jsonl):
 )
 def test_names_and_paths_that_mean_nothing_are_refused(name, path, sentence):
     with pytest.raises(UserError, match=sentence):
-        open_source(name, path, "text")
+        opened(name, path, "text")
 
 
 @pytest.mark.parametrize(
@@ -61,10 +62,10 @@ def test_names_and_paths_that_mean_nothing_are_refused(name, path, sentence):
 def test_a_name_beside_a_path_must_be_one_too(jsonl, name, sentence):
     path = str(jsonl("a.jsonl", ["mine"]))
     if sentence is None:
-        check_dataset(name, path)
+        check_dataset(named(name, path))
         return
     with pytest.raises(UserError, match=sentence) as error:
-        check_dataset(name, path)
+        check_dataset(named(name, path))
     assert "With training.dataset_path the usual name is 'text'" in str(error.value)
 
 
@@ -84,7 +85,7 @@ def test_hub_datasets_are_asked_for_by_repository_config_and_split(monkeypatch):
         "org/name:small@v2",
         "c4@abc",
     ):
-        assert isinstance(open_source(name, None, "text"), HubStream)
+        assert isinstance(opened(name, None, "text"), HubStream)
     assert asked == [
         ("allenai/c4", {"name": "en", "split": "train", "streaming": True}),
         ("allenai/c4", {"name": "en", "split": "validation", "streaming": True}),
@@ -93,7 +94,7 @@ def test_hub_datasets_are_asked_for_by_repository_config_and_split(monkeypatch):
         ("org/name", {"name": "small", "split": "train", "streaming": True, "revision": "v2"}),
         ("allenai/c4", {"name": "en", "split": "train", "streaming": True, "revision": "abc"}),
     ]
-    sources = [open_source(name, None, "text") for name in ("org/name", "org/name@v2")]
+    sources = [opened(name, None, "text") for name in ("org/name", "org/name@v2")]
     assert sources[0].identity() == sources[1].identity(), "what was asked for is no identity"
 
 
@@ -102,7 +103,7 @@ def test_a_hub_without_network_is_one_sentence_with_the_way_out(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="'c4'.*'allenai/c4'.*training.dataset_path") as error:
-        open_source("c4", None, "text")
+        opened("c4", None, "text")
     assert "\n" not in str(error.value)
 
 
@@ -110,13 +111,13 @@ def test_a_hub_dataset_without_the_text_key_is_refused(monkeypatch):
     rows = datasets.Dataset.from_list([{"content": "x"}] * 5).to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
     with pytest.raises(UserError, match="5 no 'text' key; first org/name, document"):
-        open_source("org/name", None, "text")
+        opened("org/name", None, "text")
 
 
-def build(path, tokenizer, **changes):
-    settings = dict(text_key="text", seq_len=8, batch_size=2, dp_rank=0, dp_degree=1, seed=0)
-    settings |= dict(dataset_name="mine", dataset_path=str(path), num_workers=0) | changes
-    return build_text_dataloader(tokenizer=tokenizer, **settings)
+def build(path, tokenizer, text_key="text", num_streams=None, dp_degree=1):
+    datasets = (named("mine", str(path), text_key),)
+    settings = DataSettings(datasets, False, seq_len=8, batch_size=2, num_streams=num_streams)
+    return build_text_dataloader(settings, tokenizer, dp_rank=0, dp_degree=dp_degree)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def build(path, tokenizer, **changes):
     [
         ({"tokenizer": "bytes"}, "with tokenizer entries = 2048, and this run has 259"),
         ({"text_key": "body"}, "with training.dataset_text_key = text, and this run has body"),
-        ({"dataset_path": "b.jsonl"}, "with data bytes = "),
+        ({"path": "b.jsonl"}, "with data bytes = "),
     ],
 )
 def test_a_position_in_other_tokens_or_documents_is_refused(tmp_path, tokenizer, changes, sentence):
@@ -134,11 +135,10 @@ def test_a_position_in_other_tokens_or_documents_is_refused(tmp_path, tokenizer,
     next(iter(loader))
     state = merge_states([loader.local_state()])
     build(tmp_path / "a.jsonl", tokenizer).load_state_dict(state)
-    if "dataset_path" in changes:
-        changes = {"dataset_path": str(tmp_path / "b.jsonl")}
+    path = tmp_path / changes.pop("path", "a.jsonl")
     other = OneTokenAByte() if changes.pop("tokenizer", None) else tokenizer
     with pytest.raises(UserError, match=sentence):
-        build(tmp_path / "a.jsonl", other, **changes).load_state_dict(state)
+        build(path, other, **changes).load_state_dict(state)
 
 
 def test_what_is_known_of_a_hub_dataset_is_part_of_its_identity(tmp_path):
@@ -147,7 +147,7 @@ def test_what_is_known_of_a_hub_dataset_is_part_of_its_identity(tmp_path):
         for path in paths:
             Path(path).write_text('{"text": "x"}\n')
         rows = datasets.load_dataset("json", data_files=paths, split="train", streaming=True)
-        return HubStream("org/name", rows, text_key).identity()
+        return HubStream(named("org/name", text_key=text_key), rows).identity()
 
     assert identity(2) == identity(2) == json.loads(json.dumps(identity(2)))
     assert identity(2) != identity(3) and identity(2) != identity(2, "body")
@@ -167,40 +167,42 @@ def test_one_usable_document_is_enough_to_know_that_a_stream_has_some(tmp_path, 
 
         rows = datasets.IterableDataset.from_generator(generate)
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
-        source = open_source("org/name", None, "text")
+        source = opened("org/name", None, "text")
     else:
         original = files.record_of_json_line
         counting = lambda *args: read.append(args) or original(*args)  # noqa: E731
         monkeypatch.setattr(files, "record_of_json_line", counting)
         path = tmp_path / "a.jsonl.gz"
         path.write_bytes(gzip.compress(b'{"text": "x"}\n' * 5000))
-        source = open_source("text", str(path), "text")
+        source = opened("text", str(path), "text")
     assert 1 <= len(read) <= 2
     assert len(list(source.open(0, 0, Shard()))) == 5000, "the probe used nothing up"
 
 
-def test_fewer_documents_than_lanes_are_refused(jsonl, tokenizer):
+def test_fewer_documents_than_streams_are_refused(jsonl, tokenizer):
     path = jsonl("a.jsonl", ["x"] * 7)
     for dp_degree in (1, 8):  # more ranks than documents are no reason
-        build(path, tokenizer, dp_degree=dp_degree, num_lanes=7)
+        build(path, tokenizer, dp_degree=dp_degree, num_streams=7)
     with pytest.raises(UserError, match="dataset_lanes = 8 must be at most 7, the number of doc"):
-        build(path, tokenizer, num_lanes=8)
+        build(path, tokenizer, num_streams=8)
 
 
-@pytest.mark.parametrize("lanes", [3, 4, 6, 8])
-def test_the_lanes_of_a_hub_dataset_are_its_files_or_else_its_documents(lanes):
+@pytest.mark.parametrize("streams", [3, 4, 6, 8])
+def test_the_streams_of_a_hub_dataset_are_its_files_or_else_its_documents(streams):
     rows = datasets.Dataset.from_list([{"text": str(n)} for n in range(12)])
-    source = HubStream("org/name", rows.to_iterable_dataset(num_shards=6), "text")
-    assert source.num_lanes() == 6
-    shards = [[r.text for r in source.open(0, 0, Shard(lane, lanes))] for lane in range(lanes)]
+    source = HubStream(named("org/name"), rows.to_iterable_dataset(num_shards=6))
+    assert source.num_streams() == 6
+    shards = [
+        [r.text for r in source.open(0, 0, Shard(stream, streams))] for stream in range(streams)
+    ]
     assert sorted(text for shard in shards for text in shard) == sorted(map(str, range(12)))
-    if lanes in (3, 6):  # files of two documents each
-        assert {len(shard) for shard in shards} == {12 // lanes}
+    if streams in (3, 6):  # files of two documents each
+        assert {len(shard) for shard in shards} == {12 // streams}
 
 
 def test_data_that_gives_nothing_stops_instead_of_turning_for_ever(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + '{"text": ""}\n' * 50)
-    loader = build(tmp_path, tokenizer, num_lanes=51)
-    sentence = "'mine' had no usable document for lane . of 51 in 10 epochs .*dataset_lanes"
+    loader = build(tmp_path, tokenizer, num_streams=51)
+    sentence = "'mine' had no usable document for stream . of 51 in 10 epochs .*dataset_lanes"
     with pytest.raises(UserError, match=sentence):
         next(iter(loader))

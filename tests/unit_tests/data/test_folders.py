@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.data import check_dataset, files, folders, open_source
+from tests.unit_tests.data.kinds import named, opened
+from torchtitan.data import check_dataset, files, folders
 from torchtitan.data.folders import search
 from torchtitan.tools.errors import UserError
 
 
 def names(path) -> list[str]:
-    found = search(str(path))
+    found = search(named("text", str(path)))
     return [str(file.relative_to(found.root)) for file in found.files]
 
 
@@ -34,7 +35,7 @@ def test_linked_folders_and_files_are_read(tree):
     assert names(tree) == [*ALL, "one.jsonl"], "the linked file is read once, by its shortest name"
     (tree / "one.jsonl").unlink()
     assert names(tree) == [*ALL, "fr/e.jsonl"] == names(f"{tree}/**/*.jsonl")
-    assert len(open_source("text", str(tree), "text")) == 4
+    assert len(opened("text", str(tree), "text")) == 4
 
 
 @pytest.mark.parametrize("pattern", ["", "/**", "/**/*.jsonl"])
@@ -50,8 +51,8 @@ def test_what_is_left_out_is_counted_and_told_once(tree, log):
         (tree / name).write_bytes(b"x")
     (tree / "en/same.jsonl").symlink_to(tree / "a.jsonl")
     os.mkfifo(tree / "pipe.jsonl")
-    check_dataset("text", str(tree))
-    open_source("mine", str(tree), "text")
+    check_dataset(named("text", str(tree)))
+    opened("mine", str(tree), "text")
     (line,) = [line for line in log if "not read" in line]
     assert line.startswith("Data mine: not read: ")
     for part in (
@@ -66,9 +67,11 @@ def test_what_is_left_out_is_counted_and_told_once(tree, log):
 
 def test_folders_that_a_glob_matches_are_told(tree):
     assert names(f"{tree}/*") == ["a.jsonl"]
-    assert search(f"{tree}/*").left_out == ["1 folders, which a glob reads with /** only (en)"]
+    assert search(named("text", f"{tree}/*")).left_out == [
+        "1 folders, which a glob reads with /** only (en)"
+    ]
     with pytest.raises(UserError, match=r"holds no file .*1 folders, which .*with /\*\* only"):
-        search(f"{tree}/e*")
+        search(named("text", f"{tree}/e*"))
 
 
 @pytest.mark.parametrize(
@@ -84,9 +87,11 @@ def test_folders_that_a_glob_matches_are_told(tree):
 )
 def test_globs_find_what_globs_find(tree, monkeypatch, pattern, found):
     monkeypatch.chdir(tree.parent)
-    assert [str(file) for file in search(pattern).files] == found
+    assert [str(file) for file in search(named("text", pattern)).files] == found
     absolute = [str(tree.parent / name) for name in found]
-    assert [str(file) for file in search(f"{tree.parent}/{pattern}").files] == absolute
+    assert [
+        str(file) for file in search(named("text", f"{tree.parent}/{pattern}")).files
+    ] == absolute
     assert sorted(map(Path, found)) == sorted(map(Path, glob.glob(pattern, recursive=True)))
 
 
@@ -95,7 +100,7 @@ def test_a_link_to_nothing_is_refused(tree, name):
     (tree / "en" / name).symlink_to("/no/such/place")
     for path in (tree, f"{tree}/en/*", tree / "en" / name):
         with pytest.raises(UserError, match=f"en/{name} is a link to /no/such/place"):
-            check_dataset("text", str(path))
+            check_dataset(named("text", str(path)))
 
 
 @pytest.mark.parametrize("pattern", ["", "/**", "/*/*.jsonl", "/en/*.jsonl"])
@@ -110,23 +115,23 @@ def test_a_folder_that_may_not_be_read_is_an_error(tree, monkeypatch, pattern):
 
     monkeypatch.setattr(folders.os, "scandir", scandir)
     with pytest.raises(UserError, match="d/en can't be read .Permission denied.; give") as error:
-        check_dataset("text", f"{tree}{pattern}")
+        check_dataset(named("text", f"{tree}{pattern}"))
     assert "training.dataset_path" in str(error.value)
 
 
 def test_a_path_that_can_be_no_name_is_one_sentence():
     with pytest.raises(UserError, match="can't be read .File name too long"):
-        check_dataset("text", "/tmp/" + "x" * 300)
+        check_dataset(named("text", "/tmp/" + "x" * 300))
 
 
 def test_a_file_that_may_not_be_read_is_an_error_beside_others(tree, monkeypatch):
-    opened = files.open_file
+    real = files.open_file
 
     def open_file(path, text_key):
         if path.name == "b.jsonl":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return opened(path, text_key)
+        return real(path, text_key)
 
     monkeypatch.setattr("torchtitan.data.catalog.open_file", open_file)
     with pytest.raises(UserError, match="en/b.jsonl: it can't be read .Permission denied"):
-        open_source("text", str(tree), "text")
+        opened("text", str(tree), "text")

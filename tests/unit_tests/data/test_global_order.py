@@ -9,17 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
-from tests.unit_tests.data.kinds import KINDS, TEXTS, lists, make_source, pack
-from torchtitan.data import TextDataset, open_source
+from tests.unit_tests.data.kinds import KINDS, TEXTS, lists, make_source, opened, pack, text_dataset
 from torchtitan.data import parquet as row_groups
 from torchtitan.data import sources as sources_module
-from torchtitan.data.dataloader import Share, build_dataloader, merge_states
-from torchtitan.data.sources import Shard, lanes_of_documents, lanes_of_files
-from torchtitan.data.text_datasets import report_lanes
+from torchtitan.data.build import report_streams
+from torchtitan.data.dataloader import build_dataloader, merge_states
+from torchtitan.data.rank_slice import RankSlice
+from torchtitan.data.sources import Shard, streams_of_documents, streams_of_files
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.tools.errors import UserError
 
-SEQ_LEN, LANES, SEED = 20, 3, 1
+SEQ_LEN, STREAMS, SEED = 20, 3, 1
 # Every fourth document is unusable; the others fill some 33 windows an epoch.
 DOCUMENTS = [text if n % 4 else "" for n, text in enumerate(TEXTS[:31])]
 USABLE = [text for text in DOCUMENTS if text]
@@ -28,8 +28,8 @@ USABLE = [text for text in DOCUMENTS if text]
 @pytest.fixture
 def small_windows(monkeypatch):
     """In this process (not in workers), so that positions lie inside of windows and pools."""
-    monkeypatch.setattr(sources_module, "WINDOW", 4 * LANES)
-    monkeypatch.setattr(row_groups, "POOL_BYTES", 250 * LANES)
+    monkeypatch.setattr(sources_module, "WINDOW", 4 * STREAMS)
+    monkeypatch.setattr(row_groups, "POOL_BYTES", 250 * STREAMS)
 
 
 class Run:
@@ -37,10 +37,12 @@ class Run:
 
     def __init__(self, source, dp_degree=1, batch_size=1, workers=0, state=None, **dataset):
         self.loaders = []
-        settings = dict(seed=SEED, num_lanes=LANES) | dataset
+        settings = dict(seed=SEED, num_streams=STREAMS) | dataset
         for rank in range(dp_degree):
-            share = Share(rank, dp_degree, batch_size, workers)
-            dataset = TextDataset(source, OneTokenAByte(), SEQ_LEN, share=share, **settings)
+            rank_slice = RankSlice(rank, dp_degree, batch_size, workers)
+            dataset = text_dataset(
+                source, OneTokenAByte(), SEQ_LEN, rank_slice=rank_slice, **settings
+            )
             self.loaders.append(build_dataloader(dataset))
             if state:
                 self.loaders[-1].load_state_dict(json.loads(json.dumps(state)))
@@ -61,12 +63,14 @@ def examples_of(batch):
 
 
 def expected_order(source, count):
-    """Example n is window n // LANES of lane n % LANES, whose documents are the source's."""
-    lanes = []
-    for lane in range(LANES):
-        records = [r for epoch in range(3) for r in source.open(SEED, epoch, Shard(lane, LANES))]
-        lanes.append(pack([r.text for r in records if r.text], OneTokenAByte(), SEQ_LEN)[:-1])
-    found = [lanes[n % LANES][n // LANES] for n in range(count)]
+    """Example n is window n // STREAMS of stream n % STREAMS, whose documents are the source's."""
+    streams = []
+    for stream in range(STREAMS):
+        records = [
+            r for epoch in range(3) for r in source.open(SEED, epoch, Shard(stream, STREAMS))
+        ]
+        streams.append(pack([r.text for r in records if r.text], OneTokenAByte(), SEQ_LEN)[:-1])
+    found = [streams[n % STREAMS][n // STREAMS] for n in range(count)]
     return [(tuple(inputs), tuple(labels)) for inputs, labels in found]
 
 
@@ -132,12 +136,12 @@ def test_a_chain_of_layouts_is_one_run(tmp_path, small_windows, kind):
         assert comparable(state) == comparable(alone.state())
         assert state == json.loads(json.dumps(state))
     assert Counter(seen) == Counter(expected_order(source, len(seen)))
-    assert state["skipped_documents"] >= 7, "of an epoch 8 are, and all lanes are in the second"
+    assert state["skipped_documents"] >= 7, "of an epoch 8 are, and all streams are in the second"
     assert min(position["epoch"] for position in state["lanes"].values()) >= 1
 
 
 def test_documents_are_seen_once_however_often_the_layout_changes(tmp_path, small_windows):
-    """By the documents themselves: decoded from what the layouts saw, until each lane's first
+    """By the documents themselves: decoded from what the layouts saw, until each stream's first
     epoch is over."""
     source = make_source("plain", tmp_path, DOCUMENTS)
     state, windows = None, {}
@@ -151,10 +155,10 @@ def test_documents_are_seen_once_however_often_the_layout_changes(tmp_path, smal
         state = run.state()
     assert sorted(windows) == list(range(state["consumed"]))
     firsts = []
-    for lane in range(LANES):
-        labels = [i for n in sorted(windows) if n % LANES == lane for i in windows[n]]
+    for stream in range(STREAMS):
+        labels = [i for n in sorted(windows) if n % STREAMS == stream for i in windows[n]]
         texts = "".join(chr(i) if i < 256 else "\n" * (i == 257) for i in labels).split("\n")
-        size = sum(1 for r in source.open(SEED, 0, Shard(lane, LANES)) if r.text)
+        size = sum(1 for r in source.open(SEED, 0, Shard(stream, STREAMS)) if r.text)
         assert len(texts) > size
         firsts += texts[:size]
     assert sorted(firsts) == sorted(USABLE)
@@ -192,10 +196,10 @@ def test_workers_may_come_and_go(tmp_path):
 def test_a_longer_context_goes_on_with_the_same_documents(tmp_path):
     """Positions count tokens, so another seq_len may follow: nothing lost, nothing twice."""
     source = make_source("plain", tmp_path, USABLE)
-    short = TextDataset(source, OneTokenAByte(), 8, num_lanes=1, seed=SEED)
+    short = text_dataset(source, OneTokenAByte(), 8, num_streams=1, seed=SEED)
     loader = build_dataloader(short)
     begin = [i for _, labels in islice(loader, 9) for i in labels.flatten().tolist()]
-    longer = build_dataloader(TextDataset(source, OneTokenAByte(), 30, num_lanes=1, seed=SEED))
+    longer = build_dataloader(text_dataset(source, OneTokenAByte(), 30, num_streams=1, seed=SEED))
     longer.load_state_dict(merge_states([loader.local_state()]))
     both = begin + [i for _, labels in islice(longer, 3) for i in labels.flatten().tolist()]
     texts = [record.text for record in source.open(SEED, 0, Shard())]
@@ -206,12 +210,12 @@ def test_a_longer_context_goes_on_with_the_same_documents(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("dp_degree", [1, 2])
 def test_a_single_pass_gives_every_token_once_on_any_layout(tmp_path, dp_degree, workers):
-    """Each lane's very first token is no label. The ranks may end at different times."""
+    """Each stream's very first token is no label. The ranks may end at different times."""
     source = make_source("plain", tmp_path)
     run = Run(source, dp_degree, batch_size=2, workers=workers, infinite=False)
     labels = Counter(i for _, ids in run.take(None) for i in ids)
     del labels[IGNORE_INDEX]
-    tokens = Counter({257: len(TEXTS), 256: len(TEXTS) - LANES})
+    tokens = Counter({257: len(TEXTS), 256: len(TEXTS) - STREAMS})
     for text in TEXTS:
         tokens.update(text.encode())
     assert labels == tokens
@@ -226,35 +230,35 @@ def test_the_second_pass_is_a_whole_one_too(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# How many lanes
+# How many streams
 # ---------------------------------------------------------------------------------------------
 
 
-def test_the_number_of_lanes_shares_well_among_powers_of_two():
-    """d ranks read nothing twice where d divides the lanes."""
+def test_the_number_of_streams_shares_well_among_powers_of_two():
+    """d ranks read nothing twice where d divides the streams."""
     files = {1: 1, 2: 2, 3: 3, 6: 6, 30: 30, 48: 48, 67: 4, 1000: 32, 1024: 64, 5000: 64}
-    assert {n: lanes_of_files(n) for n in files} == files
+    assert {n: streams_of_files(n) for n in files} == files
     documents = {1: 1, 31: 1, 32: 2, 41: 2, 700: 32, 1024: 64, 10**9: 64}
-    assert {n: lanes_of_documents(n) for n in documents} == documents
+    assert {n: streams_of_documents(n) for n in documents} == documents
 
 
-def test_row_groups_that_fill_the_memory_have_few_lanes(tmp_path, monkeypatch):
+def test_row_groups_that_fill_the_memory_have_few_streams(tmp_path, monkeypatch):
     source = make_source("parquet", tmp_path, TEXTS * 8)  # 83 groups, 328 documents
-    assert source.num_lanes() == 16
+    assert source.num_streams() == 16
     files = tmp_path.glob("*.parquet")
     metas = [pq.read_metadata(file) for file in files]
     groups = [meta.row_group(n).total_byte_size for meta in metas for n in range(82 // 3)]
-    for fit, lanes in ((9, 8), (3, 2), (0.5, 1)):
+    for fit, streams in ((9, 8), (3, 2), (0.5, 1)):
         monkeypatch.setattr(row_groups, "POOL_BYTES", int(fit * sum(groups) / len(groups)))
-        assert source.num_lanes() == lanes
+        assert source.num_streams() == streams
 
 
-def test_another_number_of_lanes_is_another_order_and_no_position_in_this_one(tmp_path):
+def test_another_number_of_streams_is_another_order_and_no_position_in_this_one(tmp_path):
     source = make_source("plain", tmp_path)
     state = Run(source).state()
     sentence = "training.dataset_lanes = 3, and this run has 4; resume with 3"
     with pytest.raises(UserError, match=sentence):
-        Run(source, num_lanes=4, state=state)
+        Run(source, num_streams=4, state=state)
 
 
 def test_a_position_of_other_readers_is_damaged(tmp_path):
@@ -263,24 +267,27 @@ def test_a_position_of_other_readers_is_damaged(tmp_path):
     run.take(4)
     state = run.state()
     del state["lanes"]["1"]["carry"]
-    with pytest.raises(UserError, match="position is damaged .*lane 1 has "):
+    with pytest.raises(UserError, match="position is damaged .*stream 1 has "):
         Run(source, state=state)
 
 
 @pytest.mark.parametrize(
-    ("share", "line"),
+    ("rank_slice", "line"),
     [
-        (Share(0, 8), None),
+        (RankSlice(0, 8), None),
         (
-            Share(0, 128),
+            RankSlice(0, 128),
             "128 processes read 64 streams.* 2.0 times.*a new run .*dataset_lanes = 128",
         ),
-        (Share(0, 3), "3 processes read 64 streams.* 3.0 times.*a new run .*dataset_lanes = 63"),
-        (Share(0, 2, batch_size=3, num_workers=2), "4 processes .* 2.0 .*dataset_lanes = 60"),
+        (
+            RankSlice(0, 3),
+            "3 processes read 64 streams.* 3.0 times.*a new run .*dataset_lanes = 63",
+        ),
+        (RankSlice(0, 2, batch_size=3, num_workers=2), "4 processes .* 2.0 .*dataset_lanes = 60"),
     ],
 )
-def test_a_layout_that_reads_lanes_twice_is_told_which_number_does_not(share, line, log):
-    report_lanes("mine", 64, share)
+def test_a_layout_that_reads_streams_twice_is_told_which_number_does_not(rank_slice, line, log):
+    report_streams("mine", 64, rank_slice)
     assert log[0] == "Data mine: its documents form 64 streams (training.dataset_lanes)"
     if line is None:
         assert len(log) == 1
@@ -288,23 +295,23 @@ def test_a_layout_that_reads_lanes_twice_is_told_which_number_does_not(share, li
         assert re.search(line, log[1])
         assert log[1].endswith("a run that goes on from a checkpoint keeps its streams")
         good = int(line.rpartition(" ")[2])
-        assert share.times_made(good) == 1
+        assert rank_slice.times_made(good) == 1
 
 
 def test_no_number_of_streams_is_advised_that_the_data_has_not(tmp_path, log):
     source = make_source("plain", tmp_path)  # 41 documents
     log.clear()
-    report_lanes("mine", 2, Share(0, 64), [source])
+    report_streams("mine", 2, RankSlice(0, 64), [source])
     assert "64 processes read 2 streams" in log[1] and "a new run" not in log[1]
-    report_lanes("mine", 2, Share(0, 3), [source])
+    report_streams("mine", 2, RankSlice(0, 3), [source])
     assert "a new run avoids it with training.dataset_lanes = 3;" in log[3]
 
 
-def test_one_bad_file_of_a_lane_is_no_reason_to_stop_and_bad_data_is(tmp_path, jsonl):
-    """Its documents come in another lane in the next epoch; ten epochs in a row are too many."""
-    source = open_source("mine", str(jsonl("a.jsonl", ["good"] * 3 + [""])), "text")
-    run = Run(source, num_lanes=4)
+def test_one_bad_file_of_a_stream_is_no_reason_to_stop_and_bad_data_is(tmp_path, jsonl):
+    """Its documents come in another stream in the next epoch; ten epochs in a row are too many."""
+    source = opened("mine", str(jsonl("a.jsonl", ["good"] * 3 + [""])), "text")
+    run = Run(source, num_streams=4)
     assert len(run.take(200)) == 200 and run.state()["skipped_documents"] > 10
-    source = open_source("mine", str(jsonl("b.jsonl", ["good"] + [""] * 99)), "text")
-    with pytest.raises(UserError, match="'mine' had no usable document for lane . of 4 in 10"):
-        Run(source, num_lanes=4).take(200)
+    source = opened("mine", str(jsonl("b.jsonl", ["good"] + [""] * 99)), "text")
+    with pytest.raises(UserError, match="'mine' had no usable document for stream . of 4 in 10"):
+        Run(source, num_streams=4).take(200)

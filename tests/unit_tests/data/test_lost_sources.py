@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
-from torchtitan.data import TextDataset, open_source, sources
-from torchtitan.data.dataloader import Share, build_dataloader
+from tests.unit_tests.data.kinds import named, opened, text_dataset
+from torchtitan.data import TextDataset, sources
+from torchtitan.data.dataloader import build_dataloader
+from torchtitan.data.rank_slice import RankSlice
 from torchtitan.data.sources import HubStream, Shard
 from torchtitan.tools.errors import RunError
 
@@ -47,7 +49,7 @@ def stream(monkeypatch):
     def opened(*network):
         source = Network(*network)
         rows = datasets.IterableDataset.from_generator(source.__call__)
-        return HubStream("org/name", rows, "text")
+        return HubStream(named("org/name"), rows)
 
     return opened
 
@@ -106,7 +108,7 @@ def replace_by_folder(path):
 @pytest.mark.parametrize("happens", [delete, cut, replace_by_folder])
 def test_a_file_that_is_lost_is_named_in_a_sentence(tmp_path, name, happens):
     write(tmp_path / name)
-    source = open_source("text", str(tmp_path), "text")
+    source = opened("text", str(tmp_path), "text")
     reader = source.open(0, 0, Shard())
     reason = happens(tmp_path / name)
     with pytest.raises(RunError, match=reason) as error:
@@ -118,7 +120,7 @@ def test_a_file_that_is_lost_is_named_in_a_sentence(tmp_path, name, happens):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_an_error_of_the_disk_is_no_damaged_document(tmp_path, name, monkeypatch):
     write(tmp_path / name)
-    reader = open_source("text", str(tmp_path), "text").open(0, 0, Shard())
+    reader = opened("text", str(tmp_path), "text").open(0, 0, Shard())
 
     def failing(*args, **kwargs):
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -129,9 +131,11 @@ def test_an_error_of_the_disk_is_no_damaged_document(tmp_path, name, monkeypatch
 
 
 def loader_of(path, workers):
-    source = open_source("text", str(path), "text")
-    share = Share(0, 1, 2, workers)
-    return build_dataloader(TextDataset(source, OneTokenAByte(), 16, share=share, num_lanes=2))
+    source = opened("text", str(path), "text")
+    rank_slice = RankSlice(0, 1, 2, workers)
+    return build_dataloader(
+        text_dataset(source, OneTokenAByte(), 16, rank_slice=rank_slice, num_streams=2)
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])

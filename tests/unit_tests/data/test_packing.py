@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
-from tests.unit_tests.data.kinds import KINDS, TEXTS, lists, make_source, pack
-from torchtitan.data import TextDataset, open_source
+from tests.unit_tests.data.kinds import KINDS, TEXTS, lists, make_source, opened, pack, text_dataset
 from torchtitan.data import parquet as row_groups
 from torchtitan.data import sources as sources_module
-from torchtitan.data.dataloader import POSITION, Share, build_dataloader
+from torchtitan.data.dataloader import build_dataloader
 from torchtitan.data.permutation import order
+from torchtitan.data.rank_slice import RankSlice
 from torchtitan.data.sources import Shard, WindowShuffledReader
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
@@ -35,15 +35,15 @@ def small_pools(monkeypatch):
 def test_examples_are_the_reference_packing(tmp_path_factory, texts, seq_len, seed):
     path = tmp_path_factory.mktemp("x") / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    source = open_source("text", str(path), "text")
-    ours = TextDataset(source, OneTokenAByte(), seq_len, num_lanes=1, seed=seed, infinite=False)
+    source = opened("text", str(path), "text")
+    ours = text_dataset(source, OneTokenAByte(), seq_len, num_streams=1, seed=seed, infinite=False)
     ordered = [texts[i] for i in order(len(texts), seed, 0)]
     assert lists(ours) == pack(ordered, OneTokenAByte(), seq_len)
 
 
 def test_every_token_but_the_first_is_a_label_exactly_once(tmp_path):
     source = make_source("plain", tmp_path)
-    examples = list(TextDataset(source, OneTokenAByte(), 7, num_lanes=1, infinite=False))
+    examples = list(text_dataset(source, OneTokenAByte(), 7, num_streams=1, infinite=False))
     labels = Counter(i for _, ids in lists(examples) for i in ids)
     del labels[IGNORE_INDEX]
     tokens = Counter()
@@ -54,8 +54,8 @@ def test_every_token_but_the_first_is_a_label_exactly_once(tmp_path):
 
 
 def test_examples_are_int64_and_a_document_longer_than_many_windows_goes_through(jsonl):
-    source = open_source("text", str(jsonl("a.jsonl", ["x" * 5000])), "text")
-    examples = list(TextDataset(source, OneTokenAByte(), 64, infinite=False))
+    source = opened("text", str(jsonl("a.jsonl", ["x" * 5000])), "text")
+    examples = list(text_dataset(source, OneTokenAByte(), 64, infinite=False))
     assert lists(examples) == pack(["x" * 5000], OneTokenAByte(), 64)
     assert all(e["input"].dtype == ids.dtype == torch.int64 for e, ids in examples)
 
@@ -63,8 +63,8 @@ def test_examples_are_int64_and_a_document_longer_than_many_windows_goes_through
 def test_a_tokenizer_without_begin_end_and_pad_packs_the_bare_text(jsonl):
     bare = OneTokenAByte()
     bare.bos_id = bare.eos_id = bare.pad_id = None
-    source = open_source("text", str(jsonl("a.jsonl", ["abcdef"])), "text")
-    examples = lists(TextDataset(source, bare, 4, infinite=False))
+    source = opened("text", str(jsonl("a.jsonl", ["abcdef"])), "text")
+    examples = lists(text_dataset(source, bare, 4, infinite=False))
     a, b, c, d, e, f = b"abcdef"
     assert examples == [([a, b, c, d], [b, c, d, e]), ([e, 0, 0, 0], [f, -100, -100, -100])]
 
@@ -86,7 +86,7 @@ def test_gzip_files_of_one_document_are_spread_over_all_shards(tmp_path):
     for number in range(9):
         line = json.dumps({"text": str(number)}).encode()
         (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(line))
-    source = open_source("text", str(tmp_path), "text")
+    source = opened("text", str(tmp_path), "text")
     shards = [[r.text for r in source.open(0, 0, Shard(rank, 4))] for rank in range(4)]
     assert sorted(len(shard) for shard in shards) == [2, 2, 2, 3]
     assert sorted(text for shard in shards for text in shard) == sorted("012345678")
@@ -101,7 +101,7 @@ def test_a_stream_with_damage_resumes_at_every_record(tmp_path, monkeypatch, sha
         lines = [json.dumps({"text": f"{name}{n} {noise[n:]}"}) + "\n" for n in range(20)]
         whole = gzip.compress("".join(lines).encode())
         (tmp_path / f"{name}.jsonl.gz").write_bytes(whole[:-12] if name < "c" else whole)
-    source = open_source("text", str(tmp_path), "text")
+    source = opened("text", str(tmp_path), "text")
     reader = source.open(0, 0, shard)
     states, records = [reader.state_dict()], []
     for record in reader:
@@ -127,7 +127,7 @@ def test_each_epoch_has_its_own_order_and_a_seed_always_the_same(tmp_path, kind)
 
 def test_infinite_data_goes_on_with_the_next_epoch_without_a_gap(tmp_path):
     source = make_source("plain", tmp_path)
-    dataset = TextDataset(source, OneTokenAByte(), 50, num_lanes=1, seed=3)
+    dataset = text_dataset(source, OneTokenAByte(), 50, num_streams=1, seed=3)
     texts = [r.text for epoch in range(3) for r in source.open(3, epoch, Shard())]
     expected = pack(texts, OneTokenAByte(), 50)[:-1]  # the last one would go on with epoch 3
     found = [example for example, _ in zip(dataset, expected, strict=False)]
@@ -148,9 +148,11 @@ def test_a_window_is_shuffled_within_itself_only(tmp_path):
 def test_the_loader_knows_the_skipped_documents_of_the_run(jsonl, num_workers):
     """Those before the last batch, whatever its workers have prepared beyond it."""
     texts = [TEXTS[n] if n % 3 else "" for n in range(30)]
-    source = open_source("mine", str(jsonl("a.jsonl", texts + ["last"])), "text")
-    counts, share = [], Share(batch_size=2, num_workers=num_workers)
-    dataset = TextDataset(source, OneTokenAByte(), 40, share=share, num_lanes=1, infinite=False)
+    source = opened("mine", str(jsonl("a.jsonl", texts + ["last"])), "text")
+    counts, rank_slice = [], RankSlice(batch_size=2, num_workers=num_workers)
+    dataset = text_dataset(
+        source, OneTokenAByte(), 40, rank_slice=rank_slice, num_streams=1, infinite=False
+    )
     loader = build_dataloader(dataset)
     for batch in loader:
         assert list(batch[0]) == ["input"], "the trainer's batch holds the model's input only"
@@ -159,13 +161,20 @@ def test_the_loader_knows_the_skipped_documents_of_the_run(jsonl, num_workers):
     assert counts == sorted(counts) and counts[0] < counts[-1]
 
 
-def test_a_position_stands_beside_each_example_and_says_where_the_next_begins(tmp_path):
+def test_the_state_behind_each_example_says_where_the_next_begins(tmp_path):
+    """In an iterator of the same process, and as the position from which a dataset starts."""
     source = make_source("plain", tmp_path)
-    dataset = TextDataset(source, OneTokenAByte(), 40, num_lanes=1, seed=1)
-    examples = [example for example, _ in zip(dataset, range(12), strict=False)]
+    dataset = text_dataset(source, OneTokenAByte(), 40, num_streams=1, seed=1)
+    states = []
+    iterator = iter(dataset)
+    examples = [(next(iterator), states.append(iterator.state_dict()))[0] for _ in range(12)]
     for taken in range(1, 12):
-        again = TextDataset(source, OneTokenAByte(), 40, num_lanes=1, seed=1)
-        again.start(taken, {0: json.loads(examples[taken - 1][0][POSITION])})
-        rest = [example for example, _ in zip(again, range(12 - taken), strict=False)]
-        assert lists(rest) == lists(examples[taken:])
-        assert [e[POSITION] for e, _ in rest] == [e[POSITION] for e, _ in examples[taken:]]
+        again = text_dataset(source, OneTokenAByte(), 40, num_streams=1, seed=1)
+        resumed = iter(again)
+        resumed.load_state_dict(states[taken - 1])
+        again.start(taken, {0: json.loads(states[taken - 1]["streams"][0])})
+        for rest, first in ((resumed, 0), (iter(again), taken)):
+            for n in range(taken, 12):
+                assert lists([next(rest)]) == lists(examples[n : n + 1])
+                assert rest.state_dict()["streams"] == states[n]["streams"]
+                assert rest.state_dict()["examples"] == n + 1 - first

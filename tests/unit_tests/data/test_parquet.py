@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from torchtitan.data import open_source
+from tests.unit_tests.data.kinds import opened
 from torchtitan.data import parquet as row_groups
 from torchtitan.data.sources import Shard
 
@@ -63,7 +63,7 @@ def test_a_row_group_is_read_once_by_each_shard_that_has_a_part_of_it(
 ):
     """One read a document, as before, was 1,000 times too slow."""
     pool_of(pool * shards, monkeypatch)
-    source = open_source("text", str(folder), "text")
+    source = opened("text", str(folder), "text")
     reads.clear()
     parts = [places(source.open(3, 1, Shard(index, shards))) for index in range(shards)]
     assert sorted(place for part in parts for place in part) == EVERYTHING
@@ -75,7 +75,7 @@ def test_a_row_group_is_read_once_by_each_shard_that_has_a_part_of_it(
 def test_two_readers_in_one_process_leave_each_other_alone(folder, reads, monkeypatch):
     """Training and validation data by turns."""
     pool_of(2, monkeypatch)
-    source = open_source("text", str(folder), "text")
+    source = opened("text", str(folder), "text")
     reads.clear()
     for _ in zip(source.open(0, 0, Shard()), source.open(1, 0, Shard()), strict=True):
         pass
@@ -84,7 +84,7 @@ def test_two_readers_in_one_process_leave_each_other_alone(folder, reads, monkey
 
 def test_what_is_open_together_is_mixed_and_no_more_is_open(folder, monkeypatch):
     pool_of(2, monkeypatch)
-    source = open_source("text", str(folder), "text")
+    source = opened("text", str(folder), "text")
     found = places(source.open(0, 0, Shard()))
     for start in range(0, len(found), 2 * ROWS):
         part = found[start : start + 2 * ROWS]
@@ -98,7 +98,7 @@ def test_what_is_open_together_is_mixed_and_no_more_is_open(folder, monkeypatch)
 
 def test_resuming_reads_only_what_is_open(folder, reads, monkeypatch):
     pool_of(2, monkeypatch)
-    source = open_source("text", str(folder), "text")
+    source = opened("text", str(folder), "text")
     whole = places(source.open(0, 0, Shard()))
     reads.clear()
     again = source.open(0, 0, Shard())
@@ -109,11 +109,11 @@ def test_resuming_reads_only_what_is_open(folder, reads, monkeypatch):
 def test_lines_and_texts_beside_parquet_come_too(folder, reads):
     (folder / "a.jsonl").write_text("".join(f'{{"text": "{n} 0"}}\n' for n in range(10, 20)))
     (folder / "b.txt").write_text("20 0")
-    source = open_source("text", str(folder), "text")
+    source = opened("text", str(folder), "text")
     expected = EVERYTHING + [(n, 0) for n in range(10, 21)]
     assert sorted(places(source.open(0, 0, Shard()))) == expected and len(source) == 251
     reads.clear()
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "21 0"}).encode()))
-    stream = open_source("text", str(folder), "text").open(0, 0, Shard())
+    stream = opened("text", str(folder), "text").open(0, 0, Shard())
     assert sorted(places(stream)) == expected + [(21, 0)]
     assert Counter(reads).most_common(1)[0][1] <= 2, "once, and once for the first look"

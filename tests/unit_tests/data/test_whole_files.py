@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from torchtitan.data import open_source, whole_files
+from tests.unit_tests.data.kinds import opened
+from torchtitan.data import whole_files
 from torchtitan.tools.errors import UserError
 
 
@@ -49,7 +50,7 @@ def test_a_file_that_is_wrong_as_a_whole_is_refused_beside_good_ones(tmp_path, j
     jsonl("a.jsonl", ["good", "better"])
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence) as error:
-        open_source("text", str(tmp_path), "text")
+        opened("text", str(tmp_path), "text")
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -66,7 +67,7 @@ def test_a_parquet_file_is_judged_by_its_schema(tmp_path, jsonl, column, sentenc
     jsonl("a.jsonl", ["good"])
     pq.write_table(pa.table(column), tmp_path / "c.parquet")
     with pytest.raises(UserError, match=sentence):
-        open_source("text", str(tmp_path), "text")
+        opened("text", str(tmp_path), "text")
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
@@ -75,7 +76,7 @@ def test_columns_of_strings_of_each_kind_are_read(tmp_path, kind):
     array = pa.array(["x", "y"], types.get(kind))
     table = pa.table({"text": array.dictionary_encode() if kind == "dictionary" else array})
     pq.write_table(table, tmp_path / "c.parquet")
-    assert len(open_source("text", str(tmp_path), "text")) == 2
+    assert len(opened("text", str(tmp_path), "text")) == 2
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_columns_of_strings_of_each_kind_are_read(tmp_path, kind):
 def test_a_file_that_has_one_good_record_or_none_to_judge_is_kept(tmp_path, jsonl, content):
     jsonl("a.jsonl", ["good"])
     (tmp_path / "c.jsonl").write_bytes(content)
-    open_source("text", str(tmp_path), "text")
+    opened("text", str(tmp_path), "text")
 
 
 def test_a_long_file_is_judged_by_its_beginning(tmp_path, jsonl, monkeypatch):
@@ -97,20 +98,20 @@ def test_a_long_file_is_judged_by_its_beginning(tmp_path, jsonl, monkeypatch):
     jsonl("a.jsonl", ["good"])
     (tmp_path / "c.jsonl").write_bytes(CONTENT)
     with pytest.raises(UserError, match="none of its first 20 records has 'text'"):
-        open_source("text", str(tmp_path), "text")
+        opened("text", str(tmp_path), "text")
 
 
 def test_the_keys_are_named_where_nothing_at_all_is_usable(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(CONTENT)
     with pytest.raises(UserError, match="c.jsonl line .*no 'text' key .they have: content, id"):
-        open_source("text", str(tmp_path), "text")
+        opened("text", str(tmp_path), "text")
 
 
 def test_a_text_file_is_said_to_be_one_document(tmp_path, jsonl, log):
     jsonl("a.jsonl", ["one", "two"])
     for name in ("b.txt", "c.txt"):
         (tmp_path / name).write_text("a\nb\n")
-    open_source("mine", str(tmp_path), "text")
+    opened("mine", str(tmp_path), "text")
     assert any(
         line.startswith("Data mine: 4 documents, 3 files, ")
         and line.endswith("(each of the 2 .txt files is one document)")

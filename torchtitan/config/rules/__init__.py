@@ -6,7 +6,7 @@ the machine, in `trainer/preflight.py`; of the model, in its arguments (`models/
 Each raises `UserError` with one sentence: the key, its value, the rule, the way out.
 """
 
-from torchtitan.config.blend import blend_stretches
+from torchtitan.config.blend import blend_segments
 from torchtitan.config.degrees import check_sequence, resolve_degrees
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.phases import run_schedule
@@ -57,6 +57,6 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     check_async_tensor_parallel(config, device_type)
     schedule = run_schedule(config, degrees.dp_replicate * degrees.dp_shard)
     check_schedule(schedule, config, degrees)
-    blend_stretches(config, schedule)
+    blend_segments(config, schedule)
     check_early_step(config, world_size)
     check_cuda_graph(config, world_size, device_type)

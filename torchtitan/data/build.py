@@ -1,0 +1,93 @@
+"""From settings to a loader: one way for plain, blended and validation data."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torchtitan.config.blend import BlendSegment
+from torchtitan.data.blend import BlendedDataset, BlendOrder
+from torchtitan.data.catalog import open_source
+from torchtitan.data.dataloader import ParallelAwareDataLoader, build_dataloader
+from torchtitan.data.rank_slice import RankSlice
+from torchtitan.data.settings import DataSettings
+from torchtitan.data.sources import Source
+from torchtitan.data.stream_dataset import StreamDataset
+from torchtitan.data.text_datasets import TextDataset
+from torchtitan.data.tokenizer import Tokenizer
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
+
+
+def build_text_dataloader(
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    *,
+    dp_rank: int,
+    dp_degree: int,
+    segments: Sequence[BlendSegment] = (),
+) -> ParallelAwareDataLoader:
+    """Loader of ({"input": int64 [batch_size, seq_len]}, labels int64 [batch_size, seq_len]).
+
+    All datasets of a blend have as many streams as suit the one that suits the fewest.
+
+    settings: which data, and how it is cut
+    tokenizer: text to token ids
+    dp_rank: data-parallel rank
+    dp_degree: number of data-parallel ranks
+    segments: weights of a blend over the run; empty without a blend
+    """
+    rank_slice = RankSlice(dp_rank, dp_degree, settings.batch_size, settings.num_workers)
+    sources = [open_source(dataset) for dataset in settings.datasets]
+    num_streams = settings.num_streams or min(source.num_streams() for source in sources)
+    settings = replace(settings, num_streams=num_streams)
+    datasets = [TextDataset(source, tokenizer, settings, rank_slice) for source in sources]
+    name = sources[0].name
+    dataset: StreamDataset = datasets[0]
+    if settings.blended:
+        names = [each.label for each in settings.datasets]
+        by_name = dict(zip(names, datasets, strict=True))
+        name, dataset = "blend", BlendedDataset(by_name, BlendOrder(segments))
+    loader = build_dataloader(dataset)
+    report_streams(name, num_streams, rank_slice, sources, settable=settings.infinite)
+    return loader
+
+
+def report_streams(
+    name: str,
+    num_streams: int,
+    rank_slice: RankSlice,
+    sources: Sequence[Source] = (),
+    settable: bool = True,
+) -> None:
+    """Log how many streams there are and, where this layout makes them several times, which number
+    a new run could have instead.
+
+    name: of the data, for the log
+    num_streams: number of streams
+    rank_slice: layout of the loaders
+    sources: the advised number is one that these accept
+    settable: whether a key of the TOML sets the number; validation has none
+    """
+    key = " (training.dataset_lanes)" if settable else ""
+    logger.info(f"Data {name}: its documents form {num_streams} streams{key}")
+    times = rank_slice.times_made(num_streams)
+    if times < 2:
+        return
+    advice = _advice(num_streams, rank_slice, sources) if settable else ""
+    logger.warning(
+        f"Data {name}: {rank_slice.processes} processes read {num_streams} streams, so each "
+        f"document is tokenized {times:.1f} times, which costs time and changes no number{advice}"
+    )
+
+
+def _advice(num_streams: int, rank_slice: RankSlice, sources: Sequence[Source]) -> str:
+    # Without workers only the ranks share; with them each batch is another process's.
+    per_batch = rank_slice.processes * rank_slice.batch_size
+    good = rank_slice.dp_degree if rank_slice.num_workers < 2 else per_batch
+    instead = good * max(1, round(num_streams / good))
+    advice = f"; a new run avoids it with training.dataset_lanes = {instead}"
+    try:
+        for source in sources:
+            source.check_streams(instead)
+    except UserError:  # there are too few documents for it
+        advice = ""
+    return f"{advice}; a run that goes on from a checkpoint keeps its streams"

@@ -1,0 +1,105 @@
+"""Data settings of a run as values: which datasets, and how they are cut into batches.
+
+Everything that opens a dataset takes `DatasetSettings` whole. It knows the TOML table it came from,
+so that an error names the key its reader has to change.
+"""
+
+from dataclasses import dataclass
+
+from torchtitan.config import Training, Validation
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """One dataset, as a table of the TOML names it.
+
+    key: the table; "training", "training.blend.web" or "validation"
+    name: value of `dataset`
+    path: value of `dataset_path`; file, folder or glob of local documents
+    text_key: value of `dataset_text_key`
+    label: name of local files in log lines and errors; "" takes `name`
+    """
+
+    key: str
+    name: str
+    path: str | None = None
+    text_key: str = "text"
+    label: str = ""
+
+    def toml_key(self, name: str) -> str:
+        """Full spelling of a key of this table: "validation.dataset_path"."""
+        return f"{self.key}.{name}"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """All data of [training] or of [validation].
+
+    datasets: one, or those of a blend
+    blended: whether examples are drawn by the weights of a blend
+    seq_len: tokens per example
+    batch_size: examples per batch of a data-parallel rank
+    seed: seed of the order of documents
+    num_workers: loader processes per rank; 0 loads in the training process
+    num_streams: streams that the documents form; None lets the data decide
+    infinite: True repeats the data epoch after epoch; False reads it once
+    """
+
+    datasets: tuple[DatasetSettings, ...]
+    blended: bool
+    seq_len: int
+    batch_size: int
+    seed: int = 0
+    num_workers: int = 0
+    num_streams: int | None = None
+    infinite: bool = True
+
+
+def training_datasets(training: Training) -> tuple[DatasetSettings, ...]:
+    """The dataset of [training], or those of [[training.blend]]."""
+    if not training.blend:
+        plain = training
+        return (
+            DatasetSettings("training", plain.dataset, plain.dataset_path, plain.dataset_text_key),
+        )
+    return tuple(
+        DatasetSettings(
+            f"training.blend.{part.name}",
+            part.dataset,
+            part.dataset_path,
+            part.dataset_text_key,
+            label=part.name,
+        )
+        for part in training.blend
+    )
+
+
+def training_data(training: Training, seed: int) -> DataSettings:
+    """Data of [training] as the run begins; phases may `resize` its batches."""
+    return DataSettings(
+        datasets=training_datasets(training),
+        blended=bool(training.blend),
+        seq_len=training.seq_len,
+        batch_size=training.local_batch_size,
+        seed=seed,
+        num_workers=training.dataset_num_workers,
+        num_streams=training.dataset_lanes,
+    )
+
+
+def validation_dataset(validation: Validation) -> DatasetSettings:
+    """The dataset of [validation]."""
+    return DatasetSettings(
+        "validation", validation.dataset, validation.dataset_path, validation.dataset_text_key
+    )
+
+
+def validation_data(validation: Validation) -> DataSettings:
+    """Data of [validation]: one pass, in the same order for any seed of the run."""
+    return DataSettings(
+        datasets=(validation_dataset(validation),),
+        blended=False,
+        seq_len=validation.seq_len,
+        batch_size=validation.local_batch_size,
+        infinite=False,
+    )
