@@ -103,8 +103,8 @@ ROWS = {
 
 def dry_run(monkeypatch, folder, world_size: int, options: list[str]) -> list[dict]:
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    run = tiny(folder, training__steps=2)
-    trainer = Trainer(ConfigManager().parse_args([*run, DRY_RUN, *options]))
+    run = [*tiny(folder, training__steps=2), DRY_RUN, *options]
+    trainer = Trainer(ConfigManager().parse_args(run))
     try:
         trainer.train()
     finally:
@@ -170,3 +170,42 @@ def test_a_model_that_does_not_fit_is_refused_in_a_sentence(monkeypatch, tmp_pat
     run = [*tiny(tmp_path), DRY_RUN]
     with pytest.raises(UserError, match=r"rank 0 of 2 needs .* GiB .* set NGPU or"):
         Trainer(ConfigManager().parse_args(run))
+
+
+# Sizes of a toy with the layers, experts and groups of the 671B files.
+TOY = {
+    "model.hf_assets_path": "tests/assets/tokenizer",
+    "model.args.vocab_size": 2048,
+    "model.args.n_layers": 61,
+    "model.args.q_lora_rank": 32,
+    "schedule.phase": "[]",  # a dry run has sequences of one length
+    "training.fim_rate": 0,
+    "training.seq_len": 16,
+    "training.steps": 1,
+    "training.dataset_num_workers": 0,
+    "activation_checkpoint.mode": "full",
+    "metrics.enable_tensorboard": "false",
+    "compile.enable": "false",
+}
+
+
+# World size; sequences of a step on each rank, fewer than the file has.
+LAYOUTS_671B = {"deepseek_v3_671b": (2048, 16), "deepseek_v3_671b_256xh200": (256, 2)}
+
+
+@pytest.mark.parametrize("name", LAYOUTS_671B)
+def test_the_layout_of_a_671b_file_has_a_dry_run(name, monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
+    world_size, sequences = LAYOUTS_671B[name]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    options = TOY | {
+        "job.config_file": f"train_configs/{name}.toml",
+        "training.local_batch_size": sequences,
+        "training.global_batch_size": -1,
+    }
+    (step,) = dry_run(monkeypatch, tmp_path, world_size, [f"--{k}={v}" for k, v in options.items()])
+    assert math.isfinite(step["grad_norm"])
+    assert "256 experts over 64 ranks on 8 nodes" in caplog.text
+    assert "one copy of a token per destination node" in caplog.text
+    rows = step["layer_rows_sent_remote"].values()
+    assert rows and max(rows) <= 4 * step["tokens_seen"], "a token goes to 4 nodes at most"
