@@ -28,6 +28,7 @@ from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from torchtitan.ops.linear import joints
 from torchtitan.trainer import Trainer
 
 PARTS = (
@@ -183,18 +184,18 @@ class StepProfile:
 def weight_sizes(model: nn.Module) -> dict[frozenset[int], str]:
     """The two sizes of every matrix -> its part; sizes that two parts share are left out.
 
-    Modules may fuse weights into one GEMM: `fused_weights` names them, {name: (weights, dim)}.
+    Weights of a `Joint` (ops/linear.py) may be multiplied as one.
     """
     found: dict[frozenset[int], set[str]] = defaultdict(set)
     for name, param in model.named_parameters():
         if param.ndim == 2 and not name.startswith("tok_embeddings"):
             found[frozenset(param.shape)].add(_part_of_weight(name))
     for prefix, module in model.named_modules():
-        for weights, dim in getattr(module, "fused_weights", {}).values():
-            shapes = [module.get_parameter(weight).shape for weight in weights]
+        for joint in joints(module):
+            shapes = [module.get_parameter(name).shape for name in joint.names]
             if len(shapes[0]) == 2:
-                sizes = frozenset((sum(s[dim] for s in shapes), shapes[0][1 - dim]))
-                found[sizes].add(_part_of_weight(f"{prefix}.{weights[0]}"))
+                sizes = frozenset((sum(s[joint.dim] for s in shapes), shapes[0][1 - joint.dim]))
+                found[sizes].add(_part_of_weight(f"{prefix}.{joint.names[0]}"))
     return {sizes: parts.pop() for sizes, parts in found.items() if len(parts) == 1}
 
 

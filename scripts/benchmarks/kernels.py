@@ -21,7 +21,7 @@ from torchtitan.config.job_config import Optimizer
 from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
 from torchtitan.models.moe import MoE
 from torchtitan.ops.attention import attention
-from torchtitan.ops.grouped_mm import grouped_mm
+from torchtitan.ops.linear import grouped_linear
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan.ops.rope import apply_rope, rope_table
 from torchtitan.tools.errors import UserError, suggest
@@ -122,9 +122,9 @@ def plain_chain(moe: MoE, x_BSD: Tensor) -> Tensor:
     slots_N = ids_TK.flatten().argsort(stable=True)
     tokens_N = slots_N // ids_TK.size(1)
     rows_ND = x_TD[tokens_N]
-    gate_NF = grouped_mm(rows_ND, experts.w1.transpose(1, 2), counts_E)
-    up_NF = grouped_mm(rows_ND, experts.w3.transpose(1, 2), counts_E)
-    out_ND = grouped_mm(F.silu(gate_NF) * up_NF, experts.w2.transpose(1, 2), counts_E)
+    gate_NF = grouped_linear(rows_ND, experts.w1, counts_E)
+    up_NF = grouped_linear(rows_ND, experts.w3, counts_E)
+    out_ND = grouped_linear(F.silu(gate_NF) * up_NF, experts.w2, counts_E)
     out_ND = (out_ND * weights_TK.flatten()[slots_N].unsqueeze(1)).to(x_TD.dtype)
     unsorted_ND = out_ND[slots_N.argsort()]
     return unsorted_ND.unflatten(0, ids_TK.shape).sum(dim=1).view_as(x_BSD)
@@ -226,7 +226,7 @@ def _optimizer(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterat
         settings.pop("early_step_in_backward")
         optimizer = build_optimizer([layer], **settings)
     else:
-        optimizer = build_optimizer([layer], working=working, **settings)
+        optimizer = build_optimizer([layer], compute_weights=working, **settings)
     grad_dtype = torch.float32 if working is None else torch.bfloat16
     layer.weight.grad = torch.randn_like(layer.weight).to(grad_dtype) * 1e-3
 

@@ -4,21 +4,15 @@ import pytest
 import torch
 
 from tests.distributed_tests.training_ranks import FP32, STEPS, config_of, train_on_this_rank
-from torchtitan.components.optimizer.compute_weights import ComputeWeights
+from torchtitan.components.optimizer import compute_weights
 from torchtitan.trainer import Trainer
 from torchtitan.trainer.step_log import Interval
 
 
 def train_without_fused_weights(options: list[str], folder: str) -> dict:
-    """Working weights, each a tensor of its own."""
-    add = ComputeWeights._add
-
-    def add_single(self, module, name, params, *others) -> None:
-        if len(params) == 1:
-            add(self, module, name, params, *others)
-
+    """Compute-dtype weights, each a tensor of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ComputeWeights, "_add", add_single)
+        patch.setattr(compute_weights, "joints", lambda module: [])
         return train_on_this_rank(options, folder)
 
 

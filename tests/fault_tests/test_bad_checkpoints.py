@@ -19,8 +19,7 @@ from torchtitan.components.checkpoint.dcp_storage import CheckpointWriter, read_
 from torchtitan.config import ConfigManager
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.train import main
-from torchtitan.trainer import Trainer
-from torchtitan.trainer import trainer as trainer_module
+from torchtitan.trainer import Trainer, built_run
 
 SAVES = {
     "checkpoint__enable": True,
@@ -266,7 +265,7 @@ def test_a_folder_that_becomes_read_only_is_said_and_the_run_fails_in_the_end(
 ):
     folder = str(run / "checkpoint")
     # The run's lock is a file open for writing: no mount with one becomes read-only.
-    monkeypatch.setattr(trainer_module, "alone_in_folders", lambda _: nullcontext())
+    monkeypatch.setattr(built_run, "alone_in_folders", lambda _: nullcontext())
     with mounted("--bind", folder, folder):
         before = sorted(path.name for path in Path(folder).rglob("*"))
         options = tiny(run, **SAVES | {"training__steps": 6})

@@ -126,14 +126,14 @@ def test_the_last_line_tells_which_signal_ended_which_rank(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "what", ["forward_backward.ForwardBackward.forward_backward", "trainer.build_metrics"]
+    "what", ["forward_backward.ForwardBackward.forward_backward", "built_run.build_metrics"]
 )
 def test_an_unexpected_error_of_one_rank_is_told_at_once_and_ends_the_run(tmp_path, what):
     """Not behind the closing of groups, which would wait for the other rank's collectives."""
     script = tmp_path / "fails.py"
     script.write_text(
         "import os, sys\n"
-        "from torchtitan.trainer import forward_backward, trainer\n"
+        "from torchtitan.trainer import built_run, forward_backward\n"
         "from torchtitan.train import main\n"
         "def fail(*_): raise ValueError('a mistake of ours')\n"
         "if os.environ['RANK'] == '1':\n"

@@ -108,7 +108,7 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, kind):
         loss = step(skipping, batches)
         assert math.isfinite(loss) == kind.startswith("gradient")
         assert_same_bits(state_of(skipping), before)
-        assert skipping.watch.skipped_steps == 1
+        assert skipping.loss_guard.skipped_steps == 1
 
         next(twin_batches), next(twin_batches)
         for _ in range(2):
@@ -172,7 +172,7 @@ def poison_rank_1(folder: Path, policy: str, kind: str, layout: str) -> dict:
     unchanged = all(torch.equal(value, before[name]) for name, value in state_of(trainer).items())
     if sentence is None:
         loss = step(trainer, batches)
-    skipped = trainer.watch.skipped_steps
+    skipped = trainer.loss_guard.skipped_steps
     trainer.close()
     return {"sentence": sentence, "unchanged": unchanged, "skipped": skipped, "loss": loss}
 

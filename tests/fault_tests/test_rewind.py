@@ -10,7 +10,7 @@ import torch
 
 from tests.fault_tests.test_non_finite import poisoned_loss, state_of
 from tests.tiny_run import records, tiny
-from torchtitan.components.metrics.loss_guard import MAX_REWINDS_IN_A_ROW, RECENT_LOSSES, LossWatch
+from torchtitan.components.metrics.loss_guard import MAX_REWINDS_IN_A_ROW, RECENT_LOSSES, LossGuard
 from torchtitan.config import ConfigManager, Training
 from torchtitan.tools.errors import RunError
 from torchtitan.train import main
@@ -39,7 +39,7 @@ def test_a_rewind_goes_on_as_if_the_batches_since_the_checkpoint_had_not_been(
     with closing(start(tmp_path / "a", training__steps=5)) as trainer:
         trainer.train()
         rewound, tokens = state_of(trainer), trainer.tokens_seen
-        assert trainer.watch.rewinds == 1 and trainer.watch.skipped_steps == 0
+        assert trainer.loss_guard.rewinds == 1 and trainer.loss_guard.skipped_steps == 0
     found = records(tmp_path / "a")
     assert [record["step"] for record in found] == [1, 2, 3, 4, 5]
     assert [record["rewinds"] for record in found] == [0, 0, 1, 1, 1]
@@ -76,7 +76,7 @@ def test_a_restart_after_a_rewind_does_not_meet_the_bad_batch_again(tmp_path, mo
         (tmp_path / f"checkpoint/step-{step}").rmdir()
     monkeypatch.undo()
     with closing(start(tmp_path, training__steps=5)) as trainer:
-        assert trainer.step == 2 and trainer.watch.rewinds == 1
+        assert trainer.step == 2 and trainer.loss_guard.rewinds == 1
         trainer.train()
         assert trainer.dataloader.local_state()["consumed"] == position == 7 * 4
         for name, value in state_of(trainer).items():
@@ -89,7 +89,7 @@ def rewind_where_rank_1_is_poisoned(folder: Path) -> tuple[int, int, list[float]
         trainer.passes.loss_fn = poisoned_loss("loss nan", at_call=3)
     trainer.train()
     trainer.close()
-    return trainer.step, trainer.watch.rewinds, [float(r["loss"]) for r in records(folder)]
+    return trainer.step, trainer.loss_guard.rewinds, [float(r["loss"]) for r in records(folder)]
 
 
 def test_all_ranks_rewind_together(ranks, tmp_path):
@@ -110,8 +110,8 @@ def test_without_a_checkpoint_a_rewind_is_a_sentence_and_exit_code_1(tmp_path, m
 # ---------------------------------------------------------------------------------------------
 
 
-def watch_after(losses: list[float], **settings) -> LossWatch:
-    watch = LossWatch(Training(**settings))
+def watch_after(losses: list[float], **settings) -> LossGuard:
+    watch = LossGuard(Training(**settings))
     for step, loss in enumerate(losses, start=1):
         assert watch.judge(step, [loss], 1.0) == "update"
     return watch
@@ -140,7 +140,7 @@ def test_without_a_factor_and_at_the_start_of_a_run_nothing_is_a_spike():
 
 def test_a_resumed_watch_judges_as_the_one_before():
     settings = {"loss_spike": "skip_step", "loss_spike_factor": 2.0}
-    watch, resumed = watch_after(USUAL, **settings), LossWatch(Training(**settings))
+    watch, resumed = watch_after(USUAL, **settings), LossGuard(Training(**settings))
     watch.judge(33, [9.0], 1.0)
     resumed.load_state_dict(watch.state_dict())
     assert resumed.skipped_steps == resumed.skips_in_a_row == 1
@@ -149,7 +149,7 @@ def test_a_resumed_watch_judges_as_the_one_before():
 
 
 def test_rewinds_that_do_not_help_come_to_an_end():
-    watch = LossWatch(Training(non_finite_loss="rewind"))
+    watch = LossGuard(Training(non_finite_loss="rewind"))
     watch.count_rewind(9, 6)
     for _ in range(MAX_REWINDS_IN_A_ROW):
         watch.count_rewind(15, 10)

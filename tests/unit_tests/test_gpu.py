@@ -17,7 +17,7 @@ from torchtitan.models.moe import MoE, MoEArgs, TokenChoiceTopKRouter
 from torchtitan.models.moe import moe as moe_module
 from torchtitan.ops.attention import attention, document_mask
 from torchtitan.ops.expert_ffn import expert_ffn, expert_ffn_chain
-from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop
+from torchtitan.ops.grouped_mm import grouped_linear, grouped_mm_loop
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan.ops.mla_attention import can_fuse, mla_attention
 from torchtitan.ops.permute import sort_slots
@@ -72,7 +72,7 @@ def test_grouped_mm_equals_the_loop_in_fp64(counts: list[int]) -> None:
     rows, weights = leaves((128, 64), (4, 96, 64))
     exact = doubles([rows, weights])
     counts_E = torch.tensor(counts, device="cuda")
-    out = grouped_mm(rows, weights.transpose(1, 2), counts_E)
+    out = grouped_linear(rows, weights, counts_E)
     expected = grouped_mm_loop(exact[0], exact[1].transpose(1, 2), counts_E)
     assert relative_error(out, expected) < 1e-2
     grad = torch.randn_like(out)

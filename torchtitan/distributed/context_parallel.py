@@ -50,14 +50,14 @@ def apply_context_parallel(
 ) -> None:
     """Let these layers attend over `group`'s parts of the sequence, in place; logs one line.
 
-    Each has `attend(q, a, b, mask)`, `expand(a, b) -> keys, values` and `softmax_scale`; a and b,
-    (B, S, …), are the narrow form, such as latent and rotary key in models/deepseek_v3/model.py.
+    attentions: see models/decoder/attention.py; their narrow tensors are, for example, latent and
+        rotary key in models/deepseek_v3/model.py.
     Positions (`positions_of`) and masks come from the caller: with "allgather" masks for this
     rank's queries, with "alltoall" those of whole sequences.
     """
     make = _attend_to_gathered if method == "allgather" else _attend_by_heads
     for module in attentions:
-        module.attend = make(module, group)
+        module.attend_with = make(module, group)
     how = {
         "allgather": "what keys and values are made of is gathered",
         "alltoall": "heads are exchanged for positions",
@@ -66,18 +66,21 @@ def apply_context_parallel(
 
 
 def _attend_to_gathered(module: nn.Module, group: dist.ProcessGroup) -> Callable[..., Tensor]:
-    attend, rank, degree = module.attend, group.rank(), group.size()
+    rank, degree = group.rank(), group.size()
 
-    def attend_to_gathered(q_BPHC: Tensor, a: Tensor, b: Tensor, mask: AttentionMask) -> Tensor:
+    def attend_to_gathered(
+        q_BPHC: Tensor, narrow: tuple[Tensor, ...], mask: AttentionMask
+    ) -> Tensor:
         """The mask is for this rank's queries and the keys that they may see."""
-        parts = a.flatten(2), b.flatten(2)
-        both = torch.cat(parts, dim=-1)
+        parts = [each.flatten(2) for each in narrow]
+        joined = torch.cat(parts, dim=-1)
         # Late queries of rank r see all but the last r chunks. What is cut off here is cut off
         # before the expansion, which all ranks do for the keys that they need.
-        both = _in_order(gather(both, 1, group), degree, keep=2 * degree - rank)
-        whole_a, whole_b = both.split([part.size(-1) for part in parts], dim=-1)
-        return attend(
-            q_BPHC, whole_a.unflatten(2, a.shape[2:]), whole_b.unflatten(2, b.shape[2:]), mask
+        joined = _in_order(gather(joined, 1, group), degree, keep=2 * degree - rank)
+        wholes = joined.split([part.size(-1) for part in parts], dim=-1)
+        pairs = zip(wholes, narrow, strict=True)
+        return module.attend_here(
+            q_BPHC, tuple(whole.unflatten(2, part.shape[2:]) for whole, part in pairs), mask
         )
 
     return attend_to_gathered
@@ -86,9 +89,9 @@ def _attend_to_gathered(module: nn.Module, group: dist.ProcessGroup) -> Callable
 def _attend_by_heads(module: nn.Module, group: dist.ProcessGroup) -> Callable[..., Tensor]:
     degree = group.size()
 
-    def attend_by_heads(q_BPHC: Tensor, a: Tensor, b: Tensor, mask: AttentionMask) -> Tensor:
+    def attend_by_heads(q_BPHC: Tensor, narrow: tuple[Tensor, ...], mask: AttentionMask) -> Tensor:
         """The mask is for whole sequences."""
-        k_BPHC, v_BPHC = module.expand(a, b)
+        k_BPHC, v_BPHC = module.expand(narrow)
         whole = [_to_heads(t, group, degree) for t in (q_BPHC, k_BPHC, v_BPHC)]
         out_BSHC = attention(*whole, scale=module.softmax_scale, mask=mask)
         return _to_positions(out_BSHC, group, degree)

@@ -79,7 +79,7 @@ def experts_alone(model: BaseModel, dims: ParallelDims, training: Training) -> l
     if mesh is None or mesh["dp_replicate"].size() * mesh["fsdp"].size() > 1:
         return []
     # Offloading is FSDP's. A pipeline's backward pass may come in two pieces, of which the second
-    # is for parameters: it doesn't know of working weights.
+    # is for parameters: it doesn't know of compute weights.
     if training.enable_cpu_offload or dims.pp > 1:
         return []
     return [moe.experts for moe in model.moe_layers().values()]

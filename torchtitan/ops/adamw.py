@@ -1,6 +1,6 @@
 """One step of Adam or AdamW (arXiv 1412.6980, 1711.05101) of one tensor, in place.
 
-Weights, gradient, states and working copy may differ in dtype: everything is computed in fp32 and
+Weights, gradient, states and compute copy may differ in dtype: everything is computed in fp32 and
 rounded once when stored.
 """
 

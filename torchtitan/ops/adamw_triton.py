@@ -1,6 +1,6 @@
 """One AdamW step of one tensor in one pass, in Triton; twin: ops/adamw.py.
 
-28 bytes a parameter with fp32 weights and states and bf16 gradient and working copy; 14 with bf16
+28 bytes a parameter with fp32 weights and states and bf16 gradient and compute copy; 14 with bf16
 weights and states.
 """
 

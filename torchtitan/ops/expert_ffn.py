@@ -10,7 +10,7 @@ a plain chain.
 import torch
 from torch import Tensor
 
-from torchtitan.ops.grouped_mm import grouped_mm, kernel, why_loop
+from torchtitan.ops.grouped_mm import grouped_linear, kernel, why_loop
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows
 from torchtitan.ops.swiglu import swiglu
 
@@ -34,9 +34,9 @@ def expert_ffn_chain(
     """The same, step by step."""
     weights_R = weights_TK.flatten()[order.slot_of_row_R]
     rows_RD = expand_rows(x_TD, order)
-    gate_up_R2F = grouped_mm(rows_RD, w13_E2FD.transpose(1, 2), order.counts)
+    gate_up_R2F = grouped_linear(rows_RD, w13_E2FD, order.counts)
     hidden_RF = swiglu(*gate_up_R2F.chunk(2, dim=1), weights_R)
-    return reduce_rows(grouped_mm(hidden_RF, w2_EDF.transpose(1, 2), order.counts), order)
+    return reduce_rows(grouped_linear(hidden_RF, w2_EDF, order.counts), order)
 
 
 @torch.library.custom_op("torchtitan::expert_ffn", mutates_args=())

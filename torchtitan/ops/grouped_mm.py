@@ -19,21 +19,25 @@ def local_part(weights: Tensor) -> Tensor:
     return weights.to_local() if isinstance(weights, DTensor) else weights
 
 
-def grouped_mm(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
-    """x[rows of group e] @ w[e] for every e: (R, N), R = counts.sum(). Differentiable, no host
-    sync.
+def grouped_linear(
+    x_RK: Tensor, weight_ENK: Tensor, counts_E: Tensor, *, loop: bool = False
+) -> Tensor:
+    """x[rows of group e] · weight[e]ᵀ for every e: (R, N). Differentiable, no host sync.
 
-    Falls back to `grouped_mm_loop` where the kernel can't go.
+    weight_ENK: of a DTensor the groups that this rank holds.
+    counts_E: int64 rows of each group; their sum is R.
+    loop: use `grouped_mm_loop`, which it also falls back to where the kernel can't go.
     """
+    w_EKN = local_part(weight_ENK).transpose(1, 2)
     on_cpu, compiling = x_RK.device.type == "cpu", torch.compiler.is_compiling()
-    if why_loop(x_RK.dtype, w_EKN.shape[1:], on_cpu=on_cpu, compiling=compiling):
+    if loop or why_loop(x_RK.dtype, w_EKN.shape[1:], on_cpu=on_cpu, compiling=compiling):
         return grouped_mm_loop(x_RK, w_EKN, counts_E)
     return kernel(x_RK, w_EKN, offs=counts_E.cumsum(0, dtype=torch.int32))
 
 
 @torch.compiler.disable  # data-dependent splits
 def grouped_mm_loop(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
-    """The plain loop: any dtype, any size, one product a group; the reference of `grouped_mm`."""
+    """One product a group: any dtype, any size; the reference of `grouped_linear`."""
     counts = counts_E.tolist()  # host sync: torch.split wants Python integers
     rows = torch.split(x_RK, counts)
     return torch.cat([x_e @ w_e for x_e, w_e in zip(rows, w_EKN.unbind(0), strict=True)])
@@ -42,7 +46,7 @@ def grouped_mm_loop(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
 def why_loop(
     dtype: torch.dtype, sizes: Sequence[int], *, on_cpu: bool, compiling: bool = False
 ) -> str | None:
-    """Why `grouped_mm` must take the loop for weights of these sizes (K, N), or None if not.
+    """Why `grouped_linear` must take the loop for weights of these sizes (K, N), or None if not.
 
     The loop costs a host sync and a product for each expert.
     """

@@ -4,12 +4,17 @@ a pipeline; over whole sequences, or over this rank's part of each.
 Shapes come with the batch; nothing here is made for one length of sequences.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from torchtitan.components.cuda_graph import GraphedPass
 from torchtitan.components.loss import build_loss
+from torchtitan.components.optimizer import replay_steps
+from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import positions_of_this_rank
@@ -17,13 +22,18 @@ from torchtitan.distributed.pipeline_parallel import StepInputs
 from torchtitan.distributed.pipeline_plan import PipelinePlan
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.protocols.model import BaseModel
+from torchtitan.tools.errors import UserError
 from torchtitan.trainer.build import build_pipeline
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
 
 class ForwardBackward:
-    """parts, plan: of `build_model`, with a pipeline."""
+    """Forward and backward passes of one model in the layout of this run.
+
+    eos_id: token that ends a document.
+    parts, plan: from `build_model`; only with pipeline parallelism.
+    """
 
     def __init__(
         self,
@@ -86,18 +96,18 @@ class ForwardBackward:
         return StepInputs(tokens, labels, whole, positions, labels != IGNORE_INDEX, extra)
 
     def masks(self, tokens: Tensor) -> Any:
-        """Of whole sequences; with gathered keys, for the positions that this rank computes."""
+        """Attention masks of whole sequences; with gathered keys, for this rank's positions."""
         queries = self._positions_in(tokens) if self._gathers_keys else None
         return self.model.get_attention_masks(tokens, self.eos_id, queries, self.device)
 
     def backward(self, inputs: StepInputs, masks: Any, valid_tokens: Tensor) -> Tensor:
-        """The loss, whose gradients are then there."""
+        """Run the backward pass, too. Returns the detached loss."""
         loss = self._loss_sum(inputs, masks) / valid_tokens
         loss.backward()
         return loss.detach()
 
     def _positions_in(self, tokens: Tensor) -> Tensor | None:
-        """Of this rank in whole sequences, with context parallelism."""
+        """Positions of this rank's tokens in the whole sequences; None without CP."""
         seq_len = tokens.size(1)
         if seq_len not in self._positions:
             self._positions[seq_len] = positions_of_this_rank(self.dims, seq_len, self.device)
@@ -114,3 +124,42 @@ class ForwardBackward:
         )
         # The logits, the largest activation, are freed as soon as their gradient is there.
         return out if self._model_has_loss else self.loss_fn(out, inputs.labels)
+
+
+class GraphedStep:
+    """Forward, backward and clipping of a step of one micro-batch, replayed as a CUDA graph.
+
+    clip: clips the gradients and returns their norm.
+    """
+
+    def __init__(
+        self,
+        passes: ForwardBackward,
+        optimizer: Optimizer,
+        compute_weights: ComputeWeights | None,
+        clip: Callable[[], Tensor],
+    ) -> None:
+        self._passes, self._optimizer, self._clip = passes, optimizer, clip
+        self._compute_weights = compute_weights
+        self._graphed = GraphedPass(self._run)
+
+    def __call__(self, batch: Batch, valid_tokens: Tensor) -> tuple[Tensor, ...]:
+        """Loss and gradient norm. Raises `UserError` for batches whose kernels would differ."""
+        self._passes.model.set_tokens_in_step(valid_tokens)
+        inputs = self._passes.inputs(batch)
+        if self._passes.masks(batch[0]["input"]) is not None:
+            raise UserError(
+                "compile.cuda_graph = true needs the same kernels in every step, but the documents "
+                "of model.args.attn_mask_type 'block_causal' change; set either to its default."
+            )
+        if self._compute_weights is not None:
+            self._compute_weights.refresh()
+        if not self._graphed.holds_grads:
+            self._optimizer.zero_grad()
+        loss_and_norm = self._graphed(inputs.tokens, inputs.labels, valid_tokens)
+        replay_steps(self._optimizer, grads_stay=self._graphed.holds_grads)
+        return loss_and_norm
+
+    def _run(self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        inputs = StepInputs(tokens, labels, tokens, None, labels != IGNORE_INDEX, {})
+        return self._passes.backward(inputs, None, valid_tokens), self._clip()

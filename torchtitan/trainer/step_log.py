@@ -1,21 +1,33 @@
-"""What a step came to, and the numbers that are told of it."""
+"""What a step came to, and the numbers that are logged of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from torchtitan.components.metrics import MetricsLogger
+from torchtitan.components.metrics.alarms import Action, Alarms
 from torchtitan.components.metrics.expert_load import (
     Numbers,
     balance_numbers,
     cross_node_percent,
     routing_numbers,
+    violation_numbers,
 )
-from torchtitan.components.metrics.expert_traffic import traffic_numbers
-from torchtitan.components.metrics.loss_guard import Verdict
+from torchtitan.components.metrics.expert_traffic import traffic_line, traffic_numbers
+from torchtitan.components.metrics.loss_guard import LossGuard, Verdict
+from torchtitan.config import JobConfig
+from torchtitan.config.phases import Now
+from torchtitan.data import data_numbers
+from torchtitan.data.dataloader import ParallelAwareDataLoader
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.expert_parallel import bytes_per_row
+from torchtitan.distributed.pipeline_parallel import Pipeline
 from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import TORCH_DTYPES
+from torchtitan.trainer.progress import Progress
 
 
 @dataclass
@@ -57,6 +69,91 @@ class Interval:
     data_seconds: float = 0.0
 
 
+class StepLog:
+    """Tells the numbers of logged steps, and lets the alarms look at them.
+
+    pipeline: where layers lie on several stages, whose numbers are gathered.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        dims: ParallelDims,
+        device: torch.device,
+        *,
+        metrics: MetricsLogger,
+        dataloader: ParallelAwareDataLoader,
+        moes: Mapping[int, nn.Module],
+        pipeline: Pipeline | None,
+        loss_guard: LossGuard,
+    ) -> None:
+        self.config, self.dims, self.device = config, dims, device
+        self.metrics, self.dataloader, self.moes = metrics, dataloader, moes
+        self.pipeline, self.loss_guard = pipeline, loss_guard
+        self.alarms = Alarms(config.metrics.alarm)
+
+    def log(
+        self,
+        result: StepResult,
+        interval: Interval,
+        *,
+        progress: Progress,
+        now: Now,
+        model_args: BaseModelArgs,
+        validation: Mapping[str, float],
+    ) -> Action:
+        """Write one record. Returns what the alarms ask for; called on all ranks."""
+        counted = data_numbers(self.dataloader, self.device, self.dims.dp_group)
+        biases = {layer: moe.expert_bias for layer, moe in self.moes.items()}
+        if self.pipeline is not None:  # of the layers on all stages
+            result.loads, result.traffic, result.watched, biases = self.pipeline.gather(
+                (result.loads, result.traffic, result.watched, biases)
+            )
+        traffic, balance = self._routing_numbers(result, biases, model_args)
+        self.metrics.log(
+            step=progress.step,
+            loss=result.loss,
+            max_loss=result.max_loss,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            tokens=interval.tokens,
+            tokens_seen=progress.tokens_seen,
+            flops=interval.flops,
+            step_seconds=interval.step_seconds,
+            data_seconds=interval.data_seconds,
+            expert_loads=result.loads,
+            extra={
+                "skipped_steps": self.loss_guard.skipped_steps,
+                "rewinds": self.loss_guard.rewinds,
+                **counted,
+                **result.side_losses,
+                **now.numbers(),
+                **traffic,
+                **balance,
+                **validation,
+            },
+        )
+        if self.config.metrics.log_traffic and traffic:
+            logger.info("%s", traffic_line(traffic, now.batch_size * now.seq_len))
+        watched = balance | violation_numbers(result.loads)
+        watched |= {"loss": result.loss, "grad_norm": result.grad_norm}
+        return self.alarms.check(progress.step, watched)
+
+    def _routing_numbers(
+        self, result: StepResult, biases: Mapping[int, Tensor | None], model_args: BaseModelArgs
+    ) -> tuple[dict[str, object], Numbers]:
+        """What expert parallelism sent, and how evenly the experts were used."""
+        traffic: dict[str, object] = {}
+        balance: Numbers = {}
+        if self.dims.ep > 1:
+            dtype = TORCH_DTYPES[self.config.training.mixed_precision_param]
+            traffic = traffic_of(result, model_args, dtype)
+        if result.loads:
+            groups = model_args.moe_args.num_expert_groups
+            balance = balance_of(result, biases, traffic, groups)
+        return traffic, balance
+
+
 def traffic_of(
     result: StepResult, model_args: BaseModelArgs, dtype: torch.dtype
 ) -> dict[str, object]:
@@ -69,7 +166,7 @@ def balance_of(
     result: StepResult,
     biases: Mapping[int, Tensor | None],
     traffic: Mapping[str, object],
-    num_groups: int,
+    num_groups: int | None,
 ) -> Numbers:
     """How evenly the step used the experts; the same on all ranks."""
     numbers = balance_numbers(result.loads, biases, num_groups)

@@ -24,7 +24,7 @@ RECENT_LOSSES = 32
 Verdict = Literal["update", "skip", "rewind"]
 
 
-class LossWatch:
+class LossGuard:
     """Counts what went wrong; its state belongs to the checkpoint, so that a resumed run judges as
     the uninterrupted one would.
 

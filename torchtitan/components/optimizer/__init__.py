@@ -1,5 +1,10 @@
-"""What changes the weights: update rules, their groups, learning rate, average, dtype copies."""
+"""What changes the weights: update rules, their groups, learning rate, average, compute weights."""
 
-from torchtitan.components.optimizer.build import build_optimizer, group_rules
+from torchtitan.components.optimizer.build import (
+    build_optimizer,
+    clip_gradients,
+    group_rules,
+    replay_steps,
+)
 
-__all__ = ["build_optimizer", "group_rules"]
+__all__ = ["build_optimizer", "clip_gradients", "group_rules", "replay_steps"]

@@ -1,9 +1,9 @@
 """One optimizer over all model parts: Adam, AdamW or Muon, in the form that settings ask for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from torchtitan.components.optimizer.adamw_bf16 import AdamWBf16
@@ -13,6 +13,7 @@ from torchtitan.components.optimizer.muon import Muon
 from torchtitan.components.optimizer.param_groups import GroupRules
 from torchtitan.config import Optimizer as OptimizerSettings
 from torchtitan.config import ParamGroup
+from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.tools.errors import UserError
 
 _OPTIMIZERS = {"Adam": Adam, "AdamW": AdamW}
@@ -28,6 +29,24 @@ def group_rules(settings: OptimizerSettings) -> GroupRules:
         settings.group,
         _NOT_BY_MUON if settings.name == "Muon" else None,
     )
+
+
+def clip_gradients(
+    optimizer: Optimizer, parameters: Iterable[nn.Parameter], max_norm: float
+) -> Tensor:
+    """Clip by the norm of all gradients, now or when the optimizer reads them.
+
+    Returns the norm before clipping, over all ranks: scalar.
+    """
+    if isinstance(optimizer, FusedAdam):
+        return optimizer.clip(parameters, max_norm)
+    return clip_grad_norm(parameters, max_norm)
+
+
+def replay_steps(optimizer: Optimizer, *, grads_stay: bool) -> None:
+    """Let steps replay their kernels, where the optimizer can and gradients stay in place."""
+    if isinstance(optimizer, FusedAdam):
+        optimizer.as_graph = grads_stay
 
 
 def build_optimizer(
@@ -46,7 +65,7 @@ def build_optimizer(
     muon_adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
     early_step_in_backward: bool = False,
     group: Sequence[ParamGroup] = (),
-    working: ComputeWeights | None = None,
+    compute_weights: ComputeWeights | None = None,
 ) -> Optimizer:
     """The optimizer of this rank: every trainable parameter of `model_parts` in exactly one group.
 
@@ -56,45 +75,38 @@ def build_optimizer(
     to the gradient, AdamW takes it off the weight. state_dtype "bfloat16": adamw_bf16.py, whatever
     the implementation. Raises UserError for an unknown `name`.
 
-    working: the model's working weights; `fused` writes them too. early_step_in_backward: see
-    `FusedAdam`, needs both.
+    compute_weights: the model's; `fused` writes them, after the others they are copied anew.
+    early_step_in_backward: see `FusedAdam`; needs both.
     """
     not_by_muon = _NOT_BY_MUON if name == "Muon" else None
     rules = GroupRules(weight_decay, weight_decay_on, group, not_by_muon)
     groups = rules.groups(model_parts, lr)
-    if name == "Muon":
-        return Muon(
-            groups,
-            lr=lr,
-            momentum=muon_momentum,
-            adjust=muon_adjust,
-            adamw={
-                "betas": (beta1, beta2),
-                "eps": eps,
-                "fused": implementation == "fused",
-                "foreach": implementation == "foreach",
-            },
-        )
-    if name == "AdamW" and state_dtype == "bfloat16":
-        return AdamWBf16(groups, lr=lr, betas=(beta1, beta2), eps=eps)
-    if name not in _OPTIMIZERS:
-        raise UserError(
-            f"optimizer.name = {name!r} is not known; choose one of {', '.join(_OPTIMIZERS)}, Muon"
-        )
     settings = {"lr": lr, "betas": (beta1, beta2), "eps": eps}
     # torch's own kernel is the faster one on a CPU; it takes one type only.
     on_gpu = all(p.device.type == "cuda" for group in groups for p in group["params"])
-    if implementation == "fused" and (on_gpu or working is not None):
+    in_bf16 = name == "AdamW" and state_dtype == "bfloat16"
+    own_kernel = implementation == "fused" and (on_gpu or compute_weights is not None)
+    if name in _OPTIMIZERS and own_kernel and not in_bf16:
         return FusedAdam(
             groups,
             decoupled=name == "AdamW",
-            working=working,
+            compute_weights=compute_weights,
             early_step=early_step_in_backward,
             **settings,
         )
-    return _OPTIMIZERS[name](
-        groups,
-        **settings,
-        fused=implementation == "fused",
-        foreach=implementation == "foreach",
-    )
+    kernels = {"fused": implementation == "fused", "foreach": implementation == "foreach"}
+    optimizer: Optimizer
+    if name == "Muon":
+        adamw = {"betas": (beta1, beta2), "eps": eps} | kernels
+        optimizer = Muon(groups, lr=lr, momentum=muon_momentum, adjust=muon_adjust, adamw=adamw)
+    elif in_bf16:
+        optimizer = AdamWBf16(groups, **settings)
+    elif name in _OPTIMIZERS:
+        optimizer = _OPTIMIZERS[name](groups, **settings, **kernels)
+    else:
+        raise UserError(
+            f"optimizer.name = {name!r} is not known; choose one of {', '.join(_OPTIMIZERS)}, Muon"
+        )
+    if compute_weights is not None:
+        optimizer.register_step_post_hook(lambda *_: compute_weights.outdate())
+    return optimizer

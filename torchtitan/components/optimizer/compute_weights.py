@@ -5,8 +5,9 @@ optimizer. Beside each lies a bf16 copy, and the module computes with that: the 
 module's `__dict__`, where Python looks before it asks nn.Module for the parameter of that name.
 Without copies, every forward pass of every micro-batch would cast all weights again.
 
-Where a module names weights in `fused_weights`, their copies are one tensor, so that one GEMM does
-for all. With parameters of the compute type the fused tensor takes their place in memory.
+Where a module declares a `Joint` of weights (ops/linear.py), their copies are one tensor, so that
+one GEMM does for all. With parameters of the compute type the fused tensor takes their place in
+memory.
 
 For one process, and for experts that no other rank has (FSDP leaves them alone; they are DTensors,
 of which this rank's part is meant here). Of all other weights FSDP keeps fp32 shards and gathers
@@ -25,6 +26,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.fsdp import experts_alone
 from torchtitan.ops.grouped_mm import local_part
+from torchtitan.ops.linear import joints
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.utils import TORCH_DTYPES
 
@@ -45,7 +47,7 @@ class _Fused:
 
 
 class ComputeWeights:
-    """Gives every parameter of `modules` its working copy; call last, after weights are filled.
+    """Gives every parameter of `modules` its copy in `dtype`; call last, after weights are filled.
     root: what is called for a forward pass.
 
     fp32_grads: hand gradients to the parameters in fp32, and add up micro-batches there; otherwise
@@ -67,8 +69,9 @@ class ComputeWeights:
         self._seen_version: dict[nn.Parameter, int] = {}
         modules = list(modules)
         for module in modules:
-            for name, (parts, dim) in getattr(module, "fused_weights", {}).items():
-                self._add(module, name, [module.get_parameter(part) for part in parts], dim, dtype)
+            for joint in joints(module):
+                params = [module.get_parameter(name) for name in joint.names]
+                joint.tensor = self._add(params, joint.dim, dtype)
         for module in modules:
             for name, param in module.named_parameters(recurse=False):
                 self._add_single(module, name, param, dtype)
@@ -76,12 +79,10 @@ class ComputeWeights:
 
     def _add(
         self,
-        module: nn.Module,
-        name: str,
         params: list[nn.Parameter],
         dim: int,
         dtype: torch.dtype,
-    ) -> None:
+    ) -> Tensor:
         tensor = torch.cat([local_part(p.detach()).to(dtype) for p in params], dim)
         fused = _Fused(tensor.requires_grad_(), params, dim)
         for p, part in zip(params, fused.parts(tensor.detach()), strict=True):
@@ -92,7 +93,7 @@ class ComputeWeights:
             p.grad_dtype = torch.float32 if self.fp32_grads else dtype
         tensor.register_post_accumulate_grad_hook(self._hook(len(self._fused)))
         self._fused.append(fused)
-        module.__dict__[name] = tensor
+        return tensor
 
     def _add_single(
         self, module: nn.Module, name: str, param: nn.Parameter, dtype: torch.dtype
@@ -100,7 +101,7 @@ class ComputeWeights:
         if param in self._copy_of:
             return
         if param.dtype != dtype:
-            self._add(module, name, [param], 0, dtype)
+            module.__dict__[name] = self._add([param], 0, dtype)
             return
         if self.fp32_grads:
             param.grad_dtype = torch.float32

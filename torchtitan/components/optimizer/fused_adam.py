@@ -1,9 +1,9 @@
-"""Adam and AdamW in one pass over weights, gradients, states and working copies.
+"""Adam and AdamW in one pass over weights, gradients, states and copies in the compute dtype.
 
 torch's fused kernels want weights, gradients and states of one type. Here gradients may be bf16
 beside fp32 weights, the clipping factor is applied on the way, and the new weight is written to its
-working copy too. Of DTensors each rank updates what it holds. Parameter groups and states are those
-of torch's AdamW, so that checkpoints don't tell one from the other.
+copy in the compute dtype too. Of DTensors each rank updates what it holds. Parameter groups and
+states are those of torch's AdamW, so that checkpoints don't tell one from the other.
 """
 
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from torchtitan.components.optimizer.compute_weights import ComputeWeights
+from torchtitan.distributed.grad_norm import clip_factor
 from torchtitan.ops.adamw import adamw_update, step_numbers
 from torchtitan.ops.grouped_mm import local_part
 
@@ -30,7 +31,7 @@ class FusedAdam(AdamW):
         params: Iterable[dict[str, object]],
         *,
         decoupled: bool,
-        working: ComputeWeights | None = None,
+        compute_weights: ComputeWeights | None = None,
         early_step: bool = False,
         **settings: object,
     ):
@@ -39,7 +40,7 @@ class FusedAdam(AdamW):
         self.early_step = early_step
         self.as_graph = False
         self._decoupled = decoupled
-        self._working = working
+        self._compute_weights = compute_weights
         self._early_norms: list[Tensor] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: list[nn.Parameter] = []
@@ -55,7 +56,7 @@ class FusedAdam(AdamW):
             for name in ("exp_avg", "exp_avg_sq"):
                 self.state[p][name] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         if early_step:
-            working.after_grad = self._step_early
+            compute_weights.after_grad = self._step_early
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -76,10 +77,17 @@ class FusedAdam(AdamW):
             self._recorded = params
         self._graph.replay()
 
-    def early_grad_norm(self) -> Tensor:
-        """Norm of all gradients since the last call; with early_step."""
-        norm = torch.linalg.vector_norm(torch.stack(self._early_norms))
-        self._early_norms.clear()
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """Have `step` scale the gradients as it reads them.
+
+        Returns their norm before, over all ranks; with early_step that of the gradients since the
+        last call, which are gone.
+        """
+        if self.early_step:
+            norm = torch.linalg.vector_norm(torch.stack(self._early_norms))
+            self._early_norms.clear()
+            return norm
+        norm, self.grad_factor = clip_factor(parameters, max_norm)
         return norm
 
     @torch.no_grad()
@@ -108,15 +116,15 @@ class FusedAdam(AdamW):
 
     def _update(self, param: nn.Parameter) -> None:
         state, group = self.state[param], self.param_groups[self._group_of[param]]
-        working = self._working
+        weights = self._compute_weights
         adamw_update(
             *map(local_part, (param, param.grad, state["exp_avg"], state["exp_avg_sq"])),
             self._numbers[self._row_of[param]],
-            copy=None if working is None else working.copy_of(param),
+            copy=None if weights is None else weights.copy_of(param),
             factor=self.grad_factor,
             betas=group["betas"],
             eps=group["eps"],
             l2=0.0 if self._decoupled else group["weight_decay"],
         )
-        if working is not None:
-            working.written(param)
+        if weights is not None:
+            weights.written(param)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.decoder.attention import SelfAttention
 from torchtitan.models.decoder.cache import CachedAttend, caching
 from torchtitan.models.moe import FeedForward, MoE
 from torchtitan.models.moe.balancing import record_load
@@ -21,19 +22,17 @@ from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.ops.attention import AttentionMask, causal_mask, document_mask
 from torchtitan.ops.buffers import KeepsBufferDtypes
 from torchtitan.ops.init import init_parameters
-from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
+from torchtitan.ops.linear import Output
 from torchtitan.protocols.model import BaseModel
 
 
 class TransformerBlock(nn.Module):
     """Attention, then a dense feed-forward of `hidden_dim` or (None) experts, on normalised inputs.
 
-    attention: called with (x_BSD, rope, mask, positions_BS). Context parallelism takes the place of
-    its `attend(queries, narrow, narrow, mask)`, where the two are all that keys and values are made
-    of (distributed/context_parallel.py), and so does generation (cache.py).
+    attention: called with (x_BSD, rope, mask, positions_BS).
     """
 
-    def __init__(self, args: DecoderArgs, attention: nn.Module, hidden_dim: int | None):
+    def __init__(self, args: DecoderArgs, attention: SelfAttention, hidden_dim: int | None):
         super().__init__()
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.attention = attention
@@ -65,16 +64,6 @@ class TransformerBlock(nn.Module):
         return x_BSD + out, load
 
 
-class Output(nn.Linear):
-    """Hidden states to logits, or with labels straight to the loss, without holding the logits."""
-
-    def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Logits (..., V), or with labels the scalar of `linear_cross_entropy`."""
-        if labels_BS is None:
-            return super().forward(x_BSD)
-        return linear_cross_entropy(x_BSD.flatten(0, -2), self.weight, labels_BS.flatten())
-
-
 class Decoder(KeepsBufferDtypes, BaseModel):
     """Tokens to logits, or to the loss. A family defines `make_block` and `make_rope_table`."""
 
@@ -90,7 +79,7 @@ class Decoder(KeepsBufferDtypes, BaseModel):
             {str(i): self.make_block(i) for i in range(model_args.n_layers)}
         )
         self.norm = nn.RMSNorm(model_args.dim, eps=model_args.norm_eps)
-        self.output = Output(model_args.dim, model_args.vocab_size, bias=False)
+        self.output = Output(model_args.dim, model_args.vocab_size)
         self.register_buffer("rope", self.make_rope_table(), persistent=False)
 
     def make_block(self, layer_id: int) -> TransformerBlock:

@@ -3,7 +3,6 @@ parallel. A family says how its attention splits; the rest is the same for all."
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from torchtitan.config import JobConfig
@@ -98,7 +97,7 @@ def _recompute_and_compile(model: Decoder, config: JobConfig, *, in_pieces: bool
         apply_compile(model.blocks(), config.compile)
         for moe in model.moe_layers().values():
             # Recomputation must see the choice of experts, to keep it.
-            moe.router._choose = torch.compiler.disable(moe.router._choose)
+            moe.router.choose_outside_graphs = True
     apply_activation_checkpoint(
         model.blocks(), config.activation_checkpoint, config.job.dump_folder
     )

@@ -8,19 +8,19 @@ the query, that of values to the sum (DeepSeek-V2 report, arXiv 2405.04434, sect
 import torch
 from torch import Tensor
 
+from torchtitan.models.decoder.attention import Narrow
 from torchtitan.models.decoder.cache import CachedAttend
+from torchtitan.ops.attention import AttentionMask
 
 
 class LatentAttend(CachedAttend):
-    """Of `Attention.attend`."""
+    """The cache of `deepseek_v3.model.Attention`; its narrow tensors stay compressed."""
 
-    def attend(
-        self, q_BSHC: Tensor, latent_BTC: Tensor, k_rope_BT1C: Tensor, mask: Tensor
-    ) -> Tensor:
+    def attend(self, q_BSHC: Tensor, narrow: Narrow, mask: AttentionMask) -> Tensor:
+        latent_BTC, k_rope_BT1C = narrow
         heads, nope = q_BSHC.size(2), self.attention.qk_nope_head_dim
         q_nope, q_rope = q_BSHC[..., :nope], q_BSHC[..., nope:]
-        # Read here, inside of the layer's forward pass, where FSDP has gathered it.
-        up_HCL = self.attention.wkv_b.weight.to(q_nope.dtype).unflatten(0, (heads, -1))
+        up_HCL = self.attention.wkv_b.dense_weight(q_nope.dtype).unflatten(0, (heads, -1))
         q_latent = torch.einsum("bshc,hcl->bshl", q_nope, up_HCL[:, :nope])
         scores = torch.einsum("bshl,btl->bhst", q_latent, latent_BTC)
         scores = scores + torch.einsum("bshr,btr->bhst", q_rope, k_rope_BT1C.squeeze(2))

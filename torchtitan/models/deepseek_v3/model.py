@@ -11,28 +11,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan.models.decoder import Decoder, TransformerBlock
+from torchtitan.models.decoder import Decoder, SelfAttention, TransformerBlock
+from torchtitan.models.decoder.attention import Narrow
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.deepseek_v3.latent_cache import LatentAttend
 from torchtitan.models.deepseek_v3.mtp import MTPInputs, MTPLayers, mtp_inputs
-from torchtitan.ops.attention import AttentionMask, attention
+from torchtitan.ops.attention import AttentionMask
+from torchtitan.ops.linear import Joint, Linear, linear_joint
 from torchtitan.ops.mla_attention import can_fuse, mla_attention
 from torchtitan.ops.rope import apply_rope, rope_table
 
 
-class Attention(nn.Module):
+class Attention(SelfAttention):
     """Multi-head latent attention (MLA).
 
     Keys and values come from one normalised latent of `kv_lora_rank` channels; queries from another
     (or directly). Position sits in `qk_rope_head_dim` extra channels, for keys shared by all heads.
-
-    w_in: the weights that take the layer's input, as one (components/optimizer/compute_weights.py).
     """
-
-    w_in: Tensor | None = None
 
     def __init__(self, args: DeepSeekV3ModelArgs):
         super().__init__()
@@ -45,19 +42,19 @@ class Attention(nn.Module):
 
         q_out = args.n_heads * args.qk_head_dim
         self.compress_q = args.q_lora_rank > 0
-        first_of_q = "wq_a.weight" if self.compress_q else "wq.weight"
-        self.fused_weights = {"w_in": ((first_of_q, "wkv_a.weight"), 0)}
         if self.compress_q:
-            self.wq_a = nn.Linear(args.dim, args.q_lora_rank, bias=False)
+            self.wq_a = Linear(args.dim, args.q_lora_rank)
             self.q_norm = nn.RMSNorm(args.q_lora_rank, eps=args.norm_eps)
-            self.wq_b = nn.Linear(args.q_lora_rank, q_out, bias=False)
+            self.wq_b = Linear(args.q_lora_rank, q_out)
         else:
-            self.wq = nn.Linear(args.dim, q_out, bias=False)
-        self.wkv_a = nn.Linear(args.dim, args.kv_lora_rank + args.qk_rope_head_dim, bias=False)
+            self.wq = Linear(args.dim, q_out)
+        first_of_q = "wq_a" if self.compress_q else "wq"
+        self.w_in = Joint(f"{first_of_q}.weight", "wkv_a.weight", dim=0)
+        self.wkv_a = Linear(args.dim, args.kv_lora_rank + args.qk_rope_head_dim)
         self.kv_norm = nn.RMSNorm(args.kv_lora_rank, eps=args.norm_eps)
         kv_out = args.n_heads * (args.qk_nope_head_dim + args.v_head_dim)
-        self.wkv_b = nn.Linear(args.kv_lora_rank, kv_out, bias=False)
-        self.wo = nn.Linear(args.n_heads * args.v_head_dim, args.dim, bias=False)
+        self.wkv_b = Linear(args.kv_lora_rank, kv_out)
+        self.wo = Linear(args.n_heads * args.v_head_dim, args.dim)
 
     def forward(
         self,
@@ -67,7 +64,8 @@ class Attention(nn.Module):
         positions_BS: Tensor | None = None,
     ) -> Tensor:
         """rope: table of `rope_table`. mask, positions_BS: see `Decoder.forward`."""
-        q, kv = self._project(x_BSD)
+        first_of_q = self.wq_a if self.compress_q else self.wq
+        q, kv = linear_joint(x_BSD, self.w_in, (first_of_q, self.wkv_a))
         q = self.wq_b(self.q_norm(q)) if self.compress_q else q
         q_BSHC = q.unflatten(-1, (self.n_heads, -1))
         latent, k_rope = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
@@ -88,31 +86,23 @@ class Attention(nn.Module):
         q_nope, q_rope = q_BSHC.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_BSHC = torch.cat((q_nope, apply_rope(q_rope, rope, positions_BS)), dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), rope, positions_BS)
-        out_BSHC = self.attend(q_BSHC, latent, k_rope, mask)
+        out_BSHC = self.attend(q_BSHC, (latent, k_rope), mask)
         return self.wo(out_BSHC.flatten(-2))
 
-    def attend(
-        self, q_BSHC: Tensor, latent_BSC: Tensor, k_rope_BS1C: Tensor, mask: AttentionMask
-    ) -> Tensor:
-        """Attention on keys and values still compressed (context parallelism and the cache step
-        in here).
-        """
-        k_BSHC, v_BSHC = self.expand(latent_BSC, k_rope_BS1C)
-        return attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
-
-    def expand(self, latent_BSC: Tensor, k_rope_BS1C: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of every head."""
+    def expand(self, narrow: Narrow) -> tuple[Tensor, Tensor]:
+        """Keys and values of every head, from the latent (B, S, C) and the rotary key (B, S, 1, C)
+        that all heads share."""
+        latent_BSC, k_rope_BS1C = narrow
         kv_BSHC = self.wkv_b(latent_BSC).unflatten(-1, (self.n_heads, -1))
         k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         k_BSHC = torch.cat((k_nope, k_rope_BS1C.expand(-1, -1, self.n_heads, -1)), dim=-1)
         return k_BSHC, v_BSHC
 
     def _can_fuse(self, q_BSHC: Tensor, mask: AttentionMask) -> bool:
-        """Whether one operator does for the lines between the projections: on the GPU of a single
-        process (parallel layouts take the lines apart).
-        """
+        """Whether one operator does for the lines between the projections: on a GPU, with all keys
+        and values at hand."""
         return (
-            self.w_in is not None
+            self.attend_with is None
             and not isinstance(mask, Tensor)
             and can_fuse(
                 q_BSHC.device.type,
@@ -122,14 +112,6 @@ class Attention(nn.Module):
                 self.v_head_dim,
             )
         )
-
-    def _project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (or their latent); keys' and values' latent with the shared rotary channels."""
-        if self.w_in is not None:
-            kv_channels = self.kv_lora_rank + self.qk_rope_head_dim
-            both = F.linear(x_BSD, self.w_in)
-            return both.split([self.w_in.size(0) - kv_channels, kv_channels], dim=-1)
-        return (self.wq_a if self.compress_q else self.wq)(x_BSD), self.wkv_a(x_BSD)
 
 
 class DeepSeekV3Model(Decoder):

@@ -30,6 +30,7 @@ from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.ops.attention import AttentionMask
 from torchtitan.ops.buffers import KeepsBufferDtypes
 from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.ops.linear import Linear
 
 
 class MTPInputs(NamedTuple):
@@ -70,7 +71,7 @@ class MTPLayer(nn.Module):
         super().__init__()
         self.enorm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.hnorm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.eh_proj = nn.Linear(2 * args.dim, args.dim, bias=False)
+        self.eh_proj = Linear(2 * args.dim, args.dim)
         self.block = block
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.moe.args import MoEArgs
@@ -23,9 +22,15 @@ from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.models.moe.router import TokenChoiceTopKRouter
 from torchtitan.models.moe.router_stats import SUMS, entropy_sum, limited_sum
 from torchtitan.ops.buffers import KeepsBufferDtypes
-from torchtitan.ops.expert_ffn import expert_ffn
-from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop, local_part
 from torchtitan.ops.init import init_parameters
+from torchtitan.ops.linear import (
+    Joint,
+    Linear,
+    grouped_ffn,
+    grouped_linear,
+    grouped_linear_joint,
+    linear_joint,
+)
 from torchtitan.ops.permute import sort_slots
 from torchtitan.ops.swiglu import swiglu
 
@@ -33,42 +38,28 @@ __all__ = ["MoEArgs", "FeedForward", "TokenChoiceTopKRouter", "GroupedExperts", 
 
 
 class FeedForward(nn.Module):
-    """SwiGLU feed-forward layer: w2(silu(w1 x) · w3 x), (..., dim) to (..., dim).
-
-    w13: both weights as one, where compute-dtype weights are kept
-    (components/optimizer/compute_weights.py).
-    """
-
-    fused_weights = {"w13": (("w1.weight", "w3.weight"), 0)}
-    w13: Tensor | None = None
+    """SwiGLU feed-forward layer: w2(silu(w1 x) · w3 x), (..., dim) to (..., dim)."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w1 = Linear(dim, hidden_dim)
+        self.w2 = Linear(hidden_dim, dim)
+        self.w3 = Linear(dim, hidden_dim)
+        self.w13 = Joint("w1.weight", "w3.weight", dim=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.w13 is not None:
-            return self.w2(swiglu(*F.linear(x, self.w13).chunk(2, dim=-1)))
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return self.w2(swiglu(*linear_joint(x, self.w13, (self.w1, self.w3))))
 
 
 class GroupedExperts(nn.Module):
-    """SwiGLU experts as stacked weights: w1, w3 (E, F, D) and w2 (E, D, F).
-
-    w13: (E, 2F, D), gate over up, where compute-dtype weights are kept
-    (components/optimizer/compute_weights.py).
-    """
-
-    fused_weights = {"w13": (("w1", "w3"), 1)}
-    w13: Tensor | None = None
+    """SwiGLU experts as stacked weights: w1, w3 (E, F, D) and w2 (E, D, F)."""
 
     def __init__(self, *, dim: int, hidden_dim: int, num_experts: int, use_grouped_mm: bool = True):
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.w13 = Joint("w1", "w3", dim=1)  # gate over up
         self.use_grouped_mm = use_grouped_mm
 
     def forward(self, rows_RD: Tensor, counts_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
@@ -76,13 +67,25 @@ class GroupedExperts(nn.Module):
 
         counts_L: int64 rows of each expert. weights_R: factors on the experts' outputs.
         """
-        mm = grouped_mm if self.use_grouped_mm else grouped_mm_loop
-        w1, w3 = (self.w1, self.w3) if self.w13 is None else self.w13.chunk(2, dim=1)
-        w1_LDF, w2_LFD, w3_LDF = (
-            local_part(weight).transpose(1, 2) for weight in (w1, self.w2, w3)
+        loop = not self.use_grouped_mm
+        gate_RF, up_RF = grouped_linear_joint(
+            rows_RD, self.w13, (self.w1, self.w3), counts_L, loop=loop
         )
-        hidden_RF = swiglu(mm(rows_RD, w1_LDF, counts_L), mm(rows_RD, w3_LDF, counts_L), weights_R)
-        return mm(hidden_RF, w2_LFD, counts_L)
+        hidden_RF = swiglu(gate_RF, up_RF, weights_R)
+        return grouped_linear(hidden_RF, self.w2, counts_L, loop=loop)
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether `fused` computes the same with fewer bytes."""
+        return self.w13.tensor is not None and self.use_grouped_mm
+
+    def fused(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Tokens to the weighted sums of their experts' outputs, (T, D), in one operator.
+
+        ids_TK, weights_TK: experts of each token and their routing weights.
+        """
+        order = sort_slots(ids_TK, self.w1.size(0))
+        return grouped_ffn(x_TD, self.w13, self.w2, weights_TK, order)
 
 
 class MoE(KeepsBufferDtypes):
@@ -161,8 +164,7 @@ class MoE(KeepsBufferDtypes):
         if self.shared_experts is not None:
             begun_TD = self.dispatcher.begin_beside(self.shared_experts, x_TD)
         if self._all_in_one:
-            experts, order = self.experts, sort_slots(ids_TK, self.router.num_experts)
-            out_TD = expert_ffn(x_TD, experts.w13, experts.w2, weights_TK, order)
+            out_TD = self.experts.fused(x_TD, ids_TK, weights_TK)
             traffic = None
         else:
             rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
@@ -213,8 +215,7 @@ class MoE(KeepsBufferDtypes):
     def _all_in_one(self) -> bool:
         """Whether dispatch, compute and combine can be one operator: same numbers, fewer bytes."""
         return (
-            self.experts.w13 is not None
-            and self.experts.use_grouped_mm
+            self.experts.can_fuse
             and isinstance(self.dispatcher, LocalDispatcher)
             and not self.score_before_experts
         )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torchtitan.models.moe.args import check_routing
 from torchtitan.models.moe.load import count_tokens
-from torchtitan.ops.router_logits import router_logits
+from torchtitan.ops.linear import Gate
 from torchtitan.ops.routing import Rule, can_route, route
 
 
@@ -24,6 +24,9 @@ class TokenChoiceTopKRouter(nn.Module):
     Raises `UserError` (a ValueError) at construction; the rules are `check_routing`'s. When node
     limiting saves traffic, and when not, is told at `MoEArgs`.
     """
+
+    # Whether the choice of experts stays out of compiled graphs, set by decoder/parallelize.py.
+    choose_outside_graphs = False
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class TokenChoiceTopKRouter(nn.Module):
             num_limited_groups=num_limited_groups,
             group_score_func=group_score_func,
         )
-        self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.gate = Gate(dim, num_experts)
         self.num_experts = num_experts
         self.num_expert_groups = num_expert_groups
         self.num_limited_groups = num_limited_groups
@@ -76,7 +79,7 @@ class TokenChoiceTopKRouter(nn.Module):
         num_tokens_per_expert (E,) int64; with `return_scores` also logits and scores (T, E), at
         least fp32.
         """
-        logits_TE = router_logits(x_TD, self.gate.weight)
+        logits_TE = self.gate(x_TD)
         fits = can_route(logits_TE, self._rule) and not self._debug_force_load_balance
         if fits and not return_scores:
             weights_TK, ids_TK = route(logits_TE, expert_bias, self._rule)
@@ -84,7 +87,8 @@ class TokenChoiceTopKRouter(nn.Module):
         scores_TE = (
             logits_TE.sigmoid() if self.score_func == "sigmoid" else logits_TE.softmax(dim=-1)
         )
-        ids_TK = self._choose(scores_TE.detach(), expert_bias)
+        choose = self._choose_outside_graphs if self.choose_outside_graphs else self._choose
+        ids_TK = choose(scores_TE.detach(), expert_bias)
         weights_TK = scores_TE.gather(1, ids_TK)
         if self.route_norm:
             # 1e-20 keeps a sum of underflowed sigmoids from dividing by zero.
@@ -112,6 +116,10 @@ class TokenChoiceTopKRouter(nn.Module):
         if self.num_expert_groups is not None:
             scores_for_choice = self._get_node_limited_routing_scores(scores_for_choice)
         return scores_for_choice.topk(self.top_k, dim=-1, sorted=False).indices
+
+    @torch.compiler.disable
+    def _choose_outside_graphs(self, scores_TE: Tensor, expert_bias: Tensor | None) -> Tensor:
+        return self._choose(scores_TE, expert_bias)
 
     def _get_node_limited_routing_scores(self, scores_for_choice: Tensor) -> Tensor:
         """Scores (T, E) with those of all but the `num_limited_groups` best groups set to −inf."""

@@ -8,13 +8,15 @@ Letters: B batch, S sequence, D model dim, H heads, C channels.
 
 from torch import Tensor, nn
 
-from torchtitan.models.decoder import Decoder, TransformerBlock
+from torchtitan.models.decoder import Decoder, SelfAttention, TransformerBlock
+from torchtitan.models.decoder.attention import Narrow
 from torchtitan.models.qwen3.args import Qwen3ModelArgs
-from torchtitan.ops.attention import AttentionMask, attention
+from torchtitan.ops.attention import AttentionMask
+from torchtitan.ops.linear import Linear
 from torchtitan.ops.rope import apply_rope, rope_table
 
 
-class Attention(nn.Module):
+class Attention(SelfAttention):
     """Grouped-query attention; RMSNorm over the channels of each query and key head.
 
     The published weights rotate channel i with channel i + C/2. Scores don't depend on the order of
@@ -27,12 +29,12 @@ class Attention(nn.Module):
         self.head_dim = args.head_dim
         self.softmax_scale = args.head_dim**-0.5
         kv_dim = args.n_kv_heads * args.head_dim
-        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(args.dim, kv_dim, bias=False)
+        self.wq = Linear(args.dim, args.n_heads * args.head_dim)
+        self.wk = Linear(args.dim, kv_dim)
+        self.wv = Linear(args.dim, kv_dim)
         self.q_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps)
         self.k_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps)
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim)
 
     def forward(
         self,
@@ -48,15 +50,11 @@ class Attention(nn.Module):
         )
         q = apply_rope(_halves_to_pairs(self.q_norm(q)), rope, positions_BS)
         k = apply_rope(_halves_to_pairs(self.k_norm(k)), rope, positions_BS)
-        return self.wo(self.attend(q, k, v, mask).flatten(-2))
+        return self.wo(self.attend(q, (k, v), mask).flatten(-2))
 
-    def attend(self, q_BSHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, mask: AttentionMask) -> Tensor:
-        """k and v have their own, fewer heads (context parallelism and the cache
-        step in here)."""
-        return attention(q_BSHC, k_BSHC, v_BSHC, scale=self.softmax_scale, mask=mask)
-
-    def expand(self, k_BSHC: Tensor, v_BSHC: Tensor) -> tuple[Tensor, Tensor]:
-        """What `ops.attention.attention` takes: it lets several queries share a key."""
+    def expand(self, narrow: Narrow) -> tuple[Tensor, Tensor]:
+        """Keys and values with their own, fewer heads, which several queries share."""
+        k_BSHC, v_BSHC = narrow
         return k_BSHC, v_BSHC
 
 

@@ -43,7 +43,7 @@ def assert_same_bits(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 @pytest.mark.parametrize(("start_step", "interval"), [(0, 1), (3, 2)])
 @pytest.mark.parametrize("computed", ["float32", "bfloat16"])
 def test_it_is_the_recurrence_of_the_fp32_weights(tmp_path, start_step, interval, computed):
-    """In bf16, working copies lie beside the weights: the average is not theirs."""
+    """In bf16, compute copies lie beside the weights: the average is not theirs."""
     settings = {"ema__start_step": start_step, "ema__interval": interval}
     settings["training__mixed_precision_param"] = computed
     with closing(start(tmp_path, training__steps=6, **settings)) as trainer:

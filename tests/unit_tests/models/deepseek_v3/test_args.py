@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchtitan.models.decoder import attention as attention_file
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, DeepSeekV3ModelArgs, deepseekv3_args
-from torchtitan.models.deepseek_v3 import model as model_file
 from torchtitan.models.deepseek_v3.hf_config import make_hf_config
 from torchtitan.models.moe import MoEArgs
 from torchtitan.ops.rope import Yarn
@@ -333,7 +333,7 @@ def whole_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask=None)
 @pytest.mark.parametrize("q_lora_rank", [0, 8])
 @pytest.mark.parametrize("shared", [0, 2])
 def test_flops_per_token_are_those_that_torch_counts(monkeypatch, q_lora_rank, shared):
-    monkeypatch.setattr(model_file, "attention", whole_attention)
+    monkeypatch.setattr(attention_file, "attention", whole_attention)
     moe_args = dataclasses.replace(TINY.moe_args, num_shared_experts=shared)
     args = dataclasses.replace(TINY, q_lora_rank=q_lora_rank, moe_args=moe_args)
     torch.manual_seed(0)

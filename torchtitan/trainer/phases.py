@@ -1,0 +1,94 @@
+"""What the schedule asks of the steps to come, and the model arguments that follow from it.
+
+Decides only; the trainer carries it out between two steps.
+"""
+
+from typing import Any, NamedTuple
+
+from torchtitan.config import JobConfig
+from torchtitan.config.phases import Now, RunSchedule, Sequences
+from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.protocols.train_spec import TrainSpec
+from torchtitan.trainer.preflight import model_args_of
+
+
+class Change(NamedTuple):
+    """What is new for a step.
+
+    phase: the step is the first of a phase that this process trains in.
+    sequences: their length, their number in a forward pass or YaRN.
+    warnings: sentences on positions that are encoded otherwise than before.
+    """
+
+    phase: bool
+    sequences: bool
+    warnings: list[str]
+
+
+class Phases:
+    """The schedule's settings at the current step.
+
+    now: the settings themselves; until the first step, those of the run's beginning.
+    model_args: of the model, for sequences as they are now.
+    """
+
+    def __init__(
+        self, config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs, schedule: RunSchedule
+    ):
+        self.schedule = schedule
+        self.model_args = model_args
+        self.now: Now = schedule.ends[0]
+        self._config, self._spec = config, spec
+        # What everything is set up for; None: nothing is any more.
+        self._sequences: Sequences | None = self.now.sequences
+        # Model arguments that stay as the loaded weights have them.
+        self._kept: dict[str, Any] = {}
+        # Arguments of the weights as they were trained last, if they were.
+        self._trained_as: BaseModelArgs | None = None
+
+    def keep_context(
+        self, stored: BaseModelArgs | None, tokens_seen: int, *, in_hf: bool
+    ) -> list[str]:
+        """Positions stay encoded as the weights that are about to be loaded have it, where only the
+        lengths of this run would change it. Returns sentences on that, to be told.
+
+        stored: arguments of those weights, None without any.
+        tokens_seen: of the run that is continued.
+        in_hf: the weights are in Hugging Face's format; there the two config.json are compared
+            when weights are loaded.
+        """
+        self._trained_as = stored
+        if stored is None:
+            return []
+        # A phase of this run may have changed it already: then this run goes on as it was.
+        begun = [self._args_of(each) for each in self.schedule.begun(tokens_seen)]
+        options = [args.keep_from(stored) for args in begun]
+        self._kept, told = min(options, key=lambda option: len(option[1]))
+        if not in_hf:
+            now = self._args_of(self.schedule.at(tokens_seen))
+            told = told + now.context_changes(stored)
+        self.model_args = self._args_of(self.schedule.ends[0])
+        return told
+
+    def enter(self, tokens_seen: int) -> Change:
+        """Take the settings of the step that begins after `tokens_seen` tokens."""
+        before, self.now = self.now, self.schedule.at(tokens_seen)
+        warnings: list[str] = []
+        resized = self.now.sequences != self._sequences
+        if resized:
+            self._sequences = self.now.sequences
+            if self._trained_as is not None:
+                longest = max(each.seq_len for each in self.schedule.begun(tokens_seen))
+                self._kept["context_len"] = max(self.model_args.context_len or 0, longest)
+            self.model_args = self._args_of(self.now)
+            if self._trained_as is not None:
+                warnings = self.model_args.context_changes(self._trained_as)
+        self._trained_as = self.model_args
+        return Change(bool(self.now.phase) and self.now.phase != before.phase, resized, warnings)
+
+    def forget_context(self) -> None:
+        """The next step sets up its sequences anew: other weights have been loaded."""
+        self._sequences = self._trained_as = None
+
+    def _args_of(self, now: Now) -> BaseModelArgs:
+        return model_args_of(self._config, self._spec, now.seq_len, now.yarn, self._kept)
