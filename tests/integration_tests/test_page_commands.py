@@ -3,7 +3,6 @@
 A command that is in none of the three tables fails.
 """
 
-import os
 import runpy
 import shlex
 import signal
@@ -206,4 +205,3 @@ def test_the_commands_of_a_page_run(page, folder, monkeypatch):
     for line in RUN_HERE:
         if line in lines:
             assert run(line, monkeypatch) == 0, line
-    assert os.getcwd() == str(folder)

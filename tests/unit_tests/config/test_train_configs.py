@@ -1,5 +1,6 @@
 """The shipped TOMLs are good ones, for as many processes as their first lines say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torchtitan.config import ConfigManager, JobConfig, resolve_degrees, to_dict, validate
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import get_flavor, get_train_spec
+from torchtitan.tools.errors import UserError
 from torchtitan.trainer.preflight import check_config, pipeline_plan
 
 FOLDER = Path(__file__).parents[3] / "train_configs"
@@ -40,7 +42,7 @@ def checked_671b(name: str, processes: int, monkeypatch) -> tuple[JobConfig, Bas
     """The config and the model's arguments, once all checks before a start are passed."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    # The file names what has to be downloaded.
+    # In place of what has to be downloaded, and of 8 GPUs.
     here = ["--model.hf_assets_path=tests/assets/tokenizer", "--training.dataset=sample"]
     here.append("--training.fim_rate=0")
     config = ConfigManager().parse_args([f"--job.config_file={FOLDER / name}.toml", *here])
@@ -82,6 +84,14 @@ def test_a_671b_file_says_the_memory_that_its_weights_need(name, processes, monk
     head = (FOLDER / f"{name}.toml").read_text().partition("[job]")[0].replace("\n# ", " ")
     assert f"{max(whole) / 1e9:.2f} B weights" in head
     assert f"Together {most / 1e9:.1f} GB" in head
+
+
+def test_the_ramp_of_the_671b_recipe_is_too_small_for_dualpipev(monkeypatch):
+    config, args = checked_671b("deepseek_v3_671b", 2048, monkeypatch)
+    v_shaped = replace(config.parallelism, pipeline_parallel_schedule="DualPipeV")
+    v_shaped = replace(v_shaped, pipeline_parallel_last_stage_less_layers=1)
+    with pytest.raises(UserError, match=r"at least as many as stages \(32\) .* makes 24"):
+        pipeline_plan(replace(config, parallelism=v_shaped), args)
 
 
 def test_both_671b_files_have_one_recipe():
