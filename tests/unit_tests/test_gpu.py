@@ -14,7 +14,7 @@ from torchtitan.config import EMA
 from torchtitan.distributed.expert_parallel import AllToAllDispatcher
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.models.moe import MoE, MoEArgs, TokenChoiceTopKRouter
-from torchtitan.models.moe import moe as moe_module
+from torchtitan.models.moe import router as router_module
 from torchtitan.ops.attention import attention, document_mask
 from torchtitan.ops.expert_ffn import expert_ffn, expert_ffn_chain
 from torchtitan.ops.grouped_mm import grouped_linear, grouped_mm_loop
@@ -138,7 +138,7 @@ def test_the_router_kernel_chooses_what_torch_chooses(monkeypatch) -> None:
     x, bias = leaves((2048, 512))[0], torch.randn(256, device="cuda") * 0.01
     mask = torch.rand(2048, device="cuda") > 0.1
     weights, ids, counts = router(x, bias, mask)
-    monkeypatch.setattr(moe_module, "can_route", lambda *_: False)
+    monkeypatch.setattr(router_module, "can_route", lambda *_: False)
     expected_weights, expected_ids, expected_counts = router(x, bias, mask)
     order, expected_order = ids.argsort(1), expected_ids.argsort(1)
     assert torch.equal(ids.gather(1, order), expected_ids.gather(1, expected_order))
