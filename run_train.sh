@@ -5,7 +5,7 @@
 #   CONFIG_FILE  TOML file (default: train_configs/debug_model.toml)
 #   LOG_RANK     ranks whose output is shown, such as 0,1 (default: 0)
 #   MAX_RESTARTS times that a failed run begins anew by itself, from its newest checkpoint (default: 0)
-#   COMM_MODE    fake_backend: one process plays rank 0 of NGPU, without any communication
+#   COMM_MODE    fake_backend: a dry run of rank 0 of NGPU in one process, without any communication
 #   arguments    overrides of the TOML, such as --training.steps 20; --help lists them
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -146,11 +146,11 @@ def test_a_wrong_config_is_one_sentence_and_torchrun_is_not_started(run_train, t
     assert not (tmp_path / "out").exists()
 
 
-def test_the_fake_backend_plays_one_of_64_ranks(run_train, tmp_path):
+def test_the_fake_backend_is_a_dry_run_of_one_of_64_ranks(run_train, tmp_path):
     options = {"training__steps": 2, "parallelism__data_parallel_replicate_degree": 2}
     done = run_train(*tiny(tmp_path / "out", **options), NGPU="64", COMM_MODE="fake_backend")
     assert done.returncode == 0, done.stderr
-    assert "one process plays rank 0 of 64" in done.stderr
+    assert "a dry run of rank 0 of 64 in one process" in done.stderr
     assert "2 steps of 256 sequences of 32 tokens" in done.stderr
     assert [record["tokens_seen"] for record in records(tmp_path / "out")] == [8192, 16384]
     assert "launch.py" not in run_train.calls.read_text()

@@ -1,17 +1,19 @@
-"""What a dry run of one rank (comm.mode "fake_backend") leaves out of its config by itself."""
+"""Settings that a dry run of one rank (comm.mode "fake_backend") switches off by itself."""
 
 from dataclasses import replace
 
 from torchtitan.config.job_config import JobConfig
 from torchtitan.tools.logging import logger
 
-# Policies that go back to a checkpoint, and what stands in for them.
+# Policies that load an earlier checkpoint, and their replacements.
 _INSTEAD_OF_REWIND = {"non_finite_loss": "skip_step", "loss_spike": "warn"}
 
 
 def without_checkpoints(config: JobConfig) -> JobConfig:
-    """The config of a played run: nothing is trained, so nothing is saved, loaded or exported, and
-    nothing is gone back to. Other configs as they are. Logs what it changes."""
+    """Switch off checkpoints and rewinds in the config of a dry run; logs what changes.
+
+    A dry run trains nothing, so it saves, loads and exports nothing. Other configs are unchanged.
+    """
     if config.comm.mode != "fake_backend":
         return config
     checkpoint, training = config.checkpoint, config.training

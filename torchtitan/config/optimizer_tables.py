@@ -21,7 +21,7 @@ class Optimizer:
     """The update rule."""
 
     name: Literal["Adam", "AdamW", "Muon"] = "AdamW"
-    """Adam adds weight_decay to the gradient, AdamW takes it off; Muon: for matrices (ours)."""
+    """Adam adds weight_decay to the gradient, AdamW takes it off; Muon (ours): for matrices."""
     lr: float = 8e-4
     """Peak learning rate, before the factor of lr_scheduler."""
     beta1: float = 0.9

@@ -112,7 +112,8 @@ def _is_plain(value: Any) -> bool:
     return value is None or type(value) in (str, int, float, bool)
 
 
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
+    """The type in words: "a string", "true or false", "a list of tables"."""
     if row_type(kind) is not None:
         return "a list of tables"
     words = {
@@ -159,7 +160,7 @@ def _requirement(key: Key, value: Any) -> str:
         return f"must be {_either(_nearest_first(str(value), get_args(first)))}."
     if first is bool:
         return "must be true or false."
-    return f"must be {_describe(key.type)}, for example {_example(key)}."
+    return f"must be {describe(key.type)}, for example {_example(key)}."
 
 
 def _nearest_first(value: str, choices: tuple[str, ...]) -> list[str]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchtitan.config import Comm, Debug
-from torchtitan.distributed import played
+from torchtitan.distributed import dry_run
 from torchtitan.distributed.agreement import Meeting, Settings
 from torchtitan.distributed.meeting_point import meet
 from torchtitan.tools.disk import SideOutput
@@ -31,8 +31,8 @@ def init_distributed(
     """Join the other processes that torchrun started; alone, a group of one. Returns how to leave.
 
     A process group that is already there is used, and left to its owner. With `comm.mode`
-    "fake_backend" this process plays rank 0 of WORLD_SIZE and collectives do nothing: a dry run of
-    a large layout.
+    "fake_backend" this process is rank 0 of WORLD_SIZE and nothing is communicated: a dry run of a
+    large layout.
 
     settings: called with this process's rank before any group is made; what it returns must be the
         same on all ranks, and a `UserError` of one rank is raised on all (`Meeting.agree`).
@@ -89,7 +89,7 @@ _meetings = itertools.count()  # all ranks meet as often
 def meeting_of_ranks(config: Comm) -> Meeting:
     """Of all ranks of the group that is there."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if dist.get_backend() == played.BACKEND:  # nobody else is there
+    if dist.get_backend() == dry_run.BACKEND:  # nobody else is there
         rank, world_size = 0, 1
     store = dist.distributed_c10d._get_default_store()
     store = dist.PrefixStore(f"meeting_{next(_meetings)}", store)
@@ -101,13 +101,13 @@ def _init_fake() -> None:
     world_size, _ = planned_processes()
     if os.environ.get("RANK", "0") != "0":
         raise UserError(
-            f'comm.mode = "fake_backend" plays rank 0 in one process, but RANK is '
+            f'comm.mode = "fake_backend" is a dry run of rank 0 in one process, but RANK is '
             f"{os.environ['RANK']}: start one process, with COMM_MODE=fake_backend ./run_train.sh."
         )
-    played.init_played(world_size)
+    dry_run.init_dry_run(world_size)
     logger.warning(
-        "comm.mode fake_backend: one process plays rank 0 of %d and nothing is communicated (the "
-        "others are taken to do what it does), so losses mean nothing",
+        "comm.mode fake_backend: a dry run of rank 0 of %d in one process; nothing is communicated "
+        "(the other ranks are assumed to do what it does), so losses mean nothing",
         world_size,
     )
 
@@ -127,7 +127,7 @@ def _set_up_flight_recorder(config: Comm, dump_folder: str) -> None:
 def set_timeout(seconds: int, except_for: dist.ProcessGroup | None = None) -> None:
     """From now on a collective fails after this long, in every other group that exists."""
     for group in dist.distributed_c10d._world.pg_map:
-        if group is not except_for and dist.get_backend(group) != played.BACKEND:
+        if group is not except_for and dist.get_backend(group) != dry_run.BACKEND:
             _set_pg_timeout(timedelta(seconds=seconds), group)
 
 

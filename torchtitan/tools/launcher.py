@@ -78,7 +78,7 @@ def read_launch() -> Launch:
 
 def planned_processes() -> tuple[int, int | None]:
     """WORLD_SIZE (default: 1) and LOCAL_WORLD_SIZE, which is all that a check of a config or a
-    played rank needs. Raises `UserError`."""
+    dry-run rank needs. Raises `UserError`."""
     return _number("WORLD_SIZE") or 1, _number("LOCAL_WORLD_SIZE")
 
 

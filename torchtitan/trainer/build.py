@@ -16,10 +16,10 @@ from torchtitan.components.optimizer import lr_scheduler
 from torchtitan.config import JobConfig, Parallelism, resolve_degrees, run_schedule
 from torchtitan.config.phases import RunSchedule
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.dry_run import check_room
 from torchtitan.distributed.fsdp import materialize
 from torchtitan.distributed.pipeline_parallel import Pipeline, cut_into_parts
 from torchtitan.distributed.pipeline_plan import PipelinePlan
-from torchtitan.distributed.played import check_room
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.flops import peak_flops

@@ -133,10 +133,10 @@ def test_a_config_is_checked_for_a_number_of_processes(launched, tmp_path):
     assert main([*tiny(tmp_path), "--job.check_config"]) == 0
 
 
-def test_only_rank_0_can_be_played(launched, tmp_path, capfd):
+def test_only_rank_0_has_a_dry_run(launched, tmp_path, capfd):
     launched(RANK="1", WORLD_SIZE="4")
     assert main([*tiny(tmp_path / "out"), "--comm.mode=fake_backend"]) == 2
-    assert "plays rank 0 in one process, but RANK is 1" in capfd.readouterr().err
+    assert "is a dry run of rank 0 in one process, but RANK is 1" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------

@@ -29,24 +29,24 @@ def check_schedule(schedule: RunSchedule, config: JobConfig, degrees: Degrees) -
     for n, (phase, (before, end)) in enumerate(zip(phases, pairs, strict=True), start=1):
         where = phase.title(n)
         _check_numbers(phase, where)
-        is_played = config.comm.mode == "fake_backend"
-        _check_sequences(phase, where, end, degrees, is_played=is_played)
+        is_dry_run = config.comm.mode == "fake_backend"
+        _check_sequences(phase, where, end, degrees, is_dry_run=is_dry_run)
         _check_shapes(phase, where)
         _check_batch_size(phase, where, before.batch_size, end, dp_degree)
 
 
 def _check_sequences(
-    phase: Phase, where: str, end: Now, degrees: Degrees, *, is_played: bool
+    phase: Phase, where: str, end: Now, degrees: Degrees, *, is_dry_run: bool
 ) -> None:
     for name in ("seq_len", "local_batch_size"):
         value = getattr(phase, name)
         if value is not None and value < 1:
             raise UserError(f"{where}: {name} = {value} must be 1 or more.")
     changed = [name for name in Sequences._fields if getattr(phase, name) is not None]
-    if changed and is_played:
+    if changed and is_dry_run:
         raise UserError(
             f"{where}: {changed[0]} = {as_text(getattr(phase, changed[0]))} needs to know how far "
-            'the data of all ranks is, but comm.mode = "fake_backend" plays one of them; leave '
+            'the data of all ranks is, but comm.mode = "fake_backend" runs one of them; leave '
             "either out."
         )
     if phase.seq_len is not None:

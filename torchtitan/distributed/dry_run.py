@@ -1,15 +1,15 @@
-"""One process plays rank 0 of a large world (comm.mode "fake_backend"): groups that send nothing.
+"""Dry run (comm.mode "fake_backend"): one process is rank 0 of a large world and sends nothing.
 
-Every other rank is taken to do what this one does. What it would send is what this rank has:
+Every other rank is assumed to do what this rank does, so collectives return what it has:
 
     all-gather, gather    this rank's tensor, once for each rank
     sums                  this rank's value times the size of the group
     all-to-all            what was sent to rank r comes back from rank r
     receive               noise, since another pipeline stage computes something else
 
-So sizes agree on all ways, counts and rows of the experts' exchange too, and each rank gets as many
-rows as it sends, the mean over ranks. torch's own "fake" backend makes up sizes and contents of
-each collective alone, which don't fit together there.
+So the sizes of all collectives agree, those of the experts' exchange too (counts and rows): each
+rank receives as many rows as it sends, which is the mean over ranks. torch's own "fake" backend
+makes up sizes and contents of each collective alone, and they don't fit together there.
 """
 
 import os
@@ -24,23 +24,26 @@ from torch._C._distributed_c10d import _create_work_from_future
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.tools.errors import UserError
 
-BACKEND = "played"
+BACKEND = "dry_run"
 
 
-def init_played(world_size: int) -> None:
-    """The default group, whose rank 0 is this process; the groups made after it are played, too."""
+def init_dry_run(world_size: int) -> None:
+    """Make the default group, with this process as rank 0; groups made later are dry-run, too."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if BACKEND.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(
-            BACKEND, lambda _, rank, size, __: PlayedGroup(rank, size), devices=["cpu", "cuda"]
+            BACKEND, lambda _, rank, size, __: DryRunGroup(rank, size), devices=["cpu", "cuda"]
         )
     dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=world_size)
 
 
 def check_room(model: nn.Module, device: torch.device) -> None:
-    """Raise `UserError` where `device` can't hold rank 0's weights, gradients and two running means
-    of the optimizer. model: on the meta device still."""
+    """Raise `UserError` where rank 0's weights, gradients and optimizer state exceed the memory.
+
+    model: sharded, still on the meta device. The optimizer has two running means a weight.
+    device: its whole memory counts, the machine's for "cpu".
+    """
     weights = sum(local_part(p).numel() * p.element_size() for p in model.parameters())
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[1]
@@ -54,11 +57,11 @@ def check_room(model: nn.Module, device: torch.device) -> None:
         )
 
 
-class PlayedGroup(dist.ProcessGroup):
-    """Methods and arguments are those of torch's process groups, which are called by them.
+class DryRunGroup(dist.ProcessGroup):
+    """Process group of a dry run. torch calls its methods by the names and arguments here.
 
-    torch 2.13 has new names for some (all_gather_single for _allgather_base, …); it takes the old
-    ones from here where C++ calls, and needs both where Python does.
+    torch 2.13 renamed some (all_gather_single for _allgather_base, …): its C++ code calls the old
+    names, its Python code both.
     """
 
     @property
@@ -146,7 +149,7 @@ class PlayedGroup(dist.ProcessGroup):
         for tensor in tensors:
             if tensor.is_floating_point():
                 tensor.detach().normal_()
-            else:  # a stage's vote for the shapes that it was told (torch 2.13)
+            else:  # torch 2.13: a stage's agreement with the shapes announced to it
                 tensor.fill_(1)
         return _done()
 

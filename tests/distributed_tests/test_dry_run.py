@@ -1,4 +1,4 @@
-"""comm.mode "fake_backend": one process plays rank 0 of any layout, without another process."""
+"""comm.mode "fake_backend": a dry run of rank 0 of any layout, without another process."""
 
 import math
 
@@ -8,14 +8,14 @@ import torch.distributed as dist
 
 from tests.tiny_run import records, tiny
 from torchtitan.config import ConfigManager
-from torchtitan.distributed.played import init_played
+from torchtitan.distributed.dry_run import init_dry_run
 from torchtitan.tools.errors import UserError
 from torchtitan.trainer import Trainer
 
 # In one process; torch 2.13 warns of the names that 2.11 has.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-PLAYED = "--comm.mode=fake_backend"
+DRY_RUN = "--comm.mode=fake_backend"
 FOUR_PARTS = (
     '--parallelism.module_fqns_per_model_part=[["tok_embeddings"],["layers.0"],["layers.1"],'
     '["norm","output"]]'
@@ -101,10 +101,10 @@ ROWS = {
 }
 
 
-def play(monkeypatch, folder, world_size: int, options: list[str]) -> list[dict]:
+def dry_run(monkeypatch, folder, world_size: int, options: list[str]) -> list[dict]:
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    run = tiny(folder, training__steps=2)
-    trainer = Trainer(ConfigManager().parse_args([*run, PLAYED, *options]))
+    run = [*tiny(folder, training__steps=2), DRY_RUN, *options]
+    trainer = Trainer(ConfigManager().parse_args(run))
     try:
         trainer.train()
     finally:
@@ -113,14 +113,14 @@ def play(monkeypatch, folder, world_size: int, options: list[str]) -> list[dict]
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_layout_is_played(name, monkeypatch, tmp_path):
-    steps = play(monkeypatch, tmp_path, *ROWS[name])
+def test_a_layout_has_a_dry_run(name, monkeypatch, tmp_path):
+    steps = dry_run(monkeypatch, tmp_path, *ROWS[name])
     assert [step["step"] for step in steps] == [1, 2]
     assert all(math.isfinite(step[key]) for step in steps for key in ("loss", "grad_norm"))
 
 
 def test_the_group_gives_back_what_this_rank_has():
-    init_played(4)
+    init_dry_run(4)
     try:
         x = torch.arange(8.0)
         total, gathered = x.clone(), [torch.empty(8) for _ in range(4)]
@@ -142,7 +142,7 @@ def test_the_group_gives_back_what_this_rank_has():
 
 def test_each_rank_gets_as_many_rows_as_it_sends(monkeypatch, tmp_path):
     """Top-3 of 8 experts over 8 ranks: a row for each choice of all 8 ranks' tokens."""
-    first, _ = play(monkeypatch, tmp_path, *ROWS["EP 8"])
+    first, _ = dry_run(monkeypatch, tmp_path, *ROWS["EP 8"])
     sent = sum(first[f"rows_sent_{tier}"] for tier in ("self", "node", "remote"))
     assert sent == 8 * 4 * 32 * 3
 
@@ -158,7 +158,7 @@ def test_what_needs_a_trained_model_is_switched_off(monkeypatch, tmp_path, caplo
         "--training.non_finite_loss=rewind",
         "--training.loss_spike=rewind",
     ]
-    play(monkeypatch, tmp_path, 8, [*options, *degrees(expert=8)])
+    dry_run(monkeypatch, tmp_path, 8, [*options, *degrees(expert=8)])
     assert "checkpoints are off, nothing is loaded, saved or exported" in caplog.text
     assert "training.non_finite_loss is skip_step; training.loss_spike is warn" in caplog.text
     assert not (tmp_path / "checkpoint").exists()
@@ -167,6 +167,45 @@ def test_what_needs_a_trained_model_is_switched_off(monkeypatch, tmp_path, caplo
 def test_a_model_that_does_not_fit_is_refused_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("os.sysconf", lambda name: 100)
-    run = [*tiny(tmp_path), PLAYED]
+    run = [*tiny(tmp_path), DRY_RUN]
     with pytest.raises(UserError, match=r"rank 0 of 2 needs .* GiB .* set NGPU or"):
         Trainer(ConfigManager().parse_args(run))
+
+
+# Sizes of a toy with the layers, experts and groups of the 671B files.
+TOY = {
+    "model.hf_assets_path": "tests/assets/tokenizer",
+    "model.args.vocab_size": 2048,
+    "model.args.n_layers": 61,
+    "model.args.q_lora_rank": 32,
+    "schedule.phase": "[]",  # a dry run has sequences of one length
+    "training.fim_rate": 0,
+    "training.seq_len": 16,
+    "training.steps": 1,
+    "training.dataset_num_workers": 0,
+    "activation_checkpoint.mode": "full",
+    "metrics.enable_tensorboard": "false",
+    "compile.enable": "false",
+}
+
+
+# World size; sequences of a step on each rank, fewer than the file has.
+LAYOUTS_671B = {"deepseek_v3_671b": (2048, 16), "deepseek_v3_671b_256xh200": (256, 2)}
+
+
+@pytest.mark.parametrize("name", LAYOUTS_671B)
+def test_the_layout_of_a_671b_file_has_a_dry_run(name, monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
+    world_size, sequences = LAYOUTS_671B[name]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    options = TOY | {
+        "job.config_file": f"train_configs/{name}.toml",
+        "training.local_batch_size": sequences,
+        "training.global_batch_size": -1,
+    }
+    (step,) = dry_run(monkeypatch, tmp_path, world_size, [f"--{k}={v}" for k, v in options.items()])
+    assert math.isfinite(step["grad_norm"])
+    assert "256 experts over 64 ranks on 8 nodes" in caplog.text
+    assert "one copy of a token per destination node" in caplog.text
+    rows = step["layer_rows_sent_remote"].values()
+    assert rows and max(rows) <= 4 * step["tokens_seen"], "a token goes to 4 nodes at most"
