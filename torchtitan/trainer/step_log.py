@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torchtitan.components.metrics.expert_load import (
 from torchtitan.components.metrics.expert_traffic import traffic_numbers
 from torchtitan.components.metrics.loss_guard import Verdict
 from torchtitan.distributed.expert_parallel import bytes_per_row
-from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.models.decoder.args import DecoderArgs
 
 
 @dataclass
@@ -57,9 +58,7 @@ class Interval:
     data_seconds: float = 0.0
 
 
-def traffic_of(
-    result: StepResult, model_args: BaseModelArgs, dtype: torch.dtype
-) -> dict[str, object]:
+def traffic_of(result: StepResult, model_args: DecoderArgs, dtype: torch.dtype) -> Numbers:
     """What expert parallelism sent in this step, over all ranks. dtype: of what is sent."""
     row = bytes_per_row(model_args.dim, model_args.moe_args.top_k, dtype)
     return traffic_numbers(result.traffic, row)
@@ -68,8 +67,8 @@ def traffic_of(
 def balance_of(
     result: StepResult,
     biases: Mapping[int, Tensor | None],
-    traffic: Mapping[str, object],
-    num_groups: int,
+    traffic: Mapping[str, Any],
+    num_groups: int | None,
 ) -> Numbers:
     """How evenly the step used the experts; the same on all ranks."""
     numbers = balance_numbers(result.loads, biases, num_groups)

@@ -2,6 +2,7 @@
 parallel. A family says how its attention splits; the rest is the same for all."""
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,18 +21,19 @@ from torchtitan.ops.grouped_mm import why_loop
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import TORCH_DTYPES, device_type
 
-# Of an attention module, or of a whole model: place its weights.
-Split = Callable[[nn.Module, TensorParallel], None]
+# Place the weights of an attention module, or of a whole model, of the family's own class.
+Split = Callable[[Any, TensorParallel], None]
+Model = TypeVar("Model", bound=Decoder)
 
 
 def parallelize_decoder(
-    model: Decoder,
+    model: Model,
     dims: ParallelDims,
     config: JobConfig,
     *,
     split_attention: Split,
     split_beside: Split | None = None,
-) -> Decoder:
+) -> Model:
     """Change the model in place, in this order, on any device; each step logs one line.
 
     split_attention: its input and output are this rank's part of the sequence. split_beside: what

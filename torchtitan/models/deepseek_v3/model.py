@@ -21,9 +21,10 @@ from torchtitan.models.deepseek_v3.mtp import MTPInputs, MTPLayers, mtp_inputs
 from torchtitan.ops.attention import AttentionMask, attention
 from torchtitan.ops.mla_attention import can_fuse, mla_attention
 from torchtitan.ops.rope import apply_rope, rope_table
+from torchtitan.protocols.layers import AttentionLayer
 
 
-class Attention(nn.Module):
+class Attention(AttentionLayer):
     """Multi-head latent attention (MLA).
 
     Keys and values come from one normalised latent of `kv_lora_rank` channels; queries from another

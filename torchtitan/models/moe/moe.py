@@ -28,6 +28,7 @@ from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop, local_part
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.permute import sort_slots
 from torchtitan.ops.swiglu import swiglu
+from torchtitan.protocols.layers import MoELayer
 
 __all__ = ["MoEArgs", "FeedForward", "TokenChoiceTopKRouter", "GroupedExperts", "MoE"]
 
@@ -85,7 +86,7 @@ class GroupedExperts(nn.Module):
         return mm(hidden_RF, w2_LFD, counts_L)
 
 
-class MoE(KeepsBufferDtypes):
+class MoE(KeepsBufferDtypes, MoELayer):
     """Routed experts plus shared ones.
 
     Buffers: `expert_bias` (E,) fp32, part of the state dict (None without balancing);

@@ -12,9 +12,10 @@ from torchtitan.models.decoder import Decoder, TransformerBlock
 from torchtitan.models.qwen3.args import Qwen3ModelArgs
 from torchtitan.ops.attention import AttentionMask, attention
 from torchtitan.ops.rope import apply_rope, rope_table
+from torchtitan.protocols.layers import AttentionLayer
 
 
-class Attention(nn.Module):
+class Attention(AttentionLayer):
     """Grouped-query attention; RMSNorm over the channels of each query and key head.
 
     The published weights rotate channel i with channel i + C/2. Scores don't depend on the order of
