@@ -43,7 +43,8 @@ def _is_met(requirement: str, pins: dict[str, str] | None) -> bool:
 
 
 def _numbers(version: str) -> list[int]:
-    return [int(n) for n in re.match(r"[\d.]*", version).group().strip(".").split(".")]
+    numbers, _, _ = re.sub(r"[^\d.]", " ", version, count=1).partition(" ")
+    return [int(n) for n in numbers.strip(".").split(".")]
 
 
 def read_pins(constraints: str) -> dict[str, str]:

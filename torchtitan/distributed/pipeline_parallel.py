@@ -279,10 +279,10 @@ def _make_schedule(
     return cls(stages if issubclass(cls, PipelineScheduleMulti) else stages[0], **options)
 
 
-def _overlap(action: _Action, ctx: _PipelineContext) -> None:
+def _overlap(action: Any, ctx: _PipelineContext) -> None:
     """The forward pass of a micro-batch through one stage, the backward pass of another through
     another, by turns."""
-    forward, backward = action.sub_actions or ()
+    forward, backward = action.sub_actions
     run = partial(_run_forward, forward, ctx), partial(_run_backward, backward, ctx)
     if forward.stage_index == backward.stage_index:  # FSDP knows one pass of a module at a time
         run[0]()

@@ -30,8 +30,8 @@ class TrainSpec:
         """`state_dict_adapter`. Raises `UserError` where the family has none."""
         if self.state_dict_adapter is None:
             raise UserError(
-                f"{self.model_cls.__name__} has no state dict adapter, so it has no form in Hugging "
-                "Face's format; take a model of another family."
+                f"{self.model_cls.__name__} has no state dict adapter, which Hugging Face's format "
+                "needs; take a model of another family."
             )
         return self.state_dict_adapter
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchtitan.ops.attention import AttentionMask
+from torchtitan.protocols.layers import AttentionLayer
 
 
 class CachedAttend:
@@ -14,7 +15,7 @@ class CachedAttend:
     can be made of, see `TransformerBlock`.
     """
 
-    def __init__(self, attention: nn.Module, batch_size: int, length: int) -> None:
+    def __init__(self, attention: AttentionLayer, batch_size: int, length: int) -> None:
         """length: the most tokens of a sequence."""
         self.attention = attention
         self.uncached = attention.attend
@@ -24,7 +25,8 @@ class CachedAttend:
 
     def __call__(self, q_BSHC: Tensor, a: Tensor, b: Tensor, mask: AttentionMask) -> Tensor:
         """mask: bool (B, 1, S, tokens remembered with these), True = may be seen."""
-        return self.attend(q_BSHC, *self._remember(a, b), mask)
+        whole_a, whole_b = self._remember(a, b)
+        return self.attend(q_BSHC, whole_a, whole_b, mask)
 
     def attend(self, q_BSHC: Tensor, a: Tensor, b: Tensor, mask: AttentionMask) -> Tensor:
         return self.uncached(q_BSHC, a, b, mask)
@@ -40,7 +42,7 @@ class CachedAttend:
 
 @contextmanager
 def caching(
-    attentions: Sequence[nn.Module], make: Callable[[nn.Module], CachedAttend]
+    attentions: Sequence[AttentionLayer], make: Callable[[AttentionLayer], CachedAttend]
 ) -> Iterator[None]:
     """Inside, these layers remember; see `BaseModel.caching`."""
     for attention in attentions:

@@ -4,9 +4,6 @@ parallel. A family says how its attention splits; the rest is the same for all."
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-from torch import nn
-
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
@@ -16,10 +13,11 @@ from torchtitan.distributed.expert_parallel import apply_expert_parallel
 from torchtitan.distributed.fsdp import apply_data_parallel
 from torchtitan.distributed.tensor_parallel import TensorParallel
 from torchtitan.models.decoder.model import Decoder, TransformerBlock
+from torchtitan.models.moe import MoE
 from torchtitan.models.moe.layout import say_expert_layout
 from torchtitan.ops.grouped_mm import why_loop
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import TORCH_DTYPES, device_type
+from torchtitan.tools.utils import TORCH_DTYPES, device_type, eager
 
 # Place the weights of an attention module, or of a whole model, of the family's own class.
 Split = Callable[[Any, TensorParallel], None]
@@ -87,7 +85,7 @@ def _split_block(block: TransformerBlock, tp: TensorParallel, split_attention: S
 def _split_ends(model: Decoder, tp: TensorParallel, *, whole_logits: bool) -> None:
     if model.tok_embeddings is not None:  # None: it lies on another pipeline stage
         tp.embedding(model.tok_embeddings)
-    if model.output is not None:
+    if model.output is not None and model.norm is not None:
         tp.replicate(model.norm)
         tp.output(model.output, whole_logits=whole_logits)
 
@@ -100,7 +98,7 @@ def _recompute_and_compile(model: Decoder, config: JobConfig, *, in_pieces: bool
         apply_compile(model.blocks(), config.compile)
         for moe in model.moe_layers().values():
             # Recomputation must see the choice of experts, to keep it.
-            moe.router._choose = torch.compiler.disable(moe.router._choose)
+            moe.router._choose = eager(moe.router._choose)
     apply_activation_checkpoint(
         model.blocks(), config.activation_checkpoint, config.job.dump_folder
     )
@@ -108,7 +106,7 @@ def _recompute_and_compile(model: Decoder, config: JobConfig, *, in_pieces: bool
         apply_compile(model.blocks(), config.compile)
 
 
-def _say_how_experts_compute(moes: dict[int, nn.Module], config: JobConfig) -> bool:
+def _say_how_experts_compute(moes: dict[int, MoE], config: JobConfig) -> bool:
     """True where they loop."""
     if not moes:
         return False

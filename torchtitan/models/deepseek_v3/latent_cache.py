@@ -5,6 +5,8 @@ H · (192 + 128)), and never makes keys and values of them: the up-projection of
 the query, that of values to the sum (DeepSeek-V2 report, arXiv 2405.04434, section 2.1.2).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from torchtitan.models.decoder.cache import CachedAttend
 
 class LatentAttend(CachedAttend):
     """Of `Attention.attend`."""
+
+    attention: Any  # `Attention`, whose file imports this one
 
     def attend(
         self, q_BSHC: Tensor, latent_BTC: Tensor, k_rope_BT1C: Tensor, mask: Tensor

@@ -55,7 +55,7 @@ def _split_attention(attention: Attention, tp: TensorParallel) -> None:
 
 def _split_mtp(mtp: MTPLayers, tp: TensorParallel, *, whole_logits: bool) -> None:
     """Around their blocks all is token by token, on this rank's part of the sequence."""
-    for layer in mtp.values():
+    for _, layer in mtp.numbered():
         tp.replicate(layer.enorm, layer.hnorm, layer.eh_proj, layer.norm)
     if not whole_logits:
         mtp.loss_fn = partial(

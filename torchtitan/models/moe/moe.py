@@ -28,7 +28,7 @@ from torchtitan.ops.grouped_mm import grouped_mm, grouped_mm_loop, local_part
 from torchtitan.ops.init import init_parameters
 from torchtitan.ops.permute import sort_slots
 from torchtitan.ops.swiglu import swiglu
-from torchtitan.protocols.layers import MoELayer
+from torchtitan.protocols.layers import ExpertWeights, MoELayer
 
 __all__ = ["MoEArgs", "FeedForward", "TokenChoiceTopKRouter", "GroupedExperts", "MoE"]
 
@@ -55,7 +55,7 @@ class FeedForward(nn.Module):
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
-class GroupedExperts(nn.Module):
+class GroupedExperts(ExpertWeights):
     """SwiGLU experts as stacked weights: w1, w3 (E, F, D) and w2 (E, D, F).
 
     w13: (E, 2F, D), gate over up, where compute-dtype weights are kept
@@ -96,6 +96,10 @@ class MoE(KeepsBufferDtypes, MoELayer):
     `global_tokens_per_expert` (E,) int64, the step before's on all ranks (see aux_loss.py).
     """
 
+    router: TokenChoiceTopKRouter
+    experts: GroupedExperts
+    dispatcher: TokenDispatcher
+
     def __init__(self, moe_args: MoEArgs, dim: int, hidden_dim: int):
         super().__init__()
         self.router = TokenChoiceTopKRouter(
@@ -110,7 +114,7 @@ class MoE(KeepsBufferDtypes, MoELayer):
             group_score_func=moe_args.group_score_func,
             _debug_force_load_balance=moe_args._debug_force_load_balance,
         )
-        self.dispatcher: TokenDispatcher = LocalDispatcher(moe_args.num_experts)
+        self.dispatcher = LocalDispatcher(moe_args.num_experts)
         self.experts = GroupedExperts(
             dim=dim,
             hidden_dim=hidden_dim,
@@ -161,9 +165,10 @@ class MoE(KeepsBufferDtypes, MoELayer):
 
         if self.shared_experts is not None:
             begun_TD = self.dispatcher.begin_beside(self.shared_experts, x_TD)
-        if self._all_in_one:
-            experts, order = self.experts, sort_slots(ids_TK, self.router.num_experts)
-            out_TD = expert_ffn(x_TD, experts.w13, experts.w2, weights_TK, order)
+        w13_E2FD = self.experts.w13
+        if w13_E2FD is not None and self._all_in_one:
+            order = sort_slots(ids_TK, self.router.num_experts)
+            out_TD = expert_ffn(x_TD, w13_E2FD, self.experts.w2, weights_TK, order)
             traffic = None
         else:
             rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
@@ -214,8 +219,7 @@ class MoE(KeepsBufferDtypes, MoELayer):
     def _all_in_one(self) -> bool:
         """Whether dispatch, compute and combine can be one operator: same numbers, fewer bytes."""
         return (
-            self.experts.w13 is not None
-            and self.experts.use_grouped_mm
+            self.experts.use_grouped_mm
             and isinstance(self.dispatcher, LocalDispatcher)
             and not self.score_before_experts
         )

@@ -115,12 +115,13 @@ class TokenChoiceTopKRouter(nn.Module):
 
     def _get_node_limited_routing_scores(self, scores_for_choice: Tensor) -> Tensor:
         """Scores (T, E) with those of all but the `num_limited_groups` best groups set to −inf."""
-        scores_TGe = scores_for_choice.unflatten(-1, (self.num_expert_groups, -1))
+        scores_TGe = scores_for_choice.unflatten(-1, (self.num_expert_groups or 1, -1))
         if self.group_score_func == "max":
             group_scores_TG = scores_TGe.amax(dim=-1)
         else:
             group_scores_TG = scores_TGe.topk(2, dim=-1).values.sum(dim=-1)
-        best_TM = group_scores_TG.topk(self.num_limited_groups, dim=-1, sorted=False).indices
+        limited = self.num_limited_groups or 1
+        best_TM = group_scores_TG.topk(limited, dim=-1, sorted=False).indices
         left_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_TM, False)
         return scores_TGe.masked_fill(left_out_TG.unsqueeze(-1), float("-inf")).flatten(-2)
 
