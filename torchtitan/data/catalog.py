@@ -5,6 +5,7 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torchtitan.data.documents import Skips
 from torchtitan.data.files import (
@@ -183,7 +184,7 @@ def _open_hub(name: str, where: HubDataset, text_key: str) -> Source:
     """Streaming through `datasets`. Nothing is downloaded but what is read."""
     from datasets import load_dataset  # takes a second to import, and only this needs it
 
-    pinned = {"revision": where.revision} if where.revision else {}
+    pinned: dict[str, Any] = {"revision": where.revision} if where.revision else {}
     try:
         dataset = load_dataset(
             where.repository, name=where.config, split=where.split, streaming=True, **pinned

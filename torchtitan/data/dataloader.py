@@ -20,6 +20,7 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.context import BaseContext
 from typing import Any, Protocol
 
 import torch
@@ -129,7 +130,8 @@ class ParallelAwareDataLoader:
         return self._dataset.identity()
 
     def _make_loader(self) -> DataLoader:
-        share, dataset = self._share, self._dataset
+        share = self._share
+        dataset: Any = self._dataset  # torch wants a class of its own, and needs the methods only
         return DataLoader(
             dataset,
             batch_size=share.batch_size,
@@ -286,7 +288,7 @@ def _check_complete(consumed: int, lanes: dict[int, dict], num_lanes: int) -> No
             raise ValueError(f"lane {lane} has given {taken} of {due} examples")
 
 
-def _worker_context(dataset: LanesDataset) -> multiprocessing.context.BaseContext:
+def _worker_context(dataset: LanesDataset) -> BaseContext:
     """Workers come from a clean server process, not as forks of the trainer: a fork copies the
     locks of CUDA's, NCCL's and gloo's threads without the threads, and may wait for them forever.
 

@@ -54,8 +54,8 @@ from torchtitan.distributed.utils import (
     set_timeout,
     sum_over_ranks,
 )
+from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
-from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.tools.cpu import bound_onednn_cache, lacks_bf16
@@ -255,7 +255,8 @@ class Trainer:
             [self.model], working=self.working, **vars(config.optimizer)
         )
         if self.working is not None and not isinstance(self.optimizer, FusedAdam):
-            self.optimizer.register_step_post_hook(lambda *_: self.working.outdate())
+            outdate = self.working.outdate
+            self.optimizer.register_step_post_hook(lambda *_: outdate())
         self.average = WeightAverage(self.model, config.ema) if config.ema.enable else None
         if self.average is not None:
             self._open.callback(self.average.close)
@@ -328,15 +329,15 @@ class Trainer:
         """One optimizer step over `accumulation` micro-batches."""
         self._enter_step()
         micro_batches = self._next_batches(batches, interval)
-        valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
+        valid = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels in micro_batches]).sum()
         valid_tokens = sum_over_ranks(valid.to(self.device), self.dims.dp_group).clamp(min=1)
 
         if self.config.optimizer.early_step_in_backward:
             self._before_update()
         if self.graphed is not None:
             self.model.set_tokens_in_step(valid_tokens)
-            numbers = self._graphed_pass(micro_batches[0], valid_tokens)
-            return self._update(*numbers, valid_tokens)
+            loss, norm = self._graphed_pass(self.graphed, micro_batches[0], valid_tokens)
+            return self._update(loss, norm, valid_tokens)
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches):
@@ -368,7 +369,9 @@ class Trainer:
         """Zero on ranks that only repeat another's (tensor parallelism, earlier stages)."""
         return of_tokens if self.rank in self.dims.loss_ranks else torch.zeros_like(of_tokens)
 
-    def _graphed_pass(self, batch: Batch, valid_tokens: Tensor) -> tuple[Tensor, ...]:
+    def _graphed_pass(
+        self, graphed: GraphedPass, batch: Batch, valid_tokens: Tensor
+    ) -> tuple[Tensor, ...]:
         """Loss and gradient norm of a step whose kernels are replayed."""
         inputs = self.passes.inputs(batch)
         if self.passes.masks(batch[0]["input"]) is not None:
@@ -378,11 +381,11 @@ class Trainer:
             )
         if self.working is not None:
             self.working.refresh()
-        if not self.graphed.holds_grads:
+        if not graphed.holds_grads:
             self.optimizer.zero_grad()
-        loss_and_norm = self.graphed(inputs.tokens, inputs.labels, valid_tokens)
+        loss_and_norm = graphed(inputs.tokens, inputs.labels, valid_tokens)
         if isinstance(self.optimizer, FusedAdam):
-            self.optimizer.as_graph = self.graphed.holds_grads
+            self.optimizer.as_graph = graphed.holds_grads
         return loss_and_norm
 
     def _pass_and_clip(
@@ -516,8 +519,7 @@ class Trainer:
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
         group = self.dims.stage_group
-        load = step_loads(moes, group) if moes else RoutingLoad([], [])
-        loads_LE, traffic_L23, watched_L5 = load.tokens_E, load.traffic, load.watched
+        load = step_loads(moes, group) if moes else None
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.number))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
@@ -530,7 +532,8 @@ class Trainer:
         if verdict == "update":
             self._before_update()
             self.optimizer.step()
-            update_expert_bias(moes, loads_LE)
+            if load is not None:
+                update_expert_bias(moes, load.tokens_E)
         if self.average is not None and verdict != "rewind":
             self.average.after_step(self.step)
         side = self.model.take_side_losses()
@@ -542,15 +545,18 @@ class Trainer:
             loss=sum(rank_losses),
             max_loss=max(rank_losses) * len(rank_losses),
             grad_norm=norm,
-            lr=lr,
-            loads=dict(zip(self.moes, loads_LE, strict=True)),
-            traffic=dict(zip(self.moes, traffic_L23, strict=True)),
-            watched={} if watched_L5 is None else dict(zip(self.moes, watched_L5, strict=True)),
+            lr=float(lr),
+            loads=self._by_layer(load and load.tokens_E),
+            traffic=self._by_layer(load and load.traffic),
+            watched=self._by_layer(load and load.watched),
             side_losses={name: x.item() / valid_tokens for name, x in side.items()},
             valid_tokens=int(valid_tokens),
             verdict=verdict,
             asked_by=asked_by,
         )
+
+    def _by_layer(self, rows: Tensor | None) -> dict[int, Tensor]:
+        return {} if rows is None else dict(zip(self.moes, rows, strict=True))
 
     def _before_update(self) -> None:
         """Whoever copies the weights does so before they change."""
@@ -560,9 +566,11 @@ class Trainer:
 
     def _routing_numbers(
         self, result: StepResult, biases: Mapping[int, Tensor | None]
-    ) -> tuple[dict[str, object], Numbers]:
+    ) -> tuple[Numbers, Numbers]:
         """What expert parallelism sent, and how evenly the experts were used."""
         traffic, balance, args = {}, {}, self.model_args
+        if not isinstance(args, DecoderArgs):
+            return traffic, balance
         if self.dims.ep > 1:
             dtype = TORCH_DTYPES[self.config.training.mixed_precision_param]
             traffic = traffic_of(result, args, dtype)

@@ -16,6 +16,7 @@ them in bf16, to the same effect.
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,8 @@ class ComputeWeights:
     def _hook(self, index: int | None) -> Callable[[Tensor], None]:
         # Weak: Python's collector can't see through a tensor's hooks, so that a cycle through them
         # would keep all weights for ever.
-        me = weakref.ref(self)
+        # It lives as long as the model, whose forward hook holds it.
+        me: Callable[[], Any] = weakref.ref(self)
         if index is None:
             return lambda param: me()._call_after_grad(param)
         return lambda _: me()._hand_over(index)
@@ -118,7 +120,9 @@ class ComputeWeights:
         """Bring a fresh gradient to the parameters that it belongs to."""
         fused = self._fused[index]
         grad, fused.tensor.grad = fused.tensor.grad, None
-        for p, part in zip(fused.params, fused.parts(grad), strict=True):
+        for p, part in zip(
+            fused.params, fused.parts(cast(Tensor, grad)), strict=True
+        ):  # made just now
             if not self.fp32_grads:
                 assert p.grad is None, "gradients of several micro-batches need fp32_grads"
                 p.grad = _placed_as(p, part)
