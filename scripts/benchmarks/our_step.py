@@ -79,7 +79,8 @@ def _run(
         StepProfile(trainer, tokens=settings["batch"] * settings["seq_len"]) if profile else None
     )
     seconds = time_steps(step, settings["warmup"], settings["steps"])
-    row = summary("ours", settings, seconds, losses, sequences) | {"peak_gib": peak_gib()}
+    row = summary("ours", settings, seconds, losses, sequences)
+    row["peak_gib"] = peak_gib()
     if marks is not None:
         row["breakdown"] = marks.measure(step, row["step_seconds"]["median"])
     return row

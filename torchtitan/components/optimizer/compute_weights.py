@@ -111,18 +111,17 @@ class ComputeWeights:
         # Weak: Python's collector can't see through a tensor's hooks, so that a cycle through them
         # would keep all weights for ever.
         # It lives as long as the model, whose forward hook holds it.
-        me: Callable[[], Any] = weakref.ref(self)
+        me = weakref.ref(self)
         if index is None:
-            return lambda param: me()._call_after_grad(param)
-        return lambda _: me()._hand_over(index)
+            return lambda param: cast(Any, me())._call_after_grad(param)
+        return lambda _: cast(Any, me())._hand_over(index)
 
     def _hand_over(self, index: int) -> None:
         """Bring a fresh gradient to the parameters that it belongs to."""
         fused = self._fused[index]
-        grad, fused.tensor.grad = fused.tensor.grad, None
-        for p, part in zip(
-            fused.params, fused.parts(cast(Tensor, grad)), strict=True
-        ):  # made just now
+        grad = cast(Tensor, fused.tensor.grad)  # made just now
+        fused.tensor.grad = None
+        for p, part in zip(fused.params, fused.parts(grad), strict=True):
             if not self.fp32_grads:
                 assert p.grad is None, "gradients of several micro-batches need fp32_grads"
                 p.grad = _placed_as(p, part)
