@@ -43,8 +43,8 @@ def _is_met(requirement: str, pins: dict[str, str] | None) -> bool:
 
 
 def _numbers(version: str) -> list[int]:
-    numbers, _, _ = re.sub(r"[^\d.]", " ", version, count=1).partition(" ")
-    return [int(n) for n in numbers.strip(".").split(".")]
+    public = re.split(r"[^\d.]", version, maxsplit=1)[0]
+    return [int(n) for n in public.strip(".").split(".")]
 
 
 def read_pins(constraints: str) -> dict[str, str]:

@@ -167,7 +167,8 @@ def _head(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterator[Ro
         with torch.no_grad():
             for x in x_TD.split(grad_TV.size(0)):
                 grad = grad_TV[: x.size(0)]
-                _ = x @ weight_VD.t(), grad @ weight_VD, grad.t() @ x
+                products = x @ weight_VD.t(), grad @ weight_VD, grad.t() @ x
+                del products
         return x_TD
 
     def both() -> Tensor:

@@ -41,7 +41,7 @@ def transformers(told: dict, liger: bool = False) -> tuple[nn.Module, LossOf]:
     if args["attn_mask_type"] != "causal":
         raise NotImplementedError("document masks: DeepseekV3 of transformers has none")
     moe = args["moe_args"]
-    without_mtp: dict[str, Any] = {"num_nextn_predict_layers": 0}
+    without_mtp: dict[str, Any] = {"num_nextn_predict_layers": 0}  # no multi-token prediction
     config = DeepseekV3Config(
         vocab_size=args["vocab_size"],
         hidden_size=args["dim"],
