@@ -36,7 +36,7 @@ from torchtitan.tools.logging import init_logger, logger
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and those left for the training run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=entry.about(__doc__), allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", help="the whole step", allow_abbrev=False)
     step.add_argument("--preset", nargs="+", default=[], metavar="NAME", help="see `presets`")

@@ -40,7 +40,7 @@ BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 def main() -> int:
     init_logger()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
     parser.add_argument("--package", type=Path, help=f"a downloaded {PACKAGE} .deb file")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     args = parser.parse_args()
@@ -133,8 +133,9 @@ def log_statistics(documents: list[str], tokenizer: Tokenizer) -> None:
     counts: collections.Counter[int] = collections.Counter()
     for text in documents:
         counts.update(tokenizer.encode(text).ids)
+    ids = tokenizer.get_vocab()
     for special in SPECIAL_TOKENS[:2]:  # one begin and one end for each document
-        counts[tokenizer.token_to_id(special)] += len(documents)
+        counts[ids[special]] += len(documents)
     total = sum(counts.values())
     entropy = -sum(n / total * math.log(n / total) for n in counts.values())
     size = sum(len(text.encode()) for text in documents)

@@ -43,7 +43,8 @@ def _is_met(requirement: str, pins: dict[str, str] | None) -> bool:
 
 
 def _numbers(version: str) -> list[int]:
-    return [int(n) for n in re.match(r"[\d.]*", version).group().strip(".").split(".")]
+    public = re.split(r"[^\d.]", version, maxsplit=1)[0]
+    return [int(n) for n in public.strip(".").split(".")]
 
 
 def read_pins(constraints: str) -> dict[str, str]:

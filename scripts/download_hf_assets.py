@@ -30,7 +30,7 @@ from torchtitan.tools.script import run_script
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
     parser.add_argument("repo_id", help="such as deepseek-ai/DeepSeek-V3")
     parser.add_argument("--weights", action="store_true", help="the safetensors files too")
     parser.add_argument("--revision", help="branch, tag or commit (default: main)")

@@ -21,6 +21,11 @@ REPO = Path(__file__).resolve().parents[1]
 INTERRUPTED = 128 + signal.SIGINT
 
 
+def about(doc: str | None) -> str:
+    """The first line of a script's docstring, for --help."""
+    return (doc or "").partition("\n")[0]
+
+
 def run(main: Callable[..., int | None], *arguments: object) -> NoReturn:
     """Exit with what `main` returns (None: 0), with a sentence and 130 at Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have to clean up

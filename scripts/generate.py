@@ -34,6 +34,7 @@ from torchtitan.components.optimizer.ema import check_has_average
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.data.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
 from torchtitan.distributed.utils import init_distributed
+from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.errors import UserError
@@ -44,7 +45,7 @@ from torchtitan.trainer.build import build_model, build_parallel_dims
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
     parser.add_argument("source", type=Path, help="a step-N folder, or a Hugging Face folder")
     parser.add_argument("--prompt", action="append", required=True, help="again for several")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="at most (default: 128)")
@@ -102,8 +103,9 @@ def make_config(args: argparse.Namespace, model: StoredModel) -> JobConfig:
     """Of a job that only computes forward, its experts spread as far as they go."""
     world_size = read_launch().world_size
     dtype = args.dtype or ("bfloat16" if device_type() == "cuda" else "float32")
-    has_experts = getattr(model.args, "has_experts", False)
-    degree = math.gcd(model.args.moe_args.num_experts, world_size) if has_experts else 1
+    degree = 1
+    if isinstance(model.args, DecoderArgs) and model.args.has_experts:
+        degree = math.gcd(model.args.moe_args.num_experts, world_size)
     options = {
         "model.name": model.name,
         "model.flavor": model.flavor,
@@ -140,7 +142,7 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
             "out (convert_to_hf.py --ema makes such a folder of the average)."
         )
     else:
-        adapter = spec.state_dict_adapter(model.model_args, str(source))
+        adapter = spec.hf_adapter(model.model_args, str(source))
         load_hf(model, adapter, source, quantized=HFFolder(source).quantized)
 
 

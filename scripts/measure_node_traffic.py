@@ -39,7 +39,7 @@ COLOURS = {"plain": "#b9c6d6", "all_to_all": "#5b8db8", "node_limited": "#1f4e79
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
     parser.add_argument("--nodes", type=positive, default=4)
     parser.add_argument("--ranks_per_node", type=positive, default=2)
     parser.add_argument("--num_experts", type=positive, default=64)
@@ -173,7 +173,8 @@ def payload_per_row(dispatcher: str, dim: int, top_k: int) -> int:
 
 def summarise(ranks: list[dict], options: argparse.Namespace) -> list[dict]:
     """One line for each routing and dispatcher, in the order of the measurement."""
-    lines, plain = [], None
+    lines: list[dict] = []
+    plain: dict = {}  # the first of each routing
     for index, (groups, limited, dispatcher, _) in enumerate(ranks[0]["cases"]):
         line = {
             "num_expert_groups": groups,

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
@@ -23,6 +24,7 @@ from scripts import entry
 # isort: split
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
 from torchtitan.components.optimizer.compute_weights import build_compute_weights
@@ -48,9 +50,10 @@ class Pairs:
         self.models = [build_model(spec, args, dims, config, device)[0] for _ in range(2)]
         for model in self.models:  # as for all micro-batches of a pipeline but the last
             build_compute_weights(model, config, dims, several_passes=True)
-            model.set_requires_gradient_sync(False)
-            model.set_is_last_backward(False)
-            model.set_reshard_after_backward(False)
+            spread = cast(FSDPModule, model)  # there are two ranks or more
+            spread.set_requires_gradient_sync(False)
+            spread.set_is_last_backward(False)
+            spread.set_reshard_after_backward(False)
             model.set_tokens_in_step(torch.ones((), device=device))
         shape = config.training.local_batch_size, config.training.seq_len
         self.tokens = torch.randint(0, args.vocab_size, shape, device=device)
@@ -105,7 +108,7 @@ def _wait() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     init_logger()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
+    parser = argparse.ArgumentParser(description=entry.about(__doc__), add_help=False)
     parser.add_argument("--pairs", type=int, default=10)
     options, others = parser.parse_known_args(argv)
     try:
@@ -130,7 +133,9 @@ def main(argv: list[str] | None = None) -> int:
     for _ in range(ROUNDS):
         for name, together in kinds.items():
             found[name].append(milliseconds(pairs, together, options.pairs))
-    row = {f"{name}, ms a pair": statistics.median(times) for name, times in found.items()}
+    row: dict[str, object] = {
+        f"{name}, ms a pair": statistics.median(times) for name, times in found.items()
+    }
     row["all-to-all kernels, ms a pair"] = exchange_milliseconds(pairs)
     row["all rounds"] = found
     if dist.get_rank() == 0:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
@@ -24,8 +25,16 @@ from torch import Tensor
 
 from tests.reference.plain_all_to_all import PlainAllToAllDispatcher
 from torchtitan.distributed.expert_parallel import AllToAllDispatcher, NodeLimitedDispatcher
+from torchtitan.distributed.groups import world_group
 from torchtitan.models.moe import GroupedExperts, MoE, MoEArgs
 from torchtitan.models.moe.dispatcher import TokenDispatcher
+
+
+def _own_group(groups: list[list[int]], index: int) -> dist.ProcessGroup:
+    """Every rank makes all groups; the one at `index` is its own."""
+    made = [dist.new_group(ranks) for ranks in groups]
+    return cast(dist.ProcessGroup, made[index])  # a number for those that others make
+
 
 DISPATCHERS = ("plain", "all_to_all", "node_limited")
 
@@ -70,10 +79,8 @@ class Rank:
             timeout=timedelta(seconds=settings.seconds),
         )
         grid = torch.arange(settings.world_size).view(settings.nodes, settings.ranks_per_node)
-        self.within = [dist.new_group(ranks) for ranks in grid.tolist()][self.node]
-        self.between = [dist.new_group(ranks) for ranks in grid.T.tolist()][
-            rank % settings.ranks_per_node
-        ]
+        self.within = _own_group(grid.tolist(), self.node)
+        self.between = _own_group(grid.T.tolist(), rank % settings.ranks_per_node)
 
     def sent_bytes(self) -> tuple[int, int]:
         """What this node has sent so far, to other nodes and inside, says the kernel."""
@@ -108,9 +115,10 @@ class Rank:
     def dispatcher(self, name: str) -> TokenDispatcher:
         s = self.settings
         if name == "plain":
-            return PlainAllToAllDispatcher(dist.group.WORLD, s.num_experts, s.ranks_per_node)
+            plain = PlainAllToAllDispatcher(world_group(), s.num_experts, s.ranks_per_node)
+            return cast(TokenDispatcher, plain)  # but for shared experts, which no layer here has
         if name == "all_to_all":
-            return AllToAllDispatcher(dist.group.WORLD, s.num_experts, s.ranks_per_node)
+            return AllToAllDispatcher(world_group(), s.num_experts, s.ranks_per_node)
         return NodeLimitedDispatcher(self.between, self.within, s.num_experts)
 
     def layer(self, groups: int, limited: int) -> MoE:

@@ -97,6 +97,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
     parser.add_argument("picture", help="the file to draw into, such as picture.png")
     entry.run(main, parser.parse_args().picture)

@@ -15,7 +15,7 @@ from scripts import entry
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
     parser.add_argument("rows", type=Path)
     parser.add_argument("--whole", nargs="*", default=[], metavar="NAME: MS")
     parser.add_argument("--out", type=Path, required=True)

@@ -155,7 +155,7 @@ def _complete(folder: Path) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=None, help="default: 10 for each kill")
@@ -164,7 +164,8 @@ def main() -> None:
     args.steps = args.steps or 10 * args.kills
     with tempfile.TemporaryDirectory(prefix="soak-") as name, contextlib.ExitStack() as args.runs:
         calm, disturbed = Path(name, "calm"), Path(name, "disturbed")
-        calm.mkdir(), disturbed.mkdir()
+        calm.mkdir()
+        disturbed.mkdir()
         if start(calm, args).wait() != 0:
             sys.exit((calm / "log").read_text())
         in_saves = soak(disturbed, args)

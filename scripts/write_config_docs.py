@@ -50,13 +50,13 @@ ARGUMENTS = {
 def sentences(table: type) -> dict[str, str]:
     """The string below each field of a dataclass, by field."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(table))).body
-    return {
-        field.target.id: below.value.value
-        for field, below in zip(tree.body, tree.body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(below, ast.Expr)
-        and isinstance(below.value, ast.Constant)
-    }
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            if isinstance(below.value, ast.Constant):
+                found[ast.unparse(field.target)] = str(below.value.value)
+    return found
 
 
 def type_of(kind: Any) -> str:
@@ -95,18 +95,18 @@ def section(table: type, name: str) -> Iterator[str]:
     names = [field.name for field in dataclasses.fields(table)]
     inner = [key for key in names if dataclasses.is_dataclass(hints[key])]
     if len(inner) < len(names):
-        yield from ("", f"## [{name}]", "", inspect.getdoc(table), "")
+        yield from ("", f"## [{name}]", "", inspect.cleandoc(table.__doc__ or ""), "")
         yield from rows(table, sentences(table))
     for key in names:
         if row := row_type(hints[key]):
-            yield from ("", f"### [[{name}.{key}]]", "", inspect.getdoc(row), "")
+            yield from ("", f"### [[{name}.{key}]]", "", inspect.cleandoc(row.__doc__ or ""), "")
             yield from rows(row, sentences(row))
     for key in inner:
         yield from section(hints[key], f"{name}.{key}" if name else key)
 
 
 def docstring(args: type) -> list[str]:
-    return ["", f"`{args.__name__}`:", "", "```text", inspect.getdoc(args), "```"]
+    return ["", f"`{args.__name__}`:", "", "```text", inspect.cleandoc(args.__doc__ or ""), "```"]
 
 
 def model_section() -> Iterator[str]:
@@ -129,5 +129,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    argparse.ArgumentParser(description=entry.about(__doc__)).parse_args()
     entry.run(main)

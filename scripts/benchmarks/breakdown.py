@@ -22,9 +22,11 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -93,7 +95,7 @@ class StepProfile:
         passes.loss_fn = _in_range("head + loss", passes.loss_fn)
         trainer.forward_backward = _in_range("forward_backward", trainer.forward_backward)
 
-    def measure(self, step: Callable[[], None], step_seconds: float) -> dict[str, object]:
+    def measure(self, step: Callable[[], None], step_seconds: float) -> dict[str, Any]:
         """Milliseconds by part, which sum to `step_seconds`; and what the profiler saw itself."""
         on_gpu = torch.cuda.is_available()
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
@@ -103,12 +105,12 @@ class StepProfile:
             if on_gpu:
                 torch.cuda.synchronize()
             wall_ms = (time.perf_counter() - start) * 1e3
-        busy = self._by_part(list(profiler.events()), on_gpu=on_gpu)
+        busy = self._by_part(list(profiler.events() or []), on_gpu=on_gpu)
         parts = fill_up(busy, wall_ms, step_seconds * 1e3, on_gpu=on_gpu)
         return {"ms": parts, "profiled_step_ms": wall_ms, "profiled_busy_ms": sum(busy.values())}
 
     def _by_part(self, events: list[FunctionEvent], *, on_gpu: bool) -> dict[str, float]:
-        host = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
+        host = [e for e in events if e.device_type == DeviceType.CPU]
         scope_of_forward = {
             (e.thread, e.sequence_nr): scope_of(e)
             for e in host
@@ -129,9 +131,7 @@ class StepProfile:
                 busy[self.part(event, event.name)] += event.self_cpu_time_total / 1e3
         if on_gpu:
             kernels = [
-                e
-                for e in events
-                if e.device_type == torch.autograd.DeviceType.CUDA and e.name not in ranges
+                e for e in events if e.device_type == DeviceType.CUDA and e.name not in ranges
             ]
             _add_unlinked(busy, seen, kernels)
             busy["communication"] = exposed_ms(
@@ -159,7 +159,7 @@ class StepProfile:
             return scope
         if _GEMM.search(names):
             sized = next(filter(None, map(self._part_of_gemm, chain[:4])), None)
-            return sized or GEMM_OF_SCOPE.get(scope, "elementwise")
+            return sized or GEMM_OF_SCOPE.get(scope or "", "elementwise")
         if scope in GEMM_OF_SCOPE:
             return "elementwise"
         if "embedding" in names:
@@ -169,7 +169,8 @@ class StepProfile:
         return "dispatch/combine" if _MOVING.search(names) else "elementwise"
 
     def _part_of_gemm(self, event: FunctionEvent) -> str | None:
-        shapes = [shape for shape in event.input_shapes or [] if len(shape) == 2]
+        all_shapes: Any = event.input_shapes  # declared as a number
+        shapes = [shape for shape in all_shapes or [] if len(shape) == 2]
         if len(shapes) < 2:
             return None
         (rows, inner), (_, columns) = shapes[-2:]

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan.ops.rope import apply_rope, rope_table
 from torchtitan.tools.errors import UserError, suggest
 
-Row = dict[str, object]
+Row = dict[str, Any]
 NAMES = ("moe", "core", "head", "router", "norm", "rope", "optimizer")
 
 
@@ -130,7 +131,7 @@ def plain_chain(moe: MoE, x_BSD: Tensor) -> Tensor:
     return unsorted_ND.unflatten(0, ids_TK.shape).sum(dim=1).view_as(x_BSD)
 
 
-def _work_in_bf16(module: nn.Module) -> object:
+def _work_in_bf16(module: nn.Module) -> ComputeWeights:
     """The layout of weights that a run computes with."""
     return ComputeWeights(module.modules(), torch.bfloat16, root=module, fp32_grads=False)
 
@@ -146,8 +147,9 @@ def _core(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterator[Ro
         return attention(q, k, v, scale=args.softmax_scale)
 
     def torchs() -> Tensor:
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+        heads = [t.transpose(1, 2) for t in (q, k, v)]
+        out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+        return out.transpose(1, 2)
 
     for name, function in (("core, torch's choice", torchs), ("core", ours)):
         yield _row(name, measure(function, [q, k, v], options.reps), flops=flops)
@@ -165,7 +167,8 @@ def _head(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterator[Ro
         with torch.no_grad():
             for x in x_TD.split(grad_TV.size(0)):
                 grad = grad_TV[: x.size(0)]
-                x @ weight_VD.t(), grad @ weight_VD, grad.t() @ x
+                products = x @ weight_VD.t(), grad @ weight_VD, grad.t() @ x
+                del products
         return x_TD
 
     def both() -> Tensor:

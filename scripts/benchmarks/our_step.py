@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from torchtitan.trainer.preflight import check_config
 from torchtitan.trainer.step_log import Interval
 
 
-def settings_of(options: list[str], *, warmup: int, steps: int) -> dict[str, object]:
+def settings_of(options: list[str], *, warmup: int, steps: int) -> dict[str, Any]:
     """What ours and every peer are told. Raises `UserError` for options that don't go together."""
     config = ConfigManager().parse_args([*options, "--job.dump_folder=."])
     _, model_args, tokenizer = check_config(config)
@@ -49,7 +50,7 @@ def settings_of(options: list[str], *, warmup: int, steps: int) -> dict[str, obj
     }
 
 
-def run(options: list[str], settings: dict[str, object], *, profile: bool) -> dict[str, object]:
+def run(options: list[str], settings: dict[str, Any], *, profile: bool) -> dict[str, Any]:
     """One row: speed, memory and (with `profile`) where the time of a step goes."""
     with tempfile.TemporaryDirectory() as folder:
         config = ConfigManager().parse_args([*options, f"--job.dump_folder={folder}"])
@@ -61,8 +62,8 @@ def run(options: list[str], settings: dict[str, object], *, profile: bool) -> di
 
 
 def _run(
-    trainer: Trainer, config: JobConfig, settings: dict[str, object], *, profile: bool
-) -> dict[str, object]:
+    trainer: Trainer, config: JobConfig, settings: dict[str, Any], *, profile: bool
+) -> dict[str, Any]:
     dims = trainer.dims
     batches = random_batches(settings, dims.dp_rank(trainer.rank))
     sequences = settings["batch"] * trainer.accumulation * dims.dp_degree / dims.world_size
@@ -78,7 +79,8 @@ def _run(
         StepProfile(trainer, tokens=settings["batch"] * settings["seq_len"]) if profile else None
     )
     seconds = time_steps(step, settings["warmup"], settings["steps"])
-    row = summary("ours", settings, seconds, losses, sequences) | {"peak_gib": peak_gib()}
+    row = summary("ours", settings, seconds, losses, sequences)
+    row["peak_gib"] = peak_gib()
     if marks is not None:
         row["breakdown"] = marks.measure(step, row["step_seconds"]["median"])
     return row

@@ -6,6 +6,7 @@ peer computes under bf16 autocast, as it does itself on one GPU; with bf16 weigh
 """
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,7 @@ def transformers(told: dict, liger: bool = False) -> tuple[nn.Module, LossOf]:
     if args["attn_mask_type"] != "causal":
         raise NotImplementedError("document masks: DeepseekV3 of transformers has none")
     moe = args["moe_args"]
+    without_mtp: dict[str, Any] = {"num_nextn_predict_layers": 0}  # no multi-token prediction
     config = DeepseekV3Config(
         vocab_size=args["vocab_size"],
         hidden_size=args["dim"],
@@ -64,7 +67,7 @@ def transformers(told: dict, liger: bool = False) -> tuple[nn.Module, LossOf]:
         initializer_range=args["init_std"],
         rms_norm_eps=args["norm_eps"],
         use_cache=False,
-        num_nextn_predict_layers=0,  # no multi-token prediction
+        **without_mtp,
     )
     with torch.device(told["device"]):
         model = AutoModelForCausalLM.from_config(
@@ -77,9 +80,8 @@ def transformers(told: dict, liger: bool = False) -> tuple[nn.Module, LossOf]:
         for layer in model.model.layers:
             layer.compile()
     if liger:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        liger_kernel = importlib.import_module("liger_kernel.transformers")
+        fused = liger_kernel.LigerFusedLinearCrossEntropyLoss(reduction="sum")
         weight = model.lm_head.weight
 
         def loss_of(tokens: Tensor, labels: Tensor) -> Tensor:
@@ -95,22 +97,20 @@ def torchtitan(told: dict) -> tuple[nn.Module, LossOf]:
     """torchtitan 0.2.2: its model, spread and compiled by its own function; flex for documents."""
     if told["device"] == "cpu":
         _make_ready_for_cpu()
-    from torchtitan.models.deepseek_v3 import DeepSeekV3Model, DeepSeekV3ModelArgs
-    from torchtitan.models.moe import MoEArgs
-
+    family, MoEArgs = _theirs("models.deepseek_v3"), _theirs("models.moe").MoEArgs
     args, moe = dict(told["model_args"]), dict(told["model_args"]["moe_args"])
     on_gpu = told["device"] == "cuda"
     moe["use_grouped_mm"] = on_gpu  # its own rule: from SM 9.0 on
     documents = args["attn_mask_type"] == "block_causal"
-    model_args = DeepSeekV3ModelArgs(
+    model_args = family.DeepSeekV3ModelArgs(
         moe_args=MoEArgs(**_known(MoEArgs, moe)),
-        **_known(DeepSeekV3ModelArgs, {k: v for k, v in args.items() if k != "moe_args"}),
+        **_known(family.DeepSeekV3ModelArgs, {k: v for k, v in args.items() if k != "moe_args"}),
     )
     model_args.attn_type = "flex" if documents else "sdpa"
     model_args.moe_impl = "standard"
     torch.set_default_dtype(DTYPES[told["weights"]])
     with torch.device("meta"):
-        model = DeepSeekV3Model(model_args)
+        model = family.DeepSeekV3Model(model_args)
     torch.set_default_dtype(torch.float32)  # its rotary table is no bf16
     _spread_and_compile(model, told)
     model.to_empty(device=told["device"])
@@ -126,13 +126,8 @@ def torchtitan(told: dict) -> tuple[nn.Module, LossOf]:
 
 
 def _spread_and_compile(model: nn.Module, told: dict) -> None:
-    from torchtitan.models.deepseek_v3.infra.parallelize import parallelize_deepseekv3
-
-    from torchtitan.config import JobConfig
-    from torchtitan.distributed import ParallelDims
-
     degrees = told["parallelism"]
-    dims = ParallelDims(
+    dims = _theirs("distributed").ParallelDims(
         dp_replicate=degrees["data_parallel_replicate_degree"],
         dp_shard=degrees["data_parallel_shard_degree"],
         cp=1,
@@ -142,14 +137,20 @@ def _spread_and_compile(model: nn.Module, told: dict) -> None:
         etp=1,
         world_size=WORLD_SIZE,
     )
-    config = JobConfig()
+    config = _theirs("config").JobConfig()
     config.compile.enable = told["compile"]
     config.activation_checkpoint.mode = told["recompute"]
     config.training.seq_len = told["seq_len"]
     config.training.mixed_precision_param = told["compute"]
     if WORLD_SIZE > 1:
         dims.build_mesh()
-    parallelize_deepseekv3(model, dims, config)
+    parallelize = _theirs("models.deepseek_v3.infra.parallelize").parallelize_deepseekv3
+    parallelize(model, dims, config)
+
+
+def _theirs(module: str) -> Any:
+    """A module of the peer torchtitan, whose name is not ours in this process."""
+    return importlib.import_module(f"torchtitan.{module}")
 
 
 PEERS = {
@@ -176,7 +177,7 @@ def _make_ready_for_cpu() -> None:
     """What stops torchtitan 0.2.2 there: a Triton kernel that it imports, though its loop over
     experts needs none; and `histc`, by which it counts tokens, takes no integers.
     """
-    kernels = ModuleType("torchtitan.models.moe.kernels")
+    kernels: Any = ModuleType("torchtitan.models.moe.kernels")
     kernels.generate_permute_indices = None
     sys.modules[kernels.__name__] = kernels
     count = torch.histc
@@ -201,10 +202,9 @@ def run(name: str, told: dict) -> dict:
     )
     clip, rank = torch.nn.utils.clip_grad_norm_, int(os.environ.get("RANK", 0))
     if WORLD_SIZE > 1:
-        from torchtitan.distributed.utils import clip_grad_norm_
-
         clip = partial(
-            clip_grad_norm_, ep_enabled=told["parallelism"]["expert_parallel_degree"] > 1
+            _theirs("distributed.utils").clip_grad_norm_,
+            ep_enabled=told["parallelism"]["expert_parallel_degree"] > 1,
         )
     batches, losses, device = random_batches(told, rank), [], told["device"]
     mixed = told["weights"] != told["compute"] and WORLD_SIZE == 1  # else by FSDP

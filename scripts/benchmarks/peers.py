@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from torchtitan.tools.errors import UserError, suggest
 
@@ -36,14 +37,14 @@ def check_peers(names: list[str], torchtitan_site: Path | None) -> None:
 
 
 def run_peer(
-    name: str, settings: dict[str, object], *, torchtitan_site: Path | None, seconds: float
-) -> dict[str, object]:
+    name: str, settings: dict[str, Any], *, torchtitan_site: Path | None, seconds: float
+) -> dict[str, Any]:
     """The peer's row, or {name, missing: why and how to get it} or {name, failed: last words}."""
     if name == "torchtitan" and torchtitan_site is None:
         return {"name": name, "missing": f"not installed: {HOW_TO_GET[name]}"}
     # Our own package comes last: one peer has its name.
     path = [str(SCRIPTS), os.environ.get("PYTHONPATH", ""), str(SCRIPTS.parent)]
-    if name == "torchtitan":
+    if name == "torchtitan" and torchtitan_site is not None:
         path.insert(1, str(torchtitan_site.resolve()))
     with tempfile.TemporaryDirectory() as folder:
         told, answer = Path(folder, "settings.json"), Path(folder, "row.json")

@@ -4,6 +4,7 @@ Imports nothing of ours but the clock, so that a peer of the same import name ca
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -14,11 +15,11 @@ MEAN_DOCUMENT = 200  # tokens, about that of the text that ships with the packag
 
 def summary(
     name: str,
-    settings: dict[str, object],
+    settings: dict[str, Any],
     seconds: list[float],
     losses: list[float],
     sequences: float | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Numbers of one device. sequences: of a step, per device; else a batch."""
     tokens = (sequences or settings["batch"]) * settings["seq_len"]
     per_second = quartiles([tokens / s for s in seconds])
@@ -38,7 +39,7 @@ def summary(
 
 
 def random_batches(
-    settings: dict[str, object], dp_rank: int = 0
+    settings: dict[str, Any], dp_rank: int = 0
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Uniform tokens from a fixed seed, for ever; with document masks the ends of documents too."""
     args = settings["model_args"]

@@ -11,10 +11,12 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 GIB = 2**30
+Result = TypeVar("Result")
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -28,7 +30,7 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": median, "q1": q1, "q3": q3, "min": min(values), "count": count}
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """Where and when: every row carries it, since rows of different machines don't compare."""
     cuda = torch.cuda.is_available()
     return {
@@ -95,7 +97,7 @@ def time_steps(step: Callable[[], object], warmup: int, steps: int) -> list[floa
 
 def measure(
     forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor], reps: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Time and memory of one operation, forward and (where `inputs` need gradients) backward.
 
     forward_ms, backward_ms: quartiles. kept_gib: what the forward pass leaves allocated, its output
@@ -121,7 +123,7 @@ def measure(
             times["forward_ms"].append(forward_ms)
             if backward:
                 times["backward_ms"].append(backward_ms)
-    row: dict[str, object] = {name: quartiles(ms) for name, ms in times.items() if ms}
+    row: dict[str, Any] = {name: quartiles(ms) for name, ms in times.items() if ms}
     on_gpu = torch.cuda.is_available()
     return row | {"kept_gib": kept if on_gpu else None, "peak_gib": peak if on_gpu else None}
 
@@ -130,7 +132,7 @@ def _allocated() -> float:
     return torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0
 
 
-def _timed(fn: Callable[[], object]) -> tuple[object, float]:
+def _timed(fn: Callable[[], Result]) -> tuple[Result, float]:
     """Result and milliseconds."""
     if not torch.cuda.is_available():
         start = time.perf_counter()

@@ -29,7 +29,7 @@ from torchtitan.tools.utils import TORCH_DTYPES
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
     parser.add_argument("hf_folder", type=Path, help="with *.safetensors and config.json")
     parser.add_argument("checkpoint", type=Path, help="folder to make")
     parser.add_argument(
@@ -66,7 +66,7 @@ def convert(args: argparse.Namespace) -> None:
     hf_to_checkpoint(
         source,
         args.checkpoint,
-        model.spec.state_dict_adapter(model_args, str(args.hf_folder)),
+        model.spec.hf_adapter(model_args, str(args.hf_folder)),
         model=model.name,
         flavor=model.flavor,
         dtype=TORCH_DTYPES[args.dtype] if args.dtype else None,

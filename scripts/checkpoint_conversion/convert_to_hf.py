@@ -27,7 +27,7 @@ from torchtitan.tools.utils import TORCH_DTYPES
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
     parser.add_argument("checkpoint", type=Path, help="a step-N folder")
     parser.add_argument("hf_folder", type=Path, help="folder to make")
     parser.add_argument(
@@ -61,7 +61,7 @@ def convert(args: argparse.Namespace) -> None:
     checkpoint_to_hf(
         args.checkpoint,
         args.hf_folder,
-        model.spec.state_dict_adapter(model.args),
+        model.spec.hf_adapter(model.args),
         dtype=TORCH_DTYPES[args.dtype],
         fp8=args.fp8,
         averaged=args.ema,

@@ -270,12 +270,13 @@ def test_our_own_environment_may_be_activated_too(repository):
     assert (done.stdout.strip(), done.stderr) == (str(repository.python), "")
 
 
-def test_every_dependency_is_pinned_and_pre_commit_has_the_same_ruff():
+def test_every_dependency_is_pinned_and_pre_commit_has_the_same_tools():
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
     pins = (REPO / "constraints.txt").read_text()
     names = {re.match(r"[\w.-]+", requirement).group() for requirement in wanted}
     assert names == set(re.findall(r"^([\w.-]+)==", pins, re.MULTILINE))
-    (ruff,) = re.findall(r"^ruff==.*", pins, re.MULTILINE)
+    tools = re.findall(r"^(?:basedpyright|ruff)==.*", pins, re.MULTILINE)
     hooks = (REPO / ".pre-commit-config.yaml").read_text()
-    assert hooks.count(f"additional_dependencies: [{ruff}]") == hooks.count("additional_dep") > 0
+    hooked = re.findall(r"additional_dep.*: \[(.*)\]", hooks)
+    assert len(hooked) == hooks.count("additional_dep") and sorted(set(hooked)) == sorted(tools)

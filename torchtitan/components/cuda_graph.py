@@ -36,7 +36,7 @@ class GraphedPass:
         if self._calls <= _WARMUP:
             return self._run_aside(*inputs)
         if self._graph is None:
-            self._record(*inputs)
+            self._graph = self._record(*inputs)
         for static, fresh in zip(self._inputs, inputs, strict=True):
             static.copy_(fresh, non_blocking=True)
         self._graph.replay()
@@ -51,9 +51,9 @@ class GraphedPass:
         torch.cuda.current_stream().wait_stream(stream)
         return outputs
 
-    def _record(self, *inputs: Tensor) -> None:
+    def _record(self, *inputs: Tensor) -> torch.cuda.CUDAGraph:
         self._inputs = tuple(t.clone() for t in inputs)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._outputs = self._run(*self._inputs)
-        self._graph = graph
+        return graph

@@ -62,7 +62,7 @@ class ConfigManager:
         options = _read_options(argv)
         flat: dict[str, Any] = {}
         if (file := options.pop("job.config_file", None)) is not None:
-            file = os.path.expanduser(file)
+            file = os.path.expanduser(str(file))
             check_path("job.config_file", file)
             flat = read_config_file(file)
             if "job.config_file" in flat and not file.endswith(".json"):  # runs save their own
@@ -218,8 +218,9 @@ def _option_value(path: str, negated: bool, values: list[str]) -> str | bool:
             return switch and not negated
         if list[str] in alternatives(kind):
             return ",".join(values)
-        if values and matches(tables := parse_value(values[0]), kind) and row_type(kind):
-            _rows(kind, tables, f"command line: --{path}")  # says what is wrong inside a table
+        row = row_type(kind)
+        if row and values and matches(tables := parse_value(values[0]), kind):
+            _rows(kind, row, tables, f"command line: --{path}")  # says what is wrong inside a table
     if not values:
         raise UserError(f"{shown} needs a value, as in --{path}=VALUE.")
     if len(values) > 1:
@@ -296,22 +297,24 @@ def _lists_and_tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] 
 @_REGISTRY.primitive_rule
 def _lists_of_tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """[[table.key]] on the command line: a TOML array of inline tables."""
-    if row_type(info.type) is None:
+    kind: Any = info.type
+    row = row_type(kind)
+    if row is None:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="TABLES",
-        instance_from_str=lambda texts: _rows(info.type, parse_value(texts[0]), ""),
+        instance_from_str=lambda texts: _rows(kind, row, parse_value(texts[0]), ""),
         is_instance=lambda value: isinstance(value, list),
         str_from_instance=lambda rows: [json.dumps([dataclasses.asdict(row) for row in rows])],
     )
 
 
-def _rows(kind: Any, tables: Any, where: str) -> list[Any]:
+def _rows(kind: Any, row: type, tables: Any, where: str) -> list[Any]:
     if not matches(tables, kind):
         raise ValueError(str(tables))
     rows = enumerate(tables, start=1)
-    return [make_row(row_type(kind), table, f"{where} {n}") for n, table in rows]
+    return [make_row(row, table, f"{where} {n}") for n, table in rows]
 
 
 # ---------------------------------------------------------------------------------------------

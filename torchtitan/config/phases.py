@@ -97,8 +97,14 @@ class RunSchedule:
     def of(cls, config: JobConfig, batch_size: int) -> Self:
         """batch_size: of the first step, resolved."""
         training = config.training
-        sizes = {"seq_len": training.seq_len, "local_batch_size": training.local_batch_size}
-        before = Now(0, "", config.optimizer.lr, batch_size, **sizes)
+        before = Now(
+            phase=0,
+            name="",
+            lr=config.optimizer.lr,
+            batch_size=batch_size,
+            seq_len=training.seq_len,
+            local_batch_size=training.local_batch_size,
+        )
         return cls(config.schedule.phase, before)
 
     @property
@@ -189,23 +195,28 @@ def _within(before: Now, end: Now, phase: Phase, tokens: float) -> Now:
         )
         now = replace(now, lr=end.lr + (before.lr - end.lr) * left)
     if phase.batch_size_shape == "linear":
-        climbed = math.floor(progress * _num_sizes(before, phase))
-        step = math.copysign(phase.batch_size_step, end.batch_size - before.batch_size)
+        height, num_sizes = _stairs(before, phase)
+        climbed = math.floor(progress * num_sizes)
+        step = math.copysign(height, end.batch_size - before.batch_size)
         now = replace(now, batch_size=before.batch_size + int(step) * climbed)
     return now
 
 
-def _num_sizes(before: Now, phase: Phase) -> int:
-    """Batch sizes of a phase with stairs, first and last included."""
-    return abs(phase.batch_size - before.batch_size) // phase.batch_size_step + 1
+def _stairs(before: Now, phase: Phase) -> tuple[int, int]:
+    """Height of a stair, and the number of batch sizes, first and last included."""
+    # config/rules/phases.py refuses a phase with stairs that lacks one of them
+    assert phase.batch_size is not None and phase.batch_size_step is not None
+    height = phase.batch_size_step
+    return height, abs(phase.batch_size - before.batch_size) // height + 1
 
 
 def _end_of_stair(before: Now, now: Now, phase: Phase) -> float:
     """Tokens of the phase after which its batch size changes next."""
     if phase.batch_size_shape == "constant":
         return phase.tokens
-    climbed = abs(now.batch_size - before.batch_size) // phase.batch_size_step
-    return phase.tokens * (climbed + 1) / _num_sizes(before, phase)
+    height, num_sizes = _stairs(before, phase)
+    climbed = abs(now.batch_size - before.batch_size) // height
+    return phase.tokens * (climbed + 1) / num_sizes
 
 
 def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:

@@ -100,7 +100,7 @@ def matches(value: Any, kind: Any) -> bool:
 def row_type(kind: Any) -> type | None:
     """The dataclass of which the key holds a list, written [[table.key]]; None for other keys."""
     inner = get_args(kind)[0] if get_origin(kind) is list else None
-    return inner if dataclasses.is_dataclass(inner) else None
+    return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -336,7 +336,7 @@ class Entry:
 def entries(config: JobConfig) -> Iterator[Entry]:
     """Every setting, those in lists of tables and the numbers in tables of numbers included."""
     for key, known in KEYS.items():
-        value = functools.reduce(getattr, key.split("."), config)
+        value = value_of(config, key)
         row = row_type(known.type)
         if row is None:
             yield Entry(key, key, known.type, value)
@@ -360,7 +360,7 @@ def replace_entries(config: JobConfig, values: Mapping[str, Any]) -> JobConfig:
     """The config with these settings instead, by title."""
     flat = {}
     for key, known in KEYS.items():
-        value = functools.reduce(getattr, key.split("."), config)
+        value = value_of(config, key)
         if (row := row_type(known.type)) is not None:
             names = [field.name for field in dataclasses.fields(row)]
             value = [

@@ -5,6 +5,7 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torchtitan.data.documents import Skips
 from torchtitan.data.files import (
@@ -197,7 +198,7 @@ def _open_hub(settings: DatasetSettings, where: HubDataset) -> Source:
     """Stream through `datasets`. Nothing is downloaded but what is read."""
     from datasets import load_dataset  # takes a second to import, and only this needs it
 
-    pinned = {"revision": where.revision} if where.revision else {}
+    pinned: dict[str, Any] = {"revision": where.revision} if where.revision else {}
     try:
         dataset = load_dataset(
             where.repository, name=where.config, split=where.split, streaming=True, **pinned

@@ -64,11 +64,13 @@ def check_fim_tokens(tokenizer: Tokenizer, tokens: list[str]) -> list[int]:
         raise UserError(
             f"training.fim_tokens = {tokens} must be three tokens: begin, hole and end."
         )
-    ids = [tokenizer.token_id(token) for token in tokens]
-    for token, number in zip(tokens, ids, strict=True):
+    ids = []
+    for token in tokens:
+        number = tokenizer.token_id(token)
         if number is None:
             raise UserError(
                 f"training.fim_rate is above 0, but the tokenizer has no token '{token}'; name its "
                 "own begin, hole and end in training.fim_tokens, or set fim_rate to 0."
             )
+        ids.append(number)
     return ids

@@ -100,7 +100,7 @@ def tell_other_validation_data(saved: dict[str, Any], ours: dict[str, Any]) -> N
     before, now = saved.get(name), ours.get(name)
     what = f"{name.replace('training.', 'validation.')} was {before} and is {now}"
     if name == CONTENTS:
-        what = first_difference(before, now)
+        what = first_difference(before or [], now or [])
     logger.warning(
         f"The validation data is not what it was when the checkpoint was saved: {what}; losses "
         "from here on can't be compared with earlier ones"

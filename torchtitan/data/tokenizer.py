@@ -144,7 +144,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return {name: value for name, value in self.__dict__.items() if name != "_tokenizer"}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._build()
 
     def _encode(self, text: str) -> list[int]:

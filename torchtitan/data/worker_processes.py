@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import threading
 import warnings
+from multiprocessing.context import BaseContext
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -46,7 +47,7 @@ def iterator_states(state: dict[str, Any]) -> list[dict[str, Any]]:
     return [process["fetcher_state"]["dataset_iter_state"] for process in processes]
 
 
-def worker_context(dataset: IterableDataset) -> multiprocessing.context.BaseContext:
+def worker_context(dataset: IterableDataset) -> BaseContext:
     """Context in which workers come from a clean server process, not as forks of the trainer: a
     fork copies the locks of CUDA's, NCCL's and gloo's threads without the threads, and may wait for
     them forever.

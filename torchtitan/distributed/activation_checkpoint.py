@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch._functorch.config
@@ -102,6 +103,8 @@ class _Again(_CachedTorchDispatchMode):
     """Recomputes any number of times: schedules that split the backward pass of a stage (zero
     bubble) do it twice, where torch's own gives each kept result out once."""
 
+    kept: dict[Any, Any]
+
     def __enter__(self):
         self.storage = {op: copy.copy(results) for op, results in self.kept.items()}
         return super().__enter__()
@@ -117,6 +120,7 @@ def _recomputed(
     def contexts():
         first, again = create_selective_checkpoint_contexts(make_policy())
         again.__class__ = _Again
+        again = cast(_Again, again)
         again.kept = again.storage
         return first, again
 

@@ -113,7 +113,8 @@ class Meeting:
         verdict = self._read(store, "verdict")
         if "look_at" in verdict:
             if self.rank in verdict["look_at"].values():
-                store.set(f"settings/{self.rank}", zlib.compress(text.encode()))
+                packed: Any = zlib.compress(text.encode())  # torch's stub knows text only
+                store.set(f"settings/{self.rank}", packed)
             if self.rank == 0:
                 sentence = self._explain(store, verdict["look_at"])
                 store.set("explained", json.dumps({"sentence": sentence}))

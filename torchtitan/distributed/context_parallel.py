@@ -21,12 +21,13 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import gather
 from torchtitan.ops.attention import AttentionMask, attention
+from torchtitan.protocols.layers import AttentionLayer
 from torchtitan.tools.logging import logger
 
 Method = Literal["allgather", "alltoall"]
@@ -46,7 +47,7 @@ def positions_of_this_rank(dims: ParallelDims, seq_len: int, device: torch.devic
 
 
 def apply_context_parallel(
-    attentions: Iterable[nn.Module], group: dist.ProcessGroup, method: Method
+    attentions: Iterable[AttentionLayer], group: dist.ProcessGroup, method: Method
 ) -> None:
     """Let these layers attend over `group`'s parts of the sequence, in place; logs one line.
 
@@ -65,7 +66,7 @@ def apply_context_parallel(
     logger.info("Context parallel: sequences over %d ranks, %s", group.size(), how[method])
 
 
-def _attend_to_gathered(module: nn.Module, group: dist.ProcessGroup) -> Callable[..., Tensor]:
+def _attend_to_gathered(module: AttentionLayer, group: dist.ProcessGroup) -> Callable[..., Tensor]:
     rank, degree = group.rank(), group.size()
 
     def attend_to_gathered(
@@ -86,7 +87,7 @@ def _attend_to_gathered(module: nn.Module, group: dist.ProcessGroup) -> Callable
     return attend_to_gathered
 
 
-def _attend_by_heads(module: nn.Module, group: dist.ProcessGroup) -> Callable[..., Tensor]:
+def _attend_by_heads(module: AttentionLayer, group: dist.ProcessGroup) -> Callable[..., Tensor]:
     degree = group.size()
 
     def attend_by_heads(q_BPHC: Tensor, narrow: tuple[Tensor, ...], mask: AttentionMask) -> Tensor:

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._distributed_c10d import (
+    _create_work_from_future,  # pyright: ignore[reportAttributeAccessIssue]  # not in the stub
+)
 
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.tools.errors import UserError
@@ -32,8 +34,9 @@ def init_dry_run(world_size: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if BACKEND.upper() not in dist.Backend._plugins:
+        make: Any = DryRunGroup  # the stub lacks the constructor that needs no store
         dist.Backend.register_backend(
-            BACKEND, lambda _, rank, size, __: DryRunGroup(rank, size), devices=["cpu", "cuda"]
+            BACKEND, lambda _, rank, size, __: make(rank, size), devices=["cpu", "cuda"]
         )
     dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=world_size)
 
@@ -101,8 +104,6 @@ class DryRunGroup(dist.ProcessGroup):
             self._sum(tensor, opts)
         return _done()
 
-    allreduce_coalesced = reduce = allreduce
-
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None):
         for output, parts in zip(outputs, inputs, strict=True):
             _fill(output, parts[self.rank()])
@@ -160,11 +161,18 @@ class DryRunGroup(dist.ProcessGroup):
         if opts is None or opts.reduceOp == dist.ReduceOp.SUM:
             tensor.detach().mul_(self.size())
 
-    all_gather_single = _allgather_base
-    all_gather_single_coalesced = allgather_into_tensor_coalesced
-    reduce_scatter_single = _reduce_scatter_base
-    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
-    all_to_all_single = alltoall_base
+
+_SAME = {
+    "allreduce_coalesced": "allreduce",
+    "reduce": "allreduce",
+    "all_gather_single": "_allgather_base",
+    "all_gather_single_coalesced": "allgather_into_tensor_coalesced",
+    "reduce_scatter_single": "_reduce_scatter_base",
+    "reduce_scatter_single_coalesced": "reduce_scatter_tensor_coalesced",
+    "all_to_all_single": "alltoall_base",
+}
+for _name, _method in _SAME.items():
+    setattr(DryRunGroup, _name, getattr(DryRunGroup, _method))
 
 
 def _fill(output: Tensor, tensor: Tensor) -> None:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchtitan.distributed.exchange import Exchange, on_host
@@ -31,12 +32,13 @@ from torchtitan.distributed.overlap import give_way
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import gather, reduce_scatter
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
+from torchtitan.protocols.layers import ExpertWeights, MoELayer
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import local_device
+from torchtitan.tools.utils import eager, local_device
 
 
 def apply_expert_parallel(
-    moes: Mapping[int, nn.Module],
+    moes: Mapping[int, MoELayer],
     dims: ParallelDims,
     dispatch: str,
 ) -> None:
@@ -45,18 +47,21 @@ def apply_expert_parallel(
     nodes. With `dims.etp` > 1 the hidden channels of each expert are split, too. In place, before
     FSDP; logs one line.
     """
+    mesh = dims.expert_mesh
+    if mesh is None:
+        return
     if dims.ep > 1:
-        _give_dispatchers(moes, dims, dispatch)
+        _give_dispatchers(moes, dims, mesh["ep"], dispatch)
     if dims.etp > 1:
-        group = dims.expert_mesh["etp"].get_group()
+        group = mesh["etp"].get_group()
         for moe in moes.values():
             moe.dispatcher = GatherDispatcher(moe.dispatcher, group)
         logger.info("Expert tensor parallel: each expert's hidden channels over %d ranks", dims.etp)
     for moe in moes.values():
-        _split_experts(moe.experts, dims)
+        _split_experts(moe.experts, dims, mesh)
 
 
-def _split_experts(experts: nn.Module, dims: ParallelDims) -> None:
+def _split_experts(experts: ExpertWeights, dims: ParallelDims, mesh: DeviceMesh) -> None:
     """Experts over ep, their hidden channels (w1, w3 (E, F, D), w2 (E, D, F)) over etp."""
     degrees = {"ep": dims.ep, "etp": dims.etp}
     axes = tuple(axis for axis, degree in degrees.items() if degree > 1)
@@ -66,15 +71,16 @@ def _split_experts(experts: nn.Module, dims: ParallelDims) -> None:
         placements = {"ep": Shard(0), "etp": Shard(2 if name == "w2" else 1)}
         local = distribute_tensor(
             param.data,
-            dims.expert_mesh[axes],
+            mesh[axes],
             [placements[axis] for axis in axes],
             src_data_rank=None,
         )
         experts.register_parameter(name, nn.Parameter(local))
 
 
-def _give_dispatchers(moes: Mapping[int, nn.Module], dims: ParallelDims, dispatch: str) -> None:
-    mesh = dims.expert_mesh["ep"]
+def _give_dispatchers(
+    moes: Mapping[int, MoELayer], dims: ParallelDims, mesh: DeviceMesh, dispatch: str
+) -> None:
     spans_nodes = dims.nodes_per_ep_group > 1
     node_limited = dispatch == "node_limited" or (dispatch == "auto" and spans_nodes)
     groups = dims.node_groups if node_limited else None  # also where a stage has no MoE layer
@@ -198,7 +204,7 @@ class AllToAllDispatcher:
         self.tier_of_rank = _tiers(group, ranks_per_node)
         self.side_stream = _SideStream()
 
-    @torch.compiler.disable  # split sizes of the all-to-all depend on the data
+    @eager  # split sizes of the all-to-all depend on the data
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Record]:
@@ -216,7 +222,7 @@ class AllToAllDispatcher:
         traffic = torch.stack([_by_tier(rows, self.tier_of_rank) for rows in (sent, slots)])
         return _into_expert_order(rows, self.local_experts, sum(received_slots), traffic, (record,))
 
-    @torch.compiler.disable
+    @eager
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
         return self.hop.back(reduce_rows(rows_RD, record.order), record.hops[0])
 
@@ -244,7 +250,7 @@ class NodeLimitedDispatcher:
         self.tier_of_copy[self.tier_of_copy == 0] = self.tier_of_rank
         self.side_stream = _SideStream()
 
-    @torch.compiler.disable  # split sizes of the all-to-all depend on the data
+    @eager  # split sizes of the all-to-all depend on the data
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Record]:
@@ -288,7 +294,7 @@ class NodeLimitedDispatcher:
         arriving = self.within.exchange_counts(relayed)
         return torch.stack((rows_out, rows_in), dim=1), relayed[:, :1], arriving, onward[1]
 
-    @torch.compiler.disable
+    @eager
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
         x_PD = self.within.back(reduce_rows(rows_RD, record.order), record.hops[1])
         return self.between.back(x_PD, record.hops[0])
@@ -309,13 +315,13 @@ class GatherDispatcher:
         self.inner = inner
         self.group = group
 
-    @torch.compiler.disable
+    @eager
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> tuple[Tensor, Tensor, Any]:
         return self.inner.dispatch(*(gather(t, 0, self.group) for t in (x_TD, ids_TK, weights_TK)))
 
-    @torch.compiler.disable
+    @eager
     def combine(self, rows_RD: Tensor, record: Any) -> Tensor:
         return reduce_scatter(self.inner.combine(rows_RD, record), 0, self.group)
 
@@ -382,18 +388,19 @@ class _SideStream:
     def end(self, layer: Callable[[Tensor], Tensor], begun: Tensor) -> Tensor:
         return self._join(begun) if begun.device.type == "cuda" else layer(begun)
 
-    @torch.compiler.disable(recursive=False)
+    @partial(eager, recursive=False)
     def _start(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        self.stream = self.stream or torch.cuda.Stream(x.device)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        stream = self.stream = self.stream or torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             out = layer(x)
-        x.record_stream(self.stream)
+        x.record_stream(stream)
         return out
 
-    @torch.compiler.disable
+    @eager
     def _join(self, out: Tensor) -> Tensor:
         main = torch.cuda.current_stream()
-        main.wait_stream(self.stream)
+        if self.stream is not None:
+            main.wait_stream(self.stream)
         out.record_stream(main)
         return out

@@ -150,5 +150,8 @@ def _shard_layers(model: BaseModel, reshard: bool, options: dict[str, Any]) -> N
         fully_shard(layer, reshard_after_forward=reshard, **options)
     # The backward pass starts with these two: not worth freeing them in between.
     if model.output is not None:
-        fully_shard([model.norm, model.output], reshard_after_forward=False, **options)
+        last: list[nn.Module] = [
+            module for module in (model.norm, model.output) if module is not None
+        ]
+        fully_shard(last, reshard_after_forward=False, **options)
     fully_shard(model, reshard_after_forward=reshard, **options)

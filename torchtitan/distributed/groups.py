@@ -6,7 +6,7 @@ theirs, and a second run in a process meets the groups of the first. Uses stay a
 communication runs beside another's: in one group it would have to wait for its turn.
 """
 
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,6 +37,11 @@ def make_mesh(device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) 
     return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=names)
 
 
+def world_group() -> dist.ProcessGroup:
+    """The default group. Raises ValueError before `init_process_group`."""
+    return dist.distributed_c10d._get_default_group()
+
+
 def group_of(use: str, ranks: list[int], **settings: Any) -> dist.ProcessGroup:
     """The group of these ranks, this one among them, for this use.
 
@@ -45,9 +50,10 @@ def group_of(use: str, ranks: list[int], **settings: Any) -> dist.ProcessGroup:
     """
     if len(ranks) == 1 and not settings:
         use = "alone"  # nothing travels
-    made = _made.setdefault(dist.group.WORLD, {})
+    made = _made.setdefault(world_group(), {})
     if (use, *ranks) not in made:
-        made[use, *ranks] = dist.new_group(ranks, use_local_synchronization=True, **settings)
+        group = dist.new_group(ranks, use_local_synchronization=True, **settings)
+        made[use, *ranks] = cast(dist.ProcessGroup, group)  # a number for other ranks only
     return made[use, *ranks]
 
 

@@ -6,7 +6,7 @@ what initialisation, optimizer and checkpoints see; a *part* is the same module 
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -74,7 +74,7 @@ def _part(model: BaseModel, names: set[str]) -> BaseModel:
     return part
 
 
-def _listing(names: list[str]) -> str:
+def _listing(names: Sequence[str]) -> str:
     layers = [int(name.removeprefix("layers.")) for name in names if name.startswith("layers.")]
     others = [name for name in names if not name.startswith("layers.")]
     span = [f"layers {layers[0]}-{layers[-1]}"] if layers else []
@@ -136,7 +136,7 @@ class Pipeline:
         self._loss_fn = loss_fn
         self._masks_of = masks_of
         self._overlap = overlap
-        self._divisor: Tensor | None = None
+        self._divisor = torch.ones((), device=device)  # of losses, set by each step
         self._group = mesh.get_group()
         self._schedules: dict[torch.Size, Any] = {}
         for part in parts:
@@ -204,7 +204,10 @@ class Pipeline:
             return self._run(schedule.eval, inputs)
 
     def _run(self, run: Callable[..., Any], inputs: StepInputs) -> Tensor:
-        kwargs = {"token_mask": inputs.token_mask, "whole_tokens": inputs.whole_tokens}
+        kwargs: dict[str, Any] = {
+            "token_mask": inputs.token_mask,
+            "whole_tokens": inputs.whole_tokens,
+        }
         kwargs |= inputs.extra
         if inputs.positions is not None:
             kwargs["positions"] = inputs.positions.expand_as(inputs.tokens).contiguous()
@@ -276,11 +279,11 @@ def _make_schedule(
     return cls(stages if issubclass(cls, PipelineScheduleMulti) else stages[0], **options)
 
 
-def _overlap(pair: _Action, context: _PipelineContext) -> None:
+def _overlap(action: Any, ctx: _PipelineContext) -> None:
     """The forward pass of a micro-batch through one stage, the backward pass of another through
     another, by turns."""
-    forward, backward = pair.sub_actions
-    run = partial(_run_forward, forward, context), partial(_run_backward, backward, context)
+    forward, backward = action.sub_actions
+    run = partial(_run_forward, forward, ctx), partial(_run_backward, backward, ctx)
     if forward.stage_index == backward.stage_index:  # FSDP knows one pass of a module at a time
         run[0]()
         run[1]()
@@ -288,7 +291,8 @@ def _overlap(pair: _Action, context: _PipelineContext) -> None:
         by_turns(*run)
 
 
-def _run_forward(action: _Action, context: _PipelineContext) -> None:
+# Untyped: torch declares as optional, or not at all, what is there whenever a pass runs.
+def _run_forward(action: Any, context: Any) -> None:
     """As torch's schedules do it, which keep it to themselves; so the next function."""
     schedule, microbatch = context.schedule_ref, action.microbatch_index
     stages = {stage.stage_index: stage for stage in schedule._stages}
@@ -303,7 +307,7 @@ def _run_forward(action: _Action, context: _PipelineContext) -> None:
         behind.set_local_fwd_input(output, microbatch)
 
 
-def _run_backward(action: _Action, context: _PipelineContext) -> None:
+def _run_backward(action: Any, context: Any) -> None:
     schedule, microbatch = context.schedule_ref, action.microbatch_index
     stages = {stage.stage_index: stage for stage in schedule._stages}
     stage = stages[action.stage_index]

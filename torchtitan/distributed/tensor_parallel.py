@@ -13,6 +13,7 @@ partial sum, which FSDP adds up over the group when it takes the gradient.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,13 +76,21 @@ class TensorParallel:
 
     def gather_output(self, *modules: nn.Module) -> None:
         """What the module makes of its part of the sequence is gathered."""
+
+        def gathered(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+            return gather(out, -2, self.group)
+
         for module in modules:
-            module.register_forward_hook(lambda _, args, out: gather(out, -2, self.group))
+            module.register_forward_hook(gathered)
 
     def scatter_output(self, *modules: nn.Module) -> None:
         """Partial sums (…, S, D) are summed, and each rank keeps its part of the sequence."""
+
+        def scattered(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+            return reduce_scatter(out, -2, self.group)
+
         for module in modules:
-            module.register_forward_hook(lambda _, args, out: reduce_scatter(out, -2, self.group))
+            module.register_forward_hook(scattered)
 
     def split_mask(self, *modules: nn.Module) -> None:
         """The second argument, a mask (B, S) or None, is cut to this rank's part of the sequence.
@@ -101,8 +110,8 @@ class TensorParallel:
         self._place(module, Shard(0))
         first = self.rank * (module.num_embeddings // self.degree)
 
-        def look_up(tokens_BS: Tensor) -> Tensor:
-            ids_BS, there_BS = _ids_here(tokens_BS, first, module.weight.size(0))
+        def look_up(input: Tensor) -> Tensor:  # torch's name for tokens (B, S)
+            ids_BS, there_BS = _ids_here(input, first, module.weight.size(0))
             x_BSD = F.embedding(ids_BS, module.weight).masked_fill(~there_BS.unsqueeze(-1), 0)
             return reduce_scatter(x_BSD, -2, self.group)
 
@@ -133,7 +142,7 @@ def _with_local_weights(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (_LocalWeights, cls), {"__module__": cls.__module__})
 
 
-class _LocalWeights:
+class _LocalWeights(nn.Module):
     """Reading a weight in a forward pass gives the plain tensor that this rank holds."""
 
     def __getattr__(self, name: str):

@@ -55,7 +55,8 @@ def _join(
             torch.cuda.set_device(device)
         return
     launch = read_launch()
-    check_local_processes(launch.local_world_size)
+    if launch.local_world_size is not None:
+        check_local_processes(launch.local_world_size)
     if launch.world_size > 1:
         meeting = meet(launch, config.init_timeout_seconds)
         meeting.agree(lambda: settings(launch.rank))

@@ -35,7 +35,8 @@ def expert_ffn_chain(
     weights_R = weights_TK.flatten()[order.slot_of_row_R]
     rows_RD = expand_rows(x_TD, order)
     gate_up_R2F = grouped_linear(rows_RD, w13_E2FD, order.counts)
-    hidden_RF = swiglu(*gate_up_R2F.chunk(2, dim=1), weights_R)
+    gate_RF, up_RF = gate_up_R2F.chunk(2, dim=1)
+    hidden_RF = swiglu(gate_RF, up_RF, weights_R)
     return reduce_rows(grouped_linear(hidden_RF, w2_EDF, order.counts), order)
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from torchtitan.tools.utils import eager
+
 # Public since torch 2.12 or so; the same kernel under a private name in 2.11.
 kernel = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -35,7 +37,7 @@ def grouped_linear(
     return kernel(x_RK, w_EKN, offs=counts_E.cumsum(0, dtype=torch.int32))
 
 
-@torch.compiler.disable  # data-dependent splits
+@eager  # data-dependent splits
 def grouped_mm_loop(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
     """One product a group: any dtype, any size; the reference of `grouped_linear`."""
     counts = counts_E.tolist()  # host sync: torch.split wants Python integers

@@ -36,7 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, labels = x_TD[start:stop], labels_T[start:stop]
             logits = x @ weight_VD.t()
             loss += _cross_entropy_(logits, labels, with_grad=needs_x or needs_weight)
-            if needs_x:
+            if grad_x_TD is not None:
                 torch.mm(logits, weight_VD, out=grad_x_TD[start:stop])
             if needs_weight:
                 if grad_weight_VD is None:

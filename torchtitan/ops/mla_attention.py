@@ -126,7 +126,7 @@ def _mla_attention_backward(
 
     V = grad_BSHC.size(-1)
     if starts is None:
-        grads = _cudnn_backward(grad_BSHC, q, k, kv_BSHC[..., -V:], out_BSHC, log_sums, scale)
+        dq, dk, dv = _cudnn_backward(grad_BSHC, q, k, kv_BSHC[..., -V:], out_BSHC, log_sums, scale)
     else:
         grad = torch.nn.functional.pad(grad_BSHC, (0, q.size(-1) - V)).flatten(0, 1)
         no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
@@ -134,8 +134,8 @@ def _mla_attention_backward(
             grad, *(t.flatten(0, 1) for t in (q, k, v)), whole, log_sums, starts, starts, longest,
             longest, 0.0, True, no_dropout, no_dropout[0], scale=scale,
         )  # fmt: skip
-        grads = [grad.view_as(q) for grad in grads]
-    return mla_triton.take_apart(*grads, table, positions_BS, rope, V)
+        dq, dk, dv = (grad.view_as(q) for grad in grads)
+    return mla_triton.take_apart(dq, dk, dv, table, positions_BS, rope, V)
 
 
 def _cudnn_backward(

@@ -4,6 +4,8 @@ Forward reads gate and up once and writes the activation. Backward recomputes th
 gate and up, so that the layer need not keep it. Arithmetic in fp32, results rounded once.
 """
 
+from typing import overload
+
 import torch
 import triton
 import triton.language as tl
@@ -84,6 +86,18 @@ def forward(gate_up_R2F: Tensor, weights_N: Tensor | None, slot_of_row_R: Tensor
             WEIGHTED=weights_N is not None,
         )
     return out_RF
+
+
+@overload
+def backward(
+    grad_RF: Tensor, gate_up_R2F: Tensor, weights_N: Tensor, slot_of_row_R: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def backward(
+    grad_RF: Tensor, gate_up_R2F: Tensor, weights_N: None, slot_of_row_R: Tensor | None
+) -> tuple[Tensor, Tensor, None]: ...
 
 
 def backward(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torchtitan.config import Parallelism
 from torchtitan.config.schema import as_float, as_text, matches
+from torchtitan.protocols.layers import MoELayer
 from torchtitan.tools.errors import UserError, suggest
 
 
@@ -251,7 +252,7 @@ class BaseModel(nn.Module):
         """The valid tokens of the optimizer step, over all ranks (scalar): what losses that arise
         inside of layers are divided by. Before each forward pass."""
 
-    def moe_layers(self) -> dict[int, nn.Module]:
+    def moe_layers(self) -> Mapping[int, MoELayer]:
         """The `MoE` module of every layer that has one, by layer number."""
         raise NotImplementedError
 

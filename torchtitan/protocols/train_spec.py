@@ -25,6 +25,16 @@ class TrainSpec:
     state_dict_adapter: type[StateDictAdapter] | None = None
     hf_repos: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def hf_adapter(self) -> type[StateDictAdapter]:
+        """`state_dict_adapter`. Raises `UserError` where the family has none."""
+        if self.state_dict_adapter is None:
+            raise UserError(
+                f"{self.model_cls.__name__} has no state dict adapter, which Hugging Face's format "
+                "needs; take a model of another family."
+            )
+        return self.state_dict_adapter
+
 
 def get_train_spec(name: str) -> TrainSpec:
     """The spec of `torchtitan.models.<name>`. Raises `UserError` for an unknown name."""

@@ -55,24 +55,25 @@ def read_launch() -> Launch:
         local = local_rank(), planned_processes()[1]
         return Launch(dist.get_rank(), dist.get_world_size(), *local)
     numbers = {name: _number(name) for name in _NUMBERS}
-    told = numbers | {_ADDRESS: _text(_ADDRESS)}
-    if told["WORLD_SIZE"] is None:
-        if told["RANK"] is not None:
-            raise _missing("WORLD_SIZE", f"RANK is {told['RANK']}")
+    address = _text(_ADDRESS)
+    if numbers["WORLD_SIZE"] is None:
+        if numbers["RANK"] is not None:
+            raise _missing("WORLD_SIZE", f"RANK is {numbers['RANK']}")
         _refuse_other_launchers()
-    several = (told["WORLD_SIZE"] or 1) > 1
-    for name, value in told.items():
+    several = (numbers["WORLD_SIZE"] or 1) > 1
+    for name, value in (*numbers.items(), (_ADDRESS, address)):
         if several and value is None:
-            raise _missing(name, f"WORLD_SIZE is {told['WORLD_SIZE']}")
+            raise _missing(name, f"WORLD_SIZE is {numbers['WORLD_SIZE']}")
+    local_world_size = numbers["LOCAL_WORLD_SIZE"] or 1
     launch = Launch(
-        rank=told["RANK"] or 0,
-        world_size=told["WORLD_SIZE"] or 1,
-        local_rank=told["LOCAL_RANK"] or 0,
-        local_world_size=told["LOCAL_WORLD_SIZE"] or 1,
-        master_addr=told[_ADDRESS] or "",
-        master_port=told["MASTER_PORT"] or 0,
+        rank=numbers["RANK"] or 0,
+        world_size=numbers["WORLD_SIZE"] or 1,
+        local_rank=numbers["LOCAL_RANK"] or 0,
+        local_world_size=local_world_size,
+        master_addr=address or "",
+        master_port=numbers["MASTER_PORT"] or 0,
     )
-    _check_together(launch)
+    _check_together(launch, local_world_size)
     return launch
 
 
@@ -127,13 +128,13 @@ def _missing(name: str, because: str) -> UserError:
     )
 
 
-def _check_together(launch: Launch) -> None:
+def _check_together(launch: Launch, local_world_size: int) -> None:
     """Each number is one by itself."""
     pairs = [
         ("RANK", launch.rank, "below WORLD_SIZE", launch.world_size - 1, launch.world_size),
         (
             "LOCAL_WORLD_SIZE",
-            launch.local_world_size,
+            local_world_size,
             "at most WORLD_SIZE",
             launch.world_size,
             launch.world_size,
@@ -142,8 +143,8 @@ def _check_together(launch: Launch) -> None:
             "LOCAL_RANK",
             launch.local_rank,
             "below LOCAL_WORLD_SIZE",
-            launch.local_world_size - 1,
-            launch.local_world_size,
+            local_world_size - 1,
+            local_world_size,
         ),
         ("LOCAL_RANK", launch.local_rank, "at most RANK", launch.rank, launch.rank),
     ]

@@ -64,7 +64,8 @@ class SignalListener:
     def close(self) -> None:
         """Leave signals as they were before `start`."""
         self._closed = True
-        signal.pthread_kill(self._thread.ident, signal.SIGUSR1)  # ends its waiting
+        if (thread := self._thread.ident) is not None:
+            signal.pthread_kill(thread, signal.SIGUSR1)  # ends its waiting
         self._thread.join()
         for number, handler in self._handlers.items():
             if handler is not None:  # not one of C's

@@ -1,4 +1,7 @@
-"""The device of this process, and names for dtypes."""
+"""The device of this process, names for dtypes, and functions that torch.compile leaves alone."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -10,6 +13,13 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def eager(function: F, *, recursive: bool = True) -> F:
+    """`torch.compiler.disable`, whose annotations lose the signature of what it wraps."""
+    return cast(F, torch.compiler.disable(function, recursive=recursive))
 
 
 def device_type() -> str:

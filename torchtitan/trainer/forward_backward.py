@@ -143,7 +143,7 @@ class GraphedStep:
         self._compute_weights = compute_weights
         self._graphed = GraphedPass(self._run)
 
-    def __call__(self, batch: Batch, valid_tokens: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, batch: Batch, valid_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and gradient norm. Raises `UserError` for batches whose kernels would differ."""
         self._passes.model.set_tokens_in_step(valid_tokens)
         inputs = self._passes.inputs(batch)
@@ -156,9 +156,9 @@ class GraphedStep:
             self._compute_weights.refresh()
         if not self._graphed.holds_grads:
             self._optimizer.zero_grad()
-        loss_and_norm = self._graphed(inputs.tokens, inputs.labels, valid_tokens)
+        loss, norm = self._graphed(inputs.tokens, inputs.labels, valid_tokens)
         replay_steps(self._optimizer, grads_stay=self._graphed.holds_grads)
-        return loss_and_norm
+        return loss, norm
 
     def _run(self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor) -> tuple[Tensor, Tensor]:
         inputs = StepInputs(tokens, labels, tokens, None, labels != IGNORE_INDEX, {})

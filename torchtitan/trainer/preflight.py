@@ -160,7 +160,7 @@ def _check_pipeline(config: JobConfig, model_args: BaseModelArgs) -> None:
     if plan is None:
         return
     compiles = config.compile.enable and "model" in config.compile.components
-    if compiles and plan.splits_backward and torch.__version__ < (2, 13):
+    if compiles and plan.splits_backward and torch.__version__ < "2.13":
         other = 'set parallelism.pipeline_parallel_schedule to "Interleaved1F1B"'
         if plan.file is not None:
             other = "name a file without I and W"

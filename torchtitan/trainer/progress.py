@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from torchtitan.components.checkpoint.batch_change import tell_other_batch
 from torchtitan.components.metrics.loss_guard import LossGuard
@@ -12,6 +11,7 @@ from torchtitan.components.validate import Validator
 from torchtitan.config.phases import RunSchedule
 from torchtitan.data.identity import tell_other_validation_data
 from torchtitan.distributed.pipeline_parallel import Pipeline
+from torchtitan.protocols.layers import MoELayer
 
 
 class Progress:
@@ -25,7 +25,7 @@ class Progress:
         *,
         schedule: RunSchedule,
         loss_guard: LossGuard,
-        moes: Mapping[int, nn.Module],
+        moes: Mapping[int, MoELayer],
         pipeline: Pipeline | None,
         validator: Validator | None,
         dp_degree: int,

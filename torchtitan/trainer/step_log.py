@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.metrics.alarms import Action, Alarms
@@ -24,6 +24,8 @@ from torchtitan.data.dataloader import ParallelAwareDataLoader
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.distributed.pipeline_parallel import Pipeline
+from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.protocols.layers import MoELayer
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import TORCH_DTYPES
@@ -83,7 +85,7 @@ class StepLog:
         *,
         metrics: MetricsLogger,
         dataloader: ParallelAwareDataLoader,
-        moes: Mapping[int, nn.Module],
+        moes: Mapping[int, MoELayer],
         pipeline: Pipeline | None,
         loss_guard: LossGuard,
     ) -> None:
@@ -141,10 +143,12 @@ class StepLog:
 
     def _routing_numbers(
         self, result: StepResult, biases: Mapping[int, Tensor | None], model_args: BaseModelArgs
-    ) -> tuple[dict[str, object], Numbers]:
+    ) -> tuple[Numbers, Numbers]:
         """What expert parallelism sent, and how evenly the experts were used."""
-        traffic: dict[str, object] = {}
+        traffic: Numbers = {}
         balance: Numbers = {}
+        if not isinstance(model_args, DecoderArgs):
+            return traffic, balance
         if self.dims.ep > 1:
             dtype = TORCH_DTYPES[self.config.training.mixed_precision_param]
             traffic = traffic_of(result, model_args, dtype)
@@ -154,9 +158,7 @@ class StepLog:
         return traffic, balance
 
 
-def traffic_of(
-    result: StepResult, model_args: BaseModelArgs, dtype: torch.dtype
-) -> dict[str, object]:
+def traffic_of(result: StepResult, model_args: DecoderArgs, dtype: torch.dtype) -> Numbers:
     """What expert parallelism sent in this step, over all ranks. dtype: of what is sent."""
     row = bytes_per_row(model_args.dim, model_args.moe_args.top_k, dtype)
     return traffic_numbers(result.traffic, row)

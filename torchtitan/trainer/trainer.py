@@ -25,7 +25,6 @@ from torchtitan.distributed.utils import (
     sum_over_ranks,
 )
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
-from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.tools.errors import RunError
 from torchtitan.tools.logging import logger
@@ -94,7 +93,7 @@ class Trainer(BuiltRun):
         """One optimizer step over `accumulation` micro-batches."""
         self._enter_step()
         micro_batches = self._next_batches(batches, interval)
-        valid = sum((labels != IGNORE_INDEX).sum() for _, labels in micro_batches)
+        valid = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels in micro_batches]).sum()
         valid_tokens = sum_over_ranks(valid.to(self.device), self.dims.dp_group).clamp(min=1)
 
         if self.config.optimizer.early_step_in_backward:
@@ -188,8 +187,7 @@ class Trainer(BuiltRun):
         """Weights and expert bias move together, or (non-finite) not at all."""
         moes = list(self.moes.values())
         group = self.dims.stage_group
-        load = step_loads(moes, group) if moes else RoutingLoad([], [])
-        loads_LE, traffic_L23, stats_LN = load.tokens_E, load.traffic, load.stats
+        load = step_loads(moes, group) if moes else None
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.number))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
@@ -202,7 +200,8 @@ class Trainer(BuiltRun):
         if verdict == "update":
             self._before_update()
             self.optimizer.step()
-            update_expert_bias(moes, loads_LE)
+            if load is not None:
+                update_expert_bias(moes, load.tokens_E)
         if self.average is not None and verdict != "rewind":
             self.average.after_step(self.step)
         side = self.model.take_side_losses()
@@ -214,15 +213,18 @@ class Trainer(BuiltRun):
             loss=sum(rank_losses),
             max_loss=max(rank_losses) * len(rank_losses),
             grad_norm=norm,
-            lr=lr,
-            loads=dict(zip(self.moes, loads_LE, strict=True)),
-            traffic=dict(zip(self.moes, traffic_L23, strict=True)),
-            router_stats={} if stats_LN is None else dict(zip(self.moes, stats_LN, strict=True)),
+            lr=float(lr),
+            loads=self._by_layer(load and load.tokens_E),
+            traffic=self._by_layer(load and load.traffic),
+            router_stats=self._by_layer(load and load.stats),
             side_losses={name: x.item() / valid_tokens for name, x in side.items()},
             valid_tokens=int(valid_tokens),
             verdict=verdict,
             asked_by=asked_by,
         )
+
+    def _by_layer(self, rows: Tensor | None) -> dict[int, Tensor]:
+        return {} if rows is None else dict(zip(self.moes, rows, strict=True))
 
     def _before_update(self) -> None:
         """Finish copies of the weights (checkpoint, average) before they change."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ def _write_chunks(
             if piece.index is not None:
                 tensor, offset = tensor.unsqueeze(0), [piece.index, *offset]
             begin = file.tell()
-            torch.save(tensor.contiguous().clone(), file)
+            torch.save(tensor.contiguous().clone(), cast(IO[bytes], file))  # as far as it asks
             name = str(tensor.dtype).removeprefix("torch.")
             length = file.tell() - begin
             chunks.append([piece.ours, offset, list(tensor.shape), name, begin, length])
@@ -218,7 +218,7 @@ def _tensor_index(journal: Journal, adapter: StateDictAdapter) -> Metadata:
             tensors[name].chunks.append(chunk)
             storage[MetadataIndex(name, offset)] = _StorageInfo(info["file"], begin, length)
     return Metadata(
-        state_dict_metadata=tensors,
+        state_dict_metadata={**tensors},
         planner_data={name: (name,) for name in tensors},
         storage_data=storage,
     )
@@ -253,7 +253,7 @@ class StoredTensors:
     def read(self, ours: str, box: Box | None = None) -> Tensor:
         """The tensor, or a part of it, in the type that it was saved in."""
         name = self._name(ours)
-        info = self.index.state_dict_metadata[name]
+        info = cast(TensorStorageMetadata, self.index.state_dict_metadata[name])  # see `shapes`
         offset, shape = box or ((0,) * len(info.size), tuple(info.size))
         out = torch.empty(shape, dtype=info.properties.dtype)
         used = {}
@@ -279,7 +279,7 @@ class StoredTensors:
         place = self.index.storage_data[key]
         with (self.checkpoint / place.relative_path).open("rb") as file:
             view = _create_file_view(file, place.offset, place.length)
-            return torch.load(view, map_location="cpu", weights_only=True)
+            return torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
 
 
 def _slices(begin: list[int], origin: Any, size: list[int]) -> tuple[slice, ...]:

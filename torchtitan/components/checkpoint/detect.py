@@ -39,15 +39,17 @@ def find_model(source: Path) -> StoredModel:
         raise UserError(f"{source} has no {CONFIG}, which describes the model; add it.")
     family = family_of(config)
     spec = get_train_spec(family)
-    args = spec.state_dict_adapter.args_of(config)
+    args = spec.hf_adapter.args_of(config)
     return StoredModel(family, source.absolute().name, spec, args)
 
 
 def _of_checkpoint(source: Path) -> StoredModel:
     model = read_json(source, META).get("model")
+    if not isinstance(model, dict):
+        model = {}
     fields = {"name": str, "flavor": str, "all_args": dict}
     for key, kind in fields.items():
-        if not isinstance(model, dict) or not isinstance(model.get(key), kind):
+        if not isinstance(model.get(key), kind):
             raise UserError(
                 f"checkpoint {source} can't be used: its {META} lacks model.{key}; take another "
                 "checkpoint."
@@ -73,7 +75,7 @@ def args_at_start(
         return None
     if start.in_hf:
         config = HFFolder(start.path).config
-        return adapter.args_of(config) if config else None
+        return adapter.args_of(config) if adapter and config else None
     meta = read_json(start.path, META)
     refuse_other_model(start.path, meta, identity)
     return override_fields(model_args, meta["model"]["all_args"], "model.args")

@@ -74,6 +74,7 @@ class _Pending:
     started: float
     staged: Future | None
     written: Future
+    writer: CheckpointWriter
 
 
 class CheckpointManager:
@@ -98,7 +99,6 @@ class CheckpointManager:
         self._adapter = adapter
         self._choice: CheckpointChoice | None = None
         self._pending: _Pending | None = None
-        self._writer: CheckpointWriter | None = None  # of the last attempt
         self._failed: str | None = None  # why the last attempt did not succeed
         self._stager: DefaultStager | None = None
         if settings.enable:
@@ -139,10 +139,10 @@ class CheckpointManager:
         if start.in_hf:
             quantized = self.settings.initial_load_in_hf_quantized
             path = str(start.path)
-            load_hf(state.model, self._adapter, path, quantized=quantized, group=self.group)
+            load_hf(state.model, self._hf_adapter, path, quantized=quantized, group=self.group)
             parts = start.parts
         else:
-            parts = self._load(state, start)
+            parts = self._load(state, start, start.path)
         logger.info(
             "Loaded %s of %s in %.2f s: %d steps are done",
             ", ".join(part for part in CHECKPOINT_PARTS if part in parts),
@@ -151,26 +151,31 @@ class CheckpointManager:
             start.step,
         )
 
-    def _load(self, state: RunState, start: Start) -> set[str]:
+    @property
+    def _hf_adapter(self) -> StateDictAdapter:
+        assert self._adapter is not None, "hf_rules.py refuses Hugging Face's format without one"
+        return self._adapter
+
+    def _load(self, state: RunState, start: Start, path: Path) -> set[str]:
         """Returns the parts that were there to load."""
-        meta = read_json(start.path, META)
-        refuse_other_model(start.path, meta, self.identity)
+        meta = read_json(path, META)
+        refuse_other_model(path, meta, self.identity)
         same_layout = meta["layout"] == self.identity.layout
         parts = set(start.parts) - (set() if same_layout else {"rng"})
-        index = read_tensor_index(start.path)
+        index = read_tensor_index(path)
         if state.average is None or not has_average(index):
             parts.discard("ema")
         tensors = state.tensors(parts)
-        refuse_other_tensors(start.path, index, tensors, self._ranks)
+        refuse_other_tensors(path, index, tensors, self._ranks)
         try:
-            dcp.load(tensors, storage_reader=CheckpointReader(start.path), process_group=self.group)
+            dcp.load(tensors, storage_reader=CheckpointReader(path), process_group=self.group)
         except CheckpointException as error:
-            why = reason_of_failure(error, start.path)
+            why = reason_of_failure(error, path)
             raise UserError(
-                f"checkpoint {start.path} could not be loaded: {why}; take another one."
+                f"checkpoint {path} could not be loaded: {why}; take another one."
             ) from None
         state.take_tensors(tensors)
-        state.load_numbers(read_json(start.path, NUMBERS), parts)
+        state.load_numbers(read_json(path, NUMBERS), parts)
         if "rng" in start.parts and not same_layout:
             torch.manual_seed(meta["seed"] + start.step)  # another layout: other random streams
         return parts
@@ -180,6 +185,8 @@ class CheckpointManager:
         trainer's counters. Returns its step and its tokens seen. Raises `RunError` where there is
         none."""
         self._wait()
+        if self._choice is None:
+            raise RunError("can't rewind without checkpoints; set checkpoint.enable to true.")
         try:
             path = self._choice.newest()
         except UserError as error:
@@ -242,14 +249,14 @@ class CheckpointManager:
             NUMBERS: json.dumps(numbers, indent=1) + "\n",
             META: json.dumps(meta, indent=2) + "\n",
         }
-        self._writer = CheckpointWriter(self.folder, step, texts, self.settings.keep_latest_k)
-        options = {"storage_writer": self._writer, "process_group": self.group}
+        writer = CheckpointWriter(self.folder, step, texts, self.settings.keep_latest_k)
+        options = {"storage_writer": writer, "process_group": self.group}
         self._failed = None
         if self.settings.async_mode == "disabled":
             try:
                 dcp.save(tensors, **options)
             except CheckpointException as error:
-                self._tell_failure(step, error)
+                self._tell_failure(step, error, writer)
             else:
                 self._tell_success(step_folder(self.folder, step), began)
             return
@@ -258,7 +265,7 @@ class CheckpointManager:
             staged, written = response.staging_completion, response.upload_completion
         else:  # copied already
             staged, written = None, response
-        self._pending = _Pending(step, began, staged, written)
+        self._pending = _Pending(step, began, staged, written, writer)
         logger.info(
             "Checkpoint of step %d goes to disk in the background; training stood still for %.3f s",
             step,
@@ -316,17 +323,18 @@ class CheckpointManager:
         self._failed, began = None, time.perf_counter()
         path = self.folder / f"step-{step}-hf"
         dtype = TORCH_DTYPES[self.settings.export_dtype]
+        adapter = self._hf_adapter
         try:
             save_hf(
                 state.model,
-                self._adapter,
+                adapter,
                 str(path),
                 dtype=dtype,
-                assets_path=self._adapter.hf_assets_path,
+                assets_path=adapter.hf_assets_path,
                 group=self.group,
             )
         except OSError as error:
-            needed = sum(plan_layout(self._adapter.pieces(), dtype).sizes.values())
+            needed = sum(plan_layout(adapter.pieces(), dtype).sizes.values())
             self._failed = f"{path} could not be written: {reason(error, path, needed=needed)}"
             if self._ranks.rank == 0:
                 shutil.rmtree(self.folder / f"step-{step}-hf.tmp", ignore_errors=True)
@@ -348,16 +356,18 @@ class CheckpointManager:
         try:
             pending.written.result()
         except CheckpointException as error:
-            self._tell_failure(pending.step, error)
+            self._tell_failure(pending.step, error, pending.writer)
         else:
             self._tell_success(step_folder(self.folder, pending.step), pending.started)
 
     def _tell_success(self, path: Path, began: float) -> None:
         logger.info("Saved %s in %.3f s", path, time.perf_counter() - began)
 
-    def _tell_failure(self, step: int, error: CheckpointException) -> None:
+    def _tell_failure(
+        self, step: int, error: CheckpointException, writer: CheckpointWriter
+    ) -> None:
         tmp = self.folder / f"step-{step}.tmp"
-        why = reason_of_failure(error, tmp, self._writer.needed)
+        why = reason_of_failure(error, tmp, writer.needed)
         self._failed = f"the checkpoint of step {step} could not be written to {self.folder}: {why}"
         if self._ranks.rank == 0:
             # What it has written may be what fills the disk.

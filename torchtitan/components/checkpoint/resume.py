@@ -108,12 +108,11 @@ class CheckpointChoice:
 
     def _initial_load(self) -> Start:
         settings = self.settings
-        if settings.initial_load_in_hf:
-            path = settings.initial_load_path
-            return Start(Path(path), parts=frozenset({"model"}), in_hf=True)
         if settings.initial_load_path is None:
             return Start()
         path = Path(settings.initial_load_path)
+        if settings.initial_load_in_hf:
+            return Start(path, parts=frozenset({"model"}), in_hf=True)
         require_checkpoint(path, "checkpoint.initial_load_path ")
         self._refuse_damaged(path, "checkpoint.initial_load_path")
         model_only = settings.initial_load_model_only

@@ -11,7 +11,7 @@ only taken by a run of the same layout.
     numbers                  {"lr_scheduler": steps, "dataloader": position, "train_state": {...}}
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ class Progress(Protocol):
 
     def state_dict(self) -> Numbers: ...
 
-    def load_state_dict(self, numbers: Numbers) -> None: ...
+    def load_state_dict(self, numbers: Numbers, /) -> None: ...
 
 
 class RunState:
@@ -64,7 +64,7 @@ class RunState:
     def parts(self) -> set[str]:
         """All that there is now."""
         has_average = self.average is not None and self.average.has_begun
-        return set(CHECKPOINT_PARTS) - (set() if has_average else {"ema"})
+        return set[str](CHECKPOINT_PARTS) - (set() if has_average else {"ema"})
 
     # -------------------------------------------------------------- tensors
 
@@ -72,8 +72,8 @@ class RunState:
         """The live tensors of this rank (DTensors where spread): loading into them is loading."""
         tensors: dict[str, Tensor] = {}
         if "model" in parts:
-            tensors |= _prefixed("model", get_model_state_dict(self.model))
-        if "ema" in parts:
+            tensors |= _prefixed("model", self._model_tensors())
+        if "ema" in parts and self.average is not None:
             tensors |= _prefixed("ema", self.average.tensors())
         if "optimizer" in parts:
             tensors |= _prefixed("optimizer", self._optimizer_tensors())
@@ -85,12 +85,13 @@ class RunState:
         """Copies for use elsewhere, parameters and their average in `dtype`. Buffers keep theirs: a
         rounded expert bias would route differently."""
         parameters = {name for name, _ in self.model.named_parameters()}
-        weights = get_model_state_dict(self.model)
+        weights = self._model_tensors()
         exported = {
             name: tensor.detach().to(dtype) if name in parameters else tensor
             for name, tensor in weights.items()
         }
-        average = self.average.tensors() if "ema" in self.parts() else {}
+        begun = self.average if "ema" in self.parts() else None
+        average = {} if begun is None else begun.tensors()
         averaged = {name: tensor.to(dtype) for name, tensor in average.items()}
         return _prefixed("model", exported) | _prefixed("ema", averaged)
 
@@ -98,12 +99,16 @@ class RunState:
         """Those of `tensors` that are not live already, after they have been filled."""
         model = _without_prefix("model", tensors)
         if model:  # a model whose state dict is not its memory (fused weights) needs it set
-            set_model_state_dict(self.model, model)
+            set_model_state_dict(self.model, {**model})
         states = _without_prefix(f"rng.rank_{dist.get_rank()}", tensors)
         if "cpu" in states:
             torch.set_rng_state(states["cpu"])
         if "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"])
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        # torch allows for numbers and lists in it; no module of ours has any
+        return cast(dict[str, Tensor], get_model_state_dict(self.model))
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         # Fills an optimizer that has not stepped yet (with a step of rate 0), so that there is
@@ -114,8 +119,9 @@ class RunState:
 
     # -------------------------------------------------------------- numbers
 
-    def numbers(self, group: dist.ProcessGroup) -> Numbers:
-        """Ready for JSON, the same on all ranks; every rank of `group` calls it."""
+    def numbers(self, group: dist.ProcessGroup | None) -> Numbers:
+        """Ready for JSON, the same on all ranks; every rank of `group` (None: the default one)
+        calls it."""
         positions: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(positions, self.dataloader.local_state(), group=group)
         return {

@@ -99,7 +99,8 @@ class HFFolder:
         if tensor.dtype != FP8:
             return tensor
         scale = self._handle(self.file_of[name + SCALE]).get_tensor(name + SCALE)
-        return dequantize_blocks(tensor, scale, offset)
+        row, column = offset
+        return dequantize_blocks(tensor, scale, (row, column))
 
     def close(self) -> None:
         """Give back the file that was read last; its pages count as this process's memory."""
@@ -272,7 +273,7 @@ class HFWriter:
     def _write_bytes(self, file: str, begin: int, data: Tensor) -> None:
         if file not in self._files:
             self._files[file] = os.open(self.folder / file, os.O_WRONLY)
-        view = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+        view = data.reshape(-1).view(torch.uint8).numpy().data
         while view:  # the system writes 2 GiB at most in one go
             written = os.pwrite(self._files[file], view, begin)
             view, begin = view[written:], begin + written

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ def load_hf(
     `UserError` that names the reason, or missing, surplus and misshapen tensors; the model is then
     as it was. Warns of copies in the layers of multi-token prediction that differ.
     """
-    state = get_model_state_dict(model)
+    state = _tensors_of(model)
     with _all_or_none(group):
         folder = HFFolder(path)
         check_folder(folder, adapter, quantized=quantized)
@@ -78,7 +78,7 @@ def load_hf(
         differing = copies_that_differ(folder, adapter, reader=_rank(), readers=readers)
     warn_of_copies(path, {name for names in _gather(differing, group) for name in names})
     folder.close()
-    set_model_state_dict(model, state)  # a state dict need not be the model's own memory
+    set_model_state_dict(model, {**state})  # a state dict need not be the model's own memory
     logger.info("Weights: %d tensors of %s, %d in part here", len(folder.file_of), path, len(mine))
 
 
@@ -189,7 +189,7 @@ def save_hf(
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
-    state = get_model_state_dict(model)
+    state = _tensors_of(model)
     pieces = adapter.pieces()
     with _all_or_none(group):
         adapter.check_export()
@@ -211,12 +211,17 @@ def save_hf(
             replace_folder(tmp, path)
 
 
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    # torch allows for numbers and lists in a state dict; no module of ours has any
+    return cast(dict[str, Tensor], get_model_state_dict(model))
+
+
 def _writes(tensor: Tensor) -> bool:
     """Of the ranks with the same part, the first writes it. (A plain tensor is the same on all of
     those that have it, and small: a buffer. They all write the same bytes.)"""
     if not isinstance(tensor, DTensor):
         return True
-    where = zip(tensor.placements, tensor.device_mesh.get_coordinate(), strict=True)
+    where = zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)
     return all(coordinate == 0 for placement, coordinate in where if placement.is_replicate())
 
 

@@ -4,7 +4,7 @@ They look at numbers that are the same on every rank, so an alarm that ends the 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torchtitan.config import Alarm
 from torchtitan.tools.logging import logger
@@ -21,7 +21,7 @@ class Alarms:
         self._in_a_row = [0] * len(self.alarms)
         self.reason = ""  # of the strongest action of the last check
 
-    def check(self, step: int, numbers: Mapping[str, object]) -> Action:
+    def check(self, step: int, numbers: Mapping[str, Any]) -> Action:
         """The strongest action that this logged step asks for; says why in the log.
 
         An alarm rings when its number has been out of bounds `times` logged steps in a row, and

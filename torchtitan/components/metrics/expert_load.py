@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchtitan.config.router_stats import ROUTER_STATS
 
-Numbers = dict[str, float | dict[int, float | list[float]]]
+# By name: a number, or one for each layer ({layer: number, or a list with one per expert}).
+Numbers = dict[str, Any]
 
 
 def relative_load(loads: torch.Tensor) -> torch.Tensor:
@@ -21,7 +23,7 @@ def relative_load(loads: torch.Tensor) -> torch.Tensor:
     return torch.where(mean > 0, loads / mean.clamp(min=torch.finfo(torch.double).tiny), 1.0)
 
 
-def load_balance(layers: Sequence[int], relative: torch.Tensor) -> dict[str, object]:
+def load_balance(layers: Sequence[int], relative: torch.Tensor) -> Numbers:
     """What a record says about `relative_load`, (layers, E).
 
     MaxVio = (largest load - mean) / mean is DeepSeek's measure of imbalance
@@ -56,8 +58,9 @@ def balance_numbers(
         "load_entropy": _entropy(relative_LE).tolist(),
     }
     worst = {"dead_experts": sum, "load_entropy": min}
-    if all(bias is not None for bias in biases.values()):
-        by_layer["bias_range"] = [(b.max() - b.min()).item() for b in biases.values()]
+    there = [bias for bias in biases.values() if bias is not None]
+    if len(there) == len(biases):
+        by_layer["bias_range"] = [(bias.max() - bias.min()).item() for bias in there]
     if num_groups is not None:
         groups_LG = relative_LE.unflatten(1, (num_groups, -1)).mean(dim=2)
         by_layer["max_group_load"] = groups_LG.max(dim=1).values.tolist()
@@ -94,7 +97,7 @@ def routing_numbers(
     return numbers | {"layer_expert_load": dict(zip(loads, rounded, strict=True))}
 
 
-def cross_node_percent(traffic: Mapping[str, object]) -> dict[str, float]:
+def cross_node_percent(traffic: Mapping[str, Any]) -> dict[str, float]:
     """Of the rows that dispatch sent, those to other nodes; nothing where nothing was sent."""
     rows = [traffic.get(f"rows_sent_{tier}", 0) for tier in ("self", "node", "remote")]
     return {"cross_node_percent": 100 * rows[2] / sum(rows)} if sum(rows) else {}

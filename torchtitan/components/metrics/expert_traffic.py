@@ -8,10 +8,12 @@ hops, and both count.)
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from torchtitan.components.metrics.expert_load import Numbers
+
 _TIERS = ("self", "node", "remote")
-Numbers = dict[str, float | dict[int, float]]
 
 
 def traffic_numbers(traffic: Mapping[int, Tensor], bytes_per_row: int) -> Numbers:
@@ -27,7 +29,8 @@ def traffic_numbers(traffic: Mapping[int, Tensor], bytes_per_row: int) -> Number
     layers = {
         layer: _numbers_of(counts.tolist(), bytes_per_row) for layer, counts in traffic.items()
     }
-    total = _numbers_of(sum(traffic.values()).tolist(), bytes_per_row)
+    whole = torch.stack(list(traffic.values())).sum(dim=0)
+    total = _numbers_of(whole.tolist(), bytes_per_row)
     by_layer = {
         f"layer_{name}": {layer: numbers[name] for layer, numbers in layers.items()}
         for name in total
@@ -38,7 +41,7 @@ def traffic_numbers(traffic: Mapping[int, Tensor], bytes_per_row: int) -> Number
 
 def _numbers_of(counts: list[list[int]], bytes_per_row: int) -> dict[str, float]:
     sent, copies = (dict(zip(_TIERS, line, strict=True)) for line in counts)
-    numbers = {f"rows_sent_{tier}": rows for tier, rows in sent.items()}
+    numbers: dict[str, float] = {f"rows_sent_{tier}": rows for tier, rows in sent.items()}
     numbers |= {f"bytes_sent_{tier}": sent[tier] * bytes_per_row for tier in ("node", "remote")}
     numbers["traffic_saved_off_rank_percent"] = _saved_percent(
         sent["node"] + sent["remote"], copies["node"] + copies["remote"]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,16 +72,16 @@ class MetricsLogger:
             if enable_tensorboard:
                 parent = Path(dump_folder, save_tb_folder, suffix)
                 self.tensorboard = TensorBoardWriter(parent, start_step)
-        if rank == 0:
-            self._introduce()
+            if rank == 0:
+                self._introduce(self.jsonl.path)
 
-    def _introduce(self) -> None:
+    def _introduce(self, records: Path) -> None:
         peak = "peak unknown, so no MFU"
         if self.peak_flops is not None:
             peak = f"peak {self.peak_flops / 1e12:,.0f} TFLOP/s dense"
         logger.info(
             f"metrics: {self.world_size} x {device_name(self.device)} ({peak}); records in "
-            f"{self.jsonl.path}"
+            f"{records}"
         )
         if self.tensorboard is not None:
             folder = self.tensorboard.folder
@@ -106,7 +107,7 @@ class MetricsLogger:
         step_seconds: Sequence[float],
         data_seconds: float,
         expert_loads: Mapping[int, torch.Tensor] | None = None,
-        extra: Mapping[str, float] | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Log one step; the trainer calls this on every rank where `should_log(step)`.
 
@@ -122,7 +123,7 @@ class MetricsLogger:
         memory = self._read_memory()  # On all ranks: a rank short of memory slows all the others.
         if self.jsonl is None:
             return
-        record: dict[str, object] = {
+        record: dict[str, Any] = {
             "step": step,
             "time": time.time(),
             "loss": loss,

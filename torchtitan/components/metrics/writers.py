@@ -25,7 +25,7 @@ from torchtitan.components.metrics.record_file import RecordFile, move_aside, ta
 
 _RUN_NAME = re.compile(r"(\d{8}-\d{4})(?:-(\d\d+))?")
 
-Record = Mapping[str, float | int | Mapping[int | str, float | list[float]]]
+Record = Mapping[str, Any]  # its numbers: see above
 
 
 class JsonlWriter:
@@ -78,14 +78,15 @@ class TensorBoardWriter:
         from tensorboard.compat.proto import event_pb2
         from torch.utils.tensorboard import summary
 
-        self._events, self._summary = event_pb2, summary
+        self._events: Any = event_pb2  # whose names are made at run time
+        self._summary = summary
         newest = _newest_run(parent)
         self.folder = newest if newest and start_step else parent / _next_run_name(newest)
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         name = f"{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
         # TensorBoard reads the files of a folder in the order of their names.
         self._file = RecordFile(self.folder / f"events.out.tfevents.{name}")
-        version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
+        version = self._events.Event(wall_time=time.time(), file_version="brain.Event:2")
         self._append(start_step, [version])
         self.rewind(start_step)
 
@@ -149,9 +150,10 @@ def _next_run_name(newest: Path | None) -> str:
     """YYYYMMDD-HHMM in local time; names only ever rise, so a second run within the minute (or
     the hour that comes twice in autumn) is numbered: YYYYMMDD-HHMM-02."""
     now = time.strftime("%Y%m%d-%H%M")
-    if newest is None or newest.name < now:
+    before = _RUN_NAME.fullmatch(newest.name) if newest else None
+    if before is None or before[0] < now:
         return now
-    minute, number = _RUN_NAME.fullmatch(newest.name).groups()
+    minute, number = before.groups()
     return f"{minute}-{int(number or 1) + 1:02d}"
 
 

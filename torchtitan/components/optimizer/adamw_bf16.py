@@ -5,6 +5,8 @@ Rounding to nearest is enough: a step moves the means by 1 − beta of the way, 
 resolves 0.4 %. (With beta2 = 0.999 it would not be: refused in config/rules/values.py.)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -17,7 +19,7 @@ class AdamWBf16(Optimizer):
 
     def __init__(
         self,
-        groups: list[dict[str, object]],
+        groups: list[dict[str, Any]],
         *,
         lr: float,
         betas: tuple[float, float],
@@ -30,9 +32,9 @@ class AdamWBf16(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group)
+                    self._update(p, p.grad, group)
 
-    def _update(self, p: nn.Parameter, group: dict[str, object]) -> None:
+    def _update(self, p: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[p], group["betas"]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -40,7 +42,7 @@ class AdamWBf16(Optimizer):
                 state[name] = torch.zeros_like(p, dtype=torch.bfloat16)
         state["step"] += 1
         step = state["step"].item()  # lives on the CPU
-        weight, grad = _local(p), _local(p.grad).float()
+        weight, grad = _local(p), _local(grad).float()
         mean, square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
         new_mean = torch.lerp(mean.float(), grad, 1 - beta1)
         new_square = torch.lerp(square.float(), grad * grad, 1 - beta2)

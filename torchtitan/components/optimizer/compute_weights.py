@@ -17,6 +17,7 @@ them in bf16, to the same effect.
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,15 +111,17 @@ class ComputeWeights:
     def _hook(self, index: int | None) -> Callable[[Tensor], None]:
         # Weak: Python's collector can't see through a tensor's hooks, so that a cycle through them
         # would keep all weights for ever.
+        # It lives as long as the model, whose forward hook holds it.
         me = weakref.ref(self)
         if index is None:
-            return lambda param: me()._call_after_grad(param)
-        return lambda _: me()._hand_over(index)
+            return lambda param: cast(Any, me())._call_after_grad(param)
+        return lambda _: cast(Any, me())._hand_over(index)
 
     def _hand_over(self, index: int) -> None:
         """Bring a fresh gradient to the parameters that it belongs to."""
         fused = self._fused[index]
-        grad, fused.tensor.grad = fused.tensor.grad, None
+        grad = cast(Tensor, fused.tensor.grad)  # made just now
+        fused.tensor.grad = None
         for p, part in zip(fused.params, fused.parts(grad), strict=True):
             if not self.fp32_grads:
                 assert p.grad is None, "gradients of several micro-batches need fp32_grads"

@@ -7,6 +7,7 @@ states are those of torch's AdamW, so that checkpoints don't tell one from the o
 """
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,12 @@ class FusedAdam(AdamW):
 
     def __init__(
         self,
-        params: Iterable[dict[str, object]],
+        params: Iterable[dict[str, Any]],
         *,
         decoupled: bool,
         compute_weights: ComputeWeights | None = None,
         early_step: bool = False,
-        **settings: object,
+        **settings: Any,
     ):
         super().__init__(params, fused=False, foreach=False, **settings)
         self.grad_factor: Tensor | None = None
@@ -55,7 +56,7 @@ class FusedAdam(AdamW):
             self.state[p]["step"] = torch.tensor(0.0)
             for name in ("exp_avg", "exp_avg_sq"):
                 self.state[p][name] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-        if early_step:
+        if early_step and compute_weights is not None:
             compute_weights.after_grad = self._step_early
 
     @torch.no_grad()
@@ -92,10 +93,11 @@ class FusedAdam(AdamW):
 
     @torch.no_grad()
     def _step_early(self, param: nn.Parameter) -> None:
-        self._early_norms.append(torch.linalg.vector_norm(param.grad, dtype=torch.float32))
+        grad = cast(Tensor, param.grad)  # made just now
+        self._early_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
         numbers = self._static_numbers(param.device)[self._row_of[param]]
         numbers.copy_(self._count_step(param), non_blocking=True)
-        self._update(param)
+        self._update(param, grad)
         param.grad = None
 
     def _static_numbers(self, device: torch.device) -> Tensor:
@@ -112,14 +114,18 @@ class FusedAdam(AdamW):
 
     def _update_all(self, params: list[nn.Parameter]) -> None:
         for p in params:
-            self._update(p)
+            if p.grad is not None:
+                self._update(p, p.grad)
 
-    def _update(self, param: nn.Parameter) -> None:
+    def _update(self, param: nn.Parameter, grad: Tensor) -> None:
         state, group = self.state[param], self.param_groups[self._group_of[param]]
         weights = self._compute_weights
         adamw_update(
-            *map(local_part, (param, param.grad, state["exp_avg"], state["exp_avg_sq"])),
-            self._numbers[self._row_of[param]],
+            local_part(param),
+            local_part(grad),
+            local_part(state["exp_avg"]),
+            local_part(state["exp_avg_sq"]),
+            self._static_numbers(param.device)[self._row_of[param]],
             copy=None if weights is None else weights.copy_of(param),
             factor=self.grad_factor,
             betas=group["betas"],

@@ -19,7 +19,7 @@ gathered on all ranks instead.) Replicas (HSDP) each do the same.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -66,12 +66,12 @@ class Muon(Optimizer):
 
     def __init__(
         self,
-        groups: list[dict[str, object]],
+        groups: list[dict[str, Any]],
         *,
         lr: float,
         momentum: float,
         adjust: str,
-        adamw: dict[str, object],
+        adamw: dict[str, Any],
     ):
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "muon": False})
         self.momentum, self.adjust = momentum, adjust
@@ -88,20 +88,20 @@ class Muon(Optimizer):
             if group["muon"]:
                 self._step_matrices(group)
 
-    def _step_matrices(self, group: dict[str, object]) -> None:
+    def _step_matrices(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
-        updates = [self._momentum_of(p) for p in params]
+        updates = [self._momentum_of(p, p.grad) for p in params]
         for p, update in zip(params, _orthogonalise_parts(params, updates), strict=True):
             local = _local(p)
             local.mul_(1 - group["lr"] * group["weight_decay"])
             local.add_(update, alpha=-group["lr"] * step_size(p.shape, self.adjust))
 
-    def _momentum_of(self, p: nn.Parameter) -> Tensor:
+    def _momentum_of(self, p: nn.Parameter, grad: Tensor) -> Tensor:
         """Of this rank's part, with Nesterov's look ahead."""
         state = self.state[p]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p)
-        momentum, grad = _local(state["momentum"]), _local(p.grad)
+        momentum, grad = _local(state["momentum"]), _local(grad)
         momentum.lerp_(grad, 1 - self.momentum)
         return grad.lerp(momentum, self.momentum)
 
@@ -128,7 +128,7 @@ class _Part(NamedTuple):
 
 def _orthogonalise_parts(params: list[nn.Parameter], updates: list[Tensor]) -> list[Tensor]:
     """`orthogonalise` of each whole matrix: this rank's part of it, in fp32 or wider."""
-    results: list[Tensor | None] = [None] * len(params)
+    results: dict[int, Tensor] = {}
     rounds: dict[_Split, list[int]] = defaultdict(list)
     for n, (p, update) in enumerate(zip(params, updates, strict=True)):
         split = _split_of(p)
@@ -137,7 +137,7 @@ def _orthogonalise_parts(params: list[nn.Parameter], updates: list[Tensor]) -> l
         elif isinstance(split, _Split):
             rounds[split].append(n)
         else:
-            results[n] = _orthogonalise_gathered(p, update)
+            results[n] = _orthogonalise_gathered(cast(DTensor, p), update)  # what is split is one
     for split, members in rounds.items():
         parts = [(n, part) for n in members for part in _matrices(params[n], updates[n], split)]
         done = defaultdict(list)
@@ -145,7 +145,7 @@ def _orthogonalise_parts(params: list[nn.Parameter], updates: list[Tensor]) -> l
             done[n].append(each.transpose(0, split.dim))
         for n, matrices in done.items():
             results[n] = torch.stack(matrices) if params[n].ndim == 3 else matrices[0]
-    return [result.to(update.dtype) for result, update in zip(results, updates, strict=True)]
+    return [results[n].to(update.dtype) for n, update in enumerate(updates)]
 
 
 def _split_of(p: nn.Parameter) -> _Split | str | None:
@@ -155,8 +155,7 @@ def _split_of(p: nn.Parameter) -> _Split | str | None:
     splits = []
     for axis, placement in enumerate(p.placements):
         dim = getattr(placement, "dim", None)  # of Shard and _StridedShard
-        of_matrix = dim is not None and dim >= p.ndim - 2
-        if of_matrix and p.device_mesh.size(axis) > 1:
+        if dim is not None and dim >= p.ndim - 2 and p.device_mesh.size(axis) > 1:
             splits.append(_Split(p.device_mesh.get_group(axis), dim - (p.ndim - 2)))
     if len(splits) > 1:
         return "twice"
@@ -175,13 +174,13 @@ def _in_rounds(parts: list[_Part], group: dist.ProcessGroup) -> list[Tensor]:
     size = dist.get_world_size(group)
     # Large ones first, so that those of a round cost about the same; equal on all ranks.
     order = sorted(range(len(parts)), key=lambda n: -parts[n].length * parts[n].local.size(1))
-    results: list[Tensor | None] = [None] * len(parts)
+    results: dict[int, Tensor] = {}
     for start in range(0, len(order), size):
         members = order[start : start + size]
         done = _one_round([parts[n] for n in members], group)
         for n, result in zip(members, done, strict=True):
             results[n] = result
-    return results
+    return [results[n] for n in range(len(parts))]
 
 
 def _one_round(parts: list[_Part], group: dist.ProcessGroup) -> list[Tensor]:
@@ -210,7 +209,7 @@ def _rows_by_rank(length: int, size: int) -> list[int]:
 
 
 def _orthogonalise_gathered(p: DTensor, update: Tensor) -> Tensor:
-    like = p.grad
+    like = p if p.grad is None else p.grad
     whole = DTensor.from_local(
         update, p.device_mesh, p.placements, shape=like.shape, stride=like.stride()
     ).full_tensor()

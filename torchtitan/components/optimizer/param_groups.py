@@ -15,7 +15,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -53,15 +53,15 @@ class GroupRules:
     def place_of(self, name: str, ndim: int) -> Place:
         number = 0 if ndim >= 2 else 1
         decay = self.weight_decay if ndim >= 2 or self.weight_decay_on == "all" else 0.0
-        matrix = self.not_by_muon is not None and ndim >= 2
-        muon = matrix and not name.startswith(self.not_by_muon)
+        left = self.not_by_muon
+        muon = left is not None and ndim >= 2 and not name.startswith(left)
         for n, table in enumerate(self.tables, start=2):
             if any(fnmatchcase(name, pattern) for pattern in table.match):
                 decay = decay if table.weight_decay is None else table.weight_decay
                 return Place(n, decay, table.lr_factor, muon)
         return Place(number, decay, 1.0, muon)
 
-    def groups(self, model_parts: Iterable[nn.Module], lr: float) -> list[dict[str, object]]:
+    def groups(self, model_parts: Iterable[nn.Module], lr: float) -> list[dict[str, Any]]:
         """For a `torch.optim.Optimizer`: every trainable parameter in exactly one group.
 
         Muon's matrices first (with "muon"), then other matrices and the rest, also where these are
@@ -80,7 +80,10 @@ class GroupRules:
             members.setdefault(key, []).append(p)
         groups = []
         for place, kind in sorted(members, key=lambda key: (key[0].order, key[1])):
-            group = {"params": members[place, kind], "weight_decay": place.weight_decay}
+            group: dict[str, Any] = {
+                "params": members[place, kind],
+                "weight_decay": place.weight_decay,
+            }
             if place.lr_factor != 1.0:
                 group["lr"] = lr * place.lr_factor
             groups.append(group | ({"muon": True} if place.muon else {}))

@@ -5,9 +5,10 @@ Letters: B batch, S sequence, H heads, C channels.
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchtitan.ops.attention import AttentionMask, attention
+from torchtitan.protocols.layers import AttentionLayer
 
 # The narrowest tensors (B, S, ...) that keys and values can be made of: what travels between ranks
 # and what a cache keeps.
@@ -15,7 +16,7 @@ Narrow = tuple[Tensor, ...]
 Attend = Callable[[Tensor, Narrow, AttentionMask], Tensor]
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(AttentionLayer):
     """A family defines `forward`, which calls `attend`, and `expand`.
 
     attend_with: takes the place of `attend_here` where keys and values are elsewhere, too: on other

@@ -237,9 +237,9 @@ def rope_settings(
     if len(set(bases.values())) > 1:
         said = " and ".join(f"{key} = {value:g}" for key, value in bases.items())
         raise UserError(f"config.json has {said}; remove the one that is wrong.")
-    if not bases and default_theta is None:
-        raise KeyError("rope_theta")
     theta = next(iter(bases.values()), default_theta)
+    if theta is None:
+        raise KeyError("rope_theta")
     scaling = tables[name]
     kind = scaling.only("rope_type", "default", *kinds)
     kind = kind or scaling.only("type", "default", *kinds, default="default")

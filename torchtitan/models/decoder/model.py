@@ -8,7 +8,7 @@ Letters: B batch, S sequence, D model dim.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,16 @@ class TransformerBlock(nn.Module):
     attention: called with (x_BSD, rope, mask, positions_BS).
     """
 
+    moe: MoE  # with experts
+    feed_forward: FeedForward  # without
+
     def __init__(self, args: DecoderArgs, attention: SelfAttention, hidden_dim: int | None):
         super().__init__()
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.attention = attention
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.moe_enabled = hidden_dim is None
-        if self.moe_enabled:
+        if hidden_dim is None:
             self.moe = MoE(args.moe_args, dim=args.dim, hidden_dim=args.moe_inter_dim)
         else:
             self.feed_forward = FeedForward(args.dim, hidden_dim)
@@ -108,7 +111,9 @@ class Decoder(KeepsBufferDtypes, BaseModel):
         """
         x_BSD = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         x_BSD = self.run_layers(x_BSD, attention_masks, positions, token_mask)
-        return x_BSD if self.output is None else self.output(self.norm(x_BSD), labels)
+        if self.output is None or self.norm is None:
+            return x_BSD
+        return self.output(self.norm(x_BSD), labels)
 
     def run_layers(
         self,
@@ -118,7 +123,7 @@ class Decoder(KeepsBufferDtypes, BaseModel):
         token_mask_BS: Tensor | None,
     ) -> Tensor:
         """Hidden states behind the last layer; in training the expert loads are recorded."""
-        for layer in self.layers.values():
+        for layer in self._blocks().values():
             x_BSD, load = layer(x_BSD, self.rope, mask, positions_BS, token_mask_BS)
             if load is not None and self.training and torch.is_grad_enabled():
                 record_load(layer.moe, load)
@@ -134,10 +139,13 @@ class Decoder(KeepsBufferDtypes, BaseModel):
         if self.model_args.attn_mask_type == "causal":
             return None if queries_Q is None else causal_mask(queries_Q)
         self.model_args.check_tokenizer(eos_id)
-        return document_mask(tokens_BS, eos_id, queries_Q, device)
+        return document_mask(tokens_BS, cast(int, eos_id), queries_Q, device)
 
-    def moe_layers(self) -> dict[int, nn.Module]:
-        return {int(i): layer.moe for i, layer in self.layers.items() if layer.moe_enabled}
+    def _blocks(self) -> dict[str, TransformerBlock]:
+        return cast(dict[str, TransformerBlock], dict(self.layers.items()))  # by `make_block`
+
+    def moe_layers(self) -> dict[int, MoE]:
+        return {int(i): layer.moe for i, layer in self._blocks().items() if layer.moe_enabled}
 
     def set_tokens_in_step(self, tokens: Tensor) -> None:
         for moe in self.moe_layers().values():
@@ -152,7 +160,7 @@ class Decoder(KeepsBufferDtypes, BaseModel):
         self.rope = self.make_rope_table().to(self.rope.device)
 
     def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
-        attentions = [layer.attention for layer in self.layers.values()]
+        attentions = [layer.attention for layer in self._blocks().values()]
         return caching(attentions, lambda each: self.cached_attend(each, batch_size, length))
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:

@@ -2,8 +2,7 @@
 parallel. A family says how its attention splits; the rest is the same for all."""
 
 from collections.abc import Callable
-
-from torch import nn
+from typing import Any, TypeVar
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -14,23 +13,25 @@ from torchtitan.distributed.expert_parallel import apply_expert_parallel
 from torchtitan.distributed.fsdp import apply_data_parallel
 from torchtitan.distributed.tensor_parallel import TensorParallel
 from torchtitan.models.decoder.model import Decoder, TransformerBlock
+from torchtitan.models.moe import MoE
 from torchtitan.models.moe.layout import log_expert_layout
 from torchtitan.ops.grouped_mm import why_loop
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import TORCH_DTYPES, device_type
 
-# Of an attention module, or of a whole model: place its weights.
-Split = Callable[[nn.Module, TensorParallel], None]
+# Place the weights of an attention module, or of a whole model, of the family's own class.
+Split = Callable[[Any, TensorParallel], None]
+Model = TypeVar("Model", bound=Decoder)
 
 
 def parallelize_decoder(
-    model: Decoder,
+    model: Model,
     dims: ParallelDims,
     config: JobConfig,
     *,
     split_attention: Split,
     split_beside: Split | None = None,
-) -> Decoder:
+) -> Model:
     """Change the model in place, in this order, on any device; each step logs one line.
 
     split_attention: its input and output are this rank's part of the sequence. split_beside: what
@@ -84,7 +85,7 @@ def _split_block(block: TransformerBlock, tp: TensorParallel, split_attention: S
 def _split_ends(model: Decoder, tp: TensorParallel, *, whole_logits: bool) -> None:
     if model.tok_embeddings is not None:  # None: it lies on another pipeline stage
         tp.embedding(model.tok_embeddings)
-    if model.output is not None:
+    if model.output is not None and model.norm is not None:
         tp.replicate(model.norm)
         tp.output(model.output, whole_logits=whole_logits)
 
@@ -105,7 +106,7 @@ def _recompute_and_compile(model: Decoder, config: JobConfig, *, in_pieces: bool
         apply_compile(model.blocks(), config.compile)
 
 
-def _say_how_experts_compute(moes: dict[int, nn.Module], config: JobConfig) -> bool:
+def _say_how_experts_compute(moes: dict[int, MoE], config: JobConfig) -> bool:
     """True where they loop."""
     if not moes:
         return False

@@ -5,18 +5,21 @@ H · (192 + 128)), and never makes keys and values of them: the up-projection of
 the query, that of values to the sum (DeepSeek-V2 report, arXiv 2405.04434, section 2.1.2).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from torchtitan.models.decoder.attention import Narrow
 from torchtitan.models.decoder.cache import CachedAttend
-from torchtitan.ops.attention import AttentionMask
 
 
 class LatentAttend(CachedAttend):
     """The cache of `deepseek_v3.model.Attention`; its narrow tensors stay compressed."""
 
-    def attend(self, q_BSHC: Tensor, narrow: Narrow, mask: AttentionMask) -> Tensor:
+    attention: Any  # `Attention`, whose file imports this one
+
+    def attend(self, q_BSHC: Tensor, narrow: Narrow, mask: Any) -> Tensor:
         latent_BTC, k_rope_BT1C = narrow
         heads, nope = q_BSHC.size(2), self.attention.qk_nope_head_dim
         q_nope, q_rope = q_BSHC[..., :nope], q_BSHC[..., nope:]

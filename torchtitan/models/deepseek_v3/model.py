@@ -17,8 +17,9 @@ from torchtitan.models.decoder import Decoder, SelfAttention, TransformerBlock
 from torchtitan.models.decoder.attention import Narrow
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.deepseek_v3.latent_cache import LatentAttend
-from torchtitan.models.deepseek_v3.mtp import MTPInputs, MTPLayers, mtp_inputs
-from torchtitan.ops.attention import AttentionMask
+from torchtitan.models.deepseek_v3.mtp import MTPInputs, MTPLayer, MTPLayers, mtp_inputs
+from torchtitan.models.moe import MoE
+from torchtitan.ops.attention import AttentionMask, Documents
 from torchtitan.ops.linear import Joint, Linear, linear_joint
 from torchtitan.ops.mla_attention import can_fuse, mla_attention
 from torchtitan.ops.rope import apply_rope, rope_table
@@ -70,7 +71,7 @@ class Attention(SelfAttention):
         q_BSHC = q.unflatten(-1, (self.n_heads, -1))
         latent, k_rope = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         latent = self.kv_norm(latent)
-        if self._can_fuse(q_BSHC, mask):
+        if (mask is None or isinstance(mask, Documents)) and self._can_fuse(q_BSHC):
             out_BSHC = mla_attention(
                 q_BSHC,
                 self.wkv_b(latent).unflatten(-1, (self.n_heads, -1)),
@@ -98,19 +99,15 @@ class Attention(SelfAttention):
         k_BSHC = torch.cat((k_nope, k_rope_BS1C.expand(-1, -1, self.n_heads, -1)), dim=-1)
         return k_BSHC, v_BSHC
 
-    def _can_fuse(self, q_BSHC: Tensor, mask: AttentionMask) -> bool:
+    def _can_fuse(self, q_BSHC: Tensor) -> bool:
         """Whether one operator does for the lines between the projections: on a GPU, with all keys
         and values at hand."""
-        return (
-            self.attend_with is None
-            and not isinstance(mask, Tensor)
-            and can_fuse(
-                q_BSHC.device.type,
-                q_BSHC.dtype,
-                self.qk_nope_head_dim,
-                self.qk_rope_head_dim,
-                self.v_head_dim,
-            )
+        return self.attend_with is None and can_fuse(
+            q_BSHC.device.type,
+            q_BSHC.dtype,
+            self.qk_nope_head_dim,
+            self.qk_rope_head_dim,
+            self.v_head_dim,
         )
 
 
@@ -167,10 +164,10 @@ class DeepSeekV3Model(Decoder):
         """
         x_BSD, *further = self._embed(tokens, mtp)
         x_BSD = self.run_layers(x_BSD, attention_masks, positions, token_mask)
-        if self.output is None:
+        if self.output is None or self.norm is None:
             return torch.cat((x_BSD, *further), dim=-1) if further else x_BSD
         h_BSD = self.norm(x_BSD)
-        if mtp is None:
+        if mtp is None or self.mtp is None:
             return self.output(h_BSD, labels)
         hidden = self.mtp(h_BSD, further, mtp.labels_BKS, self.rope, attention_masks, positions)
         # Once for all, as in `_embed`: FSDP gathers the weights for one call.
@@ -207,14 +204,14 @@ class DeepSeekV3Model(Decoder):
     def blocks(self) -> dict[str, nn.Module]:
         return super().blocks() | {f"mtp.{k}": layer for k, layer in self._mtp_layers()}
 
-    def moe_layers(self) -> dict[int, nn.Module]:
+    def moe_layers(self) -> dict[int, MoE]:
         first = self.model_args.n_layers
         return super().moe_layers() | {
             first + int(k): layer.block.moe for k, layer in self._mtp_layers()
         }
 
-    def _mtp_layers(self) -> list[tuple[str, nn.Module]]:
-        return [] if self.mtp is None else list(self.mtp.items())
+    def _mtp_layers(self) -> list[tuple[str, MTPLayer]]:
+        return [] if self.mtp is None else self.mtp.numbered()
 
     def take_side_losses(self) -> dict[str, Tensor]:
         depth = self.model_args.n_mtp_layers

@@ -17,12 +17,13 @@ the label is the first token of the next document is allowed, as it is in the ma
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtitan.models.decoder import TransformerBlock
 from torchtitan.models.deepseek_v3.args import DeepSeekV3ModelArgs
 from torchtitan.models.moe.aux_loss import attach_loss
 from torchtitan.models.moe.balancing import record_load
@@ -67,7 +68,7 @@ def _further(x_BS: Tensor, by: int, fill: int) -> Tensor:
 class MTPLayer(nn.Module):
     """One layer; `block` is a block of the model with experts."""
 
-    def __init__(self, args: DeepSeekV3ModelArgs, block: nn.Module):
+    def __init__(self, args: DeepSeekV3ModelArgs, block: TransformerBlock):
         super().__init__()
         self.enorm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.hnorm = nn.RMSNorm(args.dim, eps=args.norm_eps)
@@ -98,7 +99,10 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
     divided by; `loss_sums` (K,), of the step, before lambda and that division.
     """
 
-    def __init__(self, args: DeepSeekV3ModelArgs, blocks: Sequence[nn.Module]):
+    tokens_in_step: Tensor
+    loss_sums: Tensor
+
+    def __init__(self, args: DeepSeekV3ModelArgs, blocks: Sequence[TransformerBlock]):
         super().__init__({str(k): MTPLayer(args, block) for k, block in enumerate(blocks)})
         self.loss_weight = args.mtp_loss_weight
         self.loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
@@ -107,6 +111,10 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
             ("loss_sums", torch.zeros(len(blocks))),
         ):
             self.register_buffer(name, value.float(), persistent=False)
+
+    def numbered(self) -> list[tuple[str, MTPLayer]]:
+        """The layers, by number."""
+        return cast(list[tuple[str, MTPLayer]], list(self.items()))
 
     def init_buffers(self) -> None:
         self.tokens_in_step.fill_(1)
@@ -124,8 +132,8 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
         """What each layer hands to the head, (B, S, D). h_BSD: what the model itself does.
         embedded: of each layer's tokens."""
         hidden = []
-        for layer, x_BSD, labels_BS in zip(
-            self.values(), embedded, labels_BKS.unbind(1), strict=True
+        for (_, layer), x_BSD, labels_BS in zip(
+            self.numbered(), embedded, labels_BKS.unbind(1), strict=True
         ):
             counted_BS = labels_BS != IGNORE_INDEX
             h_BSD, load = layer(h_BSD, x_BSD, rope, mask, positions_BS, counted_BS)

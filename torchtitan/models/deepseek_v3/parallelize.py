@@ -3,8 +3,6 @@ as in every decoder."""
 
 from functools import partial
 
-from torch import nn
-
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
@@ -12,7 +10,7 @@ from torchtitan.distributed.tensor_parallel import (
     vocab_parallel_cross_entropy_sum,
 )
 from torchtitan.models.decoder.parallelize import parallelize_decoder
-from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
+from torchtitan.models.deepseek_v3.model import Attention, DeepSeekV3Model
 from torchtitan.models.deepseek_v3.mtp import MTPLayers
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
@@ -36,7 +34,7 @@ def parallelize_deepseekv3(
     )
 
 
-def _split_attention(attention: nn.Module, tp: TensorParallel) -> None:
+def _split_attention(attention: Attention, tp: TensorParallel) -> None:
     """Heads are split. The matrices that compress work on this rank's part of the sequence, and
     what is gathered is their narrow output: in V3 1536 + 576 channels a token instead of 7168, and
     no rank repeats their work.
@@ -57,7 +55,7 @@ def _split_attention(attention: nn.Module, tp: TensorParallel) -> None:
 
 def _split_mtp(mtp: MTPLayers, tp: TensorParallel, *, whole_logits: bool) -> None:
     """Around their blocks all is token by token, on this rank's part of the sequence."""
-    for layer in mtp.values():
+    for _, layer in mtp.numbered():
         tp.replicate(layer.enorm, layer.hnorm, layer.eh_proj, layer.norm)
     if not whole_logits:
         mtp.loss_fn = partial(

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan.models.moe.load import RoutingLoad
-from torchtitan.models.moe.moe import MoE
+from torchtitan.protocols.layers import MoELayer
 
 
-def record_load(moe: MoE, load: RoutingLoad) -> None:
+def record_load(moe: MoELayer, load: RoutingLoad) -> None:
     """Add one micro-batch's load to the optimizer step's."""
     moe.tokens_per_expert += load.tokens_E
     if load.traffic is not None:
@@ -26,7 +26,7 @@ def record_load(moe: MoE, load: RoutingLoad) -> None:
 
 
 @torch.no_grad()
-def step_loads(moes: Sequence[MoE], group: dist.ProcessGroup | None = None) -> RoutingLoad:
+def step_loads(moes: Sequence[MoELayer], group: dist.ProcessGroup | None = None) -> RoutingLoad:
     """Sum the optimizer step's load over all ranks of `group`: (layers, E) and (layers, 2, 3)
     int64; with router statistics, also (layers, N) fp32.
 
@@ -48,7 +48,7 @@ def step_loads(moes: Sequence[MoE], group: dist.ProcessGroup | None = None) -> R
 
 
 @torch.no_grad()
-def update_expert_bias(moes: Sequence[MoE], load_LE: Tensor) -> None:
+def update_expert_bias(moes: Sequence[MoELayer], load_LE: Tensor) -> None:
     """Move each layer's bias: bias += coeff · sign(mean load − load), minus that step's mean.
 
     Centring each step changes no choice (a constant shifts all experts alike) and keeps the bias
@@ -59,7 +59,7 @@ def update_expert_bias(moes: Sequence[MoE], load_LE: Tensor) -> None:
     """
     for moe, load_E in zip(moes, load_LE, strict=True):
         moe.global_tokens_per_expert.copy_(load_E)
-        if moe.expert_bias is None:
+        if moe.expert_bias is None or moe.load_balance_coeff is None:
             continue
         # sign(mean − load) in exact integers: mean − load = (sum − load · E) / E.
         direction_E = torch.sign(load_E.sum() - load_E * load_E.numel()).to(moe.expert_bias.dtype)
@@ -68,7 +68,7 @@ def update_expert_bias(moes: Sequence[MoE], load_LE: Tensor) -> None:
 
 
 @torch.no_grad()
-def step_router_stats(moes: Sequence[MoE], group: dist.ProcessGroup | None = None) -> Tensor:
+def step_router_stats(moes: Sequence[MoELayer], group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum the optimizer step's router statistics over all ranks of `group`: (layers, N) fp32.
 
     Takes the sums: they start again from zero.

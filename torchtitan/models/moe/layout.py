@@ -33,12 +33,14 @@ def log_expert_layout(args: MoEArgs, *, ep: int, nodes: int) -> None:
             line += f" ({expected_remote_nodes(args, nodes, limited=False):.2f} without the limit)"
         line += ", under random routing"
     logger.info("%s", line)
-    if nodes > 1 and args.num_expert_groups not in (None, nodes):
-        logger.warning("%s; %s", _mismatch(args, nodes), _better_layout(args, ep, nodes))
+    groups = args.num_expert_groups
+    if nodes > 1 and groups is not None and groups != nodes:
+        better = _better_layout(args, groups, ep, nodes)
+        logger.warning("%s; %s", _mismatch(args, groups, nodes), better)
 
 
-def _mismatch(args: MoEArgs, nodes: int) -> str:
-    group_size, per_node = args.num_experts // args.num_expert_groups, args.num_experts // nodes
+def _mismatch(args: MoEArgs, groups: int, nodes: int) -> str:
+    group_size, per_node = args.num_experts // groups, args.num_experts // nodes
     if per_node % group_size and group_size % per_node:
         return (
             f"Groups of {group_size} experts straddle nodes of {per_node}: a group limit doesn't "
@@ -52,20 +54,20 @@ def _mismatch(args: MoEArgs, nodes: int) -> str:
     return f"{crowd}: num_limited_groups limits the nodes best with one group a node"
 
 
-def _better_layout(args: MoEArgs, ep: int, nodes: int) -> str:
+def _better_layout(args: MoEArgs, groups: int, ep: int, nodes: int) -> str:
     """Advise one group a node: by as many groups as nodes, or as many nodes as groups."""
     per_node = args.num_experts // nodes
     # The same share of all experts as now, and enough for top_k.
-    share = math.ceil(args.num_limited_groups * nodes / args.num_expert_groups)
+    share = math.ceil((args.num_limited_groups or groups) * nodes / groups)
     limited = max(share, math.ceil(args.top_k / per_node))
     advice = f"use num_expert_groups = {nodes} and num_limited_groups = {limited}"
     if per_node == 1 and args.group_score_func == "top2_sum":
         advice += " (with group_score_func = 'max': a group has one expert)"
-    degree = args.num_expert_groups * ep // nodes
+    degree = groups * ep // nodes
     if args.num_experts % degree == 0 and degree > 1:
         advice += (
             f", or keep the groups and set expert_parallel_degree = {degree}, "
-            f"{args.num_expert_groups} nodes of {ep // nodes}"
+            f"{groups} nodes of {ep // nodes}"
         )
     return advice
 

@@ -35,6 +35,7 @@ from torchtitan.ops.linear import (
 )
 from torchtitan.ops.permute import sort_slots
 from torchtitan.ops.swiglu import swiglu
+from torchtitan.protocols.layers import ExpertWeights, MoELayer
 
 __all__ = ["MoEArgs", "FeedForward", "TokenChoiceTopKRouter", "GroupedExperts", "MoE"]
 
@@ -53,7 +54,7 @@ class FeedForward(nn.Module):
         return self.w2(swiglu(*linear_joint(x, self.w13, (self.w1, self.w3))))
 
 
-class GroupedExperts(nn.Module):
+class GroupedExperts(ExpertWeights):
     """SwiGLU experts as stacked weights: w1, w3 (E, F, D) and w2 (E, D, F)."""
 
     def __init__(self, *, dim: int, hidden_dim: int, num_experts: int, use_grouped_mm: bool = True):
@@ -91,7 +92,7 @@ class GroupedExperts(nn.Module):
         return grouped_ffn(x_TD, self.w13, self.w2, weights_TK, order)
 
 
-class MoE(KeepsBufferDtypes):
+class MoE(KeepsBufferDtypes, MoELayer):
     """Routed experts plus shared ones.
 
     Its buffers, of which only the first is part of the state dict:
@@ -104,10 +105,14 @@ class MoE(KeepsBufferDtypes):
     global_tokens_per_expert: (E,) int64, the step before's on all ranks (see aux_loss.py).
     """
 
+    router: TokenChoiceTopKRouter
+    experts: GroupedExperts
+    dispatcher: TokenDispatcher
+
     def __init__(self, moe_args: MoEArgs, dim: int, hidden_dim: int):
         super().__init__()
         self.router = TokenChoiceTopKRouter.of(moe_args.routing, dim=dim)
-        self.dispatcher: TokenDispatcher = LocalDispatcher(moe_args.num_experts)
+        self.dispatcher = LocalDispatcher(moe_args.num_experts)
         self.experts = GroupedExperts(
             dim=dim,
             hidden_dim=hidden_dim,

@@ -12,6 +12,7 @@ from torchtitan.models.moe.args import RoutingRule
 from torchtitan.models.moe.load import count_tokens
 from torchtitan.ops.linear import Gate
 from torchtitan.ops.routing import Rule, can_route, route
+from torchtitan.tools.utils import eager
 
 
 class TokenChoiceTopKRouter(nn.Module):
@@ -103,6 +104,7 @@ class TokenChoiceTopKRouter(nn.Module):
         )
 
     def _choose(self, scores_TE: Tensor, expert_bias: Tensor | None) -> Tensor:
+        """Ids (T, K) of the experts of each token."""
         if self.rule._debug_force_load_balance:
             return self._balanced_choice(scores_TE.size(0), scores_TE.device)
         scores_for_choice = scores_TE if expert_bias is None else scores_TE + expert_bias
@@ -110,18 +112,19 @@ class TokenChoiceTopKRouter(nn.Module):
             scores_for_choice = self._get_node_limited_routing_scores(scores_for_choice)
         return scores_for_choice.topk(self.rule.top_k, dim=-1, sorted=False).indices
 
-    @torch.compiler.disable
+    @eager
     def _choose_outside_graphs(self, scores_TE: Tensor, expert_bias: Tensor | None) -> Tensor:
         return self._choose(scores_TE, expert_bias)
 
     def _get_node_limited_routing_scores(self, scores_for_choice: Tensor) -> Tensor:
         """Scores (T, E) with those of all but the `num_limited_groups` best groups set to −inf."""
-        scores_TGe = scores_for_choice.unflatten(-1, (self.rule.num_expert_groups, -1))
+        scores_TGe = scores_for_choice.unflatten(-1, (self.rule.num_expert_groups or 1, -1))
         if self.rule.group_score_func == "max":
             group_scores_TG = scores_TGe.amax(dim=-1)
         else:
             group_scores_TG = scores_TGe.topk(2, dim=-1).values.sum(dim=-1)
-        best_TM = group_scores_TG.topk(self.rule.num_limited_groups, dim=-1, sorted=False).indices
+        limited = self.rule.num_limited_groups or 1
+        best_TM = group_scores_TG.topk(limited, dim=-1, sorted=False).indices
         left_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_TM, False)
         return scores_TGe.masked_fill(left_out_TG.unsqueeze(-1), float("-inf")).flatten(-2)
 

@@ -71,7 +71,7 @@ def _router(args: MoEArgs) -> Iterator[str]:
 
 
 def _groups(args: MoEArgs) -> Iterator[str]:
-    if args.num_expert_groups is None:
+    if args.num_expert_groups is None or args.num_limited_groups is None:
         return
     groups, limited, size = (
         args.num_expert_groups,

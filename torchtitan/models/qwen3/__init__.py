@@ -4,6 +4,8 @@ Numbers are those of the published config.json files (Qwen on the Hugging Face h
 8B share one matrix between embedding and output, which is not supported here.
 """
 
+from typing import Any
+
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.qwen3.args import Qwen3ModelArgs
 from torchtitan.models.qwen3.model import Qwen3Model
@@ -33,7 +35,7 @@ def _experts(num_experts: int, top_k: int) -> MoEArgs:
     )
 
 
-_DEBUG = {
+_DEBUG: dict[str, Any] = {
     "vocab_size": 2048,
     "dim": 256,
     "n_layers": 6,
@@ -43,7 +45,7 @@ _DEBUG = {
     "hidden_dim": 1024,
 }
 
-_PUBLISHED = {"context_len": 40960}  # their max_position_embeddings
+_PUBLISHED: dict[str, Any] = {"context_len": 40960}  # their max_position_embeddings
 
 qwen3_args = {
     "debugmodel": Qwen3ModelArgs(**_DEBUG),

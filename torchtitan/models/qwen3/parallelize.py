@@ -1,22 +1,20 @@
 """Where a Qwen3 model lives: how grouped-query attention splits; the rest is every decoder's."""
 
-from torch import nn
-
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.tensor_parallel import TensorParallel
-from torchtitan.models.decoder.model import Decoder
 from torchtitan.models.decoder.parallelize import parallelize_decoder
+from torchtitan.models.qwen3.model import Attention, Qwen3Model
 
 
 def parallelize_qwen3(
-    model: Decoder, parallel_dims: ParallelDims, job_config: JobConfig
-) -> Decoder:
+    model: Qwen3Model, parallel_dims: ParallelDims, job_config: JobConfig
+) -> Qwen3Model:
     """Change the model in place, on any device; see `parallelize_decoder`."""
     return parallelize_decoder(model, parallel_dims, job_config, split_attention=_split_attention)
 
 
-def _split_attention(attention: nn.Module, tp: TensorParallel) -> None:
+def _split_attention(attention: Attention, tp: TensorParallel) -> None:
     """Heads of keys and values are split, and with each the queries that share it. The norms are
     those of one head, the same for all."""
     tp.gather_input(attention)

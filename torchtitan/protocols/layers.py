@@ -1,0 +1,51 @@
+"""Base classes that declare, without behaviour, what code outside of a model uses in its layers."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class AttentionLayer(nn.Module):
+    """Attention whose keys and values are made of narrow tensors (B, S, ...).
+
+    attend_with: takes the place of `attend_here`; both are called with (queries, narrow, mask).
+    expand: narrow tensors to the keys and values of `ops.attention.attention`.
+    """
+
+    softmax_scale: float
+    attend_with: Callable[..., Tensor] | None
+    attend_here: Callable[..., Tensor]
+    expand: Callable[[tuple[Tensor, ...]], tuple[Tensor, Tensor]]
+
+
+class ExpertWeights(nn.Module):
+    """The experts of a layer: w1, w3 (E, F, D), w2 (E, D, F), or a rank's part of them."""
+
+    w1: nn.Parameter
+    w2: nn.Parameter
+    w3: nn.Parameter
+    use_grouped_mm: bool
+
+
+class MoELayer(nn.Module):
+    """A layer of routed experts; `models.moe.MoE` describes its buffers.
+
+    dispatcher: a `models.moe.dispatcher.TokenDispatcher`.
+    sequence_group: the ranks that hold the other parts of each sequence, if any.
+    """
+
+    router: nn.Module
+    experts: ExpertWeights
+    dispatcher: Any
+    sequence_group: dist.ProcessGroup | None
+    collect_router_stats: bool
+    load_balance_coeff: float | None
+    expert_bias: Tensor | None
+    tokens_per_expert: Tensor
+    global_tokens_per_expert: Tensor
+    traffic: Tensor
+    router_stats: Tensor
+    tokens_in_step: Tensor
+    set_coefficients: Callable[[Mapping[str, float]], None]
