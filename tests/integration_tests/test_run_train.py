@@ -89,9 +89,7 @@ def test_two_processes_train_with_everything_a_toml_offers(run_train, tmp_path):
     assert re.search(r"^\[rank1\]:\[titan rank 1\] \S+ I Training: ", output, re.MULTILINE)
 
 
-def test_the_debug_model_with_experts_on_two_nodes_trains_like_one_process(
-    run_train, tmp_path
-):
+def test_the_debug_model_with_experts_on_two_nodes_trains_like_one_process(run_train, tmp_path):
     """The flavor's own sizes."""
     settings = {
         "job.config_file": REPO / "train_configs/debug_model.toml",
