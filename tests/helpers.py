@@ -19,7 +19,8 @@ import torch.distributed as dist
 # GPUs they start anew: among the imports is one that touches CUDA, which then bears no fork.)
 processes = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 if not torch.cuda.is_available():
-    processes.set_forkserver_preload(["torchtitan.train"])
+    # Compiled runs need inductor, which torchtitan imports late.
+    processes.set_forkserver_preload(["torchtitan.train", "torch._inductor.compile_fx"])
 
 
 class Ranks:

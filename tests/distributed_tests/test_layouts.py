@@ -98,7 +98,6 @@ LAYOUTS = {
     "FSDP 2": layout(2),
     "FSDP 2, accumulation": layout(2, accumulation=4),
     "FSDP 2, weights kept, recomputed": layout(2, KEEP_WEIGHTS, ac="full"),
-    "FSDP 2, compiled, recomputed": layout(2, *COMPILED, ac="full"),
     "FSDP 2, every second layer recomputed": layout(2, ac="selective"),
     "FSDP 2, all but matrix products recomputed": layout(2, BUT_PRODUCTS, ac="selective"),
     "DDP 2": layout(2, replicate=2, shard=1),
@@ -190,15 +189,17 @@ if torch.__version__ >= (2, 13):  # refused before
     LAYOUTS["PP 2, DualPipeV by turns, EP 2, compiled, recomputed"] = layout(
         4, *pipeline("DualPipeV", 4), *COMPILED, BY_TURNS, pp=2, ep=2, ac="full"
     )
+else:
+    LAYOUTS["PP 2, FSDP 2, compiled"] = layout(4, *COMPILED, pp=2)
 ZERO_BUBBLE = pipeline("InterleavedZeroBubble", 4)
 DUAL = pipeline("DualPipeV", 4)
 LAYOUTS |= {
     "PP 2, DualPipeV by turns, EP 2": layout(4, *DUAL, BY_TURNS, pp=2, ep=2),
     "PP 2, accumulation": layout(2, pp=2, accumulation=2),
-    "PP 2, recomputed": layout(2, *ZERO_BUBBLE, pp=2, ac="full"),
+    # In pairs of sequences: each weight's part of a backward pass recomputes its layer.
+    "PP 2, recomputed": layout(2, *ZERO_BUBBLE, PAIRS_OF_SEQUENCES, pp=2, ac="full"),
     "PP 2, DDP 2": layout(4, pp=2, replicate=2, shard=1),
     "PP 2, FSDP 2, by operation": layout(4, BY_OPERATION, pp=2, ac="selective"),
-    "PP 2, FSDP 2, compiled": layout(4, *COMPILED, pp=2),
     "PP 2, TP 2": layout(4, pp=2, tp=2),
     "PP 2, TP 2, split experts": layout(4, pp=2, tp=2, etp=2),
     "PP 2, CP 2": layout(4, pp=2, cp=2),

@@ -4,7 +4,9 @@ What a launcher does for a rank is done here by hand (its variables and the addr
 that a restart costs milliseconds instead of the seconds that importing torch takes.
 """
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import sys
@@ -76,9 +78,23 @@ class Run:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the kernel deals out, so that nothing takes it before rank 0 does."""
+    first, last = 20_000, 30_000
+    with contextlib.suppress(OSError):
+        dealt_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        if dealt_out > 10_000:
+            first, last = max(1024, dealt_out - 10_000), dealt_out
+    ports = list(range(first, last))
+    # Not by the tests' seed: suites that run side by side would try the same ones.
+    random.SystemRandom().shuffle(ports)
+    return next(port for port in ports if _is_free(port))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind(("", port))
+        return True
+    return False
 
 
 def _train(

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli
 import tyro
@@ -28,6 +28,7 @@ from torchtitan.config.schema import (
     flatten,
     make_row,
     matches,
+    replace_entries,
     requirement,
     row_type,
 )
@@ -58,7 +59,8 @@ class ConfigManager:
         """
         argv = sys.argv[1:] if argv is None else argv
         if "-h" in argv or "--help" in argv:
-            _run_tyro(["--help"], JobConfig())
+            prog = "python -m torchtitan.train"
+            _run_tyro(JobConfig, ["--help"], default=JobConfig(), prog=prog, description=_ABOUT)
         options = _read_options(argv)
         flat: dict[str, Any] = {}
         if (file := options.pop("job.config_file", None)) is not None:
@@ -80,7 +82,7 @@ class ConfigManager:
         flat |= {path: value for path, value in options.items() if isinstance(value, bool)}
         texts = {path: value for path, value in options.items() if isinstance(value, str)}
         config = build(flat)
-        return with_home(_apply_texts(texts, config) if texts else config)  # tyro takes its time
+        return with_home(_apply_texts(texts, config) if texts else config)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -231,38 +233,39 @@ def _option_value(path: str, negated: bool, values: list[str]) -> str | bool:
 
 
 def _apply_texts(options: dict[str, str], default: JobConfig) -> JobConfig:
-    args = {path: f"--{path}={text}" for path, text in options.items()}
-    config = _run_tyro(list(args.values()), default)
-    if config is not None:
-        return config
+    values = _values(options)
+    if values is not None:
+        return replace_entries(default, values)
     # tyro does not say in data which option it refused, so each is tried on its own.
-    wrong = next(path for path, arg in args.items() if _run_tyro([arg], default) is None)
+    wrong = next(path for path, text in options.items() if _values({path: text}) is None)
     raise UserError(
         f"command line: --{wrong} {options[wrong]} {requirement(wrong, options[wrong])}"
     )
 
 
-def _run_tyro(args: list[str], default: JobConfig) -> JobConfig | None:
-    """The config, or None where tyro refuses; leaves through SystemExit after `--help`."""
-    wants_help = args == ["--help"]
-    # console_outputs alone leaves some of tyro's error boxes on the screen (1.0.17).
-    silence = contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(io.StringIO())
+def _values(options: dict[str, str]) -> dict[str, Any] | None:
+    """The value of each option's text, or None where tyro refuses one.
+
+    tyro sees these options alone: a parser of all keys takes it ten times as long.
+    """
+    fields = [
+        (f"option_{n}", Annotated[KEYS[path].type, tyro.conf.arg(name=path)])
+        for n, path in enumerate(options)
+    ]
+    table = dataclasses.make_dataclass("Options", fields)
+    args = [f"--{path}={text}" for path, text in options.items()]
     try:
-        with silence:
-            return tyro.cli(
-                JobConfig,
-                prog="python -m torchtitan.train",
-                description=_ABOUT,
-                args=args,
-                default=default,
-                use_underscores=True,
-                console_outputs=wants_help,
-                registry=_REGISTRY,
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
+        # console_outputs alone leaves some of tyro's error boxes on the screen (1.0.17).
+        with contextlib.redirect_stderr(io.StringIO()):
+            values = _run_tyro(table, args, console_outputs=False)
+    except SystemExit:
         return None
+    return {path: getattr(values, f"option_{n}") for n, path in enumerate(options)}
+
+
+def _run_tyro(table: type, args: list[str], **how: Any) -> Any:
+    """Leaves through SystemExit: with 0 after `--help`, with 2 where tyro refuses."""
+    return tyro.cli(table, args=args, use_underscores=True, registry=_REGISTRY, **how)
 
 
 _REGISTRY = ConstructorRegistry()

@@ -4,7 +4,9 @@ A mask is made once a step, outside of the layers, in the form that the device's
 `None` is causal attention, anything else comes from `document_mask`.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +38,13 @@ _BACKENDS = [
 ]
 
 
-# Only fast, and only free of S × S buffers, when compiled.
-_compiled_flex = torch.compile(flex_attention)
-_compiled_block_mask = torch.compile(create_block_mask)
+@cache
+def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of flex attention, which is fast and free of S × S buffers only when compiled.
+
+    At its first call: torch.compile imports inductor, 2 seconds that few runs need.
+    """
+    return torch.compile(fn)
 
 
 def document_mask(
@@ -99,7 +105,9 @@ def _mask(queries_Q: Tensor, document_BK: Tensor) -> Tensor | BlockMask:
     def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (queries_Q[q] >= k) & (document_BK[b, queries_Q[q]] == document_BK[b, k])
 
-    return _compiled_block_mask(may_see, B, None, len(queries_Q), K, device=queries_Q.device)
+    return _compiled(create_block_mask)(
+        may_see, B, None, len(queries_Q), K, device=queries_Q.device
+    )
 
 
 def _may_see(queries_Q: Tensor, document_BK: Tensor) -> Tensor:
@@ -134,7 +142,10 @@ def attention(
         q_BSHC, k_BSHC, v_BSHC = (_at_least(16, t) for t in (q_BSHC, k_BSHC, v_BSHC))
     q, k, v = (t.transpose(1, 2) for t in (q_BSHC, k_BSHC, v_BSHC))
     if isinstance(mask, BlockMask):
-        out = _compiled_flex(q, k, v, block_mask=mask, scale=scale)
+        # A layer that is compiled takes it in.
+        in_layer = torch.compiler.is_compiling()
+        flex = flex_attention if in_layer else _compiled(flex_attention)
+        out = flex(q, k, v, block_mask=mask, scale=scale)
     else:
         with sdpa_kernel(_BACKENDS, set_priority=True):
             out = F.scaled_dot_product_attention(
