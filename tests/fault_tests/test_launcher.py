@@ -13,7 +13,7 @@ from scripts.soak import ranks_of
 from tests.fault_tests.processes import Run
 from tests.fault_tests.test_kills import SAVES, losses_by_step
 from tests.tiny_run import tiny
-from torchtitan.trainer import trainer
+from torchtitan.trainer import built_run
 
 # A launch takes seconds of imports; machines that run the tests may be busy.
 pytestmark = pytest.mark.timeout(240)
@@ -154,7 +154,7 @@ def fail_while_building(rank: int, argv: list[str]) -> None:
         raise ValueError("a mistake of ours")
 
     if rank == 1:
-        trainer.build_metrics = fail
+        built_run.build_metrics = fail
 
 
 def test_so_is_one_while_the_run_is_built(tmp_path):
