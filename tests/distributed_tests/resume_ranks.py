@@ -39,7 +39,7 @@ def train(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(ConfigManager().parse_args(options(folder, changes)))
     trainer.train()
     state = whole_state(trainer)
-    numbers = trainer.state_dict()
+    numbers = trainer.progress.state_dict()
     trainer.close()
     return {"state": state, "numbers": numbers, "losses": losses(folder)}
 

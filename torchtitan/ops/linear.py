@@ -107,10 +107,14 @@ def grouped_linear_joint(
     *,
     loop: bool = False,
 ) -> tuple[Tensor, ...]:
-    """`grouped_linear` for each of `weights`, equally large and those of `joint`."""
-    if joint.tensor is None:
-        return tuple(grouped_linear(rows_RD, each, counts_E, loop=loop) for each in weights)
-    return grouped_linear(rows_RD, joint.tensor, counts_E, loop=loop).chunk(len(weights), dim=-1)
+    """`grouped_linear` for each of `weights`, equally large and those of `joint`.
+
+    Each is a product of its own: one for all would round the rows' gradient once instead of twice,
+    and layouts with expert parallelism would no longer equal those without to the last bit.
+    """
+    if joint.tensor is not None:
+        weights = joint.tensor.chunk(len(weights), dim=joint.dim)
+    return tuple(grouped_linear(rows_RD, each, counts_E, loop=loop) for each in weights)
 
 
 def grouped_ffn(
