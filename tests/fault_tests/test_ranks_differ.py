@@ -26,7 +26,7 @@ def with_another_torch(rank: int, argv: list[str]) -> None:
 
 def with_other_code(rank: int, argv: list[str]) -> None:
     if rank == 1:
-        digests = same_run.source_digests() | {"torchtitan/trainer.py": "another"}
+        digests = same_run.source_digests() | {"torchtitan/trainer/trainer.py": "another"}
         same_run.source_digests = lambda: digests
 
 
@@ -73,7 +73,7 @@ def test_another_setting(tmp_path, options, sentence):
     "prepare, sentence",
     [
         (with_another_torch, 'torch\'s version: "2.99.0" on rank 1, "'),
-        (with_other_code, 'the code in torchtitan/trainer.py: "another" on rank 1, "'),
+        (with_other_code, 'the code in torchtitan/trainer/trainer.py: "another" on rank 1, "'),
         (with_a_variable, 'the variable NVIDIA_TF32_OVERRIDE: "1" on rank 1, "0" on rank 0'),
     ],
 )

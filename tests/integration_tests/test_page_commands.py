@@ -73,7 +73,7 @@ RUN_HERE = {
 }
 
 _SCRIPT = "tests/integration_tests/test_run_train.py::"
-_NODES = "test_the_debug_model_with_experts_on_four_ranks_of_two_nodes_trains_like_one_process"
+_NODES = "test_the_debug_model_with_experts_on_two_nodes_trains_like_one_process"
 _EXPERTS = "--parallelism.expert_parallel_degree 4 --parallelism.expert_parallel_node_size 1"
 _CONTRACT = "tests/distributed_tests/test_loss_contract.py::"
 RUN_BY_ANOTHER_TEST = {
