@@ -167,6 +167,7 @@ def test_what_needs_a_trained_model_is_switched_off(monkeypatch, tmp_path, caplo
 def test_a_model_that_does_not_fit_is_refused_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("os.sysconf", lambda name: 100)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100, 100))
     run = [*tiny(tmp_path), DRY_RUN]
     with pytest.raises(UserError, match=r"rank 0 of 2 needs .* GiB .* set NGPU or"):
         Trainer(ConfigManager().parse_args(run))
