@@ -53,7 +53,7 @@ def read_pins(constraints: str) -> dict[str, str]:
 
 
 def read_requirements(pyproject: str | Path, extras: str = "") -> list[str]:
-    """What the project asks for, with these of its optional dependencies ("test,docs")."""
+    """Requirements of the project, with these of its optional dependencies ("test,docs")."""
     project = tomllib.loads(Path(pyproject).read_text())["project"]
     wanted = list(project["dependencies"])
     for extra in filter(None, extras.split(",")):

@@ -44,7 +44,7 @@ def _interrupted(*_: object) -> NoReturn:
 
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What the interpreter calls for an exception that nobody has caught."""
+    """Hook that the interpreter calls for an exception that nobody has caught."""
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or (REPO / package).is_dir():
         sys.__excepthook__(kind, error, trace)
@@ -54,7 +54,7 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 def _lacks(package: str) -> str:
-    """What this interpreter lacks beside `package`, and the way out."""
+    """A sentence on what this interpreter lacks beside `package`, and the way out."""
     lacking = missing(read_requirements(REPO / "pyproject.toml"))
     if not any(requirement.startswith(package) for requirement in lacking):
         lacking.append(package)

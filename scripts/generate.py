@@ -69,8 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def find_tokenizer(source: Path, named: str | None) -> Tokenizer:
-    """As named, else a Hugging Face folder's own, else that of the run which left the checkpoint
-    (its config.json stands above the folder of checkpoints), else the shipped one."""
+    """The tokenizer as named, else a Hugging Face folder's own, else that of the run which left the
+    checkpoint (its config.json stands above the folder of checkpoints), else the shipped one."""
     if named is None and is_complete(source):
         settings = source.absolute().parent.parent / "config.json"
         named = _tokenizer_of_run(settings) if os.path.lexists(settings) else DEFAULT_PATH
@@ -100,7 +100,7 @@ def printable(text: str) -> str:
 
 
 def make_config(args: argparse.Namespace, model: StoredModel) -> JobConfig:
-    """Of a job that only computes forward, its experts spread as far as they go."""
+    """Config of a job that only computes forward, its experts spread as far as they go."""
     world_size = read_launch().world_size
     dtype = args.dtype or ("bfloat16" if device_type() == "cuda" else "float32")
     degree = 1

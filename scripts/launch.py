@@ -49,7 +49,7 @@ class Launch:
         SignalListener(self._receive).start()
 
     def exit_code(self) -> int:
-        """Of a run that went well."""
+        """Exit code of a run that went well."""
         return stop_code(self._number) if self._number else read_stop_code(self.error_file)
 
     def close(self) -> None:

@@ -89,7 +89,7 @@ def _random(*shape: int, grad: bool = True) -> Tensor:
 
 
 def _maybe_compiled(function: Callable, options: argparse.Namespace) -> Callable:
-    """As in a run on this device: compiled on a GPU."""
+    """Compile on a GPU, as a run on this device does."""
     return function if options.eager or not torch.cuda.is_available() else torch.compile(function)
 
 
@@ -117,7 +117,7 @@ def _moe(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterator[Row
 
 
 def plain_chain(moe: MoE, x_BSD: Tensor) -> Tensor:
-    """What anyone would write: sort, gather, three grouped GEMMs, weigh, put back, sum."""
+    """The plain chain: sort, gather, three grouped GEMMs, weigh, put back, sum."""
     x_TD, experts = x_BSD.flatten(0, 1), moe.experts
     weights_TK, ids_TK, counts_E = moe.router(x_TD, moe.expert_bias)
     slots_N = ids_TK.flatten().argsort(stable=True)

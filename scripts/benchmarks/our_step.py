@@ -19,7 +19,7 @@ from torchtitan.trainer.step_log import Interval
 
 
 def settings_of(options: list[str], *, warmup: int, steps: int) -> dict[str, Any]:
-    """What ours and every peer are told. Raises `UserError` for options that don't go together."""
+    """Settings for ours and every peer. Raises `UserError` for options that don't go together."""
     config = ConfigManager().parse_args([*options, "--job.dump_folder=."])
     _, model_args, tokenizer = check_config(config)
     training, optimizer, parallelism = config.training, config.optimizer, config.parallelism

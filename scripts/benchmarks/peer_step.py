@@ -169,13 +169,13 @@ def _compiled(function: Callable, told: dict) -> Callable:
 
 
 def _known(cls: type, values: dict) -> dict:
-    """What this version's arguments have a name for."""
+    """Those settings that this version's arguments have a name for."""
     return {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
 
 
 def _make_ready_for_cpu() -> None:
-    """What stops torchtitan 0.2.2 there: a Triton kernel that it imports, though its loop over
-    experts needs none; and `histc`, by which it counts tokens, takes no integers.
+    """Remove what stops torchtitan 0.2.2 on a CPU: a Triton kernel that it imports, though its loop
+    over experts needs none; and `histc`, by which it counts tokens, takes no integers.
     """
     kernels: Any = ModuleType("torchtitan.models.moe.kernels")
     kernels.generate_permute_indices = None
