@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtitan.distributed.all_gather_dispatch import AllGatherDispatcher, RowCapacity
 from torchtitan.distributed.expert_parallel import AllToAllDispatcher, NodeLimitedDispatcher
 from torchtitan.models.moe.dispatcher import TokenDispatcher
 from torchtitan.tools.utils import local_device
@@ -27,8 +28,11 @@ def ways(world_size: int) -> list[Way]:
 
 def make_dispatcher(way: Way, num_experts: int) -> TokenDispatcher:
     kind, node_size = way
-    if kind == "all_to_all":
-        return AllToAllDispatcher(dist.group.WORLD, num_experts, node_size)
+    if kind in ("all_to_all", "all_gather"):
+        exact = AllToAllDispatcher(dist.group.WORLD, num_experts, node_size)
+        if kind == "all_to_all":
+            return exact
+        return AllGatherDispatcher(exact, dist.group.WORLD, num_experts, RowCapacity(1e9))
     return NodeLimitedDispatcher(*_node_groups(node_size), num_experts)
 
 

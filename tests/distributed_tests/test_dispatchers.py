@@ -49,9 +49,12 @@ def make_layer(args: MoEArgs, dtype: torch.dtype) -> MoE:
     return moe.to(local_device(), dtype)
 
 
-def tokens_by_rank(world_size: int, dtype: torch.dtype) -> list[Tensor]:
-    """As many as come, none at all on rank 1; and what their outputs are multiplied with."""
+def tokens_by_rank(way: Way, world_size: int, dtype: torch.dtype) -> list[Tensor]:
+    """As many as come, none at all on rank 1; and what their outputs are multiplied with. Equally
+    many where all are gathered."""
     num_tokens = [0 if rank == 1 else 3 + rank * 5 % 7 for rank in range(world_size)]
+    if way[0] == "all_gather":
+        num_tokens = [5] * world_size
     generator = torch.Generator().manual_seed(4)
     both = torch.randn(sum(num_tokens), 2, DIM, dtype=dtype, generator=generator)
     return list(both.to(local_device()).split(num_tokens))
@@ -76,12 +79,14 @@ def layers_on_this_rank(way: Way, dtype: torch.dtype) -> list[dict[str, Tensor]]
         for name, param in list(moe.experts.named_parameters()):
             setattr(moe.experts, name, nn.Parameter(param.detach().chunk(world_size)[rank]))
         moe.dispatcher = make_dispatcher(way, EXPERTS)
-        results.append(outputs_and_gradients(moe, tokens_by_rank(world_size, dtype)[rank]))
+        results.append(outputs_and_gradients(moe, tokens_by_rank(way, world_size, dtype)[rank]))
     return results
 
 
-def assert_equal_one_process(by_rank: list[list[dict]], dtype: torch.dtype, rel: float) -> None:
-    tokens = torch.cat(tokens_by_rank(len(by_rank), dtype))
+def assert_equal_one_process(
+    way: Way, by_rank: list[list[dict]], dtype: torch.dtype, rel: float
+) -> None:
+    tokens = torch.cat(tokens_by_rank(way, len(by_rank), dtype))
     for args, parts in zip(layer_cases(len(by_rank)), zip(*by_rank, strict=True), strict=True):
         for name, expected in outputs_and_gradients(make_layer(args, dtype), tokens).items():
             values = [part[name] for part in parts]
@@ -94,15 +99,15 @@ def assert_equal_one_process(by_rank: list[list[dict]], dtype: torch.dtype, rel:
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_layer_with_experts_elsewhere_equals_one_process(ranks, world_size):
-    for way in ways(world_size):
+    for way in [*ways(world_size), ("all_gather", 2)]:
         by_rank = ranks(world_size).run(layers_on_this_rank, way, torch.float32)
-        assert_equal_one_process(by_rank, torch.float32, rel=1e-6)
+        assert_equal_one_process(way, by_rank, torch.float32, rel=1e-6)
 
 
-@pytest.mark.parametrize("way", [("all_to_all", 2), ("node_limited", 2)])
+@pytest.mark.parametrize("way", [("all_to_all", 2), ("node_limited", 2), ("all_gather", 2)])
 def test_layer_with_experts_elsewhere_equals_one_process_in_fp64(ranks, way):
     by_rank = ranks(4).run(layers_on_this_rank, way, torch.float64)
-    assert_equal_one_process(by_rank, torch.float64, rel=1e-12)
+    assert_equal_one_process(way, by_rank, torch.float64, rel=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------

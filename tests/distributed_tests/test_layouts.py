@@ -60,6 +60,8 @@ def nodes_of(size: int) -> str:
 
 
 ALL_TO_ALL = "--parallelism.expert_parallel_dispatch=all_to_all"
+ALL_GATHER = "--parallelism.expert_parallel_dispatch=all_gather"
+NO_ROOM = "--parallelism.expert_parallel_capacity=1"  # some rank always gets more than the mean
 NODE_LIMITED = "--parallelism.expert_parallel_dispatch=node_limited"
 KEEP_WEIGHTS = "--parallelism.fsdp_reshard_after_forward=never"
 WHOLE_LOGITS = "--parallelism.disable_loss_parallel"
@@ -115,6 +117,14 @@ LAYOUTS = {
     "EP 2, FSDP 2": layout(4, ep=2),
     "EP 2, FSDP 2, node-limited on one node": layout(4, NODE_LIMITED, ep=2),
     "EP 4": layout(4, ALL_TO_ALL, ep=4),
+    "EP 2, gathered": layout(2, ALL_GATHER, ep=2),
+    "EP 4, gathered, steps redone, accumulation": layout(
+        4, ALL_GATHER, NO_ROOM, ep=4, accumulation=2
+    ),
+    "EP 2, FSDP 2, gathered, by operation": layout(
+        4, ALL_GATHER, BY_OPERATION, ep=2, ac="selective"
+    ),
+    "TP 2, EP 2, gathered, recomputed": layout(2, ALL_GATHER, tp=2, ep=2, ac="full"),
     "EP 4, nodes of 2, accumulation": layout(4, nodes_of(2), ep=4, accumulation=2),
     "EP 4, nodes of 1": layout(4, nodes_of(1), ep=4),
     "EP 2, HSDP 2 x 2, recomputed": layout(4, nodes_of(1), ep=2, replicate=2, ac="full"),

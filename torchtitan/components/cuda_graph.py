@@ -54,6 +54,7 @@ class GraphedPass:
     def _record(self, *inputs: Tensor) -> torch.cuda.CUDAGraph:
         self._inputs = tuple(t.clone() for t in inputs)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads (NCCL's watchdog, the data loader's) may use the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._outputs = self._run(*self._inputs)
         return graph

@@ -190,8 +190,10 @@ class Parallelism:
     """How keys and values travel between the parts of a sequence."""
     expert_parallel_degree: int = 1
     """Processes over which experts are distributed."""
-    expert_parallel_dispatch: Literal["auto", "all_to_all", "node_limited"] = "auto"
-    """A token travels once per rank or per node; auto: per node where experts span nodes (ours)."""
+    expert_parallel_dispatch: Literal["auto", "all_to_all", "node_limited", "all_gather"] = "auto"
+    """A token travels once per rank, once per node, or to all ranks; auto: the fastest (ours)."""
+    expert_parallel_capacity: float = 2.0
+    """Room for experts' rows with all_gather, over the mean; a fuller step is redone (ours)."""
     expert_parallel_node_size: int | None = None
     """Consecutive processes that share a node; unset: as torchrun started them (ours)."""
     expert_tensor_parallel_degree: int = 1
@@ -279,7 +281,7 @@ class Compile:
     backend: str = "inductor"
     """Back-end of torch.compile."""
     cuda_graph: bool = False
-    """Replay forward and backward pass as one CUDA graph: for small models on one GPU (ours)."""
+    """Replay forward and backward pass as one CUDA graph: no GPU waits for its host (ours)."""
 
 
 @dataclass(frozen=True)

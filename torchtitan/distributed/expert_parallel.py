@@ -1,22 +1,22 @@
 """Expert parallelism: each rank holds some of the experts, and tokens travel to them.
 
-Two dispatchers behind the interface of models/moe/dispatcher.py. With experts spread evenly and in
+Dispatchers behind the interface of models/moe/dispatcher.py. With experts spread evenly and in
 order over the ranks of an EP group, and these over nodes:
 
     all-to-all     a token goes once to each *rank* that has experts of it
     node-limited   a token goes once to each *node* that has experts of it, to the rank at the
                    sender's own place there, which passes it on to the ranks inside the node
+    all-gather     a token goes to all ranks: all_gather_dispatch.py
 
-Both are made of hops. A hop sends a row once to each destination, with the list of its experts
-there and their weights; on the way back the partial sums of the destinations (summed in fp32, sent
-in the rows' dtype) are summed. Weights are applied on the expert's side; gradients flow back
-through the same hops, those of the weights too.
+The first two are made of hops. A hop sends a row once to each destination, with the list of its
+experts there and their weights; on the way back the partial sums of the destinations (summed in
+fp32, sent in the rows' dtype) are summed. Weights are applied on the expert's side; gradients flow
+back through the same hops, those of the weights too.
 
 Letters: P rows at some place of the way, K slots of a row (expert ids, −1 = empty), D model dim.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -27,12 +27,16 @@ from torch.distributed._functional_collectives import all_to_all_single
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from torchtitan.config import Parallelism
+from torchtitan.distributed.all_gather_dispatch import AllGatherDispatcher, RowCapacity
 from torchtitan.distributed.exchange import Exchange, on_host
 from torchtitan.distributed.overlap import give_way
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.side_stream import SideStream
 from torchtitan.distributed.tensor_parallel import gather, reduce_scatter
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
 from torchtitan.protocols.layers import ExpertWeights, MoELayer
+from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import eager, local_device
 
@@ -40,18 +44,21 @@ from torchtitan.tools.utils import eager, local_device
 def apply_expert_parallel(
     moes: Mapping[int, MoELayer],
     dims: ParallelDims,
-    dispatch: str,
+    parallelism: Parallelism,
+    *,
+    fixed_sizes: bool = False,
 ) -> None:
     """Spread the experts of each layer over `dims.ep` ranks, and give it the dispatcher that brings
-    tokens there. dispatch: "all_to_all", "node_limited", or "auto": the latter where EP groups span
-    nodes. With `dims.etp` > 1 the hidden channels of each expert are split, too. In place, before
-    FSDP; logs one line.
+    tokens there. With `dims.etp` > 1 the hidden channels of each expert are split, too. In place,
+    before FSDP; logs one line.
+
+    fixed_sizes: nothing may wait for a device. Raises `UserError` where tokens travel otherwise.
     """
     mesh = dims.expert_mesh
     if mesh is None:
         return
     if dims.ep > 1:
-        _give_dispatchers(moes, dims, mesh["ep"], dispatch)
+        _give_dispatchers(moes, dims, mesh["ep"], parallelism, fixed_sizes=fixed_sizes)
     if dims.etp > 1:
         group = mesh["etp"].get_group()
         for moe in moes.values():
@@ -79,27 +86,61 @@ def _split_experts(experts: ExpertWeights, dims: ParallelDims, mesh: DeviceMesh)
 
 
 def _give_dispatchers(
-    moes: Mapping[int, MoELayer], dims: ParallelDims, mesh: DeviceMesh, dispatch: str
+    moes: Mapping[int, MoELayer],
+    dims: ParallelDims,
+    mesh: DeviceMesh,
+    parallelism: Parallelism,
+    *,
+    fixed_sizes: bool,
 ) -> None:
-    spans_nodes = dims.nodes_per_ep_group > 1
-    node_limited = dispatch == "node_limited" or (dispatch == "auto" and spans_nodes)
-    groups = dims.node_groups if node_limited else None  # also where a stage has no MoE layer
+    dispatch = parallelism.expert_parallel_dispatch
+    if dispatch == "auto":
+        dispatch = _best_dispatch(moes, dims)
+    groups = dims.node_groups if dispatch == "node_limited" else None  # also without MoE layers
+    if fixed_sizes and dispatch != "all_gather":
+        raise UserError(
+            "compile.cuda_graph = true needs message sizes that don't change, but experts' tokens "
+            f'travel by "{dispatch}"; set parallelism.expert_parallel_dispatch to "all_gather", or '
+            "compile.cuda_graph to false."
+        )
     if not moes:
         return
     num_experts = next(iter(moes.values())).experts.w1.size(0)
-    if node_limited:
-        make = partial(NodeLimitedDispatcher, *groups, num_experts)
-    else:
-        ranks_per_node = dims.ep // dims.nodes_per_ep_group
-        make = partial(AllToAllDispatcher, mesh.get_group(), num_experts, ranks_per_node)
+    group, capacity = mesh.get_group(), RowCapacity(parallelism.expert_parallel_capacity)
     for moe in moes.values():
-        moe.dispatcher = make()
+        if groups is not None:
+            moe.dispatcher = NodeLimitedDispatcher(*groups, num_experts)
+            continue
+        ranks_per_node = dims.ep // dims.nodes_per_ep_group
+        moe.dispatcher = AllToAllDispatcher(group, num_experts, ranks_per_node)
+        if dispatch == "all_gather":
+            moe.dispatcher = AllGatherDispatcher(moe.dispatcher, group, num_experts, capacity)
     logger.info(
-        "Expert parallel: %d ranks of %d experts each, one copy of a token per %s",
+        "Expert parallel: %d ranks of %d experts each, %s",
         dims.ep,
         num_experts // dims.ep,
-        "destination node, then per rank" if node_limited else "destination rank",
+        _HOW[dispatch],
     )
+
+
+_HOW = {
+    "all_to_all": "one copy of a token per destination rank",
+    "node_limited": "one copy of a token per destination node, then per rank",
+    "all_gather": "all tokens to all ranks, in messages of fixed size",
+}
+# Up to so many ranks, gathering all tokens costs less than waiting for exact sizes.
+_MOST_GATHERED = 8
+
+
+def _best_dispatch(moes: Mapping[int, MoELayer], dims: ParallelDims) -> str:
+    if dims.nodes_per_ep_group > 1:
+        return "node_limited"
+    fused = all(
+        moe.experts.use_grouped_mm and not moe.score_before_experts for moe in moes.values()
+    )
+    on_gpu = local_device().type == "cuda"
+    fits = fused and on_gpu and dims.ep <= _MOST_GATHERED and dims.etp == dims.pp == 1
+    return "all_gather" if fits else "all_to_all"
 
 
 class Rows(NamedTuple):
@@ -198,11 +239,13 @@ class AllToAllDispatcher:
     node.
     """
 
+    gathers = False
+
     def __init__(self, group: dist.ProcessGroup, num_experts: int, ranks_per_node: int):
         self.hop = Hop(group, num_experts)
         self.local_experts = num_experts // group.size()
         self.tier_of_rank = _tiers(group, ranks_per_node)
-        self.side_stream = _SideStream()
+        self.side_stream = SideStream()
 
     @eager  # split sizes of the all-to-all depend on the data
     def dispatch(
@@ -239,6 +282,8 @@ class NodeLimitedDispatcher:
     between: the ranks at this rank's place on each node, by node. within: the ranks of this node.
     """
 
+    gathers = False
+
     def __init__(self, between: dist.ProcessGroup, within: dist.ProcessGroup, num_experts: int):
         self.between = Hop(between, num_experts)
         self.within = Hop(within, self.between.experts_per_rank)
@@ -248,7 +293,7 @@ class NodeLimitedDispatcher:
         # Of every rank of the EP group, by node.
         self.tier_of_copy = self.tier_of_node.repeat_interleave(within.size())
         self.tier_of_copy[self.tier_of_copy == 0] = self.tier_of_rank
-        self.side_stream = _SideStream()
+        self.side_stream = SideStream()
 
     @eager  # split sizes of the all-to-all depend on the data
     def dispatch(
@@ -311,6 +356,8 @@ class GatherDispatcher:
     the same experts: all of them get the tokens of all, and the outputs, partial sums, are added.
     """
 
+    gathers = False
+
     def __init__(self, inner: Any, group: dist.ProcessGroup):
         self.inner = inner
         self.group = group
@@ -369,38 +416,3 @@ def bytes_per_row(dim: int, top_k: int, dtype: torch.dtype) -> int:
     sends the forward half once more. (Counts go once a layer and are left out.)
     """
     return 4 * dim * dtype.itemsize + 2 * 2 * top_k * torch.float32.itemsize
-
-
-class _SideStream:
-    """Runs a layer on a CUDA stream of its own, beside what the main stream does next; elsewhere
-    the layer waits for its turn.
-
-    The compiler stays out: it would move kernels and free memory as if there were one stream. The
-    layer itself may be compiled.
-    """
-
-    def __init__(self):
-        self.stream: torch.cuda.Stream | None = None
-
-    def begin(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return self._start(layer, x) if x.device.type == "cuda" else x
-
-    def end(self, layer: Callable[[Tensor], Tensor], begun: Tensor) -> Tensor:
-        return self._join(begun) if begun.device.type == "cuda" else layer(begun)
-
-    @partial(eager, recursive=False)
-    def _start(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        stream = self.stream = self.stream or torch.cuda.Stream(x.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            out = layer(x)
-        x.record_stream(stream)
-        return out
-
-    @eager
-    def _join(self, out: Tensor) -> Tensor:
-        main = torch.cuda.current_stream()
-        if self.stream is not None:
-            main.wait_stream(self.stream)
-        out.record_stream(main)
-        return out

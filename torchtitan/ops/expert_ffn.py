@@ -20,18 +20,24 @@ def expert_ffn(
 ) -> Tensor:
     """(T, D): for every token the sum over its K experts of weight · w2(silu(w1 x) · w3 x).
 
-    w13_E2FD: gate over up. weights_TK: fp32. order: of `sort_slots` on the experts' ids.
+    w13_E2FD: gate over up.
+    weights_TK: fp32.
+    order: from `sort_slots` on the experts' ids; −1 = an expert that is not among these. Its list
+        may be longer than the copies: how many there are stays on the device.
     """
     sizes = (x_TD.size(1), w2_EDF.size(2))
     if x_TD.is_cuda and why_loop(x_TD.dtype, sizes, on_cpu=False) is None:
-        return _expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, *order[:2], order.counts)[0]
+        return _expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, *order)[0]
     return expert_ffn_chain(x_TD, w13_E2FD, w2_EDF, weights_TK, order)
 
 
 def expert_ffn_chain(
     x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
 ) -> Tensor:
-    """The same, step by step."""
+    """Compute the same step by step. With empty slots there is a host sync."""
+    if order.some_empty:  # rows without meaning are left out
+        slot_of_row_R = order.slot_of_row_R[: int(order.counts.sum())]
+        order = order._replace(slot_of_row_R=slot_of_row_R)
     weights_R = weights_TK.flatten()[order.slot_of_row_R]
     rows_RD = expand_rows(x_TD, order)
     gate_up_R2F = grouped_linear(rows_RD, w13_E2FD, order.counts)
@@ -49,21 +55,23 @@ def _expert_ffn(
     slot_of_row_R: Tensor,
     row_of_slot_TK: Tensor,
     counts_E: Tensor,
+    some_empty: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output, and gate and up, which the backward pass needs."""
     from torchtitan.ops import permute_triton, swiglu_triton
 
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    rows_RD = x_TD.index_select(0, slot_of_row_R // weights_TK.size(1))
+    num_rows = ends_E[-1:] if some_empty else None
+    rows_RD = _gather(x_TD, slot_of_row_R, num_rows, weights_TK.size(1))
     gate_up_R2F = kernel(rows_RD, w13_E2FD.transpose(1, 2), offs=ends_E)
     del rows_RD
-    hidden_RF = swiglu_triton.forward(gate_up_R2F, weights_TK, slot_of_row_R)
+    hidden_RF = swiglu_triton.forward(gate_up_R2F, weights_TK, slot_of_row_R, num_rows)
     rows_RD = kernel(hidden_RF, w2_EDF.transpose(1, 2), offs=ends_E)
     return permute_triton.reduce_rows(rows_RD, row_of_slot_TK), gate_up_R2F
 
 
 @_expert_ffn.register_fake
-def _(x_TD, w13_E2FD, w2_EDF, weights_TK, slot_of_row_R, row_of_slot_TK, counts_E):
+def _(x_TD, w13_E2FD, w2_EDF, weights_TK, slot_of_row_R, row_of_slot_TK, counts_E, some_empty):
     return torch.empty_like(x_TD), x_TD.new_empty(slot_of_row_R.size(0), w13_E2FD.size(1))
 
 
@@ -78,20 +86,21 @@ def _expert_ffn_backward(
     slot_of_row_R: Tensor,
     row_of_slot_TK: Tensor,
     counts_E: Tensor,
+    some_empty: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the tokens, w13, w2 and the routing weights."""
     from torchtitan.ops import permute_triton, swiglu_triton
 
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    token_of_row_R = slot_of_row_R // weights_TK.size(1)
-    rows_RD = grad_TD.index_select(0, token_of_row_R)
+    num_rows = ends_E[-1:] if some_empty else None
+    rows_RD = _gather(grad_TD, slot_of_row_R, num_rows, weights_TK.size(1))
     grad_RF = kernel(rows_RD, w2_EDF, offs=ends_E)
     grad_gate_up_R2F, hidden_RF, grad_weights_TK = swiglu_triton.backward(
-        grad_RF, gate_up_R2F, weights_TK, slot_of_row_R
+        grad_RF, gate_up_R2F, weights_TK, slot_of_row_R, num_rows
     )
     grad_w2_EDF = kernel(rows_RD.t(), hidden_RF, offs=ends_E)
     del rows_RD, grad_RF, hidden_RF
-    rows_RD = x_TD.index_select(0, token_of_row_R)
+    rows_RD = _gather(x_TD, slot_of_row_R, num_rows, weights_TK.size(1))
     grad_w13_E2FD = kernel(grad_gate_up_R2F.t(), rows_RD, offs=ends_E)
     del rows_RD
     rows_RD = kernel(grad_gate_up_R2F, w13_E2FD, offs=ends_E)
@@ -100,19 +109,31 @@ def _expert_ffn_backward(
 
 
 @_expert_ffn_backward.register_fake
-def _(grad_TD, x_TD, gate_up_R2F, w13, w2, weights_TK, slot_of_row_R, row_of_slot_TK, counts_E):
+def _(
+    grad_TD, x_TD, gate_up_R2F, w13, w2, weights_TK, slot_of_row, row_of_slot, counts, some_empty
+):
     return tuple(torch.empty_like(t) for t in (x_TD, w13, w2, weights_TK))
 
 
+def _gather(x_TD: Tensor, slot_of_row_R: Tensor, num_rows: Tensor | None, top_k: int) -> Tensor:
+    """The token of each row; of the first `num_rows` (one int32 on the device), None = all."""
+    from torchtitan.ops import permute_triton
+
+    if num_rows is None:
+        return x_TD.index_select(0, slot_of_row_R // top_k)
+    return permute_triton.expand_rows(x_TD, slot_of_row_R, num_rows, top_k)
+
+
 def _save(ctx, inputs, output) -> None:
-    x_TD, *others = inputs
+    x_TD, *others, some_empty = inputs
     ctx.set_materialize_grads(False)
+    ctx.some_empty = some_empty
     ctx.save_for_backward(x_TD, output[1], *others)
 
 
 def _backward(ctx, grad_TD, _):
-    grads = _expert_ffn_backward(grad_TD.contiguous(), *ctx.saved_tensors)
-    return *grads, None, None, None
+    grads = _expert_ffn_backward(grad_TD.contiguous(), *ctx.saved_tensors, ctx.some_empty)
+    return *grads, None, None, None, None
 
 
 _expert_ffn.register_autograd(_backward, setup_context=_save)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.ops.expert_ffn import expert_ffn
-from torchtitan.ops.grouped_mm import grouped_linear
+from torchtitan.ops.grouped_mm import grouped_linear, local_part
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan.ops.permute import RowOrder
 from torchtitan.ops.router_logits import router_logits
@@ -118,8 +118,15 @@ def grouped_linear_joint(
 
 
 def grouped_ffn(
-    x_TD: Tensor, joint: Joint, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
+    x_TD: Tensor,
+    joint: Joint,
+    gate_up: Sequence[Tensor],
+    w2_EDF: Tensor,
+    weights_TK: Tensor,
+    order: RowOrder,
 ) -> Tensor:
-    """`expert_ffn` with gate and up of `joint`, which must be one tensor."""
-    assert joint.tensor is not None, "grouped_ffn needs gate and up in one tensor"
-    return expert_ffn(x_TD, joint.tensor, w2_EDF, weights_TK, order)
+    """`expert_ffn` with gate and up of `joint`, or without such a tensor of `gate_up` (E, F, D)."""
+    w13_E2FD = joint.tensor
+    if w13_E2FD is None:
+        w13_E2FD = torch.cat([local_part(weight) for weight in gate_up], dim=joint.dim)
+    return expert_ffn(x_TD, w13_E2FD, local_part(w2_EDF), weights_TK, order)

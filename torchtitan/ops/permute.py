@@ -16,65 +16,79 @@ from torch import Tensor
 
 
 class RowOrder(NamedTuple):
-    """slot_of_row_R, row_of_slot_PK: indices as above. taken_PK: bool, None = all are taken.
-    counts: rows of each destination. Integers are int64, or int32 where a GPU's kernel sorted.
+    """Where the copies of rows go. Integers are int64, or int32 where a GPU's kernel sorted.
+
+    slot_of_row_R: slot of each row. Rows behind the last one of a destination have no meaning.
+    row_of_slot_PK: row of each slot; −1 = empty slot, or one whose row is beyond the R.
+    counts: rows of each destination, of those among the R.
+    some_empty: False = every slot has a row.
     """
 
     slot_of_row_R: Tensor
     row_of_slot_PK: Tensor
-    taken_PK: Tensor | None
     counts: Tensor
+    some_empty: bool
 
 
 def sort_slots(
     destination_PK: Tensor, num_destinations: int, num_rows: int | None = None
 ) -> RowOrder:
-    """Order of the copies by destination. No host sync.
+    """Sort the copies by destination. No host sync.
 
-    destination_PK: int64; −1 = empty slot. num_rows: how many slots are taken; None = all.
+    destination_PK: int64; −1 = empty slot.
+    num_rows: R, length of the list of rows: as many as slots are taken, or more (rows without
+        meaning follow), or fewer (the last copies are left out); None = every slot is taken.
     """
-    if num_rows is None and destination_PK.is_cuda:
-        slot_of_row_N, row_of_slot_PK, counts = _sort_slots(destination_PK, num_destinations)
-        return RowOrder(slot_of_row_N, row_of_slot_PK, None, counts)
-    keys_PK, taken_PK = destination_PK, None
-    if num_rows is not None:
-        taken_PK = destination_PK >= 0
-        keys_PK = destination_PK.where(taken_PK, num_destinations)  # empty slots go last
+    some_empty = num_rows is not None
+    rows = destination_PK.numel() if num_rows is None else num_rows
+    if destination_PK.is_cuda:
+        return RowOrder(*_sort_slots(destination_PK, num_destinations, rows), some_empty)
+    keys_PK = destination_PK
+    if some_empty:  # empty slots go last
+        keys_PK = destination_PK.where(destination_PK >= 0, num_destinations)
     sorted_keys_N, slot_of_row_N = keys_PK.flatten().sort(stable=True)
     rows_N = torch.arange(sorted_keys_N.numel(), device=keys_PK.device)
     row_of_slot_N = torch.empty_like(slot_of_row_N).scatter_(0, slot_of_row_N, rows_N)
     destinations = torch.arange(num_destinations, device=keys_PK.device)
     ends = torch.searchsorted(sorted_keys_N, destinations, right=True)
+    if some_empty:
+        ends = ends.clamp(max=rows)
+        row_of_slot_N = row_of_slot_N.where(row_of_slot_N < ends[-1], -1)
     counts = ends.diff(prepend=ends.new_zeros(1))
-    return RowOrder(slot_of_row_N[:num_rows], row_of_slot_N.view_as(keys_PK), taken_PK, counts)
+    return RowOrder(slot_of_row_N[:rows], row_of_slot_N.view_as(keys_PK), counts, some_empty)
 
 
 def expand_rows(x_PD: Tensor, order: RowOrder) -> Tensor:
-    """Every row's copies, in order: (R, D)."""
-    return _ExpandRows.apply(x_PD, *order[:3])
+    """Every row's copies, in order: (R, D). The list must have as many rows as there are copies."""
+    return _ExpandRows.apply(x_PD, order.slot_of_row_R, order.row_of_slot_PK, order.some_empty)
 
 
 def reduce_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
     """Sum of every row's copies, in fp32, returned in the dtype of `rows_RD`: (P, D)."""
-    return _ReduceRows.apply(rows_RD, *order[:3])
+    return _ReduceRows.apply(rows_RD, order.slot_of_row_R, order.row_of_slot_PK, order.some_empty)
+
+
+def sum_copies(rows_RD: Tensor, row_of_slot_PK: Tensor) -> Tensor:
+    """Add up, in fp32, the K rows of each of P: (P, D) in the dtype of `rows_RD`. No gradient."""
+    return _reduce(rows_RD, row_of_slot_PK, some_empty=False)
 
 
 def _expand(x_PD: Tensor, slot_of_row_R: Tensor, row_of_slot_PK: Tensor) -> Tensor:
     return x_PD[slot_of_row_R // row_of_slot_PK.size(1)]
 
 
-def _reduce(rows_RD: Tensor, row_of_slot_PK: Tensor, taken_PK: Tensor | None) -> Tensor:
+def _reduce(rows_RD: Tensor, row_of_slot_PK: Tensor, some_empty: bool) -> Tensor:
     if rows_RD.is_cuda and rows_RD.dtype != torch.float64:
-        return _reduce_rows(rows_RD.contiguous(), row_of_slot_PK, taken_PK)
+        return _reduce_rows(rows_RD.contiguous(), row_of_slot_PK)
     # fp64 stays fp64 (tests); everything below accumulates in fp32.
     sum_dtype = torch.promote_types(rows_RD.dtype, torch.float32)
-    if taken_PK is None:
+    if not some_empty:
         copies_PKD = rows_RD[row_of_slot_PK]
     elif rows_RD.size(0) == 0:
         return rows_RD.new_zeros(row_of_slot_PK.size(0), rows_RD.size(1))
     else:
-        copies_PKD = rows_RD[row_of_slot_PK.clamp(max=rows_RD.size(0) - 1)]
-        copies_PKD = copies_PKD.masked_fill(~taken_PK.unsqueeze(-1), 0)
+        copies_PKD = rows_RD[row_of_slot_PK.clamp(min=0)]
+        copies_PKD = copies_PKD.masked_fill((row_of_slot_PK < 0).unsqueeze(-1), 0)
     sum_PD = copies_PKD.sum(dim=1, dtype=sum_dtype)
     # No `to` where it would do nothing: as the last operation of a compiled autograd.Function it
     # makes torch 2.11 lose the gradient (2.13 doesn't).
@@ -82,18 +96,20 @@ def _reduce(rows_RD: Tensor, row_of_slot_PK: Tensor, taken_PK: Tensor | None) ->
 
 
 @torch.library.custom_op("torchtitan::sort_slots", mutates_args=(), device_types="cuda")
-def _sort_slots(destination_PK: Tensor, num_destinations: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sort_slots(
+    destination_PK: Tensor, num_destinations: int, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
     from torchtitan.ops import permute_triton
 
-    return permute_triton.sort_slots(destination_PK, num_destinations)
+    return permute_triton.sort_slots(destination_PK, num_destinations, num_rows)
 
 
 @_sort_slots.register_fake
-def _(destination_PK, num_destinations):
+def _(destination_PK, num_destinations, num_rows):
     def int32(*shape):
         return destination_PK.new_empty(shape, dtype=torch.int32)
 
-    return int32(destination_PK.numel()), int32(*destination_PK.shape), int32(num_destinations)
+    return int32(num_rows), int32(*destination_PK.shape), int32(num_destinations)
 
 
 @torch.library.custom_op("torchtitan::count_tokens", mutates_args=(), device_types="cuda")
@@ -110,33 +126,35 @@ def _(ids_TK, num_experts, mask_T):
 
 
 @torch.library.custom_op("torchtitan::reduce_rows", mutates_args=(), device_types="cuda")
-def _reduce_rows(rows_RD: Tensor, row_of_slot_PK: Tensor, taken_PK: Tensor | None) -> Tensor:
+def _reduce_rows(rows_RD: Tensor, row_of_slot_PK: Tensor) -> Tensor:
     from torchtitan.ops import permute_triton
 
-    return permute_triton.reduce_rows(rows_RD, row_of_slot_PK, taken_PK)
+    return permute_triton.reduce_rows(rows_RD, row_of_slot_PK)
 
 
 @_reduce_rows.register_fake
-def _(rows_RD, row_of_slot_PK, taken_PK):
+def _(rows_RD, row_of_slot_PK):
     return rows_RD.new_empty(row_of_slot_PK.size(0), rows_RD.size(1))
 
 
 class _ExpandRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_PD, slot_of_row_R, row_of_slot_PK, taken_PK):
-        ctx.save_for_backward(row_of_slot_PK, taken_PK)
+    def forward(ctx, x_PD, slot_of_row_R, row_of_slot_PK, some_empty):
+        ctx.save_for_backward(row_of_slot_PK)
+        ctx.some_empty = some_empty
         return _expand(x_PD, slot_of_row_R, row_of_slot_PK)
 
     @staticmethod
     def backward(ctx, grad_RD):
-        return _reduce(grad_RD, *ctx.saved_tensors), None, None, None
+        (row_of_slot_PK,) = ctx.saved_tensors
+        return _reduce(grad_RD, row_of_slot_PK, ctx.some_empty), None, None, None
 
 
 class _ReduceRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_RD, slot_of_row_R, row_of_slot_PK, taken_PK):
+    def forward(ctx, rows_RD, slot_of_row_R, row_of_slot_PK, some_empty):
         ctx.save_for_backward(slot_of_row_R, row_of_slot_PK)
-        return _reduce(rows_RD, row_of_slot_PK, taken_PK)
+        return _reduce(rows_RD, row_of_slot_PK, some_empty)
 
     @staticmethod
     def backward(ctx, grad_PD):

@@ -7,9 +7,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _reduce(
-    rows, row_of_slot, taken, out, D, K: tl.constexpr, BLOCK: tl.constexpr, SOME_EMPTY: tl.constexpr
-):
+def _reduce(rows, row_of_slot, out, D, K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < D
@@ -17,14 +15,12 @@ def _reduce(
     for k in tl.static_range(K):
         slot = token * K + k
         row = tl.load(row_of_slot + slot).to(tl.int64)
-        here = inside
-        if SOME_EMPTY:
-            here = inside & tl.load(taken + slot)
+        here = inside & (row >= 0)
         total += tl.load(rows + row * D + cols, mask=here, other=0.0).to(tl.float32)
     tl.store(out + token * D + cols, total.to(out.dtype.element_ty), mask=inside)
 
 
-def reduce_rows(rows_RD: Tensor, row_of_slot_TK: Tensor, taken_TK: Tensor | None = None) -> Tensor:
+def reduce_rows(rows_RD: Tensor, row_of_slot_TK: Tensor) -> Tensor:
     (T, K), D = row_of_slot_TK.shape, rows_RD.size(1)
     out_TD = rows_RD.new_empty(T, D)
     if T:
@@ -32,19 +28,43 @@ def reduce_rows(rows_RD: Tensor, row_of_slot_TK: Tensor, taken_TK: Tensor | None
         _reduce[(T, triton.cdiv(D, block))](
             rows_RD,
             row_of_slot_TK,
-            taken_TK,
             out_TD,
             D,
             K=K,
             BLOCK=block,
-            SOME_EMPTY=taken_TK is not None,
         )
     return out_TD
 
 
+@triton.jit
+def _expand(x, slot_of_row, num_rows, rows, D, K, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(num_rows):
+        return
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < D
+    token = (tl.load(slot_of_row + row) // K).to(tl.int64)
+    tl.store(rows + row * D + cols, tl.load(x + token * D + cols, mask=inside), mask=inside)
+
+
+def expand_rows(x_TD: Tensor, slot_of_row_R: Tensor, num_rows: Tensor, top_k: int) -> Tensor:
+    """(R, D): the token of each of the first `num_rows` rows; the others are left as they are.
+
+    num_rows: one int32 on the device.
+    """
+    R, D = slot_of_row_R.numel(), x_TD.size(1)
+    rows_RD = x_TD.new_empty(R, D)
+    if R:
+        block = min(2048, triton.next_power_of_2(D))
+        grid = (R, triton.cdiv(D, block))
+        _expand[grid](x_TD, slot_of_row_R, num_rows, rows_RD, D, top_k, BLOCK=block)
+    return rows_RD
+
+
 # Counting sort. A program owns SLOTS slots in a row: it counts them by expert; a prefix sum over
 # (expert, program) says where each program's copies for each expert begin; then every program puts
-# its slots there in order. Stable, no atomics.
+# its slots there in order. Stable, no atomics. Empty slots (-1) have no row; nor have copies behind
+# the last of `R` rows.
 
 _SLOTS = 512
 
@@ -63,7 +83,7 @@ def _count(ids, mask, counts, N, P, K, E: tl.constexpr, SLOTS: tl.constexpr, MAS
 
 
 @triton.jit
-def _place(ids, starts, slot_of_row, row_of_slot, N, P, E: tl.constexpr, SLOTS: tl.constexpr):
+def _place(ids, starts, slot_of_row, row_of_slot, N, P, R, E: tl.constexpr, SLOTS: tl.constexpr):
     program = tl.program_id(0)
     slots = program * SLOTS + tl.arange(0, SLOTS)
     inside = slots < N
@@ -73,21 +93,23 @@ def _place(ids, starts, slot_of_row, row_of_slot, N, P, E: tl.constexpr, SLOTS: 
     earlier = tl.cumsum(hits, axis=0) - hits
     begin = tl.load(starts + experts * P + program)
     row = tl.sum(hits * (earlier + begin[None, :]), axis=1)
-    tl.store(row_of_slot + slots, row, mask=inside)
-    tl.store(slot_of_row + row, slots, mask=inside)
+    kept = inside & (expert >= 0) & (row < R)
+    tl.store(row_of_slot + slots, tl.where(kept, row, -1), mask=inside)
+    tl.store(slot_of_row + row, slots, mask=kept)
 
 
-def sort_slots(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_slots(ids_TK: Tensor, num_experts: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """(slot_of_row_R, row_of_slot_TK, counts_E), all int32. Experts are rounded up to a power of
     two inside.
     """
     N, counts_EP = ids_TK.numel(), _counts_by_program(ids_TK, num_experts, None)
     E, P = counts_EP.shape
-    slot_of_row = torch.empty(N, dtype=torch.int32, device=ids_TK.device)
+    slot_of_row = torch.empty(num_rows, dtype=torch.int32, device=ids_TK.device)
     row_of_slot_TK = torch.empty(ids_TK.shape, dtype=torch.int32, device=ids_TK.device)
     ends_EP = counts_EP.flatten().cumsum(0, dtype=torch.int32).view(E, P)
-    _place[(P,)](ids_TK, ends_EP - counts_EP, slot_of_row, row_of_slot_TK, N, P, E=E, SLOTS=_SLOTS)
-    ends_E = ends_EP[:num_experts, -1]
+    starts_EP = ends_EP - counts_EP
+    _place[(P,)](ids_TK, starts_EP, slot_of_row, row_of_slot_TK, N, P, num_rows, E=E, SLOTS=_SLOTS)
+    ends_E = ends_EP[:num_experts, -1].clamp(max=num_rows)
     return slot_of_row, row_of_slot_TK, ends_E.diff(prepend=ends_E.new_zeros(1))
 
 

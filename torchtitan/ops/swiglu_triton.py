@@ -14,9 +14,20 @@ from torch import Tensor
 
 @triton.jit
 def _forward(
-    gate_up, weights, slots, out, F: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr
+    gate_up,
+    weights,
+    slots,
+    num_rows,
+    out,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if COUNTED:
+        if row >= tl.load(num_rows):
+            return
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < F
     gate = tl.load(gate_up + row * 2 * F + cols, mask=inside, other=0.0).to(tl.float32)
@@ -33,14 +44,19 @@ def _backward(
     gate_up,
     weights,
     slots,
+    num_rows,
     grad_gate_up,
     hidden_out,
     grad_weights,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if COUNTED:
+        if row >= tl.load(num_rows):
+            return
     weight = 1.0
     if WEIGHTED:
         slot = tl.load(slots + row)
@@ -71,7 +87,16 @@ def _block(F: int) -> int:
     return min(1024, triton.next_power_of_2(F)) if F % 512 == 0 or F < 512 else 512
 
 
-def forward(gate_up_R2F: Tensor, weights_N: Tensor | None, slot_of_row_R: Tensor | None) -> Tensor:
+def forward(
+    gate_up_R2F: Tensor,
+    weights_N: Tensor | None,
+    slot_of_row_R: Tensor | None,
+    num_rows: Tensor | None = None,
+) -> Tensor:
+    """The activation (R, F), weighted by slot.
+
+    num_rows: one int32 on the device, the rows that have a meaning; None = all R.
+    """
     R, F = gate_up_R2F.size(0), gate_up_R2F.size(1) // 2
     out_RF = gate_up_R2F.new_empty(R, F)
     if R:
@@ -80,46 +105,65 @@ def forward(gate_up_R2F: Tensor, weights_N: Tensor | None, slot_of_row_R: Tensor
             gate_up_R2F,
             weights_N,
             slot_of_row_R,
+            num_rows,
             out_RF,
             F=F,
             BLOCK=block,
             WEIGHTED=weights_N is not None,
+            COUNTED=num_rows is not None,
         )
     return out_RF
 
 
 @overload
 def backward(
-    grad_RF: Tensor, gate_up_R2F: Tensor, weights_N: Tensor, slot_of_row_R: Tensor | None
+    grad_RF: Tensor,
+    gate_up_R2F: Tensor,
+    weights_N: Tensor,
+    slot_of_row_R: Tensor | None,
+    num_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @overload
 def backward(
-    grad_RF: Tensor, gate_up_R2F: Tensor, weights_N: None, slot_of_row_R: Tensor | None
+    grad_RF: Tensor,
+    gate_up_R2F: Tensor,
+    weights_N: None,
+    slot_of_row_R: Tensor | None,
+    num_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, None]: ...
 
 
 def backward(
-    grad_RF: Tensor, gate_up_R2F: Tensor, weights_N: Tensor | None, slot_of_row_R: Tensor | None
+    grad_RF: Tensor,
+    gate_up_R2F: Tensor,
+    weights_N: Tensor | None,
+    slot_of_row_R: Tensor | None,
+    num_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient of gate and up, the activation (weighted, as forward returned it), and the gradient
-    of the weights, by slot.
+    of the weights, by slot: zero for slots without a row.
+
+    num_rows: one int32 on the device, the rows that have a meaning; None = all R.
     """
     R, F = grad_RF.shape
     grad_gate_up_R2F, hidden_RF = torch.empty_like(gate_up_R2F), torch.empty_like(grad_RF)
-    grad_weights_N = None if weights_N is None else torch.empty_like(weights_N)
+    new = torch.empty_like if num_rows is None else torch.zeros_like
+    grad_weights_N = None if weights_N is None else new(weights_N)
     if R:
         _backward[(R,)](
             grad_RF,
             gate_up_R2F,
             weights_N,
             slot_of_row_R,
+            num_rows,
             grad_gate_up_R2F,
             hidden_RF,
             grad_weights_N,
             F=F,
             BLOCK=_block(F),
             WEIGHTED=weights_N is not None,
+            COUNTED=num_rows is not None,
         )
     return grad_gate_up_R2F, hidden_RF, grad_weights_N

@@ -40,6 +40,7 @@ class MoELayer(nn.Module):
     experts: ExpertWeights
     dispatcher: Any
     sequence_group: dist.ProcessGroup | None
+    score_before_experts: bool
     collect_router_stats: bool
     load_balance_coeff: float | None
     expert_bias: Tensor | None
@@ -48,4 +49,5 @@ class MoELayer(nn.Module):
     traffic: Tensor
     router_stats: Tensor
     tokens_in_step: Tensor
+    overflow: Tensor
     set_coefficients: Callable[[Mapping[str, float]], None]

@@ -22,6 +22,7 @@ from torchtitan.config.phases import largest_coefficients
 from torchtitan.data import build_training_dataloader
 from torchtitan.data.validation import build_validation_dataloader
 from torchtitan.distributed.agreement import Settings
+from torchtitan.distributed.all_gather_dispatch import row_capacity
 from torchtitan.distributed.pipeline_plan import PipelinePlan
 from torchtitan.distributed.utils import (
     init_distributed,
@@ -175,6 +176,7 @@ class BuiltRun:
         # also of the groups that are new now
         set_timeout(config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.moes = self.model.moe_layers()
+        self.capacity = row_capacity(self.moes.values())
         for moe in self.moes.values():
             moe.collect_router_stats = config.metrics.log_routing
         if self.rank == 0:

@@ -4,7 +4,7 @@ a pipeline; over whole sequences, or over this rank's part of each.
 Shapes come with the batch; nothing here is made for one length of sequences.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -127,7 +127,10 @@ class ForwardBackward:
 
 
 class GraphedStep:
-    """Forward, backward and clipping of a step of one micro-batch, replayed as a CUDA graph.
+    """The passes of a step, replayed as a CUDA graph of one forward and backward pass.
+
+    Of a step with one micro-batch clipping is part of the graph, whose replay overwrites the
+    gradients; with several, each replay adds to them.
 
     clip: clips the gradients and returns their norm.
     """
@@ -141,25 +144,50 @@ class GraphedStep:
     ) -> None:
         self._passes, self._optimizer, self._clip = passes, optimizer, clip
         self._compute_weights = compute_weights
-        self._graphed = GraphedPass(self._run)
+        self.forget()
 
-    def __call__(self, batch: Batch, valid_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forget(self) -> None:
+        """Record anew: what the graph was made for has changed."""
+        self._one_pass = GraphedPass(self._run)
+        self._whole_step = GraphedPass(self._run_and_clip)
+        replay_steps(self._optimizer, grads_stay=False)
+
+    def __call__(
+        self, micro_batches: Sequence[Batch], valid_tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Loss and gradient norm. Raises `UserError` for batches whose kernels would differ."""
-        self._passes.model.set_tokens_in_step(valid_tokens)
-        inputs = self._passes.inputs(batch)
+        if self._compute_weights is not None:
+            self._compute_weights.refresh()
+        if len(micro_batches) == 1:
+            if not self._whole_step.holds_grads:
+                self._optimizer.zero_grad()
+            loss, norm = self._whole_step(*self._inputs(micro_batches[0]), valid_tokens)
+            grads_stay = self._whole_step.holds_grads
+        else:
+            # In place: the graph adds to gradients that are there when it is recorded.
+            self._optimizer.zero_grad(set_to_none=False)
+            losses = [self._one_pass(*self._inputs(b), valid_tokens)[0] for b in micro_batches]
+            loss, norm = torch.stack(losses).sum(), self._clip()
+            grads_stay = self._one_pass.holds_grads
+        replay_steps(self._optimizer, grads_stay=grads_stay)
+        return loss, norm
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tokens and labels, on the device."""
         if self._passes.masks(batch[0]["input"]) is not None:
             raise UserError(
                 "compile.cuda_graph = true needs the same kernels in every step, but the documents "
                 "of model.args.attn_mask_type 'block_causal' change; set either to its default."
             )
-        if self._compute_weights is not None:
-            self._compute_weights.refresh()
-        if not self._graphed.holds_grads:
-            self._optimizer.zero_grad()
-        loss, norm = self._graphed(inputs.tokens, inputs.labels, valid_tokens)
-        replay_steps(self._optimizer, grads_stay=self._graphed.holds_grads)
-        return loss, norm
+        inputs = self._passes.inputs(batch)
+        return inputs.tokens, inputs.labels
 
-    def _run(self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor) -> tuple[Tensor]:
+        self._passes.model.set_tokens_in_step(valid_tokens)
         inputs = StepInputs(tokens, labels, tokens, None, labels != IGNORE_INDEX, {})
-        return self._passes.backward(inputs, None, valid_tokens), self._clip()
+        return (self._passes.backward(inputs, None, valid_tokens),)
+
+    def _run_and_clip(
+        self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return *self._run(tokens, labels, valid_tokens), self._clip()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.distributed.pipeline_parallel import Pipeline
 from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.protocols.layers import MoELayer
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.logging import logger
@@ -59,6 +61,26 @@ class StepResult:
     valid_tokens: int
     verdict: Verdict
     asked_by: int
+
+
+class Outcome(NamedTuple):
+    """What a step's passes came to, before weights change; the same on all ranks of a stage.
+
+    load: of the step; None without experts.
+    rank_losses: each rank's part of the loss, of those that have one.
+    grad_norm: before clipping.
+    valid_tokens: of the step, over all ranks.
+    asked_by: see `StepResult`.
+    overflow: rows over the mean that some rank's experts needed, if that was more than they had
+        room for, else 0.
+    """
+
+    load: RoutingLoad | None
+    rank_losses: list[float]
+    grad_norm: float
+    valid_tokens: float
+    asked_by: int
+    overflow: float
 
 
 @dataclass

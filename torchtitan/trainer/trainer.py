@@ -33,7 +33,7 @@ from torchtitan.trainer.build import (
 )
 from torchtitan.trainer.built_run import BuiltRun
 from torchtitan.trainer.forward_backward import Batch
-from torchtitan.trainer.step_log import Interval, StepResult
+from torchtitan.trainer.step_log import Interval, Outcome, StepResult
 
 
 class Trainer(BuiltRun):
@@ -98,15 +98,47 @@ class Trainer(BuiltRun):
 
         if self.config.optimizer.early_step_in_backward:
             self._before_update()
-        if self.graphed is not None:
-            return self._update(*self.graphed(micro_batches[0], valid_tokens), valid_tokens)
+        outcome = self._share(*self._run_passes(micro_batches, valid_tokens), valid_tokens)
+        if outcome.overflow > 0:
+            outcome = self._redo(micro_batches, valid_tokens, outcome.overflow)
+        return self._update(outcome)
+
+    def _run_passes(
+        self, micro_batches: list[Batch], valid_tokens: Tensor, *, may_replay: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Fill the gradients. Returns this rank's part of the loss, and the gradient norm."""
+        if self.graphed is not None and may_replay:
+            return self.graphed(micro_batches, valid_tokens)
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             sync_replicas_on_last_microbatch(self.model, is_last=is_last)
             loss += self.forward_backward(batch, valid_tokens)
-        return self._update(loss, self._clip(), valid_tokens)
+        return loss, self._clip()
+
+    def _redo(self, micro_batches: list[Batch], valid_tokens: Tensor, needed: float) -> Outcome:
+        """Run the passes again with exact sizes: experts got more rows than they had room for, so
+        that gradients lack some. Nothing else has seen them yet."""
+        capacity = self.capacity
+        assert capacity is not None, "only gathered tokens overflow"
+        logger.warning(
+            "Step %d: a rank's experts got %.2f times the mean number of rows, but have room for "
+            "%.2f; the step is done again with exact sizes, and the room grows",
+            self.step,
+            needed,
+            capacity.factor,
+        )
+        self.model.take_side_losses()  # drops them
+        if self.graphed is not None:
+            self.graphed.forget()
+        capacity.exact = True
+        try:
+            passed = self._run_passes(micro_batches, valid_tokens, may_replay=False)
+        finally:
+            capacity.exact = False
+        capacity.grow(needed)
+        return self._share(*passed, valid_tokens)
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
@@ -183,25 +215,36 @@ class Trainer(BuiltRun):
         self.progress.tokens_seen += tokens
         return micro_batches
 
-    def _update(self, local_loss: Tensor, grad_norm: Tensor, valid: Tensor) -> StepResult:
-        """Weights and expert bias move together, or (non-finite) not at all."""
+    def _share(self, local_loss: Tensor, grad_norm: Tensor, valid: Tensor) -> Outcome:
+        """Tell all ranks what the passes came to."""
         moes = list(self.moes.values())
-        group = self.dims.stage_group
-        load = step_loads(moes, group) if moes else None
+        load = step_loads(moes, self.dims.stage_group) if moes else None
+        overflow = torch.zeros_like(local_loss) if load is None else load.overflow
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.number))
-        gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked))))
+        gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked, overflow))))
         # host sync: a non-finite step must be known before the weights change
         last = torch.stack((valid.double(), grad_norm.double()))  # fp32 counts to 2**24 only
-        *pairs, valid_tokens, norm = torch.cat((gathered.double(), last)).tolist()
-        rank_losses = [pairs[2 * rank] for rank in self.dims.loss_ranks]
-        asked_by = int(max(pairs[1::2]))
-        verdict = self.loss_guard.judge(self.step, rank_losses, norm)
+        *told, valid_tokens, norm = torch.cat((gathered.double(), last)).tolist()
+        losses, asked_by, overflows = told[::3], told[1::3], told[2::3]
+        return Outcome(
+            load=load,
+            rank_losses=[losses[rank] for rank in self.dims.loss_ranks],
+            grad_norm=norm,
+            valid_tokens=valid_tokens,
+            asked_by=int(max(asked_by)),
+            overflow=max(overflows),
+        )
+
+    def _update(self, outcome: Outcome) -> StepResult:
+        """Weights and expert bias move together, or (non-finite) not at all."""
+        load, rank_losses = outcome.load, outcome.rank_losses
+        verdict = self.loss_guard.judge(self.step, rank_losses, outcome.grad_norm)
         if verdict == "update":
             self._before_update()
             self.optimizer.step()
             if load is not None:
-                update_expert_bias(moes, load.tokens_E)
+                update_expert_bias(list(self.moes.values()), load.tokens_E)
         if self.average is not None and verdict != "rewind":
             self.average.after_step(self.step)
         side = self.model.take_side_losses()
@@ -212,15 +255,15 @@ class Trainer(BuiltRun):
         return StepResult(
             loss=sum(rank_losses),
             max_loss=max(rank_losses) * len(rank_losses),
-            grad_norm=norm,
+            grad_norm=outcome.grad_norm,
             lr=float(lr),
             loads=self._by_layer(load and load.tokens_E),
             traffic=self._by_layer(load and load.traffic),
             router_stats=self._by_layer(load and load.stats),
-            side_losses={name: x.item() / valid_tokens for name, x in side.items()},
-            valid_tokens=int(valid_tokens),
+            side_losses={name: x.item() / outcome.valid_tokens for name, x in side.items()},
+            valid_tokens=int(outcome.valid_tokens),
             verdict=verdict,
-            asked_by=asked_by,
+            asked_by=outcome.asked_by,
         )
 
     def _by_layer(self, rows: Tensor | None) -> dict[int, Tensor]:

@@ -106,7 +106,7 @@ def test_empty_slots_have_no_row(places):
     assert order.slot_of_row_R.tolist() == [t * K + k for t, k in rows]
     for row, (t, k) in enumerate(rows):
         assert order.row_of_slot_PK[t, k] == row
-    assert torch.equal(order.taken_PK, places >= 0)
+    assert torch.equal(order.row_of_slot_PK >= 0, places >= 0) and order.some_empty
     assert order.counts.tolist() == [3, 2, 0, 1, 2, 3]
     x = torch.randn(T, D)
     assert torch.equal(expand_rows(x, order), torch.stack([x[t] for t, _ in rows]))

@@ -36,10 +36,23 @@ def sorted_slots(T: int = 150, K: int = 3, E: int = 6) -> tuple[Tensor, permute.
 
 def test_counting_sort_is_the_stable_sort():
     ids_TK, order = sorted_slots(T=400)  # more than one program's slots
-    slot_of_row, row_of_slot, counts = kernels("permute").sort_slots(ids_TK, 6)
+    slot_of_row, row_of_slot, counts = kernels("permute").sort_slots(ids_TK, 6, ids_TK.numel())
     assert torch.equal(slot_of_row.long(), order.slot_of_row_R)
     assert torch.equal(row_of_slot.long(), order.row_of_slot_PK)
     assert torch.equal(counts.long(), order.counts) and counts[4] == 0
+
+
+@pytest.mark.parametrize("num_rows", [1200, 700, 300, 0])
+def test_counting_sort_leaves_out_empty_slots_and_rows_beyond_its_list(num_rows):
+    """A list that is longer than the copies (about 800), shorter, and of length 0."""
+    ids_TK, _ = sorted_slots(T=400)
+    ids_TK[torch.rand(400, 3) > 0.66] = -1
+    order = permute.sort_slots(ids_TK, 6, num_rows)
+    slot_of_row, row_of_slot, counts = kernels("permute").sort_slots(ids_TK, 6, num_rows)
+    assert torch.equal(row_of_slot.long(), order.row_of_slot_PK)
+    assert torch.equal(counts.long(), order.counts)
+    kept = int(counts.sum())
+    assert torch.equal(slot_of_row[:kept].long(), order.slot_of_row_R[:kept])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -53,23 +66,37 @@ def test_token_counts_leave_out_padding(masked):
 @pytest.mark.parametrize("some_empty", [False, True])
 def test_rows_are_summed(some_empty):
     _, order = sorted_slots()
-    rows = torch.randn(450, 40)
-    taken = torch.rand(150, 3) > 0.3 if some_empty else None
-    copies = rows.double()[order.row_of_slot_PK]
-    expected = (copies if taken is None else copies * taken.unsqueeze(-1)).sum(dim=1)
-    assert relative_error(kernels("permute").reduce_rows(rows, order[1], taken), expected) < 1e-6
+    rows, row_of_slot = torch.randn(450, 40), order.row_of_slot_PK.clone()
+    if some_empty:
+        row_of_slot[torch.rand(150, 3) > 0.7] = -1
+    taken = (row_of_slot >= 0).unsqueeze(-1)
+    expected = (rows.double()[row_of_slot] * taken).sum(dim=1)
+    assert relative_error(kernels("permute").reduce_rows(rows, row_of_slot), expected) < 1e-6
 
 
-def test_swiglu_with_routing_weights_forward_and_backward():
+def test_tokens_are_copied_to_as_many_rows_as_the_device_says():
+    _, order = sorted_slots()
+    x, num_rows = torch.randn(150, 40), torch.tensor([300], dtype=torch.int32)
+    rows = kernels("permute").expand_rows(x, order.slot_of_row_R, num_rows, 3)
+    assert rows.shape == (450, 40)
+    assert torch.equal(rows[:300], x[order.slot_of_row_R[:300] // 3])
+
+
+@pytest.mark.parametrize("rows", [450, 300])
+def test_swiglu_with_routing_weights_forward_and_backward(rows):
+    """Of all rows, and of the first 300, behind which none may count."""
     _, (slots, *_) = sorted_slots()
     gate_up, weights = torch.randn(450, 96), torch.rand(150, 3)
-    exact = [t.double().requires_grad_() for t in (gate_up, weights)]
+    num_rows = None if rows == 450 else torch.tensor([rows], dtype=torch.int32)
+    exact = [t.double().requires_grad_() for t in (gate_up[:rows], weights)]
     gate, up = exact[0].chunk(2, dim=1)
-    expected = F.silu(gate) * up * exact[1].flatten()[slots].unsqueeze(1)
-    assert relative_error(kernels("swiglu").forward(gate_up, weights, slots), expected) < 1e-6
+    expected = F.silu(gate) * up * exact[1].flatten()[slots[:rows]].unsqueeze(1)
+    actual = kernels("swiglu").forward(gate_up, weights, slots, num_rows)[:rows]
+    assert relative_error(actual, expected) < 1e-6
     grad = torch.randn(450, 48)
-    expected.backward(grad.double())
-    grads = kernels("swiglu").backward(grad, gate_up, weights, slots)
+    expected.backward(grad[:rows].double())
+    grads = kernels("swiglu").backward(grad, gate_up, weights, slots, num_rows)
+    grads = (grads[0][:rows], grads[1][:rows], grads[2])
     for actual, exact_value in zip(
         grads, (exact[0].grad, expected.detach(), exact[1].grad), strict=True
     ):

@@ -24,7 +24,7 @@ class FusedAdam(AdamW):
 
     decoupled: AdamW's weight decay, otherwise Adam's. early_step: each parameter is updated, and
     its gradient freed, as soon as the backward pass has made it; `step` then has nothing to do.
-    as_graph: set it once gradients and grad_factor stay in place: `step` then replays its kernels.
+    as_graph: set it while gradients and grad_factor stay in place: `step` then replays its kernels.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class FusedAdam(AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        if not self.as_graph:
+            self._graph, self._recorded = None, []
         params = self._recorded or [p for p in self._group_of if p.grad is not None]
         if not params:
             return

@@ -59,4 +59,4 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     check_schedule(schedule, config, degrees)
     blend_segments(config, schedule)
     check_early_step(config, world_size)
-    check_cuda_graph(config, world_size, device_type)
+    check_cuda_graph(config, device_type)

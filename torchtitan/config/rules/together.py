@@ -89,25 +89,26 @@ def check_early_step(config: JobConfig, world_size: int) -> None:
 _SHAPES = ("batch_size", "local_batch_size", "seq_len", "yarn")
 
 
-def check_cuda_graph(config: JobConfig, world_size: int, device_type: str) -> None:
+def check_cuda_graph(config: JobConfig, device_type: str) -> None:
     """A graph repeats the same kernels on the same memory."""
     if not config.compile.cuda_graph:
         return
-    one_pass = (-1, config.training.local_batch_size)
-    reason = None
+    parallelism, reason = config.parallelism, None
     if device_type != "cuda":
         reason = f"this run is on {device_type}"
-    elif world_size > 1:
-        reason = f"this run has {world_size}"
-    elif config.training.global_batch_size not in one_pass:
-        reason = f"training.global_batch_size = {config.training.global_batch_size} takes several"
+    elif parallelism.pipeline_parallel_degree > 1:
+        reason = "parallelism.pipeline_parallel_degree cuts the passes in pieces"
+    elif parallelism.context_parallel_degree > 1:
+        reason = "parallelism.context_parallel_degree makes masks in every step"
+    elif config.training.enable_cpu_offload:
+        reason = "training.enable_cpu_offload waits for the host"
     elif changed := [key for key in _SHAPES if any(getattr(p, key) for p in config.schedule.phase)]:
         reason = f"a schedule.phase sets {changed[0]}"
     elif config.optimizer.early_step_in_backward:
         reason = "optimizer.early_step_in_backward changes what the pass does from step to step"
     if reason is not None:
         raise UserError(
-            "compile.cuda_graph = true is for one process on a CUDA GPU and one forward pass a "
+            "compile.cuda_graph = true is for CUDA GPUs and passes that are the same in every "
             f"step, but {reason}; set it to false."
         )
 

@@ -148,8 +148,9 @@ class Decoder(KeepsBufferDtypes, BaseModel):
         return {int(i): layer.moe for i, layer in self._blocks().items() if layer.moe_enabled}
 
     def set_tokens_in_step(self, tokens: Tensor) -> None:
-        for moe in self.moe_layers().values():
-            moe.tokens_in_step.copy_(tokens)
+        buffers = [moe.tokens_in_step for moe in self.moe_layers().values()]
+        if buffers:
+            torch._foreach_copy_(buffers, [tokens.to(torch.float32)] * len(buffers))
 
     def set_coefficients(self, values: Mapping[str, float]) -> None:
         for moe in self.moe_layers().values():

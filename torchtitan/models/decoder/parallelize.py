@@ -16,6 +16,7 @@ from torchtitan.models.decoder.model import Decoder, TransformerBlock
 from torchtitan.models.moe import MoE
 from torchtitan.models.moe.layout import log_expert_layout
 from torchtitan.ops.grouped_mm import why_loop
+from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import TORCH_DTYPES, device_type
 
@@ -51,7 +52,8 @@ def parallelize_decoder(
         if split_beside is not None:
             split_beside(model, tp)
         logger.info("Tensor parallel: heads, hidden channels, vocabulary over %d ranks", tp.degree)
-    apply_expert_parallel(moes, dims, config.parallelism.expert_parallel_dispatch)
+    graphed = config.compile.cuda_graph
+    apply_expert_parallel(moes, dims, config.parallelism, fixed_sizes=graphed)
     if dims.cp > 1:
         apply_context_parallel(
             [block.attention for block in blocks],
@@ -119,6 +121,11 @@ def _say_how_experts_compute(moes: dict[int, MoE], config: JobConfig) -> bool:
             (dim, hidden_dim),
             on_cpu=device_type() == "cpu",
             compiling=config.compile.enable,
+        )
+    if reason and config.compile.cuda_graph:
+        raise UserError(
+            f"compile.cuda_graph = true needs grouped GEMM for experts, but {reason}; set it to "
+            'false, or training.mixed_precision_param to "bfloat16".'
         )
     logger.info("Experts: %s", f"a loop, because {reason}" if reason else "grouped GEMM")
     return reason is not None

@@ -23,28 +23,30 @@ def record_load(moe: MoELayer, load: RoutingLoad) -> None:
         moe.traffic += load.traffic
     if load.stats is not None:
         moe.router_stats += load.stats
+    if load.overflow is not None:
+        torch.maximum(moe.overflow, load.overflow, out=moe.overflow)
 
 
 @torch.no_grad()
 def step_loads(moes: Sequence[MoELayer], group: dist.ProcessGroup | None = None) -> RoutingLoad:
     """Sum the optimizer step's load over all ranks of `group`: (layers, E) and (layers, 2, 3)
-    int64; with router statistics, also (layers, N) fp32.
+    int64; with router statistics, also (layers, N) fp32. `overflow` is the largest of this rank.
 
     Takes the counts: they start again from zero. One all-reduce for all layers.
 
     group: all ranks that hold these layers, each of which routes tokens of its own; None = this
         process alone.
     """
-    both = torch.stack([torch.cat((moe.tokens_per_expert, moe.traffic.flatten())) for moe in moes])
+    num_experts, traffic = moes[0].tokens_per_expert.numel(), moes[0].traffic
+    counts = torch.cat([t.flatten() for moe in moes for t in (moe.tokens_per_expert, moe.traffic)])
+    overflow = torch.stack([moe.overflow for moe in moes]).amax()
     if group is not None:
-        dist.all_reduce(both, group=group)
-    for moe in moes:
-        moe.tokens_per_expert.zero_()
-        moe.traffic.zero_()
-    num_experts = moes[0].tokens_per_expert.numel()
-    traffic = both[:, num_experts:].unflatten(1, moes[0].traffic.shape)
+        dist.all_reduce(counts, group=group)
+    for name in ("tokens_per_expert", "traffic", "overflow"):
+        torch._foreach_zero_([getattr(moe, name) for moe in moes])
+    tokens_LE, traffic_LN = counts.view(len(moes), -1).split([num_experts, traffic.numel()], dim=1)
     stats = step_router_stats(moes, group) if moes[0].collect_router_stats else None
-    return RoutingLoad(both[:, :num_experts], traffic, stats)
+    return RoutingLoad(tokens_LE, traffic_LN.unflatten(1, traffic.shape), stats, overflow)
 
 
 @torch.no_grad()
@@ -57,14 +59,17 @@ def update_expert_bias(moes: Sequence[MoELayer], load_LE: Tensor) -> None:
     load_LE: int64, from `step_loads`; also kept for the next step's loss over the global batch
         (aux_loss.py).
     """
-    for moe, load_E in zip(moes, load_LE, strict=True):
-        moe.global_tokens_per_expert.copy_(load_E)
-        if moe.expert_bias is None or moe.load_balance_coeff is None:
-            continue
-        # sign(mean − load) in exact integers: mean − load = (sum − load · E) / E.
-        direction_E = torch.sign(load_E.sum() - load_E * load_E.numel()).to(moe.expert_bias.dtype)
-        step_E = moe.load_balance_coeff * direction_E
-        moe.expert_bias += step_E - step_E.mean()
+    torch._foreach_copy_([moe.global_tokens_per_expert for moe in moes], list(load_LE))
+    # sign(mean − load) in exact integers: mean − load = (sum − load · E) / E.
+    direction_LE = torch.sign(load_LE.sum(dim=1, keepdim=True) - load_LE * load_LE.size(1))
+    balanced = [
+        (moe.expert_bias, direction_E.to(moe.expert_bias.dtype) * moe.load_balance_coeff)
+        for moe, direction_E in zip(moes, direction_LE, strict=True)
+        if moe.expert_bias is not None and moe.load_balance_coeff is not None
+    ]
+    if balanced:
+        biases, steps = map(list, zip(*balanced, strict=True))
+        torch._foreach_add_(biases, [step_E - step_E.mean() for step_E in steps])
 
 
 @torch.no_grad()

@@ -39,6 +39,30 @@ class TokenDispatcher(Protocol):
         """
         ...
 
+    @property
+    def gathers(self) -> bool:
+        """Whether `gather_tokens` and `return_sums` can take the place of dispatch and combine, so
+        that all between them is one operator. Only then do they exist."""
+        ...
+
+    def gather_tokens(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor, RowOrder, Any]:
+        """Bring whole tokens to this rank's experts, not yet a row for each expert.
+
+        Arguments as of `dispatch`. Returns hidden states (P, D), weights (P, K), the order of their
+        rows by local expert, and a record with `traffic`, and `overflow`: () fp32, rows needed over
+        the mean where not all had room, else 0; None where there is always room.
+        """
+        ...
+
+    def return_sums(self, sums_PD: Tensor, record: Any) -> Tensor:
+        """Add up the partial sums of each token: (T, D).
+
+        record: from `gather_tokens`.
+        """
+        ...
+
     def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
         """Start the shared experts, to overlap with dispatch and combine.
 
@@ -52,6 +76,13 @@ class TokenDispatcher(Protocol):
         begun_TD: from `start_shared`.
         """
         ...
+
+
+class NothingTravels(NamedTuple):
+    """Record of `LocalDispatcher.gather_tokens`."""
+
+    traffic: None = None
+    overflow: None = None
 
 
 class LocalRecord(NamedTuple):
@@ -69,6 +100,8 @@ class LocalRecord(NamedTuple):
 class LocalDispatcher:
     """For experts that all live on this rank: sorts rows, and sums them. No host sync."""
 
+    gathers = True
+
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
 
@@ -81,6 +114,14 @@ class LocalDispatcher:
 
     def combine(self, rows_RD: Tensor, record: LocalRecord) -> Tensor:
         return reduce_rows(rows_RD, record.order)
+
+    def gather_tokens(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor, RowOrder, NothingTravels]:
+        return x_TD, weights_TK, sort_slots(ids_TK, self.num_experts), NothingTravels()
+
+    def return_sums(self, sums_PD: Tensor, record: NothingTravels) -> Tensor:
+        return sums_PD
 
     def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
         return x_TD

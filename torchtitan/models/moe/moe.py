@@ -33,7 +33,7 @@ from torchtitan.ops.linear import (
     grouped_linear_joint,
     linear_joint,
 )
-from torchtitan.ops.permute import sort_slots
+from torchtitan.ops.permute import RowOrder
 from torchtitan.ops.swiglu import swiglu
 from torchtitan.protocols.layers import ExpertWeights, MoELayer
 
@@ -65,31 +65,19 @@ class GroupedExperts(ExpertWeights):
         self.w13 = Joint("w1", "w3", dim=1)  # gate over up
         self.use_grouped_mm = use_grouped_mm
 
-    def forward(self, rows_RD: Tensor, counts_L: Tensor, weights_R: Tensor | None = None) -> Tensor:
-        """Pass rows, sorted by expert, through their experts: (R, D).
+    def forward(self, x: Tensor, rows: Tensor | RowOrder, weights: Tensor | None = None) -> Tensor:
+        """Pass rows through their experts, (R, D), or tokens to the sums over theirs, (T, D).
 
-        counts_L: int64 rows of each expert.
-        weights_R: fp32 factors on the experts' outputs.
+        x: rows sorted by expert (R, D), or tokens (T, D).
+        rows: int64 rows of each expert (L,), or the order of the tokens' rows from `sort_slots`.
+        weights: fp32 factors on the experts' outputs, (R,) or (T, K).
         """
+        if isinstance(rows, RowOrder):
+            assert weights is not None, "tokens come with their routing weights"
+            return grouped_ffn(x, self.w13, (self.w1, self.w3), self.w2, weights, rows)
         loop = not self.use_grouped_mm
-        gate_RF, up_RF = grouped_linear_joint(
-            rows_RD, self.w13, (self.w1, self.w3), counts_L, loop=loop
-        )
-        hidden_RF = swiglu(gate_RF, up_RF, weights_R)
-        return grouped_linear(hidden_RF, self.w2, counts_L, loop=loop)
-
-    @property
-    def can_fuse(self) -> bool:
-        """Whether `fused` computes the same with fewer bytes."""
-        return self.w13.tensor is not None and self.use_grouped_mm
-
-    def fused(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Tokens to the weighted sums of their experts' outputs, (T, D), in one operator.
-
-        ids_TK, weights_TK: experts of each token and their routing weights.
-        """
-        order = sort_slots(ids_TK, self.w1.size(0))
-        return grouped_ffn(x_TD, self.w13, self.w2, weights_TK, order)
+        gate_RF, up_RF = grouped_linear_joint(x, self.w13, (self.w1, self.w3), rows, loop=loop)
+        return grouped_linear(swiglu(gate_RF, up_RF, weights), self.w2, rows, loop=loop)
 
 
 class MoE(KeepsBufferDtypes, MoELayer):
@@ -101,6 +89,7 @@ class MoE(KeepsBufferDtypes, MoELayer):
     tokens_per_expert: (E,) int64, of the current optimizer step (see balancing.py).
     traffic: (2, 3) int64, rows sent in the current optimizer step (see balancing.py).
     router_stats: (N,) fp32, sums of router_stats.py over the current optimizer step.
+    overflow: () fp32, largest of the current optimizer step (see dispatcher.py).
     tokens_in_step: () fp32, by which the router's own losses are divided (see aux_loss.py).
     global_tokens_per_expert: (E,) int64, the step before's on all ranks (see aux_loss.py).
     """
@@ -143,6 +132,7 @@ class MoE(KeepsBufferDtypes, MoELayer):
         for name, value in (
             ("router_stats", torch.zeros(len(ROUTER_STATS))),
             ("tokens_in_step", torch.ones(())),
+            ("overflow", torch.zeros(())),
         ):
             self.register_buffer(name, value.float(), persistent=False)
 
@@ -163,9 +153,14 @@ class MoE(KeepsBufferDtypes, MoELayer):
 
         if self.shared_experts is not None:
             begun_TD = self.dispatcher.start_shared(self.shared_experts, x_TD)
+        traffic = overflow = None
         if self._all_in_one:
-            out_TD = self.experts.fused(x_TD, ids_TK, weights_TK)
-            traffic = None
+            x_PD, weights_PK, order, record = self.dispatcher.gather_tokens(
+                x_TD, ids_TK, weights_TK
+            )
+            sums_PD = self.experts(x_PD, order, weights_PK)
+            out_TD = self.dispatcher.return_sums(sums_PD, record)
+            traffic, overflow = record.traffic, record.overflow
         else:
             rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
             weights_R = record.weights_R
@@ -179,7 +174,7 @@ class MoE(KeepsBufferDtypes, MoELayer):
         if self.shared_experts is not None:
             out_TD = out_TD + self.dispatcher.finish_shared(self.shared_experts, begun_TD)
         out_BSD = out_TD.view_as(x_BSD)
-        return (out_BSD, RoutingLoad(load_E, traffic, stats)) if return_load else out_BSD
+        return (out_BSD, RoutingLoad(load_E, traffic, stats, overflow)) if return_load else out_BSD
 
     @property
     def _needs_scores(self) -> bool:
@@ -215,12 +210,12 @@ class MoE(KeepsBufferDtypes, MoELayer):
 
     @property
     def _all_in_one(self) -> bool:
-        """Whether dispatch, compute and combine can be one operator: same numbers, fewer bytes."""
-        return (
-            self.experts.can_fuse
-            and isinstance(self.dispatcher, LocalDispatcher)
-            and not self.score_before_experts
-        )
+        """Whether all between gathering tokens and their sums can be one operator: same numbers,
+        fewer bytes. Where nothing travels, only with gate and up in one tensor."""
+        experts, dispatcher = self.experts, self.dispatcher
+        worth_it = experts.w13.tensor is not None or not isinstance(dispatcher, LocalDispatcher)
+        possible = experts.use_grouped_mm and not self.score_before_experts
+        return worth_it and possible and dispatcher.gathers
 
     def init_weights(self, init_std: float) -> None:
         """Initialise a layer that stands alone; inside a model, the model does it."""
@@ -232,6 +227,7 @@ class MoE(KeepsBufferDtypes, MoELayer):
         self.global_tokens_per_expert.zero_()
         self.traffic.zero_()
         self.router_stats.zero_()
+        self.overflow.zero_()
         self.tokens_in_step.fill_(1)
         if self.expert_bias is not None:
             self.expert_bias.zero_()

@@ -1,0 +1,201 @@
+"""Expert parallelism whose message sizes are fixed, so that no host waits for a device.
+
+Every rank of the EP group gets all tokens of the group, passes those that chose its experts through
+them, and returns a partial sum for each token. Inside a node this costs little: with top-6 of 64
+experts on 4 ranks, an all-to-all of exact size carries 84 % of these bytes.
+
+    one all-gather of tokens, one of expert ids and weights → this rank's experts, as one operator →
+    an all-to-all of equal parts → sums in fp32
+
+and the same backwards. How many rows the experts get is known on the device only, so their buffers
+have a bounded capacity (`RowCapacity`). No token is ever dropped for it: where a layer needed more,
+the trainer does the whole step again with exact sizes, before weights change.
+
+Letters: T tokens of this rank, P tokens of all n ranks (n · T), K top-k, L local experts, R rows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchtitan.distributed.overlap import give_way
+from torchtitan.ops.permute import RowOrder, sort_slots, sum_copies
+from torchtitan.protocols.layers import MoELayer
+from torchtitan.tools.utils import eager
+
+# Rows are a multiple of it, which suits the tiles of grouped GEMMs.
+_ALIGNMENT = 128
+
+
+@dataclass
+class RowCapacity:
+    """Bound on the rows that the experts of a rank get in a forward pass; one for all layers.
+
+    factor: rows over the mean, T · K.
+    exact: no bound; sizes are exact, which costs a host sync a layer.
+    """
+
+    factor: float
+    exact: bool = False
+
+    def rows(self, tokens: int, top_k: int, ranks: int, local_experts: int) -> int:
+        """R, at most what `ranks · tokens` tokens can choose.
+
+        tokens: T, of one rank.
+        """
+        bounded = int(self.factor * tokens * top_k / _ALIGNMENT + 1) * _ALIGNMENT
+        return min(bounded, ranks * tokens * min(top_k, local_experts))
+
+    def grow(self, needed: float) -> None:
+        """Make room for `needed` times the mean, and a quarter more."""
+        self.factor = max(self.factor, 1.25 * needed)
+
+
+def row_capacity(moes: Iterable[MoELayer]) -> RowCapacity | None:
+    """The one that all layers share; None where sizes are exact."""
+    for moe in moes:
+        if isinstance(moe.dispatcher, AllGatherDispatcher):
+            return moe.dispatcher.capacity
+    return None
+
+
+class GatherRecord(NamedTuple):
+    """Record of `gather_tokens`.
+
+    traffic: see `TokenDispatcher.dispatch`.
+    overflow: () fp32, rows needed over the mean where these exceed the capacity, else 0.
+    """
+
+    traffic: Tensor
+    overflow: Tensor
+
+
+class AllGatherDispatcher:
+    """All tokens to all ranks of `group`.
+
+    exact: dispatcher of the same experts, for passes without gradients, experts that can't be one
+        operator, and steps that are done again.
+    num_experts: of all ranks.
+    """
+
+    def __init__(
+        self, exact: Any, group: dist.ProcessGroup, num_experts: int, capacity: RowCapacity
+    ):
+        self.exact = exact
+        self.group = group
+        self.local_experts = num_experts // group.size()
+        self.capacity = capacity
+        # As `exact` dispatches, so does this.
+        self.dispatch, self.combine = exact.dispatch, exact.combine
+        self.start_shared, self.finish_shared = exact.start_shared, exact.finish_shared
+
+    @property
+    def gathers(self) -> bool:
+        return torch.is_grad_enabled() and not self.capacity.exact
+
+    @eager
+    def gather_tokens(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor, RowOrder, GatherRecord]:
+        """Bring all tokens here, and sort those of this rank's experts.
+
+        x_TD: hidden states.
+        ids_TK: int64, experts of each token.
+        weights_TK: fp32, their routing weights.
+
+        Returns hidden states (P, D), weights (P, K), the order of the rows by local expert, and the
+        record.
+        """
+        (T, K), ranks = ids_TK.shape, self.group.size()
+        # One message for both: expert ids are exact in fp32.
+        slots = torch.cat((weights_TK, ids_TK.to(weights_TK.dtype)), dim=1)
+        weights_PK, ids_PK = gather_rows(slots, self.group).split(K, dim=1)
+        x_PD = gather_rows(x_TD, self.group)
+        first = self.group.rank() * self.local_experts
+        ids_PK = ids_PK.detach().long() - first
+        here_PK = (ids_PK >= 0) & (ids_PK < self.local_experts)
+        capacity = self.capacity.rows(T, K, ranks, self.local_experts)
+        rows = here_PK.sum()
+        # A CPU knows the number at once, and its operators want rows that have a meaning.
+        num_rows = capacity if x_TD.is_cuda else min(capacity, int(rows))
+        order = sort_slots(ids_PK.where(here_PK, -1), self.local_experts, num_rows=num_rows)
+        overflow = (rows / (T * K)).where(rows > capacity, 0.0)
+        return x_PD, weights_PK.contiguous(), order, GatherRecord(self._traffic(ids_TK), overflow)
+
+    @eager
+    def return_sums(self, sums_PD: Tensor, record: GatherRecord) -> Tensor:
+        """Add up the partial sums of all ranks, in fp32, at the tokens' own ranks: (T, D)."""
+        return sum_rows(sums_PD, self.group)
+
+    def _traffic(self, ids_TK: Tensor) -> Tensor:
+        """(2, 3) int64: rows sent, and rows that one copy per expert would have sent."""
+        tiers = cast(Tensor, self.exact.tier_of_rank)
+        rank_N = (ids_TK // self.local_experts).flatten()
+        rows = torch.zeros(2, 3, dtype=torch.int64, device=ids_TK.device)
+        rows[0].scatter_add_(0, tiers, torch.full_like(tiers, ids_TK.size(0)))
+        rows[1].scatter_add_(0, tiers[rank_N], torch.ones_like(rank_N))
+        return rows
+
+
+def gather_rows(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks, in order of the ranks: (P, D). Backward: `sum_rows`."""
+    return _GatherRows.apply(x_TD, group)
+
+
+def sum_rows(x_PD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Add up in fp32 what all ranks hold for this rank's rows: (T, D) in the dtype of x. Backward:
+    `gather_rows`."""
+    return _SumRows.apply(x_PD, group)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather_rows(x_TD, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None]:
+        return _sum_rows(grad_PD, ctx.group), None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _sum_rows(x_PD, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+        return _gather_rows(grad_TD, ctx.group), None
+
+
+# Functional collectives, whose results recomputation by operation can keep.
+
+
+def _gather_rows(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    ops = torch.ops._c10d_functional
+    gathered = ops.all_gather_into_tensor(x_TD.contiguous(), group.size(), group.group_name)
+    give_way()
+    return ops.wait_tensor(gathered)
+
+
+def _sum_rows(x_PD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    ops, ranks = torch.ops._c10d_functional, group.size()
+    T = x_PD.size(0) // ranks
+    sizes = [T] * ranks
+    received = ops.all_to_all_single(x_PD.contiguous(), sizes, sizes, group.group_name)
+    give_way()
+    return sum_copies(ops.wait_tensor(received), _copies_of(T, ranks, x_PD.device))
+
+
+@lru_cache(maxsize=8)
+def _copies_of(tokens: int, ranks: int, device: torch.device) -> Tensor:
+    """(T, n) int32: the rows of each token among those of all ranks."""
+    rows = torch.arange(ranks * tokens, dtype=torch.int32, device=device)
+    return rows.view(ranks, tokens).T.contiguous()
