@@ -233,6 +233,8 @@ class BuiltRun:
         self.graphed = None
         if config.compile.cuda_graph:
             self.graphed = GraphedStep(self.passes, self.optimizer, compute_weights, self._clip)
+            # Before the process groups: NCCL waits for ever for graphs that hold its communicators.
+            self._open.callback(self.graphed.forget)
         self.average = WeightAverage(self.model, config.ema) if config.ema.enable else None
         if self.average is not None:
             self._open.callback(self.average.close)
