@@ -3,8 +3,8 @@
 Gather each expert's rows, one grouped GEMM for gate and up, SwiGLU with the routing weight, one
 grouped GEMM down, sum each token's rows. On a GPU this is one operator, which keeps for its
 backward pass the tokens, gate and up, and the order of the rows, and recomputes the rest (the
-gathered rows, the activation: no GEMM). Elsewhere, and as the reference of its tests, the same as
-a plain chain.
+gathered rows and the activation, no GEMM). Elsewhere, and as the reference in tests, the same is
+computed operation by operation.
 """
 
 import torch
@@ -18,9 +18,11 @@ from torchtitan.ops.swiglu import swiglu
 def expert_ffn(
     x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
 ) -> Tensor:
-    """(T, D): for every token the sum over its K experts of weight · w2(silu(w1 x) · w3 x).
+    """Sum weight · w2(silu(w1 x) · w3 x) over the K experts of every token: (T, D).
 
-    w13_E2FD: gate over up. weights_TK: fp32. order: of `sort_slots` on the experts' ids.
+    w13_E2FD: w1 (gate) above w3 (up).
+    weights_TK: fp32, routing weights.
+    order: from `sort_slots` on the experts' ids.
     """
     sizes = (x_TD.size(1), w2_EDF.size(2))
     if x_TD.is_cuda and why_loop(x_TD.dtype, sizes, on_cpu=False) is None:
@@ -31,7 +33,7 @@ def expert_ffn(
 def expert_ffn_chain(
     x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
 ) -> Tensor:
-    """The same, step by step."""
+    """Compute `expert_ffn` operation by operation."""
     weights_R = weights_TK.flatten()[order.slot_of_row_R]
     rows_RD = expand_rows(x_TD, order)
     gate_up_R2F = grouped_linear(rows_RD, w13_E2FD, order.counts)
@@ -50,7 +52,7 @@ def _expert_ffn(
     row_of_slot_TK: Tensor,
     counts_E: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and gate and up, which the backward pass needs."""
+    """Return the output (T, D), and gate and up (R, 2F), which the backward pass needs."""
     from torchtitan.ops import permute_triton, swiglu_triton
 
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
@@ -79,7 +81,7 @@ def _expert_ffn_backward(
     row_of_slot_TK: Tensor,
     counts_E: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the tokens, w13, w2 and the routing weights."""
+    """Return the gradients of the tokens, w13, w2 and the routing weights."""
     from torchtitan.ops import permute_triton, swiglu_triton
 
     ends_E = counts_E.cumsum(0, dtype=torch.int32)

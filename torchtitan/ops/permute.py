@@ -1,9 +1,9 @@
-"""Bring the copies of tokens into the order of their destinations, and back.
+"""Permutation of tokens' copies into the order of their destinations, and back.
 
-Each of P rows has K slots, and a slot may be taken by one copy of its row, bound for a destination
-(an expert, a rank, a node), or be empty; slot n = p · K + k. Sorted by destination, the copy of
-slot n stands in row `row_of_slot[n]`, and row r holds the copy of slot `slot_of_row[r]`. Stable:
-copies for one destination stay in order.
+Each of P rows has K slots. A slot holds one copy of its row, bound for a destination (an expert, a
+rank, a node), or is empty; slot n = p · K + k. Sorted by destination, the copy of slot n is in row
+`row_of_slot[n]`, and row r holds the copy of slot `slot_of_row[r]`. The sort is stable: copies for
+one destination keep their order.
 
 `expand_rows` and `reduce_rows` are each other's transpose, so each is the other's backward: gathers
 in both directions, no atomics (deterministic), and nothing saved but the indices.
@@ -16,8 +16,11 @@ from torch import Tensor
 
 
 class RowOrder(NamedTuple):
-    """slot_of_row_R, row_of_slot_PK: indices as above. taken_PK: bool, None = all are taken.
-    counts: rows of each destination. Integers are int64, or int32 where a GPU's kernel sorted.
+    """Order of rows by destination. Integers are int64, or int32 where the Triton kernel sorted.
+
+    slot_of_row_R, row_of_slot_PK: indices, see the top of the file.
+    taken_PK: bool; None = no slot is empty.
+    counts: rows of each destination.
     """
 
     slot_of_row_R: Tensor
@@ -29,9 +32,10 @@ class RowOrder(NamedTuple):
 def sort_slots(
     destination_PK: Tensor, num_destinations: int, num_rows: int | None = None
 ) -> RowOrder:
-    """Order of the copies by destination. No host sync.
+    """Sort the copies by destination. No host sync.
 
-    destination_PK: int64; −1 = empty slot. num_rows: how many slots are taken; None = all.
+    destination_PK: int64; −1 = empty slot.
+    num_rows: number of slots that are not empty; None = all.
     """
     if num_rows is None and destination_PK.is_cuda:
         slot_of_row_N, row_of_slot_PK, counts = _sort_slots(destination_PK, num_destinations)
@@ -50,12 +54,12 @@ def sort_slots(
 
 
 def expand_rows(x_PD: Tensor, order: RowOrder) -> Tensor:
-    """Every row's copies, in order: (R, D)."""
+    """Copy every row to its destinations, in their order: (R, D)."""
     return _ExpandRows.apply(x_PD, *order[:3])
 
 
 def reduce_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
-    """Sum of every row's copies, in fp32, returned in the dtype of `rows_RD`: (P, D)."""
+    """Sum every row's copies in fp32: (P, D) in the dtype of `rows_RD`."""
     return _ReduceRows.apply(rows_RD, *order[:3])
 
 
@@ -77,7 +81,7 @@ def _reduce(rows_RD: Tensor, row_of_slot_PK: Tensor, taken_PK: Tensor | None) ->
         copies_PKD = copies_PKD.masked_fill(~taken_PK.unsqueeze(-1), 0)
     sum_PD = copies_PKD.sum(dim=1, dtype=sum_dtype)
     # No `to` where it would do nothing: as the last operation of a compiled autograd.Function it
-    # makes torch 2.11 lose the gradient (2.13 doesn't).
+    # makes torch 2.11 lose the gradient (2.13 does not).
     return sum_PD if sum_dtype == rows_RD.dtype else sum_PD.to(rows_RD.dtype)
 
 
@@ -98,7 +102,11 @@ def _(destination_PK, num_destinations):
 
 @torch.library.custom_op("torchtitan::count_tokens", mutates_args=(), device_types="cuda")
 def count_tokens(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:
-    """(E,) int64: tokens of each expert, of those that the mask (bool) lets count. On a GPU."""
+    """Count the tokens of each expert, on a GPU: (E,) int64.
+
+    ids_TK: int64, experts of each token.
+    mask_T: bool, True = the token counts; None = all count.
+    """
     from torchtitan.ops import permute_triton
 
     return permute_triton.count_tokens(ids_TK, num_experts, mask_T)
