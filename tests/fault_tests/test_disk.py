@@ -16,7 +16,7 @@ from tests.fault_tests.test_bad_checkpoints import sentence
 from tests.scripts import script
 from tests.tiny_run import losses, records, tiny
 from torchtitan.config import ConfigManager
-from torchtitan.distributed.utils import RanksOf
+from torchtitan.distributed.utils import ObjectCollectives
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main
 from torchtitan.trainer import Trainer
@@ -178,7 +178,7 @@ def ask_rank_0_for_what_it_may_not_read() -> str:
 
     import torch.distributed as dist
 
-    ranks = RanksOf(dist.group.WORLD)
+    ranks = ObjectCollectives(dist.group.WORLD)
     said = []
     for ask in (read, refuse):
         try:

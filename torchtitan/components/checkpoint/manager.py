@@ -53,7 +53,7 @@ from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.components.optimizer.ema import has_average
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
 from torchtitan.distributed.groups import group_of
-from torchtitan.distributed.utils import RanksOf
+from torchtitan.distributed.utils import ObjectCollectives
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec
@@ -106,7 +106,7 @@ class CheckpointManager:
             # their waiting has nothing to do with comm.train_timeout_seconds.
             everyone = list(range(dist.get_world_size()))
             self.group = group_of("checkpoints", everyone, backend="gloo", timeout=PATIENCE)
-            self._ranks = RanksOf(self.group)
+            self._ranks = ObjectCollectives(self.group)
             self._choice = CheckpointChoice(settings, folder, total_steps, self._ranks)
 
     def set_model_args(self, model_args: BaseModelArgs) -> None:

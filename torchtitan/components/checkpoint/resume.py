@@ -19,7 +19,7 @@ from torchtitan.components.checkpoint.folder import (
 )
 from torchtitan.components.checkpoint.meta import EVERYTHING, WEIGHTS, Identity
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint
-from torchtitan.distributed.utils import RanksOf
+from torchtitan.distributed.utils import ObjectCollectives
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -45,7 +45,7 @@ class CheckpointChoice:
     the same answer; they share the reading of checksummed files."""
 
     def __init__(
-        self, settings: Checkpoint, folder: Path, total_steps: int, ranks: RanksOf
+        self, settings: Checkpoint, folder: Path, total_steps: int, ranks: ObjectCollectives
     ) -> None:
         self.settings = settings
         self.folder = folder
@@ -172,7 +172,7 @@ def refuse_other_model(path: Path, meta: dict[str, Any], identity: Identity) -> 
 
 
 def refuse_other_tensors(
-    path: Path, index: Metadata, tensors: dict[str, torch.Tensor], ranks: RanksOf
+    path: Path, index: Metadata, tensors: dict[str, torch.Tensor], ranks: ObjectCollectives
 ) -> None:
     """Raise `UserError` where `tensors` of all ranks together are not what the checkpoint has."""
     gathered = ranks.gather((compare_tensors(index, tensors), list(tensors)))

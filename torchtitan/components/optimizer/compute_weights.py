@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.fsdp import experts_alone
+from torchtitan.distributed.fsdp import experts_outside_fsdp
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.ops.linear import joints
 from torchtitan.protocols.model import BaseModel
@@ -197,7 +197,7 @@ def build_compute_weights(
         if not optimizer.early_step_in_backward:
             return None
     alone = dims.world_size == 1
-    modules = list(model.modules()) if alone else experts_alone(model, dims, training)
+    modules = list(model.modules()) if alone else experts_outside_fsdp(model, dims, training)
     if not modules:
         return None
     fused = (
