@@ -1,4 +1,4 @@
-"""YaRN and the length of the context stay with weights that a shorter run goes on from."""
+"""YaRN and the length of the context stay with weights that a shorter run resumes from."""
 
 import json
 from pathlib import Path

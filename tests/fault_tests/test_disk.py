@@ -143,7 +143,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_disk(tmp_path, capfd, mode):
     said = capfd.readouterr().err
     assert said.count(f"written to {tmp_path}/full/c: rank 0: No space left on device: ") == 3
     assert "bytes free, 4,2" in said and "bytes needed" in said and "unexpected pos" not in said
-    assert "it goes on from step 1, the newest checkpoint there." in said
+    assert "it resumes from step 1, the newest checkpoint." in said
     assert "Traceback" not in said and len(losses(tmp_path / "o")) == 3
 
 
@@ -159,14 +159,14 @@ def test_an_export_that_does_not_fit_names_the_disk_and_leaves_nothing(tmp_path,
         said = capfd.readouterr().err
         assert "step-1-hf could not be written: No space left on device: " in said
         assert "bytes needed" in said and "Traceback" not in said
-        # A conversion goes on where it stopped, so only its unfinished file goes.
+        # A conversion resumes where it stopped, so only its unfinished file goes.
         assert main(tiny(tmp_path / "p", **options, training__steps=1)) == 0
         source, target = tmp_path / "p/checkpoint/step-1-hf", tmp_path / "full/made"
         convert = script("checkpoint_conversion/convert_from_hf.py").main
         capfd.readouterr()
         assert convert([str(source), str(target)]) == 2
         assert "made could not be made (No space left on device: " in sentence(capfd)
-        assert [path.name for path in Path(f"{target}.tmp").iterdir()] == ["journal.jsonl"]
+        assert [path.name for path in Path(f"{target}.tmp").iterdir()] == ["progress.jsonl"]
 
 
 def ask_rank_0_for_what_it_may_not_read() -> str:

@@ -229,7 +229,7 @@ class Checkpoint:
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """Type of the weights of a last checkpoint with weights only."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Whether training goes on while a checkpoint is written."""
+    """Whether training continues while a checkpoint is written."""
     keep_latest_k: int = 10
     """Checkpoints to keep; 0 keeps all."""
     load_step: int = -1

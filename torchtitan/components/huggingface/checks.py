@@ -40,7 +40,7 @@ def check_names(folder: HFFolder, adapter: StateDictAdapter) -> None:
     missing |= {s for s in scales if s.removesuffix(SCALE) not in folder.file_of}
     surplus = folder.file_of.keys() - wanted - scales
     surplus = {name for name in surplus if adapter.left_out(name) is None}
-    refuse(folder, adapter, {"lacks": sorted(missing), "has beside it": sorted(surplus)})
+    refuse(folder, adapter, {"lacks": sorted(missing), "also has": sorted(surplus)})
 
 
 def check_shapes(folder: HFFolder, adapter: StateDictAdapter, pieces: list[Piece]) -> None:

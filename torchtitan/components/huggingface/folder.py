@@ -64,7 +64,7 @@ class HFFolder:
             if absent:
                 raise UserError(
                     f"{self.path / INDEX} names files that are not there: {some(absent, ', ')}; "
-                    "download them (scripts/download_hf_assets.py goes on where it stopped)."
+                    "download them (scripts/download_hf_assets.py resumes where it stopped)."
                 )
             return file_of
         if not files:

@@ -63,7 +63,7 @@ def load_hf(
     with _all_or_none(group):
         folder = HFFolder(path)
         check_folder(folder, adapter, quantized=quantized)
-        say_what_differs(folder, adapter)
+        log_differences(folder, adapter)
     by_file = defaultdict(list)
     for piece in adapter.pieces():
         if piece.ours in state and not piece.copy:
@@ -95,17 +95,17 @@ def check_folder(folder: HFFolder, adapter: StateDictAdapter, *, quantized: bool
     check_names(folder, adapter)
 
 
-def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
+def log_differences(folder: HFFolder, adapter: StateDictAdapter) -> None:
     """Log what is left out, and what config.json says otherwise than the run's arguments and no
     shape would show."""
     wanted = {piece.name for piece in adapter.pieces() if not piece.copy}
     reasons = [adapter.left_out(name) for name in folder.file_of if name not in wanted]
     for reason, count in Counter(filter(None, reasons)).items():
         logger.info("%s: %d tensors left out (%s)", folder.path, count, reason)
-    tell_notes(folder.path, adapter.notes())
+    log_notes(folder.path, adapter.notes())
     if not folder.config:
         return
-    tell_notes(folder.path / CONFIG, adapter.notes_on(folder.config))
+    log_notes(folder.path / CONFIG, adapter.notes_on(folder.config))
     theirs = type(adapter)(adapter.args_of(folder.config)).hf_config()
     # The number of prediction layers: tensors tell, by what is missing or left out.
     free = ("max_position_embeddings", "initializer_range", "num_nextn_predict_layers")
@@ -122,7 +122,7 @@ def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
         )
 
 
-def tell_notes(path: Path, notes: list[str]) -> None:
+def log_notes(path: Path, notes: list[str]) -> None:
     """Warn, once for all ranks, of what readers of a folder don't agree about."""
     for note in notes if _rank() == 0 else []:
         logger.warning("%s: %s", path, note)
@@ -193,7 +193,7 @@ def save_hf(
     pieces = adapter.pieces()
     with _all_or_none(group):
         adapter.check_export()
-        tell_notes(path, adapter.notes())
+        log_notes(path, adapter.notes())
         writer = HFWriter(tmp, plan_layout(pieces, dtype))
         if _rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)

@@ -245,7 +245,7 @@ def test_the_reason_is_told_instead_of_the_names(settings, change, sentence, tmp
     folder = changed(export(build(ARGS), tmp_path / "hf"), **change)
     set_config(folder, **settings)
     told = refusal(ARGS, folder)
-    assert sentence in told and "lacks" not in told and "has beside it" not in told
+    assert sentence in told and "lacks" not in told and "also has" not in told
 
 
 def test_a_bias_without_a_place_is_told_with_its_key(tmp_path):
