@@ -108,7 +108,7 @@ def test_folders_that_vanish_are_made_anew_and_said(tmp_path, caplog):
     happen = {3: lambda: shutil.rmtree(tmp_path / "o")}
     train(tmp_path / "o", happen, training__steps=5, metrics__enable_tensorboard=True)
     assert steps(tmp_path / "o") == curve(tmp_path / "o/tb") == [3, 4, 5]
-    assert caplog.text.count("metrics.jsonl has vanished and is begun anew") == 1
+    assert caplog.text.count("metrics.jsonl was removed or shortened; a new one is begun") == 1
 
 
 def test_a_file_that_takes_the_place_of_a_folder_stops_nothing_but_its_records(tmp_path, caplog):

@@ -124,7 +124,7 @@ class StopRequest:
             self._listener.close()
 
     def begin_steps(self, *, saves: bool) -> None:
-        """From now on, let a request end the run after its step.
+        """Let requests end the run after its step from now on.
 
         saves: whether a checkpoint is saved then; for the log line.
         """
@@ -133,7 +133,7 @@ class StopRequest:
         mark_steps_begun()
 
     def end_steps(self) -> None:
-        """From now on, take a request for granted: the run is ending, well or not."""
+        """Note that the run is ending, well or not, so that requests change nothing."""
         self._plan = "is about to end"
         self._phase = "end"
 
