@@ -94,7 +94,7 @@ class WeightAverage:
         self._begin()
 
     def before_update(self) -> None:
-        """Finish pending copies of the weights before they change; the GPU waits, not the host."""
+        """Finish pending copies of the weights before they change; only the GPU waits."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
             self._copied = None
