@@ -125,7 +125,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _weights(self) -> dict[str, Tensor]:
-        """This rank's parts on the CPU; copies from a GPU are complete after the event `_copied`."""
+        """This rank's parts on the CPU; copies from a GPU are complete after event `_copied`."""
         local = {name: _local(param.detach()) for name, param in self._params.items()}
         if not any(weight.is_cuda for weight in local.values()):
             return local
