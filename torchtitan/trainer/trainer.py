@@ -145,7 +145,7 @@ class Trainer(BuiltRun):
         """Bring model, data and learning rate to what the schedule says for this step."""
         change = self.phases.enter(self.tokens_seen)
         self._tell(change.warnings)
-        if change.sequences:
+        if change.batch_shape:
             self._change_sequences()
         now = self.phases.now
         if not now.phase:

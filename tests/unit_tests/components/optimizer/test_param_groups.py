@@ -132,7 +132,7 @@ SENTENCES = {
     '{match = ["norm.*"]}': "optimizer.group 1 changes nothing",
     '{match = ["norm.*"], weight_decay = -1.0}': "weight_decay = -1.0 must be a finite number",
     '{match = ["norm.*"], lr_factor = 0.0}': "lr_factor = 0.0 must be a finite number above 0",
-    "{weight_decay = 0.0}": "match is missing, which each of these tables needs",
+    "{weight_decay = 0.0}": "match is missing; each of these tables needs it",
 }
 
 

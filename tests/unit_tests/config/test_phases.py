@@ -7,12 +7,12 @@ import pytest
 
 from tests.tiny_run import as_option, losses, records, tiny
 from torchtitan.config import ConfigManager, JobConfig, Phase, validate
-from torchtitan.config.phases import Now, RunSchedule
+from torchtitan.config.phases import RunSchedule, StepSettings
 from torchtitan.train import main
 
 
 def schedule_of(*phases: Phase) -> RunSchedule:
-    before = Now(0, "", lr=1.0, batch_size=4, seq_len=8, local_batch_size=2)
+    before = StepSettings(0, "", lr=1.0, batch_size=4, seq_len=8, local_batch_size=2)
     return RunSchedule(phases, before)
 
 
