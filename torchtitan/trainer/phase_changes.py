@@ -16,12 +16,12 @@ class Change(NamedTuple):
     """What is new for a step.
 
     phase: the step is the first of a phase that this process trains in.
-    sequences: their length, their number in a forward pass or YaRN.
+    batch_shape: the sequences' length, their number in a forward pass, or YaRN, is new.
     warnings: sentences on positions that are encoded otherwise than before.
     """
 
     phase: bool
-    sequences: bool
+    batch_shape: bool
     warnings: list[str]
 
 
