@@ -180,7 +180,7 @@ ORDER = (
         ),
         (
             [GOOD[0], "1F0,1B0,0F1,1B1"],
-            "has passes of stage 0 on rank 0 and on rank 1; a stage lies on one rank.",
+            "has passes of stage 0 on rank 0 and on rank 1; a stage must be on one rank.",
         ),
         (
             [GOOD[0], "1F0,1B0,1F1"],
