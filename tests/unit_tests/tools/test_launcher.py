@@ -194,5 +194,5 @@ def test_a_rank_that_was_given_twice(monkeypatch):
     meet(0, port=port)
     meet(1, port=port)
     monkeypatch.setattr(meeting_point, "_rounds", 1001)  # as another process would count
-    with pytest.raises(UserError, match=f"variable RANK is 1, which another process .*:{port} already already has"):
+    with pytest.raises(UserError, match=f"variable RANK is 1, which another .*:{port} already has"):
         meet(1, port=port)
