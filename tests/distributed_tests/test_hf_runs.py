@@ -191,7 +191,7 @@ def test_a_model_that_hugging_face_lacks_is_told_before_the_run(tmp_path, capsys
         "model__args__moe_args__score_func": "softmax",
     }
     assert main(tiny(tmp_path, **options)) == 2
-    assert "no Hugging Face model computes this one" in capsys.readouterr().err
+    assert "no Hugging Face class computes this model" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -397,15 +397,15 @@ REFUSALS = {
     ),
     "heads, CP": (
         layout(8, BY_HEADS, cp=8),
-        'parallelism.context_parallel_rotate_method = "alltoall" deals out whole heads: '
+        'parallelism.context_parallel_rotate_method = "alltoall" distributes whole heads: '
         "parallelism.context_parallel_degree = 8 must divide model.args.n_heads (4); use "
-        '"allgather", which deals out positions only.',
+        '"allgather", which distributes positions only.',
     ),
     "heads, CP and TP": (
         layout(8, BY_HEADS, cp=4, tp=2),
-        'parallelism.context_parallel_rotate_method = "alltoall" deals out whole heads: '
+        'parallelism.context_parallel_rotate_method = "alltoall" distributes whole heads: '
         "parallelism.context_parallel_degree = 4 must divide model.args.n_heads over "
-        'parallelism.tensor_parallel_degree (2); use "allgather", which deals out positions '
+        'parallelism.tensor_parallel_degree (2); use "allgather", which distributes positions '
         "only.",
     ),
     "asynchronous without TP": (

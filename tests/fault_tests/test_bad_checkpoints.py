@@ -89,10 +89,10 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(run, trained, 
     harm(run / "checkpoint/step-3" / name)
     assert main(tiny(run, **SAVES)) == 0
     said = capfd.readouterr().err
-    assert "step-3" in said and "passed over" in said and why in said
+    assert "step-3" in said and "is skipped" in said and why in said
     assert "step-2 in" in said and losses(run)[-2:] == losses(trained)[-2:]
     # The damaged one has given way to the new one of the same step.
-    assert "passed over" not in rerun(run, capfd)
+    assert "is skipped" not in rerun(run, capfd)
 
 
 def rerun(folder: Path, capfd) -> str:
@@ -257,7 +257,7 @@ def test_a_full_disk_is_said_training_goes_on_and_the_next_interval_succeeds(
         assert len(losses(tmp_path)) == 5, "training went on"
         assert [path.name for path in folder.iterdir()] == ["step-5"]
         assert main(tiny(tmp_path, **options)) == 0
-        assert "passed over" not in capfd.readouterr().err
+        assert "is skipped" not in capfd.readouterr().err
 
 
 def test_a_folder_that_becomes_read_only_is_said_and_the_run_fails_in_the_end(

@@ -168,7 +168,8 @@ def test_coefficients_of_experts_need_experts(tmp_path, capsys):
     rows = [{"tokens": 1e6, "z_loss_coeff": 0.001}]
     assert main([*tiny(tmp_path), dense, as_option(rows)]) == 2
     assert (
-        "[[schedule.phase]] sets z_loss_coeff, which this model has not" in capsys.readouterr().err
+        "[[schedule.phase]] sets z_loss_coeff, which this model does not have"
+        in capsys.readouterr().err
     )
 
 
