@@ -2,7 +2,7 @@
 
     python scripts/download_hf_assets.py deepseek-ai/DeepSeek-V2-Lite [--weights]
 
-Into assets/hf/<model>. Shows its progress; called again, it goes on where it stopped and fetches
+Into assets/hf/<model>. Shows its progress; called again, it resumes where it stopped and fetches
 nothing twice. A private or gated model needs a token: `hf auth login`, or HF_TOKEN.
 """
 
@@ -75,7 +75,7 @@ def download(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return run_script(lambda: download(args), goes_on=True)
+    return run_script(lambda: download(args), resumable=True)
 
 
 if __name__ == "__main__":

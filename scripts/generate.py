@@ -25,7 +25,7 @@ from torchtitan.components.checkpoint.dcp_storage import (
     read_tensor_index,
     reason_of_failure,
 )
-from torchtitan.components.checkpoint.detect import StoredModel, find_model
+from torchtitan.components.checkpoint.detect import DetectedModel, detect_model
 from torchtitan.components.checkpoint.folder import is_complete
 from torchtitan.components.generation import Sampling, check_prompts, encode_prompts, generate
 from torchtitan.components.huggingface.folder import HFFolder, read_json
@@ -99,7 +99,7 @@ def printable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def make_config(args: argparse.Namespace, model: StoredModel) -> JobConfig:
+def make_config(args: argparse.Namespace, model: DetectedModel) -> JobConfig:
     """Config of a job that only computes forward, its experts spread as far as they go."""
     world_size = read_launch().world_size
     dtype = args.dtype or ("bfloat16" if device_type() == "cuda" else "float32")
@@ -148,7 +148,7 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
 
 def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    found = find_model(args.source)
+    found = detect_model(args.source)
     spec, model_args = found.spec, found.args
     tokenizer = find_tokenizer(args.source, args.tokenizer)
     prompts = encode_prompts(tokenizer, args.prompt)

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
 # isort: split
-from torchtitan.tools.last_words import (
+from torchtitan.tools.error_file import (
     ERROR_FILE,
     have_steps_begun,
-    read_last_words,
+    read_first_error,
     read_stop_code,
 )
 from torchtitan.tools.logging import init_logger, logger
@@ -41,7 +41,7 @@ class Launch:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="torchtitan-"))
-        self.error_file = self.folder / "last_words.jsonl"
+        self.error_file = self.folder / "errors.jsonl"
         os.environ[ERROR_FILE] = str(self.error_file)  # the ranks inherit both
         path = (sys.path[0], os.environ.get("PYTHONPATH"))  # the package need not be installed
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
@@ -69,7 +69,7 @@ class Launch:
         """torchrun does that (--max-restarts) where one of them fails on its way to the end."""
         while _children() <= ranks:
             time.sleep(0.1)
-        sentence, code = read_last_words(self.error_file) or ("a rank failed at the end", 1)
+        sentence, code = read_first_error(self.error_file) or ("a rank failed at the end", 1)
         self._end(code, sentence)
 
     def _end(self, code: int, sentence: str) -> None:
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             run.main(arguments)
         except ChildFailedError as error:
-            told = read_last_words(launch.error_file)
+            told = read_first_error(launch.error_file)
             killed = _killed(*error.get_first_failure())
             if told is None and killed is None:  # torchrun's report is all there is
                 raise

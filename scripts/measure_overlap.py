@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from torchtitan.components.optimizer.compute_weights import build_compute_weights
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.distributed.overlap import by_turns
+from torchtitan.distributed.overlap import interleave
 from torchtitan.distributed.utils import init_distributed
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         logger.error("%s", error)
         return 2
-    kinds = {"one after the other": one_after_the_other, "by turns": by_turns}
+    kinds = {"one after the other": one_after_the_other, "interleaved": interleave}
     for together in kinds.values():
         milliseconds(pairs, together, WARMUP)
     found: dict[str, list[float]] = {name: [] for name in kinds}

@@ -17,10 +17,10 @@ from torchtitan.config.dry_run import without_checkpoints
 from torchtitan.distributed.agreement import RefusedElsewhere
 from torchtitan.distributed.lost_peers import explain_lost_peer
 from torchtitan.distributed.meeting_point import refuse
+from torchtitan.tools.error_file import write_error
 from torchtitan.tools.errors import RunError, UserError
-from torchtitan.tools.last_words import leave_last_words
+from torchtitan.tools.exit_with_parent import exit_with_launcher
 from torchtitan.tools.launcher import Launch, planned_processes, read_launch
-from torchtitan.tools.orphans import end_with_the_launcher
 from torchtitan.trainer import Trainer
 from torchtitan.trainer.preflight import Checked, check_config, describe
 
@@ -28,10 +28,10 @@ __all__ = ["Trainer", "main"]
 
 
 def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
-    """Train. Returns the exit code: 0 done, 1 training failed, 2 the user can mend it; for a run
-    that a signal has ended, see `torchtitan.tools.signals.stop_code`.
+    """Train. Returns the exit code: 0 done, 1 training failed, 2 user error; for a run that a
+    signal has ended, see `torchtitan.tools.signals.stop_code`.
 
-    stop: what hears signals already.
+    stop: a listener that receives signals already; None = a new one.
     """
     init_logger()
     with stop or StopRequest() as stop:
@@ -42,7 +42,7 @@ def check_and_run(argv: list[str] | None, stop: StopRequest) -> int:
     config = None
     try:
         config = ConfigManager().parse_args(argv)
-        if config.job.check_config:  # the run itself will tell what it found
+        if config.job.check_config:  # the run itself logs these lines
             logger.setLevel("WARNING")
         config = without_checkpoints(config)
         checked = check_config(config)
@@ -57,13 +57,15 @@ def check_and_run(argv: list[str] | None, stop: StopRequest) -> int:
 
 
 def tell_before_meeting(sentence: str, config: JobConfig | None) -> None:
-    """Tell the other ranks, who wait for this one, of a mistake found before all have met. Where
-    rank 0 has found the same one, as it mostly has, it tells the user for all."""
+    """Report a mistake found before the ranks have met, also to those that wait for this rank.
+
+    Where rank 0 has found the same one, as is usual, only rank 0 logs it.
+    """
     launch = Launch()
     if config is None or not (config.job.check_config or config.comm.mode == "fake_backend"):
-        with contextlib.suppress(UserError):  # then there is nobody to meet
+        with contextlib.suppress(UserError):  # without a valid launch no rank can be waiting
             launch = read_launch()
-    leave_last_words(sentence, 2)
+    write_error(sentence, 2)
     if launch.rank == 0:
         logger.error("%s", sentence)
     if not refuse(launch, sentence):
@@ -71,7 +73,7 @@ def tell_before_meeting(sentence: str, config: JobConfig | None) -> None:
 
 
 def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
-    end_with_the_launcher()
+    exit_with_launcher()
     trainer = None
     try:
         trainer = Trainer(config, checked, stop)
@@ -79,13 +81,13 @@ def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
             trainer.save_seed()
         else:
             trainer.train()
-    except (UserError, RunError) as error:  # perhaps this rank's own
+    except (UserError, RunError) as error:  # perhaps of this rank alone
         stop.end_steps()
         exit_code = 2 if isinstance(error, UserError) else 1
         logger.error("%s", error)
         # Before the trainer closes: then the other ranks fail, and the launcher ends this one too.
         if not isinstance(error, RefusedElsewhere):
-            leave_last_words(str(error), exit_code)
+            write_error(str(error), exit_code)
         return exit_code
     except Exception as error:
         stop.end_steps()
@@ -95,13 +97,13 @@ def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
                 raise
             first_line = str(error).partition("\n")[0]
             sentence = f"{type(error).__name__}: {first_line}"
-            logger.exception("This rank has failed")
+            logger.exception("This rank failed")
         else:
             logger.error("%s", sentence)
-        leave_last_words(sentence, 1)
+        write_error(sentence, 1)
         logging.shutdown()
-        # Groups can't be closed any more: that waits for ranks which wait for this one. Threads
-        # that save would wait in them, too.
+        # Groups can't be closed any more: that would wait for ranks that wait for this one. So
+        # would threads that are saving.
         os._exit(1)
     finally:
         if trainer is not None:

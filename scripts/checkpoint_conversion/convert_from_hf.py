@@ -18,7 +18,7 @@ from scripts import entry
 
 # isort: split
 from torchtitan.components.checkpoint.convert import hf_to_checkpoint
-from torchtitan.components.checkpoint.detect import find_model
+from torchtitan.components.checkpoint.detect import detect_model
 from torchtitan.components.huggingface.folder import HFFolder
 from torchtitan.config.manager import parse_value
 from torchtitan.protocols.model import override_fields
@@ -59,7 +59,7 @@ def model_arg(text: str) -> dict[str, Any]:
 
 def convert(args: argparse.Namespace) -> None:
     source = HFFolder(args.hf_folder)
-    model = find_model(args.hf_folder)
+    model = detect_model(args.hf_folder)
     model_args = model.args
     for text in args.model_arg:
         model_args = override_fields(model_args, model_arg(text), "model.args")
@@ -76,7 +76,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return run_script(lambda: convert(args), goes_on=True)
+    return run_script(lambda: convert(args), resumable=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from scripts import entry
 
 # isort: split
 from torchtitan.components.checkpoint.convert import checkpoint_to_hf
-from torchtitan.components.checkpoint.detect import find_model
+from torchtitan.components.checkpoint.detect import detect_model
 from torchtitan.components.checkpoint.folder import require_checkpoint
 from torchtitan.components.huggingface.folder import MAX_FILE_BYTES
 from torchtitan.tools.errors import UserError
@@ -57,7 +57,7 @@ def convert(args: argparse.Namespace) -> None:
             "it out."
         )
     require_checkpoint(args.checkpoint)
-    model = find_model(args.checkpoint)
+    model = detect_model(args.checkpoint)
     checkpoint_to_hf(
         args.checkpoint,
         args.hf_folder,
@@ -73,7 +73,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return run_script(lambda: convert(args), goes_on=True)
+    return run_script(lambda: convert(args), resumable=True)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ ROWS = {
     ),
     "1F1B": (8, degrees(pipeline=2, expert=4)),
     "zero bubble V": (8, [*degrees(pipeline=2, expert=4), *schedule("ZBVZeroBubble")]),
-    "DualPipeV, by turns": (
+    "DualPipeV, interleaved": (
         2048,
         [
             *degrees(pipeline=2, expert=8),

@@ -10,7 +10,7 @@ import pytest
 from tests.scripts import script
 from tests.tiny_run import losses, tiny
 from torchtitan.components.huggingface.folder import HFFolder
-from torchtitan.components.huggingface.load_save import say_what_differs
+from torchtitan.components.huggingface.load_save import log_differences
 from torchtitan.models.deepseek_v3 import DeepSeekV3StateDictAdapter
 from torchtitan.train import main
 
@@ -191,7 +191,7 @@ def test_a_model_that_hugging_face_lacks_is_told_before_the_run(tmp_path, capsys
         "model__args__moe_args__score_func": "softmax",
     }
     assert main(tiny(tmp_path, **options)) == 2
-    assert "no Hugging Face model computes this one" in capsys.readouterr().err
+    assert "no Hugging Face class computes this model" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -205,7 +205,5 @@ def test_a_config_that_means_another_model_is_told(run, tmp_path, caplog):
     (other / "config.json").write_text(json.dumps(config))
     original = HFFolder(run / "checkpoint/step-2-hf").config
     adapter = DeepSeekV3StateDictAdapter(DeepSeekV3StateDictAdapter.args_of(original))
-    say_what_differs(HFFolder(other), adapter)
-    assert "means another model than model.args in routed_scaling_factor 7.0 (1.0 here)" in (
-        caplog.text
-    )
+    log_differences(HFFolder(other), adapter)
+    assert "differs from model.args in routed_scaling_factor 7.0 (1.0 here)" in (caplog.text)

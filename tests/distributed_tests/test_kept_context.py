@@ -1,4 +1,4 @@
-"""YaRN and the length of the context stay with weights that a shorter run goes on from."""
+"""YaRN and the length of the context stay with weights that a shorter run resumes from."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ SAVES = {
     "checkpoint.last_save_model_only": False,
 }
 EXPORTS = {"checkpoint.last_save_model_only": True, "checkpoint.last_save_in_hf": True}
-STAYS = "YaRN stays on, as the weights were trained with it"
+STAYS = "YaRN stays on, because the weights were trained with it"
 
 
 def train(folder: Path, *more: str, **changes) -> None:
@@ -86,12 +86,14 @@ def test_a_phase_asks_for_it_by_length_as_the_run_does(long, tmp_path, capsys):
 def test_other_numbers_of_yarn_and_yarn_by_a_longer_run_are_told(long, tmp_path, capsys):
     load = {"checkpoint.initial_load_path": long / "checkpoint/step-2"}
     train(tmp_path / "4", **load, training__seq_len=64, model__args__rope_factor=4)
-    assert "YaRN changes what the weights mean: rope_factor 4.0 (8.0 so far)" in said(capsys)
+    assert "YaRN differs from that of the weights' training: rope_factor 4.0 (8.0 so far)" in said(
+        capsys
+    )
     train(tmp_path / "short")
     said(capsys)
     load = {"checkpoint.initial_load_path": tmp_path / "short/checkpoint/step-2"}
     train(tmp_path / "longer", **load, training__seq_len=64)
-    assert "YaRN is on from here on, and the weights were trained without it" in said(capsys)
+    assert "YaRN is on from now on, but the weights were trained without it" in said(capsys)
 
 
 PHASES = [

@@ -79,7 +79,7 @@ BUDGET_0 = (  # the compiler recomputes all that it can
 )
 
 
-BY_TURNS = "--parallelism.pipeline_parallel_expert_parallel_overlap"
+INTERLEAVED = "--parallelism.pipeline_parallel_expert_parallel_overlap"
 PARTS = [["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]
 FOUR_STAGES = f"--parallelism.module_fqns_per_model_part={json.dumps(PARTS)}"
 SCHEDULE_FILE = Path(__file__).parents[1] / "assets/schedule.csv"  # of two micro-batches
@@ -196,15 +196,15 @@ for _name, _stages in SCHEDULES.items():
         f"PP 2, {_name}, EP 2": layout(4, *_options, pp=2, ep=2),
     }
 if torch.__version__ >= (2, 13):  # refused before
-    LAYOUTS["PP 2, DualPipeV by turns, EP 2, compiled, recomputed"] = layout(
-        4, *pipeline("DualPipeV", 4), *COMPILED, BY_TURNS, pp=2, ep=2, ac="full"
+    LAYOUTS["PP 2, DualPipeV interleaved, EP 2, compiled, recomputed"] = layout(
+        4, *pipeline("DualPipeV", 4), *COMPILED, INTERLEAVED, pp=2, ep=2, ac="full"
     )
 else:
     LAYOUTS["PP 2, FSDP 2, compiled"] = layout(4, *COMPILED, pp=2)
 ZERO_BUBBLE = pipeline("InterleavedZeroBubble", 4)
 DUAL = pipeline("DualPipeV", 4)
 LAYOUTS |= {
-    "PP 2, DualPipeV by turns, EP 2": layout(4, *DUAL, BY_TURNS, pp=2, ep=2),
+    "PP 2, DualPipeV interleaved, EP 2": layout(4, *DUAL, INTERLEAVED, pp=2, ep=2),
     "PP 2, accumulation": layout(2, pp=2, accumulation=2),
     # In pairs of sequences: each weight's part of a backward pass recomputes its layer.
     "PP 2, recomputed": layout(2, *ZERO_BUBBLE, PAIRS_OF_SEQUENCES, pp=2, ac="full"),
@@ -215,10 +215,10 @@ LAYOUTS |= {
     "PP 2, CP 2": layout(4, pp=2, cp=2),
     # Two neighbouring stages a rank, halves of backward passes, a pair: no schedule of torch's.
     "PP 2, a schedule from a file, EP 2": layout(
-        4, FROM_FILE, FOUR_STAGES, PAIRS_OF_SEQUENCES, BY_TURNS, pp=2, ep=2
+        4, FROM_FILE, FOUR_STAGES, PAIRS_OF_SEQUENCES, INTERLEAVED, pp=2, ep=2
     ),
     "PP 2, HSDP 2 x 2": layout(8, pp=2, replicate=2),
-    "PP 2, FSDP 2, TP 2, EP 2, by turns": layout(8, *DUAL, BY_TURNS, pp=2, tp=2, ep=2),
+    "PP 2, FSDP 2, TP 2, EP 2, interleaved": layout(8, *DUAL, INTERLEAVED, pp=2, tp=2, ep=2),
     "PP 2, FSDP 2, CP 2, EP 2": layout(8, *ZERO_BUBBLE, pp=2, cp=2, ep=2),
     "PP 2, CP 2, TP 2, EP 4, nodes of 2": layout(8, nodes_of(2), pp=2, cp=2, tp=2, ep=4),
 }
@@ -291,7 +291,7 @@ def gradients_of_one_process(ranks, tmp_path_factory) -> dict[str, Tensor]:
         "FSDP 2, CP 2, TP 2, EP 4, nodes of 2",
         "PP 2, 1F1B",
         "PP 2, TP 2",
-        "PP 2, DualPipeV by turns, EP 2",
+        "PP 2, DualPipeV interleaved, EP 2",
     ],
 )
 def test_every_gradient_is_that_of_one_process(ranks, gradients_of_one_process, name, tmp_path):
@@ -318,26 +318,26 @@ def test_a_pipeline_evaluates_like_one_process(ranks, one_process, name, tmp_pat
 def trained_and_turns(options: list[str], folder: str) -> tuple[dict, int]:
     """And how often one pass of a pair has let the other work."""
     turns, patch = 0, pytest.MonkeyPatch()
-    real = overlap._Turns.give_way
+    real = overlap._Turns.yield_turn
 
     def counted(self: overlap._Turns) -> None:
         nonlocal turns
         turns += not any(self._ended)
         real(self)
 
-    patch.setattr(overlap._Turns, "give_way", counted)
+    patch.setattr(overlap._Turns, "yield_turn", counted)
     try:
         return train_on_this_rank(options, folder), turns
     finally:
         patch.undo()
 
 
-def test_passes_by_turns_compute_the_same_bits(ranks, tmp_path):
+def test_interleaved_passes_compute_the_same_bits(ranks, tmp_path):
     """Each of four stages has experts, so both passes of a pair do."""
     world_size, options = layout(4, *pipeline("DualPipeV"), pp=2, ep=2)
     options += ["--model.args.n_layers=4", "--model.args.n_dense_layers=0"]
     plain = ranks(world_size).run(trained_and_turns, options, str(tmp_path))
-    results = ranks(world_size).run(trained_and_turns, [*options, BY_TURNS], str(tmp_path))
+    results = ranks(world_size).run(trained_and_turns, [*options, INTERLEAVED], str(tmp_path))
     for (result, turns), (expected, no_turns) in zip(results, plain, strict=True):
         assert turns > 0 == no_turns
         assert (result["losses"], result["norms"]) == (expected["losses"], expected["norms"])
@@ -407,15 +407,15 @@ REFUSALS = {
     ),
     "heads, CP": (
         layout(8, BY_HEADS, cp=8),
-        'parallelism.context_parallel_rotate_method = "alltoall" deals out whole heads: '
+        'parallelism.context_parallel_rotate_method = "alltoall" distributes whole heads: '
         "parallelism.context_parallel_degree = 8 must divide model.args.n_heads (4); use "
-        '"allgather", which deals out positions only.',
+        '"allgather", which distributes positions only.',
     ),
     "heads, CP and TP": (
         layout(8, BY_HEADS, cp=4, tp=2),
-        'parallelism.context_parallel_rotate_method = "alltoall" deals out whole heads: '
+        'parallelism.context_parallel_rotate_method = "alltoall" distributes whole heads: '
         "parallelism.context_parallel_degree = 4 must divide model.args.n_heads over "
-        'parallelism.tensor_parallel_degree (2); use "allgather", which deals out positions '
+        'parallelism.tensor_parallel_degree (2); use "allgather", which distributes positions '
         "only.",
     ),
     "asynchronous without TP": (

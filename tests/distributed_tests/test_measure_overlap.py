@@ -22,7 +22,7 @@ def measured(options: list[str]) -> str:
 def test_a_pair_is_timed_both_ways(ranks, tmp_path: Path):
     table, nothing = ranks(2).run(measured, [*tiny(tmp_path), EP])
     row = json.loads(table)
-    assert row["one after the other, ms a pair"] > 0 < row["by turns, ms a pair"]
+    assert row["one after the other, ms a pair"] > 0 < row["interleaved, ms a pair"]
     assert [len(times) for times in row["all rounds"].values()] == [measure_overlap.ROUNDS] * 2
     assert nothing == ""
 

@@ -113,9 +113,10 @@ REFUSALS = {
     ),
     "CP, by heads": (
         layout(4, BY_HEADS, cp=2, tp=2),
-        'parallelism.context_parallel_rotate_method = "alltoall" deals out whole heads: '
+        'parallelism.context_parallel_rotate_method = "alltoall" distributes whole heads: '
         "parallelism.context_parallel_degree = 2 must divide model.args.n_kv_heads over "
-        'parallelism.tensor_parallel_degree (1); use "allgather", which deals out positions only.',
+        'parallelism.tensor_parallel_degree (1); use "allgather", which distributes positions '
+        "only.",
     ),
     "EP": (
         layout(2, ep=2),

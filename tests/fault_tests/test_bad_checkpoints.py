@@ -79,7 +79,7 @@ DAMAGES = {
     "meta, cut short": (truncate, "meta.json", LACKS_BYTES),
     "manifest, one bit": (flip, "manifest.json", "does not have the checksum that COMPLETE holds"),
     "manifest, gone": (Path.unlink, "manifest.json", "it can't be read"),
-    "marker, gone": (Path.unlink, "COMPLETE", "is no complete checkpoint"),
+    "marker, gone": (Path.unlink, "COMPLETE", "is not a complete checkpoint"),
 }
 
 
@@ -89,10 +89,10 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(run, trained, 
     harm(run / "checkpoint/step-3" / name)
     assert main(tiny(run, **SAVES)) == 0
     said = capfd.readouterr().err
-    assert "step-3" in said and "passed over" in said and why in said
+    assert "step-3" in said and "is skipped" in said and why in said
     assert "step-2 in" in said and losses(run)[-2:] == losses(trained)[-2:]
     # The damaged one has given way to the new one of the same step.
-    assert "passed over" not in rerun(run, capfd)
+    assert "is skipped" not in rerun(run, capfd)
 
 
 def rerun(folder: Path, capfd) -> str:
@@ -162,7 +162,7 @@ def test_an_index_that_declares_a_tensor_to_be_a_pickle_is_refused(run, capfd):
     index.write_bytes(pickle.dumps(metadata))
     sign(index.parent)
     assert main(tiny(run, **SAVES)) == 2
-    assert "model.norm.weight is no tensor there" in sentence(capfd)
+    assert "model.norm.weight is not a tensor there" in sentence(capfd)
 
 
 def test_an_index_may_not_point_out_of_its_folder(run):
@@ -253,11 +253,11 @@ def test_a_full_disk_is_said_training_goes_on_and_the_next_interval_succeeds(
         ]
         assert "rank 0: No space left on device: 2," in failures[0]
         assert "bytes free, 4,2" in failures[0]
-        assert "older checkpoints are as they were" in failures[0]
+        assert "older checkpoints are unchanged" in failures[0]
         assert len(losses(tmp_path)) == 5, "training went on"
         assert [path.name for path in folder.iterdir()] == ["step-5"]
         assert main(tiny(tmp_path, **options)) == 0
-        assert "passed over" not in capfd.readouterr().err
+        assert "is skipped" not in capfd.readouterr().err
 
 
 def test_a_folder_that_becomes_read_only_is_said_and_the_run_fails_in_the_end(
@@ -271,7 +271,7 @@ def test_a_folder_that_becomes_read_only_is_said_and_the_run_fails_in_the_end(
         options = tiny(run, **SAVES | {"training__steps": 6})
         with closing(Trainer(ConfigManager().parse_args(options))) as trainer:
             subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
-            with pytest.raises(RunError, match="the last save of the run has failed: .* step 6"):
+            with pytest.raises(RunError, match="the last save of the run failed: .* step 6"):
                 trainer.train()
         assert trainer.step == 6, "training went on to its end"
         assert sorted(path.name for path in Path(folder).rglob("*")) == before

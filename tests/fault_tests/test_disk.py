@@ -16,7 +16,7 @@ from tests.fault_tests.test_bad_checkpoints import sentence
 from tests.scripts import script
 from tests.tiny_run import losses, records, tiny
 from torchtitan.config import ConfigManager
-from torchtitan.distributed.utils import RanksOf
+from torchtitan.distributed.utils import ObjectCollectives
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main
 from torchtitan.trainer import Trainer
@@ -108,7 +108,7 @@ def test_folders_that_vanish_are_made_anew_and_said(tmp_path, caplog):
     happen = {3: lambda: shutil.rmtree(tmp_path / "o")}
     train(tmp_path / "o", happen, training__steps=5, metrics__enable_tensorboard=True)
     assert steps(tmp_path / "o") == curve(tmp_path / "o/tb") == [3, 4, 5]
-    assert caplog.text.count("metrics.jsonl has vanished and is begun anew") == 1
+    assert caplog.text.count("metrics.jsonl was removed or shortened; a new one is begun") == 1
 
 
 def test_a_file_that_takes_the_place_of_a_folder_stops_nothing_but_its_records(tmp_path, caplog):
@@ -143,7 +143,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_disk(tmp_path, capfd, mode):
     said = capfd.readouterr().err
     assert said.count(f"written to {tmp_path}/full/c: rank 0: No space left on device: ") == 3
     assert "bytes free, 4,2" in said and "bytes needed" in said and "unexpected pos" not in said
-    assert "it goes on from step 1, the newest checkpoint there." in said
+    assert "it resumes from step 1, the newest checkpoint." in said
     assert "Traceback" not in said and len(losses(tmp_path / "o")) == 3
 
 
@@ -159,14 +159,14 @@ def test_an_export_that_does_not_fit_names_the_disk_and_leaves_nothing(tmp_path,
         said = capfd.readouterr().err
         assert "step-1-hf could not be written: No space left on device: " in said
         assert "bytes needed" in said and "Traceback" not in said
-        # A conversion goes on where it stopped, so only its unfinished file goes.
+        # A conversion resumes where it stopped, so only its unfinished file goes.
         assert main(tiny(tmp_path / "p", **options, training__steps=1)) == 0
         source, target = tmp_path / "p/checkpoint/step-1-hf", tmp_path / "full/made"
         convert = script("checkpoint_conversion/convert_from_hf.py").main
         capfd.readouterr()
         assert convert([str(source), str(target)]) == 2
         assert "made could not be made (No space left on device: " in sentence(capfd)
-        assert [path.name for path in Path(f"{target}.tmp").iterdir()] == ["journal.jsonl"]
+        assert [path.name for path in Path(f"{target}.tmp").iterdir()] == ["progress.jsonl"]
 
 
 def ask_rank_0_for_what_it_may_not_read() -> str:
@@ -178,7 +178,7 @@ def ask_rank_0_for_what_it_may_not_read() -> str:
 
     import torch.distributed as dist
 
-    ranks = RanksOf(dist.group.WORLD)
+    ranks = ObjectCollectives(dist.group.WORLD)
     said = []
     for ask in (read, refuse):
         try:

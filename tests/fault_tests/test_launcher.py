@@ -77,7 +77,7 @@ def test_a_second_signal_to_the_launcher_ends_all_at_once(tmp_path):
     script = tmp_path / "hangs.py"
     script.write_text(
         "import sys, time\n"
-        "from torchtitan.tools.last_words import mark_steps_begun\n"
+        "from torchtitan.tools.error_file import mark_steps_begun\n"
         "mark_steps_begun()\n"
         "print('begun', flush=True)\n"
         "time.sleep(100)\n"

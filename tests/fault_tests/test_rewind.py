@@ -33,7 +33,7 @@ def test_a_rewind_goes_on_as_if_the_batches_since_the_checkpoint_had_not_been(
     tmp_path, monkeypatch
 ):
     """Poison in step 4, checkpoint of step 2: batches 3 and 4 are passed over. The oracle is a run
-    that goes on from the checkpoint by hand with batch 5."""
+    that resumes from the checkpoint by hand with batch 5."""
     loss_fn = poisoned_loss("loss nan", at_call=4)
     monkeypatch.setattr(forward_backward, "build_loss", lambda *_, **__: loss_fn)
     with closing(start(tmp_path / "a", training__steps=5)) as trainer:

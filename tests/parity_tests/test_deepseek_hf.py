@@ -301,7 +301,7 @@ def adapter() -> DeepSeekV3StateDictAdapter:
 
 WAY_OUT = (
     ", unlike the model of these model.args: make them match its config.json "
-    "(model.args.moe_args.load_balance_coeff says whether experts have a bias)."
+    "(with model.args.moe_args.load_balance_coeff experts have a bias)."
 )
 
 

@@ -138,8 +138,8 @@ def test_the_export_says_how_many_tokens_change_experts(tmp_path):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"head_dim": None}, "config.json has a value of another kind"),
-        ({"hidden_size": "32"}, "config.json has a value of another kind"),
+        ({"head_dim": None}, "config.json has a value of the wrong type"),
+        ({"hidden_size": "32"}, "config.json has a value of the wrong type"),
         ({"vocab_size": ...}, "config.json lacks 'vocab_size'"),
     ],
 )

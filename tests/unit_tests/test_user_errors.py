@@ -29,7 +29,7 @@ MISTAKES = {
     ),
     "unknown compile back-end": (
         ["--compile.enable", "--compile.backend=inductr"],
-        ["compile.backend 'inductr' is not one of this torch; did you mean 'inductor'?"],
+        ["compile.backend 'inductr' is not a backend of this torch; did you mean 'inductor'?"],
     ),
     "unknown flavor": (
         ["--model.flavor=debugmodle"],

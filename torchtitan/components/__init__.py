@@ -1,1 +1,1 @@
-"""Parts that a trainer holds: checkpoints, optimizers, metrics, loss; they know no model."""
+"""Parts of a trainer: checkpoints, optimizers, metrics, loss. Nothing here knows a model class."""

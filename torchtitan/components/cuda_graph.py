@@ -2,7 +2,7 @@
 than their launches.
 
 The first passes run as usual (kernels are compiled, buffers are made); then one is recorded, and
-from there on replayed: into the same memory, gradients included, so these must stay in place
+replayed from then on: into the same memory, gradients included, so gradients must stay in place
 between steps.
 """
 
@@ -15,9 +15,9 @@ _WARMUP = 3
 
 
 class GraphedPass:
-    """Calls `run`, which takes and returns tensors of always the same shapes.
+    """Runs a function as a CUDA graph.
 
-    holds_grads: gradients lie in the graph's memory, which each call overwrites; don't free them.
+    run: takes and returns tensors, at every call of the same shapes.
     """
 
     def __init__(self, run: Callable[..., tuple[Tensor, ...]]):
@@ -29,12 +29,13 @@ class GraphedPass:
 
     @property
     def holds_grads(self) -> bool:
+        """Whether gradients are in the graph's memory, which calls overwrite: don't free them."""
         return self._graph is not None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         self._calls += 1
         if self._calls <= _WARMUP:
-            return self._run_aside(*inputs)
+            return self._run_on_side_stream(*inputs)
         if self._graph is None:
             self._graph = self._record(*inputs)
         for static, fresh in zip(self._inputs, inputs, strict=True):
@@ -42,8 +43,8 @@ class GraphedPass:
         self._graph.replay()
         return tuple(t.clone() for t in self._outputs)
 
-    def _run_aside(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """On a side stream, as recording will be: autograd remembers streams."""
+    def _run_on_side_stream(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run on a side stream, as the recording does later: autograd remembers streams."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

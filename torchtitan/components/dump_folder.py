@@ -1,5 +1,4 @@
-"""The folders of a run: can they be used, and by this run alone; what the run was told goes beside
-its outputs."""
+"""The folders of a run: checks, locks against other runs, and the config beside the outputs."""
 
 import json
 import os
@@ -19,8 +18,8 @@ from torchtitan.tools.utils import device_type
 
 
 def check_folders(config: JobConfig, device_type: str) -> None:
-    """Raise `UserError` where a folder that this run writes to can't be made or written to, or one
-    that it reads can't be read; makes nothing yet."""
+    """Raise `UserError` where a folder that this run writes to can't be created or written to, or
+    one that it reads can't be read. Creates nothing yet."""
     dump_folder, checkpoint = Path(config.job.dump_folder), config.checkpoint
     check_writable("job.dump_folder", dump_folder)
     for key, folder, is_used in _folders_inside(config, device_type):
@@ -37,7 +36,7 @@ def check_folders(config: JobConfig, device_type: str) -> None:
 
 
 def _folders_inside(config: JobConfig, device_type: str) -> list[tuple[str, str, bool]]:
-    """Key, folder in job.dump_folder (or anywhere), and whether this run writes to it."""
+    """List key, folder (in job.dump_folder or anywhere), and whether this run writes to it."""
     profiling, metrics, memory = config.profiling, config.metrics, config.activation_checkpoint
     saves = config.checkpoint.enable and not config.checkpoint.load_only
     records_collectives = device_type == "cuda" and config.comm.trace_buf_size > 0
@@ -64,7 +63,7 @@ def _folders_inside(config: JobConfig, device_type: str) -> list[tuple[str, str,
 
 
 def own_folders(config: JobConfig) -> dict[Path, str]:
-    """The folders that the run writes to as its own, each with the key that names it."""
+    """List the folders that this run alone may write to, each with the key that names it."""
     dump_folder = Path(config.job.dump_folder)
     folders = {dump_folder.resolve(): "job.dump_folder"}
     for key, folder, is_used in _folders_inside(config, device_type()):
@@ -75,7 +74,7 @@ def own_folders(config: JobConfig) -> dict[Path, str]:
 
 @contextmanager
 def alone_in_folders(config: JobConfig) -> Iterator[None]:
-    """Keep other runs out of this one's folders. Raises `UserError` where another one is in."""
+    """Lock this run's folders. Raises `UserError` where another run holds one of them."""
     with ExitStack() as locks:
         for folder, key in own_folders(config).items():
             lock = FolderLock(folder / NAME, f"{key} {folder}", f"name another {key}")
@@ -84,16 +83,17 @@ def alone_in_folders(config: JobConfig) -> Iterator[None]:
             except OSError as error:
                 reason = error.strerror or error
                 raise UserError(
-                    f"{key} {folder} can't be written to ({reason}): name a folder that can."
+                    f"{key} {folder} can't be written to ({reason}): name a writable folder."
                 ) from None
         yield
 
 
 def save_config(config: JobConfig, model_args: BaseModelArgs) -> None:
-    """Write beside the outputs what the run was told, and the model arguments that came of it.
+    """Write the settings of the run, and the model arguments that follow from them, beside its
+    outputs.
 
-    Two files: the first may be given back as `job.config_file`, and a flavor or sequence length set
-    then must not meet arguments that an earlier one led to.
+    They are two files because the first may be used as `job.config_file` of another run: a flavor
+    or sequence length set there must not clash with arguments that followed from earlier ones.
     """
     settings = json.dumps(to_dict(config), indent=2)
     arguments = json.dumps(asdict(model_args), indent=2)
@@ -103,6 +103,6 @@ def save_config(config: JobConfig, model_args: BaseModelArgs) -> None:
     folder = Path(config.job.dump_folder)
     for name, text in ((config.job.save_config_file, settings), ("model_args.json", arguments)):
         path = folder / name
-        with SideOutput(str(path), folder, "what this run was told is not kept there").attempt():
+        with SideOutput(str(path), folder, "the settings of this run are not saved").attempt():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, f"{text}\n".encode())

@@ -1,8 +1,8 @@
-"""Text from a model: prompts of unequal lengths in one batch, token by token.
+"""Text generation: prompts of unequal lengths in one batch, token by token.
 
-Prompts are filled up on the left, so that all of them end, and go on, in the same column; masks and
-positions leave the filling out. With several ranks all of them call this with the same prompts, and
-take the tokens that the first one draws.
+Prompts are padded on the left, so that all of them end, and continue, in the same column; masks and
+positions skip the padding. With several ranks all of them call this with the same prompts, and use
+the tokens that the first one draws.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,13 @@ PREFILL = 512  # prompt columns a forward pass: bounds the scores, H · PREFILL 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature: 0 = the likeliest token. top_p: draw from the fewest tokens that together have
-    this probability. seed: each prompt has a stream of its own, so its text does not depend on the
-    others. Raises `UserError` for values that make no sense.
+    """Settings of generation. Raises `UserError` for impossible values.
+
+    max_new_tokens: tokens generated for a prompt at most.
+    temperature: divides the logits; 0 = take the likeliest token.
+    top_p: draw from the fewest tokens that together have this probability.
+    seed: of the random numbers; each prompt has a stream of its own, so its text does not depend on
+        the other prompts.
     """
 
     max_new_tokens: int = 64
@@ -52,9 +56,11 @@ def generate(
     eos_id: int | None,
     device: torch.device,
 ) -> list[list[int]]:
-    """New tokens of each prompt, up to and without `eos_id`. The model is in eval mode meanwhile.
+    """Generate the new tokens of each prompt, up to and without `eos_id`, in eval mode.
 
-    Raises `UserError` for an empty prompt, and where prompt and new tokens outgrow max_seq_len.
+    Raises `UserError` for an empty prompt, and where prompt and new tokens exceed max_seq_len.
+
+    prompts: token ids.
     """
     longest = check_prompts(prompts, sampling, model.model_args)
     batch = _Batch(prompts, longest + sampling.max_new_tokens, device)
@@ -72,7 +78,7 @@ def generate(
                 drawn = draw(logits).to(device)
                 if dist.is_initialized():
                     dist.broadcast(drawn, src=0)
-                for row, token in enumerate(drawn.tolist()):  # host sync: the text is wanted here
+                for row, token in enumerate(drawn.tolist()):  # host sync: the host stores the text
                     running[row] = running[row] and token != eos_id
                     if running[row]:
                         out[row].append(token)
@@ -85,8 +91,11 @@ def generate(
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """With a begin token where the tokenizer has one. Raises `UserError` for bytes of a command
-    line that are no UTF-8, which Python passes on as halves of surrogate pairs."""
+    """Tokenise prompts, with a begin token where the tokenizer has one.
+
+    Raises `UserError` for bytes of a command line that are not UTF-8, which Python passes on as
+    halves of surrogate pairs.
+    """
     for number, prompt in enumerate(prompts, start=1):
         try:
             prompt.encode()
@@ -99,7 +108,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[in
 def check_prompts(
     prompts: Sequence[list[int]], sampling: Sampling, model_args: BaseModelArgs
 ) -> int:
-    """The longest one's number of tokens. Raises `UserError` as `generate` does."""
+    """Return the number of tokens of the longest prompt. Raises `UserError` as `generate` does."""
     longest = max(map(len, prompts))
     wanted, most = longest + sampling.max_new_tokens, model_args.max_seq_len
     if not all(prompts):
@@ -116,25 +125,25 @@ def check_prompts(
 
 
 class _Batch:
-    """Columns of tokens (B, S), those seen so far, and where each row begins."""
+    """Left-padded prompts (B, S), the column where each row begins, and the columns seen so far."""
 
     def __init__(self, prompts: Sequence[list[int]], length: int, device: torch.device) -> None:
         longest = max(map(len, prompts))
-        filled = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-        self.prompts = torch.tensor(filled, device=device)
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        self.prompts = torch.tensor(padded, device=device)
         starts = [longest - len(prompt) for prompt in prompts]
         self.start_B1 = torch.tensor(starts, device=device).unsqueeze(1)
         self.length = length
         self.seen = 0
 
     def forward(self, model: BaseModel, tokens_BS: Tensor) -> Tensor:
-        """Logits of the last column: (B, V)."""
+        """Run the model on the next columns; return the logits of the last one: (B, V)."""
         end = self.seen + tokens_BS.size(1)
         column_S = torch.arange(self.seen, end, device=tokens_BS.device)
         column_T = torch.arange(end, device=tokens_BS.device)
         earlier_ST = column_T <= column_S.unsqueeze(1)
         own_BT = column_T >= self.start_B1
-        # A column of filling sees itself: a row without anything to see would be NaN.
+        # Padding sees itself: a softmax over nothing would be NaN.
         itself_ST = column_T == column_S.unsqueeze(1)
         mask_BST = (earlier_ST & own_BT.unsqueeze(1)) | itself_ST
         positions_BS = (column_S - self.start_B1).clamp(min=0)
@@ -144,11 +153,11 @@ class _Batch:
 
 
 class _Draw:
-    """The next token of each row, (B,) int64 on the CPU: the same numbers on any device."""
+    """Draws the next token of each row, (B,) int64, on the CPU: the same numbers on any device."""
 
     def __init__(self, sampling: Sampling, rows: int) -> None:
         self.sampling = sampling
-        # Far apart, so that no row of one seed is a row of the next.
+        # Far apart, so that rows of neighbouring seeds have different streams.
         seeds = [sampling.seed + row * 1_000_003 for row in range(rows)]
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -158,7 +167,7 @@ class _Draw:
         probs_BV = (logits_BV.float().cpu() / self.sampling.temperature).softmax(dim=-1)
         probs_BV, ids_BV = probs_BV.sort(dim=-1, descending=True)
         before_BV = probs_BV.cumsum(dim=-1) - probs_BV
-        probs_BV = probs_BV.masked_fill(before_BV >= self.sampling.top_p, 0)  # the first stays
+        probs_BV = probs_BV.masked_fill(before_BV >= self.sampling.top_p, 0)  # keeps the first
         rows = zip(probs_BV, ids_BV, self.generators, strict=True)
         return torch.stack(
             [ids[torch.multinomial(p, 1, generator=g)].squeeze() for p, ids, g in rows]

@@ -1,8 +1,9 @@
-"""Loss on other data during a run, and a few lines that the model writes.
+"""Validation during a run: the loss on other data, and a few texts that the model generates.
 
 The loss is the sum over all valid tokens of the validation set, divided once by their number, so it
-is the same for any layout and batch size. A single pass may give ranks different numbers of
-batches; those that are through take part with padding until all are, for the collectives' sake.
+is the same for any layout and batch size. A single pass over the set may give ranks different
+numbers of batches; ranks that have finished process padding until all have, because the collectives
+need all of them.
 """
 
 import math
@@ -26,7 +27,7 @@ Batch = tuple[dict[str, Tensor], Tensor]
 
 
 def check_samples(settings: Validation, tokenizer: Tokenizer, model_args: BaseModelArgs) -> None:
-    """Raise `UserError` where `sample_prompts` can't be gone on with."""
+    """Raise `UserError` where the model can't continue `sample_prompts`."""
     if settings.enable and settings.sample_prompts:
         try:
             prompts = encode_prompts(tokenizer, settings.sample_prompts)
@@ -40,10 +41,12 @@ def _sampling(settings: Validation) -> Sampling:
 
 
 class Validator:
-    """loader: iterates once over this rank's share of the set each time it is asked to; its last
-    batch may have fewer sequences.
+    """Computes the validation loss, and generates sample texts.
 
-    loss_sum: over this rank's valid labels of a batch, and how many these are, on the device.
+    loader: each iteration is one pass over this rank's part of the set; its last batch may have
+        fewer sequences.
+    loss_sum: returns the sum of the losses of this rank's valid labels in a batch, and their
+        number, as tensors on the device.
     """
 
     def __init__(
@@ -65,9 +68,12 @@ class Validator:
 
     @torch.no_grad()
     def run(self, model: BaseModel, step: int) -> dict[str, float]:
-        """Numbers for the step's record; the same on all ranks, all of which call this."""
+        """Validate; return numbers for the step's record, the same on all ranks.
+
+        Every rank must call this.
+        """
         began = time.perf_counter()
-        # Loss and tokens in fp64: a set of 10^8 tokens adds up exactly enough.
+        # Loss and tokens in fp64: accurate enough for a sum over 10^8 tokens.
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         was_training = model.training
         model.eval()
@@ -96,34 +102,34 @@ class Validator:
         }
 
     def samples(self, model: BaseModel, tokenizer: Tokenizer, step: int) -> dict[str, str]:
-        """Each of `sample_prompts` with what the model writes behind it (its likeliest tokens)."""
+        """Generate a text for each of `sample_prompts` (its likeliest tokens), by prompt."""
         prompts = self.settings.sample_prompts
         if not prompts:
             return {}
         ids, sampling = encode_prompts(tokenizer, prompts), _sampling(self.settings)
-        # What is written token by token would be compiled anew for every length.
+        # Compiled, generation would be compiled again for every length.
         with torch.compiler.set_stance("force_eager"):
             texts = generate(model, ids, sampling, eos_id=tokenizer.eos_id, device=self.device)
         written = dict(zip(prompts, map(tokenizer.decode, texts), strict=True))
         for prompt, text in written.items():
-            logger.info("Sample of step %d: %r goes on %r", step, prompt, text)
+            logger.info("Sample of step %d: %r is continued with %r", step, prompt, text)
         return written
 
     def _in_step(self) -> Iterable[Batch]:
-        """This rank's batches, and padding as long as another rank has any."""
+        """Yield this rank's batches, then padding while another rank has batches left."""
         batches = iter(self.loader)
         count = 0
         while count != self.settings.steps:
             batch = next(batches, None)
-            # host sync: whether another batch comes is for all ranks to know
-            going_on = torch.tensor(float(batch is not None), device=self.device)
-            if not sum_over_ranks(going_on).item():
+            # host sync: every rank must know whether any rank has another batch
+            has_batch = torch.tensor(float(batch is not None), device=self.device)
+            if not sum_over_ranks(has_batch).item():
                 return
-            yield self._filled(batch)
+            yield self._padded(batch)
             count += 1
 
-    def _filled(self, batch: Batch | None) -> Batch:
-        """With padding up to the batch size, which a pipeline needs, and a compiler prefers."""
+    def _padded(self, batch: Batch | None) -> Batch:
+        """Pad up to the batch size: a pipeline needs full batches, the compiler prefers them."""
         shape = self.settings.local_batch_size, self.settings.seq_len
         tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
         if batch is not None:

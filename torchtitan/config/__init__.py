@@ -1,4 +1,7 @@
-"""The settings of a run: what they are, how they are read, what they may be; without torch."""
+"""The settings of a run: their keys, how they are read, and the rules that they must follow.
+
+Nothing here imports torch.
+"""
 
 from torchtitan.config.degrees import Degrees, resolve_degrees
 from torchtitan.config.job_config import (

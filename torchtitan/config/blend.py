@@ -1,8 +1,8 @@
-"""Which datasets a run draws from, in which parts, and from which sequence on.
+"""The datasets that a run reads, their shares, and the sequences at which the shares change.
 
-The parts of a segment of the run are whole numbers: the shares of [[training.blend]], or of the
-phase that changes them, in lowest terms (0.7 and 0.3 are 7 and 3). What would need more than
-LONGEST_PERIOD is rounded to it.
+The shares of a segment of the run are whole numbers: the weights of [[training.blend]], or of the
+phase that changes them, in lowest terms (0.7 and 0.3 are 7 and 3). Where these would add up to more
+than LONGEST_PERIOD they are rounded to it.
 """
 
 import math
@@ -24,9 +24,9 @@ class BlendSegment:
     """Part of a run with constant weights: dataset k of the blend gives parts[k] of every
     sum(parts) examples.
 
-    first: number of its first example
-    parts: whole number per dataset, in the order of [[training.blend]]
-    tokens: tokens of the run before it, by the schedule
+    first: number of its first example.
+    parts: whole number per dataset, in the order of [[training.blend]].
+    tokens: tokens of the run before it, by the schedule.
     """
 
     first: int
@@ -61,27 +61,28 @@ def blend_segments(config: JobConfig, schedule: RunSchedule) -> list[BlendSegmen
     for k, name in enumerate(names):
         if not any(segment.parts[k] for segment in segments):
             raise UserError(
-                f"training.blend: nothing is ever drawn from '{name}'; give it a weight, name it "
-                "in the blend of a schedule.phase, or leave it out."
+                f"training.blend: '{name}' is never read; give it a weight, name it in the blend "
+                "of a schedule.phase, or leave it out."
             )
     return segments
 
 
 def _parts(names: list[str], weights: Mapping[str, float], where: str) -> tuple[int, ...]:
-    """By dataset; 0 for those that have no weight."""
+    """Compute the parts by dataset; 0 for datasets without a weight."""
     for name, weight in weights.items():
         if name not in names:
             raise UserError(
-                f"{where} names '{name}', which [[training.blend]] has not{suggest(name, names)}"
+                f"{where} names '{name}', which [[training.blend]] does not have"
+                f"{suggest(name, names)}"
             )
         if not 0 < weight < math.inf:
             raise UserError(
                 f"{where}: the weight of '{name}', {as_text(weight)}, must be a finite number "
-                "above 0; what has none is left out."
+                "above 0; leave out a dataset that should not be read."
             )
     if not weights:
-        raise UserError(f"{where} draws from no dataset; give at least one a weight.")
-    exact = [Fraction(str(weights.get(name, 0))) for name in names]  # as it was written
+        raise UserError(f"{where} names no dataset; give at least one a weight.")
+    exact = [Fraction(str(weights.get(name, 0))) for name in names]  # the decimal number, exactly
     shares = [weight / sum(exact) for weight in exact]
     period = min(LONGEST_PERIOD, math.lcm(*(share.denominator for share in shares)))
     parts = tuple(round(share * period) for share in shares)
@@ -99,8 +100,8 @@ def _check_datasets(training: Training) -> None:
         value = getattr(training, key)
         if value != getattr(Training(), key):
             raise UserError(
-                f"training.{key} = {as_text(value)} and [[training.blend]] both say what to read; "
-                "leave one out (on the command line --training.blend=[] does)."
+                f"training.{key} = {as_text(value)} and [[training.blend]] both set the data to "
+                "read; leave one out (on the command line with --training.blend=[])."
             )
     names = [dataset.name for dataset in training.blend]
     for n, name in enumerate(names, start=1):
@@ -110,13 +111,15 @@ def _check_datasets(training: Training) -> None:
                 "'_' and '-', for the log and for phases."
             )
         if name in names[: n - 1]:
-            raise UserError(f"training.blend {n}: '{name}' is there already; name it otherwise.")
+            raise UserError(
+                f"training.blend {n}: the name '{name}' is already taken; choose another one."
+            )
 
 
 def _check_no_phase_blends(config: JobConfig) -> None:
     for n, phase in enumerate(config.schedule.phase, start=1):
         if phase.blend is not None:
             raise UserError(
-                f"schedule.phase {n}: blend = {as_text(phase.blend)} weighs the datasets of "
-                "[[training.blend]], and there is none; name them there, or leave it out."
+                f"schedule.phase {n}: blend = {as_text(phase.blend)} sets weights for the datasets "
+                "of [[training.blend]], which has none; add them there, or leave it out."
             )

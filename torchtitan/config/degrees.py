@@ -1,7 +1,7 @@
-"""How parallelism shares processes and sequences: degrees resolved, or refused in a sentence.
+"""Degrees of parallelism: resolved and checked against the processes and the sequence length.
 
 Ranks are laid out as (pp, dp_replicate, dp_shard, cp, tp), the last axis fastest; the experts of a
-pipeline stage as (dp_replicate, what is left, ep, etp) over the same ranks.
+pipeline stage as (dp_replicate, the remaining ranks, ep, etp) over the same ranks.
 """
 
 from math import isqrt, lcm, prod
@@ -12,7 +12,8 @@ from torchtitan.tools.errors import UserError
 
 
 class Degrees(NamedTuple):
-    """pp · dp_replicate · dp_shard · cp · tp = number of processes. etp is 1 or tp."""
+    """Resolved degrees: pp · dp_replicate · dp_shard · cp · tp = number of processes; etp is 1 or
+    tp."""
 
     pp: int
     dp_replicate: int
@@ -24,7 +25,7 @@ class Degrees(NamedTuple):
 
 
 def resolve_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
-    """All degrees, with a data_parallel_shard_degree of -1 resolved. Raises `UserError`."""
+    """Resolve the degrees, data_parallel_shard_degree = -1 included. Raises `UserError`."""
     given = {
         "pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
         "tensor_parallel_degree": parallelism.tensor_parallel_degree,
@@ -56,14 +57,14 @@ def resolve_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
 
 
 def nearest(value: int, legal: list[int]) -> str:
-    """The legal numbers next to `value` on both sides: "4 or 8"."""
+    """Name the legal numbers next to `value` on both sides: "4 or 8"."""
     below = [number for number in legal if number < value][-1:]
     above = [number for number in legal if number > value][:1]
     return " or ".join(str(number) for number in below + above)
 
 
 def _take_off(given: dict[str, int], world_size: int) -> int:
-    """Processes that these degrees leave, taken off one after the other."""
+    """Divide the processes by these degrees, one after the other; return the quotient."""
     rest, taken = world_size, []
     for name, degree in given.items():
         if degree < 1:
@@ -80,13 +81,13 @@ def _take_off(given: dict[str, int], world_size: int) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, in order; in a moment for billions, too."""
+    """List all divisors, in order; fast even for numbers of billions."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
 
 
 def _check_experts(degrees: Degrees, stage: int) -> None:
-    """EP groups are made of the ranks of one replica, or, where they are larger, of whole ones.
+    """Check that EP groups consist of ranks of one replica, or of whole replicas.
 
     stage: processes of a pipeline stage.
     """
@@ -118,8 +119,8 @@ def _check_experts(degrees: Degrees, stage: int) -> None:
 
 
 def _check_node_size(size: int | None, degrees: Degrees) -> None:
-    """An EP group covers ep · etp consecutive ranks: parts of them, or several such, make a node;
-    a node never ends between the ranks that split one expert."""
+    """Check that a node is a part of an EP group (ep · etp consecutive ranks) or several of them,
+    and never ends between ranks that split one expert."""
     span = degrees.ep * degrees.etp
 
     def fits(n: int) -> bool:
@@ -139,9 +140,11 @@ def _check_node_size(size: int | None, degrees: Degrees) -> None:
 
 
 def check_sequence(key: str, seq_len: int, degrees: Degrees) -> None:
-    """TP splits each rank's part of a sequence evenly; CP splits sequences into 2 x cp chunks, an
-    early and a late one for each rank, so that causal attention costs all ranks the same. Raises
-    `UserError`."""
+    """Raise `UserError` where a sequence can't be split evenly over TP and CP ranks.
+
+    TP splits each rank's part of a sequence evenly; CP splits sequences into 2 x cp chunks, an
+    early and a late one for each rank, so that causal attention costs all ranks the same.
+    """
     tp, cp = degrees.tp, degrees.cp
     unit = lcm(2 * cp if cp > 1 else 1, cp * tp)
     if seq_len % unit == 0:

@@ -1,8 +1,7 @@
 """Every setting of a run: frozen dataclasses, one per TOML table, one sentence per key.
 
-Names, types and defaults are those of torchtitan v0.2, so that its files load unchanged; keys of
-our own are marked `(ours)`. What a key *may* hold beyond its type is checked in `rules/`.
-The sentences below the fields are what `python -m torchtitan.train --help` prints.
+Names, types and defaults are torchtitan v0.2's, so that its files load; other keys are marked
+`(ours)`. `rules/` checks values beyond their types. `--help` prints the sentences below the fields.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -18,20 +17,20 @@ def _listing(*items: Any) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """What the run is called, where its files go, and how it is started."""
+    """Description, folder and start of the run."""
 
     config_file: str | None = None
     """TOML file to read before the command line (or the JSON file that an earlier run saved)."""
     dump_folder: str = "./outputs"
     """Folder for everything that the run writes."""
     description: str = "default job"
-    """A line for the log that says what the run is for."""
+    """Purpose of the run, in one line, for the log."""
     print_config: bool = False
     """Print the resolved config at the start."""
     save_config_file: str = "config.json"
     """File name inside dump_folder under which the resolved config is saved."""
     custom_config_module: str = ""
-    """Python module that extends the config (must stay empty: model.args takes its place)."""
+    """Python module that extends the config (must stay empty: model.args replaces it)."""
     check_config: bool = False
     """Check the config for this number of processes and exit (ours)."""
 
@@ -58,7 +57,7 @@ class Profiling:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Which numbers of the run are written, where and how often."""
+    """Numbers of the run: which are written, where and how often."""
 
     log_freq: int = 10
     """Steps from one log line to the next; the first and the last step are always logged."""
@@ -71,18 +70,18 @@ class Metrics:
     save_for_all_ranks: bool = False
     """Write metrics on every rank instead of on rank 0 only."""
     log_traffic: bool = False
-    """With expert parallelism, a second console line says what travelled between ranks (ours)."""
+    """With expert parallelism, log the traffic between ranks in a second console line (ours)."""
     log_routing: bool = False
-    """Also log what the router does: entropy, effect of the group limit, load by expert (ours)."""
+    """Also log router statistics: entropy, effect of the group limit, load by expert (ours)."""
     alarm: list[Alarm] = _listing()
-    """Alarms on numbers of the log, [[metrics.alarm]]; keys of each: docs/recipe.md (ours)."""
+    """Alarms on numbers of the log, [[metrics.alarm]]; keys of each: docs/config.md (ours)."""
     enable_wandb: bool = False
     """Send metrics to Weights & Biases."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Which model, in which size, with which tokenizer."""
+    """Model, size and tokenizer."""
 
     name: str = "deepseek_v3"
     """Family of the model, a folder of torchtitan/models."""
@@ -111,11 +110,11 @@ class Training:
     dataset_text_key: str = "text"
     """Field of jsonl and parquet records that holds the text (ours)."""
     blend: list[Dataset] = _listing()
-    """Several datasets by weight, [[training.blend]]; keys of each: docs/recipe.md (ours)."""
+    """Several datasets by weight, [[training.blend]]; keys of each: docs/config.md (ours)."""
     dataset_num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process (ours)."""
     dataset_lanes: int | None = None
-    """Streams of documents, fixed for the life of a run; unset: chosen by the data (ours)."""
+    """Streams of documents, fixed for the life of a run; unset: chosen from the data (ours)."""
     fim_rate: float = 0.0
     """Share of the documents that are rearranged to fill in their middle, in [0, 1] (ours)."""
     fim_tokens: list[str] = _listing("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
@@ -133,7 +132,7 @@ class Training:
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in CPU memory between uses."""
     dtype: Literal["bfloat16", "float32"] = "float32"
-    """Type in which parameters are held."""
+    """Type in which parameters are kept."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """Type in which the forward and backward passes compute."""
     mixed_precision_reduce: Literal["float32"] = "float32"
@@ -143,21 +142,21 @@ class Training:
     gc_debug: bool = False
     """Collect fully at every step and warn about cycles that hold tensors."""
     non_finite_loss: Literal["stop", "skip_step", "rewind"] = "stop"
-    """What a loss or gradient norm that is not finite does; rewind = to the checkpoint (ours)."""
+    """Action when loss or gradient norm is not finite; rewind: to the last checkpoint (ours)."""
     loss_spike: Literal["warn", "skip_step", "rewind"] = "warn"
-    """What a loss spike does (ours)."""
+    """Action on a loss spike (ours)."""
     loss_spike_factor: float | None = None
-    """A loss above so many medians of the last 32 is a spike; unset: none is (ours)."""
+    """A loss above this many medians of the last 32 is a spike; unset: no loss is (ours)."""
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How many processes share the work, and how; the degrees multiply to the process count."""
+    """Distribution of the work; the degrees multiply to the number of processes."""
 
     data_parallel_replicate_degree: int = 1
     """Copies of the sharded model (DDP, or the outer axis of HSDP)."""
     data_parallel_shard_degree: int = -1
-    """Processes over which FSDP shards a copy; -1: all that the other degrees leave."""
+    """Processes over which FSDP shards a copy; -1: all that the other degrees leave over."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether gathered parameters are freed between forward and backward."""
     tensor_parallel_degree: int = 1
@@ -175,41 +174,41 @@ class Parallelism:
     pipeline_parallel_last_stage_less_layers: int = 1
     """Layers that the last stage leaves to others because it holds the output."""
     pipeline_parallel_layers_per_stage: int | None = None
-    """Layers per stage; unset: from the schedule."""
+    """Layers per stage; unset: derived from the schedule."""
     pipeline_parallel_schedule: str = "1F1B"
     """Order of forward and backward passes of the micro-batches."""
     pipeline_parallel_schedule_csv: str | None = ""
-    """File with a schedule of one's own."""
+    """File with a custom schedule."""
     pipeline_parallel_microbatch_size: int = 1
     """Sequences per micro-batch."""
     pipeline_parallel_expert_parallel_overlap: bool = False
-    """Let the pairs of passes in DualPipeV, or a file, take turns around experts' exchanges."""
+    """Interleave the pairs of passes in DualPipeV, or a file, around experts' exchanges."""
     context_parallel_degree: int = 1
     """Processes over which each sequence is split."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """How keys and values travel between the parts of a sequence."""
+    """Exchange of keys and values between the parts of a sequence."""
     expert_parallel_degree: int = 1
     """Processes over which experts are distributed."""
     expert_parallel_dispatch: Literal["auto", "all_to_all", "node_limited", "all_gather"] = "auto"
-    """A token travels once per rank, once per node, or to all ranks; auto: the fastest (ours)."""
+    """Send a token once per rank, once per node, or to all ranks; auto: the fastest (ours)."""
     expert_parallel_capacity: float = 2.0
-    """Room for experts' rows with all_gather, over the mean; a fuller step is redone (ours)."""
+    """Room for experts' rows with all_gather, over the mean; fuller steps are redone (ours)."""
     expert_parallel_node_size: int | None = None
     """Consecutive processes that share a node; unset: as torchrun started them (ours)."""
     expert_tensor_parallel_degree: int = 1
     """Processes over which each expert's matrices are split."""
 
 
-# What checkpoint.exclude_from_loading may name.
+# Parts of a checkpoint, which checkpoint.exclude_from_loading may name.
 CHECKPOINT_PARTS = ("model", "ema", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Saving and loading; without effect as long as enable is false."""
+    """Saving and loading; without effect while enable is false."""
 
     enable: bool = False
-    """Save checkpoints, and go on from the latest one."""
+    """Save checkpoints, and resume from the latest one."""
     enable_ft_dataloader_checkpoints: bool = True
     """Save the position in the data per replica for fault-tolerant training."""
     folder: str = "checkpoint"
@@ -217,27 +216,27 @@ class Checkpoint:
     interval: int = 500
     """Steps from one checkpoint to the next."""
     initial_load_path: str | None = None
-    """Checkpoint to start from when folder holds none."""
+    """Checkpoint to start from when folder has none."""
     initial_load_model_only: bool = True
-    """Take only the weights from initial_load_path."""
+    """Load only the weights from initial_load_path."""
     initial_load_in_hf: bool = False
-    """initial_load_path is in the Hugging Face format."""
+    """Read initial_load_path in the Hugging Face format."""
     initial_load_in_hf_quantized: bool = False
-    """initial_load_path is in the Hugging Face format with FP8 weights."""
+    """Read initial_load_path in the Hugging Face format with FP8 weights."""
     last_save_model_only: bool = True
-    """The last checkpoint holds only the weights."""
+    """Save only the weights in the last checkpoint."""
     last_save_in_hf: bool = False
-    """The last checkpoint is in the Hugging Face format."""
+    """Save the last checkpoint in the Hugging Face format."""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    """Type of the weights of a last checkpoint with weights only."""
+    """Type of the weights in a last checkpoint with weights only."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Whether training goes on while a checkpoint is written."""
+    """Whether training continues while a checkpoint is written to disk."""
     keep_latest_k: int = 10
     """Checkpoints to keep; 0 keeps all."""
     load_step: int = -1
     """Step of the checkpoint to load; -1: the latest."""
     exclude_from_loading: list[str] = _listing()
-    """Of model, ema, optimizer, lr_scheduler, dataloader, train_state, rng: what is not loaded."""
+    """Parts not to load: model, ema, optimizer, lr_scheduler, dataloader, train_state, rng."""
     enable_first_step_checkpoint: bool = False
     """Save after the first step too."""
     create_seed_checkpoint: bool = False
@@ -248,16 +247,16 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ActivationCheckpoint:
-    """Trading computation for memory: which activations are recomputed in the backward pass."""
+    """Recomputation of activations in the backward pass, which trades computation for memory."""
 
     mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
-    """Recompute some, all, none, or as many as a memory budget asks for."""
+    """Recompute some, all or no activations, or as many as a memory budget requires."""
     selective_ac_option: str = "2"
     """With mode selective: each n-th layer ("2"), or by operation ("op"; "elementwise", ours)."""
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = _listing("moe.router.gate")
-    """With "op": modules whose matrix multiplications are recomputed all the same."""
+    """With "op": modules whose matrix multiplications are recomputed nevertheless."""
     early_stop: bool = False
-    """Stop recomputing a layer as soon as all that is needed is there."""
+    """Stop recomputing a layer as soon as all needed tensors are computed."""
     memory_budget: float = 0.5
     """With mode memory_budget: 0 recomputes all, 1 recomputes nothing."""
     visualize_memory_budget_pareto: bool = False
@@ -267,7 +266,7 @@ class ActivationCheckpoint:
     determinism_check: str = "default"
     """Compare shapes of recomputed tensors with the first ones ("default") or not ("none")."""
     debug: bool = False
-    """Record what happened for the error message when recomputation differs (slow)."""
+    """Record operations for the error message when recomputation differs (slow)."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +276,7 @@ class Compile:
     enable: bool = False
     """Compile the parts named in components."""
     components: list[str] = _listing("model", "loss")
-    """What to compile: model (each block on its own), loss (where logits are held), or both."""
+    """Parts to compile: model (each block on its own), loss (where logits are held), or both."""
     backend: str = "inductor"
     """Back-end of torch.compile."""
     cuda_graph: bool = False
@@ -293,9 +292,9 @@ class Float8Linear:
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Compute all scales for FSDP in one go after the optimizer step."""
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """How far one scale reaches."""
+    """Granularity of the scales."""
     filter_fqns: list[str] = _listing()
-    """Modules that stay in high precision, by a part of their name."""
+    """Modules that stay in high precision, by parts of their names."""
     emulate: bool = False
     """Compute in high precision with FP8 rounding, for machines without FP8."""
 
@@ -313,7 +312,7 @@ class Float8GroupedMM:
     """FP8 for the grouped matrix multiplications of experts; through model.converters only."""
 
     fqns: list[str] | str = _listing()
-    """Modules to convert, by a part of their name."""
+    """Modules to convert, by parts of their names."""
 
 
 @dataclass(frozen=True)
@@ -349,12 +348,12 @@ class Comm:
     save_traces_file_prefix: str = "rank_"
     """Start of the names of these files."""
     mode: Literal["default", "fake_backend", "local_tensor"] = "default"
-    """Real collectives, or a dry run of many ranks on one process without any."""
+    """Real collectives, or a dry run of many ranks in one process, without collectives."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Loss on other data during the run; without effect as long as enable is false."""
+    """Loss on other data during the run; without effect while enable is false."""
 
     enable: bool = False
     """Validate every freq steps."""
@@ -373,14 +372,14 @@ class Validation:
     dataset_text_key: str = "text"
     """Field of jsonl and parquet records that holds the text (ours)."""
     sample_prompts: list[str] = _listing()
-    """Beginnings that the model goes on with at each validation, for TensorBoard and log (ours)."""
+    """Texts that the model continues at each validation, for TensorBoard and the log (ours)."""
     sample_tokens: int = 64
-    """Tokens that it writes behind each of them (ours)."""
+    """Tokens that it generates for each of them (ours)."""
 
 
 @dataclass(frozen=True)
 class Debug:
-    """Reproducibility, and switches for measuring."""
+    """Reproducibility, and switches for measurements."""
 
     seed: int | None = None
     """Seed of all random numbers; unset: a new one for each run."""
@@ -416,5 +415,5 @@ class JobConfig:
 
 
 def to_dict(config: JobConfig) -> dict[str, Any]:
-    """The whole config as plain tables, lists and scalars, ready for `json.dumps`."""
+    """Return the config as plain tables, lists and scalars, ready for `json.dumps`."""
     return asdict(config)

@@ -1,7 +1,7 @@
-"""From a TOML file and a command line to one frozen `JobConfig`: command line > file > defaults.
+"""One frozen `JobConfig` from a TOML file and a command line: command line > file > defaults.
 
-`tyro` turns the text of options into values and prints `--help`. Names are checked before it sees
-them, and what it refuses is said again in one sentence (`UserError`), the same as for the file.
+`tyro` parses the text of options and prints `--help`. Names are checked before it gets them, and a
+value that it refuses is reported in one sentence (`UserError`), the same as for the file.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 _MODEL_ARGS = "model.args"
-# Bytes of a config file; ours have two thousand.
+# Limit of a config file, in bytes; ours have two thousand.
 LARGEST_FILE = 1_000_000
-# Tables and lists inside of one another; real ones have four.
+# Limit of nested tables and lists; real ones have four levels.
 DEEPEST = 16
 _ABOUT = (
     "Train a DeepSeek-V3-like mixture-of-experts model. Each option is a key of the TOML file "
-    "named by --job.config_file, and wins over it. "
+    "named by --job.config_file, and overrides it. "
     'Lists are written a,b or \'["a", "b"]\'; switches --table.key, --table.no_key or '
     "--table.key=false."
 )
@@ -53,9 +53,11 @@ class ConfigManager:
     """Reads the settings of a run."""
 
     def parse_args(self, argv: list[str] | None = None) -> JobConfig:
-        """The config for these options (default: those of this process).
+        """Read the config for these options.
 
         Raises UserError for the first mistake; `--help` prints all keys and exits with code 0.
+
+        argv: options; None = those of this process.
         """
         argv = sys.argv[1:] if argv is None else argv
         if "-h" in argv or "--help" in argv:
@@ -67,10 +69,10 @@ class ConfigManager:
             file = os.path.expanduser(str(file))
             check_path("job.config_file", file)
             flat = read_config_file(file)
-            if "job.config_file" in flat and not file.endswith(".json"):  # runs save their own
+            if "job.config_file" in flat and not file.endswith(".json"):  # saved configs have it
                 logger.warning(
-                    "%s: job.config_file = %s is not read, because no file takes in another; "
-                    "remove it, and copy what it holds.",
+                    "%s: job.config_file = %s is not read, because a file can't include another; "
+                    "remove it, and copy the content of that file.",
                     file,
                     as_text(flat["job.config_file"]),
                 )
@@ -91,11 +93,11 @@ class ConfigManager:
 
 
 def read_config_file(file: str) -> dict[str, Any]:
-    """A TOML file as checked `{'training.steps': 10, ...}`; also the JSON file that a run saved."""
+    """Read a TOML file, or the JSON that a run saved, as checked `{'training.steps': 10, ...}`."""
     path = Path(file)
     raw = _read(path)
     try:
-        text = raw.decode("utf-8-sig")  # some Windows editors put a byte-order mark in front
+        text = raw.decode("utf-8-sig")  # some Windows editors begin with a byte-order mark
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(
@@ -104,11 +106,11 @@ def read_config_file(file: str) -> dict[str, Any]:
     language, parse = ("JSON", _loads_json) if path.suffix == ".json" else ("TOML", tomli.loads)
     try:
         table = parse(text)
-    except (tomli.TOMLDecodeError, json.JSONDecodeError) as error:  # both say the line
+    except (tomli.TOMLDecodeError, json.JSONDecodeError) as error:  # both name the line
         raise UserError(f"{file} is not valid {language}: {error}.") from None
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    except ValueError:  # Python's own limit
+    except ValueError:  # Python's limit for integers
         raise UserError(
             f"{file} holds an integer of more than {sys.get_int_max_str_digits()} digits; no "
             "setting takes one."
@@ -117,8 +119,8 @@ def read_config_file(file: str) -> dict[str, Any]:
         table = None
     if table is None or is_deep(table):
         raise UserError(
-            f"{file} has tables or lists inside of one another more than {DEEPEST} deep, which no "
-            "setting takes; remove them."
+            f"{file} has tables or lists nested more than {DEEPEST} deep, which no setting takes; "
+            "remove them."
         )
     if not isinstance(table, dict):
         raise UserError(f"{file} must hold a JSON object with one entry per table.")
@@ -126,10 +128,10 @@ def read_config_file(file: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> bytes:
-    """The whole file. Raises `UserError` for what can't be a config, before any of it is read."""
+    """Read the whole file. Raises `UserError` before reading one that can't be a config."""
     try:
         status = path.stat()
-        if not (path.is_file() or path.is_dir()):  # a pipe waits, and each process needs the whole
+        if not (path.is_file() or path.is_dir()):  # a pipe may wait, and has one reader only
             raise UserError(
                 f"job.config_file {path} is a pipe or a device; write its content to a TOML file."
             )
@@ -148,22 +150,22 @@ def _read(path: Path) -> bytes:
 
 
 def _near_file(path: Path) -> str:
-    """The way out: a TOML file beside it whose name is close, without the ending they share."""
+    """Suggest a TOML file beside it whose name, without the ending, is close."""
     stems = {other.stem.lower(): other.name for other in path.parent.glob("*.toml")}
     near = difflib.get_close_matches(path.stem.lower(), stems, n=1, cutoff=0.75)
     return f"; did you mean '{stems[near[0]]}'?" if near else "."
 
 
 def _loads_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_without_twins)
+    return json.loads(text, object_pairs_hook=_without_duplicates)
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"the key {as_text(twin)} is there twice in one table; leave one out.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"the key {as_text(twice)} occurs twice in one table; leave one out.")
     return table
 
 
@@ -173,7 +175,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_options(argv: list[str]) -> dict[str, str | bool]:
-    """Options as {key: text}, switches as {key: bool}; the last of two equal keys wins."""
+    """Split options into {key: text}, switches into {key: bool}; the last of equal keys wins."""
     options: dict[str, str | bool] = {}
     position = 0
     while position < len(argv):
@@ -198,7 +200,7 @@ def _is_model_arg(path: str) -> bool:
 
 
 def _option_path(name: str) -> tuple[str, bool]:
-    """The key that an option names, and whether it is switched off: `--metrics.no_enable_...`."""
+    """Return the key that an option names, and whether it is negated: `--metrics.no_enable_...`."""
     path = name.replace("-", "_")
     if path in KEYS or _is_model_arg(path):
         return path, False
@@ -222,7 +224,7 @@ def _option_value(path: str, negated: bool, values: list[str]) -> str | bool:
             return ",".join(values)
         row = row_type(kind)
         if row and values and matches(tables := parse_value(values[0]), kind):
-            _rows(kind, row, tables, f"command line: --{path}")  # says what is wrong inside a table
+            _rows(kind, row, tables, f"command line: --{path}")  # reports mistakes inside a table
     if not values:
         raise UserError(f"{shown} needs a value, as in --{path}=VALUE.")
     if len(values) > 1:
@@ -236,7 +238,7 @@ def _apply_texts(options: dict[str, str], default: JobConfig) -> JobConfig:
     values = _values(options)
     if values is not None:
         return replace_entries(default, values)
-    # tyro does not say in data which option it refused, so each is tried on its own.
+    # tyro does not tell a program which option it refused, so each is tried on its own.
     wrong = next(path for path, text in options.items() if _values({path: text}) is None)
     raise UserError(
         f"command line: --{wrong} {options[wrong]} {requirement(wrong, options[wrong])}"
@@ -244,9 +246,9 @@ def _apply_texts(options: dict[str, str], default: JobConfig) -> JobConfig:
 
 
 def _values(options: dict[str, str]) -> dict[str, Any] | None:
-    """The value of each option's text, or None where tyro refuses one.
+    """Parse each option's text; None where tyro refuses one.
 
-    tyro sees these options alone: a parser of all keys takes it ten times as long.
+    tyro gets only these options: a parser for all keys takes ten times as long.
     """
     fields = [
         (f"option_{n}", Annotated[KEYS[path].type, tyro.conf.arg(name=path)])
@@ -255,7 +257,7 @@ def _values(options: dict[str, str]) -> dict[str, Any] | None:
     table = dataclasses.make_dataclass("Options", fields)
     args = [f"--{path}={text}" for path, text in options.items()]
     try:
-        # console_outputs alone leaves some of tyro's error boxes on the screen (1.0.17).
+        # console_outputs alone does not suppress all of tyro's error boxes (1.0.17).
         with contextlib.redirect_stderr(io.StringIO()):
             values = _run_tyro(table, args, console_outputs=False)
     except SystemExit:
@@ -264,7 +266,7 @@ def _values(options: dict[str, str]) -> dict[str, Any] | None:
 
 
 def _run_tyro(table: type, args: list[str], **how: Any) -> Any:
-    """Leaves through SystemExit: with 0 after `--help`, with 2 where tyro refuses."""
+    """Call tyro. Raises SystemExit: with 0 after `--help`, with 2 for a value that tyro refuses."""
     return tyro.cli(table, args=args, use_underscores=True, registry=_REGISTRY, **how)
 
 
@@ -273,7 +275,7 @@ _REGISTRY = ConstructorRegistry()
 
 @_REGISTRY.primitive_rule
 def _lists_and_tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """tyro's rule for lists (`a,b` as in torchtitan, or a TOML array) and for tables."""
+    """Tell tyro how to parse lists (`a,b` as in torchtitan, or a TOML array) and tables."""
     kinds = alternatives(info.type)
     if not {list[str], list[list[str]], dict[str, Any]} & set(kinds):
         return None
@@ -299,7 +301,7 @@ def _lists_and_tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] 
 
 @_REGISTRY.primitive_rule
 def _lists_of_tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """[[table.key]] on the command line: a TOML array of inline tables."""
+    """Tell tyro how to parse [[table.key]]: a TOML array of inline tables."""
     kind: Any = info.type
     row = row_type(kind)
     if row is None:
@@ -326,7 +328,7 @@ def _rows(kind: Any, row: type, tables: Any, where: str) -> list[Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Text as a TOML value; None, True and False as in Python; anything else is a string."""
+    """Parse text as a TOML value; None, True and False as in Python; anything else is a string."""
     if text in ("None", "True", "False"):
         return {"None": None, "True": True, "False": False}[text]
     try:
@@ -337,7 +339,7 @@ def parse_value(text: str) -> Any:
 
 
 def is_deep(value: Any) -> bool:
-    """Whether tables and lists are inside of one another more than DEEPEST deep."""
+    """Whether tables and lists are nested more than DEEPEST deep."""
     level = [value]
     for _ in range(DEEPEST + 1):
         tables = [item for item in level if isinstance(item, dict | list)]
@@ -346,7 +348,7 @@ def is_deep(value: Any) -> bool:
 
 
 def _model_arg(path: str, text: str | bool) -> dict[str, Any]:
-    """`model.args.moe_args.top_k` and "2" as {"moe_args": {"top_k": 2}}."""
+    """Convert `model.args.moe_args.top_k` and "2" to {"moe_args": {"top_k": 2}}."""
     assert isinstance(text, str), f"{path} is no switch"
     value = parse_value(text)
     names = path.split(".")[2:]
@@ -360,7 +362,7 @@ def _model_arg(path: str, text: str | bool) -> dict[str, Any]:
 
 
 def deep_merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both tables as one; of two values `above` wins, two tables are merged the same way."""
+    """Merge two tables; of two values `above` wins, two tables are merged the same way."""
     merged = dict(below)
     for name, value in above.items():
         if isinstance(value, dict) and isinstance(merged.get(name), dict):

@@ -1,4 +1,4 @@
-"""Tables about what changes the weights: [optimizer], [lr_scheduler], [ema]."""
+"""Tables about updates of the weights: [optimizer], [lr_scheduler], [ema]."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,12 +6,13 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class ParamGroup:
-    """Parameters with a weight decay or a learning rate of their own; the first table holds."""
+    """Parameters with a weight decay or learning rate of their own; the first table that matches
+    applies."""
 
     match: list[str]
-    """Their whole names, * stands for anything: "tok_embeddings.*", "*norm.weight"."""
+    """Their whole names, in which * stands for anything: "tok_embeddings.*", "*norm.weight"."""
     weight_decay: float | None = None
-    """Strength of their weight decay; unset: as for others of their kind."""
+    """Strength of their weight decay; unset: the default of their kind."""
     lr_factor: float = 1.0
     """Factor on their learning rate."""
 
@@ -21,7 +22,7 @@ class Optimizer:
     """The update rule."""
 
     name: Literal["Adam", "AdamW", "Muon"] = "AdamW"
-    """Adam adds weight_decay to the gradient, AdamW takes it off; Muon (ours): for matrices."""
+    """Adam adds the decay to the gradient, AdamW to the update; Muon (ours): for matrices."""
     lr: float = 8e-4
     """Peak learning rate, before the factor of lr_scheduler."""
     beta1: float = 0.9
@@ -35,9 +36,9 @@ class Optimizer:
     weight_decay_on: Literal["matrices", "all"] = "matrices"
     """Decay only parameters with two or more dimensions, or all of them (ours)."""
     group: list[ParamGroup] = field(default_factory=list)
-    """Exceptions by name, [[optimizer.group]]; keys of each: docs/recipe.md (ours)."""
+    """Exceptions by name, [[optimizer.group]]; keys of each: docs/config.md (ours)."""
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """How the update is computed; the result is the same up to rounding."""
+    """Implementation of the update; the result is the same up to rounding."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """With AdamW: type in which its running means are kept (ours)."""
     muon_momentum: float = 0.95
@@ -45,7 +46,7 @@ class Optimizer:
     muon_adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """With Muon: scale a matrix's update to the size of AdamW's, or as first published (ours)."""
     early_step_in_backward: bool = False
-    """Update each parameter as soon as its gradient is there (one process, max_norm = inf)."""
+    """Update each parameter as soon as its gradient is computed (one process, max_norm = inf)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class LRScheduler:
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
     """Shape of the decay."""
     min_lr_factor: float = 0.0
-    """Where the decay ends, as a share of the peak learning rate, in [0, 1]."""
+    """Learning rate at the end of the decay, as a share of the peak, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class EMA:
     """A moving average of the weights, in CPU memory and in checkpoints (ours)."""
 
     enable: bool = False
-    """Keep it (ours)."""
+    """Keep the average (ours)."""
     decay: float = 0.999
-    """Share of the average that a step leaves, in [0, 1) (ours)."""
+    """Share of the average that a step keeps, in [0, 1) (ours)."""
     start_step: int = 0
-    """Step whose weights it begins with; 0: those that the run begins with (ours)."""
+    """Step with whose weights the average begins; 0: the initial weights of the run (ours)."""
     interval: int = 1
-    """Steps from one update to the next; each then moves it by 1 - decay ** interval (ours)."""
+    """Steps between updates; each moves the average by 1 - decay ** interval (ours)."""

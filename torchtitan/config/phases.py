@@ -1,15 +1,14 @@
-"""What holds at a point of the run: the phases of [[schedule.phase]] as one function of tokens.
+"""The phases of [[schedule.phase]]: settings of a step as a function of the tokens seen before it.
 
-Nothing is remembered: the values follow from the tokens seen before the step alone, so a run that
-is resumed, or rewound, in the middle of a phase goes on as it was. Without phases all of it stays
-as the config says, and `lr_scheduler` shapes the learning rate.
+No state is kept: a run that is resumed, or rewound, in the middle of a phase continues unchanged.
+Without phases all values are those of the config, and `lr_scheduler` shapes the learning rate.
 
-    learning rate   from the rate at the end of the phase before (first: optimizer.lr)
+    learning rate   from the rate at the end of the previous phase (first: optimizer.lr)
     batch size      in stairs of equal height, so that the layout can't change the sizes; the sizes
                     from first to last share the phase evenly (first: training.global_batch_size)
     coefficients    constant in a phase (first: those of the model arguments)
-    sequences       length, number in one forward pass, YaRN: constant in a phase (first: [training]
-                    and the model arguments)
+    batch shape     sequence length, sequences in one forward pass, YaRN: constant in a phase
+                    (first: [training] and the model arguments)
 """
 
 import math
@@ -23,8 +22,13 @@ from torchtitan.config.schedule_tables import COEFFICIENTS, Phase
 from torchtitan.tools.errors import UserError
 
 
-class Sequences(NamedTuple):
-    """What a forward pass takes. yarn: None is the model's own."""
+class BatchShape(NamedTuple):
+    """Shape of a forward pass.
+
+    seq_len: tokens of a sequence.
+    local_batch_size: sequences.
+    yarn: as model.args.yarn; None = the model's own.
+    """
 
     seq_len: int
     local_batch_size: int
@@ -32,12 +36,15 @@ class Sequences(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Now:
-    """Values of one optimizer step.
+class StepSettings:
+    """Settings of one optimizer step.
 
-    phase: from 1, 0 without phases.
-    yarn: None is the model's own.
-    coefficients: those that some phase up to now has set; all others are the model's own.
+    phase: number from 1; 0 = before the first phase, or no phases.
+    name: of the phase.
+    lr: learning rate.
+    batch_size: sequences over all ranks.
+    seq_len, local_batch_size, yarn: see `BatchShape`.
+    coefficients: those that a phase has set so far; all others are the model's own.
     """
 
     phase: int
@@ -54,8 +61,8 @@ class Now:
         return f"{self.phase} '{self.name}'" if self.name else str(self.phase)
 
     @property
-    def sequences(self) -> Sequences:
-        return Sequences(self.seq_len, self.local_batch_size, self.yarn)
+    def batch_shape(self) -> BatchShape:
+        return BatchShape(self.seq_len, self.local_batch_size, self.yarn)
 
     def describe(self) -> str:
         sequences = f"{self.batch_size} sequences of {self.seq_len} tokens a step"
@@ -64,7 +71,7 @@ class Now:
         return ", ".join(parts + [f"{name} {v:g}" for name, v in self.coefficients.items()])
 
     def numbers(self) -> dict[str, float]:
-        """For the log; nothing without phases."""
+        """Numbers for the log; empty without phases."""
         if not self.phase:
             return {}
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
@@ -72,12 +79,12 @@ class Now:
 
 
 def coefficients_set(phases: Sequence[Phase]) -> set[str]:
-    """The coefficients that some phase sets."""
+    """List the coefficients that some phase sets."""
     return {name for phase in phases for name in _values_set(phase, COEFFICIENTS)}
 
 
 def largest_coefficients(phases: Sequence[Phase]) -> dict[str, float]:
-    """Of the coefficients that some phase sets, the largest value."""
+    """Return the largest value of each coefficient that some phase sets."""
     return {
         name: max(value for phase in phases if (value := getattr(phase, name)) is not None)
         for name in coefficients_set(phases)
@@ -85,9 +92,13 @@ def largest_coefficients(phases: Sequence[Phase]) -> dict[str, float]:
 
 
 class RunSchedule:
-    """before: of the run before its first phase."""
+    """Settings over the whole run.
 
-    def __init__(self, phases: Sequence[Phase], before: Now):
+    phases: in order.
+    before: settings before the first phase.
+    """
+
+    def __init__(self, phases: Sequence[Phase], before: StepSettings):
         self.phases = list(phases)
         self._before = [before]  # the values at the end of each phase
         for n, phase in enumerate(self.phases, start=1):
@@ -95,9 +106,12 @@ class RunSchedule:
 
     @classmethod
     def of(cls, config: JobConfig, batch_size: int) -> Self:
-        """batch_size: of the first step, resolved."""
+        """Build the schedule of a config.
+
+        batch_size: sequences of the first step, over all ranks; -1 resolved.
+        """
         training = config.training
-        before = Now(
+        before = StepSettings(
             phase=0,
             name="",
             lr=config.optimizer.lr,
@@ -109,16 +123,16 @@ class RunSchedule:
 
     @property
     def tokens(self) -> float:
-        """Of all phases."""
+        """Tokens of all phases together."""
         return sum(phase.tokens for phase in self.phases)
 
     @property
-    def ends(self) -> list[Now]:
-        """What holds before the first phase, and at the end of each."""
+    def ends(self) -> list[StepSettings]:
+        """Settings before the first phase, and at the end of each phase."""
         return list(self._before)
 
-    def at(self, tokens: int) -> Now:
-        """For the step that has `tokens` behind it. After the last phase its end holds."""
+    def at(self, tokens: int) -> StepSettings:
+        """Settings of the step after `tokens` tokens; past the last phase, those at its end."""
         start = 0.0
         for n, phase in enumerate(self.phases):
             if tokens < start + phase.tokens:
@@ -126,8 +140,8 @@ class RunSchedule:
             start += phase.tokens
         return self._before[-1]
 
-    def begun(self, tokens: int) -> list[Now]:
-        """What holds at the end of each phase that has begun when `tokens` are seen."""
+    def begun(self, tokens: int) -> list[StepSettings]:
+        """Settings at the end of each phase that has begun after `tokens` tokens."""
         ends, start = [], 0.0
         for n, phase in enumerate(self.phases, start=1):
             if start <= tokens:
@@ -136,29 +150,31 @@ class RunSchedule:
         return ends or [self._before[0]]
 
     def num_steps(self) -> int:
-        """Optimizer steps until the phases are over."""
-        return sum(number for number, _, _ in self._stretches())
+        """Count the optimizer steps until the phases are over."""
+        return sum(number for number, _, _ in self._equal_steps())
 
     def first_sequences(self) -> list[int]:
-        """For each phase the number, from 0, of the run's first sequence that has all tokens of the
-        phases before it behind it; it may be in the middle of a step of the phase before."""
+        """Number, from 0, of the first sequence after all tokens of earlier phases, for each phase.
+
+        It may be in the middle of a step of the previous phase.
+        """
         firsts: list[int] = []
-        stretches, seq_len = self._stretches(), self._before[0].seq_len
-        began = sequences, tokens = 0, 0  # of the last stretch; behind it
+        runs, seq_len = self._equal_steps(), self._before[0].seq_len
+        began = sequences, tokens = 0, 0  # before the last run of equal steps; after it
         end = 0.0
         for phase in self.phases:
             while tokens < end:
                 began = sequences, tokens
-                number, batch_size, seq_len = next(stretches)
+                number, batch_size, seq_len = next(runs)
                 sequences += number * batch_size
                 tokens += number * batch_size * seq_len
             firsts.append(began[0] + math.ceil((end - began[1]) / seq_len))
             end += phase.tokens
         return firsts
 
-    def _stretches(self) -> Iterator[tuple[int, int, int]]:
-        """The run's steps, until the phases are over: how many are alike, their batch size and
-        sequence length. None goes on over the end of a phase but with its last step."""
+    def _equal_steps(self) -> Iterator[tuple[int, int, int]]:
+        """Yield runs of equal steps until the phases are over: their number, batch size and
+        sequence length. Only the last step of a run may cross the end of a phase."""
         tokens, end = 0, 0.0
         for n, phase in enumerate(self.phases):
             start, end = end, end + phase.tokens
@@ -168,15 +184,15 @@ class RunSchedule:
                 border = start + _end_of_stair(self._before[n], now, phase)
                 number = max(1, math.ceil((min(border, end) - tokens) / tokens_of_step))
                 last = self.at(tokens + (number - 1) * tokens_of_step)
-                if last.batch_size != now.batch_size:  # by rounding: it is on the next stair
+                if last.batch_size != now.batch_size:  # rounding has put it on the next stair
                     number -= 1
                 yield number, now.batch_size, now.seq_len
                 tokens += number * tokens_of_step
 
 
-def _entered(before: Now, phase: Phase, number: int) -> Now:
-    """The values at the end of the phase."""
-    named = _values_set(phase, ("lr", "batch_size", *Sequences._fields))
+def _entered(before: StepSettings, phase: Phase, number: int) -> StepSettings:
+    """Settings at the end of a phase."""
+    named = _values_set(phase, ("lr", "batch_size", *BatchShape._fields))
     values = before.coefficients | _values_set(phase, COEFFICIENTS)
     in_order = {name: values[name] for name in COEFFICIENTS if name in values}
     return replace(before, phase=number, name=phase.name, coefficients=in_order, **named)
@@ -186,7 +202,7 @@ def _values_set(phase: Phase, names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(phase, name)) is not None}
 
 
-def _within(before: Now, end: Now, phase: Phase, tokens: float) -> Now:
+def _within(before: StepSettings, end: StepSettings, phase: Phase, tokens: float) -> StepSettings:
     progress = tokens / phase.tokens
     now = end
     if phase.lr_shape != "constant":
@@ -202,15 +218,15 @@ def _within(before: Now, end: Now, phase: Phase, tokens: float) -> Now:
     return now
 
 
-def _stairs(before: Now, phase: Phase) -> tuple[int, int]:
+def _stairs(before: StepSettings, phase: Phase) -> tuple[int, int]:
     """Height of a stair, and the number of batch sizes, first and last included."""
-    # config/rules/phases.py refuses a phase with stairs that lacks one of them
+    # config/rules/schedule.py refuses a phase with stairs that lacks one of these two
     assert phase.batch_size is not None and phase.batch_size_step is not None
     height = phase.batch_size_step
     return height, abs(phase.batch_size - before.batch_size) // height + 1
 
 
-def _end_of_stair(before: Now, now: Now, phase: Phase) -> float:
+def _end_of_stair(before: StepSettings, now: StepSettings, phase: Phase) -> float:
     """Tokens of the phase after which its batch size changes next."""
     if phase.batch_size_shape == "constant":
         return phase.tokens
@@ -220,7 +236,8 @@ def _end_of_stair(before: Now, now: Now, phase: Phase) -> float:
 
 
 def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
-    """Sequences per optimizer step, -1 resolved; a multiple of one forward pass of all ranks."""
+    """Sequences per optimizer step, with -1 resolved. Raises `UserError` where they are not a
+    multiple of one forward pass of all ranks."""
     wanted, local = config.training.global_batch_size, config.training.local_batch_size
     unit = local * dp_degree
     if wanted == -1:
@@ -236,5 +253,6 @@ def resolve_global_batch_size(config: JobConfig, dp_degree: int) -> int:
 
 
 def run_schedule(config: JobConfig, dp_degree: int) -> RunSchedule:
-    """The run's phases on so many data-parallel ranks. Raises `UserError` for its batch size."""
+    """Schedule of a run on `dp_degree` data-parallel ranks. Raises `UserError` for an impossible
+    batch size."""
     return RunSchedule.of(config, resolve_global_batch_size(config, dp_degree))

@@ -14,47 +14,50 @@ def _coefficient(*, of_experts: bool = False) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of the run, counted in tokens. What a phase leaves out stays as it was."""
+    """A part of the run, counted in tokens. A key that is left out keeps its value."""
 
     name: str = ""
-    """What the log calls the phase."""
+    """Name of the phase in the log."""
     tokens: float
     """Length of the phase: tokens over all ranks, padding included."""
     lr: float | None = None
-    """Learning rate, reached as lr_shape says."""
+    """Learning rate at the end of the phase; lr_shape sets the way to it."""
     lr_shape: Literal["constant", "linear", "cosine"] = "constant"
-    """constant: lr from the start of the phase on; else a curve from the rate before to lr."""
+    """constant: lr from the start of the phase on; else a curve from the previous rate to lr."""
     batch_size: int | None = None
-    """Sequences per optimizer step, reached as batch_size_shape says."""
+    """Sequences per optimizer step at the end of the phase; batch_size_shape sets the way to it."""
     batch_size_shape: Literal["constant", "linear"] = "constant"
-    """constant: batch_size from the start of the phase on; linear: stairs from the size before."""
+    """constant: batch_size from the phase's start on; linear: stairs from the previous size."""
     batch_size_step: int | None = None
     """With batch_size_shape "linear": height of a stair, in sequences."""
     seq_len: int | None = None
     """Tokens per sequence."""
     local_batch_size: int | None = None
-    """Sequences per forward pass of a data-parallel rank: fewer where they are longer."""
+    """Sequences per forward pass of a data-parallel rank; set fewer where sequences are longer."""
     yarn: Literal["auto", "on", "off"] | None = None
-    """RoPE scaled for longer contexts, as model.args.yarn."""
+    """Scaling of RoPE for longer contexts, as model.args.yarn."""
     load_balance_coeff: float | None = _coefficient(of_experts=True)
     """Speed of the expert bias (the report's gamma)."""
     sequence_balance_coeff: float | None = _coefficient(of_experts=True)
     """Weight of the sequence-wise balance loss (the report's alpha)."""
     global_balance_coeff: float | None = _coefficient(of_experts=True)
-    """Weight of the balance loss over the global batch, with the loads of the step before."""
+    """Weight of the balance loss over the global batch, with the loads of the previous step."""
     z_loss_coeff: float | None = _coefficient(of_experts=True)
     """Weight of the router's z-loss."""
     mtp_loss_weight: float | None = _coefficient()
     """Weight of the multi-token prediction loss (the report's lambda)."""
     blend: dict[str, float] | None = None
-    """Weights of the datasets of [[training.blend]] by name; from those not named, nothing."""
+    """Weights of the datasets of [[training.blend]], by name; datasets not named are not read."""
 
     def title(self, number: int) -> str:
-        """What sentences call the phase; number: from 1."""
+        """Name the phase for messages.
+
+        number: from 1.
+        """
         return f"schedule.phase {number}" + (f" ('{self.name}')" if self.name else "")
 
 
-# Names of what phases set in the model, from the fields above.
+# Coefficients of the model that phases set, from the fields above.
 COEFFICIENTS = tuple(f.name for f in fields(Phase) if f.metadata.get("coefficient"))
 EXPERT_COEFFICIENTS = tuple(f.name for f in fields(Phase) if f.metadata.get("of_experts"))
 
@@ -64,9 +67,9 @@ class Dataset:
     """A dataset of a blend. The keys are those of [training]."""
 
     name: str
-    """What phases and the log call it."""
+    """Name of the dataset in phases and in the log."""
     weight: float | None = None
-    """Its share of the sequences, over the sum of weights; unset: none until a phase names it."""
+    """Share of the sequences, over the sum of weights; unset: not read until a phase names it."""
     dataset: str = "text"
     """Name of the dataset."""
     dataset_path: str | None = None
@@ -77,23 +80,23 @@ class Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """A number of the log that must stay within bounds, looked at on every logged step."""
+    """A number of the log that must stay within bounds, checked on every logged step."""
 
     watch: str
-    """Which number, such as max_violation (all of them: docs/recipe.md)."""
+    """Name of the number, such as max_violation (all of them: docs/recipe.md)."""
     above: float | None = None
-    """The alarm rings above this."""
+    """The alarm goes off above this."""
     below: float | None = None
-    """The alarm rings below this."""
+    """The alarm goes off below this."""
     times: int = 1
-    """Logged steps in a row that must be out of bounds before it rings."""
+    """Logged steps in a row that must be out of bounds before the alarm goes off."""
     action: Literal["warn", "checkpoint", "stop"] = "warn"
     """Warn only, save a checkpoint too, or (saved where checkpoints are enabled) end the run."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What changes during the run: [[schedule.phase]], one table a phase, in order (ours)."""
+    """Settings that change during the run: [[schedule.phase]], a table a phase, in order (ours)."""
 
     phase: list[Phase] = field(default_factory=list)
-    """Phases, which replace lr_scheduler's decay; keys of each: docs/recipe.md (ours)."""
+    """Phases, which replace lr_scheduler's decay; keys of each: docs/config.md (ours)."""

@@ -1,4 +1,4 @@
-"""Which keys a config has and of what type: checks nested tables and builds `JobConfig` from them.
+"""Keys of the config and their types: checks nested tables and builds `JobConfig` from them.
 
 A key is written with its table, `training.steps`. Tables are flattened to `{key: value}` while they
 are checked; `build` puts the flat form back into the dataclasses.
@@ -15,9 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from torchtitan.config.job_config import JobConfig
 from torchtitan.tools.errors import UserError, suggest
 
-# Tables of torchtitan v0.2 that have no counterpart here, with their defaults there: a file that
-# spells these out asks for nothing. (As there, [quantize] takes effect through model.converters
-# only, so the keys of its tables may hold anything.)
+# Tables of torchtitan v0.2 that are not supported here, with torchtitan's defaults: a file may
+# contain them with these values. (As in torchtitan, [quantize] takes effect through
+# model.converters only, so the keys of its tables may have any value.)
 ANYTHING = object()
 FOREIGN_TABLES: dict[str, dict[str, Any]] = {
     "experimental": {"custom_import": "", "custom_args_module": ""},
@@ -74,7 +74,7 @@ KEYS, TABLES = _known()
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union without None; any other type is its own only alternative."""
+    """List the members of a union without None; of any other type, the type itself."""
     members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     return tuple(member for member in members if member is not types.NoneType)
 
@@ -94,17 +94,17 @@ def matches(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(is_item(item) for item in value.values())
     if kind is float:
         return type(value) in (int, float)
-    return type(value) is kind  # not isinstance: true is no integer
+    return type(value) is kind  # not isinstance, for which True is an integer
 
 
 def row_type(kind: Any) -> type | None:
-    """The dataclass of which the key holds a list, written [[table.key]]; None for other keys."""
+    """Return the dataclass of a key that holds a list of tables, [[table.key]]; else None."""
     inner = get_args(kind)[0] if get_origin(kind) is list else None
     return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
 
 
 def _is_plain(value: Any) -> bool:
-    """Numbers, strings, booleans, None, and lists and tables of them; TOML's dates are not."""
+    """Whether a value consists of numbers, strings, booleans, None, lists and tables: no dates."""
     if isinstance(value, dict):
         return all(_is_plain(item) for item in value.values())
     if isinstance(value, list):
@@ -113,7 +113,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def describe(kind: Any) -> str:
-    """The type in words: "a string", "true or false", "a list of tables"."""
+    """Describe a type in words: "a string", "true or false", "a list of tables"."""
     if row_type(kind) is not None:
         return "a list of tables"
     words = {
@@ -150,7 +150,7 @@ def _example(key: Key) -> str:
 
 
 def requirement(path: str, value: Any) -> str:
-    """What the key must hold, to follow "key = value": `must be an integer, for example 10000.`"""
+    """End of a sentence about a wrong value: `must be an integer, for example 10000.`"""
     return _requirement(KEYS[path], value)
 
 
@@ -178,7 +178,7 @@ def _either(choices: list[str]) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A value as one would write it in a TOML file, cut where it gets long."""
+    """Write a value as in a TOML file, cut where it is long."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -189,8 +189,8 @@ def as_text(value: Any) -> str:
 
 
 def unknown(path: str, *, is_table: bool = False) -> str:
-    """Why there is no such key (or table), and where to look instead, as the end of a sentence."""
-    parts = path.split(".", 16)  # all beyond is one name: no table lies as deep
+    """End of a sentence about an unknown key (or table), with a hint at the right one."""
+    parts = path.split(".", 16)  # the rest is one name: no table is nested as deep
     prefixes = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
     for prefix in prefixes:
         if prefix in FOREIGN_TABLES:
@@ -215,7 +215,7 @@ def unknown(path: str, *, is_table: bool = False) -> str:
 
 
 def _children(table: str, paths: Any) -> list[str]:
-    """The names directly below a table ("" is the top)."""
+    """List the names directly below a table ("" is the top)."""
     split = (path.rpartition(".") for path in paths)
     return [name for parent, _, name in split if parent == table]
 
@@ -226,9 +226,12 @@ def _children(table: str, paths: Any) -> list[str]:
 
 
 def flatten(table: dict[str, Any], *, source: str, at: str = "") -> dict[str, Any]:
-    """Nested tables as `{'training.steps': 10, ...}`; raises UserError for the first wrong key.
+    """Flatten nested tables to `{'training.steps': 10, ...}`. Raises UserError for a wrong key.
 
-    `source` names the file in messages. Integers become floats where the key is a float.
+    Integers become floats where the key is a float.
+
+    source: names the file in messages.
+    at: table in which `table` is nested; "" = the top.
     """
     flat: dict[str, Any] = {}
     for name, value in table.items():
@@ -270,9 +273,9 @@ def _checked(path: str, value: Any, source: str) -> Any:
 
 
 def as_float(value: Any, kind: Any) -> Any:
-    """An integer as a float where the annotation asks for one; any other value as it is.
+    """Convert an integer to a float where the annotation is one; return any other value unchanged.
 
-    So is an integer that no float can hold: rules/numbers.py then refuses it as it was written.
+    An integer too large for a float is unchanged, too: rules/numbers.py refuses it then.
     """
     if float not in alternatives(kind) or type(value) is not int:
         return value
@@ -283,7 +286,10 @@ def as_float(value: Any, kind: Any) -> Any:
 
 
 def make_row(row: type, table: dict[str, Any], where: str) -> Any:
-    """One table of a list as its dataclass. `where` names it in messages: "x.toml: a.b 2"."""
+    """Convert one table of a list to its dataclass.
+
+    where: names the table in messages: "x.toml: a.b 2".
+    """
     hints = get_type_hints(row)
     kinds = {field.name: hints[field.name] for field in dataclasses.fields(row)}
     values = {}
@@ -296,12 +302,12 @@ def make_row(row: type, table: dict[str, Any], where: str) -> Any:
         values[name] = as_float(value, kinds[name])
     for field in dataclasses.fields(row):
         if field.name not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"{where}: {field.name} is missing, which each of these tables needs.")
+            raise UserError(f"{where}: {field.name} is missing; each of these tables needs it.")
     return row(**values)
 
 
 def build(flat: dict[str, Any]) -> JobConfig:
-    """The config in which these keys have these values and all others their defaults."""
+    """Build the config in which these keys have these values and all others their defaults."""
     return _filled(JobConfig(), flat, "")
 
 
@@ -323,8 +329,11 @@ def _filled(table: Any, flat: dict[str, Any], at: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A setting with its value. key: "schedule.phase.lr" in every phase; title: what sentences
-    call it, "schedule.phase 1: lr". type: its annotation.
+    """A setting with its value.
+
+    key: such as "schedule.phase.lr", in every phase.
+    title: name in messages, such as "schedule.phase 1: lr".
+    type: annotation.
     """
 
     key: str
@@ -334,7 +343,7 @@ class Entry:
 
 
 def entries(config: JobConfig) -> Iterator[Entry]:
-    """Every setting, those in lists of tables and the numbers in tables of numbers included."""
+    """Yield every setting, also those in lists of tables, and the numbers in tables of numbers."""
     for key, known in KEYS.items():
         value = value_of(config, key)
         row = row_type(known.type)
@@ -357,7 +366,10 @@ def _numbers_of(entry: Entry) -> Iterator[Entry]:
 
 
 def replace_entries(config: JobConfig, values: Mapping[str, Any]) -> JobConfig:
-    """The config with these settings instead, by title."""
+    """Replace settings.
+
+    values: by title.
+    """
     flat = {}
     for key, known in KEYS.items():
         value = value_of(config, key)
@@ -375,5 +387,5 @@ def replace_entries(config: JobConfig, values: Mapping[str, Any]) -> JobConfig:
 
 
 def value_of(config: JobConfig, key: str) -> Any:
-    """The value of `section.key`."""
+    """Return the value of `section.key`."""
     return functools.reduce(getattr, key.split("."), config)

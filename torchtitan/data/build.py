@@ -90,4 +90,4 @@ def _advice(num_streams: int, rank_slice: RankSlice, sources: Sequence[Source]) 
             source.check_streams(instead)
     except UserError:  # there are too few documents for it
         advice = ""
-    return f"{advice}; a run that goes on from a checkpoint keeps its streams"
+    return f"{advice}; a run that resumes from a checkpoint keeps its streams"

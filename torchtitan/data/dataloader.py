@@ -5,7 +5,7 @@ and each of the S streams is a sequence of documents of its own. So what is exam
 data alone. With N examples behind it, a run of d data-parallel ranks gives example N + m * d + r to
 rank r, m = 0, 1, 2, ...: after k examples on each rank, exactly the next k * d are used. Whatever
 the number of ranks, loader workers or accumulation steps, an optimizer step of G sequences sees the
-same G, and another layout goes on where the last one stopped.
+same G, and another layout resumes where the last one stopped.
 
 A loader process makes the whole of each stream that its examples come from. Where S is a multiple
 of d (with w workers and local batches of b: of d * w * b), no other process takes from it;
@@ -134,7 +134,7 @@ class ParallelAwareDataLoader:
             raise RunError(
                 f"a process of training.dataset_num_workers = {self._slice.num_workers} that reads "
                 f"the data has ended ({' '.join(str(error).split())}), perhaps for want of memory; "
-                "set fewer and start the run again: it goes on from its newest checkpoint."
+                "set fewer and start the run again: it resumes from its newest checkpoint."
             ) from None
 
     def local_state(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class DocumentFile(ABC):
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         return RunError(
             f"{self.path} can't be read any more ({' '.join(str(reason).split())}); put the file "
-            "back as it was and start the run again: it goes on from its newest checkpoint."
+            "back as it was and start the run again: it resumes from its newest checkpoint."
         )
 
     def open(self) -> io.BufferedReader:

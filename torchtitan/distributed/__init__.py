@@ -1,4 +1,4 @@
-"""How tensors and modules spread over ranks. Knows no model class."""
+"""Parallelisms: tensors and modules spread over ranks. Nothing here knows a model class."""
 
 from torchtitan.distributed.parallel_dims import ParallelDims
 

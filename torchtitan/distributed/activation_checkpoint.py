@@ -1,10 +1,10 @@
 """Activation checkpointing: keep a layer's input, recompute the rest in the backward pass.
 
-Every layer (`full`), every n-th layer (`selective`, option n), or by operation (`selective`, option
-"op"): attention, expert GEMMs and communication results are kept, and every second matrix product;
-the rest, cheap, is recomputed ("elementwise" keeps every matrix product). In all of them the choice
-of experts is kept, so that recomputation sends every token where it went before, whatever has
-happened to the routing bias meanwhile.
+It applies to every layer (`full`), to every n-th layer (`selective`, option n), or by operation
+(`selective`, option "op"): attention, expert GEMMs and communication results are kept, and every
+second matrix product; the rest, which is cheap, is recomputed ("elementwise" keeps every matrix
+product). In all modes the choice of experts is kept, so that recomputation sends every token to the
+same experts as before, whatever has happened to the routing bias meanwhile.
 
 `memory_budget` leaves the choice to the compiler, which solves for the cheapest recomputation.
 """
@@ -32,9 +32,10 @@ from torchtitan.config import ActivationCheckpoint
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
-# Operations by their registered names. Kept in every mode: results that choose experts.
+# Operations by their registered names. In every mode the choice of experts is kept.
 _ROUTING = {"aten::topk", "torchtitan::route"}
-# Kept by operation. Our own operators (namespace torchtitan) are added here, and nowhere else.
+# Kept by the options that go by operation. New operators of ours (namespace torchtitan) are added
+# here, and nowhere else.
 _KEPT = _ROUTING | {
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_efficient_attention",
@@ -45,12 +46,12 @@ _KEPT = _ROUTING | {
     "torchtitan::document_attention",
     "torchtitan::expert_ffn",
     "torchtitan::mla_attention",
-    # What the differentiable collectives are made of: policies look below autograd.
+    # The operators inside the differentiable collectives: policies see those below autograd.
     "_c10d_functional::all_to_all_single",
     "_c10d_functional::reduce_scatter_tensor",
 }
 _MATMUL = "aten::mm"
-# What the options that go by operation recompute.
+# What is recomputed with the options that go by operation.
 _BY_OP = {
     "op": "all but attention, expert GEMMs and every second matmul",
     "elementwise": "all but attention and GEMMs",
@@ -58,7 +59,7 @@ _BY_OP = {
 
 
 def check_memory_budget(config: ActivationCheckpoint) -> None:
-    """Raise `UserError` where its picture can't be drawn here."""
+    """Raise `UserError` where the picture of the memory budget can't be drawn here."""
     if config.visualize_memory_budget_pareto and find_spec("matplotlib") is None:
         raise UserError(
             "activation_checkpoint.visualize_memory_budget_pareto = true needs matplotlib, which "
@@ -76,7 +77,7 @@ def apply_activation_checkpoint(
     option = config.selective_ac_option if config.mode == "selective" else "1"
     by_op, keep_matmuls = option in _BY_OP, option == "elementwise"
     every = 1 if by_op else int(option)
-    # By global number: which layers recompute must not depend on a pipeline's cut.
+    # Counted by global number: the chosen layers must not depend on a pipeline's stages.
     numbers = _numbers(layers)
     chosen = [layer for name, layer in layers.items() if (numbers[name] + 1) % every == 0]
     _ignore_records_of_profiler()
@@ -99,9 +100,12 @@ def apply_activation_checkpoint(
     )
 
 
-class _Again(_CachedTorchDispatchMode):
-    """Recomputes any number of times: schedules that split the backward pass of a stage (zero
-    bubble) do it twice, where torch's own gives each kept result out once."""
+class _ReplayMode(_CachedTorchDispatchMode):
+    """Replays kept results any number of times.
+
+    Schedules that split the backward pass of a stage (zero bubble) recompute twice; torch's own
+    mode returns each kept result only once.
+    """
 
     kept: dict[Any, Any]
 
@@ -113,16 +117,18 @@ class _Again(_CachedTorchDispatchMode):
 def _recomputed(
     forward: Callable, make_policy: Callable[[], Callable], config: ActivationCheckpoint
 ) -> Callable:
-    """A method in the place of `forward`. One for all layers: torch.compile shares what it has
-    compiled between layers with the same code, and a closure for each layer would be code of its
-    own, up to the limit of recompilations."""
+    """Make the method that replaces `forward`, one for all layers.
+
+    torch.compile shares compiled code between layers with the same code; a closure for each layer
+    would be compiled anew, up to the limit of recompilations.
+    """
 
     def contexts():
-        first, again = create_selective_checkpoint_contexts(make_policy())
-        again.__class__ = _Again
-        again = cast(_Again, again)
-        again.kept = again.storage
-        return first, again
+        record, replay = create_selective_checkpoint_contexts(make_policy())
+        replay.__class__ = _ReplayMode
+        replay = cast(_ReplayMode, replay)
+        replay.kept = replay.storage
+        return record, replay
 
     options = {
         "use_reentrant": False,
@@ -140,8 +146,8 @@ def _recomputed(
 
 
 def _ignore_records_of_profiler() -> None:
-    # FSDP inside of a layer (its experts) marks its all-gathers for the profiler, not equally often
-    # in both passes; torch 2.13 is strict about that, 2.11 has neither the check nor the set.
+    # FSDP inside of a layer (its experts) marks its all-gathers for the profiler, and not equally
+    # often in both passes; torch 2.13 checks that, 2.11 has neither the check nor the set.
     ignored = getattr(torch.utils.checkpoint, "SAC_IGNORED_OPS", None)
     if ignored is not None:
         ignored |= {
@@ -151,7 +157,7 @@ def _ignore_records_of_profiler() -> None:
 
 
 def _numbers(names: Iterable[str]) -> dict[str, int]:
-    """Of layers by their names "0", "1", …; others (multi-token prediction) come behind them."""
+    """Number layers by their names "0", "1", …; others (multi-token prediction) follow them."""
     numbers = {name: int(name) for name in names if name.isdecimal()}
     others = [name for name in names if name not in numbers]
     first = max(numbers.values(), default=-1) + 1
@@ -159,7 +165,7 @@ def _numbers(names: Iterable[str]) -> dict[str, int]:
 
 
 def _matmul_shapes(layer: nn.Module, names: list[str]) -> set[torch.Size]:
-    """Shapes (in, out) of the linear layers whose name contains one of `names`."""
+    """List the shapes (in, out) of the linear layers whose name contains one of `names`."""
     return {
         torch.Size((module.in_features, module.out_features))
         for name, module in layer.named_modules()
@@ -179,9 +185,8 @@ def _keep_routing() -> Callable[..., CheckpointPolicy]:
 def _op_policy(
     recomputed_shapes: frozenset[torch.Size], keep_matmuls: bool
 ) -> Callable[..., CheckpointPolicy]:
-    # One policy per pass through a layer, so the count of matmuls starts anew each time. Forward
-    # and recomputation meet the same operations in the same order, so they agree on every second
-    # one.
+    # One policy per pass through a layer, so the count of matmuls starts at zero each time. Forward
+    # and recomputation run the same operations in the same order, so both pick the same half.
     matmuls = {"forward": 0, "recompute": 0}
 
     def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
@@ -199,7 +204,7 @@ def _op_policy(
 
 
 def _set_memory_budget(config: ActivationCheckpoint, dump_folder: str) -> None:
-    """Settings of the compiler for the whole process; the validator has seen that it compiles."""
+    """Set the compiler's options for the whole process; config/rules has checked compile.enable."""
     budgeted = config.mode == "memory_budget"
     settings = torch._functorch.config
     settings.activation_memory_budget = config.memory_budget if budgeted else 1.0
@@ -211,5 +216,5 @@ def _set_memory_budget(config: ActivationCheckpoint, dump_folder: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         settings.memory_budget_pareto_dir = str(folder)
     logger.info(
-        "Activation checkpointing: the compiler keeps %g of what it could", config.memory_budget
+        "Activation checkpointing: the compiler keeps %g of the activations", config.memory_budget
     )

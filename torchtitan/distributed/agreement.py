@@ -1,9 +1,10 @@
-"""Ranks agree before they go on: on equal settings, or on the sentence of the one that refuses.
+"""Agreement of all ranks before they start: on equal settings, or on one rank's error message.
 
-They do so over the store in which they meet, not in a collective: nothing that differs between
-ranks (a mesh, a back-end, a version) can make this hang, and a rank that has met a mistake tells it
-and goes, whatever the others are doing. Each rank writes one digest and reads one verdict, so it is
-as cheap on thousands of ranks as meeting there is; only settings that differ are sent whole.
+It uses the store in which the ranks meet, not a collective: nothing that differs between ranks (a
+mesh, a back-end, a version) can make this hang, and a rank that finds a mistake reports it and
+exits, whatever the others are doing. Each rank writes one digest and reads one verdict, so on
+thousands of ranks it costs no more than meeting in the store; only settings that differ are sent
+whole.
 """
 
 import hashlib
@@ -24,23 +25,25 @@ Settings = Mapping[str, Any]  # by name; values that JSON holds
 
 
 class RefusedElsewhere(UserError):
-    """The sentence of another rank, which has told it, too."""
+    """The error message of another rank, which reports it, too."""
 
 
-# A rank 0 that keeps the store and refuses stays until all have heard it, or for so long.
+# Rank 0, where it serves the store, stays after a failure until all ranks have read of it, at most
+# so long.
 LINGER_SECONDS = 20.0
-# Rank 0 tells who has not come; the others wait a little longer, to hear that.
+# Rank 0 reports which ranks are missing; the others wait this much longer, to read its report.
 _LATER = 15.0
-# Different settings that are looked at; more would have the same cause.
+# Number of different settings that are compared; more would have the same cause.
 _MOST_KINDS = 64
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """All ranks of the run at their store.
+    """All ranks of a run, at the store in which they met.
 
-    store: theirs alone; they agree in the same order. seconds: how long to wait for the last rank.
-    keeps_store: the others lose the store when this process ends.
+    store: used by this run alone. All ranks call `agree` and `refuse` in the same order.
+    seconds: how long to wait for the last rank.
+    keeps_store: whether this process serves the store, which the others lose when it ends.
     """
 
     store: dist.Store
@@ -51,11 +54,11 @@ class Meeting:
     _topics: Iterator[int] = field(default_factory=itertools.count)
 
     def agree(self, find: Callable[[], Settings]) -> None:
-        """Call `find` on every rank and compare what it returns.
+        """Call `find` on every rank and compare the settings that it returns.
 
-        Raises `UserError` on every rank: where settings differ, with the first that does; where
-        `find` has raised one on some rank, with that rank's sentence (on that rank: as it was); and
-        where a rank does not come.
+        Raises `UserError` on every rank: where settings differ, with the first one that does; where
+        `find` raised one on some rank, with that rank's message (on that rank, unchanged); and
+        where a rank doesn't join.
         """
         store = dist.PrefixStore(f"agreement_{next(self._topics)}", self.store)
         try:
@@ -71,15 +74,18 @@ class Meeting:
             raise
         except (dist.DistError, RuntimeError) as error:
             raise UserError(
-                f"the {self.world_size} processes have lost each other before the first step "
-                f"({_first_line(error)}): look for the sentence of another rank, and start again."
+                f"the {self.world_size} processes lost contact before the first step "
+                f"({_first_line(error)}): read the error of another rank, and start again."
             ) from None
         if sentence is not None:
             raise UserError(sentence)
 
     def refuse(self, sentence: str) -> bool:
-        """Take part in the next agreement with a refusal. Whether rank 0 refuses, too, with the
-        same sentence: then that one tells it."""
+        """Take part in the next agreement with an error message.
+
+        Returns whether rank 0 reports it: on rank 0 always, elsewhere where rank 0 refuses with the
+        same message.
+        """
         store = dist.PrefixStore(f"agreement_{next(self._topics)}", self.store)
         self._refuse(store, sentence)
         if self.rank == 0:
@@ -96,12 +102,12 @@ class Meeting:
         try:
             store.set(f"word/{self.rank}", sentence)
             store.set("verdict", json.dumps({"refused": f"rank {self.rank}: {sentence}"}))
-            self._hear(store)
-        except (dist.DistError, RuntimeError):  # the others have gone: nobody is to be told
+            self._acknowledge(store)
+        except (dist.DistError, RuntimeError):  # the others have exited: nobody reads it
             return
 
     def _compare(self, store: dist.Store, settings: Settings) -> str | None:
-        """The sentence in which all ranks end, None where they go on."""
+        """Compare digests; return the message with which all ranks end, None where they agree."""
         text = json.dumps(settings, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()
         store.set(f"word/{self.rank}", digest)
@@ -120,28 +126,29 @@ class Meeting:
                 store.set("explained", json.dumps({"sentence": sentence}))
             verdict = self._read(store, "explained")
         if "digest" not in verdict:
-            self._hear(store)
+            self._acknowledge(store)
         if "refused" in verdict:
             raise RefusedElsewhere(verdict["refused"])
         if "sentence" in verdict:
             return verdict["sentence"]
         if verdict["digest"] != digest:
             return (
-                f"rank {self.rank} is none of the ranks that have met, or has met those of another "
-                f"run: set WORLD_SIZE ({self.world_size} here) alike for all of them and "
-                "MASTER_PORT to a port of their own."
+                f"rank {self.rank} is not one of the ranks that met, or met those of another run: "
+                f"set WORLD_SIZE ({self.world_size} here) to the same value on all ranks of a run, "
+                "and MASTER_PORT to a port of its own."
             )
         return None
 
     def _wait_for_words(self, store: dist.Store) -> None:
-        """Until all ranks have come or one has refused; else a verdict that says who is missing."""
+        """Wait until all ranks have joined or one has refused; in the end, name the missing ones
+        in a verdict."""
         deadline, pause = time.monotonic() + self.seconds, 0.002
         while store.add("arrived", 0) < self.world_size and not store.check(["verdict"]):
             if time.monotonic() > deadline:
                 ranks = range(self.world_size)
                 missing = [rank for rank in ranks if not store.check([f"word/{rank}"])]
                 sentence = (
-                    f"{ranks_text(missing)} of {self.world_size} did not come within "
+                    f"{ranks_text(missing)} of {self.world_size} did not join within "
                     f"comm.init_timeout_seconds ({self.seconds:g}): check that all processes were "
                     "started, with the same address (torchrun: --rdzv-endpoint) of a machine that "
                     "all reach."
@@ -152,7 +159,7 @@ class Meeting:
             pause = min(2 * pause, 0.1)
 
     def _judge(self, store: dist.Store) -> dict[str, Any]:
-        """All go on with one digest, or a rank of each kind is asked for its settings."""
+        """Accept a single digest, or ask one rank for each digest to send its settings."""
         digests = store.multi_get([f"word/{rank}" for rank in range(self.world_size)])
         first_of: dict[str, int] = {}
         for rank, digest in enumerate(digests):
@@ -162,7 +169,10 @@ class Meeting:
         return {"look_at": dict(list(first_of.items())[:_MOST_KINDS])}
 
     def _explain(self, store: dist.Store, look_at: dict[str, int]) -> str:
-        """look_at: by digest, a rank that has these settings."""
+        """Read the settings that differ, and describe the difference.
+
+        look_at: by digest, a rank that has these settings.
+        """
         digests = store.multi_get([f"word/{rank}" for rank in range(self.world_size)])
         ranks_of: dict[str, list[int]] = {digest: [] for digest in look_at}
         for rank, digest in enumerate(digests):
@@ -178,17 +188,20 @@ class Meeting:
         store.wait([key], timedelta(seconds=self.seconds + _LATER))
         return json.loads(store.get(key))
 
-    def _hear(self, store: dist.Store) -> None:
-        """This rank knows the end; the one that keeps the store stays until all do."""
-        heard = store.add("heard", 1)
+    def _acknowledge(self, store: dist.Store) -> None:
+        """Note that this rank knows the outcome; the rank that serves the store waits for all."""
+        informed = store.add("informed", 1)
         deadline = time.monotonic() + LINGER_SECONDS
-        while self.keeps_store and heard < self.world_size and time.monotonic() < deadline:
+        while self.keeps_store and informed < self.world_size and time.monotonic() < deadline:
             time.sleep(0.05)
-            heard = store.add("heard", 0)
+            informed = store.add("informed", 0)
 
 
 def explain(kinds: list[tuple[list[int], Settings]]) -> str:
-    """The first setting that differs, with its values. kinds: ranks and what they have."""
+    """Describe the first setting that differs, with its values.
+
+    kinds: for each version of the settings, the ranks that have it.
+    """
     names = dict.fromkeys(name for _, settings in kinds for name in settings)
     values = {name: _by_value(kinds, name) for name in names}
     differing = [name for name in names if len(values[name]) > 1]
@@ -212,12 +225,12 @@ def _by_value(kinds: list[tuple[list[int], Settings]], name: str) -> dict[str, l
 
 
 def _short(text: str) -> str:
-    """Tells apart long values that begin alike."""
+    """Digest that tells apart long values that begin alike."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def ranks_text(ranks: list[int]) -> str:
-    """ "rank 3" or "ranks 0-2, 5": sorted ranks in few words."""
+    """Sorted ranks in few words: "rank 3" or "ranks 0-2, 5"."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and spans[-1][1] == rank - 1:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.distributed.overlap import give_way
+from torchtitan.distributed.overlap import yield_turn
 from torchtitan.ops.permute import RowOrder, sort_slots, sum_copies
 from torchtitan.protocols.layers import MoELayer
 from torchtitan.tools.utils import eager
@@ -181,7 +181,7 @@ class _SumRows(torch.autograd.Function):
 def _gather_rows(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
     ops = torch.ops._c10d_functional
     gathered = ops.all_gather_into_tensor(x_TD.contiguous(), group.size(), group.group_name)
-    give_way()
+    yield_turn()
     return ops.wait_tensor(gathered)
 
 
@@ -190,7 +190,7 @@ def _sum_rows(x_PD: Tensor, group: dist.ProcessGroup) -> Tensor:
     T = x_PD.size(0) // ranks
     sizes = [T] * ranks
     received = ops.all_to_all_single(x_PD.contiguous(), sizes, sizes, group.group_name)
-    give_way()
+    yield_turn()
     return sum_copies(ops.wait_tensor(received), _copies_of(T, ranks, x_PD.device))
 
 

@@ -13,13 +13,13 @@ from torchtitan.tools.logging import logger
 
 
 def check_compile_backend(config: Compile) -> None:
-    """Raise `UserError` where `compile.backend` is none of torch's."""
+    """Raise `UserError` where `compile.backend` is not one of torch's."""
     if not config.enable:
         return
     known = torch._dynamo.list_backends(exclude_tags=())
     if config.backend not in known:
         raise UserError(
-            f"compile.backend '{config.backend}' is not one of this torch"
+            f"compile.backend '{config.backend}' is not a backend of this torch"
             f"{suggest(config.backend, known)}"
         )
 

@@ -55,7 +55,7 @@ def check_room(model: nn.Module, device: torch.device) -> None:
     if 4 * weights > memory:
         raise UserError(
             f"rank 0 of {dist.get_world_size()} needs {4 * weights / 2**30:,.0f} GiB for weights, "
-            f"gradients and optimizer states alone, and there are {memory / 2**30:,.0f} GiB here; "
+            f"gradients and optimizer states alone, but the memory is {memory / 2**30:,.0f} GiB; "
             "set NGPU or the degrees in [parallelism] higher, or model.args.n_layers lower."
         )
 

@@ -1,5 +1,7 @@
-"""An all-to-all in two halves, start and finish, so that something may run between them, in the
-backward pass, too: there the gradient starts where the rows were finished.
+"""An all-to-all in two halves, start and finish, so that other work may run between them.
+
+The same holds in the backward pass: the gradient's exchange starts at the backward of `finish`, and
+is waited for at the backward of `start`.
 """
 
 from typing import Any
@@ -8,43 +10,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.distributed.overlap import give_way
+from torchtitan.distributed.overlap import yield_turn
 
 
 class Exchange:
-    """`sent[r]` rows go to rank r of the group, `received[r]` come from there. Use it once.
+    """One all-to-all of rows, with gradients. Use it once.
 
-    The backward pass gives way to another before it waits for the gradient; in the forward pass
-    that is the caller's part.
+    The backward pass yields its turn (overlap.py) before it waits for the gradient; in the forward
+    pass the caller must.
+
+    received: rows that come from each rank of the group.
+    sent: rows that go to each rank.
     """
 
     def __init__(self, received: list[int], sent: list[int], group: dist.ProcessGroup):
         self.received, self.sent, self.group = received, sent, group
-        # On its way. Autograd can't hand it from node to node: it has the shape that the rows have
-        # at the other end.
+        # The gradient in flight, between the backward of `finish` and that of `start`. Autograd
+        # can't pass it on: its shape is that of the rows at the other end.
         self.gradient: Tensor | None = None
 
     def start(self, x: Tensor) -> Tensor:
-        """What is returned is on its way: it is for `finish` alone."""
+        """Start sending x (rows, …). The result is in flight: only `finish` may use it."""
         return _Start.apply(x.contiguous(), self)
 
     def finish(self, travelling: Tensor) -> Tensor:
-        """The rows of all ranks, in order of the ranks."""
+        """Wait for the rows of all ranks, in order of the ranks."""
         return _Finish.apply(travelling, self)
 
 
 def on_host(numbers: Tensor) -> list[int]:
-    """A vector's values, as soon as they are known. Another pass may work until then, and what that
-    has for the device isn't waited for."""
+    """Copy a vector's values to the host; another pass may run until they are known.
+
+    Waits for `numbers` only, not for the kernels that the other pass launches meanwhile.
+    """
     if numbers.device.type != "cuda":
-        give_way()
+        yield_turn()
         return numbers.tolist()
     copy = torch.empty_like(numbers, device="cpu", pin_memory=True)
     copy.copy_(numbers, non_blocking=True)
-    there = torch.cuda.Event()
-    there.record()
-    give_way()
-    there.synchronize()
+    copied = torch.cuda.Event()
+    copied.record()
+    yield_turn()
+    copied.synchronize()
     return copy.tolist()
 
 
@@ -57,7 +64,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
-        give_way()
+        yield_turn()
         gradient, exchange.gradient = exchange.gradient, None
         return _wait(gradient), None
 
@@ -73,11 +80,11 @@ class _Finish(torch.autograd.Function):
         exchange = ctx.exchange
         sent, received = exchange.received, exchange.sent
         exchange.gradient = _send(gradient.contiguous(), received, sent, exchange.group)
-        return gradient, None  # only for its shape
+        return gradient, None  # `_Start` ignores it; autograd checks its shape
 
 
 def _send(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
-    # The functional kind, whose result recomputation by operation can keep.
+    # The functional collective: activation checkpointing by operation can keep its result.
     return torch.ops._c10d_functional.all_to_all_single(x, received, sent, group.group_name)
 
 

@@ -1,7 +1,7 @@
 """Expert parallelism: each rank holds some of the experts, and tokens travel to them.
 
-Dispatchers behind the interface of models/moe/dispatcher.py. With experts spread evenly and in
-order over the ranks of an EP group, and these over nodes:
+Three dispatchers implement the interface of models/moe/dispatcher.py. Experts are spread evenly and
+in order over the ranks of an EP group, and these ranks over nodes:
 
     all-to-all     a token goes once to each *rank* that has experts of it
     node-limited   a token goes once to each *node* that has experts of it, to the rank at the
@@ -9,11 +9,11 @@ order over the ranks of an EP group, and these over nodes:
     all-gather     a token goes to all ranks: all_gather_dispatch.py
 
 The first two are made of hops. A hop sends a row once to each destination, with the list of its
-experts there and their weights; on the way back the partial sums of the destinations (summed in
-fp32, sent in the rows' dtype) are summed. Weights are applied on the expert's side; gradients flow
-back through the same hops, those of the weights too.
+experts at that destination and their weights; on the way back the partial sums of the destinations
+(summed in fp32, sent in the rows' dtype) are summed. Weights are applied on the expert's side;
+gradients flow back through the same hops, those of the weights too.
 
-Letters: P rows at some place of the way, K slots of a row (expert ids, −1 = empty), D model dim.
+Letters: P rows before or after a hop, K slots of a row (expert ids, −1 = empty), D model dim.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torchtitan.config import Parallelism
 from torchtitan.distributed.all_gather_dispatch import AllGatherDispatcher, RowCapacity
 from torchtitan.distributed.exchange import Exchange, on_host
-from torchtitan.distributed.overlap import give_way
+from torchtitan.distributed.overlap import yield_turn
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.side_stream import SideStream
 from torchtitan.distributed.tensor_parallel import gather, reduce_scatter
@@ -48,11 +48,13 @@ def apply_expert_parallel(
     *,
     fixed_sizes: bool = False,
 ) -> None:
-    """Spread the experts of each layer over `dims.ep` ranks, and give it the dispatcher that brings
-    tokens there. With `dims.etp` > 1 the hidden channels of each expert are split, too. In place,
-    before FSDP; logs one line.
+    """Spread the experts of each layer over `dims.ep` ranks, and set the dispatcher that brings
+    tokens to them. In place, before FSDP; logs one line.
 
-    fixed_sizes: nothing may wait for a device. Raises `UserError` where tokens travel otherwise.
+    With `dims.etp` > 1 the hidden channels of each expert are split, too.
+
+    moes: MoE layers, by layer number.
+    fixed_sizes: no message size may depend on the data. Raises `UserError` where one does.
     """
     mesh = dims.expert_mesh
     if mesh is None:
@@ -69,7 +71,7 @@ def apply_expert_parallel(
 
 
 def _split_experts(experts: ExpertWeights, dims: ParallelDims, mesh: DeviceMesh) -> None:
-    """Experts over ep, their hidden channels (w1, w3 (E, F, D), w2 (E, D, F)) over etp."""
+    """Shard experts over ep, their hidden channels F (w1, w3 (E, F, D), w2 (E, D, F)) over etp."""
     degrees = {"ep": dims.ep, "etp": dims.etp}
     axes = tuple(axis for axis, degree in degrees.items() if degree > 1)
     if not axes:
@@ -144,8 +146,12 @@ def _best_dispatch(moes: Mapping[int, MoELayer], dims: ParallelDims) -> str:
 
 
 class Rows(NamedTuple):
-    """x_PD: hidden states. ids_PK: int64 experts of each row, counted from the first that this
-    place is responsible for. weights_PK: their routing weights; those of empty slots mean nothing.
+    """Rows before or after a hop.
+
+    x_PD: hidden states.
+    ids_PK: int64, experts of each row, counted from the first one that this rank (or, between the
+        two hops, this node) holds.
+    weights_PK: fp32, their routing weights; those of empty slots mean nothing.
     """
 
     x_PD: Tensor
@@ -154,7 +160,12 @@ class Rows(NamedTuple):
 
 
 class HopRecord(NamedTuple):
-    """The way back of a hop: order of the rows sent, how many went to and came from each rank."""
+    """Record of a hop, for its way back.
+
+    order: order of the rows sent.
+    sent: rows that went to each rank.
+    received: rows that came from each rank.
+    """
 
     order: RowOrder
     sent: list[int]
@@ -162,8 +173,11 @@ class HopRecord(NamedTuple):
 
 
 class Record(NamedTuple):
-    """weights_R, traffic: see `TokenDispatcher.dispatch`. hops in the order they were taken, and
-    the order of the rows by local expert.
+    """Record of `dispatch`, for `combine`.
+
+    weights_R, traffic: see `TokenDispatcher.dispatch`.
+    hops: in the order they were taken.
+    order: order of the rows by local expert.
     """
 
     weights_R: Tensor
@@ -173,7 +187,8 @@ class Record(NamedTuple):
 
 
 class Hop:
-    """Send rows to the ranks of `group`, each of which stands for `num_experts / size` experts."""
+    """Sends rows to the ranks of a group, each of which is responsible for `num_experts / size`
+    experts."""
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int):
         self.group = group
@@ -181,22 +196,27 @@ class Hop:
         self.experts_per_rank = num_experts // self.size
 
     def destinations(self, ids_PK: Tensor) -> Tensor:
-        """The rank of each slot's expert, but only in a row's first slot for that rank; else −1."""
+        """Rank of each slot's expert, in a row's first slot for that rank only; −1 elsewhere."""
         ranks_PK = torch.div(ids_PK, self.experts_per_rank, rounding_mode="floor")
         same_PKK = ranks_PK.unsqueeze(2) == ranks_PK.unsqueeze(1)
         repeated_PK = same_PKK.tril(diagonal=-1).any(dim=2)
         return ranks_PK.masked_fill(repeated_PK | (ids_PK < 0), -1)
 
-    def go(
+    def send(
         self, rows: Rows, destination_PK: Tensor, sent: list[int], received: list[int]
     ) -> tuple[Rows, HopRecord]:
-        """sent, received: rows to and from each rank of the group."""
+        """Send each row once to each of its destinations; return the rows that arrive here.
+
+        destination_PK: int64, from `destinations`.
+        sent: rows to each rank of the group.
+        received: rows from each rank of the group.
+        """
         order = sort_slots(destination_PK, self.size, num_rows=sum(sent))
         row_of = order.slot_of_row_R // destination_PK.size(1)
         rank_R = destination_PK.flatten()[order.slot_of_row_R]
         ids_RK = rows.ids_PK[row_of] - (rank_R * self.experts_per_rank).unsqueeze(1)
-        there_RK = (ids_RK >= 0) & (ids_RK < self.experts_per_rank)
-        ids_RK = ids_RK.masked_fill(~there_RK, -1)
+        at_destination_RK = (ids_RK >= 0) & (ids_RK < self.experts_per_rank)
+        ids_RK = ids_RK.masked_fill(~at_destination_RK, -1)
         weights_RK = expand_rows(rows.weights_PK, order)
         # One message for both: expert ids are exact in fp32.
         slots = torch.cat((weights_RK, ids_RK.to(weights_RK.dtype)), dim=1)
@@ -205,28 +225,28 @@ class Hop:
         arrived = Rows(x, ids.detach().long(), weights)
         return arrived, HopRecord(order, sent, received)
 
-    def back(self, x_PD: Tensor, record: HopRecord) -> Tensor:
-        """Return the rows that came with `go` to their senders, and sum there."""
+    def send_back(self, x_PD: Tensor, record: HopRecord) -> Tensor:
+        """Return the rows that came with `send` to their senders, which sum each row's copies."""
         (x_RD,) = self._exchange([x_PD], record.sent, record.received)
         return reduce_rows(x_RD, record.order)
 
     def _exchange(
         self, tensors: list[Tensor], received: list[int], sent: list[int]
     ) -> list[Tensor]:
-        """They travel at the same time, which is another pass's turn to work (overlap.py)."""
+        """Exchange all tensors at the same time; another pass may run meanwhile (overlap.py)."""
         exchanges = [Exchange(received, sent, self.group) for _ in tensors]
         travelling = [each.start(x) for each, x in zip(exchanges, tensors, strict=True)]
-        give_way()
+        yield_turn()
         return [each.finish(x) for each, x in zip(exchanges, travelling, strict=True)]
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
-        """counts: (size, …) int64, a line for each rank. Returns what the others had for us."""
-        # The functional kind, whose result recomputation by operation can keep.
+        """Send line r of counts (size, …), int64, to rank r; return the lines received, by rank."""
+        # The functional collective: activation checkpointing by operation can keep its result.
         return all_to_all_single(counts.contiguous(), None, None, self.group)
 
 
 def count_destinations(destination_PK: Tensor, num_destinations: int) -> Tensor:
-    """Slots bound for each destination (−1 = none): (num_destinations,) int64. No host sync."""
+    """Count the slots of each destination (−1 = none): (num_destinations,) int64. No host sync."""
     bins = destination_PK.flatten() + 1
     ones = torch.ones_like(bins)
     return ones.new_zeros(num_destinations + 1).scatter_add_(0, bins, ones)[1:]
@@ -235,8 +255,8 @@ def count_destinations(destination_PK: Tensor, num_destinations: int) -> Tensor:
 class AllToAllDispatcher:
     """One copy of a token per destination rank.
 
-    ranks_per_node: to tell near from far in the traffic; consecutive ranks of the group share a
-    node.
+    ranks_per_node: consecutive ranks of the group that share a node; the traffic inside of nodes
+        and between them is counted apart.
     """
 
     gathers = False
@@ -259,7 +279,7 @@ class AllToAllDispatcher:
         # host sync: the all-to-all wants its split sizes as integers
         counts = on_host(torch.cat((sent.unsqueeze(1), received), dim=1).T.flatten())
         sent_rows, received_rows, received_slots = _split_list(counts, [hop.size] * 3)
-        rows, record = hop.go(
+        rows, record = hop.send(
             Rows(x_TD, ids_TK, weights_TK), destination_TK, sent_rows, received_rows
         )
         traffic = torch.stack([_by_tier(rows, self.tier_of_rank) for rows in (sent, slots)])
@@ -267,7 +287,7 @@ class AllToAllDispatcher:
 
     @eager
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
-        return self.hop.back(reduce_rows(rows_RD, record.order), record.hops[0])
+        return self.hop.send_back(reduce_rows(rows_RD, record.order), record.hops[0])
 
     def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
         return self.side_stream.begin(layer, x_TD)
@@ -279,7 +299,8 @@ class AllToAllDispatcher:
 class NodeLimitedDispatcher:
     """One copy of a token per destination node, then one per rank inside it.
 
-    between: the ranks at this rank's place on each node, by node. within: the ranks of this node.
+    between: the ranks at this rank's place on each node, by node.
+    within: the ranks of this node.
     """
 
     gathers = False
@@ -290,7 +311,7 @@ class NodeLimitedDispatcher:
         self.local_experts = self.within.experts_per_rank
         self.tier_of_node = _tiers(between, 1)
         self.tier_of_rank = _tiers(within, within.size())
-        # Of every rank of the EP group, by node.
+        # Tier of every rank of the EP group, by node.
         self.tier_of_copy = self.tier_of_node.repeat_interleave(within.size())
         self.tier_of_copy[self.tier_of_copy == 0] = self.tier_of_rank
         self.side_stream = SideStream()
@@ -303,12 +324,12 @@ class NodeLimitedDispatcher:
         to_node_TK = between.destinations(ids_TK)
         out, relayed, arriving, copies = self._counts(ids_TK, to_node_TK)
         # host sync: split sizes of both hops at once; (rows out, in), (relayed out, in), slots in
-        told = on_host(torch.cat((out.T.flatten(), relayed.flatten(), arriving.T.flatten())))
+        counts = on_host(torch.cat((out.T.flatten(), relayed.flatten(), arriving.T.flatten())))
         sizes = [between.size] * 2 + [within.size] * 3
-        to_nodes, from_nodes, to_ranks, from_ranks, slots = _split_list(told, sizes)
+        to_nodes, from_nodes, to_ranks, from_ranks, slots = _split_list(counts, sizes)
 
-        rows, first = between.go(Rows(x_TD, ids_TK, weights_TK), to_node_TK, to_nodes, from_nodes)
-        rows, second = within.go(rows, within.destinations(rows.ids_PK), to_ranks, from_ranks)
+        rows, first = between.send(Rows(x_TD, ids_TK, weights_TK), to_node_TK, to_nodes, from_nodes)
+        rows, second = within.send(rows, within.destinations(rows.ids_PK), to_ranks, from_ranks)
         rows_sent = _by_tier(out[:, 0], self.tier_of_node) + _by_tier(
             relayed[:, 0], self.tier_of_rank
         )
@@ -316,12 +337,17 @@ class NodeLimitedDispatcher:
         return _into_expert_order(rows, self.local_experts, sum(slots), traffic, (first, second))
 
     def _counts(self, ids_TK: Tensor, to_node_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What both hops will carry, told ahead so that the host waits only once.
+        """Exchange the sizes of both hops ahead of them, so that the host waits only once.
 
-        Each sender tells its peer on node n how many rows it sends there, and for each rank of that
-        node, how many of these rows and slots go on to it. Returns (nodes, 2) rows to and from each
-        node; (ranks, 1) rows to relay to each rank; (ranks, 2) rows and slots coming from each
-        rank; (nodes · ranks) copies that one per expert would send to each rank of the EP group.
+        Each sender tells its peer on node n how many rows it sends to that node, and for each rank
+        of the node, how many of these rows and slots are relayed to it.
+
+        Returns int64
+            out (nodes, 2): rows to and from each node;
+            relayed (ranks, 1): rows to relay to each rank of this node;
+            arriving (ranks, 2): rows and slots that come from each rank of this node;
+            copies (nodes · ranks): rows that one copy of a token per expert would send to each rank
+            of the EP group.
         """
         nodes, ranks = self.between.size, self.within.size
         rank_TK = torch.div(ids_TK, self.local_experts, rounding_mode="floor")
@@ -331,18 +357,18 @@ class NodeLimitedDispatcher:
         onward = torch.stack(
             [count_destinations(table, nodes * ranks) for table in (first_TK, rank_TK)]
         )
-        told = torch.cat(
+        send_counts = torch.cat(
             (rows_out.view(nodes, 1), onward.view(2, nodes, ranks).swapaxes(0, 1).flatten(1)), dim=1
         )
-        heard = self.between.exchange_counts(told)
-        rows_in, relayed = heard[:, 0], heard[:, 1:].sum(dim=0).view(2, ranks).T
+        recv_counts = self.between.exchange_counts(send_counts)
+        rows_in, relayed = recv_counts[:, 0], recv_counts[:, 1:].sum(dim=0).view(2, ranks).T
         arriving = self.within.exchange_counts(relayed)
         return torch.stack((rows_out, rows_in), dim=1), relayed[:, :1], arriving, onward[1]
 
     @eager
     def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
-        x_PD = self.within.back(reduce_rows(rows_RD, record.order), record.hops[1])
-        return self.between.back(x_PD, record.hops[0])
+        x_PD = self.within.send_back(reduce_rows(rows_RD, record.order), record.hops[1])
+        return self.between.send_back(x_PD, record.hops[0])
 
     def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
         return self.side_stream.begin(layer, x_TD)
@@ -352,8 +378,10 @@ class NodeLimitedDispatcher:
 
 
 class GatherDispatcher:
-    """Around another dispatcher, where each rank of `group` holds a part of the hidden channels of
-    the same experts: all of them get the tokens of all, and the outputs, partial sums, are added.
+    """Expert tensor parallelism around another dispatcher.
+
+    Each rank of `group` holds a part of the hidden channels of the same experts: all of them get
+    the tokens of all, and their outputs, partial sums, are added.
     """
 
     gathers = False
@@ -382,7 +410,7 @@ class GatherDispatcher:
 def _into_expert_order(
     rows: Rows, num_experts: int, num_rows: int, traffic: Tensor, hops: tuple[HopRecord, ...]
 ) -> tuple[Tensor, Tensor, Record]:
-    """The rows that arrived, one copy for each of their local experts, sorted by expert."""
+    """Copy each row that arrived for each of its local experts, sorted by expert."""
     order = sort_slots(rows.ids_PK, num_experts, num_rows=num_rows)
     weights_R = rows.weights_PK.flatten()[order.slot_of_row_R]
     rows_RD = expand_rows(rows.x_PD, order)
@@ -392,7 +420,7 @@ def _into_expert_order(
 
 
 def _tiers(group: dist.ProcessGroup, ranks_per_node: int) -> Tensor:
-    """For each rank of the group: 0 = this rank, 1 = another of its node, 2 = another node."""
+    """Distance of each rank of the group: 0 this rank, 1 another of its node, 2 another node."""
     me, ranks = group.rank(), torch.arange(group.size(), device=local_device())
     tiers = torch.where(ranks // ranks_per_node == me // ranks_per_node, 1, 2)
     tiers[me] = 0
@@ -409,10 +437,10 @@ def _split_list(numbers: list[int], sizes: list[int]) -> list[list[int]]:
 
 
 def bytes_per_row(dim: int, top_k: int, dtype: torch.dtype) -> int:
-    """What one row that goes to another rank costs on the way, forward and backward, in bytes.
+    """Bytes that one row sent to another rank costs, forward and backward.
 
-    Out and back, and the gradients of both: four times a hidden state, and twice (out, and their
-    gradients) the slots: K routing weights and K expert ids in fp32. A layer that is recomputed
-    sends the forward half once more. (Counts go once a layer and are left out.)
+    Dispatch and combine, and the gradients of both: four times a hidden state, and twice (dispatch
+    and its gradients) the slots: K routing weights and K expert ids in fp32. A layer that is
+    recomputed sends the forward half once more. (Counts are sent once a layer and are left out.)
     """
     return 4 * dim * dtype.itemsize + 2 * 2 * top_k * torch.float32.itemsize

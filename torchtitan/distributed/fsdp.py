@@ -1,7 +1,7 @@
 """DDP, FSDP and HSDP, all three through FSDP2's `fully_shard`.
 
-On a mesh (dp_replicate, fsdp), FSDP is (1, n), DDP is (n, 1) and HSDP anything between, so that
-all of them share one mixed-precision policy and give the same numbers. Gradients are *summed* over
+On a mesh (dp_replicate, fsdp), FSDP is (1, n), DDP is (n, 1) and HSDP anything between, so all of
+them share one mixed-precision policy and give the same numbers. Gradients are *summed* over
 ranks, never averaged: the loss is already divided by the tokens of the whole step
 (components/loss.py).
 """
@@ -33,11 +33,11 @@ def apply_data_parallel(
     training: Training,
     parallelism: Parallelism,
 ) -> None:
-    """Spread the weights of `model` in place, one communication unit per layer.
+    """Shard the weights of `model` in place, one communication unit per layer; logs one line.
 
     Weights and gradients are kept in `training.dtype`, the model computes in
-    `mixed_precision_param`, and gradients are summed over ranks in `mixed_precision_reduce`. One
-    process is left as it is: see components/optimizer/compute_weights.py.
+    `mixed_precision_param`, and gradients are summed over ranks in `mixed_precision_reduce`. With
+    one process the model is left as it is: see components/optimizer/compute_weights.py.
     """
     param_dtype = TORCH_DTYPES[training.mixed_precision_param]
     if dims.world_size == 1:
@@ -48,11 +48,11 @@ def apply_data_parallel(
         reduce_dtype=TORCH_DTYPES[training.mixed_precision_reduce],
         cast_forward_inputs=False,  # positions, masks and the rotary table keep their dtypes
     )
-    # Weights, gradients and optimizer state then live in the memory of the host.
+    # With offload, weights, gradients and optimizer state live in the host's memory.
     offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
     options = {"mp_policy": policy, "offload_policy": offload}
     reshard = _reshard(dims, parallelism)
-    alone = experts_alone(model, dims, training)
+    alone = experts_outside_fsdp(model, dims, training)
     if dims.expert_mesh is not None and not alone:
         _shard_experts(model, dims.expert_mesh, reshard, options)
     options["ignored_params"] = {param for experts in alone for param in experts.parameters()}
@@ -72,23 +72,28 @@ def apply_data_parallel(
     )
 
 
-def experts_alone(model: BaseModel, dims: ParallelDims, training: Training) -> list[nn.Module]:
-    """The experts of each layer, where no other rank has the same ones: FSDP would cast and copy
-    them to gather them from one rank, and copy their gradients to reduce them over it."""
+def experts_outside_fsdp(
+    model: BaseModel, dims: ParallelDims, training: Training
+) -> list[nn.Module]:
+    """List the experts of each layer where no other rank holds the same ones; else nothing.
+
+    FSDP would cast and copy their weights to gather them from one rank, and copy their gradients to
+    reduce them over one rank.
+    """
     mesh = dims.expert_mesh
     if mesh is None or mesh["dp_replicate"].size() * mesh["fsdp"].size() > 1:
         return []
-    # Offloading is FSDP's. A pipeline's backward pass may come in two pieces, of which the second
-    # is for parameters: it doesn't know of compute weights.
+    # Only FSDP offloads. A pipeline's backward pass may come in two pieces, the second of which is
+    # for parameters: it doesn't know of compute weights.
     if training.enable_cpu_offload or dims.pp > 1:
         return []
     return [moe.experts for moe in model.moe_layers().values()]
 
 
 def materialize(model: nn.Module, device: torch.device, *, offload: bool) -> None:
-    """Give a meta-device model memory: on the device, with offload its weights on the host."""
+    """Allocate a meta-device model: on the device; with offload, its weights on the host."""
     model.to_empty(device="cpu" if offload else device)
-    if offload:  # buffers are computed with where the layers are
+    if offload:  # buffers are read where the layers compute
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
@@ -98,7 +103,7 @@ def sync_replicas_on_last_microbatch(model: nn.Module, *, is_last: bool) -> None
     """Sum gradients over replicas once a step instead of once a micro-batch.
 
     Within a replica they are still reduced each time, because whole gradients of all layers may not
-    fit. Models that aren't data parallel are left alone.
+    fit in memory. A model that isn't data parallel is left as it is.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(is_last)
@@ -110,9 +115,9 @@ def _data_parallel_axes(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def _reshard(dims: ParallelDims, parallelism: Parallelism) -> bool:
-    # "default": free the gathered weights after the forward pass. Where nothing is split, keeping
-    # them costs no communication and saves a copy; in a pipeline they would be gathered for each
-    # micro-batch.
+    # "default": free the gathered weights after the forward pass, with two exceptions. Where
+    # nothing is sharded, keeping them costs no communication and saves a copy; in a pipeline they
+    # would be gathered again for each micro-batch.
     if parallelism.fsdp_reshard_after_forward == "default":
         return dims.fsdp > 1 and dims.pp == 1
     return parallelism.fsdp_reshard_after_forward == "always"
@@ -121,11 +126,11 @@ def _reshard(dims: ParallelDims, parallelism: Parallelism) -> bool:
 def _shard_experts(
     model: BaseModel, mesh: DeviceMesh, reshard: bool, options: dict[str, Any]
 ) -> None:
-    """Experts' weights over the ranks that hold the same experts: a unit of their own per layer."""
+    """Shard experts over the ranks that hold the same ones, as a unit of their own per layer."""
     for moe in model.moe_layers().values():
         num_experts = moe.experts.w1.size(0)
-        # Fewer experts than ranks: split inside of the experts, where that comes out even. Where
-        # their hidden channels are split already (etp), by model channels.
+        # With fewer experts than ranks, shard inside of the experts, where the size is divisible:
+        # their hidden channels, or with etp, which splits those already, their model channels.
         split, etp = mesh["fsdp"].size(), mesh["etp"].size()
         dims = {
             param: (2 if name != "w2" else 1) if etp > 1 else 1
@@ -148,7 +153,7 @@ def _shard_layers(model: BaseModel, reshard: bool, options: dict[str, Any]) -> N
         fully_shard(model.tok_embeddings, reshard_after_forward=reshard, **options)
     for layer in model.blocks().values():
         fully_shard(layer, reshard_after_forward=reshard, **options)
-    # The backward pass starts with these two: not worth freeing them in between.
+    # The backward pass starts with these two: freeing them in between isn't worth it.
     if model.output is not None:
         last: list[nn.Module] = [
             module for module in (model.norm, model.output) if module is not None

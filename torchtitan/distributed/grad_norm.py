@@ -18,7 +18,7 @@ from torchtitan.tools.utils import local_device
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients so that their L2 norm over all ranks is at most `max_norm`.
 
-    Returns the norm before clipping: a scalar, equal on all ranks.
+    Returns the norm before clipping: a scalar tensor, equal on all ranks.
     """
     parameters = list(parameters)
     norm, factor = clip_factor(parameters, max_norm)
@@ -29,16 +29,20 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 @torch.no_grad()
 def clip_factor(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Tensor, Tensor]:
-    """The L2 norm of all gradients over all ranks, and what to multiply them by instead of clipping
-    them in a pass of its own. Of this rank, gradients may be parts of one tensor, in any dtype.
+    """Compute the L2 norm of all gradients over all ranks, and the factor that clips them.
 
-    Each rank adds up the squares of what it holds, a part of which r ranks hold the same counting
-    1/r; then one all-reduce over all ranks, whatever the meshes (dense, experts, one for each
+    The optimizer multiplies by the factor as it reads the gradients, which saves a pass over them.
+    Gradients of this rank may be parts of one tensor, in any dtype.
+
+    Each rank adds up the squares of the gradients it holds; those that r ranks hold alike count
+    1/r. Then one all-reduce over all ranks, whatever the meshes (dense, experts, one for each
     pipeline stage).
+
+    Returns scalar tensors, equal on all ranks.
     """
     grads_by_copies = _local_grads(parameters)
     squares = [total_norm(g).square() / copies for copies, g in grads_by_copies.items()]
-    # On the device, where the ranks can meet; offloaded gradients are on the host.
+    # Moved to the device for the all-reduce; offloaded gradients are on the host.
     total = torch.stack([s.to(local_device()) for s in squares]).sum()
     if _world_size() > 1:
         dist.all_reduce(total)
@@ -47,7 +51,7 @@ def clip_factor(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Te
 
 
 def _local_grads(parameters: Iterable[nn.Parameter]) -> dict[int, list[Tensor]]:
-    """What this rank holds of them, by how many ranks hold the same."""
+    """Collect this rank's parts of the gradients, by the number of ranks that hold the same."""
     by_copies = defaultdict(list)
     for p in parameters:
         if p.grad is not None:
@@ -56,7 +60,7 @@ def _local_grads(parameters: Iterable[nn.Parameter]) -> dict[int, list[Tensor]]:
 
 
 def _copies(grad: Tensor) -> int:
-    """How many ranks hold the same numbers."""
+    """Count the ranks that hold the same part of this gradient."""
     if not isinstance(grad, DTensor):
         return _world_size()
     sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)

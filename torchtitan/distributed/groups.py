@@ -1,9 +1,9 @@
-"""Process groups, each made once: for one use and one set of ranks, as long as the process lives.
+"""Process groups, each made once per use and set of ranks, for as long as the process lives.
 
-A group is dear: NCCL keeps buffers on the GPU for it, gloo sockets and three threads, one of which
-wakes a hundred times a second. Axes of meshes that span the same ranks for the same use share
-theirs, and a second run in a process meets the groups of the first. Uses stay apart where one's
-communication runs beside another's: in one group it would have to wait for its turn.
+A group is expensive: NCCL keeps buffers on the GPU for it, gloo sockets and three threads, one of
+which wakes a hundred times a second. Axes of meshes that span the same ranks for the same use share
+a group, and a second run in a process reuses the groups of the first. Uses whose communication runs
+in parallel have separate groups: in one group each would have to wait for the other.
 """
 
 from typing import Any, cast
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-# What an axis of a mesh is used for.
+# Use of each axis of a mesh.
 USE_OF_AXIS = {
     "pp": "layers",
     "dp_replicate": "weights",
@@ -27,7 +27,10 @@ USE_OF_AXIS = {
 
 
 def make_mesh(device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    """Over all ranks, the last axis fastest. All ranks make the same meshes in the same order."""
+    """Make a mesh over all ranks, the last axis fastest.
+
+    All ranks must make the same meshes in the same order.
+    """
     ranks = torch.arange(dist.get_world_size()).view(shape)
     here = (ranks == dist.get_rank()).nonzero()[0].tolist()
     groups = []
@@ -38,15 +41,19 @@ def make_mesh(device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) 
 
 
 def world_group() -> dist.ProcessGroup:
-    """The default group. Raises ValueError before `init_process_group`."""
+    """Return the default group. Raises ValueError before `init_process_group`."""
     return dist.distributed_c10d._get_default_group()
 
 
 def group_of(use: str, ranks: list[int], **settings: Any) -> dist.ProcessGroup:
-    """The group of these ranks, this one among them, for this use.
+    """Return the group of these ranks for this use; made at the first call.
 
-    All of them must ask for it, in the same order as for their other groups; others need not.
-    settings: of `dist.new_group`, the same for every group of a use.
+    Every rank of the group must call this, in the same order as for its other groups; other ranks
+    need not.
+
+    use: a value of `USE_OF_AXIS`, or any other name.
+    ranks: global ranks, this one among them.
+    settings: arguments of `dist.new_group`, the same for every group of a use.
     """
     if len(ranks) == 1 and not settings:
         use = "alone"  # nothing travels
@@ -57,5 +64,5 @@ def group_of(use: str, ranks: list[int], **settings: Any) -> dist.ProcessGroup:
     return made[use, *ranks]
 
 
-# By default group: one that is destroyed takes its groups along.
+# Groups by default group: when that is destroyed, its groups are forgotten.
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple, dist.ProcessGroup]] = WeakKeyDictionary()

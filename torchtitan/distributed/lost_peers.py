@@ -1,9 +1,9 @@
-"""When other ranks are gone or hang: who, and in which collective, in one sentence.
+"""The error message for a rank that died or hangs: which rank, and in which collective.
 
-A dead peer closes its connections, so the next collective with it fails at once; one that hangs is
-noticed after comm.train_timeout_seconds. gloo and NCCL name neither. The collective stands in the
-traceback; and the ranks that noticed sign a list in the store where they once met, so whoever does
-not sign is the one.
+A dead peer closes its connections, so the next collective with it fails at once; a hanging one is
+noticed after comm.train_timeout_seconds. gloo and NCCL name neither. The collective is in the
+traceback. To find the rank, the ranks that notice the failure sign a list in the store in which
+they met at the start: the one that doesn't sign is lost.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ import torch.distributed as dist
 
 _OF_COMMUNICATION = re.compile(r"gloo|NCCL|by peer|Timed out waiting|Broken pipe", re.IGNORECASE)
 _HANGS = re.compile(r"time[d ]*out", re.IGNORECASE)
-# Dead peers are noticed by all within moments, hanging ones a little apart.
+# All ranks notice a dead peer within moments, a hanging one at times that differ a little.
 _SIGNING_SECONDS = {"has gone": 2.0, "does not answer": 8.0}
 
 
 def explain_lost_peer(error: BaseException, step: int) -> str | None:
-    """A sentence for the end of this rank; None where the error is not one of communication."""
+    """The message with which this rank ends; None where `error` is not one of communication."""
     is_ours = isinstance(error, dist.DistError) or _OF_COMMUNICATION.search(str(error))
     if not is_ours or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    # The launcher may want to end us already: a moment, for the last words.
+    # The launcher may be ending this rank already: hold it off until the message is written.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     fate = "does not answer" if _HANGS.search(str(error)) else "has gone"
     fate, missing = _who_does_not_sign(fate)
@@ -36,22 +36,25 @@ def explain_lost_peer(error: BaseException, step: int) -> str | None:
     recorder = ""
     if dist.get_backend() == "nccl":
         recorder = "; what each rank did last is in the files of comm.save_traces_folder"
-    # Without the place in gloo's sources, and without its guesses.
+    # Cut the position in gloo's sources and its guesses at the cause.
     reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).split(". ")[0].splitlines()[0][:200]
     return f"step {step}: {who} {fate} ({_collective(error)}: {reason}){recorder}."
 
 
 def _who_does_not_sign(fate: str) -> tuple[str, list[int]]:
-    """What became of whom: the ranks that have not noticed the failure, none where the store has
-    gone with one of them. Each rank signs with the fate it saw; a timeout that any saw is the true
-    one, since it then hung up on those that see a closed connection.
+    """Find the ranks that have not noticed the failure, and what became of them.
+
+    Each rank signs with the fate it saw. A timeout that any rank saw is the true one: that rank
+    then closed its connections, which the others see as a peer that has gone.
+
+    Returns the fate and the ranks; no ranks where the store is lost with one of them.
     """
     me, others = dist.get_rank(), set(range(dist.get_world_size()))
     began = time.monotonic()
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"noticed/{me}", fate)
-        _hang_up()
+        _close_connections()
         others.discard(me)
         while others and time.monotonic() - began < _SIGNING_SECONDS[fate]:
             signed = {rank for rank in others if store.check([f"noticed/{rank}"])}
@@ -60,18 +63,20 @@ def _who_does_not_sign(fate: str) -> tuple[str, list[int]]:
             others -= signed
             time.sleep(0.05)
     except (dist.DistError, RuntimeError):
-        # Rank 0 may hold the store. Having signed it waited as long as we would.
+        # Rank 0 may hold the store. If it has signed, it waited as long as this rank would.
         return fate, sorted(others) if 0 not in others else []
     return fate, sorted(others)
 
 
-def _hang_up() -> None:
-    """Close our connections to other ranks, all but the store's: those that wait for us and not for
-    the lost one notice then too, and sign. (gloo's groups have no way to be aborted, torch 2.13.)
+def _close_connections() -> None:
+    """Close this rank's connections to other ranks, all but the store's.
+
+    Ranks that wait for this one and not for the lost one then notice too, and sign. (gloo's groups
+    can't be aborted, torch 2.13.)
     """
     store_port = int(os.environ.get("MASTER_PORT", 0))
     for entry in Path("/proc/self/fd").glob("*"):
-        # What is no connection, or gone meanwhile, raises OSError.
+        # A descriptor that is no connection, or was closed meanwhile, raises OSError.
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(entry.name))) as end:
             if end.family in (socket.AF_INET, socket.AF_INET6):
                 ports = {end.getsockname()[1], end.getpeername()[1]}
@@ -80,7 +85,7 @@ def _hang_up() -> None:
 
 
 def _collective(error: BaseException) -> str:
-    """ "all_gather in gather_from_ranks": torch's innermost public function, and ours around it."""
+    """Name torch's innermost public function and ours around it: "all_gather in gather"."""
     frames = traceback.extract_tb(error.__traceback__)
     torchs = [f.name for f in frames if "torch/distributed" in Path(f.filename).as_posix()]
     public = [name for name in torchs if not name.startswith("_") and name != "wrapper"]

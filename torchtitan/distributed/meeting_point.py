@@ -1,7 +1,7 @@
 """The store in which the ranks of a run meet, at MASTER_ADDR and MASTER_PORT, before any group.
 
-torch's client waits in C++ for an address that is wrong, prints its stack for every try, and may
-wait for ever for a server that is none of its own: so the way there is looked at first.
+torch's client waits in C++ for a wrong address, prints its stack at every try, and may wait for
+ever for a server that is not a store: so the address and port are checked first.
 """
 
 import errno
@@ -18,20 +18,20 @@ from torchtitan.distributed.agreement import LINGER_SECONDS, Meeting
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.launcher import Launch
 
-# A name may become known a little after its machine has started.
+# A host name may resolve only a little after its machine has started.
 _RESOLVE_SECONDS = 10.0
 _rounds = 0  # meetings of this process
 
 
 def meet(launch: Launch, seconds: float) -> Meeting:
-    """Meet the other ranks' store; several ranks. Raises `UserError` where that can't be.
+    """Join the store of a run of several ranks. Raises `UserError` where that fails.
 
-    seconds: how long to wait for the store, and in the meeting for other ranks.
+    seconds: how long to wait for the store, and later, in the meeting, for other ranks.
     """
     global _rounds
     _rounds += 1
-    # torchrun's agent keeps one store over its restarts (torch 2.11-2.13), and ranks would call at
-    # the addresses of the last attempt, or of the last run of this process.
+    # torchrun's agent keeps one store over its restarts (torch 2.11-2.13): without a prefix, ranks
+    # would read the addresses of the last attempt, or of the last run of this process.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     keeps_store = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = _store(launch.master_addr, launch.master_port, keeps_store, seconds)
@@ -43,24 +43,26 @@ def meet(launch: Launch, seconds: float) -> Meeting:
     if taken:
         raise UserError(
             f"the environment variable RANK is {launch.rank}, which another process at "
-            f"{launch.master_addr}:{launch.master_port} has already: give each process a RANK of "
+            f"{launch.master_addr}:{launch.master_port} already has: give each process a RANK of "
             "its own, and each run a MASTER_PORT of its own."
         )
     return Meeting(store, launch.rank, launch.world_size, seconds, keeps_store)
 
 
 def refuse(launch: Launch, sentence: str) -> bool:
-    """Tell the others, who wait for this rank, why it does not come. Whether rank 0 tells its user
-    the same sentence."""
+    """Tell the ranks that wait for this one why it can't join.
+
+    Returns whether rank 0 reports the same sentence to its user.
+    """
     if launch.world_size == 1:
         return True
     try:
         return meet(launch, LINGER_SECONDS).refuse(sentence)
-    except UserError:  # nobody is there
+    except UserError:  # no other rank is waiting
         return launch.rank == 0
 
 
-@cache  # the server ends with the object
+@cache  # the server stops when the object is freed
 def _store(address: str, port: int, keeps_store: bool, seconds: float) -> dist.Store:
     deadline = time.monotonic() + seconds
     _resolve(address, port, min(deadline, time.monotonic() + _RESOLVE_SECONDS))
@@ -85,13 +87,13 @@ def _store(address: str, port: int, keeps_store: bool, seconds: float) -> dist.S
         else:
             made.append(store)
 
-    # A server of something else may accept and never answer, and torch waits on.
+    # A server of another kind may accept and never answer, and torch would wait for ever.
     thread = threading.Thread(target=make, daemon=True)
     thread.start()
     thread.join(max(1.0, deadline - time.monotonic()))
     if made and isinstance(made[0], dist.Store):
         return made[0]
-    reason = str(made[0]) if made else "something else answers there"
+    reason = str(made[0]) if made else "another kind of server answers"
     raise _not_found(address, port, seconds, reason)
 
 
@@ -100,7 +102,7 @@ def _resolve(address: str, port: int, deadline: float) -> None:
         try:
             socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
             return
-        except (OSError, UnicodeError) as error:  # UnicodeError: not a possible name
+        except (OSError, UnicodeError) as error:  # UnicodeError: no valid host name
             if isinstance(error, UnicodeError) or time.monotonic() > deadline:
                 raise UserError(
                     f"the environment variable MASTER_ADDR is '{address[:80]}', which does not "
@@ -111,18 +113,18 @@ def _resolve(address: str, port: int, deadline: float) -> None:
 
 
 def _check_port(port: int) -> None:
-    """Raise `UserError` where this process can't listen there."""
+    """Raise `UserError` where this process can't listen on the port."""
     with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                return  # torch knows other ways
+                return  # torch may still listen in another way
             taken = error.errno == errno.EADDRINUSE
             why = "another process listens" if taken else "this user may not listen"
             raise UserError(
-                f"the environment variable MASTER_PORT is {port}, at which {why}: set it to a free "
+                f"the environment variable MASTER_PORT is {port}, on which {why}: set it to a free "
                 "port, the same for all processes (torchrun --standalone chooses one by itself)."
             ) from None
 

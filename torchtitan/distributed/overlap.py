@@ -1,10 +1,10 @@
-"""Two passes by turns: while one waits for what travels, the other computes.
+"""Two interleaved passes: while one waits for an exchange, the other computes.
 
-Each pass runs in a thread of its own, but never both at a time: a pass gives way where it has
-just started an exchange (`give_way`), and goes on when the other gives way or ends. Both use one
-stream, so what a GPU sees is one sequence of kernels, in which the other's work stands between the
-start of an exchange and the first use of its result. The turns depend on the order of the program
-alone, so all ranks start their collectives in the same order.
+Each pass runs in a thread of its own, but never both at a time: a pass yields its turn where it has
+just started an exchange (`yield_turn`), and resumes when the other yields or ends. Both use one
+stream, so a GPU sees one sequence of kernels, in which the other's work stands between the start of
+an exchange and the first use of its result. The turns depend on the order of the program alone, so
+all ranks start their collectives in the same order.
 
 Like DeepSeek's DualPipe (arXiv 2412.19437, section 3.2.1), where the passes are the forward pass of
 one micro-batch and the backward pass of another.
@@ -18,22 +18,23 @@ from typing import Any
 import torch
 
 _turns: "_Turns | None" = None
-# One for all pairs: cuDNN's plans belong to a thread, and a new one would make them again.
+# One thread for all pairs: cuDNN's plans belong to a thread, and a new one would make them again.
 _first_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="first of two passes")
 
 
-def give_way() -> None:
-    """An exchange is under way: let the other pass work, if there is one."""
+def yield_turn() -> None:
+    """Let the other pass run, if there is one; call it after the start of an exchange."""
     if _turns is not None:
-        _turns.give_way()
+        _turns.yield_turn()
 
 
-def by_turns(first: Callable[[], Any], second: Callable[[], Any]) -> None:
-    """Run both to their end; `second` in this thread. Raises what either has raised, of `second`
-    at once.
+def interleave(first: Callable[[], Any], second: Callable[[], Any]) -> None:
+    """Run both to their end, taking turns where they call `yield_turn`; `second` in this thread.
+
+    An error of either is raised here; one of `second` at once.
     """
     global _turns
-    assert _turns is None, "passes by turns inside of passes by turns"
+    assert _turns is None, "interleave inside of interleave"
     _turns = _Turns()
     try:
         _turns.run(first, second)
@@ -43,7 +44,7 @@ def by_turns(first: Callable[[], Any], second: Callable[[], Any]) -> None:
 
 class _Turns:
     def __init__(self) -> None:
-        # Whoever holds its own may run; index 0 is the first pass.
+        # The pass that has acquired its semaphore runs; index 0 is the first pass.
         self._may_run = (threading.Semaphore(0), threading.Semaphore(0))
         self._ended = [False, False]
         self._thread_of_first = 0
@@ -54,12 +55,12 @@ class _Turns:
         self._may_run[1].acquire()
         try:
             second()
-        finally:  # with an error at once: the first pass may wait for ranks that wait for us
+        finally:  # an error is raised at once: the first pass may wait for ranks that wait for us
             self._end(1)
         future.result()
 
     def _run_first(self, first: Callable[[], Any], device: int | None) -> None:
-        if device is not None:  # each thread has a current device of its own
+        if device is not None:  # the current device is set per thread
             torch.cuda.set_device(device)
         self._thread_of_first = threading.get_ident()
         try:
@@ -67,8 +68,8 @@ class _Turns:
         finally:
             self._end(0)
 
-    def give_way(self) -> None:
-        # The second pass may be in a thread of autograd's.
+    def yield_turn(self) -> None:
+        # The second pass may run in one of autograd's threads.
         me = 0 if threading.get_ident() == self._thread_of_first else 1
         if not self._ended[1 - me]:
             self._may_run[1 - me].release()

@@ -4,14 +4,14 @@ Ranks are laid out as (pp, dp_replicate, dp_shard, cp, tp), the last fastest. De
 experts are spread over the same ranks in two ways:
 
     dense     (pp, dp_replicate, fsdp, tp)        fsdp = dp_shard · cp
-    experts   (pp, dp_replicate, fsdp, ep, etp)   each EP group holds all experts between its ranks,
-                                                  and FSDP shards over what is left
+    experts   (pp, dp_replicate, fsdp, ep, etp)   the ranks of each EP group together hold all
+                                                  experts, and FSDP shards over the remaining ranks
 
-What a step adds up over ranks is added up over some of them only:
+Sums of a step run over those ranks whose values differ:
 
     valid tokens, skipped documents   dp: ranks that read different sequences
-    losses                            of the last pipeline stage, which has them, one rank of each
-                                      TP group, whose ranks compute the same
+    losses                            the last pipeline stage, the only one with a loss, and of it
+                                      one rank of each TP group, whose ranks compute the same
     expert load, traffic              a stage, dp x cp x tp: between layers TP splits the sequence,
                                       so over a stage each token meets each router exactly once
 """
@@ -28,10 +28,11 @@ from torchtitan.distributed.groups import group_of, make_mesh
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelDims:
-    """The degrees of `torchtitan.config.resolve_degrees`, which has checked them.
+    """Degrees of parallelism, checked by `torchtitan.config.resolve_degrees`, and their meshes.
 
-    node_size: consecutive ranks that share a node. last_stage: the pp rank of the stage with the
-    output, when that is not the last one (V-shaped schedules).
+    node_size: consecutive ranks that share a node.
+    last_stage: pp rank of the stage with the output; −1 = the last rank (another one only with
+        V-shaped schedules).
     """
 
     world_size: int
@@ -71,7 +72,7 @@ class ParallelDims:
 
     @property
     def expert_fsdp(self) -> int:
-        """Ranks over which FSDP splits the experts of an EP rank; 1 where EP uses them all up."""
+        """Ranks over which FSDP splits the experts of an EP rank; 1 where EP spans all of them."""
         return max(1, self.fsdp * self.tp // (self.ep * self.etp))
 
     @property
@@ -80,7 +81,7 @@ class ParallelDims:
 
     @cached_property
     def mesh(self) -> DeviceMesh:
-        """Of dense weights. Axes of any size: `pp`, `dp_replicate`, `fsdp`, `tp`."""
+        """Mesh of the dense weights, axes of any size: `pp`, `dp_replicate`, `fsdp`, `tp`."""
         return make_mesh(
             self.device_type,
             (self.pp, self.dp_replicate, self.fsdp, self.tp),
@@ -89,10 +90,10 @@ class ParallelDims:
 
     @cached_property
     def expert_mesh(self) -> DeviceMesh | None:
-        """Axes of any size: `pp`, `dp_replicate`, `fsdp`, `ep`, `etp`; None where experts are
-        spread as dense weights are.
+        """Mesh of the experts, axes of any size: `pp`, `dp_replicate`, `fsdp`, `ep`, `etp`; None
+        where experts are spread as dense weights are.
 
-        Where an EP group is larger than a replica (DDP: dp_shard = 1), it takes several in.
+        An EP group larger than a replica (DDP: dp_shard = 1) spans several replicas.
         """
         if self.ep == 1 and self.tp == 1:
             return None
@@ -105,7 +106,7 @@ class ParallelDims:
 
     @cached_property
     def data_mesh(self) -> DeviceMesh:
-        """Of the tokens. Axes of any size: `pp`, `dp`, `cp`, `tp`."""
+        """Mesh of the tokens, axes of any size: `pp`, `dp`, `cp`, `tp`."""
         return make_mesh(
             self.device_type,
             (self.pp, self.dp_degree, self.cp, self.tp),
@@ -114,17 +115,17 @@ class ParallelDims:
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
-        """Ranks that read different sequences, at this rank's place of pp, cp and tp."""
+        """Ranks that read different sequences and share this rank's place on pp, cp and tp."""
         return self.data_mesh["dp"].get_group()
 
     @cached_property
     def sequence_group(self) -> dist.ProcessGroup:
-        """Ranks that hold (and route) the parts of the same sequences."""
+        """Ranks that hold (and route) parts of the same sequences."""
         return group_of("numbers", self._block_of_this_rank(self.cp * self.tp))
 
     @property
     def loss_ranks(self) -> list[int]:
-        """The ranks whose losses add up to that of the step; see the top of the file."""
+        """Ranks whose losses add up to the step's loss; see the top of the file."""
         ranks = torch.arange(self.world_size).view(self.pp, -1, self.tp)
         return ranks[self.last_stage, :, 0].tolist()
 
@@ -134,31 +135,35 @@ class ParallelDims:
         return group_of("numbers", self._block_of_this_rank(self.stage_size))
 
     def _block_of_this_rank(self, size: int) -> list[int]:
-        """Of the consecutive blocks of this many ranks."""
+        """List the ranks of this rank's block, where consecutive blocks have `size` ranks each."""
         first = dist.get_rank() // size * size
         return list(range(first, first + size))
 
     def make_groups(self) -> None:
-        """All process groups at once. Left to their first use, pipeline stages with and without
-        experts would ask for them in another order, and wait for each other for ever."""
+        """Make all process groups now.
+
+        If each were made at its first use, pipeline stages with and without experts would ask for
+        them in different orders and deadlock.
+        """
         _ = self.mesh, self.expert_mesh, self.data_mesh, self.stage_group, self.sequence_group
 
     @property
     def ep_groups(self) -> torch.Tensor:
-        """The ranks of every EP group, by node: (groups, nodes, ranks of a node) int64."""
+        """Ranks of every EP group, by node: (groups, nodes, ranks of a node) int64."""
         ranks = torch.arange(self.world_size).view(-1, self.ep, self.etp).transpose(1, 2)
         return ranks.reshape(self.world_size // self.ep, self.nodes_per_ep_group, -1)
 
     @cached_property
     def node_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-        """In this rank's EP group: the ranks at its place on each node, and those of its node."""
+        """Two groups within this rank's EP group: the ranks at its place on each node, and the
+        ranks of its node."""
         groups = self.ep_groups
         group, node, place = (groups == dist.get_rank()).nonzero()[0].tolist()
         between, within = groups[group, :, place].tolist(), groups[group, node].tolist()
         return group_of("experts", between), group_of("experts", within)
 
     def describe(self) -> str:
-        """What users call this layout."""
+        """Name this layout for log lines."""
         if self.world_size == 1:
             return "one process"
         degrees = {"PP": self.pp, "CP": self.cp, "TP": self.tp}

@@ -1,8 +1,8 @@
 """Pipeline parallelism: stages of layers on the ranks of the `pp` axis, micro-batches through them.
 
-torch's schedules (`torch.distributed.pipelining`) decide what runs when. A rank may hold several
-stages. Its model stays one module with the layers of all of them under their usual names, which is
-what initialisation, optimizer and checkpoints see; a *part* is the same module cut to one stage.
+torch's schedules (`torch.distributed.pipelining`) decide the order of the passes. A rank may hold
+several stages. Its model stays one module with the layers of all of them under their usual names,
+which initialisation, optimizer and checkpoints use; a *part* is the same module cut to one stage.
 """
 
 import copy
@@ -28,20 +28,20 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from torchtitan.distributed.overlap import by_turns
+from torchtitan.distributed.overlap import interleave
 from torchtitan.distributed.pipeline_plan import ENDS, PipelinePlan
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.logging import logger
 
-# Of logits and labels: the sum of the losses.
+# (logits, labels) to the sum of the losses.
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
 def cut_into_parts(model: BaseModel, plan: PipelinePlan, pp_rank: int) -> list[BaseModel]:
-    """One part for each stage of this rank, in order; `model` keeps their modules only.
+    """Make one part for each stage of this rank, in order; `model` keeps their modules only.
 
-    Parts share modules and buffers with `model`. Call it on the meta device, before anything else
-    is done to the model.
+    Parts share modules and buffers with `model`. Call it on the meta device, before the model is
+    changed in any other way.
     """
     stages = plan.stages_of(pp_rank)
     parts = [_part(model, set(plan.stages[stage])) for stage in stages]
@@ -49,7 +49,7 @@ def cut_into_parts(model: BaseModel, plan: PipelinePlan, pp_rank: int) -> list[B
     kept = _part(model, mine)
     model._modules = kept._modules
     logger.info(
-        "Pipeline parallel: %d stages over %d ranks, schedule %s, %d micro-batches; here %s",
+        "Pipeline parallel: %d stages over %d ranks, schedule %s, %d micro-batches; this rank: %s",
         len(plan.stages),
         plan.degree,
         plan.schedule,
@@ -64,7 +64,8 @@ def _part(model: BaseModel, names: set[str]) -> BaseModel:
     for name, value in vars(model).items():  # hooks and modules of its own, the same buffers
         if isinstance(value, dict) and name != "_buffers":
             setattr(part, name, copy.copy(value))
-    # What stands beside the main path works on the last hidden state: it goes with the output.
+    # Modules beside the main path (multi-token prediction) need the last hidden state: they stay
+    # with the output.
     part._modules = {
         name: module if (name if name in ENDS else "output") in names else None
         for name, module in model._modules.items()
@@ -82,8 +83,13 @@ def _listing(names: Sequence[str]) -> str:
 
 
 class StepInputs(NamedTuple):
-    """tokens, labels, token_mask: (B, S) of this rank. whole_tokens: (B, S) of whole sequences, to
-    make masks of. positions: (1, S), None = 0, 1, …. extra: of `BaseModel.extra_inputs`.
+    """Inputs of one step.
+
+    tokens, labels: (B, S) int64, this rank's.
+    whole_tokens: (B, S) int64, of whole sequences; attention masks are made from them.
+    positions: (1, S) int64, None = 0, 1, ….
+    token_mask: (B, S) bool, this rank's.
+    extra: from `BaseModel.extra_inputs`.
     """
 
     tokens: Tensor
@@ -96,9 +102,9 @@ class StepInputs(NamedTuple):
 
 class _Stage(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        # torch 2.11 makes neighbouring stages greet each other before the first step. Where both
-        # lie on one rank (V-shaped schedules), gloo fails: "Pair is not connected". They hand over
-        # what they compute without sending it, so no greeting is needed; torch 2.13 has none.
+        # torch 2.11 lets neighbouring stages exchange a message before the first step. Where both
+        # are on one rank (V-shaped schedules), gloo fails: "Pair is not connected". Such stages
+        # hand over tensors without sending them, so they need no message; torch 2.13 sends none.
         ops = super()._get_init_p2p_neighbors_ops()
         return [op for op in ops if op.group_peer != self.group_rank]
 
@@ -106,11 +112,16 @@ class _Stage(PipelineStage):
 class Pipeline:
     """This rank's stages and their schedule; `step` is a forward and backward pass of all ranks.
 
-    parts: of `cut_into_parts`, after parallelisation. hidden, dtype: channels of a token, and their
-    type, as they travel between stages, where `split` ranks share the tokens of a sequence. vocab:
-    entries of the logits on this rank. overlap: pairs of passes go by turns (overlap.py).
-
     A schedule is made for the shape (B, S) of the inputs at the first pass of that shape.
+
+    parts: from `cut_into_parts`, after parallelisation.
+    mesh: the pp axis.
+    hidden: channels of a token between stages.
+    vocab: entries of the logits on this rank.
+    split: ranks that share the tokens of a sequence between stages.
+    dtype: of tensors between stages.
+    masks_of: makes attention masks from the tokens (B, S) of whole sequences.
+    overlap: interleave pairs of passes (overlap.py).
     """
 
     def __init__(
@@ -136,7 +147,7 @@ class Pipeline:
         self._loss_fn = loss_fn
         self._masks_of = masks_of
         self._overlap = overlap
-        self._divisor = torch.ones((), device=device)  # of losses, set by each step
+        self._divisor = torch.ones((), device=device)  # divides losses; set by each step
         self._group = mesh.get_group()
         self._schedules: dict[torch.Size, Any] = {}
         for part in parts:
@@ -146,7 +157,7 @@ class Pipeline:
             torch._functorch.config.donated_buffer = False
 
     def forget_schedules(self) -> None:
-        """And the memory of their stages; for shapes that don't come again."""
+        """Free all schedules and the memory of their stages; for shapes that won't come again."""
         self._schedules.clear()
 
     def _schedule(self, shape: torch.Size) -> Any:
@@ -160,8 +171,8 @@ class Pipeline:
         return self._schedules[shape]
 
     def _make_stages(self, tokens: int) -> list[PipelineStage]:
-        # Without examples, torch would find the shapes by running the parts, and experts would
-        # count tokens and send them.
+        # Without example tensors, torch would find the shapes by running the parts, and experts
+        # would count tokens and send them.
         B, last, dtype = self._plan.microbatch_size, len(self._plan.stages) - 1, self._dtype
         hidden, logits = (tokens // self._split, self._hidden), (tokens, self._vocab)
         at_first = torch.empty(B, tokens, dtype=torch.int64, device="meta")
@@ -184,20 +195,22 @@ class Pipeline:
         return self._loss_fn(logits, labels) / self._divisor
 
     def _make_masks(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        # A mask is made for a micro-batch where it is used: torch splits along the batch what it
-        # hands to the stages, and a mask need not have one.
+        # A mask is made per micro-batch, where it is used: torch splits the arguments of stages
+        # along the batch dim, which a mask need not have.
         return args, kwargs | {"attention_masks": self._masks_of(kwargs.pop("whole_tokens"))}
 
     def step(self, inputs: StepInputs, valid_tokens: Tensor) -> Tensor:
-        """This rank's part of the step's loss (0 without the last stage); adds to the gradients.
+        """Run forward and backward passes, which add to the gradients.
 
-        valid_tokens: of the whole step, what losses are divided by.
+        Returns this rank's part of the step's loss, a scalar; 0 without the last stage.
+
+        valid_tokens: scalar, of the whole step; losses are divided by it.
         """
         self._divisor = valid_tokens
         return self._run(self._schedule(inputs.tokens.shape).step, inputs)
 
     def evaluate(self, inputs: StepInputs) -> Tensor:
-        """The sum of this rank's losses (zero without the last stage), without gradients."""
+        """Sum this rank's losses, without gradients: a scalar; 0 without the last stage."""
         self._divisor = torch.ones((), device=inputs.labels.device)
         schedule = self._schedule(inputs.tokens.shape)
         with _forward_only(schedule):
@@ -221,7 +234,10 @@ class Pipeline:
         return torch.stack(losses).sum().detach()
 
     def gather(self, by_layer: tuple[dict[int, Any], ...]) -> tuple[dict[int, Any], ...]:
-        """Of all stages together, in the order of the layers; every rank calls it."""
+        """Merge the stages' dictionaries, in the order of the layers; every rank must call this.
+
+        by_layer: dictionaries from layer number to tensor or None, one for each kind of value.
+        """
         of_stages: list[Any] = [None] * self._group.size()
         on_cpu = tuple(
             {i: None if t is None else t.cpu() for i, t in layers.items()} for layers in by_layer
@@ -236,8 +252,11 @@ class Pipeline:
 
 @contextmanager
 def _forward_only(schedule: Any) -> Iterator[None]:
-    """Leave out what belongs to backward passes. torch's `eval` doesn't where a rank may have
-    several stages, and fails where two of them are neighbours (2.11, 2.13)."""
+    """Remove the actions of backward passes from a schedule for a while.
+
+    torch's `eval` keeps them where a rank may have several stages, and fails where two of them are
+    neighbours (2.11, 2.13).
+    """
     order = getattr(schedule, "pipeline_order_with_comms", None)
     if order is None:
         yield
@@ -261,7 +280,7 @@ def _forward_only(schedule: Any) -> Iterator[None]:
 def _make_schedule(
     stages: list[PipelineStage], plan: PipelinePlan, num_microbatches: int, loss_fn: LossFn
 ) -> Any:
-    # scale_grads: the loss is divided by the tokens of the step already.
+    # No scale_grads: the loss is already divided by the tokens of the step.
     options = {
         "n_microbatches": num_microbatches,
         "loss_fn": loss_fn,
@@ -280,20 +299,21 @@ def _make_schedule(
 
 
 def _overlap(action: Any, ctx: _PipelineContext) -> None:
-    """The forward pass of a micro-batch through one stage, the backward pass of another through
-    another, by turns."""
+    """Interleave the forward pass of a micro-batch through one stage with the backward pass of
+    another micro-batch through another stage."""
     forward, backward = action.sub_actions
     run = partial(_run_forward, forward, ctx), partial(_run_backward, backward, ctx)
-    if forward.stage_index == backward.stage_index:  # FSDP knows one pass of a module at a time
+    if forward.stage_index == backward.stage_index:  # FSDP allows one pass of a module at a time
         run[0]()
         run[1]()
     else:
-        by_turns(*run)
+        interleave(*run)
 
 
-# Untyped: torch declares as optional, or not at all, what is there whenever a pass runs.
+# Untyped arguments: torch declares these attributes as optional, or not at all, although each one
+# is set whenever a pass runs.
 def _run_forward(action: Any, context: Any) -> None:
-    """As torch's schedules do it, which keep it to themselves; so the next function."""
+    """Run a forward pass as torch's schedules do inside of a private method."""
     schedule, microbatch = context.schedule_ref, action.microbatch_index
     stages = {stage.stage_index: stage for stage in schedule._stages}
     stage = stages[action.stage_index]
@@ -303,11 +323,12 @@ def _run_forward(action: Any, context: Any) -> None:
     args, kwargs = context.arg_mbs[microbatch], context.kwarg_mbs[microbatch]
     output = stage.forward_one_chunk(microbatch, args, kwargs, save_forward_output=False)
     schedule._maybe_compute_loss(stage, output, context.target_mbs, microbatch)
-    if behind := stages.get(stage.stage_index + 1):
-        behind.set_local_fwd_input(output, microbatch)
+    if following := stages.get(stage.stage_index + 1):
+        following.set_local_fwd_input(output, microbatch)
 
 
 def _run_backward(action: Any, context: Any) -> None:
+    """Run a backward pass as torch's schedules do inside of a private method."""
     schedule, microbatch = context.schedule_ref, action.microbatch_index
     stages = {stage.stage_index: stage for stage in schedule._stages}
     stage = stages[action.stage_index]
@@ -323,5 +344,5 @@ def _run_backward(action: Any, context: Any) -> None:
         full_backward=whole,
         last_backward=whole and is_last,
     )
-    if before := stages.get(stage.stage_index - 1):
-        before.set_local_bwd_input(stage.get_local_bwd_output(microbatch), microbatch)
+    if preceding := stages.get(stage.stage_index - 1):
+        preceding.set_local_bwd_input(stage.get_local_bwd_output(microbatch), microbatch)

@@ -1,8 +1,8 @@
-"""Which layers each pipeline stage holds, and which schedules can run: plain arithmetic.
+"""The layers of each pipeline stage, and the schedules that can run: plain arithmetic.
 
 Stages are numbered along the model. With one stage a rank, stage s lives on rank s; with several,
-they go around the ranks (s modulo the degree) or there and back ("v"); a schedule from a file
-(pipeline_schedule_file.py) puts them where it likes.
+they go around the ranks (s modulo the degree) or up the ranks and back down ("v"); a schedule from
+a file (pipeline_schedule_file.py) may place them anywhere.
 """
 
 from dataclasses import dataclass
@@ -19,16 +19,22 @@ SINGLE = ("1F1B", "GPipe")
 LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 SCHEDULES = (*SINGLE, *LOOPED, *V_SHAPED)
-# They run a backward pass in two pieces, for the inputs and for the weights.
+# Schedules that run a backward pass in two pieces, for the inputs and for the weights.
 SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SHAPED)
 _KEY = "parallelism.pipeline_parallel_"
 
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """schedule: torch's name, or the file. stages: the names of the modules of each stage.
-    rank_of_stage: of the pp axis. num_microbatches: of the batch that it was planned for.
+    """Stages, ranks and micro-batches of a pipeline.
+
+    schedule: torch's name, or the path of the file.
+    degree: ranks of the pp axis.
+    stages: names of the modules of each stage.
+    rank_of_stage: rank on the pp axis of each stage.
+    num_microbatches: of the batch that it was planned for.
     microbatch_size: sequences.
+    file: the schedule, where it comes from a file.
     """
 
     schedule: str
@@ -40,7 +46,7 @@ class PipelinePlan:
     file: ScheduleFile | None = None
 
     def stages_of(self, rank: int) -> list[int]:
-        """Stages of a rank of the pp axis, in order."""
+        """List the stages of a rank of the pp axis, in order."""
         return [s for s in range(len(self.stages)) if self.rank_of(s) == rank]
 
     def rank_of(self, stage: int) -> int:
@@ -58,8 +64,11 @@ def plan_pipeline(
     local_batch_size: int,
     batch_key: str = "training.local_batch_size",
 ) -> PipelinePlan:
-    """Raises `UserError` for what can't be; batch_key: what sentences call local_batch_size. Call
-    it only where the degree is above 1."""
+    """Plan a pipeline of two or more ranks. Raises `UserError` for impossible settings.
+
+    local_batch_size: sequences.
+    batch_key: key that messages name as the source of `local_batch_size`.
+    """
     degree = parallelism.pipeline_parallel_degree
     schedule = parallelism.pipeline_parallel_schedule
     if schedule not in SCHEDULES:
@@ -105,7 +114,7 @@ def _check_reshard(parallelism: Parallelism, file: ScheduleFile | None) -> None:
 
 
 def _places(num_stages: int, schedule: str, degree: int) -> tuple[int, ...]:
-    """The rank of each stage: see the top of the file."""
+    """Rank of each stage: see the top of the file."""
 
     def rank_of(stage: int) -> int:
         around, place = divmod(stage, degree)
@@ -123,8 +132,8 @@ def _names(layers: range, *, first: bool, last: bool) -> tuple[str, ...]:
 def _evenly(
     parallelism: Parallelism, num_layers: int, file: ScheduleFile | None
 ) -> tuple[tuple[str, ...], ...]:
-    """As even as can be, where the embedding and the output count as the layers that the first and
-    last stage have less."""
+    """Split the layers as evenly as possible; the embedding and the output count as the number of
+    layers that the first and last stage have less."""
     less = (
         parallelism.pipeline_parallel_first_stage_less_layers,
         parallelism.pipeline_parallel_last_stage_less_layers,
@@ -172,14 +181,14 @@ def _as_listed(parts: list[list[str]], num_layers: int) -> tuple[tuple[str, ...]
     for name in listed:
         if name not in expected:
             raise UserError(
-                f"{key} names '{name}', which the model hasn't{suggest(name, expected)}"
+                f"{key} names '{name}', which the model does not have{suggest(name, expected)}"
             )
     if listed != expected:
         missing = [name for name in expected if name not in listed]
         what = f"leaves out '{missing[0]}'" if missing else "names modules twice or out of order"
         raise UserError(
-            f"{key} {what}: all parts together list every module once, in the model's order, from "
-            "'tok_embeddings' over 'layers.0' to 'norm' and 'output'."
+            f"{key} {what}: all parts together must list every module once, in the model's order, "
+            "from 'tok_embeddings' over 'layers.0' to 'norm' and 'output'."
         )
     if not all(parts):
         raise UserError(f"{key} has an empty part; give each part at least one module.")
@@ -218,7 +227,7 @@ def _num_microbatches(parallelism: Parallelism, local_batch_size: int, batch_key
 
 
 def _check_microbatches(plan: PipelinePlan, batch_key: str) -> None:
-    """The rules of torch's schedules."""
+    """Check the rules that torch's schedules have for the number of micro-batches."""
     n, stages, rule = plan.num_microbatches, len(plan.stages), None
     if plan.schedule in ("1F1B", *V_SHAPED) and n < stages:
         rule = f"at least as many as stages ({stages})"

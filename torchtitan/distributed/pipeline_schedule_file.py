@@ -1,11 +1,11 @@
-"""A pipeline schedule of one's own: what each rank runs in which order, from a file.
+"""A custom pipeline schedule from a file: the passes that each rank runs, in order.
 
 The form is that of torch's `_dump_csv(format="compute_only")`: a line for each rank, its passes
-separated by commas; empty cells are for the eye. `2F0` is the forward pass of stage 2 over
-micro-batch 0; `B` a whole backward pass, or `I` and later `W` its halves, for the inputs and for
-the weights. `(0F3;7B1)OVERLAP_F_B` is a pair that may overlap.
+separated by commas; empty cells are ignored. `2F0` is the forward pass of stage 2 over micro-batch
+0; `B` a whole backward pass, or `I` and later `W` its halves, for the inputs and for the weights.
+`(0F3;7B1)OVERLAP_F_B` is a pair that may overlap.
 
-All of it is checked here: torch would notice some faults when training starts, on others it hangs.
+All of it is checked here: torch would notice some faults when training starts, and hang on others.
 """
 
 import csv
@@ -23,7 +23,10 @@ _PAIR = re.compile(r"\((\d+F\d+);(\d+[BI]\d+)\)OVERLAP_F_B")
 
 
 class Pass(NamedTuple):
-    """kind: F, B, I or W."""
+    """One pass of a stage over a micro-batch.
+
+    kind: F, B, I or W.
+    """
 
     stage: int
     kind: str
@@ -35,8 +38,10 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class ScheduleFile:
-    """cells: of each rank, without the empty ones. passes: what they mean; a pair is one entry of
-    two passes.
+    """A parsed schedule.
+
+    cells: texts of each rank, without the empty ones.
+    passes: the passes of each cell; a pair is one entry of two passes.
     """
 
     path: str
@@ -67,8 +72,11 @@ class ScheduleFile:
 def read_schedule_file(
     path: str, *, degree: int, num_microbatches: int, batch_key: str = "training.local_batch_size"
 ) -> ScheduleFile:
-    """Raises `UserError` where it can't be read, or could not run on `degree` ranks with
-    `num_microbatches`; batch_key: from which their number comes."""
+    """Read and check a schedule. Raises `UserError` where the file can't be read, or could not run
+    on `degree` ranks with `num_microbatches`.
+
+    batch_key: key that messages name as the source of `num_microbatches`.
+    """
     rows = _read(path)
     if len(rows) != degree:
         raise UserError(
@@ -90,7 +98,7 @@ def _read(path: str) -> tuple[tuple[str, ...], ...]:
     except OSError as error:
         raise UserError(f"{KEY} {path} can't be read ({error.strerror}).") from None
     except (UnicodeDecodeError, csv.Error):
-        raise UserError(f"{KEY} {path} is not a text of comma-separated values.") from None
+        raise UserError(f"{KEY} {path} is not a file of comma-separated values.") from None
     rows = [tuple(cell for cell in row if cell) for row in rows]
     return tuple(row for row in rows if row)
 
@@ -107,8 +115,8 @@ def _parse(cell: str, path: str, rank: int) -> tuple[Pass, ...]:
         found = _PASS.fullmatch(text)
         if not found:
             raise UserError(
-                f"{KEY} {path}: rank {rank} has '{cell}', which is no pass; write the stage, F, B, "
-                "I or W, and the micro-batch, such as '0F0'."
+                f"{KEY} {path}: rank {rank} has '{cell}', which is not a pass; write the stage, F, "
+                "B, I or W, and the micro-batch, such as '0F0'."
             )
         passes.append(Pass(int(found[1]), found[2], int(found[3])))
     return tuple(passes)
@@ -124,14 +132,14 @@ def _check_microbatches(file: ScheduleFile, expected: int, batch_key: str) -> No
 
 
 def _check_complete(file: ScheduleFile, num_microbatches: int) -> None:
-    """Each stage, on one rank only, takes each micro-batch forward once and backward once."""
+    """Check that each stage is on one rank and takes each micro-batch forward and backward once."""
     rank_of: dict[int, int] = {}
     for rank in range(len(file.passes)):
         for one in file.of_rank(rank):
             if rank_of.setdefault(one.stage, rank) != rank:
                 raise UserError(
                     f"{KEY} {file.path} has passes of stage {one.stage} on rank "
-                    f"{rank_of[one.stage]} and on rank {rank}; a stage lies on one rank."
+                    f"{rank_of[one.stage]} and on rank {rank}; a stage must be on one rank."
                 )
     counts = Counter(file.all_passes)
     for stage in range(file.num_stages):
@@ -148,7 +156,7 @@ def _check_complete(file: ScheduleFile, num_microbatches: int) -> None:
 
 
 def _check_order(file: ScheduleFile) -> None:
-    """Plays the schedule: a rank that waits for what comes later is told, with what it waits at."""
+    """Simulate the schedule; report each deadlocked rank and the pass at which it waits."""
     done: set[Pass] = set()
     at = [0] * len(file.passes)
     moved = True
@@ -168,8 +176,8 @@ def _check_order(file: ScheduleFile) -> None:
     ]
     if stuck:
         raise UserError(
-            f"{KEY} {file.path} would wait for itself for ever, {' and '.join(stuck)}: F needs F "
-            "of the stage before it, B and I need F, and B or I of the stage behind it, W needs I."
+            f"{KEY} {file.path} would deadlock, with {' and '.join(stuck)}: F needs F of the "
+            "stage before it, B and I need F, and B or I of the stage after it, W needs I."
         )
 
 

@@ -1,4 +1,4 @@
-"""A layer beside others: on a CUDA stream of its own."""
+"""A CUDA stream of its own for a layer: the shared experts, in parallel to dispatch and combine."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,8 +10,8 @@ from torchtitan.tools.utils import eager
 
 
 class SideStream:
-    """Runs a layer on a CUDA stream of its own, beside what the main stream does next; elsewhere
-    the layer waits for its turn.
+    """Runs a layer on a CUDA stream of its own, in parallel to the main stream; on the CPU the
+    layer runs at `end`.
 
     The compiler stays out: it would move kernels and free memory as if there were one stream. The
     layer itself may be compiled.

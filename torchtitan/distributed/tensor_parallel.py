@@ -6,10 +6,10 @@ gathered; after one whose inputs are split ("row") the partial sums are reduce-s
 Megatron's sequence parallelism (arXiv 2205.05198), which sends no more than its tensor parallelism
 and keeps no activation twice.
 
-Weights are DTensors on the tp axis: FSDP, checkpoints and the gradient norm know what they hold. In
-a forward pass a module sees the plain tensor of its rank, and the collectives stand written out. A
-replicated weight gets its gradient from this rank's tokens (or heads) only, so it is marked as a
-partial sum, which FSDP adds up over the group when it takes the gradient.
+Weights are DTensors on the tp axis, so FSDP, checkpoints and the gradient norm know which part each
+rank holds. In a forward pass a module reads the plain tensor of its rank, and the collectives are
+written out. A replicated weight gets its gradient from this rank's tokens (or heads) only, so the
+gradient is marked as a partial sum, which FSDP adds up over the group when it takes it.
 """
 
 from functools import cache
@@ -32,10 +32,10 @@ from torch.distributed.tensor import (
 
 
 class TensorParallel:
-    """The styles in which modules are spread over the one-dimensional `mesh`, in place.
+    """Styles in which modules are spread over the one-dimensional `mesh`, in place.
 
-    Every module that has weights of its own takes part in exactly one of `replicate`, `column`,
-    `row`, `embedding` and `output`; `gather_input` and `scatter_output` go around.
+    Every module that has weights of its own gets exactly one of `replicate`, `column`, `row`,
+    `embedding` and `output`; `gather_input` and `scatter_output` may be added to these.
     """
 
     def __init__(self, mesh: DeviceMesh):
@@ -44,8 +44,8 @@ class TensorParallel:
         self.degree, self.rank = mesh.size(), mesh.get_local_rank()
 
     def overlap_communication(self) -> None:
-        """From now on the compiler cuts a collective next to a matrix product into pieces that
-        overlap with pieces of the product, through symmetric memory ("asynchronous TP").
+        """Let the compiler cut a collective next to a matrix product into pieces that overlap with
+        pieces of the product, through symmetric memory ("asynchronous TP").
         """
         import torch._inductor.config
         from torch.distributed._symmetric_memory import enable_symm_mem_for_group
@@ -58,24 +58,24 @@ class TensorParallel:
             self._place(module, Replicate())
 
     def column(self, *modules: nn.Linear) -> None:
-        """Outputs are split: x (…, in), whole, to (…, out/tp)."""
+        """Split the outputs: x (…, in), whole, to (…, out/tp)."""
         for module in modules:
             self._place(module, Shard(0))
 
     def row(self, *modules: nn.Linear) -> None:
-        """Inputs are split: x (…, in/tp) to partial sums (…, out)."""
+        """Split the inputs: x (…, in/tp) to partial sums (…, out)."""
         for module in modules:
             self._place(module, Shard(1))
 
     def gather_input(self, *modules: nn.Module) -> None:
-        """The first argument (…, S/tp, D) is gathered over the sequence."""
+        """Gather the first argument (…, S/tp, D) over the sequence."""
         for module in modules:
             module.register_forward_pre_hook(
                 lambda _, args: (gather(args[0], -2, self.group), *args[1:])
             )
 
     def gather_output(self, *modules: nn.Module) -> None:
-        """What the module makes of its part of the sequence is gathered."""
+        """Gather the output of a module that works on its part of the sequence."""
 
         def gathered(_: nn.Module, args: Any, out: Tensor) -> Tensor:
             return gather(out, -2, self.group)
@@ -84,7 +84,7 @@ class TensorParallel:
             module.register_forward_hook(gathered)
 
     def scatter_output(self, *modules: nn.Module) -> None:
-        """Partial sums (…, S, D) are summed, and each rank keeps its part of the sequence."""
+        """Sum the partial sums (…, S, D); each rank keeps its part of the sequence."""
 
         def scattered(_: nn.Module, args: Any, out: Tensor) -> Tensor:
             return reduce_scatter(out, -2, self.group)
@@ -93,9 +93,9 @@ class TensorParallel:
             module.register_forward_hook(scattered)
 
     def split_mask(self, *modules: nn.Module) -> None:
-        """The second argument, a mask (B, S) or None, is cut to this rank's part of the sequence.
+        """Cut the second argument, a mask (B, S) or None, to this rank's part of the sequence.
 
-        It is not summed over or gathered: no gradient.
+        A mask has no gradient, so nothing is communicated.
         """
 
         def cut(_, args: tuple) -> tuple:
@@ -106,22 +106,22 @@ class TensorParallel:
             module.register_forward_pre_hook(cut)
 
     def embedding(self, module: nn.Embedding) -> None:
-        """Rows of the table are split: tokens (B, S) to (B, S/tp, D)."""
+        """Split the rows of the table: tokens (B, S) to (B, S/tp, D)."""
         self._place(module, Shard(0))
         first = self.rank * (module.num_embeddings // self.degree)
 
         def look_up(input: Tensor) -> Tensor:  # torch's name for tokens (B, S)
-            ids_BS, there_BS = _ids_here(input, first, module.weight.size(0))
-            x_BSD = F.embedding(ids_BS, module.weight).masked_fill(~there_BS.unsqueeze(-1), 0)
+            ids_BS, is_local_BS = _local_ids(input, first, module.weight.size(0))
+            x_BSD = F.embedding(ids_BS, module.weight).masked_fill(~is_local_BS.unsqueeze(-1), 0)
             return reduce_scatter(x_BSD, -2, self.group)
 
         module.forward = look_up
 
     def output(self, module: nn.Linear, *, whole_logits: bool) -> None:
-        """Rows are split: (B, S/tp, D) to logits (B, S, V/tp), or gathered to (B, S, V)."""
+        """Split the rows: (B, S/tp, D) to logits (B, S, V/tp), or gathered to (B, S, V)."""
 
         def only_logits(_, args: tuple) -> None:
-            assert all(arg is None for arg in args[1:]), "the loss of split logits: build_loss"
+            assert all(arg is None for arg in args[1:]), "build_loss computes split logits' loss"
 
         module.register_forward_pre_hook(only_logits)
         self.gather_input(module)
@@ -143,11 +143,11 @@ def _with_local_weights(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 class _LocalWeights(nn.Module):
-    """Reading a weight in a forward pass gives the plain tensor that this rank holds."""
+    """Mixin: reading a weight in a forward pass gives the plain tensor that this rank holds."""
 
     def __getattr__(self, name: str):
         value = super().__getattr__(name)
-        # While FSDP has a weight split, its mesh has the axes of FSDP too; only FSDP reads it then.
+        # While FSDP holds a weight sharded, its mesh has FSDP's axes too, and only FSDP reads it.
         if isinstance(value, DTensor) and value.device_mesh.ndim == 1:
             replicated = value.placements[0].is_replicate()
             return value.to_local(grad_placements=[Partial()] if replicated else None)
@@ -160,12 +160,13 @@ class _LocalWeights(nn.Module):
 
 
 def gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' parts side by side. Gradients of all ranks' uses are summed: reduce-scatter."""
+    """All-gather the ranks' parts along `dim`. Backward: reduce-scatter, which sums the gradients
+    of all ranks' uses."""
     return _Gather.apply(x, dim % x.ndim, group)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """The sum over the ranks, of which each keeps its part. Backward: gather."""
+    """Sum over the ranks; each keeps its part along `dim`. Backward: all-gather."""
     return _ReduceScatter.apply(x, dim % x.ndim, group)
 
 
@@ -200,8 +201,10 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 class _GatherCopies(torch.autograd.Function):
-    """Gather over the last dim for a computation that every rank repeats: each of them has the
-    whole gradient already, and takes its part."""
+    """All-gather over the last dim for a computation that every rank repeats.
+
+    Backward needs no communication: each rank has the whole gradient and takes its part.
+    """
 
     @staticmethod
     def forward(ctx, x, group):
@@ -221,10 +224,12 @@ class _GatherCopies(torch.autograd.Function):
 def vocab_parallel_cross_entropy_sum(
     logits: Tensor, labels: Tensor, *, group: dist.ProcessGroup, ignore_index: int
 ) -> Tensor:
-    """Sum of −log p(label) where each rank holds the logits (…, V/tp) of its part of the
-    vocabulary; equal on all ranks. labels (…): int64, those equal to `ignore_index` don't count.
+    """Sum of −log p(label), from logits split over the vocabulary: a scalar, equal on all ranks.
 
-    What travels is two numbers a token and its maximum, in at least fp32.
+    Communicates two numbers a token and its maximum, in at least fp32.
+
+    logits: (…, V/tp), this rank's part of the vocabulary.
+    labels: (…), int64; those equal to `ignore_index` don't count.
     """
     return _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), group, ignore_index)
 
@@ -234,28 +239,28 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits_TV, labels_T, group, ignore_index):
         x_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         size = logits_TV.size(1)
-        ids_T, there_T = _ids_here(labels_T, group.rank() * size, size)
+        ids_T, is_local_T = _local_ids(labels_T, group.rank() * size, size)
         top_T = fc.wait_tensor(fc.all_reduce(x_TV.amax(dim=1), "max", group))
         sum_T = (x_TV - top_T.unsqueeze(1)).exp().sum(dim=1)
-        chosen_T = x_TV.gather(1, ids_T.unsqueeze(1)).squeeze(1).masked_fill(~there_T, 0)
+        chosen_T = x_TV.gather(1, ids_T.unsqueeze(1)).squeeze(1).masked_fill(~is_local_T, 0)
         both = torch.stack((sum_T, chosen_T))
         sum_T, chosen_T = fc.wait_tensor(fc.all_reduce(both, "sum", group)).unbind()
         log_sum_T = sum_T.log() + top_T
         counts_T = labels_T != ignore_index
-        ctx.save_for_backward(logits_TV, log_sum_T, ids_T, there_T, counts_T)
+        ctx.save_for_backward(logits_TV, log_sum_T, ids_T, is_local_T, counts_T)
         return (log_sum_T - chosen_T).masked_fill(~counts_T, 0).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        logits_TV, log_sum_T, ids_T, there_T, counts_T = ctx.saved_tensors
+        logits_TV, log_sum_T, ids_T, is_local_T, counts_T = ctx.saved_tensors
         grad_TV = (logits_TV.to(log_sum_T.dtype) - log_sum_T.unsqueeze(1)).exp_()
-        grad_TV.scatter_add_(1, ids_T.unsqueeze(1), -there_T.to(grad_TV.dtype).unsqueeze(1))
+        grad_TV.scatter_add_(1, ids_T.unsqueeze(1), -is_local_T.to(grad_TV.dtype).unsqueeze(1))
         grad_TV *= (grad * counts_T).unsqueeze(1)
         return grad_TV.to(logits_TV.dtype), None, None, None
 
 
-def _ids_here(ids: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
-    """Counted from this rank's first (0 for those of other ranks), and which ones are its own."""
+def _local_ids(ids: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """Ids counted from this rank's first one (0 for ids of other ranks), and which are its own."""
     ids = ids - first
-    there = (ids >= 0) & (ids < size)
-    return ids.masked_fill(~there, 0), there
+    is_local = (ids >= 0) & (ids < size)
+    return ids.masked_fill(~is_local, 0), is_local

@@ -28,14 +28,15 @@ def init_distributed(
     dump_folder: str,
     settings: Callable[[int], Settings] = lambda rank: {},
 ) -> Callable[[], None]:
-    """Join the other processes that torchrun started; alone, a group of one. Returns how to leave.
+    """Join the other processes that torchrun started; alone, a group of one.
 
-    A process group that is already there is used, and left to its owner. With `comm.mode`
-    "fake_backend" this process is rank 0 of WORLD_SIZE and nothing is communicated: a dry run of a
-    large layout.
+    An existing process group is used, and left to its owner. With `comm.mode` "fake_backend" this
+    process is rank 0 of WORLD_SIZE and nothing is communicated: a dry run of a large layout.
 
     settings: called with this process's rank before any group is made; what it returns must be the
         same on all ranks, and a `UserError` of one rank is raised on all (`Meeting.agree`).
+
+    Returns a function that leaves the group.
     """
     if dist.is_initialized():
         meeting = meeting_of_ranks(config)
@@ -78,19 +79,19 @@ def _join(
         )
     except dist.DistError as error:
         raise UserError(
-            f"the {launch.world_size} processes have met, but could not connect to each other "
+            f"the {launch.world_size} processes met, but could not connect to each other "
             f"({str(error).strip().splitlines()[0][:200]}): check that GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME name a network that all machines share, or unset them."
         ) from None
 
 
-_meetings = itertools.count()  # all ranks meet as often
+_meetings = itertools.count()  # advances alike on all ranks
 
 
 def meeting_of_ranks(config: Comm) -> Meeting:
-    """Of all ranks of the group that is there."""
+    """Make a meeting of all ranks of the default group."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if dist.get_backend() == dry_run.BACKEND:  # nobody else is there
+    if dist.get_backend() == dry_run.BACKEND:  # the other ranks don't exist
         rank, world_size = 0, 1
     store = dist.distributed_c10d._get_default_store()
     store = dist.PrefixStore(f"meeting_{next(_meetings)}", store)
@@ -114,7 +115,7 @@ def _init_fake() -> None:
 
 
 def _set_up_flight_recorder(config: Comm, dump_folder: str) -> None:
-    """Let NCCL keep its last collectives, and write them down when one times out."""
+    """Let NCCL record its last collectives, and write them to disk when one times out."""
     os.environ["TORCH_FR_BUFFER_SIZE"] = str(config.trace_buf_size)
     if config.trace_buf_size > 0:
         prefix = Path(dump_folder, config.save_traces_folder, config.save_traces_file_prefix)
@@ -126,7 +127,7 @@ def _set_up_flight_recorder(config: Comm, dump_folder: str) -> None:
 
 
 def set_timeout(seconds: int, except_for: dist.ProcessGroup | None = None) -> None:
-    """From now on a collective fails after this long, in every other group that exists."""
+    """Set the time after which a collective fails, in every existing group except `except_for`."""
     for group in dist.distributed_c10d._world.pg_map:
         if group is not except_for and dist.get_backend(group) != dry_run.BACKEND:
             _set_pg_timeout(timedelta(seconds=seconds), group)
@@ -135,7 +136,7 @@ def set_timeout(seconds: int, except_for: dist.ProcessGroup | None = None) -> No
 def set_determinism(config: Debug, device: torch.device, of_run: int | None = None) -> int:
     """Seed all ranks alike and return the seed (a fresh one when none is set).
 
-    of_run: the seed of the run that is gone on with, if there is one.
+    of_run: seed of the run that is resumed, if any.
     """
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS's condition for repeatable sums
@@ -158,22 +159,25 @@ def sum_over_ranks(value: torch.Tensor, group: dist.ProcessGroup | None = None) 
 
 
 def gather_from_ranks(value: torch.Tensor) -> list[torch.Tensor]:
-    """The same tensor of every rank, by rank."""
+    """Gather `value`, of one shape on all ranks: a list by rank."""
     out = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(out, value)
     return out
 
 
-class RanksOf:
-    """Python objects between the ranks of a group; every rank of it calls each method."""
+class ObjectCollectives:
+    """Collectives of Python objects; every rank of the group must call each method."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
 
     def from_rank_0(self, read: Callable[[], Any]) -> Any:
-        """What the group's first rank reads: folders may look different from other nodes. Its
-        `UserError` or `OSError` is raised on all ranks."""
+        """Call `read` on the group's first rank and return its result on all of them.
+
+        Only one rank reads, because folders may look different from other nodes. Its `UserError` or
+        `OSError` is raised on all ranks.
+        """
         answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -186,7 +190,7 @@ class RanksOf:
         return answer[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, by rank."""
+        """Gather the value of every rank: a list by rank."""
         gathered: list[Any] = [None] * self.count
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered

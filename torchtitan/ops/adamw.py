@@ -1,4 +1,4 @@
-"""One step of Adam or AdamW (arXiv 1412.6980, 1711.05101) of one tensor, in place.
+"""One step of Adam or AdamW (arXiv 1412.6980, 1711.05101) for one tensor, in place.
 
 Weights, gradient, states and compute copy may differ in dtype: everything is computed in fp32 and
 rounded once when stored.
@@ -9,8 +9,10 @@ from torch import Tensor
 
 
 def step_numbers(step: int, lr: float, betas: tuple[float, float], decay: float) -> Tensor:
-    """What an update needs that changes from step to step, as a tensor, so that a recorded CUDA
-    graph can be told: lr, lr · decay, 1 − beta1^step, 1 − beta2^step (fp32). step: from 1.
+    """Numbers of an update that change from step to step: lr, lr · decay, 1 − beta1^step,
+    1 − beta2^step (4,) fp32. A tensor, so that a recorded CUDA graph can read them.
+
+    step: counted from 1.
     """
     return torch.tensor([lr, lr * decay, 1 - betas[0] ** step, 1 - betas[1] ** step])
 
@@ -29,11 +31,14 @@ def adamw_update(
     eps: float,
     l2: float = 0.0,
 ) -> None:
-    """Change `param`, `mean` and `square`, and `copy`, the parameter in another dtype, with them.
+    """Update `param`, `mean`, `square` and `copy` in place.
 
-    numbers_4: of `step_numbers`, on the parameter's device. factor: scalar tensor that the gradient
-    is multiplied by (clipping). l2: Adam's weight decay, added to the gradient. mean, square:
-    contiguous; the others may be parts of a wider tensor, cut along one dim.
+    param, grad, copy: may be parts of a wider tensor, cut along one dim.
+    mean, square: running means of the gradient and of its square; contiguous.
+    numbers_4: from `step_numbers`, on the parameter's device.
+    copy: the parameter in another dtype, or None.
+    factor: scalar tensor that the gradient is multiplied by (clipping), or None.
+    l2: Adam's weight decay, added to the gradient.
     """
     if param.numel() == 0:
         return

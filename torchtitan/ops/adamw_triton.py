@@ -1,7 +1,7 @@
-"""One AdamW step of one tensor in one pass, in Triton; twin: ops/adamw.py.
+"""One AdamW step of one tensor in one pass, in Triton; reference: ops/adamw.py.
 
-28 bytes a parameter with fp32 weights and states and bf16 gradient and compute copy; 14 with bf16
-weights and states.
+Reads and writes 28 bytes a parameter with fp32 weights and states and bf16 gradient and compute
+copy; 14 with bf16 weights and states.
 """
 
 import triton
@@ -71,8 +71,9 @@ def update(
     eps: float,
     l2: float,
 ) -> None:
+    """Update in place; arguments as in `adamw_update`."""
     tensors = [param, grad] + ([] if copy is None else [copy])
-    # Rows lie apart where a tensor is a part of a fused one; inside of a row all is dense.
+    # A part of a fused tensor has gaps between its rows; each row is dense.
     dense = all(tensor.is_contiguous() for tensor in tensors)
     outer = 1 if dense else param.size(0)
     inner, block = param.numel() // outer, 1024

@@ -1,6 +1,6 @@
-"""One door to the attention kernels, and the masks that they take.
+"""Attention for all layers: the choice of a kernel, and the masks that the kernels take.
 
-A mask is made once a step, outside of the layers, in the form that the device's kernel wants:
+A mask is made once a step, outside of the layers, in the form that the device's kernel takes:
 `None` is causal attention, anything else comes from `document_mask`.
 """
 
@@ -18,8 +18,11 @@ from torchtitan.ops.document_attention import document_attention
 
 
 class Documents(NamedTuple):
-    """Packed documents: int32 positions in the flattened batch where each begins, and the end of
-    the last one; and the length of the longest (at least).
+    """Packed documents.
+
+    starts: (documents + 1,) int32, position in the flattened batch at which each document begins,
+        and the end of the last one.
+    longest: length of the longest document, or more.
     """
 
     starts: Tensor
@@ -40,9 +43,9 @@ _BACKENDS = [
 
 @cache
 def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of flex attention, which is fast and free of S × S buffers only when compiled.
+    """Compile a function of flex attention, which is fast and free of S × S buffers only then.
 
-    At its first call: torch.compile imports inductor, 2 seconds that few runs need.
+    Called at first use: torch.compile imports inductor, 2 seconds that few runs need.
     """
     return torch.compile(fn)
 
@@ -55,12 +58,15 @@ def document_mask(
 ) -> AttentionMask:
     """Block-causal mask of packed text: a token sees the earlier tokens of its own document.
 
-    A document ends with (and includes) `eos_id`. queries_Q: see `causal_mask`; absent = all.
-    device: where the mask is wanted; absent = where the tokens are. Tokens on the CPU are best:
-    their documents are counted there, and the GPU is not waited for.
+    A document ends with (and includes) `eos_id`. Tokens on the CPU are best: their documents are
+    counted there, and nothing waits for the GPU.
 
-    CPU: bool (B, 1, S, S), True = may be seen. GPU: `Documents`, or None where every sequence is
-    one document; for given queries a flex `BlockMask`.
+    tokens_BS: int64.
+    queries_Q: see `causal_mask`; None = all positions.
+    device: of the mask; None = that of the tokens.
+
+    Returns on the CPU bool (B, 1, S, S), True = may be seen. On a GPU `Documents`, or None where
+    every sequence is one document; for given queries a flex `BlockMask`.
     """
     device = device or tokens_BS.device
     ends_BS = tokens_BS == eos_id
@@ -75,13 +81,13 @@ def document_mask(
     if ends.numel() == tokens_BS.size(0):
         return None
     starts = F.pad(ends, (1, 0))
-    # Rounded up, so that compiled graphs meet few lengths; the kernel skips what isn't there.
+    # Rounded up, so that compiled graphs see few lengths; the kernel skips the blocks beyond.
     longest = min(tokens_BS.size(1), 1 << (int(starts.diff().max()) - 1).bit_length())
     return Documents(starts.to(device, non_blocking=True), longest)
 
 
 def causal_mask(queries_Q: Tensor) -> Tensor | BlockMask:
-    """Causal attention of a part of a sequence on its beginning.
+    """Causal mask for some positions of a sequence, whose keys begin at position 0.
 
     queries_Q: int64 positions of the queries, in order; keys are all positions to the last of them.
     """
@@ -90,13 +96,13 @@ def causal_mask(queries_Q: Tensor) -> Tensor | BlockMask:
 
 
 def _documents(ends_BS: Tensor) -> Tensor:
-    """The number of each token's document in its sequence."""
+    """Number the documents of each sequence from 0; return the number of each token's."""
     return ends_BS.cumsum(dim=1) - ends_BS.int()
 
 
 def _mask(queries_Q: Tensor, document_BK: Tensor) -> Tensor | BlockMask:
-    """CPU: bool (B, 1, Q, K), True = may be seen, because flex attention has no CPU backward.
-    Accelerators: a flex `BlockMask`.
+    """Mask for some queries: on the CPU bool (B, 1, Q, K), True = may be seen, because flex
+    attention has no CPU backward; on accelerators a flex `BlockMask`.
     """
     B, K = document_BK.shape
     if queries_Q.device.type == "cpu":
@@ -130,19 +136,19 @@ def attention(
     if isinstance(mask, Documents):
         if q_BSHC.dtype in (torch.bfloat16, torch.float16):
             return document_attention(q_BSHC, k_BSHC, v_BSHC, *mask, scale)
-        # fp32 on a GPU: for small sizes
+        # fp32 on a GPU holds S × S scores: meant for small sizes.
         queries_S = torch.arange(q_BSHC.size(1), device=q_BSHC.device)
         mask = _may_see(queries_S, _documents(_ends(mask, q_BSHC.shape[:2])))
     if q_BSHC.device.type == "cpu" and v_channels < q_BSHC.size(-1):
-        # The CPU's flash kernel wants equal channels; without it SDPA holds S × S scores and is
-        # 1.7 (fp32) to 2.4 (bf16) times slower at S = 2048.
+        # The CPU's flash kernel needs equal channels; without that kernel SDPA holds S × S scores
+        # and is 1.7 (fp32) to 2.4 (bf16) times slower at S = 2048.
         v_BSHC = F.pad(v_BSHC, (0, q_BSHC.size(-1) - v_channels))
     if isinstance(mask, BlockMask):
         # Flex attention has no kernel below 16 channels; zeros change no score.
         q_BSHC, k_BSHC, v_BSHC = (_at_least(16, t) for t in (q_BSHC, k_BSHC, v_BSHC))
     q, k, v = (t.transpose(1, 2) for t in (q_BSHC, k_BSHC, v_BSHC))
     if isinstance(mask, BlockMask):
-        # A layer that is compiled takes it in.
+        # A compiled layer includes it in its own graph.
         in_layer = torch.compiler.is_compiling()
         flex = flex_attention if in_layer else _compiled(flex_attention)
         out = flex(q, k, v, block_mask=mask, scale=scale)
@@ -159,6 +165,6 @@ def _at_least(channels: int, x_BSHC: Tensor) -> Tensor:
 
 
 def _ends(documents: Documents, shape: torch.Size) -> Tensor:
-    """Which tokens (B, S) are the last of their document."""
+    """Mark the last token of each document: bool (B, S)."""
     ends_T = torch.zeros(shape.numel(), dtype=torch.bool, device=documents.starts.device)
     return ends_T.index_fill_(0, documents.starts[1:].long() - 1, True).view(shape)

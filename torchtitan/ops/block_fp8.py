@@ -1,4 +1,4 @@
-"""FP8 weights with one scale per 128 × 128 block, the form in which DeepSeek-V3 was published.
+"""FP8 weights with one scale per 128 × 128 block, the format in which DeepSeek-V3 was published.
 
 A weight (rows, columns) becomes e4m3 values of the same shape and `scale_inv`, fp32 (⌈rows/128⌉,
 ⌈columns/128⌉); blocks at the lower and right edge may be ragged. weight = value × scale_inv.
@@ -14,16 +14,16 @@ FP8_MAX = torch.finfo(FP8).max  # 448
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of `scale_inv`, for a weight of this shape."""
+    """Shape of `scale_inv` for a weight of this shape."""
     return tuple(-(-size // BLOCK) for size in shape)
 
 
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values (rows, columns) and fp32 `scale_inv` of a finite 2-D weight.
+    """Quantise a finite 2-D weight: e4m3 values (rows, columns) and fp32 `scale_inv`.
 
-    The rule, all in fp32 and without any sum, so that its bits repeat on any machine: a block's
-    scale_inv is its largest magnitude / 448 (1 for a block of zeros), a value is weight / scale_inv
-    rounded to the nearest e4m3 number.
+    A block's scale_inv is its largest magnitude / 448 (1 for a block of zeros); a value is
+    weight / scale_inv rounded to the nearest e4m3 number. All in fp32 and without any sum, so its
+    bits are the same on any machine.
     """
     rows, columns = weight.shape
     weight = weight.float()
@@ -37,15 +37,17 @@ def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_blocks(
     values: Tensor, scale_inv: Tensor, offset: tuple[int, int] = (0, 0)
 ) -> Tensor:
-    """value × scale_inv in fp32, of a whole weight or of the part of it that begins at `offset`.
+    """Compute value × scale_inv in fp32, for a whole weight or a part of it.
 
+    values: e4m3, (rows, columns) of the part.
     scale_inv: of the whole weight.
+    offset: row and column at which the part begins.
     """
     return values.float() * _spread(scale_inv.float(), offset, values.shape)
 
 
 def _spread(scale_inv: Tensor, offset: tuple[int, int], shape: torch.Size) -> Tensor:
-    """The scale of every element of a part: (rows, columns)."""
+    """Expand the scales to one for every element of a part: (rows, columns)."""
     rows, columns = (
         torch.arange(start, start + size, device=scale_inv.device) // BLOCK
         for start, size in zip(offset, shape, strict=True)

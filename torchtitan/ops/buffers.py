@@ -1,15 +1,15 @@
 """Buffers that keep their dtype when a module is cast: `model.bfloat16()` must not round them.
 
 A rotary table's cosines would be off by up to 2e-3, and neighbouring positions of the slow pairs
-would become one. In bf16 the updates of 1e-3 of an expert bias are lost once it has grown, and most
-tokens of a model with biases near 7 change their experts. Sums over a step would stop growing.
+would become equal. In bf16 the updates of 1e-3 of an expert bias are lost once it has grown, and
+most tokens of a model with biases near 7 change their experts. Sums over a step would stop growing.
 """
 
 from torch import nn
 
 
 class KeepsBufferDtypes(nn.Module):
-    """For the buffers of the module itself, not of its children."""
+    """Mixin that keeps the dtypes of the module's own buffers, not of its children's."""
 
     def _apply(self, fn, recurse: bool = True):
         before = dict(self.named_buffers(recurse=False))

@@ -1,4 +1,4 @@
-"""Cross entropy as a sum over tokens, and which labels don't count."""
+"""Cross entropy as a sum over tokens, and the label that doesn't count."""
 
 import torch
 import torch.nn.functional as F

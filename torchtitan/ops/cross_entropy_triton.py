@@ -1,4 +1,4 @@
-"""Cross entropy of a block of logits and its gradient in their place, in Triton; twin:
+"""Cross entropy of a block of logits, which its gradient overwrites, in Triton; reference:
 ops/linear_cross_entropy.py.
 
 One program a token. The row (258 KB at V = 129,280) is read twice, the second time from L2.
@@ -39,8 +39,9 @@ def _cross_entropy(
 
 
 def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, ignore: int, with_grad: bool) -> Tensor:
-    """Losses (T,) fp32, 0 where the label is `ignore`; with_grad: logits become the gradient of
-    their sum.
+    """Losses (T,) fp32, 0 where the label is `ignore`.
+
+    with_grad: overwrite the logits with the gradient of the losses' sum.
     """
     T, V = logits_TV.shape
     losses_T = torch.empty(T, dtype=torch.float32, device=logits_TV.device)
@@ -67,7 +68,7 @@ def _scale(x, factor, N, BLOCK: tl.constexpr):
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
-    """x (contiguous) times a scalar tensor, in place."""
+    """Multiply x (contiguous) by a scalar tensor, in place."""
     N = x.numel()
     _scale[(triton.cdiv(N, 4096),)](x, factor, N, BLOCK=4096)
     return x

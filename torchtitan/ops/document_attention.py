@@ -1,8 +1,8 @@
-"""Causal attention inside of each packed document, on a GPU: flash attention's kernel for sequences
-of any length. It visits no block of scores between two documents.
+"""Causal attention inside of each packed document, on a GPU, with flash attention's kernel for
+sequences of any length. It computes no block of scores between two documents.
 
 torch has no such path to cuDNN's kernel at MLA's head sizes (2.11: rebuilt at every call, and its
-backward pass reads a wrong length); flex attention runs at half of causal speed.
+backward pass reads a wrong length); flex attention runs at half the speed of causal attention.
 """
 
 import torch
@@ -13,9 +13,12 @@ from torch import Tensor
 def document_attention(
     q_BSHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor, starts: Tensor, longest: int, scale: float
 ) -> Tensor:
-    """(B, S, H, channels of v), bf16 or fp16. starts, longest: of `Documents`."""
+    """Attention of bf16 or fp16 heads: (B, S, H, channels of v).
+
+    starts, longest: see `Documents`.
+    """
     q, k, v = (t.flatten(0, 1) for t in (q_BSHC, k_BSHC, v_BSHC))
-    # The kernel wants equal channels; zeros add nothing to the sums.
+    # The kernel needs equal channels; zeros add nothing to the sums.
     v = F.pad(v, (0, q.size(-1) - v.size(-1)))
     out = _document_attention(q, k, v, starts, longest, scale)[0]
     return out.view_as(q_BSHC)[..., : v_BSHC.size(-1)]
@@ -25,7 +28,10 @@ def document_attention(
 def _document_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(T, H, C) each; also the logarithms of the softmax's sums (H, T)."""
+    """Return the output (T, H, C), and the logarithms of the softmax's sums (H, T) fp32.
+
+    q, k, v: (T, H, C).
+    """
     out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
     )

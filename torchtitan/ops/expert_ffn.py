@@ -3,8 +3,8 @@
 Gather each expert's rows, one grouped GEMM for gate and up, SwiGLU with the routing weight, one
 grouped GEMM down, sum each token's rows. On a GPU this is one operator, which keeps for its
 backward pass the tokens, gate and up, and the order of the rows, and recomputes the rest (the
-gathered rows, the activation: no GEMM). Elsewhere, and as the reference of its tests, the same as
-a plain chain.
+gathered rows and the activation, no GEMM). Elsewhere, and as the reference in tests, the same is
+computed operation by operation.
 """
 
 import torch
@@ -18,12 +18,12 @@ from torchtitan.ops.swiglu import swiglu
 def expert_ffn(
     x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
 ) -> Tensor:
-    """(T, D): for every token the sum over its K experts of weight · w2(silu(w1 x) · w3 x).
+    """Sum weight · w2(silu(w1 x) · w3 x) over the K experts of every token: (T, D).
 
-    w13_E2FD: gate over up.
-    weights_TK: fp32.
-    order: from `sort_slots` on the experts' ids; −1 = an expert that is not among these. Its list
-        may be longer than the copies: how many there are stays on the device.
+    w13_E2FD: w1 (gate) above w3 (up).
+    weights_TK: fp32, routing weights.
+    order: from `sort_slots` on the experts' ids; −1 = an expert of another rank. Its list may be
+        longer than the number of copies, which stays on the device.
     """
     sizes = (x_TD.size(1), w2_EDF.size(2))
     if x_TD.is_cuda and why_loop(x_TD.dtype, sizes, on_cpu=False) is None:
@@ -34,8 +34,8 @@ def expert_ffn(
 def expert_ffn_chain(
     x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
 ) -> Tensor:
-    """Compute the same step by step. With empty slots there is a host sync."""
-    if order.some_empty:  # rows without meaning are left out
+    """Compute `expert_ffn` operation by operation. With empty slots this has a host sync."""
+    if order.some_empty:  # leave out the rows behind the last copy
         slot_of_row_R = order.slot_of_row_R[: int(order.counts.sum())]
         order = order._replace(slot_of_row_R=slot_of_row_R)
     weights_R = weights_TK.flatten()[order.slot_of_row_R]
@@ -57,7 +57,7 @@ def _expert_ffn(
     counts_E: Tensor,
     some_empty: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and gate and up, which the backward pass needs."""
+    """Return the output (T, D), and gate and up (R, 2F), which the backward pass needs."""
     from torchtitan.ops import permute_triton, swiglu_triton
 
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
@@ -88,7 +88,7 @@ def _expert_ffn_backward(
     counts_E: Tensor,
     some_empty: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the tokens, w13, w2 and the routing weights."""
+    """Return the gradients of the tokens, w13, w2 and the routing weights."""
     from torchtitan.ops import permute_triton, swiglu_triton
 
     ends_E = counts_E.cumsum(0, dtype=torch.int32)

@@ -1,12 +1,13 @@
-"""L2 norm of many tensors together, in fp32 whatever they are stored in."""
+"""L2 norm of many tensors together, in fp32 whatever their dtype."""
 
 import torch
 from torch import Tensor
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Root of the sum of all squares: scalar, at least fp32. Tensors are dense, or parts of a dense
-    one cut along one dim.
+    """Root of the sum of all squares: scalar, at least fp32.
+
+    tensors: dense, or parts of a dense tensor cut along one dim.
     """
     first = tensors[0]
     tensors = [t for t in tensors if t.numel()]

@@ -1,7 +1,7 @@
-"""Sum of the squares of many tensors, each read once, in Triton; twin: ops/grad_norm.py.
+"""Sum of the squares of many tensors, each read once, in Triton; reference: ops/grad_norm.py.
 
-A launch for each tensor; each program adds up a chunk in fp32 and writes one number of its own, so
-that the sum has one order (no atomics).
+One launch for each tensor; each program adds up a chunk in fp32 and writes one number of its own,
+so the order of the sum is fixed (no atomics).
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _BLOCKS = 2048, 16  # numbers at a time, and times, for each program
+_BLOCK, _BLOCKS = 2048, 16  # elements of a block, and blocks of a program
 
 
 @triton.jit
@@ -25,6 +25,7 @@ def _squares(tensor, sums, inner, stride, BLOCK: tl.constexpr, BLOCKS: tl.conste
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Sum of the squares of all elements: scalar fp32."""
     grids = []
     for t in tensors:
         outer = 1 if t.is_contiguous() else t.size(0)  # parts of a fused tensor: dense rows

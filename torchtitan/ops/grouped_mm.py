@@ -1,6 +1,6 @@
-"""Matrix products over groups of rows: one expert, one group.
+"""Matrix products over groups of rows: each expert's rows are a group.
 
-Rows of `x` are sorted by group; group e holds `counts[e]` of them (zero is fine).
+Rows of `x` are sorted by group; group e has `counts[e]` of them (zero is fine).
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ kernel = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
 def local_part(weights: Tensor) -> Tensor:
-    """The groups that this rank holds: all of a plain tensor, its own part of a DTensor."""
+    """This rank's part of a tensor: all of a plain tensor, the local part of a DTensor."""
     return weights.to_local() if isinstance(weights, DTensor) else weights
 
 
 def grouped_linear(
     x_RK: Tensor, weight_ENK: Tensor, counts_E: Tensor, *, loop: bool = False
 ) -> Tensor:
-    """x[rows of group e] · weight[e]ᵀ for every e: (R, N). Differentiable, no host sync.
+    """Compute x[rows of group e] · weight[e]ᵀ for every e: (R, N). Differentiable, no host sync.
 
-    weight_ENK: of a DTensor the groups that this rank holds.
-    counts_E: int64 rows of each group; their sum is R.
-    loop: use `grouped_mm_loop`, which it also falls back to where the kernel can't go.
+    weight_ENK: of a DTensor, the groups that this rank holds are used.
+    counts_E: int64, rows of each group; their sum is R.
+    loop: use `grouped_mm_loop`, as also where the kernel doesn't apply (`why_loop`).
     """
     w_EKN = local_part(weight_ENK).transpose(1, 2)
     on_cpu, compiling = x_RK.device.type == "cpu", torch.compiler.is_compiling()
@@ -39,8 +39,8 @@ def grouped_linear(
 
 @eager  # data-dependent splits
 def grouped_mm_loop(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
-    """One product a group: any dtype, any size; the reference of `grouped_linear`."""
-    counts = counts_E.tolist()  # host sync: torch.split wants Python integers
+    """Compute one product a group: any dtype, any size; the reference of `grouped_linear`."""
+    counts = counts_E.tolist()  # host sync: torch.split takes Python integers
     rows = torch.split(x_RK, counts)
     return torch.cat([x_e @ w_e for x_e, w_e in zip(rows, w_EKN.unbind(0), strict=True)])
 
@@ -48,9 +48,11 @@ def grouped_mm_loop(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
 def why_loop(
     dtype: torch.dtype, sizes: Sequence[int], *, on_cpu: bool, compiling: bool = False
 ) -> str | None:
-    """Why `grouped_linear` must take the loop for weights of these sizes (K, N), or None if not.
+    """Reason for which `grouped_linear` must use the loop, None where the kernel applies.
 
     The loop costs a host sync and a product for each expert.
+
+    sizes: (K, N) of the weights.
     """
     if any(size * dtype.itemsize % 16 for size in sizes):
         return f"sizes {tuple(sizes)} are not multiples of 16 bytes"
@@ -60,5 +62,5 @@ def why_loop(
         return f"the GPU kernel takes bfloat16, not {dtype}"
     if dtype not in (torch.float32, torch.float16):
         return f"the CPU kernel doesn't take {dtype}"
-    # torch's shape function of the kernel, which torch.compile needs, knows bf16 only.
+    # The kernel's shape function in torch, which torch.compile needs, accepts bf16 only.
     return f"torch.compile can't follow the kernel in {dtype}" if compiling else None

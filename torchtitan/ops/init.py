@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 @torch.no_grad()
 def init_parameters(module: nn.Module, std: float) -> None:
-    """Vectors (norms) become one, all else normal with `std`, seeded by `torch.initial_seed`."""
+    """Set vectors (norms) to one, all else to normal with `std`, seeded by `torch.initial_seed`."""
     for name, param in module.named_parameters():
         if param.ndim == 1:
             nn.init.ones_(param)
@@ -23,14 +23,14 @@ def init_parameters(module: nn.Module, std: float) -> None:
         if param.ndim == 2:
             _copy_part(local, _normal(param.shape, std, name, local), start)
             continue
-        # A stack of experts: each from a stream of its own; a rank draws only what it holds.
+        # Each expert of a stack has a random stream of its own; a rank draws only those it holds.
         for i, local_i in enumerate(local):
             stream = f"{name}/{start[0] + i}"
             _copy_part(local_i, _normal(param.shape[1:], std, stream, local), start[1:])
 
 
 def _local_part(param: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """What this rank holds of a parameter, and where in the whole it starts."""
+    """This rank's part of a parameter, and the index in the whole at which it starts."""
     if not isinstance(param, DTensor):
         return param, (0,) * param.ndim
     _, start = compute_local_shape_and_global_offset(

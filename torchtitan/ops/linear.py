@@ -1,8 +1,8 @@
-"""The one door of products with weights.
+"""All products of activations with a model's weights.
 
-Every product of activations with a weight of a model is made by a layer or function of this file,
-in every layout and on every fast path. What changes how such products are computed (weights in the
-compute dtype today) acts here, and finds all of them:
+Every such product is computed by a layer or function of this file, in every layout and on every
+fast path. A change to how they are computed (weights in the compute dtype today) is made here, and
+reaches all of them:
 
     Linear                 attention's projections, feed-forwards, the projection of MTP
     linear_joint           several of those on one input
@@ -10,7 +10,7 @@ compute dtype today) acts here, and finds all of them:
     Output                 the head: logits, or the loss without holding them
     grouped_linear(_joint) experts, on rows that are sorted by expert
     grouped_ffn            all of an MoE layer's experts, fused
-    Linear.dense_weight    for the one use that is no such product: absorbed up-projections
+    Linear.dense_weight    for the one use that is not such a product: absorbed up-projections
 
 Letters: T tokens, R rows sorted by expert, E experts, D model dim, F hidden dim, V vocabulary.
 """
@@ -41,7 +41,7 @@ __all__ = [
 
 
 class Linear(nn.Linear):
-    """x · weightᵀ: (..., in_features) to (..., out_features), without bias."""
+    """Linear layer without bias, x · weightᵀ: (..., in_features) to (..., out_features)."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -50,35 +50,37 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) in `dtype`, for products other than `forward`'s. Call it inside of a
-        forward pass, where FSDP has gathered the weight."""
+        """Return the weight (out, in) in `dtype`, for products other than `forward`'s.
+
+        Call it inside of a forward pass, where FSDP has gathered the weight.
+        """
         return self.weight.to(dtype)
 
 
 class Gate(Linear):
-    """Hidden states (T, D) to the router's logits (T, E), at least fp32."""
+    """The router's linear layer: hidden states (T, D) to logits (T, E), at least fp32."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return router_logits(x_TD, self.weight)
 
 
 class Output(Linear):
-    """Hidden states to logits, or with labels straight to the loss, without holding the logits."""
+    """The model's head: hidden states to logits, or with labels to the loss without logits kept."""
 
     def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Logits (..., V), or with labels the scalar of `linear_cross_entropy`."""
+        """Compute logits (..., V), or with labels the scalar of `linear_cross_entropy`."""
         if labels_BS is None:
             return super().forward(x_BSD)
         return linear_cross_entropy(x_BSD.flatten(0, -2), self.weight, labels_BS.flatten())
 
 
 class Joint:
-    """Weights of one module that take the same input, so that one product can do for all of them.
+    """Weights of one module that take the same input, so that one product can serve all of them.
 
     names: the module's parameters, in order, such as "w1.weight".
-    dim: along which they are laid one after the other; 0 of (out, in), 1 of (E, out, in).
-    tensor: all of them as one, set by components/optimizer/compute_weights.py; None: each parameter
-        is multiplied by itself.
+    dim: dim along which they are concatenated; 0 of (out, in), 1 of (E, out, in).
+    tensor: all of them as one, set by components/optimizer/compute_weights.py; None: one product
+        for each parameter.
     """
 
     def __init__(self, *names: str, dim: int):
@@ -88,12 +90,12 @@ class Joint:
 
 
 def joints(module: nn.Module) -> list[Joint]:
-    """Those that the module declares as attributes."""
+    """List the joints that the module declares as attributes."""
     return [value for value in vars(module).values() if isinstance(value, Joint)]
 
 
 def linear_joint(x: Tensor, joint: Joint, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
-    """`layer(x)` for each of `layers`, whose weights are those of `joint`."""
+    """Compute `layer(x)` for each of `layers`, whose weights are those of `joint`."""
     if joint.tensor is None:
         return tuple(layer(x) for layer in layers)
     return F.linear(x, joint.tensor).split([layer.out_features for layer in layers], dim=-1)
@@ -107,9 +109,9 @@ def grouped_linear_joint(
     *,
     loop: bool = False,
 ) -> tuple[Tensor, ...]:
-    """`grouped_linear` for each of `weights`, equally large and those of `joint`.
+    """Compute `grouped_linear` for each of `weights`, which are those of `joint`, of equal size.
 
-    Each is a product of its own: one for all would round the rows' gradient once instead of twice,
+    Each is a product of its own: a single one would round the rows' gradient once instead of twice,
     and layouts with expert parallelism would no longer equal those without to the last bit.
     """
     if joint.tensor is not None:
@@ -125,7 +127,10 @@ def grouped_ffn(
     weights_TK: Tensor,
     order: RowOrder,
 ) -> Tensor:
-    """`expert_ffn` with gate and up of `joint`, or without such a tensor of `gate_up` (E, F, D)."""
+    """Compute `expert_ffn` with gate and up from `joint`, or of `gate_up` where it has no tensor.
+
+    gate_up: w1 and w3, (E, F, D) each.
+    """
     w13_E2FD = joint.tensor
     if w13_E2FD is None:
         w13_E2FD = torch.cat([local_part(weight) for weight in gate_up], dim=joint.dim)

@@ -1,8 +1,8 @@
 """The output layer and its cross entropy together, without ever holding all logits.
 
-The logits of some thousand tokens at a time are computed, their gradient is written in their place
-and goes into those of the hidden states and of the weight: three GEMMs, as ever, but in the forward
-pass. What is kept is the two gradients, to be scaled in the backward pass.
+The logits of some thousand tokens at a time are computed, overwritten by their gradient, and
+multiplied into the gradients of the hidden states and of the weight: three GEMMs, as in the usual
+way, but all in the forward pass. The two gradients are kept, and scaled in the backward pass.
 """
 
 import torch
@@ -11,15 +11,16 @@ from torch import Tensor
 
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
-# Large blocks make fast GEMMs and add up the weight's gradient in few roundings; these hold at most
-# 1 GiB of logits at bf16.
+# Large blocks make GEMMs fast and add up the weight's gradient in few roundings; 2^29 logits are
+# 1 GiB in bf16.
 _MAX_LOGITS = 2**29
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """Sum over tokens of −log softmax(weight · x)[label], without `IGNORE_INDEX`: scalar fp32.
+    """Sum over tokens of −log softmax(weight · x)[label]: scalar fp32.
 
     x_TD, weight_VD: of one dtype; logits are rounded to it, the softmax is fp32 (fp64 stays fp64).
+    labels_T: int64; tokens with `IGNORE_INDEX` don't count.
     """
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T)
 
@@ -49,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grads, ctx.grads = ctx.grads, None  # scaled in place: good for one backward pass
+        grads, ctx.grads = ctx.grads, None  # scaled in place, so usable for one backward pass
         if grads is None:
             raise RuntimeError("linear_cross_entropy can be differentiated only once")
         return *(g if g is None else _scale_(g, grad_loss) for g in grads), None
@@ -58,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _scale_(x: Tensor, factor: Tensor) -> Tensor:
     if not x.is_cuda or x.dtype == torch.float64:
         return x.mul_(factor)
-    # torch's product of bf16 and an fp32 scalar tensor runs at a fifth of the memory's speed.
+    # torch's product of bf16 and an fp32 scalar tensor reaches a fifth of the memory bandwidth.
     from torchtitan.ops import cross_entropy_triton
 
     return cross_entropy_triton.scale_(x, factor)
@@ -69,7 +70,7 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
 
 
 def _blocks(T: int, V: int) -> list[tuple[int, int]]:
-    """Equal blocks of tokens, as few as hold no more than `_MAX_LOGITS` logits each."""
+    """Split T tokens into as few equal blocks as have at most `_MAX_LOGITS` logits each."""
     count = max(1, -(-T * V // _MAX_LOGITS))
     size = -(-T // count)
     size = -(-size // 128) * 128  # whole tiles
@@ -77,7 +78,10 @@ def _blocks(T: int, V: int) -> list[tuple[int, int]]:
 
 
 def _cross_entropy_(logits_TV: Tensor, labels_T: Tensor, *, with_grad: bool) -> Tensor:
-    """Sum of the losses; with_grad: the logits become the gradient of it."""
+    """Sum of the losses.
+
+    with_grad: overwrite the logits with the sum's gradient.
+    """
     if logits_TV.is_cuda and logits_TV.dtype != torch.float64:
         from torchtitan.ops import cross_entropy_triton
 

@@ -1,9 +1,9 @@
-"""The middle of multi-head latent attention on a GPU: rotary positions, assembling, attention.
+"""Multi-head latent attention between its projections, fused on a GPU: rotary positions, assembling
+of queries and keys, attention.
 
-From the projections' outputs to the heads' outputs in one operator, around cuDNN's attention kernel
-(causal) or flash attention's (packed documents). Each tensor between them is written once, in the
-layout that the next kernel reads. The plain lines are in `Attention.forward`; this is tested
-against them.
+One operator leads from the projections' outputs to the heads' outputs, around cuDNN's attention
+kernel (causal) or flash attention's (packed documents). Each tensor in between is written once, in
+the layout that the next kernel reads. Reference: the plain lines of `Attention.forward`.
 """
 
 from functools import lru_cache
@@ -17,8 +17,9 @@ from torchtitan.ops.attention import Documents
 
 @torch.compiler.assume_constant_result
 def can_fuse(device_type: str, dtype: torch.dtype, nope: int, rope: int, v: int) -> bool:
-    """Whether this device has the kernels for such heads. A deterministic run takes the plain way,
-    whose kernels torch chooses.
+    """Whether this device has the kernels for heads of these sizes (channels).
+
+    Not in a deterministic run, which takes the plain path, whose kernels torch chooses.
     """
     powers_of_two = all(n & (n - 1) == 0 for n in (nope, rope, v))
     fits = v <= nope + rope <= 2 * v
@@ -48,10 +49,15 @@ def mla_attention(
     mask: Documents | None = None,
     positions_BS: Tensor | None = None,
 ) -> Tensor:
-    """(B, S, H, v_channels).
+    """Attention with MLA's queries, keys and values: (B, S, H, v_channels).
 
-    q_BSHC: channels without position, then rotary ones. kv_BSHC: keys' channels without position,
-    then values. k_rope_BSC: the rotary channels that all heads' keys share. table: `rope_table`.
+    q_BSHC: channels without position, then rotary ones.
+    kv_BSHC: keys' channels without position, then values.
+    k_rope_BSC: rotary channels that all heads' keys share.
+    table: from `rope_table`.
+    scale: factor of the scores before the softmax.
+    mask: None = causal.
+    positions_BS: int64; None = 0, 1, ….
     """
     starts, longest = (None, 0) if mask is None else mask
     return _mla_attention(
@@ -72,8 +78,8 @@ def _mla_attention(
     v_channels: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output; then what the backward pass needs: queries, keys, padded values and the kernel's
-    output (documents only, otherwise empty), logarithms of the softmax's sums.
+    """Return the output, and the tensors that the backward pass needs: queries, keys, padded values
+    and the kernel's output (documents only, otherwise empty), logarithms of the softmax's sums.
     """
     from torchtitan.ops import mla_triton
 

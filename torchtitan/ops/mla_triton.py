@@ -1,9 +1,9 @@
-"""MLA's queries, keys and values brought into the attention kernel's form, and gradients back, in
-one Triton kernel each; twin: the plain lines of `Attention.forward`.
+"""MLA's queries, keys and values assembled for the attention kernel, and gradients taken apart, in
+one Triton kernel each; reference: the plain lines of `Attention.forward`.
 
-Forward turns the rotary channels of queries and of the shared key, and writes each head's key next
-to it: every input is read once, every output written once. Backward turns the gradients back and
-sums the shared key's over the heads. Arithmetic in fp32.
+Forward rotates the rotary channels of queries and of the shared key, and writes that key next to
+each head's own channels: every input is read once, every output written once. Backward rotates the
+gradients back and sums the shared key's over the heads. Arithmetic in fp32.
 """
 
 import torch
@@ -105,8 +105,9 @@ def assemble(
     v_channels: int,
     padded_v: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys, values (B, S, H, C). padded_v: channels of a copy of the values that ends in
-    zeros; None = the part of kv that they are.
+    """Assemble queries, keys and values (B, S, H, C). Arguments as in `mla_attention`.
+
+    padded_v: channels of the values, copied and padded with zeros; None = no copy, a view of kv.
     """
     B, S, H, QK = q_BSHC.shape
     V, ROPE = v_channels, k_rope_BSC.size(-1)
@@ -131,7 +132,10 @@ def take_apart(
     rope: int,
     v_channels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of what `assemble` took, from those (B, S, H, C) of what it made."""
+    """Compute the gradients of q, kv and k_rope, the inputs of `assemble`.
+
+    dq, dk, dv: gradients of its outputs, (B, S, H, C).
+    """
     B, S, H, QK = dq.shape
     dq_out = torch.empty(B, S, H, QK, dtype=dq.dtype, device=dq.device)
     dkv_out = dq_out.new_empty(B, S, H, QK - rope + v_channels)

@@ -1,9 +1,9 @@
-"""Bring the copies of tokens into the order of their destinations, and back.
+"""Permutation of tokens' copies into the order of their destinations, and back.
 
-Each of P rows has K slots, and a slot may be taken by one copy of its row, bound for a destination
-(an expert, a rank, a node), or be empty; slot n = p · K + k. Sorted by destination, the copy of
-slot n stands in row `row_of_slot[n]`, and row r holds the copy of slot `slot_of_row[r]`. Stable:
-copies for one destination stay in order.
+Each of P rows has K slots. A slot holds one copy of its row, bound for a destination (an expert, a
+rank, a node), or is empty; slot n = p · K + k. Sorted by destination, the copy of slot n is in row
+`row_of_slot[n]`, and row r holds the copy of slot `slot_of_row[r]`. The sort is stable: copies for
+one destination keep their order.
 
 `expand_rows` and `reduce_rows` are each other's transpose, so each is the other's backward: gathers
 in both directions, no atomics (deterministic), and nothing saved but the indices.
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 class RowOrder(NamedTuple):
-    """Where the copies of rows go. Integers are int64, or int32 where a GPU's kernel sorted.
+    """Order of rows by destination. Integers are int64, or int32 where the Triton kernel sorted.
 
-    slot_of_row_R: slot of each row. Rows behind the last one of a destination have no meaning.
-    row_of_slot_PK: row of each slot; −1 = empty slot, or one whose row is beyond the R.
+    slot_of_row_R: slot of each row; undefined behind the last copy.
+    row_of_slot_PK: row of each slot; −1 = the slot is empty, or its row would be behind the R-th.
     counts: rows of each destination, of those among the R.
     some_empty: False = every slot has a row.
     """
@@ -36,13 +36,14 @@ def sort_slots(
     """Sort the copies by destination. No host sync.
 
     destination_PK: int64; −1 = empty slot.
-    num_rows: R, length of the list of rows: as many as slots are taken, or more (rows without
-        meaning follow), or fewer (the last copies are left out); None = every slot is taken.
+    num_rows: R, length of the list of rows. It may be larger than the number of copies, or smaller:
+        the last copies then have no row. None = no slot is empty.
     """
     some_empty = num_rows is not None
     rows = destination_PK.numel() if num_rows is None else num_rows
     if destination_PK.is_cuda:
-        return RowOrder(*_sort_slots(destination_PK, num_destinations, rows), some_empty)
+        slot_of_row_R, row_of_slot_PK, counts = _sort_slots(destination_PK, num_destinations, rows)
+        return RowOrder(slot_of_row_R, row_of_slot_PK, counts, some_empty)
     keys_PK = destination_PK
     if some_empty:  # empty slots go last
         keys_PK = destination_PK.where(destination_PK >= 0, num_destinations)
@@ -59,17 +60,18 @@ def sort_slots(
 
 
 def expand_rows(x_PD: Tensor, order: RowOrder) -> Tensor:
-    """Every row's copies, in order: (R, D). The list must have as many rows as there are copies."""
+    """Copy every row to its destinations, in their order: (R, D). R = the number of copies."""
     return _ExpandRows.apply(x_PD, order.slot_of_row_R, order.row_of_slot_PK, order.some_empty)
 
 
 def reduce_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
-    """Sum of every row's copies, in fp32, returned in the dtype of `rows_RD`: (P, D)."""
+    """Sum every row's copies in fp32: (P, D) in the dtype of `rows_RD`."""
     return _ReduceRows.apply(rows_RD, order.slot_of_row_R, order.row_of_slot_PK, order.some_empty)
 
 
 def sum_copies(rows_RD: Tensor, row_of_slot_PK: Tensor) -> Tensor:
-    """Add up, in fp32, the K rows of each of P: (P, D) in the dtype of `rows_RD`. No gradient."""
+    """Sum the rows of every line of `row_of_slot_PK` in fp32: (P, D) in the dtype of `rows_RD`. Not
+    differentiable."""
     return _reduce(rows_RD, row_of_slot_PK, some_empty=False)
 
 
@@ -91,7 +93,7 @@ def _reduce(rows_RD: Tensor, row_of_slot_PK: Tensor, some_empty: bool) -> Tensor
         copies_PKD = copies_PKD.masked_fill((row_of_slot_PK < 0).unsqueeze(-1), 0)
     sum_PD = copies_PKD.sum(dim=1, dtype=sum_dtype)
     # No `to` where it would do nothing: as the last operation of a compiled autograd.Function it
-    # makes torch 2.11 lose the gradient (2.13 doesn't).
+    # makes torch 2.11 lose the gradient (2.13 does not).
     return sum_PD if sum_dtype == rows_RD.dtype else sum_PD.to(rows_RD.dtype)
 
 
@@ -114,7 +116,11 @@ def _(destination_PK, num_destinations, num_rows):
 
 @torch.library.custom_op("torchtitan::count_tokens", mutates_args=(), device_types="cuda")
 def count_tokens(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:
-    """(E,) int64: tokens of each expert, of those that the mask (bool) lets count. On a GPU."""
+    """Count the tokens of each expert, on a GPU: (E,) int64.
+
+    ids_TK: int64, experts of each token.
+    mask_T: bool, True = the token counts; None = all count.
+    """
     from torchtitan.ops import permute_triton
 
     return permute_triton.count_tokens(ids_TK, num_experts, mask_T)

@@ -1,4 +1,4 @@
-"""Sum of each token's rows, and counting sort by expert, in Triton; twin: ops/permute.py."""
+"""Sum of each token's rows, and counting sort by expert, in Triton; reference: ops/permute.py."""
 
 import torch
 import triton
@@ -21,6 +21,7 @@ def _reduce(rows, row_of_slot, out, D, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def reduce_rows(rows_RD: Tensor, row_of_slot_TK: Tensor) -> Tensor:
+    """Sum each token's rows in fp32: (T, D). Arguments as in `RowOrder`."""
     (T, K), D = row_of_slot_TK.shape, rows_RD.size(1)
     out_TD = rows_RD.new_empty(T, D)
     if T:
@@ -61,10 +62,10 @@ def expand_rows(x_TD: Tensor, slot_of_row_R: Tensor, num_rows: Tensor, top_k: in
     return rows_RD
 
 
-# Counting sort. A program owns SLOTS slots in a row: it counts them by expert; a prefix sum over
-# (expert, program) says where each program's copies for each expert begin; then every program puts
-# its slots there in order. Stable, no atomics. Empty slots (-1) have no row; nor have copies behind
-# the last of `R` rows.
+# Counting sort. A program has SLOTS consecutive slots: it counts them by expert; a prefix sum over
+# (expert, program) gives the first row of each program's copies for each expert; then every program
+# writes its slots there, in order. Stable, no atomics. Empty slots (-1) get no row, nor do copies
+# behind the R-th.
 
 _SLOTS = 512
 
@@ -99,8 +100,9 @@ def _place(ids, starts, slot_of_row, row_of_slot, N, P, R, E: tl.constexpr, SLOT
 
 
 def sort_slots(ids_TK: Tensor, num_experts: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(slot_of_row_R, row_of_slot_TK, counts_E), all int32. Experts are rounded up to a power of
-    two inside.
+    """Return slot_of_row_R, row_of_slot_TK and counts_E, all int32.
+
+    The kernels round the number of experts up to a power of two.
     """
     N, counts_EP = ids_TK.numel(), _counts_by_program(ids_TK, num_experts, None)
     E, P = counts_EP.shape
@@ -114,7 +116,7 @@ def sort_slots(ids_TK: Tensor, num_experts: int, num_rows: int) -> tuple[Tensor,
 
 
 def count_tokens(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:
-    """(E,) int64: tokens of each expert, of those that the mask lets count."""
+    """Count the tokens of each expert, (E,) int64; see `torchtitan.ops.permute.count_tokens`."""
     return _counts_by_program(ids_TK, num_experts, mask_T)[:num_experts].sum(dim=1)
 
 

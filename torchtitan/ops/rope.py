@@ -1,10 +1,10 @@
-"""Rotary position embedding in DeepSeek's interleaved layout, and YaRN's stretching of it.
+"""Rotary position embedding in DeepSeek's interleaved layout, and its extension by YaRN.
 
-Channels (2i, 2i+1) form a pair that turns by `position * frequency[i]`. Cosines and sines are kept
-as real numbers: complex tensors neither compile nor run in bf16.
+Channels (2i, 2i+1) form a pair that is rotated by `position * frequency[i]`. Cosines and sines are
+kept as real numbers: complex tensors neither compile nor run in bf16.
 
 RoPE: arXiv 2104.09864. YaRN: arXiv 2309.00071; constants and rounding as in the inference code that
-DeepSeek published with V3, so that its weights give its logits.
+DeepSeek published with V3, so that V3's weights give the published logits.
 """
 
 import math
@@ -15,11 +15,13 @@ from torch import Tensor
 
 
 class Yarn(NamedTuple):
-    """How far and where YaRN stretches.
+    """Arguments of YaRN.
 
-    factor: new context over old. original_seq_len: positions the model was trained on.
-    beta_fast, beta_slow: rotations within the old context above which a pair is left alone, and
-    below which it is stretched by the whole factor; between them linearly.
+    factor: new context length over the old one.
+    original_seq_len: positions that the model was trained on.
+    beta_fast: a pair with more rotations than this within the old context keeps its frequency.
+    beta_slow: a pair with fewer rotations has its frequency divided by the whole factor; in between
+        the change is linear.
     """
 
     factor: float
@@ -29,13 +31,13 @@ class Yarn(NamedTuple):
 
 
 def yarn_magnitude(factor: float, mscale: float) -> float:
-    """YaRN's temperature of attention, as queries and keys share it: 0.1 · mscale · ln(factor) +
-    1."""
+    """YaRN's temperature of attention, as a factor of queries and of keys:
+    0.1 · mscale · ln(factor) + 1."""
     return 0.1 * mscale * math.log(factor) + 1.0
 
 
 def yarn_softmax_factor(factor: float, mscale: float) -> float:
-    """What the softmax scale is multiplied by under YaRN: (0.1 · mscale · ln(factor) + 1)²."""
+    """YaRN's factor of the softmax scale: (0.1 · mscale · ln(factor) + 1)²."""
     return yarn_magnitude(factor, mscale) ** 2
 
 
@@ -51,7 +53,7 @@ def rope_frequencies(
         return freqs
 
     def pair_with_rotations(rotations: float) -> float:
-        # The (fractional) pair that turns `rotations` times within the original context.
+        # The (fractional) pair that makes `rotations` rotations within the original context.
         wavelength = yarn.original_seq_len / (rotations * 2 * math.pi)
         return dim * math.log(wavelength) / (2 * math.log(theta))
 
@@ -59,7 +61,7 @@ def rope_frequencies(
     if truncate:
         first, last = math.floor(first), math.ceil(last)
     low, high = max(first, 0), min(last, dim - 1)
-    # Equal ends would divide by zero. A negative width stays: the published code has it, too.
+    # Equal ends would divide by zero. A negative width is kept: the published code keeps it, too.
     width = high - low or 0.001
     stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     return freqs / yarn.factor * stretched + freqs * (1 - stretched)
@@ -85,10 +87,11 @@ def rope_table(
 
 
 def apply_rope(x_BSHC: Tensor, table: Tensor, positions_BS: Tensor | None = None) -> Tensor:
-    """Rotate neighbouring channel pairs of `x` (batch, sequence, heads, channels) by position.
+    """Rotate neighbouring channel pairs by position, in fp32 (fp64 stays fp64).
 
-    table: from `rope_table`, at least as long as the sequence. positions_BS: int, absent = 0, 1, ….
-    Computed in fp32 (fp64 stays fp64), returned in the dtype of `x`.
+    x_BSHC: (batch, sequence, heads, channels); its dtype is that of the result.
+    table: from `rope_table`, at least as long as the sequence.
+    positions_BS: int; None = 0, 1, ….
     """
     if positions_BS is None:
         table_BSHC2 = table[None, : x_BSHC.size(1), None]

@@ -1,8 +1,9 @@
 """The router's logits: hidden states times the gate's weight, to fp32 precision.
 
 A product of two bf16 numbers is exact in fp32, so bf16 tensor cores with fp32 sums give the fp32
-product of bf16 operands. Backwards the fp32 gradient of the logits is cut into two bf16 numbers,
-high and low part, which keeps 16 of its 24 bits: the results are rounded to bf16 (8 bits) anyway.
+product of bf16 operands. In the backward pass the fp32 gradient of the logits is split into two
+bf16 numbers, a high and a low part, which keep 16 of its 24 bits: the results are rounded to bf16
+(8 bits) anyway.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """(T, E), at least fp32 (fp64 stays fp64)."""
+    """Compute the logits (T, E), at least fp32 (fp64 stays fp64)."""
     if x_TD.is_cuda and x_TD.dtype == weight_ED.dtype == torch.bfloat16:
         return _RouterLogits.apply(x_TD, weight_ED)
     dtype = torch.promote_types(x_TD.dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""From router logits to each token's experts and weights in one kernel, on GPUs.
+"""Each token's experts and weights from the router's logits, in one kernel on GPUs.
 
-The plain form, with every rule and its reason, is `TokenChoiceTopKRouter` in models/moe/router.py;
-it runs everywhere else, and is what this is tested against.
+Reference: `TokenChoiceTopKRouter` in models/moe/router.py, with every rule and its reason, which
+also runs everywhere else.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,8 @@ from torch import Tensor
 class Rule(NamedTuple):
     """`RoutingRule` (models/moe/args.py) in the kernel's terms, made by `TokenChoiceTopKRouter`.
 
-    groups, limited: 0 = no groups.
+    groups: number of expert groups; 0 = no groups.
+    limited: groups that a token may use; 0 = no groups.
     top2: a group's score is the sum of its two best, otherwise its best.
     """
 
@@ -27,15 +28,18 @@ class Rule(NamedTuple):
 
 
 def can_route(logits_TE: Tensor, rule: Rule) -> bool:
-    """Whether the kernel takes it: fp32 on a GPU, experts and groups in powers of two."""
+    """Whether the kernel applies: fp32 on a GPU, experts and groups in powers of two."""
     E = logits_TE.size(1)
     sizes_fit = E & (E - 1) == 0 and rule.groups & (rule.groups - 1) == 0
     return logits_TE.is_cuda and logits_TE.dtype == torch.float32 and sizes_fit
 
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Weights (T, K) fp32, differentiable by the logits, and ids (T, K) int64. Equal scores: the
-    lower id wins.
+    """Choose experts: weights (T, K) fp32, differentiable by the logits, and ids (T, K) int64.
+
+    Of equal scores the lower id wins.
+
+    bias_E: fp32, added to the scores for the choice only; None = no bias.
     """
     return _route(logits_TE, bias_E, *rule)
 

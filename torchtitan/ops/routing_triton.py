@@ -1,6 +1,6 @@
-"""The router's choice and its backward pass, a program a token, in Triton.
+"""The router's choice and its backward pass, one program a token, in Triton.
 
-Twin: `TokenChoiceTopKRouter.forward` (models/moe/router.py).
+Reference: `TokenChoiceTopKRouter.forward` (models/moe/router.py).
 """
 
 import torch
@@ -114,6 +114,7 @@ def route(
     norm: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """Return weights (T, K) fp32 and ids (T, K) int64; the fields of `Rule` as arguments."""
     T, E = logits_TE.shape
     weights_TK = logits_TE.new_empty(T, top_k)
     ids_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
@@ -141,6 +142,10 @@ def route(
 def route_backward(
     grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, *, sigmoid: bool, norm: bool, scale: float
 ) -> Tensor:
+    """Return the gradient of the logits, (T, E) fp32.
+
+    grad_TK: gradient of the weights.
+    """
     (T, E), K = logits_TE.shape, ids_TK.size(1)
     grad_TE = torch.empty_like(logits_TE)
     if T:

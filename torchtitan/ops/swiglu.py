@@ -5,10 +5,13 @@ from torch import Tensor
 
 
 def swiglu(gate: Tensor, up: Tensor, row_weights: Tensor | None = None) -> Tensor:
-    """silu(gate) · up, each row times its weight, in the dtype of `gate`.
+    """Compute silu(gate) · up, each row times its weight, in the dtype of `gate`.
 
-    gate, up: (..., F). row_weights: (...,), usually fp32. The product with the next matrix is
-    linear, so a weight applied here equals one applied to the layer's (wider) output.
+    The product with the next matrix is linear, so a weight applied here equals one applied to the
+    layer's (wider) output.
+
+    gate, up: (..., F).
+    row_weights: (...,), usually fp32; None = no weights.
     """
     hidden = F.silu(gate) * up
     if row_weights is None:

@@ -1,4 +1,4 @@
-"""SwiGLU over routed rows as one Triton kernel forward and one backward; twin: ops/swiglu.py.
+"""SwiGLU over routed rows as one Triton kernel forward and one backward; reference: ops/swiglu.py.
 
 Forward reads gate and up once and writes the activation. Backward recomputes the activation from
 gate and up, so that the layer need not keep it. Arithmetic in fp32, results rounded once.
@@ -83,7 +83,7 @@ def _backward(
 
 
 def _block(F: int) -> int:
-    """A power of two that wastes little of the last block."""
+    """Block size: a power of two, chosen so that little of the last block is wasted."""
     return min(1024, triton.next_power_of_2(F)) if F % 512 == 0 or F < 512 else 512
 
 
@@ -93,9 +93,12 @@ def forward(
     slot_of_row_R: Tensor | None,
     num_rows: Tensor | None = None,
 ) -> Tensor:
-    """The activation (R, F), weighted by slot.
+    """Compute the activation (R, F).
 
-    num_rows: one int32 on the device, the rows that have a meaning; None = all R.
+    gate_up_R2F: gate, then up.
+    weights_N: fp32 weight of each slot; None = no weights.
+    slot_of_row_R: slot of each row; None only without weights.
+    num_rows: one int32 on the device, number of rows to compute; None = all R.
     """
     R, F = gate_up_R2F.size(0), gate_up_R2F.size(1) // 2
     out_RF = gate_up_R2F.new_empty(R, F)
@@ -142,10 +145,10 @@ def backward(
     slot_of_row_R: Tensor | None,
     num_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradient of gate and up, the activation (weighted, as forward returned it), and the gradient
-    of the weights, by slot: zero for slots without a row.
+    """Return the gradient of gate and up (R, 2F), the activation (R, F; weighted, as `forward`
+    returned it), and the gradient of the weights, by slot (N,), 0 for slots without a row.
 
-    num_rows: one int32 on the device, the rows that have a meaning; None = all R.
+    num_rows: one int32 on the device, number of rows to compute; None = all R.
     """
     R, F = grad_RF.shape
     grad_gate_up_R2F, hidden_RF = torch.empty_like(gate_up_R2F), torch.empty_like(grad_RF)

@@ -1,1 +1,1 @@
-"""Interfaces between the trainer and the models, without behaviour of their own."""
+"""Interfaces between the trainer and the models."""

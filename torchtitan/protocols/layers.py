@@ -1,4 +1,4 @@
-"""Base classes that declare, without behaviour, what code outside of a model uses in its layers."""
+"""Base classes that declare the attributes of layers that code outside of a model uses."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class AttentionLayer(nn.Module):
-    """Attention whose keys and values are made of narrow tensors (B, S, ...).
+    """Attention whose keys and values are computed from narrow tensors (B, S, ...).
 
-    attend_with: takes the place of `attend_here`; both are called with (queries, narrow, mask).
-    expand: narrow tensors to the keys and values of `ops.attention.attention`.
+    attend_with: replaces `attend_here`; both are called with (queries, narrow, mask).
+    expand: converts narrow tensors to the keys and values of `ops.attention.attention`.
     """
 
     softmax_scale: float
@@ -21,7 +21,7 @@ class AttentionLayer(nn.Module):
 
 
 class ExpertWeights(nn.Module):
-    """The experts of a layer: w1, w3 (E, F, D), w2 (E, D, F), or a rank's part of them."""
+    """Experts of a layer: w1, w3 (E, F, D), w2 (E, D, F), or a rank's part of them."""
 
     w1: nn.Parameter
     w2: nn.Parameter
@@ -30,10 +30,10 @@ class ExpertWeights(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """A layer of routed experts; `models.moe.MoE` describes its buffers.
+    """Layer of routed experts; `models.moe.MoE` describes its buffers.
 
     dispatcher: a `models.moe.dispatcher.TokenDispatcher`.
-    sequence_group: the ranks that hold the other parts of each sequence, if any.
+    sequence_group: ranks that hold the other parts of each sequence, if any.
     """
 
     router: nn.Module

@@ -1,4 +1,4 @@
-"""What the trainer may rely on in a model and in its arguments."""
+"""The interface of a model and of its arguments, on which the trainer relies."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Set
@@ -26,8 +26,12 @@ from torchtitan.tools.errors import UserError, suggest
 class BaseModelArgs:
     """Sizes of a model. Frozen: a run gets its own copy with its overrides.
 
-    context_len: positions that the weights are good for, whatever this run's length is (of a
-    published model, those that it was trained on); exports name it where it is the longer one.
+    vocab_size: entries of the vocabulary.
+    max_seq_len: tokens of a sequence in this run.
+    dim: channels of a hidden state.
+    n_layers: layers.
+    context_len: positions for which the weights are trained, whatever this run's length (of a
+        published model, those that it was trained on); exports use it where it is longer.
     """
 
     vocab_size: int
@@ -43,7 +47,10 @@ class BaseModelArgs:
         seq_len: int,
         force_load_balance: bool = False,
     ) -> Self:
-        """A copy with the job's `[model.args]` and sequence length. Raises `UserError`."""
+        """Copy with the job's `[model.args]` and sequence length. Raises `UserError`.
+
+        overrides: `[model.args]`.
+        """
         args = override_fields(self, overrides, "model.args")
         if "max_seq_len" not in overrides:
             args = dataclasses.replace(args, max_seq_len=seq_len)
@@ -55,8 +62,10 @@ class BaseModelArgs:
         return args.with_forced_load_balance() if force_load_balance else args
 
     def weights_identity(self) -> dict[str, Any]:
-        """The arguments that must be the same for weights to mean the same, as JSON would have
-        them. Not the sequence length: it may grow."""
+        """Arguments that must be equal for weights to compute the same, in JSON's types.
+
+        Not the sequence length: it may grow.
+        """
         arguments = dataclasses.asdict(self)
         arguments.pop("max_seq_len")
         arguments.pop("context_len")
@@ -64,20 +73,23 @@ class BaseModelArgs:
 
     @property
     def max_positions(self) -> int:
-        """Positions that the weights are good for, this run's included."""
+        """Positions for which the weights are trained, those of this run included."""
         return max(self.max_seq_len, self.context_len or 0)
 
     def keep_from(self, stored: Self) -> tuple[dict[str, Any], list[str]]:
-        """Arguments that stay as the loaded weights of `stored` have them, though the length of
-        this run would change them; and what to tell of it."""
+        """Return arguments to keep from `stored`, which this run's length would change, and
+        sentences about them.
+
+        stored: arguments of the weights that are loaded.
+        """
         return {"context_len": max(self.context_len or 0, stored.max_positions)}, []
 
     def context_changes(self, before: Self) -> list[str]:
-        """A sentence on each way in which positions are encoded otherwise than `before`."""
+        """Describe, in a sentence each, the changes in how positions are encoded since `before`."""
         return []
 
     def with_forced_load_balance(self) -> Self:
-        """A copy that routes tokens evenly, for benchmarks. Models without experts refuse."""
+        """Copy that routes tokens evenly, for benchmarks. Raises `UserError` without experts."""
         raise UserError(
             "debug.moe_force_load_balance is true, but this model has no experts; set it to false."
         )
@@ -94,14 +106,14 @@ class BaseModelArgs:
 
     @property
     def stage_channels(self) -> int:
-        """What travels between the parts of a pipeline is (B, S, stage_channels)."""
+        """Channels of the tensors (B, S, stage_channels) between the parts of a pipeline."""
         return self.dim
 
     def check_tokenizer(self, eos_id: int | None) -> None:
         """Raise `UserError` where the model needs a token that the tokenizer doesn't have."""
 
     def check_layout(self, parallelism: Parallelism) -> None:
-        """Raise `UserError` where this model can't be spread like that."""
+        """Raise `UserError` where this model does not support the layout."""
         tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
         method = parallelism.context_parallel_rotate_method
         self.check_expert_parallel(parallelism.expert_parallel_degree)
@@ -111,14 +123,15 @@ class BaseModelArgs:
     def without_effect(
         self, overrides: Mapping[str, Any], coefficients: Mapping[str, float]
     ) -> Iterator[str]:
-        """Sentences on settings that a run can have, but that can't do what they are for.
+        """Yield a sentence on each setting that is allowed, but has no effect.
 
-        overrides: the job's `[model.args]`. coefficients: the largest values that phases set.
+        overrides: the job's `[model.args]`.
+        coefficients: largest values that phases set.
         """
         yield from ()
 
     def check_expert_parallel(self, degree: int) -> None:
-        """Raise `UserError` where the experts can't be spread over so many ranks."""
+        """Raise `UserError` where the experts can't be spread over `degree` ranks."""
         if degree > 1:
             raise UserError(
                 f"parallelism.expert_parallel_degree = {degree}, but this model has no experts; "
@@ -126,15 +139,16 @@ class BaseModelArgs:
             )
 
     def check_coefficients(self, names: Set[str]) -> None:
-        """Raise `UserError` where a phase of the run sets a coefficient that this model has not."""
+        """Raise `UserError` for coefficients, set by a phase, that this model does not have."""
         if names:
             raise UserError(
-                f"[[schedule.phase]] sets {min(names)}, which this model has not; leave it out."
+                f"[[schedule.phase]] sets {min(names)}, which this model does not have; leave it "
+                "out."
             )
 
     def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
-        """Raise `UserError` where the matrices can't be split over `degree` ranks, or each expert's
-        over `experts`.
+        """Raise `UserError` where the matrices can't be split over `degree` ranks, or those of each
+        expert over `experts` ranks.
         """
         if degree > 1:
             raise UserError(
@@ -151,15 +165,18 @@ class BaseModelArgs:
             )
 
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
-        """FLOPs of forward and backward per token, without recomputation (2 per multiply-add)."""
+        """FLOPs of forward and backward pass per token, without recomputation (2 per
+        multiply-add)."""
         raise NotImplementedError
 
 
 def override_fields(args: Any, overrides: dict[str, Any], path: str) -> Any:
-    """A copy of the dataclass `args` with fields replaced, nested ones by nested tables.
+    """Copy the dataclass `args` with fields replaced, nested ones by nested tables.
 
-    path: how the user calls `args`, for the sentences. "none" unsets an optional field. Raises
-    `UserError` for an unknown name, a wrong type, or whatever the dataclass itself refuses.
+    "none" unsets an optional field. Raises `UserError` for an unknown name, a wrong type, or values
+    that the dataclass itself refuses.
+
+    path: name of `args` in messages, such as "model.args".
     """
     fields = {field.name: field for field in dataclasses.fields(args)}
     hints = get_type_hints(type(args))
@@ -184,20 +201,20 @@ def _checked(value: Any, kind: Any, key: str, current: Any) -> Any:
         return None  # TOML has no null
     if get_origin(kind) is Literal and not matches(value, kind):
         raise UserError(
-            f"{key} = {as_text(value)} is not one of its values"
-            f"{suggest(str(value), get_args(kind))}"
+            f"{key} = {as_text(value)} is not an allowed value{suggest(str(value), get_args(kind))}"
         )
     if not matches(value, kind):
         raise UserError(
-            f"{key} = {as_text(value)} is of the wrong type: this model has "
-            f"{as_text(current)} there; write a value of that kind."
+            f"{key} = {as_text(value)} is of the wrong type: this model has {as_text(current)}; "
+            "write a value of that type."
         )
     return as_float(value, kind)
 
 
 class BaseModel(nn.Module):
     """A decoder: embedding, blocks by number, norm, output. Runs on one CPU without process groups.
-    Blocks, and the others (as None), may be absent where they lie on another pipeline stage.
+
+    Modules on another pipeline stage are missing (blocks) or None (the others).
 
     `forward(tokens, attention_masks=None, positions=None, token_mask=None, labels=None) -> logits`,
     with labels the summed loss: see `models.decoder.Decoder.forward`.
@@ -217,17 +234,17 @@ class BaseModel(nn.Module):
         raise NotImplementedError
 
     def set_coefficients(self, values: Mapping[str, float]) -> None:
-        """Weights of losses, and speeds, that a phase of the run sets; `check_coefficients` has
-        seen their names."""
+        """Set weights of losses, and speeds, of a phase; `check_coefficients` has checked the
+        names."""
 
     def set_context(self, model_args: BaseModelArgs) -> None:
-        """Encode positions as `model_args` says, which may differ from the model's own in
-        max_seq_len and in how positions are scaled only."""
+        """Encode positions according to `model_args`, which may differ from the model's own
+        arguments only in max_seq_len and in the scaling of positions."""
         raise NotImplementedError
 
     def blocks(self) -> dict[str, nn.Module]:
-        """All layers by name, those beside the main path included: the units in which weights are
-        gathered, activations recomputed, and code compiled."""
+        """List all layers by name, those beside the main path included: the units in which weights
+        are gathered, activations recomputed, and code compiled."""
         return dict(self.layers.items())
 
     def extra_inputs(
@@ -237,29 +254,39 @@ class BaseModel(nn.Module):
         eos_id: int | None,
         queries_Q: Tensor | None = None,
     ) -> dict[str, Any]:
-        """What `forward` takes besides, in training, by name: tensors (B, …) made from whole
-        sequences, or tuples of such. queries_Q: as in `get_attention_masks`; what is returned is
-        for those.
+        """Make the further arguments of `forward` in training, by name: tensors (B, …) made from
+        whole sequences, or tuples of such.
+
+        tokens_BS, labels_BS: int64, of whole sequences.
+        eos_id: separates documents; None = it is unknown.
+        queries_Q: positions for which to make them, as in `get_attention_masks`.
         """
         return {}
 
     def take_side_losses(self) -> dict[str, Tensor]:
-        """Losses beside the main one, by name, summed over this rank's tokens since the last call
-        and before their weights."""
+        """Return the losses beside the main one, by name, and reset them.
+
+        They are summed over this rank's tokens since the last call, without their weights.
+        """
         return {}
 
     def set_tokens_in_step(self, tokens: Tensor) -> None:
-        """The valid tokens of the optimizer step, over all ranks (scalar): what losses that arise
-        inside of layers are divided by. Before each forward pass."""
+        """Set the divisor of losses that arise inside of layers; call before each forward pass.
+
+        tokens: scalar, valid tokens of the optimizer step over all ranks.
+        """
 
     def moe_layers(self) -> Mapping[int, MoELayer]:
-        """The `MoE` module of every layer that has one, by layer number."""
+        """List the `MoE` module of every layer that has one, by layer number."""
         raise NotImplementedError
 
     def caching(self, batch_size: int, length: int) -> AbstractContextManager[None]:
-        """Inside, `forward` takes only new tokens and remembers the earlier ones of each sequence,
-        up to `length`; attention_masks is then bool (B, 1, S, earlier + S), True = may be seen.
-        Raises `UserError` where the model can't.
+        """Cache earlier tokens inside of this context, for generation.
+
+        `forward` then takes only new tokens; attention_masks is bool (B, 1, S, earlier + S), True =
+        may be seen. Raises `UserError` where the model does not support it.
+
+        length: tokens of a sequence at most.
         """
         raise UserError(f"{type(self).__name__} can't generate text yet; use transformers or vLLM.")
 
@@ -270,10 +297,12 @@ class BaseModel(nn.Module):
         queries_Q: Tensor | None = None,
         device: torch.device | None = None,
     ) -> Any:
-        """Masks for `forward` on `device` (absent: where the tokens are), or None for causal
-        attention; cheapest from tokens on the CPU. Raises `UserError` without eos_id.
+        """Make masks for `forward`, or None for causal attention; cheapest from tokens on the CPU.
+
+        Raises `UserError` where eos_id is needed and None.
 
         queries_Q: with context parallelism, the positions in the sequence that this rank computes;
-        the mask is for those against all tokens up to the last of them.
+            the mask is for these positions and all tokens up to the last of them.
+        device: of the masks; None = that of the tokens.
         """
         raise NotImplementedError

@@ -1,7 +1,7 @@
-"""What may be changed on a finished module from outside, by whom, and in which order.
+"""Plug points: the changes that other files may make to a finished module, and their order.
 
 A model is built plain, on one device. Everything that makes it parallel, cheaper or faster acts
-through the points below, from top to bottom; nobody wraps or replaces a private method of another
+through the points below, from top to bottom; no code wraps or replaces a private method of another
 class. tests/test_plug_points.py finds every such change in the code and compares it with this list.
 """
 
@@ -11,10 +11,10 @@ from typing import NamedTuple
 class PlugPoint(NamedTuple):
     """One kind of change.
 
-    target: the attribute that is assigned, or the method that is called.
-    on: which modules.
-    files: who may do it, relative to torchtitan/.
-    meaning: what the change does.
+    target: attribute that is assigned, or method that is called.
+    on: modules that are changed.
+    files: files that may change them, relative to torchtitan/.
+    meaning: effect of the change.
     """
 
     target: str

@@ -1,4 +1,4 @@
-"""Between our state dict and Hugging Face's: a table of tensors, and what is said about them."""
+"""Conversion between our state dict and Hugging Face's: a table of tensors, and notes on them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Set
@@ -14,12 +14,16 @@ from torchtitan.tools.logging import logger
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of Hugging Face's files, and where it stands in our state dict.
+    """One tensor of Hugging Face's files, and its place in our state dict.
 
-    name: theirs. ours: name in our state dict. index: which part of our dim 0 it is (an expert of a
-    stack); None = all of ours. shape: of the piece. fp32: never written in less. fp8: has the
-    block-wise form in FP8 files. from_zero: written minus its minimum (`written`). copy: another
-    name for what the piece of `ours` that is no copy holds; written, but not needed for reading.
+    name: in their files.
+    ours: name in our state dict.
+    index: along our dim 0 (an expert of a stack); None = the whole tensor of ours.
+    shape: of the piece.
+    fp32: always written in fp32.
+    fp8: block-wise FP8 in FP8 files.
+    from_zero: written minus its minimum (`written`).
+    copy: a second copy of `ours` under another name; written, but not needed for reading.
     """
 
     name: str
@@ -32,11 +36,11 @@ class Piece:
     copy: bool = False
 
     def written(self, tensor: Tensor) -> Tensor:
-        """What files hold of a tensor (a whole one where `from_zero`).
+        """Convert a tensor (a whole one where `from_zero`) to the form of the files.
 
         A selection bias becomes fp32 minus its minimum, which changes no choice of experts. No
-        entry is negative then, which readers need that mask left-out groups with 0, and an offset
-        such as DeepSeek-V3's 7 takes no digits where a reader rounds.
+        entry is negative then, as readers need that mask left-out groups with 0, and an offset such
+        as DeepSeek-V3's 7 costs no digits where a reader rounds.
         """
         if not self.from_zero:
             return tensor
@@ -44,11 +48,11 @@ class Piece:
 
 
 def warn_of_copies(source: object, names: Iterable[str]) -> None:
-    """Say which copies in the layers of multi-token prediction differ from what they copy."""
+    """Warn of copies in the layers of multi-token prediction that differ from their originals."""
     if names := sorted(names):
         logger.warning(
-            "%s: %s differ%s from the model's own embedding or head, which its layers of "
-            "multi-token prediction use here; their first losses will be higher than they were",
+            "%s: %s differ%s from the model's own embedding or head, which the layers of "
+            "multi-token prediction use here; their first losses will be higher than in training",
             source,
             some(names),
             "s" if len(names) == 1 else "",
@@ -56,8 +60,10 @@ def warn_of_copies(source: object, names: Iterable[str]) -> None:
 
 
 class StateDictAdapter(ABC):
-    """hf_assets_path: folder with the Hugging Face `config.json`, if there is one. model_types:
-    those that it may name.
+    """Converts state dicts of a family to and from Hugging Face's format.
+
+    model_types: values of `model_type` in config.json that the family reads.
+    hf_assets_path: folder with the Hugging Face `config.json`, or None.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -68,64 +74,68 @@ class StateDictAdapter(ABC):
 
     @abstractmethod
     def pieces(self) -> list[Piece]:
-        """All tensors of the whole model, in the order of Hugging Face's files."""
+        """List all tensors of the whole model, in the order of Hugging Face's files."""
 
     @abstractmethod
     def left_out(self, name: str) -> str | None:
-        """Why a tensor of theirs is not needed here, in a few words; None = it is not known."""
+        """Give the reason why a tensor of theirs is not needed here; None = it is unknown."""
 
     @abstractmethod
     def sizes(self, model_args: Any) -> dict[str, Any]:
-        """The arguments (by name, such as moe_args.num_experts) that decide names and shapes."""
+        """Arguments, by name such as moe_args.num_experts, that decide names and shapes."""
 
     def explain(self, names: Set[str]) -> str | None:
-        """Why these names of a folder are not the model's, and the way out; None = not known."""
+        """Explain why these names of a folder are not the model's, with the way out; None = the
+        reason is unknown."""
         return None
 
     @abstractmethod
     def row_order(self, piece: Piece, hf_config: Mapping[str, Any]) -> Tensor | None:
-        """For each of our rows the row in their file, int64; None = the same order."""
+        """Row in their file for each of our rows, int64; None = the same order."""
 
     @abstractmethod
     def hf_config(self) -> dict[str, Any]:
-        """The `config.json` of the model."""
+        """Make the model's `config.json`."""
 
     @abstractmethod
     def check_export(self) -> None:
-        """Raise `UserError` where Hugging Face has no class that computes what this model does."""
+        """Raise `UserError` where no Hugging Face class computes the same as this model."""
 
     @classmethod
     @abstractmethod
     def args_of(cls, hf_config: Mapping[str, Any]) -> BaseModelArgs:
-        """Arguments of the model that a `config.json` describes. Raises `UserError` for others."""
+        """Read the arguments of the model that a `config.json` describes. Raises `UserError` for
+        unsupported models."""
 
     def notes(self) -> list[str]:
-        """A sentence on each number of the model that readers of its `config.json` don't agree
-        about."""
+        """Describe each number of the model that readers of its `config.json` interpret
+        differently."""
         return []
 
     @classmethod
     def notes_on(cls, hf_config: Mapping[str, Any]) -> list[str]:
-        """A sentence on each thing in a `config.json` that is read otherwise elsewhere, or not at
-        all here. Raises `UserError` as `args_of` does."""
+        """Describe each value of a `config.json` that other readers interpret differently, or that
+        is ignored here. Raises `UserError` as `args_of` does."""
         return []
 
     def routing_changes(
         self, state: Mapping[str, Tensor], written: Mapping[str, Tensor]
     ) -> dict[str, float]:
-        """By layer, the share of tokens that meet other experts with the `written` router than with
-        that of `state`. Both: whole tensors of `router_names()`, of some layers or of all.
+        """Share of tokens whose experts differ between the routers of `state` and `written`, by
+        layer.
+
+        state, written: whole tensors of `router_names()`, of some layers or of all.
         """
         return {}
 
     def router_names(self) -> list[str]:
-        """Names in our state dict of what routing depends on."""
+        """Names in our state dict of the tensors that routing depends on."""
         return []
 
     @abstractmethod
     def from_hf(self, hf_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Hugging Face's names and layouts to ours. Raises `UserError` naming what is too much."""
+        """Convert Hugging Face's names and layouts to ours. Raises `UserError` for unknown ones."""
 
     @abstractmethod
     def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Ours to Hugging Face's: names and layouts only; files hold `Piece.written` of it."""
+        """Convert our names and layouts to Hugging Face's; files hold `Piece.written` of these."""

@@ -1,4 +1,4 @@
-"""A model family as the trainer sees it, and how it is found by name."""
+"""The description of a model family for the trainer, and the lookup of families by name."""
 
 import importlib
 import pkgutil
@@ -14,9 +14,13 @@ from torchtitan.tools.errors import UserError, suggest
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """model_cls is called with one of model_args (by flavor), parallelize_fn with the model.
+    """Description of a model family.
 
-    hf_repos: flavor -> repository on the Hugging Face hub with tokenizer and weights.
+    model_cls: called with one of `model_args`.
+    model_args: by flavor.
+    parallelize_fn: changes a model in place, see `parallelize_decoder`.
+    state_dict_adapter: None = no Hugging Face format.
+    hf_repos: repository on the Hugging Face hub with tokenizer and weights, by flavor.
     """
 
     model_cls: type[BaseModel]
@@ -27,7 +31,7 @@ class TrainSpec:
 
     @property
     def hf_adapter(self) -> type[StateDictAdapter]:
-        """`state_dict_adapter`. Raises `UserError` where the family has none."""
+        """Return `state_dict_adapter`. Raises `UserError` where the family has none."""
         if self.state_dict_adapter is None:
             raise UserError(
                 f"{self.model_cls.__name__} has no state dict adapter, which Hugging Face's format "
@@ -37,8 +41,8 @@ class TrainSpec:
 
 
 def get_train_spec(name: str) -> TrainSpec:
-    """The spec of `torchtitan.models.<name>`. Raises `UserError` for an unknown name."""
-    # The one licensed look upward (design.md): families register by existing.
+    """Return the spec of `torchtitan.models.<name>`. Raises `UserError` for an unknown name."""
+    # The only upward import that is allowed (design.md): a family registers by its folder.
     known = _family_names()
     if name not in known:
         raise UserError(f"model.name '{name}' is not a model family{suggest(name, known)}")
@@ -46,7 +50,7 @@ def get_train_spec(name: str) -> TrainSpec:
 
 
 def family_of(hf_config: Mapping[str, Any]) -> str:
-    """The family that reads such a `config.json`. Raises `UserError` where none does."""
+    """Find the family that reads such a `config.json`. Raises `UserError` where none does."""
     adapters = {name: get_train_spec(name).state_dict_adapter for name in _family_names()}
     reads = {name: adapter.model_types for name, adapter in adapters.items() if adapter}
     model_type = hf_config.get("model_type")
@@ -55,13 +59,13 @@ def family_of(hf_config: Mapping[str, Any]) -> str:
             return name
     known = ", ".join(repr(each) for model_types in reads.values() for each in model_types)
     raise UserError(
-        f"config.json has model_type {model_type!r}, which no family here reads (they read "
+        f"config.json has model_type {model_type!r}, which no family here supports (supported: "
         f"{known}); name the folder of such a model."
     )
 
 
 def get_flavor(spec: TrainSpec, name: str, flavor: str) -> BaseModelArgs:
-    """Arguments of one flavor. Raises `UserError` for an unknown one."""
+    """Return the arguments of one flavor. Raises `UserError` for an unknown one."""
     if flavor not in spec.model_args:
         raise UserError(
             f"model.flavor '{flavor}' is not a flavor of model.name '{name}'"

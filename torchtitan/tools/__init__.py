@@ -1,1 +1,1 @@
-"""Small things that any layer may use."""
+"""Helpers that any layer may use: errors, files and locks, signals, launcher, profiling."""

@@ -1,25 +1,25 @@
-"""What a run on CPUs needs to know of them: oneDNN's cache, and which dtypes compute fast."""
+"""Settings and properties of CPUs: oneDNN's cache, and whether bf16 is emulated."""
 
 import os
 import platform
 from pathlib import Path
 
-# Of x86 and of Arm; without any of them bf16 products are emulated.
+# CPU flags of x86 and of Arm; without any of them bf16 products are emulated.
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}
 
 
 def bound_onednn_cache() -> None:
-    """Let oneDNN keep few compiled products, unless the user has set how many.
+    """Let oneDNN cache few compiled products, unless the user has set how many.
 
     Every new number of rows of an expert's product is one more entry, with buffers of its own: at
-    oneDNN's default of 1,024 a process grows by 8 to 17 MB a step. Call it before the first
+    oneDNN's default of 1,024 entries a process grows by 8 to 17 MB a step. Call it before the first
     product.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
 def lacks_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU is known to have no bf16 instructions; False where that can't be told."""
+    """Whether this CPU is known to have no bf16 instructions; False where that is unknown."""
     if platform.system() != "Linux":
         return False
     try:

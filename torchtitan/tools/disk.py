@@ -1,8 +1,8 @@
-"""Folders and disks as a run meets them: what can't be used, and why something can't be written.
+"""Checks of folders before a run, and writes during a run that survive a failing disk.
 
-A folder that a key names is checked before a run (`check_writable`, `check_readable`). What a run
-writes beside the training itself (metrics, traces) goes through a `SideOutput`, so that a disk that
-fails later never ends it.
+A folder that a key names is checked before a run (`check_writable`, `check_readable`). Output
+beside the training itself (metrics, traces) is written through a `SideOutput`, so that a disk that
+fails later never ends the run.
 """
 
 import errno
@@ -15,22 +15,23 @@ from pathlib import Path
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
-# A disk without room, or a user's share of it.
+# A full disk, or a user's full quota.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # ------------------------------------------------------------------ before a run
 
 
 def check_writable(key: str, folder: str | os.PathLike) -> None:
-    """Raise `UserError` where `folder` can't be made, read or written to; leaves nothing behind.
+    """Raise `UserError` where `folder` can't be created, read or written to; leave nothing behind.
 
-    A full disk passes: room may come, and what can't be written is told then. key: names the folder
-    in the sentence.
+    A full disk passes: space may be freed later, and failing writes report themselves.
+
+    key: names the folder in the message.
     """
     problem = _problem_of(Path(folder).absolute())
     if problem is not None:
         raise UserError(
-            f"{key} {_shortened(folder)} can't be written to ({problem}): name a folder that can."
+            f"{key} {_shortened(folder)} can't be written to ({problem}): name a writable folder."
         )
 
 
@@ -39,12 +40,12 @@ def _problem_of(folder: Path) -> str | None:
     try:
         nearest = _nearest(folder)
         if nearest.is_symlink() and not nearest.exists():
-            return f"{nearest} is a link to {os.readlink(nearest)}, which isn't there"
+            return f"{nearest} is a link to {os.readlink(nearest)}, which doesn't exist"
         if not nearest.is_dir():
             return f"{nearest} is not a folder"
         if nearest == folder:
             os.listdir(folder)
-        with tempfile.TemporaryFile(dir=nearest):  # permissions alone don't tell all
+        with tempfile.TemporaryFile(dir=nearest):  # permissions alone don't prove it
             return None
     except OSError as error:
         if error.errno in FULL:
@@ -53,7 +54,7 @@ def _problem_of(folder: Path) -> str | None:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself or the first above it that is there, if only as a link to nothing."""
+    """Find the folder itself or its nearest existing parent; a dangling link counts as existing."""
     for path in (folder, *folder.parents):
         with suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()
@@ -67,12 +68,14 @@ def _shortened(path: str | os.PathLike) -> str:
 
 
 def check_readable(key: str, path: str | os.PathLike) -> None:
-    """Raise `UserError` where a file or folder is there that can't be read; one that is missing
-    passes: who reads it says what it should be."""
+    """Raise `UserError` where an existing file or folder can't be read.
+
+    A missing one passes: its reader can say what it should contain.
+    """
     try:
         if Path(path).is_dir():
             os.listdir(path)
-            os.stat(os.path.join(path, "."))  # a folder that may be listed, but not entered
+            os.stat(os.path.join(path, "."))  # fails for a folder that may be listed, not entered
         elif Path(path).exists():
             with open(path, "rb"):
                 pass
@@ -87,9 +90,11 @@ def check_readable(key: str, path: str | os.PathLike) -> None:
 
 
 def reason(error: OSError, folder: Path, *, free: int | None = None, needed: int = 0) -> str:
-    """Why something could not be written: of a full disk also its free and the needed bytes.
+    """Reason of a failed write; for a full disk with the free and the needed bytes.
 
-    folder: on the disk in question; it need not exist. free: instead of what the disk has free now.
+    folder: any path on the disk in question; it need not exist.
+    free: bytes that were free, where that is known; None = ask the disk now.
+    needed: bytes that were to be written; 0 = unknown.
     """
     text = error.strerror or str(error)
     numbers = []
@@ -102,7 +107,7 @@ def reason(error: OSError, folder: Path, *, free: int | None = None, needed: int
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Of the disk that holds `folder`, for this user; None where the system doesn't say."""
+    """Bytes free for this user on the disk that holds `folder`; None where that is unknown."""
     with suppress(OSError):
         disk = os.statvfs(_nearest(folder.absolute()))
         return disk.f_bavail * disk.f_frsize
@@ -110,11 +115,13 @@ def free_bytes(folder: Path) -> int | None:
 
 
 class SideOutput:
-    """Something that a run writes beside the training: what keeps it from being written is said
-    once, and again after it has been written in between; it is never raised.
+    """Output that a run writes beside the training. Failures are logged, never raised.
 
-    what: begins the sentence, such as "metrics.jsonl". path: on the disk in question. lost: what
-    becomes of what is not written, such as "it is written later".
+    A failure is logged once, and again only after a write has succeeded in between.
+
+    what: subject of the message, such as "metrics.jsonl".
+    path: any path on the disk in question.
+    lost: end of the message, the consequence for unwritten output, such as "it is written later".
     """
 
     def __init__(self, what: str, path: Path, lost: str) -> None:
@@ -123,14 +130,17 @@ class SideOutput:
 
     @contextmanager
     def attempt(self, kinds: type[Exception] = OSError) -> Iterator[None]:
-        """Around the writing; errors of `kinds` end it."""
+        """Catch and log errors of `kinds` that the block raises."""
         try:
             yield
         except kinds as error:
             if not self.failing:
                 why = reason(error, self.path) if isinstance(error, OSError) else repr(error)
                 logger.warning(
-                    "%s can't be written (%s); training goes on, and %s", self.what, why, self.lost
+                    "%s can't be written (%s); training continues, and %s",
+                    self.what,
+                    why,
+                    self.lost,
                 )
             self.failing = True
         else:
@@ -141,7 +151,7 @@ class SideOutput:
 
 @contextmanager
 def whole_or_none(path: Path) -> Iterator[None]:
-    """Around the writing of a file: a failure leaves nothing of it, which would take up room."""
+    """Remove `path`, which the block writes, where the block fails: half a file wastes space."""
     try:
         yield
     except Exception:
@@ -151,7 +161,7 @@ def whole_or_none(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or as it was before. Raises `OSError`."""
+    """Write a file atomically: it is complete, or as it was before. Raises `OSError`."""
     beside = path.with_name(path.name + ".tmp")
     with whole_or_none(beside):
         beside.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Errors that end a run with a sentence instead of a traceback, and the words for a wrong name."""
+"""Errors that end a run with a sentence instead of a traceback, and suggestions for wrong names."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -8,8 +8,8 @@ class UserError(ValueError):
     """Wrong config, data, checkpoint or environment.
 
     The message is one sentence that names the key or file, the value, the rule and the way out.
-    `torchtitan.train.main` prints it without a traceback and exits with code 2. What a user wrote
-    may be anything: of overlong words the middle is left out, and control characters are escaped.
+    `torchtitan.train.main` prints it without a traceback and exits with code 2. A user's text in it
+    may be anything: the middle of overlong words is cut, and control characters are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -17,10 +17,10 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Training itself has failed (a loss that is not finite, say): one sentence, exit code 1."""
+    """Failure of the training itself, such as a loss that is not finite: exit code 1."""
 
 
-# Letters of a word, then of a sentence, of which the middle is left out.
+# Longest word and message, in characters; the middle of longer ones is cut.
 LONGEST_WORD, LONGEST_SENTENCE = 400, 20_000
 
 
@@ -39,15 +39,15 @@ def _shortened(text: str, longest: int) -> str:
 
 
 def some(names: Sequence[str], between: str = "; ", most: int = 5) -> str:
-    """The first names of a list, and how many others there are: `a; b; c and 195 others`."""
+    """Join the first names of a list and the number of others: `a; b; c and 195 others`."""
     shown, others = between.join(names[:most]), len(names) - most
     return f"{shown} and {others} other{'s' if others > 1 else ''}" if others > 0 else shown
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:
-    """The way out after a wrong name, to end a sentence with: `; did you mean 'steps'?`.
+    """End of a sentence about a wrong name, with the nearest right one: `; did you mean 'steps'?`.
 
-    Without a near name it lists all of them: `; choose one of 'a', 'b'.`
+    Without a near one it lists all of them: `; choose one of 'a', 'b'.`
     """
     known = sorted(set(candidates))
     if not known:

@@ -1,4 +1,4 @@
-"""What a device could do at most: dense peak FLOP/s by name and dtype, the denominator of MFU.
+"""Dense peak FLOP/s of devices by name and dtype, the denominator of MFU.
 
 A device that is not in the table has no peak, and a run on it reports no MFU. A guess would be
 worse: torchtitan's fall-back to the A100 made MI355X users see 563 % (AMD-AGI/Primus issue 772).
@@ -13,7 +13,7 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.flo
 
 # (words that must all occur in the device's name, 16-bit peak, 8-bit float peak), in TFLOP/s,
 # dense: where the data sheet prints the 2:4-sparse number, half of it. The first row that fits
-# wins, so rows with more words stand first.
+# wins, so rows with more words come first.
 _PEAKS: list[tuple[set[str], float, float | None]] = [
     # https://www.nvidia.com/en-us/data-center/gb300-nvl72: 360 PFLOPS sparse 16-bit per 72 GPUs.
     ({"GB300"}, 2500, 5000),
@@ -68,8 +68,8 @@ _PEAKS: list[tuple[set[str], float, float | None]] = [
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """Dense peak FLOP/s of a device of this name (as torch reports it) in products of `dtype`.
 
-    None where we are not sure: unknown devices, the CPU, slices of a GPU (MIG), and float32, where
-    the answer depends on whether TF32 is allowed.
+    None where it is uncertain: unknown devices, the CPU, slices of a GPU (MIG), and float32, where
+    it depends on whether TF32 is allowed.
     """
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
     if "MIG" in words:

@@ -1,9 +1,9 @@
 """One writer at a time for a folder, by a lock file that names it: host, process and start time.
 
 The lock is the kernel's (flock): it ends with the process, however that ends, so on one machine a
-lock of a process that is gone is never in the way. Network file systems may not show it to other
-machines. So the owner also counts up in the file, and a machine that finds the file of another one
-first watches whether it still does. Readers of the folder don't look at the lock.
+dead process never leaves a lock behind. Network file systems may not show it to other machines. So
+the owner also writes a rising count to the file, the beat, and a machine that finds the file of
+another one first watches whether the count still rises. Readers of the folder ignore the lock.
 """
 
 import errno
@@ -22,32 +22,32 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 NAME = ".lock"
-# The owner counts every so often; seen from another machine it is gone after so long a silence
-# (caches of a network file system may hold a beat back, by default for up to 30 s, a minute).
+# Time between beats; and time without a beat after which another machine takes the owner for dead
+# (caches of a network file system may delay a beat, by default for up to 30 s, or a minute).
 BEAT_SECONDS, SILENCE_SECONDS = 10.0, 60.0
-# A process that has just been ended may take a moment to go.
+# Time to wait for a process that has just been killed and still holds the lock.
 PATIENCE_SECONDS = 4.0
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class FolderLock:
-    """Held from `__enter__` to `__exit__`, or to the end of the process.
+    """Lock of a folder, held from `__enter__` to `__exit__`, or to the end of the process.
 
-    path: of the lock file; its folder is made. what: for the sentence, such as
-    "job.dump_folder outputs". way_out: what else the user can do than wait, such as "name another
-    folder".
+    path: the lock file; its folder is made.
+    what: subject of the error message, such as "job.dump_folder outputs".
+    way_out: what the user can do instead of waiting, such as "name another folder".
     """
 
     def __init__(self, path: Path, what: str, way_out: str) -> None:
         self.path, self.what, self.way_out = path.absolute(), what, way_out
-        self._made: list[Path] = []  # folders that were not there, innermost first
+        self._made: list[Path] = []  # folders that this lock creates, innermost first
         self._file = -1
         self._ended = threading.Event()
 
     def __enter__(self) -> Self:
-        """Raises `UserError` where another process has it, `OSError` for a folder that can't be
-        written to."""
+        """Take the lock. Raises `UserError` where another process holds it, `OSError` for a folder
+        that can't be written to."""
         folders = (self.path.parent, *self.path.parent.parents)
         self._made = [folder for folder in folders if not folder.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class FolderLock:
 
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
-        self._beating.join()  # or it would write into a file that takes the number of this one
+        self._beating.join()  # else it could write into another file with the same descriptor
         with suppress(OSError):
             self.path.unlink()
         self._leave()
@@ -74,7 +74,7 @@ class FolderLock:
             os.close(self._file)
             self._file = -1
         for folder in self._made:
-            with suppress(OSError):  # it holds something now
+            with suppress(OSError):  # it is no longer empty
                 folder.rmdir()
 
     def _take(self) -> int:
@@ -90,7 +90,7 @@ class FolderLock:
             os.close(file)
 
     def _is_free(self, file: int, deadline: float) -> bool:
-        """Lock it; False to try again. Raises `UserError` where it will stay another's."""
+        """Try to lock the file; False = try again. Raises `UserError` where another keeps it."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             flocked = True
@@ -106,22 +106,24 @@ class FolderLock:
         if not os.path.exists(self.path) or not os.path.samestat(
             os.fstat(file), os.stat(self.path)
         ):
-            return False  # its last owner has just removed it
+            return False  # the last owner has just removed the file
         owner = _owner(file)
         if owner and self._lives(owner, flocked=flocked):
             raise self._refusal(owner)
         return True
 
     def _lives(self, owner: dict[str, Any], *, flocked: bool) -> bool:
-        """Whether the process that wrote the file may still be there though the kernel has given
-        us its lock, or has no locks (not flocked)."""
+        """Whether the process that wrote the file may still run.
+
+        flocked: the kernel has given this process the lock; False = it supports no locks.
+        """
         if _boot_id() and owner.get("boot") == _boot_id():
             return not flocked and owner.get("started") == _start_of(owner.get("pid"))
         if owner.get("host") == socket.gethostname():
-            return False  # it has been started anew since
+            return False  # this machine has been restarted since
         before = self.path.read_bytes()
         logger.warning(
-            "%s was written by process %s on %s; waiting for %d s to see whether that is gone",
+            "%s was written by process %s on %s; waiting %d s to see whether it still runs",
             self.path,
             owner.get("pid"),
             owner.get("host"),
@@ -141,7 +143,7 @@ class FolderLock:
             who = f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
         return UserError(
             f"{self.what} is being written to by another run ({who}): wait for its end, or "
-            f"{self.way_out}; if that process is gone, remove {self.path}."
+            f"{self.way_out}; if that process no longer runs, remove {self.path}."
         )
 
     def _keep_beating(self) -> None:
@@ -160,13 +162,13 @@ class FolderLock:
             "beat": number,
         }
         text = (json.dumps(owner) + "\n").encode()
-        with suppress(OSError):  # a full disk, say: the kernel's lock is there all the same
+        with suppress(OSError):  # such as a full disk: the kernel's lock is held all the same
             os.pwrite(self._file, text, 0)
             os.ftruncate(self._file, len(text))
 
 
 def _owner(file: int) -> dict[str, Any]:
-    """What the last owner wrote; empty where it wrote nothing or is just writing."""
+    """Read the last owner's record; empty where it wrote none or is writing it now."""
     try:
         owner = json.loads(os.pread(file, 4096, 0))
     except ValueError:
@@ -179,9 +181,9 @@ def _boot_id() -> str:
 
 
 def _start_of(pid: Any) -> str | None:
-    """When a process began, in ticks since the machine's start; None where there is none."""
+    """Start time of a process, in ticks since the machine's start; None where it doesn't exist."""
     try:
-        # "pid (name) state parent ...", and the name may hold anything
+        # "pid (name) state parent ...", where the name may contain any character
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return None

@@ -1,8 +1,8 @@
-"""Garbage collection on our schedule, the same on every rank.
+"""Garbage collection at the same steps on every rank.
 
-Python collects when its allocation counters say so: on each rank at another moment, while all the
-others wait in the next collective. So the automatic collector is off during training, and every
-rank collects at the same steps.
+Python collects when its allocation counters reach a limit: on each rank at another moment, while
+all the others wait in the next collective. So the automatic collector is off during training, and
+every rank collects at the same steps.
 """
 
 import gc
@@ -14,11 +14,11 @@ from torchtitan.tools.logging import logger
 
 
 class GarbageCollection:
-    """Turns automatic collection off; `run(step)` collects, `close()` gives Python its habit back.
+    """Turns automatic collection off; `run(step)` collects, `close()` turns it on again.
 
-    Every `gc_freq` steps the young generations are collected, which takes milliseconds. With
-    `debug` every step collects everything (slow) and warns about reference cycles that held
-    tensors: such memory is only freed here, however early its last use was.
+    gc_freq: steps between collections of the young generations, which take milliseconds.
+    debug: collect everything at every step (slow), and warn about reference cycles that held
+        tensors: their memory is freed only here, however early its last use was.
     """
 
     def __init__(self, gc_freq: int, debug: bool) -> None:
@@ -27,7 +27,7 @@ class GarbageCollection:
         self.debug = debug
         self._was_enabled = gc.isenabled()
         gc.disable()
-        gc.collect()  # What the set-up left behind.
+        gc.collect()  # Garbage of the set-up.
 
     def run(self, step: int) -> None:
         if self.debug:
@@ -42,7 +42,7 @@ class GarbageCollection:
 
 def _collect_and_report(step: int) -> None:
     flags = gc.get_debug()
-    gc.set_debug(gc.DEBUG_SAVEALL)  # Unreachable objects go to gc.garbage instead of away.
+    gc.set_debug(gc.DEBUG_SAVEALL)  # Unreachable objects are kept in gc.garbage, not freed.
     gc.collect()
     gc.set_debug(flags)
     # type() and not isinstance(): a dead weakref proxy in here would raise.

@@ -1,7 +1,8 @@
-"""What the launcher says of this process: torchrun's variables, checked in one place.
+"""Rank, world size and address of this process: torchrun's variables, checked in one place.
 
-A process without them trains alone. One that belongs to others, by what a hand or a scheduler has
-set, must not train alone in silence: what is missing or can't be right is a `UserError`.
+A process without them trains alone. A process that belongs to a group, according to variables that
+a user or a scheduler has set, must not train alone silently: missing or impossible variables raise
+`UserError`.
 """
 
 import os
@@ -20,10 +21,11 @@ _NUMBERS = {
     "WORLD_SIZE": (1, _MOST, "the number of processes of the run"),
     "LOCAL_RANK": (0, _MOST, "the number of this process on its machine"),
     "LOCAL_WORLD_SIZE": (1, _MOST, "the number of processes on this machine"),
-    "MASTER_PORT": (1, 65535, "the port at which the machine of rank 0 is met"),
+    "MASTER_PORT": (1, 65535, "the port on the machine of rank 0 at which all ranks meet"),
 }
 _ADDRESS = "MASTER_ADDR"
-# Of launchers that start processes without the variables above: how many, and which this one is.
+# Launchers that start processes without the variables above: their variables for the number of
+# processes, and for the number of this one.
 _OTHERS = {
     "srun": (("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"), "SLURM_PROCID"),
     "mpirun (Open MPI)": (("OMPI_COMM_WORLD_SIZE",), "OMPI_COMM_WORLD_RANK"),
@@ -35,10 +37,10 @@ _TORCHRUN = "start the processes with torchrun (or ./run_train.sh), which sets i
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of this process among those of the run.
+    """Place of this process among those of the run.
 
-    local_world_size: None where nobody has said it. master_addr, master_port: where ranks meet, ""
-    and 0 for a process that nobody has to meet.
+    local_world_size: None where it is unknown.
+    master_addr, master_port: address at which the ranks meet; "" and 0 for a single process.
     """
 
     rank: int = 0
@@ -50,8 +52,8 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """The place of a process that trains. Raises `UserError` for variables that can't be right."""
-    if dist.is_initialized():  # by somebody who knows better
+    """Read the place of a process that trains. Raises `UserError` for impossible variables."""
+    if dist.is_initialized():  # the caller's group decides, not the environment
         local = local_rank(), planned_processes()[1]
         return Launch(dist.get_rank(), dist.get_world_size(), *local)
     numbers = {name: _number(name) for name in _NUMBERS}
@@ -78,18 +80,20 @@ def read_launch() -> Launch:
 
 
 def planned_processes() -> tuple[int, int | None]:
-    """WORLD_SIZE (default: 1) and LOCAL_WORLD_SIZE, which is all that a check of a config or a
-    dry-run rank needs. Raises `UserError`."""
+    """Read WORLD_SIZE (default: 1) and LOCAL_WORLD_SIZE. Raises `UserError`.
+
+    A check of a config and a dry run need no other variable.
+    """
     return _number("WORLD_SIZE") or 1, _number("LOCAL_WORLD_SIZE")
 
 
 def local_rank() -> int:
-    """LOCAL_RANK, 0 where it is not set. Raises `UserError`."""
+    """Read LOCAL_RANK, 0 where it is not set. Raises `UserError`."""
     return _number("LOCAL_RANK") or 0
 
 
 def warn_if_alone_by_mistake() -> None:
-    """For a run of one process whose environment says where others could be met."""
+    """Warn where a single process has the address of a group in its environment."""
     if _ADDRESS in os.environ and "WORLD_SIZE" not in os.environ:
         logger.warning(
             "%s is set but RANK and WORLD_SIZE are not: this process trains alone; to train with "
@@ -129,7 +133,7 @@ def _missing(name: str, because: str) -> UserError:
 
 
 def _check_together(launch: Launch, local_world_size: int) -> None:
-    """Each number is one by itself."""
+    """Check each number against the others; `read_launch` has checked their ranges."""
     pairs = [
         ("RANK", launch.rank, "below WORLD_SIZE", launch.world_size - 1, launch.world_size),
         (

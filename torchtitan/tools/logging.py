@@ -1,4 +1,4 @@
-"""One logger for the whole package; the ranks of LOG_RANK speak, the others only warn."""
+"""One logger for the whole package: ranks of LOG_RANK log everything, the others warnings only."""
 
 import logging
 import os
@@ -8,10 +8,10 @@ logger = logging.getLogger("torchtitan")
 
 
 def init_logger() -> None:
-    """Send the package's log lines to stderr; ranks outside LOG_RANK ("0,1"; default 0) are quiet
+    """Send the package's log lines to stderr; ranks outside LOG_RANK ("0,1"; default 0) log nothing
     below WARNING."""
     rank = os.environ.get("RANK") or "0"
-    if sys.stderr is None:  # closed by who started us
+    if sys.stderr is None:  # closed by the parent process
         sys.stderr = open(os.devnull, "w")
     handler = logging.StreamHandler(sys.stderr)
     prefix = "[titan]" if rank == "0" else f"[titan rank {rank}]"
@@ -20,5 +20,5 @@ def init_logger() -> None:
     )
     logger.handlers[:] = [handler]
     logger.propagate = False
-    speaks = rank in (os.environ.get("LOG_RANK") or "0").split(",")
-    logger.setLevel(logging.INFO if speaks else logging.WARNING)
+    verbose = rank in (os.environ.get("LOG_RANK") or "0").split(",")
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)

@@ -1,7 +1,7 @@
 """Traces and memory snapshots of a running job, every `profile_freq` steps.
 
 Both are context managers around the training loop that yield an object with `step()`, to be called
-at the end of each training step; switched off, they yield one that does nothing, so the loop has no
+at the end of each training step. Disabled, they yield one that does nothing, so the loop has no
 branches. Open a trace in https://ui.perfetto.dev and a snapshot in https://pytorch.org/memory_viz.
 """
 
@@ -20,7 +20,7 @@ from torchtitan.tools.disk import SideOutput, free_bytes, whole_or_none
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
-# Allocations and frees that a snapshot can look back on; at some 100 bytes each, tens of MB.
+# Number of allocations and frees that a snapshot holds; at some 100 bytes each, tens of MB.
 _MEMORY_EVENTS = 100_000
 
 
@@ -48,8 +48,9 @@ def maybe_profile(
     """Write `dump_folder/save_traces_folder/iteration_N/rankR_trace.json` at each multiple N of
     `profile_freq`, with the `profiler_active` steps that end at N.
 
-    `start_step` is the number of steps done before (0, or the resumed checkpoint's). Raises
-    UserError where the recorded steps do not fit between two traces.
+    Raises UserError where the recorded steps do not fit between two traces.
+
+    start_step: number of steps done before (0, or the resumed checkpoint's).
     """
     if not enable_profiling:
         yield _Off()
@@ -58,7 +59,7 @@ def maybe_profile(
     if wait < 0:
         raise UserError(
             f"profiling.profile_freq = {profile_freq} is less than profiling.profiler_warmup + "
-            f"profiling.profiler_active = {profiler_warmup + profiler_active}; raise it to that"
+            f"profiling.profiler_active = {profiler_warmup + profiler_active}; raise it to that sum"
         )
 
     folder = Path(dump_folder, save_traces_folder)
@@ -66,7 +67,7 @@ def maybe_profile(
 
     def save(profiler: torch.profiler.profile) -> None:
         step = start_step + profiler.step_num
-        # An exception in here leaves torch's profiler in a state in which it crashes (2.13).
+        # After an exception in here torch's profiler would crash later (2.13).
         with output.attempt(Exception):
             path = _file_of(folder, f"iteration_{step}", f"rank{rank}_trace.json")
             began = time.monotonic()
@@ -82,7 +83,7 @@ def maybe_profile(
     schedule = torch.profiler.schedule(wait=wait, warmup=profiler_warmup, active=profiler_active)
     with torch.profiler.profile(
         activities=activities,
-        # torch counts its own steps from 0; ours go on where the checkpoint stopped.
+        # torch counts its own steps from 0; ours continue from the checkpoint's.
         schedule=lambda step: schedule(step + start_step),
         on_trace_ready=save,
         record_shapes=True,
@@ -90,7 +91,7 @@ def maybe_profile(
         try:
             yield profiler
         finally:
-            # What is being recorded when the loop ends is not a whole trace.
+            # The trace that is being recorded when the loop ends is incomplete.
             profiler.on_trace_ready = None
 
 
@@ -108,15 +109,17 @@ def maybe_memory_snapshot(
     rankR_memory_snapshot.pickle` at each multiple N of `profile_freq`.
 
     When the loop runs out of memory, one more is written, to `iteration_N_out_of_memory` with N the
-    step that failed, and the error goes on. Raises UserError without a CUDA device.
+    step that failed, and the error is raised again. Raises UserError without a CUDA device.
+
+    start_step: number of steps done before (0, or the resumed checkpoint's).
     """
     if not enable_memory_snapshot:
         yield _Off()
         return
     if not torch.cuda.is_available():
         raise UserError(
-            "profiling.enable_memory_snapshot = true needs a CUDA device, which this process has "
-            "not; set it to false"
+            "profiling.enable_memory_snapshot = true needs a CUDA device, which this process does "
+            "not have; set it to false"
         )
 
     snapshots = _MemorySnapshots(
@@ -156,7 +159,7 @@ class _MemorySnapshots:
 
 
 def _export(profiler: torch.profiler.profile, path: Path) -> None:
-    """Raises `OSError`, which torch's own code in C++ doesn't, where the trace can't be written."""
+    """Write the trace; raise `OSError` where that fails, which torch's own code in C++ does not."""
     with whole_or_none(path.with_name(path.name + ".tmp")), whole_or_none(path):  # torch 2.13's
         path.touch()
         profiler.export_chrome_trace(str(path))

@@ -1,4 +1,4 @@
-"""How a script ends: a sentence instead of a traceback, and the exit code."""
+"""The end of a script: an error message instead of a traceback, and the exit code."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,10 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger
 
 
-def run_script(work: Callable[[], None], *, goes_on: bool = False) -> int:
-    """0 done, 2 for what the user can mend, 130 for Ctrl-C.
+def run_script(work: Callable[[], None], *, resumable: bool = False) -> int:
+    """Run `work`; return the exit code: 0 done, 2 user error, 130 Ctrl-C.
 
-    goes_on: whether the same command, called again, goes on where it stopped.
+    resumable: whether the same command, called again, resumes where it stopped.
     """
     init_logger()
     try:
@@ -18,6 +18,6 @@ def run_script(work: Callable[[], None], *, goes_on: bool = False) -> int:
         logger.error("%s", error)
         return 2
     except KeyboardInterrupt:
-        logger.info("Interrupted%s", "; the same command goes on from here" if goes_on else "")
+        logger.info("Interrupted%s", "; the same command resumes from here" if resumable else "")
         return 130
     return 0

@@ -1,4 +1,4 @@
-"""The device of this process, names for dtypes, and functions that torch.compile leaves alone."""
+"""The device of this process, names of dtypes, and functions that torch.compile leaves alone."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -18,17 +18,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def eager(function: F, *, recursive: bool = True) -> F:
-    """`torch.compiler.disable`, whose annotations lose the signature of what it wraps."""
+    """Apply `torch.compiler.disable` and keep the function's type, which its annotations lose."""
     return cast(F, torch.compiler.disable(function, recursive=recursive))
 
 
 def device_type() -> str:
-    """ "cuda" where a GPU is visible, else "cpu" (hide GPUs with CUDA_VISIBLE_DEVICES="")."""
+    """Return "cuda" where a GPU is visible, else "cpu" (hide GPUs with CUDA_VISIBLE_DEVICES="")."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_local_processes(count: int) -> None:
-    """Raise `UserError` for more processes on this machine than it has GPUs (if any)."""
+    """Raise `UserError` for more processes on this machine than it has GPUs, if it has any."""
     gpus = torch.cuda.device_count()
     if device_type() == "cuda" and count > gpus:
         raise UserError(
@@ -38,7 +38,7 @@ def check_local_processes(count: int) -> None:
 
 
 def local_device() -> torch.device:
-    """The device that torchrun gave this process."""
+    """Device of this process: with GPUs, that of LOCAL_RANK."""
     if device_type() == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", local_rank())

@@ -45,7 +45,7 @@ from torchtitan.trainer.build import (
     build_schedule,
 )
 from torchtitan.trainer.forward_backward import Batch, ForwardBackward, GraphedStep
-from torchtitan.trainer.phases import Phases
+from torchtitan.trainer.phase_changes import Phases
 from torchtitan.trainer.preflight import Checked, check_config, pipeline_plan
 from torchtitan.trainer.progress import Progress
 from torchtitan.trainer.same_run import identity_of_start, settings_of_run

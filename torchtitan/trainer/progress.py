@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from torchtitan.components.checkpoint.batch_change import tell_other_batch
+from torchtitan.components.checkpoint.batch_change import warn_of_other_batch
 from torchtitan.components.metrics.loss_guard import LossGuard
 from torchtitan.components.validate import Validator
 from torchtitan.config.phases import RunSchedule
@@ -58,7 +58,7 @@ class Progress:
             load_E = moe.global_tokens_per_expert
             load_E.copy_(torch.tensor(loads.get(str(layer), [0] * load_E.numel())))
         now = self._schedule.at(self.tokens_seen)
-        tell_other_batch(
+        warn_of_other_batch(
             state.get("batch_size", now.batch_size),  # earlier versions didn't save it
             now.batch_size,
             local_batch_size=now.local_batch_size,

@@ -19,7 +19,7 @@ from torchtitan.components.metrics.expert_load import (
 from torchtitan.components.metrics.expert_traffic import traffic_line, traffic_numbers
 from torchtitan.components.metrics.loss_guard import LossGuard, Verdict
 from torchtitan.config import JobConfig
-from torchtitan.config.phases import Now
+from torchtitan.config.phases import StepSettings
 from torchtitan.data import data_numbers
 from torchtitan.data.dataloader import ParallelAwareDataLoader
 from torchtitan.distributed import ParallelDims
@@ -122,7 +122,7 @@ class StepLog:
         interval: Interval,
         *,
         progress: Progress,
-        now: Now,
+        now: StepSettings,
         model_args: BaseModelArgs,
         validation: Mapping[str, float],
     ) -> Action:

@@ -177,7 +177,7 @@ class Trainer(BuiltRun):
         """Bring model, data and learning rate to what the schedule says for this step."""
         change = self.phases.enter(self.tokens_seen)
         self._tell(change.warnings)
-        if change.sequences:
+        if change.batch_shape:
             self._change_sequences()
         now = self.phases.now
         if not now.phase:
@@ -219,7 +219,9 @@ class Trainer(BuiltRun):
         """Tell all ranks what the passes came to."""
         moes = list(self.moes.values())
         load = step_loads(moes, self.dims.stage_group) if moes else None
-        overflow = torch.zeros_like(local_loss) if load is None else load.overflow
+        overflow = torch.zeros_like(local_loss)
+        if load is not None and load.overflow is not None:
+            overflow = load.overflow
         # A request to stop travels with the loss: all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.number))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked, overflow))))

@@ -62,7 +62,7 @@ def test_a_memory_budget_needs_a_compiler_that_keeps_to_it():
         **budget,
     )
     sentence = (
-        'activation_checkpoint.mode = "memory_budget" is kept to by the compiler: it needs '
+        'activation_checkpoint.mode = "memory_budget" is implemented by the compiler: it needs '
         'compile.enable with "model" in compile.components; set them, or another mode.'
     )
     assert refusal(**budget) == sentence
@@ -75,9 +75,9 @@ def test_a_memory_budget_needs_a_compiler_that_keeps_to_it():
         "activation_checkpoint.memory_budget = 1.5 must be between 0 and 1."
     )
     assert refusal(activation_checkpoint__visualize_memory_budget_pareto=True) == (
-        "activation_checkpoint.visualize_memory_budget_pareto = true draws what "
-        'activation_checkpoint.mode "memory_budget" chooses from, but the mode is "selective"; '
-        "set either."
+        "activation_checkpoint.visualize_memory_budget_pareto = true draws the "
+        'choices of activation_checkpoint.mode "memory_budget", but the mode is "selective"; '
+        "change one of them."
     )
 
 
@@ -85,7 +85,7 @@ def test_cpu_offload_needs_an_accelerator_and_fsdp():
     accept(2, "cuda", training__enable_cpu_offload=True)
     for world_size, device, reason in (
         (2, "cpu", "moves weights from an accelerator to the CPU, but this run is on the CPU"),
-        (1, "cuda", "is FSDP's, which one process doesn't use"),
+        (1, "cuda", "needs FSDP, which one process doesn't use"),
     ):
         assert refusal(world_size, device, training__enable_cpu_offload=True) == (
             f"training.enable_cpu_offload = true {reason}; set it to false."

@@ -11,7 +11,7 @@ import torch
 from tests.tiny_run import as_option, tiny
 from torchtitan.config import ConfigManager, JobConfig, Parallelism, resolve_degrees
 from torchtitan.config.degrees import divisors
-from torchtitan.config.phases import Now, RunSchedule
+from torchtitan.config.phases import RunSchedule, StepSettings
 from torchtitan.config.rules.text import PATHS
 from torchtitan.config.schedule_tables import Phase
 from torchtitan.config.schema import KEYS, entries
@@ -129,7 +129,7 @@ def test_what_may_be_infinite_or_huge_stays_allowed(capfd, tmp_path):
 
 
 def test_many_steps_on_many_stairs_are_counted_at_once():
-    before = Now(0, "", 1e-3, 8, 32, 8)
+    before = StepSettings(0, "", 1e-3, 8, 32, 8)
     stairs = {"batch_size": 8_008, "batch_size_shape": "linear", "batch_size_step": 8}
     schedule = RunSchedule([Phase(tokens=1e12, **stairs), Phase(tokens=1e6)], before)
     began = time.process_time()
@@ -140,7 +140,7 @@ def test_many_steps_on_many_stairs_are_counted_at_once():
 @pytest.mark.parametrize("tokens", [1e4, 12_345.0, 99_999.0])
 def test_counting_by_stairs_is_counting_by_steps(tokens):
     stairs = {"batch_size": 40, "batch_size_shape": "linear", "batch_size_step": 8}
-    schedule = RunSchedule([Phase(tokens=tokens, **stairs)], Now(0, "", 1e-3, 8, 7, 8))
+    schedule = RunSchedule([Phase(tokens=tokens, **stairs)], StepSettings(0, "", 1e-3, 8, 7, 8))
     seen = steps = 0
     while seen < tokens:
         now = schedule.at(seen)
@@ -209,7 +209,7 @@ def test_a_run_writes_to_the_home_folder(tmp_path, monkeypatch):
         ("training.dataset", "a" * 300, "has a name of 300 bytes"),
         ("training.dataset_path", "a\0b", "holds a NUL character"),
         ("metrics.save_tb_folder", "tb\n", "line break"),
-        ("job.dump_folder", "~nosuchuser/x", "user 'nosuchuser', whom this machine doesn't know"),
+        ("job.dump_folder", "~nosuchuser/x", "user 'nosuchuser', who is unknown"),
         ("model.hf_assets_path", "", "must be a path, not empty"),
         ("checkpoint.folder", "a\udcff", "no UTF-8 text"),
         ("job.description", "a\udcff", "no UTF-8 text"),
@@ -257,7 +257,7 @@ def test_a_file_that_is_no_config_is_named(toml, text, words):
 
 
 def test_a_key_twice_in_json_is_refused(toml):
-    with pytest.raises(UserError, match=r'run\.json: the key "steps" is there twice'):
+    with pytest.raises(UserError, match=r'run\.json: the key "steps" occurs twice'):
         ConfigManager().parse_args([toml('{"training": {"steps": 1, "steps": 2}}', "run.json")])
 
 

@@ -187,7 +187,7 @@ def test_an_epoch_of_a_dataset_is_told(sources, log):
 
 
 def test_another_blend_goes_on_with_the_same_datasets_and_not_with_others(sources):
-    """Weights may change at any restart; each dataset goes on where it was."""
+    """Weights may change at any restart; each dataset resumes where it was."""
     loader = blend(sources)
     take([loader], 12)
     state = merge_states([loader.local_state()])

@@ -191,5 +191,5 @@ def test_a_run_refuses_files_that_changed_and_tells_a_changed_batch(tmp_path, ca
     anew = ['--checkpoint.exclude_from_loading=["dataloader"]', "--training.local_batch_size=2"]
     assert main([*options, *anew]) == 0
     told = capfd.readouterr().err
-    assert "A step has 2 sequences from here on; it had 4" in told
+    assert "A step has 2 sequences from now on; it had 4" in told
     assert "set training.global_batch_size = 4 to keep them" in told

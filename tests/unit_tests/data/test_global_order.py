@@ -293,7 +293,7 @@ def test_a_layout_that_reads_streams_twice_is_told_which_number_does_not(rank_sl
         assert len(log) == 1
     else:
         assert re.search(line, log[1])
-        assert log[1].endswith("a run that goes on from a checkpoint keeps its streams")
+        assert log[1].endswith("a run that resumes from a checkpoint keeps its streams")
         good = int(line.rpartition(" ")[2])
         assert rank_slice.times_made(good) == 1
 

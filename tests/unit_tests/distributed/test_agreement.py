@@ -82,7 +82,7 @@ def test_a_refusal_ends_all_ranks_at_once(refuses):
 def test_ranks_that_do_not_come_are_named(monkeypatch):
     monkeypatch.setattr(agreement, "LINGER_SECONDS", 0.1)
     told = {str(error) for error in meet([having(a=1)] * 2, seconds=0.3, world_size=5)}
-    assert len(told) == 1 and told.pop().startswith("ranks 2-4 of 5 did not come within comm.init_")
+    assert len(told) == 1 and told.pop().startswith("ranks 2-4 of 5 did not join within comm.init_")
 
 
 def test_a_refusal_is_heard_although_others_never_come(monkeypatch):

@@ -152,7 +152,7 @@ def test_a_schedule_file_says_how_many_stages_there_are_and_where(tmp_path):
 
 GOOD = ["0F0,0F1,0B0,0B1", "1F0,1B0,1F1,1B1"]
 ORDER = (
-    ": F needs F of the stage before it, B and I need F, and B or I of the stage behind it, W "
+    ": F needs F of the stage before it, B and I need F, and B or I of the stage after it, W "
     "needs I."
 )
 
@@ -161,16 +161,16 @@ ORDER = (
     "lines, sentence",
     [
         (None, "can't be read (No such file or directory)."),
-        (b"\xff\xfe", "is not a text of comma-separated values."),
+        (b"\xff\xfe", "is not a file of comma-separated values."),
         (GOOD[:1], f"has 1 lines, but it needs one for each rank of {KEY}degree (2)."),
         (
             [GOOD[0], "1F0,1X0,1F1,1B1"],
-            ": rank 1 has '1X0', which is no pass; write the stage, F, B, I or W, and the "
+            ": rank 1 has '1X0', which is not a pass; write the stage, F, B, I or W, and the "
             "micro-batch, such as '0F0'.",
         ),
         (
             ["0F0,0SEND_F0,0B0", GOOD[1]],
-            ": rank 0 has '0SEND_F0', which is no pass; write the stage, F, B, I or W, and the "
+            ": rank 0 has '0SEND_F0', which is not a pass; write the stage, F, B, I or W, and the "
             "micro-batch, such as '0F0'.",
         ),
         (
@@ -180,7 +180,7 @@ ORDER = (
         ),
         (
             [GOOD[0], "1F0,1B0,0F1,1B1"],
-            "has passes of stage 0 on rank 0 and on rank 1; a stage lies on one rank.",
+            "has passes of stage 0 on rank 0 and on rank 1; a stage must be on one rank.",
         ),
         (
             [GOOD[0], "1F0,1B0,1F1"],
@@ -200,13 +200,12 @@ ORDER = (
         # Rank 0 wants a gradient of micro-batch 1 before it has sent it.
         (
             ["0F0,0B1,0F1,0B0", GOOD[1]],
-            "would wait for itself for ever, rank 0 at '0B1' and rank 1 at '1F1'" + ORDER,
+            "would deadlock, with rank 0 at '0B1' and rank 1 at '1F1'" + ORDER,
         ),
         # Both passes of a pair are there or neither is.
         (
             [GOOD[0], "(1F0;1B0)OVERLAP_F_B,1F1,1B1"],
-            "would wait for itself for ever, rank 0 at '0B0' and rank 1 at "
-            "'(1F0;1B0)OVERLAP_F_B'" + ORDER,
+            "would deadlock, with rank 0 at '0B0' and rank 1 at '(1F0;1B0)OVERLAP_F_B'" + ORDER,
         ),
     ],
 )

@@ -42,9 +42,9 @@ def place() -> Iterator[Path]:
 WRONG = {
     "file": "file is not a folder",
     "file/inside": "file is not a folder",
-    "dangling": "dangling is a link to nowhere, which isn't there",
-    "dangling/inside": "dangling is a link to nowhere, which isn't there",
-    "loop": "which isn't there",
+    "dangling": "dangling is a link to nowhere, which doesn't exist",
+    "dangling/inside": "dangling is a link to nowhere, which doesn't exist",
+    "loop": "which doesn't exist",
     "closed": "Permission denied",
     "closed/inside": "Permission denied",
     "unreadable": "Permission denied",
@@ -141,7 +141,7 @@ def test_a_failure_is_said_once_until_it_works_again(tmp_path, caplog, number):
         with output.attempt():
             if fails:
                 raise OSError(number, os.strerror(number))
-    why = f"({os.strerror(number)}); training goes on, and its records follow"
+    why = f"({os.strerror(number)}); training continues, and its records follow"
     told = f"x.jsonl can't be written {why}"
     assert caplog.messages == [told, "x.jsonl can be written again", told]
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.tiny_run import tiny
 from torchtitan.components import dump_folder
-from torchtitan.components.checkpoint.convert import _tells_of_the_disk
+from torchtitan.components.checkpoint.convert import _explaining_disk_errors
 from torchtitan.components.dump_folder import alone_in_folders, own_folders
 from torchtitan.config import ConfigManager
 from torchtitan.tools import folder_lock
@@ -120,7 +120,7 @@ def test_an_owner_on_another_machine_that_has_gone_silent_is_gone(tmp_path, capl
     write_owner(tmp_path, host="elsewhere", boot="other")
     with lock(tmp_path):
         pass
-    assert "on elsewhere; waiting for" in caplog.text
+    assert "on elsewhere; waiting 0 s" in caplog.text
 
 
 def test_an_owner_on_another_machine_that_still_counts_lives(tmp_path):
@@ -225,7 +225,7 @@ def test_a_file_in_the_place_of_a_folder_is_named_with_its_key(tmp_path):
 
 
 def test_two_conversions_into_one_folder(tmp_path):
-    @_tells_of_the_disk
+    @_explaining_disk_errors
     def convert(source: None, target: Path, inner) -> None:
         inner()
 

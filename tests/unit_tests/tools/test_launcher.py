@@ -158,13 +158,15 @@ def foreign_port():
 
 
 def test_a_port_that_is_taken(foreign_port):
-    with pytest.raises(UserError, match=f"variable MASTER_PORT is {foreign_port}, at which anoth"):
+    with pytest.raises(UserError, match=f"variable MASTER_PORT is {foreign_port}, on which anoth"):
         meet(0, port=foreign_port)
 
 
 def test_a_server_of_something_else_is_not_waited_for_for_ever(foreign_port):
     began = time.monotonic()
-    with pytest.raises(UserError, match=f"127.0.0.1:{foreign_port}.* something else answers"):
+    with pytest.raises(
+        UserError, match=f"127.0.0.1:{foreign_port}.* another kind of server answers"
+    ):
         meet(1, port=foreign_port)
     assert time.monotonic() - began < 5
 
@@ -192,5 +194,5 @@ def test_a_rank_that_was_given_twice(monkeypatch):
     meet(0, port=port)
     meet(1, port=port)
     monkeypatch.setattr(meeting_point, "_rounds", 1001)  # as another process would count
-    with pytest.raises(UserError, match=f"variable RANK is 1, which another process .*:{port} has"):
+    with pytest.raises(UserError, match=f"variable RANK is 1, which another .*:{port} already has"):
         meet(1, port=port)

@@ -1,8 +1,8 @@
-"""Hugging Face folder ↔ our checkpoint folder, tensor by tensor, on one process without the model.
+"""Conversion between Hugging Face folders and our checkpoints, on one process without the model.
 
-What is in memory is one tensor and the file that it comes from. Both ways work in a folder
-`<target>.tmp` with a journal of what is done, so a conversion that was interrupted goes on where it
-stopped; the target appears under its name when it is whole.
+It goes tensor by tensor: memory holds one tensor and the file that it comes from. Both directions
+work in a folder `<target>.tmp` that records the progress, so an interrupted conversion resumes
+where it stopped; the target appears under its name when it is complete.
 """
 
 import functools
@@ -33,22 +33,22 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from tqdm import tqdm
 
 from torchtitan.components.checkpoint.dcp_storage import (
-    SummingStream,
+    HashingStream,
+    raising_write_errors,
     read_tensor_index,
-    tells_of_the_disk,
 )
 from torchtitan.components.checkpoint.folder import (
     MANIFEST,
     META,
     NUMBERS,
     TENSOR_INDEX,
-    FileSum,
+    FileChecksum,
     damage,
     publish,
     require_checkpoint,
 )
 from torchtitan.components.checkpoint.meta import WEIGHTS, Identity, make_meta
-from torchtitan.components.checkpoint.progress import Journal
+from torchtitan.components.checkpoint.progress import ConversionProgress
 from torchtitan.components.huggingface.assets import write_assets
 from torchtitan.components.huggingface.checks import check_shapes, copies_that_differ
 from torchtitan.components.huggingface.folder import (
@@ -62,12 +62,12 @@ from torchtitan.components.huggingface.folder import (
 )
 from torchtitan.components.huggingface.load_save import (
     check_folder,
+    log_differences,
+    log_notes,
     log_routing_changes,
     read_rows,
     replace_folder,
     routing_changes,
-    say_what_differs,
-    tell_notes,
 )
 from torchtitan.components.optimizer.ema import PREFIX as EMA_PREFIX
 from torchtitan.components.optimizer.ema import check_has_average
@@ -83,16 +83,15 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
 
 def _work_folder(target: Path) -> Path:
     if target.exists():
-        raise UserError(f"{target} is there already; name another folder, or remove it.")
+        raise UserError(f"{target} already exists; name another folder, or remove it.")
     return target.with_name(target.name + ".tmp")
 
 
-def _tells_of_the_disk(convert: Callable[..., None]) -> Callable[..., None]:
-    """Where it can't be written to, is full or is made by another process: one sentence. What is
-    done stays."""
+def _explaining_disk_errors(convert: Callable[..., None]) -> Callable[..., None]:
+    """Decorate: lock the target, and turn `OSError` into `UserError`; finished work is kept."""
 
     @functools.wraps(convert)
-    def told(source: Any, target: Path, *args: Any, **options: Any) -> None:
+    def locked(source: Any, target: Path, *args: Any, **options: Any) -> None:
         lock = target.with_name(f"{target.name}.lock")
         try:
             with FolderLock(lock, str(target), "name another folder"):
@@ -100,21 +99,21 @@ def _tells_of_the_disk(convert: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             why = reason(error, target.parent) + (f": {error.filename}" if error.filename else "")
             raise UserError(
-                f"{target} could not be made ({why}); make room or name another folder, and call "
-                "it again: it goes on where it stopped."
+                f"{target} could not be made ({why}); free some space or name another folder, and "
+                "run the same command again: it resumes where it stopped."
             ) from None
 
-    return told
+    return locked
 
 
-def _progress(total_bytes: int, done_bytes: int) -> tqdm:
+def _progress_bar(total_bytes: int, done_bytes: int) -> tqdm:
     return tqdm(total=total_bytes, initial=done_bytes, unit="B", unit_scale=True, unit_divisor=1024)
 
 
 # ------------------------------------------------------------------ from Hugging Face
 
 
-@_tells_of_the_disk
+@_explaining_disk_errors
 def hf_to_checkpoint(
     source: HFFolder,
     target: Path,
@@ -124,13 +123,15 @@ def hf_to_checkpoint(
     flavor: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Make a checkpoint with weights only, which runs take as `checkpoint.initial_load_path`.
+    """Make a checkpoint with weights only, for use as `checkpoint.initial_load_path`.
 
-    dtype: of the weights; None = as they are, FP8 as bf16 (what DeepSeek's own conversion gives).
     Raises `UserError` that names the reason, or missing, surplus and misshapen tensors.
+
+    model, flavor: names for meta.json.
+    dtype: of the weights; None = unchanged, FP8 as bf16 (as in DeepSeek's own conversion).
     """
     check_folder(source, adapter, quantized=source.quantized)
-    say_what_differs(source, adapter)
+    log_differences(source, adapter)
     by_file: dict[str, list[Piece]] = defaultdict(list)
     for piece in adapter.pieces():
         if not piece.copy:
@@ -139,23 +140,23 @@ def hf_to_checkpoint(
     warn_of_copies(source.path, copies_that_differ(source, adapter))
     tmp = _work_folder(target)
     sizes = {file: (source.path / file).stat().st_size for file in sorted(by_file)}
-    journal = Journal(
+    progress = ConversionProgress(
         tmp, {"files": sizes, "dtype": str(dtype), "args": asdict(adapter.model_args)}
     )
-    finished = sum(sizes[file] for file in journal.done)
-    with _progress(sum(sizes.values()), finished) as progress:
+    finished = sum(sizes[file] for file in progress.done)
+    with _progress_bar(sum(sizes.values()), finished) as bar:
         for number, file in enumerate(sorted(by_file)):
-            if file not in journal.done:
+            if file not in progress.done:
                 out = tmp / f"__0_{number}.distcp"
                 with whole_or_none(out):
                     written = _write_chunks(out, source, adapter, by_file[file], dtype)
-                journal.add(file, written)
-                progress.update(sizes[file])
+                progress.add(file, written)
+                bar.update(sizes[file])
             source.close()
-    sums = {info["file"]: FileSum(*info["sum"]) for info in journal.done.values()}
-    index = pickle.dumps(_tensor_index(journal, adapter))
+    checksums = {info["file"]: FileChecksum(*info["sum"]) for info in progress.done.values()}
+    index = pickle.dumps(_tensor_index(progress, adapter))
     (tmp / TENSOR_INDEX).write_bytes(index)
-    sums[TENSOR_INDEX] = FileSum(len(index), hashlib.sha256(index).hexdigest())
+    checksums[TENSOR_INDEX] = FileChecksum(len(index), hashlib.sha256(index).hexdigest())
     identity = Identity(
         model=model,
         flavor=flavor,
@@ -165,8 +166,8 @@ def hf_to_checkpoint(
         config_hash="",
     )
     meta = make_meta(identity, step=0, content=WEIGHTS, tokens_seen=0, seed=0)
-    journal.remove()
-    publish(tmp, {META: json.dumps(meta, indent=2) + "\n", NUMBERS: "{}\n"}, sums)
+    progress.remove()
+    publish(tmp, {META: json.dumps(meta, indent=2) + "\n", NUMBERS: "{}\n"}, checksums)
 
 
 def _write_chunks(
@@ -176,19 +177,21 @@ def _write_chunks(
     pieces: list[Piece],
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """One of our files with what one of theirs holds: its sum, and where each chunk lies in it."""
+    """Write the tensors of one of their files to one of ours; return its checksum and the position
+    of each chunk."""
     chunks = []
-    with path.open("wb") as opened, tells_of_the_disk(file := SummingStream(opened)):
+    with path.open("wb") as opened, raising_write_errors(file := HashingStream(opened)):
         for piece in pieces:
             tensor = read_rows(source, adapter, piece, (0,) * len(piece.shape), piece.shape)
             quantized = piece.name + SCALE in source.file_of
-            as_it_is = torch.bfloat16 if quantized else tensor.dtype
-            tensor = tensor.to(torch.float32 if piece.fp32 else dtype or as_it_is)
+            unchanged = torch.bfloat16 if quantized else tensor.dtype
+            tensor = tensor.to(torch.float32 if piece.fp32 else dtype or unchanged)
             offset = [0] * len(piece.shape)
             if piece.index is not None:
                 tensor, offset = tensor.unsqueeze(0), [piece.index, *offset]
             begin = file.tell()
-            torch.save(tensor.contiguous().clone(), cast(IO[bytes], file))  # as far as it asks
+            # `file` has the methods that torch.save calls.
+            torch.save(tensor.contiguous().clone(), cast(IO[bytes], file))
             name = str(tensor.dtype).removeprefix("torch.")
             length = file.tell() - begin
             chunks.append([piece.ours, offset, list(tensor.shape), name, begin, length])
@@ -200,15 +203,15 @@ def _write_chunks(
     }
 
 
-def _tensor_index(journal: Journal, adapter: StateDictAdapter) -> Metadata:
-    """DCP's own, as its writer makes it."""
+def _tensor_index(progress: ConversionProgress, adapter: StateDictAdapter) -> Metadata:
+    """Make DCP's index, as its own writer does."""
     sizes = {}
     for piece in adapter.pieces():
-        count = [] if piece.index is None else [piece.index + 1]  # the last expert's stays
+        count = [] if piece.index is None else [piece.index + 1]  # the last expert's wins
         sizes[piece.ours] = torch.Size([*count, *piece.shape])
     tensors: dict[str, TensorStorageMetadata] = {}
     storage = {}
-    for info in journal.done.values():
+    for info in progress.done.values():
         for ours, offset, shape, dtype, begin, length in info["chunks"]:
             name = PREFIX + ours
             if name not in tensors:
@@ -228,11 +231,12 @@ def _tensor_index(journal: Journal, adapter: StateDictAdapter) -> Metadata:
 
 
 class StoredTensors:
-    """Parts of the weights in a checkpoint. What the last read used stays in memory: neighbouring
-    experts lie in the same chunk.
+    """Reads the weights of a checkpoint, whole or in parts.
+
+    Chunks of the last read stay in memory: neighbouring experts are in the same chunk. Raises
+    `UserError` where the average is asked for and the checkpoint has none.
 
     averaged: read the parameters' average (components/optimizer/ema.py); buffers have none.
-    Raises `UserError` where the checkpoint holds none.
     """
 
     def __init__(self, checkpoint: Path, *, averaged: bool = False) -> None:
@@ -251,7 +255,7 @@ class StoredTensors:
         }
 
     def read(self, ours: str, box: Box | None = None) -> Tensor:
-        """The tensor, or a part of it, in the type that it was saved in."""
+        """Read a tensor, or a part of it, in the dtype in which it was saved."""
         name = self._name(ours)
         info = cast(TensorStorageMetadata, self.index.state_dict_metadata[name])  # see `shapes`
         offset, shape = box or ((0,) * len(info.size), tuple(info.size))
@@ -265,8 +269,8 @@ class StoredTensors:
                 continue
             key = MetadataIndex(name, chunk.offsets)
             used[key] = self._chunks[key] if key in self._chunks else self._load(key)
-            there = _slices(begin, chunk.offsets, size)
-            out[_slices(begin, offset, size)] = used[key][there]
+            in_chunk = _slices(begin, chunk.offsets, size)
+            out[_slices(begin, offset, size)] = used[key][in_chunk]
         self._chunks = used
         return out
 
@@ -286,7 +290,7 @@ def _slices(begin: list[int], origin: Any, size: list[int]) -> tuple[slice, ...]
     return tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, origin, size, strict=True))
 
 
-@_tells_of_the_disk
+@_explaining_disk_errors
 def checkpoint_to_hf(
     checkpoint: Path,
     target: Path,
@@ -298,14 +302,17 @@ def checkpoint_to_hf(
     assets_path: str | Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write the weights of a checkpoint as a Hugging Face folder; see `hf_checkpoint.save_hf`.
+    """Write the weights of a checkpoint as a Hugging Face folder; see `load_save.save_hf`.
 
-    averaged: the moving average of the parameters instead; the expert bias is that of the step.
-    fp8: the matrices that DeepSeek publishes in FP8 in block-wise FP8, the rest in `dtype`. Raises
-    `UserError` for a damaged checkpoint, and one of another model.
+    Raises `UserError` for a damaged checkpoint, and one of another model.
+
+    dtype: of the weights.
+    fp8: write the matrices that DeepSeek publishes in FP8 in block-wise FP8, the rest in `dtype`.
+    averaged: write the moving average of the parameters; the expert bias is that of the step.
+    assets_path: folder of the tokenizer's files, which are copied.
     """
     adapter.check_export()
-    tell_notes(target, adapter.notes())
+    log_notes(target, adapter.notes())
     require_checkpoint(checkpoint)
     stored = StoredTensors(checkpoint, averaged=averaged)
     pieces = adapter.pieces()
@@ -314,23 +321,23 @@ def checkpoint_to_hf(
     layout = plan_layout(pieces, dtype, fp8=fp8, max_file_bytes=max_file_bytes)
     manifest = (checkpoint / MANIFEST).read_text()
     key = {"from": manifest, "layout": layout.index(), "dtype": str(dtype), "averaged": averaged}
-    journal = Journal(tmp, key)
-    if not journal.continues and (problem := damage(checkpoint)):
+    progress = ConversionProgress(tmp, key)
+    if not progress.continues and (problem := damage(checkpoint)):
         shutil.rmtree(tmp)
         raise UserError(f"checkpoint {checkpoint} is damaged: {problem}; take another one.")
     writer = HFWriter(tmp, layout)
-    if not journal.continues:
+    if not progress.continues:
         writer.create()
-        journal.add("files")
-    for unit in _units_with_progress(pieces, layout, journal):
+        progress.add("files")
+    for unit in _units_with_progress(pieces, layout, progress):
         with closing(writer):
             for piece in unit:
                 _write_piece(writer, piece, stored, fp8=fp8)
-        journal.add(unit[0].ours)
+        progress.add(unit[0].ours)
     _report_routing(adapter, stored, dtype)
     (tmp / INDEX).write_text(layout.index() + "\n", encoding="utf-8")
     write_assets(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=fp8)
-    journal.remove()
+    progress.remove()
     replace_folder(tmp, target)
 
 
@@ -339,37 +346,37 @@ def _check_stored(checkpoint: Path, stored: StoredTensors, pieces: list[Piece]) 
     for piece in pieces:
         count = () if piece.index is None else (piece.index + 1,)
         wanted[piece.ours] = (*count, *piece.shape)
-    there = stored.shapes()
-    problems = [f"lacks {name}" for name in sorted(wanted.keys() - there.keys())]
-    problems += [f"has {name} beside it" for name in sorted(there.keys() - wanted.keys())]
+    found = stored.shapes()
+    problems = [f"lacks {name}" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"also has {name}" for name in sorted(found.keys() - wanted.keys())]
     problems += [
-        f"has {name} {there[name]} instead of {wanted[name]}"
-        for name in sorted(wanted.keys() & there.keys())
-        if there[name] != wanted[name]
+        f"has {name} {found[name]} instead of {wanted[name]}"
+        for name in sorted(wanted.keys() & found.keys())
+        if found[name] != wanted[name]
     ]
     if problems:
         raise UserError(
             f"{checkpoint} does not hold the model that its meta.json describes: it "
-            f"{some(problems)}. Take a checkpoint that this version has written."
+            f"{some(problems)}. Take a checkpoint that this version wrote."
         )
 
 
 def _units_with_progress(
-    pieces: list[Piece], layout: Layout, journal: Journal
+    pieces: list[Piece], layout: Layout, progress: ConversionProgress
 ) -> Iterator[list[Piece]]:
-    """The pieces of each of our tensors that is not done yet."""
+    """Yield the pieces of each of our tensors that is not finished yet."""
 
     def size(unit: list[Piece]) -> int:
         places = [layout.places[piece.name] for piece in unit]
         return sum(torch.Size(place.shape).numel() * place.dtype.itemsize for place in places)
 
     units = [list(unit) for _, unit in itertools.groupby(pieces, key=lambda piece: piece.ours)]
-    finished = sum(size(unit) for unit in units if unit[0].ours in journal.done)
-    with _progress(sum(map(size, units)), finished) as progress:
+    finished = sum(size(unit) for unit in units if unit[0].ours in progress.done)
+    with _progress_bar(sum(map(size, units)), finished) as bar:
         for unit in units:
-            if unit[0].ours not in journal.done:
+            if unit[0].ours not in progress.done:
                 yield unit
-                progress.update(size(unit))
+                bar.update(size(unit))
 
 
 def _write_piece(writer: HFWriter, piece: Piece, stored: StoredTensors, *, fp8: bool) -> None:
@@ -381,9 +388,7 @@ def _write_piece(writer: HFWriter, piece: Piece, stored: StoredTensors, *, fp8: 
     tensor = tensor if box is None else tensor[0]
     if fp8 and piece.fp8:
         if not tensor.isfinite().all():
-            raise UserError(
-                f"{piece.ours} is not finite, and FP8 has no such numbers; use --dtype."
-            )
+            raise UserError(f"{piece.ours} is not finite, which FP8 can't express; use --dtype.")
         values, scale_inv = quantize_blocks(tensor)
         writer.write(piece.name, values)
         writer.write(piece.name + SCALE, scale_inv)

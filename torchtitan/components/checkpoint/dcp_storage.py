@@ -1,12 +1,13 @@
 """Tensors of a checkpoint on disk: torch.distributed.checkpoint's files, with two changes.
 
-The writer sums up every file while it is written and makes the folder a checkpoint at the end
-(folder.py), on the coordinator and inside DCP's own protocol: whatever fails on any rank,
-every rank learns of it, in synchronous and asynchronous saves alike.
+The writer hashes every file while it is written and publishes the folder as a checkpoint at the end
+(folder.py), on the coordinator and inside DCP's own protocol: a failure on any rank is reported on
+every rank, in synchronous and asynchronous saves alike.
 
-The reader never runs anything. DCP keeps its index in a pickle, and a pickle may call whatever it
-names; ours is read with an unpickler that knows DCP's own record types and torch's primitives only.
-(A checksum would not do: whoever changes a folder can change its manifest too.)
+The reader never runs code from a checkpoint. DCP keeps its index in a pickle, and a pickle may call
+any function that it names; here it is read with an unpickler that accepts DCP's own record types
+and torch's primitives only. (A checksum would not be enough: whoever changes a folder can change
+its manifest too.)
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from torch.futures import Future
 
 from torchtitan.components.checkpoint.folder import (
     TENSOR_INDEX,
-    FileSum,
+    FileChecksum,
     begin,
     keep_latest,
     publish,
@@ -44,9 +45,11 @@ from torchtitan.tools.errors import UserError
 
 
 class CheckpointWriter(FileSystemWriter):
-    """Writes `folder/step-N`. texts: META and NUMBERS (used on the coordinator only).
+    """Writes `folder/step-N`.
 
-    needed: bytes of all tensors of all ranks; 0 until they are known, and on other ranks.
+    texts: contents of META and NUMBERS (used on the coordinator only).
+    keep_latest_k: number of checkpoints to keep; 0 = all.
+    needed: bytes of all tensors of all ranks; 0 before the plan is known, and on other ranks.
     """
 
     def __init__(self, folder: Path, step: int, texts: dict[str, str], keep_latest_k: int) -> None:
@@ -55,13 +58,13 @@ class CheckpointWriter(FileSystemWriter):
         self._texts = texts
         self._keep_latest_k = keep_latest_k
         self.needed = 0
-        self.fs = _SummingFiles()
+        self.fs = _HashingFileSystem()
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)  # without the temporary folder's name
+        return StorageMeta(save_id=self.save_id)  # no path: the temporary folder is renamed
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan  # the coordinator alone makes the folder
+        return plan  # only the coordinator makes the folder
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         tensors = [item.tensor_data for plan in plans for item in plan.items if item.tensor_data]
@@ -70,26 +73,37 @@ class CheckpointWriter(FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """DCP's results, and behind them one for each file with its sum."""
+        """Write; return DCP's results, then one result for each file with its checksum."""
         results = super().write_data(plan, planner).wait()
-        sums = [WriteResult(MetadataIndex(name), s.size, s) for name, s in self.fs.sums.items()]
+        checksums = [
+            WriteResult(MetadataIndex(name), s.size, s) for name, s in self.fs.checksums.items()
+        ]
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results + sums)
+        future.set_result(results + checksums)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         written = [result for of_rank in results for result in of_rank]
-        tensors = [result for result in written if not isinstance(result.storage_data, FileSum)]
-        sums = {r.index.fqn: r.storage_data for r in written if isinstance(r.storage_data, FileSum)}
+        tensors = [
+            result for result in written if not isinstance(result.storage_data, FileChecksum)
+        ]
+        checksums = {
+            r.index.fqn: r.storage_data for r in written if isinstance(r.storage_data, FileChecksum)
+        }
         super().finish(metadata, [tensors])
-        sums[TENSOR_INDEX] = self.fs.sums[f"{TENSOR_INDEX}.tmp"]
-        publish(Path(self.path), self._texts, sums)
+        checksums[TENSOR_INDEX] = self.fs.checksums[f"{TENSOR_INDEX}.tmp"]
+        publish(Path(self.path), self._texts, checksums)
         keep_latest(self._folder, self._keep_latest_k)
 
 
 def reason_of_failure(error: CheckpointException, folder: Path, needed: int = 0) -> str:
-    """ "rank 1: No space left on device (…)" of the first rank that failed to write or read
-    `folder`. What lies there counts as free: it goes when a save has failed. needed: bytes."""
+    """Describe the failure of the first rank that failed to write or read `folder`, such as
+    "rank 1: No space left on device (…)".
+
+    Files in `folder` count as free space: they are removed after a failed save.
+
+    needed: bytes that were to be written; 0 = unknown.
+    """
     rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
     if not isinstance(cause, OSError):
         return f"rank {rank}: {cause if isinstance(cause, UserError) else repr(cause)}"
@@ -100,24 +114,29 @@ def reason_of_failure(error: CheckpointException, folder: Path, needed: int = 0)
     return f"rank {rank}: {reason(cause, folder, free=free, needed=needed)}{place}"
 
 
-class _SummingFiles(FileSystem):
-    """Sums up what is written, by file name, as it passes."""
+class _HashingFileSystem(FileSystem):
+    """Hashes files while they are written; checksums by file name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sums: dict[str, FileSum] = {}
+        self.checksums: dict[str, FileChecksum] = {}
 
     @contextlib.contextmanager
     def create_stream(self, path: Path, mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as stream:
-            summing = SummingStream(stream)
-            with tells_of_the_disk(summing):
+            summing = HashingStream(stream)
+            with raising_write_errors(summing):
                 yield summing
-        self.sums[Path(path).name] = FileSum(summing.size, summing.digest.hexdigest())
+        self.checksums[Path(path).name] = FileChecksum(summing.size, summing.digest.hexdigest())
 
 
-class SummingStream:
-    """A file that is only ever appended to. error: what kept it from being written."""
+class HashingStream:
+    """Append-only file that hashes the data written to it.
+
+    size: bytes written.
+    digest: SHA-256 of them.
+    error: of a failed write.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -141,7 +160,7 @@ class SummingStream:
         self._stream.flush()
 
     def fileno(self) -> int:
-        self._stream.flush()  # for os.fsync, which sees the file and not Python's buffer
+        self._stream.flush()  # for os.fsync, which does not see Python's buffer
         return self._stream.fileno()
 
     def close(self) -> None:
@@ -149,9 +168,12 @@ class SummingStream:
 
 
 @contextlib.contextmanager
-def tells_of_the_disk(stream: SummingStream) -> Iterator[None]:
-    """Around `torch.save` into `stream`: raise the `OSError` of a write that failed. torch's zip
-    writer raises one of its own instead, about positions in the file."""
+def raising_write_errors(stream: HashingStream) -> Iterator[None]:
+    """Raise the `OSError` of a failed write to `stream`, where the block fails.
+
+    For `torch.save`, whose zip writer raises an error of its own instead, about positions in the
+    file.
+    """
     try:
         yield
     except Exception:
@@ -164,8 +186,8 @@ def tells_of_the_disk(stream: SummingStream) -> Iterator[None]:
 
 
 class CheckpointReader(FileSystemReader):
-    """Reads a checkpoint's tensors. `read_metadata` raises `UserError` for an index that is
-    damaged, or not ours."""
+    """Reads a checkpoint's tensors. `read_metadata` raises `UserError` for an index that is damaged
+    or of a foreign kind."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = read_tensor_index(Path(self.path))
@@ -190,12 +212,12 @@ def read_tensor_index(checkpoint: Path) -> Metadata:
 
 
 def _check_index(metadata: Metadata) -> None:
-    """The shape of DCP's index, and only files of the folder itself."""
+    """Check that this is DCP's index, and that all its files are in the folder itself."""
     if not isinstance(metadata, Metadata):
         raise TypeError(f"a {type(metadata).__name__} instead of an index")
     for index, info in metadata.storage_data.items():
         if Path(info.relative_path).name != info.relative_path:
-            raise ValueError(f"{index.fqn} lies in {info.relative_path}, outside of the folder")
+            raise ValueError(f"{index.fqn} is in {info.relative_path}, outside of the folder")
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -205,9 +227,9 @@ _RECORDS = {
         "BytesStorageMetadata TensorProperties _MEM_FORMAT_ENCODING"
     ).split(),
     "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
-    "torch.serialization": ["_get_layout"],  # from the name of a layout to the layout
+    "torch.serialization": ["_get_layout"],  # returns the layout of a name
     "torch": ["Size"],
-    # Other writers of DCP's format note where they wrote to.
+    # Other writers of DCP's format store the path that they wrote to.
     "pathlib": ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"],
     "pathlib._local": ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"],
 }
@@ -229,15 +251,15 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def compare_tensors(metadata: Metadata, wanted: dict[str, torch.Tensor]) -> list[str]:
-    """What keeps `wanted` from being loaded, by name: missing tensors, other shapes."""
+    """List the reasons why `wanted` can't be loaded, by name: missing tensors, other shapes."""
     problems = []
     for name, tensor in wanted.items():
         saved = metadata.state_dict_metadata.get(name)
         if saved is None:
             problems.append(f"{name} is missing")
         elif not isinstance(saved, TensorStorageMetadata):
-            # DCP would unpickle it, and ask no unpickler of ours.
-            problems.append(f"{name} is no tensor there")
+            # DCP would unpickle it, without our unpickler.
+            problems.append(f"{name} is not a tensor there")
         elif tuple(saved.size) != tuple(tensor.shape):
             problems.append(f"{name} is {_shape(saved.size)} there and {_shape(tensor.shape)} here")
     return problems

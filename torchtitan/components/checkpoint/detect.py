@@ -1,4 +1,4 @@
-"""Which model a checkpoint or a Hugging Face folder holds, by what it says of itself."""
+"""Detection of the model in a checkpoint or a Hugging Face folder, from its own description."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +19,12 @@ from torchtitan.protocols.train_spec import TrainSpec, family_of, get_train_spec
 from torchtitan.tools.errors import UserError
 
 
-class StoredModel(NamedTuple):
-    """name: of the family. flavor: of a Hugging Face folder its own name."""
+class DetectedModel(NamedTuple):
+    """Model of a checkpoint or a Hugging Face folder.
+
+    name: of the family.
+    flavor: of a Hugging Face folder, the folder's name.
+    """
 
     name: str
     flavor: str
@@ -28,8 +32,9 @@ class StoredModel(NamedTuple):
     args: BaseModelArgs
 
 
-def find_model(source: Path) -> StoredModel:
-    """Raises `UserError` where `source` holds neither, or a model that no family here is."""
+def detect_model(source: Path) -> DetectedModel:
+    """Detect the model in `source`. Raises `UserError` where it is neither a checkpoint nor a
+    Hugging Face folder, or where no family supports its model."""
     if is_complete(source):
         return _of_checkpoint(source)
     if any(steps_with_folder(source).values()):
@@ -40,10 +45,10 @@ def find_model(source: Path) -> StoredModel:
     family = family_of(config)
     spec = get_train_spec(family)
     args = spec.hf_adapter.args_of(config)
-    return StoredModel(family, source.absolute().name, spec, args)
+    return DetectedModel(family, source.absolute().name, spec, args)
 
 
-def _of_checkpoint(source: Path) -> StoredModel:
+def _of_checkpoint(source: Path) -> DetectedModel:
     model = read_json(source, META).get("model")
     if not isinstance(model, dict):
         model = {}
@@ -59,15 +64,19 @@ def _of_checkpoint(source: Path) -> StoredModel:
         template = next(iter(spec.model_args.values()))
         args = override_fields(template, model["all_args"], "model.args")
     except UserError as error:
-        raise UserError(f"{source / META} describes no model of this version: {error}") from None
-    return StoredModel(model["name"], model["flavor"], spec, args)
+        raise UserError(
+            f"{source / META} describes a model that this version does not support: {error}"
+        ) from None
+    return DetectedModel(model["name"], model["flavor"], spec, args)
 
 
 def args_at_start(
     start: Start, identity: Identity, model_args: BaseModelArgs, adapter: StateDictAdapter | None
 ) -> BaseModelArgs | None:
-    """Arguments of the model whose weights a run begins from; None where it has none, or where
-    nothing says them. Raises `UserError` for a checkpoint of another model than the run's.
+    """Arguments of the model whose weights a run begins from.
+
+    None where the run begins without weights, or where the arguments are not stored with them.
+    Raises `UserError` for a checkpoint of another model than the run's.
 
     identity, model_args, adapter: of the run.
     """

@@ -1,12 +1,12 @@
-"""Folders of checkpoints: which are whole, how one becomes so, which go. No tensors here.
+"""Folders of checkpoints: published whole, checked, removed. No tensors here.
 
-    <folder>/step-120/        a checkpoint, exactly if COMPLETE is in it
-        __0_0.distcp …        tensors, a file per rank      .metadata   which tensor lies where
-        state.json            everything that is no tensor  meta.json   for people
+    <folder>/step-120/        a checkpoint if and only if it contains COMPLETE
+        __0_0.distcp …        tensors, a file per rank      .metadata   position of each tensor
+        state.json            all values but tensors        meta.json   for people
         manifest.json         size and SHA-256 of all files above
         COMPLETE              SHA-256 of manifest.json; written last
     <folder>/step-140.tmp/    being written, or left by a save that died
-    <folder>/step-120.old/    a former step-120 whose place a new one is about to take
+    <folder>/step-120.old/    a former step-120, about to be replaced by a new one
 
 Every change of a name is one atomic rename, so a process that is killed at any moment leaves either
 the state before it or the state after it.
@@ -34,8 +34,12 @@ _WRITTEN_BY_A_SAVE = re.compile(
 
 
 @dataclass(frozen=True)
-class FileSum:
-    """What a file must be: its bytes and their SHA-256 in hex."""
+class FileChecksum:
+    """Expected content of a file.
+
+    size: bytes.
+    sha256: in hex.
+    """
 
     size: int
     sha256: str
@@ -46,14 +50,14 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Raises `UserError` where the folder can't be looked into."""
+    """Whether the folder is a checkpoint. Raises `UserError` where it can't be read."""
     try:
         return (checkpoint / MARKER).is_file()
     except OSError as error:
-        raise _closed(checkpoint, error) from None
+        raise _unreadable(checkpoint, error) from None
 
 
-def _closed(folder: Path, error: OSError) -> UserError:
+def _unreadable(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"{folder} can't be searched for checkpoints ({error.strerror}); let this user read it, or "
         "name another folder."
@@ -61,18 +65,23 @@ def _closed(folder: Path, error: OSError) -> UserError:
 
 
 def steps_with_folder(folder: Path) -> dict[int, bool]:
-    """Of every step-N folder, in ascending order: whether it has its marker. Raises `UserError`
-    where they can't be looked into."""
+    """List the steps that have a step-N folder, in ascending order, with whether it is complete.
+
+    Raises `UserError` where the folders can't be read.
+    """
     try:
         found = [_STEP.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     except OSError as error:
-        raise _closed(folder, error) from None
+        raise _unreadable(folder, error) from None
     steps = sorted(int(match[1]) for match in found if match)
     return {step: is_complete(step_folder(folder, step)) for step in steps}
 
 
 def require_checkpoint(path: Path, key: str = "") -> None:
-    """Raise `UserError` for a folder that is none. key: what names it, for the sentence."""
+    """Raise `UserError` for a folder that is not a checkpoint.
+
+    key: begins the message.
+    """
     if is_complete(path):
         return
     whole = [step for step, complete in steps_with_folder(path).items() if complete]
@@ -85,7 +94,7 @@ def require_checkpoint(path: Path, key: str = "") -> None:
 
 
 def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
-    """META or NUMBERS. Raises `UserError` where it is missing or no JSON."""
+    """Read META or NUMBERS. Raises `UserError` where the file is missing or not JSON."""
     try:
         content = json.loads((checkpoint / name).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -102,7 +111,7 @@ def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """The empty temporary folder of a new checkpoint."""
+    """Make the empty temporary folder of a new checkpoint."""
     tmp = folder / f"step-{step}.tmp"
     if tmp.exists():
         shutil.rmtree(tmp)
@@ -110,22 +119,23 @@ def begin(folder: Path, step: int) -> Path:
     return tmp
 
 
-def publish(tmp: Path, texts: dict[str, str], sums: dict[str, FileSum]) -> Path:
-    """Make a checkpoint of the temporary folder whose other files (`sums`) are on disk already.
+def publish(tmp: Path, texts: dict[str, str], checksums: dict[str, FileChecksum]) -> Path:
+    """Turn a temporary folder into a checkpoint; return its final path.
 
-    texts: the contents of META and NUMBERS. Returns its final place.
+    texts: contents of META and NUMBERS, written here.
+    checksums: of the other files, which must be on disk already.
     """
     for name, text in texts.items():
         _write_synced(tmp / name, text)
-        sums = sums | {name: FileSum(len(text.encode()), _sha256(text))}
-    manifest = {name: [each.size, each.sha256] for name, each in sorted(sums.items())}
+        checksums = checksums | {name: FileChecksum(len(text.encode()), _sha256(text))}
+    manifest = {name: [each.size, each.sha256] for name, each in sorted(checksums.items())}
     text = json.dumps(manifest, indent=1) + "\n"
     _write_synced(tmp / MANIFEST, text)
     _sync_folder(tmp)
     _write_synced(tmp / MARKER, _sha256(text) + "\n")
     _sync_folder(tmp)
     final = tmp.with_suffix("")
-    if final.exists():  # of a former life of this run, or damaged
+    if final.exists():  # from an earlier attempt of this run, or damaged
         former = tmp.with_suffix(".old")
         if former.exists():
             shutil.rmtree(former)
@@ -142,7 +152,7 @@ def publish(tmp: Path, texts: dict[str, str], sums: dict[str, FileSum]) -> Path:
 def keep_latest(folder: Path, count: int) -> None:
     """Delete all complete checkpoints but the newest `count` (0: keep all).
 
-    A failure is only said: nothing that is needed is lost.
+    A failure is logged, not raised: nothing that is needed is lost.
     """
     try:
         complete = [step for step, whole in steps_with_folder(folder).items() if whole]
@@ -152,7 +162,7 @@ def keep_latest(folder: Path, count: int) -> None:
     for step in complete[:-count] if count else []:
         path = step_folder(folder, step)
         try:
-            # Renamed first: a kill in the middle must not leave a checkpoint that lacks files.
+            # Renamed first: a kill during removal must not leave a checkpoint that lacks files.
             doomed = path.rename(path.with_name(path.name + ".tmp"))
             shutil.rmtree(doomed)
         except OSError as error:
@@ -160,7 +170,7 @@ def keep_latest(folder: Path, count: int) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what dead saves have left, and finish or undo a replacement; only our own files."""
+    """Remove the remains of dead saves, and finish or undo a replacement; only our own files."""
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
@@ -192,7 +202,7 @@ def _write_synced(path: Path, text: str) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Names live in their folder, and it too is only on disk after an fsync."""
+    """Put the names of a folder's files on disk, which takes an fsync of the folder itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -208,15 +218,17 @@ def _sha256(text: str) -> str:
 
 
 def damage(checkpoint: Path, *, reader: int = 0, readers: int = 1) -> str | None:
-    """What is wrong with a checkpoint, None if nothing; `readers` share the files between them.
+    """Describe the damage of a checkpoint, None if it is intact. Reads every byte once.
 
-    Reads every byte once. The manifest itself is checked by all of them.
+    `readers` processes share the files between them; all of them check the manifest.
+
+    reader: number of this process, from 0.
     """
     try:
         text = (checkpoint / MANIFEST).read_text()
         if _sha256(text) != (checkpoint / MARKER).read_text().strip():
             return f"{MANIFEST} does not have the checksum that {MARKER} holds"
-        manifest = {name: FileSum(*entry) for name, entry in json.loads(text).items()}
+        manifest = {name: FileChecksum(*entry) for name, entry in json.loads(text).items()}
         missing = {META, NUMBERS, TENSOR_INDEX} - manifest.keys()
         if missing:
             return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
@@ -232,7 +244,7 @@ def damage(checkpoint: Path, *, reader: int = 0, readers: int = 1) -> str | None
     return None
 
 
-def _compare(path: Path, expected: FileSum) -> str | None:
+def _compare(path: Path, expected: FileChecksum) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
     if path.stat().st_size != expected.size:

@@ -1,4 +1,4 @@
-"""What a run's settings say of Hugging Face folders, checked before the run starts."""
+"""Checks of a run's Hugging Face folders, before the run starts."""
 
 from pathlib import Path
 
@@ -13,15 +13,16 @@ from torchtitan.tools.errors import UserError
 
 
 def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> None:
-    """What can be known before a run of the folders that it reads and writes (`UserError`)."""
+    """Raise `UserError` for problems with the folders that a run reads and writes, as far as they
+    can be known before the run."""
     settings = config.checkpoint
     keys = [key for key in ("initial_load_in_hf", "last_save_in_hf") if getattr(settings, key)]
     if not (settings.enable and keys):
         return
     if spec.state_dict_adapter is None:
         raise UserError(
-            f"checkpoint.{keys[0]} = true, but model.name '{config.model.name}' has no form for "
-            "Hugging Face; set it to false."
+            f"checkpoint.{keys[0]} = true, but model.name '{config.model.name}' has no Hugging "
+            "Face format; set it to false."
         )
     adapter = spec.state_dict_adapter(model_args, config.model.hf_assets_path)
     if settings.last_save_in_hf:
@@ -34,5 +35,5 @@ def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> N
 
 
 def initial_hf_folder(config: JobConfig) -> str:
-    """That of the tokenizer, where `checkpoint.initial_load_path` names no other one."""
+    """Return `checkpoint.initial_load_path`, or by default the tokenizer's folder."""
     return config.checkpoint.initial_load_path or config.model.hf_assets_path

@@ -1,10 +1,10 @@
-"""Saving and loading a run: when, which one, and what a failure means.
+"""Saving and loading of a run's checkpoints, with the handling of failures.
 
-A save may fail (a full disk, say): it is said, older checkpoints stay as they are, training goes on
-and the next interval tries again. Only the last save of a run must succeed.
-Loading takes the newest whole checkpoint of the run's own folder; a damaged one is passed over.
+A save may fail (on a full disk, for example): the failure is logged, older checkpoints stay as they
+are, training continues and the next interval tries again. Only the last save of a run must succeed.
+Loading takes the newest complete checkpoint of the run's own folder; a damaged one is skipped.
 
-All methods are called on all ranks at the same step; DCP's protocol makes them agree on failures.
+All methods are called on all ranks at the same step; DCP's protocol makes ranks agree on failures.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.components.optimizer.ema import has_average
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
 from torchtitan.distributed.groups import group_of
-from torchtitan.distributed.utils import RanksOf
+from torchtitan.distributed.utils import ObjectCollectives
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec
@@ -62,13 +62,19 @@ from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import TORCH_DTYPES
 
-# A save or load may keep the fastest rank waiting for the slowest disk.
+# Timeout of collectives in a save or load, in which fast ranks wait for the slowest disk.
 PATIENCE = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A save in the background. staged: its copies are made, so weights may change."""
+    """A save in the background.
+
+    step: of the checkpoint.
+    started: time at which the save began, in seconds.
+    staged: done when the tensors are copied, so that weights may change; None = they are.
+    written: done when the checkpoint is on disk.
+    """
 
     step: int
     started: float
@@ -78,7 +84,13 @@ class _Pending:
 
 
 class CheckpointManager:
-    """Of one run. adapter: to and from Hugging Face's format, where the model has one."""
+    """Saves and restores one run.
+
+    folder: of the run's checkpoints.
+    total_steps: steps of the run; the last one is always saved.
+    identity: of the model, for meta.json.
+    adapter: converts to and from Hugging Face's format; None where the model has no such format.
+    """
 
     def __init__(
         self,
@@ -94,34 +106,37 @@ class CheckpointManager:
         self.total_steps = total_steps
         self.identity = identity
         self.saves = settings.enable and not settings.load_only
-        self.seed = 0  # of this run; the trainer sets it when it is known
+        self.seed = 0  # of this run; set by the trainer
         self.group: dist.ProcessGroup | None = None
         self._adapter = adapter
         self._choice: CheckpointChoice | None = None
         self._pending: _Pending | None = None
-        self._failed: str | None = None  # why the last attempt did not succeed
+        self._failed: str | None = None  # why the last save failed
         self._stager: DefaultStager | None = None
         if settings.enable:
-            # Its own group: saves in the background must not meet the collectives of training, and
-            # their waiting has nothing to do with comm.train_timeout_seconds.
+            # A group of its own: saves in the background must not mix with training's collectives,
+            # and their waits must not count against comm.train_timeout_seconds.
             everyone = list(range(dist.get_world_size()))
             self.group = group_of("checkpoints", everyone, backend="gloo", timeout=PATIENCE)
-            self._ranks = RanksOf(self.group)
+            self._ranks = ObjectCollectives(self.group)
             self._choice = CheckpointChoice(settings, folder, total_steps, self._ranks)
 
     def set_model_args(self, model_args: BaseModelArgs) -> None:
-        """What meta.json and exports say of the model from here on; its weights stay the same."""
+        """Replace the model arguments that meta.json and exports contain from now on."""
         self.identity = replace(self.identity, all_args=asdict(model_args))
         if self._adapter is not None:
             self._adapter.model_args = model_args
 
     def stored_args(self, start: Start, model_args: BaseModelArgs) -> BaseModelArgs | None:
-        """See `args_at_start`. model_args: of the run."""
+        """Return the model arguments stored with a start; see `args_at_start`.
+
+        model_args: of the run.
+        """
         return args_at_start(start, self.identity, model_args, self._adapter)
 
     def find_start(self) -> Start:
-        """The checkpoint to begin from. Raises `UserError` for one that is asked for and isn't
-        there, or where every checkpoint is damaged."""
+        """Find the checkpoint to begin from. Raises `UserError` where the requested one does not
+        exist, or where every checkpoint is damaged."""
         if self._choice is None or self.settings.create_seed_checkpoint:
             return Start()
         if self._ranks.rank == 0 and self.saves:
@@ -157,7 +172,7 @@ class CheckpointManager:
         return self._adapter
 
     def _load(self, state: RunState, start: Start, path: Path) -> set[str]:
-        """Returns the parts that were there to load."""
+        """Load a checkpoint; return the parts that it had."""
         meta = read_json(path, META)
         refuse_other_model(path, meta, self.identity)
         same_layout = meta["layout"] == self.identity.layout
@@ -181,9 +196,10 @@ class CheckpointManager:
         return parts
 
     def rewind(self, state: RunState) -> tuple[int, int]:
-        """Back to the newest whole checkpoint in everything but the data position and the
-        trainer's counters. Returns its step and its tokens seen. Raises `RunError` where there is
-        none."""
+        """Load the newest complete checkpoint, except the data position and the trainer's counters.
+
+        Returns its step and its tokens seen. Raises `RunError` where no checkpoint exists.
+        """
         self._wait()
         if self._choice is None:
             raise RunError("can't rewind without checkpoints; set checkpoint.enable to true.")
@@ -206,7 +222,7 @@ class CheckpointManager:
     # -------------------------------------------------------------- save
 
     def after_step(self, state: RunState, step: int, *, now: bool = False) -> None:
-        """Save where this step is due (or `now`), and tell of finished saves."""
+        """Save if this step is due (or `now`), and log finished saves."""
         self._poll()
         if not self.saves or not (self._is_due(step) or now):
             return
@@ -232,7 +248,8 @@ class CheckpointManager:
     ) -> None:
         """Save now, in the background where `checkpoint.async_mode` says so.
 
-        dtype: of the weights where they are all that is saved.
+        content: EVERYTHING or WEIGHTS.
+        dtype: of the weights, where only weights are saved.
         """
         began = time.perf_counter()
         self._wait()
@@ -256,41 +273,41 @@ class CheckpointManager:
             try:
                 dcp.save(tensors, **options)
             except CheckpointException as error:
-                self._tell_failure(step, error, writer)
+                self._log_failure(step, error, writer)
             else:
-                self._tell_success(step_folder(self.folder, step), began)
+                self._log_success(step_folder(self.folder, step), began)
             return
         response = dcp.async_save(tensors, async_stager=self._get_stager(), **options)
         if isinstance(response, AsyncSaveResponse):
             staged, written = response.staging_completion, response.upload_completion
-        else:  # copied already
+        else:  # the tensors are already copied
             staged, written = None, response
         self._pending = _Pending(step, began, staged, written, writer)
         logger.info(
-            "Checkpoint of step %d goes to disk in the background; training stood still for %.3f s",
+            "Checkpoint of step %d is written in the background; training was paused for %.3f s",
             step,
             time.perf_counter() - began,
         )
 
     def before_update(self) -> None:
-        """Weights are about to change: wait until a save's copies of them are made."""
+        """Wait until a save in the background has copied the weights, which are about to change."""
         if self._pending is not None and self._pending.staged is not None:
             began = time.perf_counter()
             self._pending.staged.result()
             waited = time.perf_counter() - began
             self._pending = replace(self._pending, staged=None)
-            logger.info("... and for another %.3f s until its copy was made", waited)
+            logger.info("... and for another %.3f s until its tensors were copied", waited)
 
     def finish(self) -> None:
-        """Wait for the last save. Raises `RunError` if it has failed."""
+        """Wait for the last save. Raises `RunError` if it failed."""
         self._wait()
         if self._failed is None:
             return
         failed, steps = self._ranks.from_rank_0(lambda: (self._failed, self._whole_steps()))
-        after = f"step {steps[-1]}, the newest checkpoint there" if steps else "the start"
+        after = f"step {steps[-1]}, the newest checkpoint" if steps else "the start"
         raise RunError(
-            f"the last save of the run has failed: {failed}; mend that and call the same command "
-            f"again: it goes on from {after}."
+            f"the last save of the run failed: {failed}; fix that and run the same command again: "
+            f"it resumes from {after}."
         )
 
     def _whole_steps(self) -> list[int]:
@@ -302,11 +319,11 @@ class CheckpointManager:
             self._stager = None
 
     def _get_stager(self) -> DefaultStager:
-        """One for the run: it keeps the memory of its copies."""
+        """Return the run's only stager, which keeps the memory of its copies."""
         if self._stager is None:
             cuda = torch.cuda.is_available()
             pinned = self.settings.async_mode == "async_with_pinned_mem" and cuda
-            # With pinned memory the copy runs beside the next step, up to its weight update.
+            # With pinned memory the copy overlaps with the next step, up to its weight update.
             self._stager = DefaultStager(
                 StagingOptions(
                     use_pinned_memory=pinned,
@@ -315,7 +332,7 @@ class CheckpointManager:
                     use_non_blocking_copy=pinned,
                 )
             )
-            # torch 2.11 (not 2.13) empties a stager after its first use: the second save failed.
+            # torch 2.11 (not 2.13) empties a stager after its first use: a second save would fail.
             self._stager._state_dict_stager.close = lambda: None
         return self._stager
 
@@ -340,40 +357,38 @@ class CheckpointManager:
                 shutil.rmtree(self.folder / f"step-{step}-hf.tmp", ignore_errors=True)
                 logger.error("%s", self._failed)
         else:
-            self._tell_success(path, began)
+            self._log_success(path, began)
 
-    # -------------------------------------------------------------- saves that are under way
+    # -------------------------------------------------------------- saves in progress
 
     def _poll(self) -> None:
         if self._pending is not None and self._pending.written.done():
             self._wait()
 
     def _wait(self) -> None:
-        """Until the save in the background is on disk, or has failed."""
+        """Wait until the save in the background is on disk, or has failed."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         try:
             pending.written.result()
         except CheckpointException as error:
-            self._tell_failure(pending.step, error, pending.writer)
+            self._log_failure(pending.step, error, pending.writer)
         else:
-            self._tell_success(step_folder(self.folder, pending.step), pending.started)
+            self._log_success(step_folder(self.folder, pending.step), pending.started)
 
-    def _tell_success(self, path: Path, began: float) -> None:
+    def _log_success(self, path: Path, began: float) -> None:
         logger.info("Saved %s in %.3f s", path, time.perf_counter() - began)
 
-    def _tell_failure(
-        self, step: int, error: CheckpointException, writer: CheckpointWriter
-    ) -> None:
+    def _log_failure(self, step: int, error: CheckpointException, writer: CheckpointWriter) -> None:
         tmp = self.folder / f"step-{step}.tmp"
         why = reason_of_failure(error, tmp, writer.needed)
         self._failed = f"the checkpoint of step {step} could not be written to {self.folder}: {why}"
         if self._ranks.rank == 0:
-            # What it has written may be what fills the disk.
+            # The files of this save may be what fills the disk.
             shutil.rmtree(tmp, ignore_errors=True)
             logger.error(
-                "%s; older checkpoints are as they were, and the next save is due at the next "
+                "%s; older checkpoints are unchanged, and the next save is due at the next "
                 "multiple of checkpoint.interval (%d)",
                 self._failed,
                 self.settings.interval,
@@ -383,12 +398,14 @@ class CheckpointManager:
 def build_checkpoint_manager(
     config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs, layout: dict[str, Any]
 ) -> CheckpointManager:
-    """layout: degrees by name. Every rank calls it: where checkpoints are enabled it makes a
-    process group."""
+    """Build the manager of a run. Every rank must call it: it may make a process group.
+
+    layout: degrees of parallelism, by name.
+    """
     settings = to_dict(config)
-    settings.pop("job")  # where a run's files go is not what it computes
+    settings.pop("job")  # the run's folders do not change what it computes
     text = json.dumps(settings, sort_keys=True)
-    # As JSON has it, to compare with what comes back from disk.
+    # Arguments go through JSON, because they are compared with those read from disk.
     identity = Identity(
         model=config.model.name,
         flavor=config.model.flavor,

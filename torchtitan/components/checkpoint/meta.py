@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: the contents of its meta.json."""
+"""The contents of a checkpoint's meta.json."""
 
 import platform
 from dataclasses import dataclass
@@ -9,15 +9,21 @@ import torch
 
 import torchtitan
 
-# "content" of meta.json.
+# Values of "content" in meta.json.
 EVERYTHING, WEIGHTS = "everything", "weights"
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint is of, for its meta.json. layout: degrees by name; config_hash: of all
-    settings; model_args: those that must not differ between saving and loading; all_args: all of
-    the model's, from which others rebuild it."""
+    """Model and settings of a run, for meta.json.
+
+    model: name of the family.
+    flavor: name of the size.
+    model_args: arguments that must not differ between saving and loading.
+    all_args: all arguments of the model, from which others rebuild it.
+    layout: degrees of parallelism, by name.
+    config_hash: of all settings.
+    """
 
     model: str
     flavor: str
@@ -30,7 +36,10 @@ class Identity:
 def make_meta(
     identity: Identity, *, step: int, content: str, tokens_seen: int, seed: int
 ) -> dict[str, Any]:
-    """The contents of meta.json."""
+    """Make the contents of meta.json.
+
+    content: EVERYTHING or WEIGHTS.
+    """
     return {
         "step": step,
         "content": content,

@@ -1,4 +1,4 @@
-"""What is done of a conversion, on disk, so that it goes on after an interruption."""
+"""Progress of a conversion, on disk, so that it resumes after an interruption."""
 
 import contextlib
 import hashlib
@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 
-class Journal:
-    """What is done of a conversion, a JSON line each; of another conversion = nothing is done."""
+class ConversionProgress:
+    """Finished units of a conversion, one JSON line each.
+
+    A folder with the progress of another conversion is emptied.
+
+    folder: of the conversion's output.
+    key: values that the conversion depends on; others = another conversion.
+    """
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
-        """key: what the conversion depends on. An unfit `folder` is emptied."""
-        self.path = folder / "journal.jsonl"
+        self.path = folder / "progress.jsonl"
         text = json.dumps(key, sort_keys=True, default=str)
         key_hash = hashlib.sha256(text.encode()).hexdigest()
         self.done = self._read()
@@ -26,7 +31,7 @@ class Journal:
             self._write("key", key_hash)
 
     def add(self, unit: str, info: Any = None) -> None:
-        """What it stands for must be on disk already."""
+        """Mark a unit as finished; its output must be on disk already."""
         self.done[unit] = info
         self._write(unit, info)
 
@@ -43,6 +48,6 @@ class Journal:
 
     def _write(self, unit: str, info: Any) -> None:
         with self.path.open("a") as file:
-            file.write("\n" + json.dumps([unit, info]))  # behind a torn line, too
+            file.write("\n" + json.dumps([unit, info]))  # a new line even after a torn one
             file.flush()
             os.fsync(file.fileno())

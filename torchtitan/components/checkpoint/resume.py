@@ -1,4 +1,4 @@
-"""Which checkpoint a run begins from, and whether it is one of this run's model."""
+"""The choice of the checkpoint that a run begins from, and checks that it fits the run's model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,20 @@ from torchtitan.components.checkpoint.folder import (
 )
 from torchtitan.components.checkpoint.meta import EVERYTHING, WEIGHTS, Identity
 from torchtitan.config import CHECKPOINT_PARTS, Checkpoint
-from torchtitan.distributed.utils import RanksOf
+from torchtitan.distributed.utils import ObjectCollectives
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: a checkpoint and the parts to take from it, or (path None) anew.
+    """Start of a run: a checkpoint and the parts to load from it, or (path None) a new run.
 
-    step, tokens_seen: done already. seed: of the run that is gone on with. in_hf: path is in
-    Hugging Face's format.
+    path: of the checkpoint; None = a new run.
+    step, tokens_seen: done already.
+    seed: of the run that is resumed; None = not stored, or not resumed.
+    parts: to load, of `CHECKPOINT_PARTS`.
+    in_hf: whether path is in Hugging Face's format.
     """
 
     path: Path | None = None
@@ -41,11 +44,14 @@ class Start:
 
 
 class CheckpointChoice:
-    """Looks for checkpoints in `folder`. Every method is called on all ranks and gives all of them
-    the same answer; they share the reading of checksummed files."""
+    """Searches `folder` for the checkpoint to begin from.
+
+    Every method must be called on all ranks, and returns the same on all of them; ranks share the
+    work of reading files to check them.
+    """
 
     def __init__(
-        self, settings: Checkpoint, folder: Path, total_steps: int, ranks: RanksOf
+        self, settings: Checkpoint, folder: Path, total_steps: int, ranks: ObjectCollectives
     ) -> None:
         self.settings = settings
         self.folder = folder
@@ -60,48 +66,50 @@ class CheckpointChoice:
         return self._initial_load()
 
     def newest(self) -> Path | None:
-        """The newest checkpoint of this run that is whole and can be gone on from; says which ones
-        it passes over. Raises `UserError` where there are some, but none will do."""
+        """Find the newest checkpoint of this run that is complete and can be resumed from.
+
+        Logs which ones it skips. Raises `UserError` where checkpoints exist, but none is usable.
+        """
         unusable = []
-        there = self._ranks.from_rank_0(lambda: steps_with_folder(self.folder))
-        for step, complete in sorted(there.items(), reverse=True):
+        found = self._ranks.from_rank_0(lambda: steps_with_folder(self.folder))
+        for step, complete in sorted(found.items(), reverse=True):
             path = step_folder(self.folder, step)
             if not complete:
-                self._warn("%s is no complete checkpoint and is passed over", path)
+                self._warn("%s is not a complete checkpoint and is skipped", path)
                 continue
             problem = self._damage(path)
-            if problem is None and not self._can_go_on_from(path):
-                problem = "it holds only weights, and the run is not at its end there"
+            if problem is None and not self._is_resumable(path):
+                problem = "it holds only weights, and its step is not the run's last one"
             if problem is None:
                 return path
             unusable.append(f"{path} ({problem})")
-            self._warn("Checkpoint %s is passed over: %s", path, problem)
+            self._warn("Checkpoint %s is skipped: %s", path, problem)
         if unusable:
             raise UserError(
-                f"no checkpoint in {self.folder} can be gone on from: {'; '.join(unusable)}; start "
+                f"no checkpoint in {self.folder} can be resumed from: {'; '.join(unusable)}; start "
                 "from weights with checkpoint.initial_load_path and another checkpoint.folder, or "
-                "move these away to start anew."
+                "move these away to start a new run."
             )
         return None
 
     def start_of(self, path: Path, parts: set[str]) -> Start:
-        """All of `parts` that the checkpoint has and the config doesn't exclude."""
+        """Start with those of `parts` that the checkpoint has and the config doesn't exclude."""
         meta = read_json(path, META)
         excluded = parts & set(self.settings.exclude_from_loading)
         if excluded:
             names = ", ".join(sorted(excluded))
-            self._warn("%s: not loaded, as of checkpoint.exclude_from_loading: %s", path, names)
+            self._warn("%s: not loaded because of checkpoint.exclude_from_loading: %s", path, names)
         parts = parts - excluded
         if meta["content"] == WEIGHTS:
             parts -= {"optimizer", "rng"}
-            # One that was converted from another format knows of no run.
+            # A checkpoint that was converted from another format has no numbers of a run.
             of_runs = {"lr_scheduler", "dataloader", "train_state"}
             parts -= of_runs - read_json(path, NUMBERS).keys()
-        going_on = "train_state" in parts
+        resumes = "train_state" in parts
         return Start(
             path,
-            step=meta["step"] if going_on else 0,
-            tokens_seen=meta["tokens_seen"] if going_on else 0,
+            step=meta["step"] if resumes else 0,
+            tokens_seen=meta["tokens_seen"] if resumes else 0,
             seed=meta["seed"] if "dataloader" in parts else None,
             parts=frozenset(parts),
         )
@@ -120,9 +128,9 @@ class CheckpointChoice:
 
     def _named_step(self) -> Path:
         wanted = self.settings.load_step
-        there = self._ranks.from_rank_0(lambda: steps_with_folder(self.folder))
-        if not there.get(wanted):
-            whole = [str(step) for step, complete in there.items() if complete]
+        found = self._ranks.from_rank_0(lambda: steps_with_folder(self.folder))
+        if not found.get(wanted):
+            whole = [str(step) for step, complete in found.items() if complete]
             choice = f"it has {', '.join(whole)}" if whole else "it has none at all"
             raise UserError(
                 f"checkpoint.load_step = {wanted}, but {self.folder} has no complete checkpoint of "
@@ -132,7 +140,7 @@ class CheckpointChoice:
         self._refuse_damaged(path, f"checkpoint.load_step = {wanted}")
         return path
 
-    def _can_go_on_from(self, path: Path) -> bool:
+    def _is_resumable(self, path: Path) -> bool:
         meta = read_json(path, META)
         at_an_end = meta["step"] == 0 or meta["step"] >= self.total_steps
         return meta["content"] == EVERYTHING or at_an_end
@@ -151,36 +159,36 @@ class CheckpointChoice:
             logger.warning(*message)
 
 
-# ------------------------------------------------------------------ does it fit?
+# ------------------------------------------------------------------ checks that it fits
 
 
 def refuse_other_model(path: Path, meta: dict[str, Any], identity: Identity) -> None:
-    """Raise `UserError` for a checkpoint of another model, by what its meta.json says."""
-    ours, there = _flat(identity.model_args), _flat(meta["model"]["args"])
-    ours["model.name"], there["model.name"] = identity.model, meta["model"]["name"]
+    """Raise `UserError` for a checkpoint of another model, according to its meta.json."""
+    ours, theirs = _flat(identity.model_args), _flat(meta["model"]["args"])
+    ours["model.name"], theirs["model.name"] = identity.model, meta["model"]["name"]
     differing = [
-        f"{name} ({there.get(name)} there, {ours.get(name)} here)"
-        for name in sorted(ours.keys() | there.keys())
-        if ours.get(name) != there.get(name)
+        f"{name} ({theirs.get(name)} there, {ours.get(name)} here)"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
     ]
     if differing:
         raise UserError(
             f"checkpoint {path} is of model {meta['model']['name']} {meta['model']['flavor']}, and "
             f"this run's ({identity.model} {identity.flavor}) differs in {_first_few(differing)}; "
-            "set model.flavor and model.args as there, or take another checkpoint."
+            "set model.flavor and model.args as in the checkpoint, or take another one."
         )
 
 
 def refuse_other_tensors(
-    path: Path, index: Metadata, tensors: dict[str, torch.Tensor], ranks: RanksOf
+    path: Path, index: Metadata, tensors: dict[str, torch.Tensor], ranks: ObjectCollectives
 ) -> None:
-    """Raise `UserError` where `tensors` of all ranks together are not what the checkpoint has."""
+    """Raise `UserError` where a checkpoint does not hold `tensors` of all ranks together."""
     gathered = ranks.gather((compare_tensors(index, tensors), list(tensors)))
     problems = {problem for found, _ in gathered for problem in found}
     wanted = {name for _, names in gathered for name in names}
     if any(name.startswith("model.") for name in wanted):
-        there = {name for name in index.state_dict_metadata if name.startswith("model.")}
-        problems |= {f"{name} is not part of this model" for name in there - wanted}
+        stored = {name for name in index.state_dict_metadata if name.startswith("model.")}
+        problems |= {f"{name} is not part of this model" for name in stored - wanted}
     if problems:
         raise UserError(
             f"checkpoint {path} does not fit this run: {_first_few(sorted(problems))}; take one of "

@@ -1,12 +1,12 @@
-"""What a run is made of, as a checkpoint holds it: tensors by name, and numbers.
+"""The state of a run, as a checkpoint holds it: tensors by name, and numbers.
 
 Nothing here depends on the layout: a tensor has its whole shape and a name made of its parameter's
-name, the data position is one for all ranks, and what differs between ranks (random numbers) is
-only taken by a run of the same layout.
+name, the data position is one for all ranks, and random states, which differ between ranks, are
+loaded only by a run of the same layout.
 
     model.<name>             weights and persistent buffers (expert bias)
-    ema.<name>               the average of the parameters, fp32, once it has begun
-    optimizer.<name>.<slot>  such as exp_avg; rates and decay come from the config, not from here
+    ema.<name>               the average of the parameters, fp32, once averaging has begun
+    optimizer.<name>.<slot>  such as exp_avg; rates and decay come from the config instead
     rng.rank_<r>.<device>    states of torch's generators
     numbers                  {"lr_scheduler": steps, "dataloader": position, "train_state": {...}}
 """
@@ -34,7 +34,7 @@ Numbers = dict[str, Any]
 
 
 class Progress(Protocol):
-    """Counters of a run, JSON only, the same on all ranks; the trainer is one."""
+    """Counters of a run: values of JSON, the same on all ranks. The trainer implements it."""
 
     def state_dict(self) -> Numbers: ...
 
@@ -42,7 +42,7 @@ class Progress(Protocol):
 
 
 class RunState:
-    """The parts of a run that a checkpoint holds. `parts`: see `config.CHECKPOINT_PARTS`."""
+    """Parts of a run that a checkpoint holds, named as in `config.CHECKPOINT_PARTS`."""
 
     def __init__(
         self,
@@ -62,14 +62,15 @@ class RunState:
         self.average = average
 
     def parts(self) -> set[str]:
-        """All that there is now."""
+        """List the parts that the run has now."""
         has_average = self.average is not None and self.average.has_begun
         return set[str](CHECKPOINT_PARTS) - (set() if has_average else {"ema"})
 
     # -------------------------------------------------------------- tensors
 
     def tensors(self, parts: set[str]) -> dict[str, Tensor]:
-        """The live tensors of this rank (DTensors where spread): loading into them is loading."""
+        """Collect this rank's live tensors (DTensors where sharded); loading into them restores the
+        run."""
         tensors: dict[str, Tensor] = {}
         if "model" in parts:
             tensors |= _prefixed("model", self._model_tensors())
@@ -82,8 +83,10 @@ class RunState:
         return tensors
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Copies for use elsewhere, parameters and their average in `dtype`. Buffers keep theirs: a
-        rounded expert bias would route differently."""
+        """Copy the weights for use elsewhere, parameters and their average in `dtype`.
+
+        Buffers keep their dtype: a rounded expert bias would route differently.
+        """
         parameters = {name for name, _ in self.model.named_parameters()}
         weights = self._model_tensors()
         exported = {
@@ -96,7 +99,7 @@ class RunState:
         return _prefixed("model", exported) | _prefixed("ema", averaged)
 
     def take_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Those of `tensors` that are not live already, after they have been filled."""
+        """Apply those of `tensors` that are not live, after they have been filled."""
         model = _without_prefix("model", tensors)
         if model:  # a model whose state dict is not its memory (fused weights) needs it set
             set_model_state_dict(self.model, {**model})
@@ -107,12 +110,12 @@ class RunState:
             torch.cuda.set_rng_state(states["cuda"])
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        # torch allows for numbers and lists in it; no module of ours has any
+        # torch allows numbers and lists in a state dict; no module of ours has any
         return cast(dict[str, Tensor], get_model_state_dict(self.model))
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
-        # Fills an optimizer that has not stepped yet (with a step of rate 0), so that there is
-        # something to load into.
+        # torch initialises the state of an optimizer that has not stepped yet (with a step of rate
+        # 0), so that tensors to load into exist.
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         flat = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         return _without_prefix("state", {k: v for k, v in flat.items() if isinstance(v, Tensor)})
@@ -120,8 +123,10 @@ class RunState:
     # -------------------------------------------------------------- numbers
 
     def numbers(self, group: dist.ProcessGroup | None) -> Numbers:
-        """Ready for JSON, the same on all ranks; every rank of `group` (None: the default one)
-        calls it."""
+        """Collect the numbers, ready for JSON, the same on all ranks.
+
+        Every rank of `group` (None: the default one) must call this.
+        """
         positions: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(positions, self.dataloader.local_state(), group=group)
         return {

@@ -1,1 +1,1 @@
-"""Hugging Face folders: their files, their tensors, what is checked and written."""
+"""Hugging Face folders: reading, writing and checks of their files and tensors."""

@@ -1,8 +1,8 @@
-"""What stands beside the weights of an exported Hugging Face folder: config.json,
-generation_config.json, the tokenizer's files.
+"""Files beside the weights of an exported Hugging Face folder: config.json, generation_config.json,
+the tokenizer's files.
 
-Both JSON files are made of what we know: the model, and the ids that the run's tokenizer has. Of
-the assets' own files they take over what is listed here, and nothing that describes a model.
+Both JSON files are made from the model and from the ids of the run's tokenizer. From the assets'
+own files they copy the keys that are listed here, and nothing that describes a model.
 """
 
 import json
@@ -20,8 +20,8 @@ from torchtitan.tools.logging import logger
 
 GENERATION = "generation_config.json"
 ROLES = ("bos", "eos", "pad")
-# What a model's folder has beside weights and configs: tokenizer, chat template, and the Python
-# files that some tokenizers bring.
+# Files of a model's folder beside weights and configs: tokenizer, chat template, and the Python
+# files that some tokenizers have.
 ASSETS = (
     "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt *.tiktoken "
     "tiktoken.* chat_template* *.py LICENSE*"
@@ -34,8 +34,11 @@ FROM_GENERATION = (
 
 
 class Assets(NamedTuple):
-    """path: of the tokenizer's folder or file. config, generation: the files beside it, empty
-    where they are missing."""
+    """Files of a tokenizer's folder.
+
+    path: the tokenizer's folder or file.
+    config, generation: contents of the JSON files beside it, empty where a file is missing.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -47,8 +50,8 @@ class Assets(NamedTuple):
 
 
 def find_assets(path: str | Path | None) -> Assets | None:
-    """Those that model.hf_assets_path names, if there are any. Raises `UserError` for a JSON file
-    that can't be read."""
+    """Find the assets at `model.hf_assets_path`; None where it has none. Raises `UserError` for a
+    JSON file that can't be read."""
     try:
         found = locate(str(path)) if path is not None else None
     except UserError:
@@ -67,13 +70,20 @@ def write_assets(
     dtype: torch.dtype,
     fp8: bool,
 ) -> None:
-    """Write the files beside the weights. model: the adapter's `hf_config`."""
+    """Write the files beside the weights.
+
+    model: the adapter's `hf_config`.
+    folder: to write to.
+    assets_path: folder of the tokenizer, or None.
+    dtype: of the weights.
+    fp8: whether matrices are in block-wise FP8.
+    """
     assets = find_assets(assets_path)
     theirs, generation, known = ({}, {}, {})
     if assets is not None:
         _copy(assets.folder, folder)
         theirs, generation, known = assets.config, assets.generation, _known_ids(assets.path)
-    # null: unknown. Where the key is missing, readers take an id of the family's published model.
+    # null: unknown. For a missing key readers would take an id of the family's published model.
     unknown = {f"{role}_token_id": None for role in ROLES}
     vocab_size = model["vocab_size"]
     config = {key: theirs[key] for key in FROM_CONFIG if key in theirs}
@@ -94,11 +104,11 @@ def write_assets(
 
 
 def _known_ids(path: Path) -> dict[str, int | None]:
-    """By role, what the tokenizer says; empty where there is none."""
+    """Read the tokenizer's special ids by role; empty where it can't be loaded."""
     try:
         tokenizer = load_tokenizer(str(path))
     except UserError as error:
-        logger.warning("Ids of special tokens are those of %s alone: %s", CONFIG, error)
+        logger.warning("Ids of special tokens come from %s alone: %s", CONFIG, error)
         return {}
     return {role: getattr(tokenizer, f"{role}_id") for role in ROLES}
 
@@ -106,8 +116,10 @@ def _known_ids(path: Path) -> dict[str, int | None]:
 def _token_ids(
     theirs: dict[str, Any], known: dict[str, int | None], vocab_size: int
 ) -> dict[str, Any]:
-    """For a file that had those of `theirs`: the tokenizer's ids, and where it has none the file's
-    own. A text may have further ends, such as that of a turn in a chat."""
+    """Choose special ids: the tokenizer's (`known`), and where it has none those in `theirs`.
+
+    A text may have several end ids, such as that of a turn in a chat.
+    """
     found: dict[str, Any] = {}
     for role in ROLES:
         key = f"{role}_token_id"

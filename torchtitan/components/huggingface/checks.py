@@ -1,4 +1,4 @@
-"""What is wrong with a Hugging Face folder for a model: the reason first, then names of tensors."""
+"""Checks that a Hugging Face folder fits a model. Errors give the reason, or names of tensors."""
 
 from collections.abc import Iterator
 
@@ -9,12 +9,14 @@ from torchtitan.ops.block_fp8 import BLOCK, scale_shape
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
 from torchtitan.tools.errors import UserError, some
 
-_ROWS = 1024  # compared at a time: 15 MB of DeepSeek-V3's embedding
+_ROWS = 1024  # rows compared at a time: 15 MB of DeepSeek-V3's embedding
 
 
 def check_sizes(folder: HFFolder, adapter: StateDictAdapter) -> None:
-    """Raise `UserError` where config.json describes an architecture that isn't built here, or one
-    of other sizes than the run's; they decide the names and shapes of tensors."""
+    """Raise `UserError` where config.json describes an unsupported architecture, or other sizes.
+
+    Sizes decide the names and shapes of tensors.
+    """
     if not folder.config:
         return
     ours = adapter.sizes(adapter.model_args)
@@ -33,19 +35,19 @@ def check_sizes(folder: HFFolder, adapter: StateDictAdapter) -> None:
 
 
 def check_names(folder: HFFolder, adapter: StateDictAdapter) -> None:
-    """Raise `UserError` for tensors that are missing, or of no use here."""
+    """Raise `UserError` for tensors that are missing, or that the model does not have."""
     wanted = {piece.name for piece in adapter.pieces() if not piece.copy}
     scales = {name for name in folder.file_of if name.endswith(SCALE)}
     missing = wanted - folder.file_of.keys()
     missing |= {s for s in scales if s.removesuffix(SCALE) not in folder.file_of}
     surplus = folder.file_of.keys() - wanted - scales
     surplus = {name for name in surplus if adapter.left_out(name) is None}
-    refuse(folder, adapter, {"lacks": sorted(missing), "has beside it": sorted(surplus)})
+    refuse(folder, adapter, {"lacks": sorted(missing), "also has": sorted(surplus)})
 
 
 def check_shapes(folder: HFFolder, adapter: StateDictAdapter, pieces: list[Piece]) -> None:
-    """Raise `UserError` naming the tensors of other shapes than the model's, and the scales that
-    FP8 ones lack."""
+    """Raise `UserError` for tensors of other shapes than the model's, and for FP8 tensors without
+    their scales."""
     lacking, wrong = [], []
     for piece in pieces:
         expected = {piece.name: piece.shape}
@@ -60,8 +62,10 @@ def check_shapes(folder: HFFolder, adapter: StateDictAdapter, pieces: list[Piece
 
 
 def refuse(folder: HFFolder, adapter: StateDictAdapter, problems: dict[str, list[str]]) -> None:
-    """Raise `UserError` where there are any (verb: names): the reason if it is known, and the
-    first names."""
+    """Raise `UserError` where any problem exists, with its reason if known, else the first names.
+
+    problems: names of tensors, by verb of the sentence.
+    """
     found = [f"{verb} {some(names)}" for verb, names in problems.items() if names]
     if not found:
         return
@@ -75,7 +79,7 @@ def refuse(folder: HFFolder, adapter: StateDictAdapter, problems: dict[str, list
 
 
 def _quantization(folder: HFFolder) -> str | None:
-    """Which form of quantized weights it has that isn't read here."""
+    """Describe the folder's form of quantized weights, where it is not supported; else None."""
     settings = folder.config.get("quantization_config")
     if not isinstance(settings, dict):
         return None
@@ -99,8 +103,10 @@ def _by(shape: tuple[int, ...]) -> str:
 def copies_that_differ(
     folder: HFFolder, adapter: StateDictAdapter, *, reader: int = 0, readers: int = 1
 ) -> list[str]:
-    """Names of the copies in the folder that are not equal to what they copy, as far as one of
-    `readers` sees, which share the rows between them."""
+    """Name the copies in the folder that differ from their originals.
+
+    `readers` processes share the rows between them; this one checks its own part.
+    """
     pieces = adapter.pieces()
     original = {piece.ours: piece.name for piece in pieces if not piece.copy}
     copies = [piece for piece in pieces if piece.copy and piece.name in folder.file_of]
@@ -117,6 +123,6 @@ def copies_that_differ(
 def _boxes(
     shape: tuple[int, ...], reader: int, readers: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Offsets and shapes of this reader's parts of a matrix."""
+    """Yield offsets and shapes of this reader's parts of a matrix."""
     for begin in range(reader * _ROWS, shape[0], readers * _ROWS):
         yield (begin, 0), (min(_ROWS, shape[0] - begin), shape[1])

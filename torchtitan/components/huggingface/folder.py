@@ -1,10 +1,10 @@
 """A Hugging Face folder of safetensors: read parts of its tensors, write it in any order.
 
-Reading goes through safetensors' slices, so a rank reads what it keeps. Writing begins with a plan,
-made of names, shapes and types alone and so the same on every rank: which tensor lies in which file
-at which byte. The files are laid out at their full size first; after that every process writes its
-parts of tensors in their places, and no process ever holds a whole tensor for another. (All of them
-must see the same file system, as for any checkpoint.)
+Reading goes through safetensors' slices, so a rank reads only what it keeps. Writing begins with a
+plan, made from names, shapes and dtypes alone and so the same on every rank: the file and the byte
+position of each tensor. The files are created at their full size first; after that every process
+writes its parts of tensors to their positions, and no process ever holds a whole tensor for
+another. (All of them must see the same file system, as for any checkpoint.)
 """
 
 import json
@@ -39,8 +39,10 @@ _TYPE_NAMES = {
 
 
 class HFFolder:
-    """The tensors of a folder, by name. Raises `UserError` where there is none to be read; repo is
-    then where on the Hugging Face hub the model is."""
+    """Tensors of a folder, by name. Raises `UserError` where the folder has none.
+
+    repo: the model's name on the Hugging Face hub, for the error message.
+    """
 
     def __init__(self, path: str | Path, repo: str | None = None) -> None:
         self.path = Path(path)
@@ -50,7 +52,7 @@ class HFFolder:
         self.file_of = self._list_tensors()
 
     def _list_tensors(self) -> dict[str, str]:
-        """Tensor to file."""
+        """Map each tensor to its file."""
         index = read_json(self.path / INDEX)
         files = sorted(file.name for file in self.path.glob("*.safetensors"))
         if index:
@@ -63,8 +65,8 @@ class HFFolder:
             absent = sorted(set(file_of.values()) - set(files))
             if absent:
                 raise UserError(
-                    f"{self.path / INDEX} names files that are not there: {some(absent, ', ')}; "
-                    "download them (scripts/download_hf_assets.py goes on where it stopped)."
+                    f"{self.path / INDEX} names files that are missing: {some(absent, ', ')}; "
+                    "download them (scripts/download_hf_assets.py resumes where it stopped)."
                 )
             return file_of
         if not files:
@@ -91,7 +93,7 @@ class HFFolder:
         return self._slice(name).get_dtype() == _TYPE_NAMES[FP8]
 
     def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A part of a tensor; block-wise FP8 comes as the fp32 that it stands for."""
+        """Read a part of a tensor; block-wise FP8 is dequantised to fp32."""
         part = self._slice(name)
         if len(shape) == 0:
             return self._handle(self.file_of[name]).get_tensor(name)
@@ -103,7 +105,7 @@ class HFFolder:
         return dequantize_blocks(tensor, scale, (row, column))
 
     def close(self) -> None:
-        """Give back the file that was read last; its pages count as this process's memory."""
+        """Close the file that was read last; its pages count as this process's memory."""
         self._open = None
 
     def _slice(self, name: str) -> Any:
@@ -117,7 +119,7 @@ class HFFolder:
             ) from None
 
     def _handle(self, file: str) -> Any:
-        """One file is open at a time: tensors are asked for file by file."""
+        """Open a file; one is open at a time, because tensors are read file by file."""
         if self._open is None or self._open[0] != file:
             check_readable("Hugging Face file", self.path / file)
             try:
@@ -134,8 +136,8 @@ def _box(offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file. Raises `UserError` for one that is no JSON object."""
-    if not os.path.lexists(path):  # a link to nowhere is a file that was lost
+    """Read a JSON object; empty where the file is missing. Raises `UserError` for anything else."""
+    if not os.path.lexists(path):  # a dangling link counts as a file that was lost
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -151,7 +153,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: file, first byte, shape and type."""
+    """Position of a tensor.
+
+    begin: first byte in the file.
+    """
 
     file: str
     begin: int
@@ -161,7 +166,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """places: by tensor. headers: of the files, by name. sizes: whole files in bytes."""
+    """Plan of the files.
+
+    places: by tensor.
+    headers: by file.
+    sizes: bytes of whole files, by file.
+    """
 
     places: dict[str, Place]
     headers: dict[str, bytes]
@@ -180,7 +190,8 @@ def plan_layout(
     fp8: bool = False,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Layout:
-    """Files in the order of `pieces`, each filled up to `max_file_bytes` (or one larger tensor).
+    """Plan files in the order of `pieces`, each filled up to `max_file_bytes` (or with one larger
+    tensor).
 
     dtype: of all tensors but those that are kept in fp32 or, with `fp8`, become FP8 and scales.
     """
@@ -218,9 +229,9 @@ def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def _header(
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
 ) -> tuple[bytes, dict[str, int], int]:
-    """Header, first byte of each tensor in the file, and the file's size.
+    """Return the header, the first byte of each tensor in the file, and the file's size.
 
-    As safetensors itself does: wide types first, so that all are aligned; padded to 8 bytes.
+    As in safetensors itself, wide dtypes come first, so that all are aligned; padded to 8 bytes.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -241,7 +252,7 @@ def _header(
 
 
 class HFWriter:
-    """Writes parts of tensors into the files of a layout; `create` first, on one process."""
+    """Writes parts of tensors into the files of a layout; one process must call `create` first."""
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder = folder
@@ -249,20 +260,24 @@ class HFWriter:
         self._files: dict[str, int] = {}
 
     def create(self) -> None:
-        """Files with headers, of full size (the rest is a hole until it is written)."""
+        """Create the files at full size, with headers (the rest is a hole until it is written)."""
         for file, header in self.layout.headers.items():
             with (self.folder / file).open("wb") as stream:
                 stream.write(header)
                 stream.truncate(self.layout.sizes[file])
 
     def write(self, name: str, tensor: Tensor, offset: tuple[int, ...] | None = None) -> None:
-        """A part of tensor `name`, from `offset` on (None: all of it), in any type and place."""
+        """Write a part of tensor `name`.
+
+        tensor: the part, of any dtype, on any device.
+        offset: of the part in the whole; None = the whole.
+        """
         place = self.layout.places[name]
         offset = offset or (0,) * len(place.shape)
         data = tensor.detach().to("cpu", place.dtype).contiguous()
         row = torch.Size(place.shape[1:]).numel()
         begin = place.begin + (offset[0] * row if offset else 0) * place.dtype.itemsize
-        if tensor.shape[1:] == place.shape[1:]:  # whole rows lie together
+        if tensor.shape[1:] == place.shape[1:]:  # whole rows are contiguous
             self._write_bytes(place.file, begin, data)
             return
         assert data.ndim == 2, f"{name} has rows in parts, but more than two dims"
@@ -274,13 +289,15 @@ class HFWriter:
         if file not in self._files:
             self._files[file] = os.open(self.folder / file, os.O_WRONLY)
         view = data.reshape(-1).view(torch.uint8).numpy().data
-        while view:  # the system writes 2 GiB at most in one go
+        while view:  # a single call writes 2 GiB at most
             written = os.pwrite(self._files[file], view, begin)
             view, begin = view[written:], begin + written
 
     def close(self) -> None:
-        """What was written is on disk afterwards. Where that fails, the files are closed all the
-        same: an open one keeps its room on the disk even when it is deleted."""
+        """Sync the files to disk and close them.
+
+        They are closed even where that fails: an open file takes up disk space even when deleted.
+        """
         files, self._files = self._files, {}
         with ExitStack() as stack:
             for handle in files.values():

@@ -1,9 +1,9 @@
 """Weights of a running model from and to a Hugging Face folder, in any layout.
 
-Loading: a rank reads, of each tensor, the part that it holds. Saving: each part is written into its
-place by the first rank that holds it, into files laid out beforehand (folder.py), so the folder
-is bitwise the one that a single process writes. Both are collective: all ranks call them, and when
-one of them finds something wrong, all of them raise the same `UserError`.
+Loading: a rank reads, of each tensor, the part that it holds. Saving: each part is written to its
+position by the first rank that holds it, in files laid out beforehand (folder.py), so the folder is
+bitwise the one that a single process writes. Both are collective: all ranks call them, and when one
+of them finds a problem, all of them raise the same `UserError`.
 """
 
 import shutil
@@ -55,15 +55,17 @@ def load_hf(
 ) -> None:
     """Fill `model` (or this rank's part of it) in place; parameters keep their dtype.
 
-    quantized: the folder has block-wise FP8 weights (`weight_scale_inv`). group: all ranks. Raises
-    `UserError` that names the reason, or missing, surplus and misshapen tensors; the model is then
-    as it was. Warns of copies in the layers of multi-token prediction that differ.
+    Raises `UserError` that names the reason, or missing, surplus and misshapen tensors; the model
+    is then unchanged. Warns of copies in the layers of multi-token prediction that differ.
+
+    quantized: the folder has block-wise FP8 weights (`weight_scale_inv`).
+    group: all ranks.
     """
     state = _tensors_of(model)
     with _all_or_none(group):
         folder = HFFolder(path)
         check_folder(folder, adapter, quantized=quantized)
-        say_what_differs(folder, adapter)
+        log_differences(folder, adapter)
     by_file = defaultdict(list)
     for piece in adapter.pieces():
         if piece.ours in state and not piece.copy:
@@ -79,12 +81,15 @@ def load_hf(
     warn_of_copies(path, {name for names in _gather(differing, group) for name in names})
     folder.close()
     set_model_state_dict(model, {**state})  # a state dict need not be the model's own memory
-    logger.info("Weights: %d tensors of %s, %d in part here", len(folder.file_of), path, len(mine))
+    logger.info("Weights: %d tensors of %s, %d on this rank", len(folder.file_of), path, len(mine))
 
 
 def check_folder(folder: HFFolder, adapter: StateDictAdapter, *, quantized: bool) -> None:
-    """Raise `UserError` unless it has exactly the model's tensors, and those of no use here. What
-    its config.json tells comes first: names of tensors would only be the consequence."""
+    """Raise `UserError` unless it has all of the model's tensors, and beside them only such as may
+    be left out.
+
+    Its config.json is checked first: differences in the tensors would only follow from it.
+    """
     check_sizes(folder, adapter)
     if quantized != folder.quantized:
         have, way_out = ("has", "true") if folder.quantized else ("has no", "false")
@@ -95,19 +100,19 @@ def check_folder(folder: HFFolder, adapter: StateDictAdapter, *, quantized: bool
     check_names(folder, adapter)
 
 
-def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
-    """Log what is left out, and what config.json says otherwise than the run's arguments and no
-    shape would show."""
+def log_differences(folder: HFFolder, adapter: StateDictAdapter) -> None:
+    """Log the tensors that are left out, and values of config.json that differ from the run's
+    arguments without changing a shape."""
     wanted = {piece.name for piece in adapter.pieces() if not piece.copy}
     reasons = [adapter.left_out(name) for name in folder.file_of if name not in wanted]
     for reason, count in Counter(filter(None, reasons)).items():
         logger.info("%s: %d tensors left out (%s)", folder.path, count, reason)
-    tell_notes(folder.path, adapter.notes())
+    log_notes(folder.path, adapter.notes())
     if not folder.config:
         return
-    tell_notes(folder.path / CONFIG, adapter.notes_on(folder.config))
+    log_notes(folder.path / CONFIG, adapter.notes_on(folder.config))
     theirs = type(adapter)(adapter.args_of(folder.config)).hf_config()
-    # The number of prediction layers: tensors tell, by what is missing or left out.
+    # The number of prediction layers shows in the tensors that are missing or left out.
     free = ("max_position_embeddings", "initializer_range", "num_nextn_predict_layers")
     differing = [
         f"{name} {theirs.get(name)} ({value} here)"
@@ -116,20 +121,20 @@ def say_what_differs(folder: HFFolder, adapter: StateDictAdapter) -> None:
     ]
     if differing:
         logger.warning(
-            "%s means another model than model.args in %s; the weights are loaded all the same",
+            "%s differs from model.args in %s; the weights are loaded nevertheless",
             folder.path / CONFIG,
             ", ".join(differing),
         )
 
 
-def tell_notes(path: Path, notes: list[str]) -> None:
-    """Warn, once for all ranks, of what readers of a folder don't agree about."""
+def log_notes(path: Path, notes: list[str]) -> None:
+    """Warn, on one rank, of values that readers of the folder interpret differently."""
     for note in notes if _rank() == 0 else []:
         logger.warning("%s: %s", path, note)
 
 
 def _read_piece(folder: HFFolder, adapter: StateDictAdapter, piece: Piece, tensor: Tensor) -> None:
-    """Copy what this rank holds of one piece."""
+    """Read this rank's part of one piece."""
     local, offset = local_part(tensor)
     if local.numel() == 0:
         return
@@ -144,7 +149,7 @@ def _read_piece(folder: HFFolder, adapter: StateDictAdapter, piece: Piece, tenso
 def read_rows(
     folder: HFFolder, adapter: StateDictAdapter, piece: Piece, offset: Offset, shape: Offset
 ) -> Tensor:
-    """A part of a piece, in our order of rows."""
+    """Read a part of a piece, in our order of rows."""
     order = adapter.row_order(piece, folder.config)
     if order is None:
         return folder.read(piece.name, offset, shape)
@@ -153,7 +158,7 @@ def read_rows(
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, Offset]:
-    """What this rank holds of a tensor, and where in the whole it begins."""
+    """This rank's part of a tensor, and the index in the whole at which it begins."""
     if not isinstance(tensor, DTensor):
         return tensor, (0,) * tensor.ndim
     local = tensor.to_local()
@@ -181,11 +186,12 @@ def save_hf(
 ) -> None:
     """Write `model` as a Hugging Face folder: safetensors, index, config.json, tokenizer files.
 
-    dtype: of the weights; the router's bias stays fp32, written minus its minimum. assets_path:
-    folder with the tokenizer (assets.py says what is taken from it). group: all ranks; its
-    patience must outlast the slowest disk. The folder appears under its name when it is whole; one
-    that was there is replaced. Raises `UserError` where Hugging Face has no such model, `OSError`
-    where the folder can't be written.
+    The folder appears under its name when it is complete, and replaces an existing one. Raises
+    `UserError` where Hugging Face has no such model, `OSError` where the folder can't be written.
+
+    dtype: of the weights; the router's bias stays fp32, written minus its minimum.
+    assets_path: folder with the tokenizer (assets.py lists the files that are copied).
+    group: all ranks; its timeout must allow for the slowest disk.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
@@ -193,7 +199,7 @@ def save_hf(
     pieces = adapter.pieces()
     with _all_or_none(group):
         adapter.check_export()
-        tell_notes(path, adapter.notes())
+        log_notes(path, adapter.notes())
         writer = HFWriter(tmp, plan_layout(pieces, dtype))
         if _rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -212,13 +218,16 @@ def save_hf(
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    # torch allows for numbers and lists in a state dict; no module of ours has any
+    # torch allows numbers and lists in a state dict; no module of ours has any
     return cast(dict[str, Tensor], get_model_state_dict(model))
 
 
 def _writes(tensor: Tensor) -> bool:
-    """Of the ranks with the same part, the first writes it. (A plain tensor is the same on all of
-    those that have it, and small: a buffer. They all write the same bytes.)"""
+    """Whether this rank writes its part: it is the first of the ranks with the same part.
+
+    A plain tensor is the same on all ranks that have it, and small: a buffer. All of them write the
+    same bytes.
+    """
     if not isinstance(tensor, DTensor):
         return True
     where = zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)
@@ -237,7 +246,7 @@ def _write_piece(writer: HFWriter, piece: Piece, tensor: Tensor) -> None:
 
 
 def replace_folder(tmp: Path, path: Path) -> None:
-    """Give a finished folder its name; what had it before goes."""
+    """Rename a finished folder to its final name, and remove the folder that had it."""
     former = path.with_name(path.name + ".old")
     shutil.rmtree(former, ignore_errors=True)
     if path.exists():
@@ -261,7 +270,8 @@ def _report_routing(
 def routing_changes(
     adapter: StateDictAdapter, state: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, float]:
-    """By layer, the share of tokens that meet other experts through what is written."""
+    """Estimate the share of tokens whose experts change when weights are rounded to the written
+    dtype, by layer."""
     pieces = {p.ours: p for p in adapter.pieces() if p.ours in state}
     written = {
         name: pieces[name].written(tensor) if pieces[name].fp32 else tensor.to(dtype)
@@ -275,7 +285,7 @@ def log_routing_changes(changes: dict[str, float], dtype: torch.dtype) -> None:
         return
     worst = max(changes, key=lambda layer: changes[layer])
     logger.info(
-        "Routers in %s: %.2f %% of tokens meet other experts than in training precision (mean over "
+        "Routers in %s: %.2f %% of tokens get other experts than in training precision (mean over "
         "%d layers; most in %s: %.2f %%; estimated with Gaussian tokens)",
         str(dtype).removeprefix("torch."),
         100 * sum(changes.values()) / len(changes),
@@ -293,7 +303,7 @@ def _rank() -> int:
 
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """The value of every rank; of this process alone where there are no others."""
+    """Gather the value of every rank; without a process group, of this process alone."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size(group)
@@ -303,8 +313,10 @@ def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 @contextmanager
 def _all_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """A `UserError` or `OSError` of one rank is raised by all, at the end of the block: no rank is
-    left waiting."""
+    """Raise a `UserError` or `OSError` of one rank on all ranks, at the end of the block.
+
+    No rank is left waiting then.
+    """
     error: Exception | None = None
     try:
         yield
@@ -315,7 +327,7 @@ def _all_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
         mine = UserError, (str(error),)
     elif error is not None:
         mine = OSError, (error.errno, error.strerror or str(error), error.filename)
-    told = next((one for one in _gather(mine, group) if one), None)
-    if told is not None:
-        kind, arguments = told
+    first = next((each for each in _gather(mine, group) if each), None)
+    if first is not None:
+        kind, arguments = first
         raise kind(*arguments) from error

@@ -1,4 +1,4 @@
-"""What a run tells of itself: numbers, their files, alarms, the guard of the loss."""
+"""Metrics of a run: numbers, their files, alarms, and the guard of the loss."""
 
 from torchtitan.components.metrics.logger import MetricsLogger
 

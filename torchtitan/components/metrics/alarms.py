@@ -1,6 +1,6 @@
 """Alarms: numbers of the log that must stay within bounds.
 
-They look at numbers that are the same on every rank, so an alarm that ends the run ends it on all.
+They check numbers that are the same on every rank, so an alarm that ends the run ends it on all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ _STRENGTH: tuple[Action, ...] = ("none", "warn", "checkpoint", "stop")
 
 
 class Alarms:
-    """Watches the numbers of logged steps. Counts anew after a restart."""
+    """Checks the numbers of logged steps. A restart resets the counts."""
 
     def __init__(self, alarms: Sequence[Alarm]):
         self.alarms = list(alarms)
@@ -22,10 +22,10 @@ class Alarms:
         self.reason = ""  # of the strongest action of the last check
 
     def check(self, step: int, numbers: Mapping[str, Any]) -> Action:
-        """The strongest action that this logged step asks for; says why in the log.
+        """Return the strongest action that this logged step requires, and log the reason.
 
-        An alarm rings when its number has been out of bounds `times` logged steps in a row, and
-        then again after as many.
+        An alarm goes off when its number has been out of bounds for `times` logged steps in a row,
+        and again after as many more.
         """
         strongest: Action = "none"
         for n, alarm in enumerate(self.alarms):

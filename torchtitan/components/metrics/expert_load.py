@@ -1,4 +1,4 @@
-"""How evenly the experts are used: numbers of a log record, from counts summed over ranks."""
+"""Balance of the experts' load: numbers of a log record, from counts summed over ranks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ Numbers = dict[str, Any]
 
 
 def relative_load(loads: torch.Tensor) -> torch.Tensor:
-    """Tokens per expert (layers, E) -> the same over the layer's mean; 1 is a fair share.
+    """Divide tokens per expert (layers, E) by the layer's mean; 1 is a fair share.
 
-    A layer that saw no token at all is balanced: all ones.
+    A layer without any token counts as balanced: all ones.
     """
     loads = loads.double()
     mean = loads.mean(dim=-1, keepdim=True)
@@ -24,7 +24,7 @@ def relative_load(loads: torch.Tensor) -> torch.Tensor:
 
 
 def load_balance(layers: Sequence[int], relative: torch.Tensor) -> Numbers:
-    """What a record says about `relative_load`, (layers, E).
+    """Numbers of a record about `relative_load`, (layers, E).
 
     MaxVio = (largest load - mean) / mean is DeepSeek's measure of imbalance
     (https://arxiv.org/abs/2408.15664): 0 is perfect, 1 is an expert with twice its
@@ -43,12 +43,16 @@ def load_balance(layers: Sequence[int], relative: torch.Tensor) -> Numbers:
 def balance_numbers(
     loads: Mapping[int, Tensor], biases: Mapping[int, Tensor | None], num_groups: int | None
 ) -> Numbers:
-    """Of one step's tokens per expert (E,), by layer; each number for the worst layer, and by layer
-    as `layer_<name>`.
+    """Numbers about one step's load, each for the worst layer, and by layer as `layer_<name>`:
 
-    dead_experts: without a token (in all layers together). load_entropy: of the shares, over ln E;
-    1 = even. bias_range: largest minus smallest bias. max_group_load: of the fullest expert group,
-    over the mean.
+    dead_experts    experts without a token (of all layers together)
+    load_entropy    entropy of the shares over ln E; 1 = even
+    bias_range      largest minus smallest bias
+    max_group_load  load of the fullest expert group over the mean
+
+    loads: tokens per expert (E,), by layer.
+    biases: expert bias (E,), by layer.
+    num_groups: expert groups; None = no groups.
     """
     if not loads:
         return {}
@@ -58,9 +62,9 @@ def balance_numbers(
         "load_entropy": _entropy(relative_LE).tolist(),
     }
     worst = {"dead_experts": sum, "load_entropy": min}
-    there = [bias for bias in biases.values() if bias is not None]
-    if len(there) == len(biases):
-        by_layer["bias_range"] = [(bias.max() - bias.min()).item() for bias in there]
+    present = [bias for bias in biases.values() if bias is not None]
+    if len(present) == len(biases):
+        by_layer["bias_range"] = [(bias.max() - bias.min()).item() for bias in present]
     if num_groups is not None:
         groups_LG = relative_LE.unflatten(1, (num_groups, -1)).mean(dim=2)
         by_layer["max_group_load"] = groups_LG.max(dim=1).values.tolist()
@@ -98,7 +102,7 @@ def routing_numbers(
 
 
 def cross_node_percent(traffic: Mapping[str, Any]) -> dict[str, float]:
-    """Of the rows that dispatch sent, those to other nodes; nothing where nothing was sent."""
+    """Share of the rows sent by dispatch that go to other nodes; empty where nothing was sent."""
     rows = [traffic.get(f"rows_sent_{tier}", 0) for tier in ("self", "node", "remote")]
     return {"cross_node_percent": 100 * rows[2] / sum(rows)} if sum(rows) else {}
 

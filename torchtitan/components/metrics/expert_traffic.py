@@ -1,9 +1,9 @@
-"""What expert parallelism sent in a step, as numbers of a log record and as a line for the console.
+"""Traffic of expert parallelism in a step: numbers of a log record, and a line for the console.
 
-From the dispatchers' meter, summed over ranks and micro-batches: rows sent (hidden states with
-their expert ids and weights), and how many one copy of a token per expert would have sent; each to
-the same rank, to another rank of the node, and to another node. (Node-limited dispatch takes two
-hops, and both count.)
+The dispatchers count, summed over ranks and micro-batches: rows sent (hidden states with their
+expert ids and weights), and rows that one copy of a token per expert would have sent; each to the
+same rank, to another rank of the node, and to another node. (Node-limited dispatch takes two hops,
+and both count.)
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,15 @@ _TIERS = ("self", "node", "remote")
 
 
 def traffic_numbers(traffic: Mapping[int, Tensor], bytes_per_row: int) -> Numbers:
-    """Of one step. traffic: (2, 3) int64 by layer. bytes_per_row: forward and backward.
+    """Numbers of one step's traffic.
 
     `rows_sent_<tier>`, `bytes_sent_<tier>` (tier: self, node, remote; nothing leaves the rank for
     "self", so it has no bytes), `traffic_saved_percent` of the rows to other nodes (and
     `..._off_rank_percent` of all that leave their rank) against one copy per expert; the first
     three also by layer, as `layer_<name>`.
+
+    traffic: (2, 3) int64, by layer; see `TokenDispatcher.dispatch`.
+    bytes_per_row: forward and backward.
     """
     if not traffic:
         return {}
@@ -56,7 +59,10 @@ def _saved_percent(sent: int, copies: int) -> float:
 
 
 def traffic_line(numbers: Numbers, tokens: int) -> str:
-    """For people: a token's share of a layer. tokens: that all ranks together processed."""
+    """Format the traffic of a token and layer for the console.
+
+    tokens: that all ranks together processed.
+    """
     layers = numbers["layer_rows_sent_remote"]
     per_token = 1 / (tokens * len(layers))
 
@@ -65,8 +71,8 @@ def traffic_line(numbers: Numbers, tokens: int) -> str:
         return f"{rows:.2f} rows a token and layer ({size / 2**20:,.1f} MiB)"
 
     line = (
-        f"traffic: to other nodes {part('remote')}, inside nodes {part('node')}; rows are one way, "
-        "MiB of all layers out and back, forward and backward"
+        f"traffic: to other nodes {part('remote')}, inside nodes {part('node')}; rows count one "
+        "way, MiB all layers, dispatch and combine, forward and backward"
     )
     if "traffic_saved_percent" in numbers:
         by_layer = numbers["layer_traffic_saved_percent"].items()

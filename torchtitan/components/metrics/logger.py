@@ -1,8 +1,8 @@
-"""What a training run tells people: one record per logged step, on the console and on disk.
+"""One record per logged step, on the console and on disk.
 
 The trainer measures and reduces (loss, gradient norm, tokens, seconds, expert loads); this file
-derives the rest (throughput, MFU, memory, load balance) and hands the record to the console and to
-the writers. Nothing here communicates, so ranks may log or not as they like.
+derives the rest (throughput, MFU, memory, load balance) and passes the record to the console and to
+the writers. Nothing here communicates, so each rank may log or not.
 """
 
 import os
@@ -34,9 +34,12 @@ class MetricsLogger:
     Rank 0 writes the console line, `dump_folder/metrics.jsonl` and, with `enable_tensorboard`,
     event files in a dated folder of this run in `dump_folder/save_tb_folder`. With
     `save_for_all_ranks` rank k > 0 writes `metrics.rank_k.jsonl` and `save_tb_folder/rank_k` too,
-    else nothing. A run resumed after `start_step` steps goes on in the files of the newest run; a
-    new one keeps the older runs' beside its own. `peak_flops` is the device's (tools/flops.py);
-    None leaves MFU out. `world_size` counts devices.
+    else nothing.
+
+    peak_flops: of the device (tools/flops.py); None leaves MFU out.
+    world_size: number of devices.
+    start_step: steps done before. A resumed run continues the files of the newest run; a new one
+        (0) keeps those of older runs beside its own.
     """
 
     def __init__(
@@ -73,9 +76,9 @@ class MetricsLogger:
                 parent = Path(dump_folder, save_tb_folder, suffix)
                 self.tensorboard = TensorBoardWriter(parent, start_step)
             if rank == 0:
-                self._introduce(self.jsonl.path)
+                self._log_setup(self.jsonl.path)
 
-    def _introduce(self, records: Path) -> None:
+    def _log_setup(self, records: Path) -> None:
         peak = "peak unknown, so no MFU"
         if self.peak_flops is not None:
             peak = f"peak {self.peak_flops / 1e12:,.0f} TFLOP/s dense"
@@ -90,7 +93,7 @@ class MetricsLogger:
             )
 
     def should_log(self, step: int) -> bool:
-        """Whether step (from 1) is logged; the same answer on every rank."""
+        """Whether step (from 1) is logged; the same on every rank."""
         return step == 1 or step % self.log_freq == 0 or step == self.total_steps
 
     def log(
@@ -109,18 +112,23 @@ class MetricsLogger:
         expert_loads: Mapping[int, torch.Tensor] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Log one step; the trainer calls this on every rank where `should_log(step)`.
+        """Log one step; every rank must call this where `should_log(step)`.
 
-        Of the step: `loss`, its mean over all tokens of all ranks; `max_loss`, the largest mean of
-        a rank; `grad_norm` before clipping; `lr`; `expert_loads`, {layer id: tokens per expert
-        (E,)}, summed over ranks. Since the last logged step: `tokens` that all ranks together
-        processed (padding included, it costs the same), the `flops` that these need (recomputation
-        not counted), `step_seconds`, one duration a step, waiting for data included, and
-        `data_seconds`, the sum of that waiting on this rank.
-        `tokens_seen` counts from the start of training. `extra` holds further numbers of the
-        trainer's, under names that are not taken.
+        Of this step:
+        loss: mean over all tokens of all ranks.
+        max_loss: largest mean of a rank.
+        grad_norm: before clipping.
+        expert_loads: tokens per expert (E,), summed over ranks, by layer.
+        tokens_seen: since the start of training.
+        extra: further numbers, under names that are still free.
+
+        Since the last logged step:
+        tokens: processed by all ranks together (padding included, it costs the same).
+        flops: that these tokens need (recomputation not counted).
+        step_seconds: duration of each step, waiting for data included.
+        data_seconds: sum of the waiting for data on this rank.
         """
-        memory = self._read_memory()  # On all ranks: a rank short of memory slows all the others.
+        memory = self._read_memory()  # On all ranks: one short of memory slows all the others.
         if self.jsonl is None:
             return
         record: dict[str, Any] = {
@@ -149,12 +157,15 @@ class MetricsLogger:
             logger.info(console_line(record, self.total_steps, colour=self.colour))
 
     def log_texts(self, texts: Mapping[str, str], step: int) -> None:
-        """What the model writes behind each of some beginnings, into TensorBoard."""
+        """Write sample texts to TensorBoard.
+
+        texts: generated text by prompt.
+        """
         if self.tensorboard is not None:
             self.tensorboard.write_texts(texts, step)
 
     def rewind(self, step: int) -> None:
-        """The steps after `step` are done again."""
+        """Remove the records of steps after `step`, which are done again."""
         for writer in (self.jsonl, self.tensorboard):
             if writer is not None:
                 writer.rewind(step)
@@ -177,7 +188,7 @@ class MetricsLogger:
         return numbers
 
     def _read_memory(self) -> dict[str, float]:
-        """Peaks since the last logged step (CPU: since the start), in GiB and % of the total."""
+        """Read the peaks since the last logged step (CPU: since the start), in GiB and %."""
         if self.device.type != "cuda":
             resident, total = _peak_resident_bytes(), _physical_memory_bytes()
             return {"memory_gib": resident / _GIB, "memory_percent": 100 * resident / total}
@@ -187,7 +198,7 @@ class MetricsLogger:
         retries = stats["num_alloc_retries"]
         if retries > self.alloc_retries:
             logger.warning(
-                f"rank {self.rank}: memory is short: the CUDA allocator had to flush its cache "
+                f"rank {self.rank} is short of memory: the CUDA allocator had to flush its cache "
                 f"{retries - self.alloc_retries} times since the last log, which is slow"
             )
             self.alloc_retries = retries
@@ -202,10 +213,6 @@ class MetricsLogger:
         for writer in (self.jsonl, self.tensorboard):
             if writer is not None:
                 writer.close()
-
-
-# -----------------------------------------------------------------------------
-# Load balance of the experts
 
 
 # -----------------------------------------------------------------------------

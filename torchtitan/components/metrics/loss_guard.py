@@ -1,7 +1,7 @@
-"""What a step's loss and gradient norm mean for the run: update, skip, rewind or stop.
+"""Decision about a step from its loss and gradient norm: update, skip, rewind or stop.
 
-Judged from numbers that are the same on all ranks, before the weights change. A loss that is not
-finite falls under `training.non_finite_loss`, a finite one far above the recent ones under
+It is made from numbers that are the same on all ranks, before the weights change. For a loss that
+is not finite `training.non_finite_loss` decides, for a finite one far above the recent ones
 `training.loss_spike`.
 """
 
@@ -14,22 +14,23 @@ from torchtitan.config import Training
 from torchtitan.tools.errors import RunError
 from torchtitan.tools.logging import logger
 
-# Further steps without a finite loss or gradient mean a model that is lost, not a bad batch.
+# More steps in a row without a finite loss or gradient mean a diverged model, not a bad batch.
 MAX_SKIPS_IN_A_ROW = 10
-# Coming back to the same checkpoint more often: what is wrong lies in it or before it.
+# More rewinds to the same checkpoint mean that the cause is in it or before it.
 MAX_REWINDS_IN_A_ROW = 3
-# A spike is measured against the median of so many finite losses, once there are half as many.
+# A spike is measured against the median of this many finite losses, or of at least half as many.
 RECENT_LOSSES = 32
 
 Verdict = Literal["update", "skip", "rewind"]
 
 
 class LossGuard:
-    """Counts what went wrong; its state belongs to the checkpoint, so that a resumed run judges as
-    the uninterrupted one would.
+    """Judges steps and counts bad ones.
 
-    loss_ranks: whose losses `judge` is given, to name them; absent = ranks 0, 1, …. early_step:
-    weights have changed before a step is judged, so that it can't be skipped.
+    Its state belongs to the checkpoint, so that a resumed run judges as the uninterrupted one.
+
+    loss_ranks: the ranks whose losses `judge` gets, to name them; None = ranks 0, 1, ….
+    early_step: weights have changed before a step is judged, so it can't be skipped.
     """
 
     def __init__(
@@ -48,10 +49,13 @@ class LossGuard:
         self.skipped_steps = 0
         self.skips_in_a_row = 0
         self.rewinds = 0
-        self._rewound_to: list[int] = []  # the same step over and over, or empty
+        self._rewound_to: list[int] = []  # one step, repeated for each rewind to it; or empty
 
     def judge(self, step: int, rank_losses: list[float], grad_norm: float) -> Verdict:
-        """rank_losses: their parts of the loss. Raises `RunError` where the run is over."""
+        """Judge a step. Raises `RunError` where the run must stop.
+
+        rank_losses: each rank's part of the loss.
+        """
         loss = sum(rank_losses)
         if not all(map(math.isfinite, [*rank_losses, grad_norm])):
             return self._judge_non_finite(step, rank_losses, grad_norm)
@@ -84,8 +88,8 @@ class LossGuard:
         if self._on_non_finite == "stop":
             if self._early_step:
                 raise RunError(
-                    f"step {step}: {what} is not finite ({values}), and weights have taken it; "
-                    "lower optimizer.lr, or set training.non_finite_loss to 'rewind'."
+                    f"step {step}: {what} is not finite ({values}), and the weights are updated "
+                    "already; lower optimizer.lr, or set training.non_finite_loss to 'rewind'."
                 )
             raise RunError(
                 f"step {step}: {what} is not finite ({values}); the weights are still those of "
@@ -108,8 +112,8 @@ class LossGuard:
             )
         self.skipped_steps += 1
         logger.warning(
-            "Step %d skipped (%d so far): %s; weights and expert bias keep the values of the step "
-            "before",
+            "Step %d skipped (%d so far): %s; weights and expert bias keep the values of the "
+            "previous step",
             step,
             self.skipped_steps,
             what,
@@ -117,7 +121,7 @@ class LossGuard:
         return "skip"
 
     def count_rewind(self, step: int, to_step: int) -> None:
-        """Raises `RunError` at the fourth rewind to the same checkpoint."""
+        """Count a rewind. Raises `RunError` at the fourth one to the same checkpoint."""
         self.rewinds += 1
         same = self._rewound_to if self._rewound_to[:1] == [to_step] else []
         self._rewound_to = [*same, to_step]
@@ -127,8 +131,8 @@ class LossGuard:
                 "begin from an older checkpoint with checkpoint.load_step, or lower optimizer.lr."
             )
         logger.warning(
-            "Rewound from step %d to step %d (%d rewinds so far); the data goes on after the batch "
-            "that caused it",
+            "Rewound from step %d to step %d (%d rewinds so far); the data continues after the "
+            "batch that caused it",
             step,
             to_step,
             self.rewinds,

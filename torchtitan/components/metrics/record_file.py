@@ -1,7 +1,8 @@
 """Files that grow by a record per logged step: metrics.jsonl, and TensorBoard's event files.
 
-A disk that fails never ends a run: records wait in memory until they can be written. The file is
-opened for each of them, so one that has vanished is begun anew, and no record is ever half there.
+A failing disk never ends a run: records wait in memory until they can be written. The file is
+opened for each of them, so a file that was removed is created again, and a record is never written
+in part.
 """
 
 import json
@@ -15,14 +16,16 @@ from pathlib import Path
 from torchtitan.tools.disk import SideOutput, whole_or_none
 from torchtitan.tools.logging import logger
 
-MAX_WAITING = 1000  # records; with 60 layers and TensorBoard's picture some 50 kB each
+MAX_WAITING = 1000  # records in memory; with 60 layers and TensorBoard's image some 50 kB each
 
 
 class RecordFile:
-    """Appends to `path`, which is made with its folder. Nothing here raises `OSError`: a failure is
-    said once, and whatever could not be done is tried again at the next record.
+    """Appends records to `path`, which is created with its folder.
 
-    before: what must be done before the first record.
+    Nothing here raises `OSError`: a failure is logged once, and everything that failed is tried
+    again at the next record.
+
+    before: called before the first record.
     """
 
     def __init__(self, path: Path, before: Callable[[], None] | None = None) -> None:
@@ -42,7 +45,10 @@ class RecordFile:
         self._write_waiting()
 
     def rewind(self, step: int, take_back: Callable[[], None]) -> None:
-        """Steps after `step` are done again. take_back: removes them from what is on disk."""
+        """Remove the records of steps after `step`, which are done again.
+
+        take_back: removes them from the file.
+        """
         self._waiting = deque(each for each in self._waiting if each[0] <= step)
         self._todo.append(take_back)
         self._write_waiting()
@@ -68,7 +74,7 @@ class RecordFile:
         with open(self.path, "ab", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size < self._size:
-                logger.warning("%s has vanished and is begun anew", self.path)
+                logger.warning("%s was removed or shortened; a new one is begun", self.path)
             elif size > self._size and self._output.failing:  # the rest of a failed attempt
                 file.truncate(self._size)
                 size = self._size
@@ -84,11 +90,11 @@ class RecordFile:
 
 
 # -----------------------------------------------------------------------------
-# JSON lines of an earlier run, or of steps that are done again
+# JSON lines of an earlier run, or of repeated steps
 
 
 def move_aside(path: Path) -> None:
-    """Keep an earlier run's file under the next free number; one without a record may go."""
+    """Rename an earlier run's file to the next free number; one without a record is left alone."""
     if not path.is_file() or path.stat().st_size == 0:
         return
     pattern = re.compile(rf"{re.escape(path.stem)}\.(\d+){re.escape(path.suffix)}")
@@ -99,16 +105,16 @@ def move_aside(path: Path) -> None:
 
 
 def take_back(path: Path, step: int) -> None:
-    """Leave each step up to `step` once, and none after it: the run does them again.
+    """Keep each step up to `step` once, and remove later ones, which the run does again.
 
-    What goes is added to `<stem>.replaced.jsonl`: it may be all that is left of a run that went
-    wrong. A line that a kill has torn goes, too.
+    Removed records are added to `<stem>.replaced.jsonl`: they may be the only trace of a run that
+    failed. A line cut off by a kill is removed, too.
     """
     if not path.exists():
         return
     kept, replaced, torn = _sort_out(path.read_bytes(), step)
     if torn:
-        logger.warning(f"{path}: dropped {torn} bytes that are no whole record")
+        logger.warning(f"{path}: dropped {torn} bytes that are not a whole record")
     if not replaced and not torn:
         return
     beside = path.with_name(path.name + ".tmp")
@@ -120,13 +126,13 @@ def take_back(path: Path, step: int) -> None:
                 file.writelines(replaced)
             logger.info(
                 f"metrics: {len(replaced)} records of {path} are now in {others.name}; the run "
-                f"does the steps after step {step} again"
+                f"repeats the steps after step {step}"
             )
         beside.replace(path)
 
 
 def _sort_out(content: bytes, step: int) -> tuple[list[bytes], list[bytes], int]:
-    """Lines that stay, lines whose steps are done again, and the bytes that are no record."""
+    """Return the lines that stay, the lines of repeated steps, and the number of other bytes."""
     kept: list[tuple[int, bytes]] = []
     replaced: list[bytes] = []
     torn = 0

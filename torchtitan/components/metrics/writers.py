@@ -1,8 +1,8 @@
-"""How a log record reaches disk: JSON lines for programs, TensorBoard for eyes.
+"""Writers of log records: JSON lines for programs, TensorBoard for people.
 
 A record is a flat dict of one logged step: numbers, and under a few names a number per MoE layer
 ({layer id: number}, or a list with one per expert) or per dataset ({name: number}). Both writers
-give every number the same name. The heat map of the expert load is a picture of one byte per
+use the same name for every number. The heat map of the expert load is an image of one byte per
 channel, made with numpy alone.
 """
 
@@ -29,9 +29,11 @@ Record = Mapping[str, Any]  # its numbers: see above
 
 
 class JsonlWriter:
-    """One JSON object a line, each step once. A resumed run goes on in the file of the newest run;
-    a new one (start_step 0) moves that aside as metrics.1.jsonl, metrics.2.jsonl and so on. Records
-    of steps that are done again move to metrics.replaced.jsonl.
+    """Writes one JSON object a line, each step once.
+
+    A resumed run continues the file of the newest run; a new one (start_step 0) renames that to
+    metrics.1.jsonl, metrics.2.jsonl and so on. Records of steps that are done again move to
+    metrics.replaced.jsonl.
 
     Floats have full precision. A number that is not finite becomes the string "NaN", "Infinity" or
     "-Infinity": JSON has no such numbers; `float()` and JavaScript's `Number()` read these words.
@@ -47,7 +49,7 @@ class JsonlWriter:
         self._file.append(record["step"], line.encode())
 
     def rewind(self, step: int) -> None:
-        """The steps after `step` are done again."""
+        """Remove the records of steps after `step`, which are done again."""
         self._file.rewind(step, partial(take_back, self.path, step))
 
     def close(self) -> None:
@@ -63,22 +65,23 @@ def _finite(value):
 
 
 class TensorBoardWriter:
-    """Scalars under the record's names, per-layer numbers under `name/layer_N` (others by name:
-    `name/key`), and one image.
+    """Writes scalars under the record's names, per-layer numbers under `name/layer_N` (others by
+    name: `name/key`), and one image.
 
-    Each new run has its own dated folder below `parent`, which shows all of them. A resumed run
-    goes on in the newest; what the interrupted one wrote after `start_step` is replaced.
+    Each new run has its own dated folder below `parent`, whose curves TensorBoard shows together. A
+    resumed run continues the newest; records of the interrupted one after `start_step` are
+    replaced.
 
-    The file is written here and not by torch's SummaryWriter, whose thread dies with the first
-    error of the disk.
+    The file is not written by torch's SummaryWriter, whose thread dies with the first error of the
+    disk.
     """
 
     def __init__(self, parent: Path, start_step: int) -> None:
-        # Costs a second and needs a package, so only runs that want TensorBoard import it.
+        # Imported only by runs with TensorBoard: it takes a second and needs a package.
         from tensorboard.compat.proto import event_pb2
         from torch.utils.tensorboard import summary
 
-        self._events: Any = event_pb2  # whose names are made at run time
+        self._events: Any = event_pb2  # untyped: its names are created at run time
         self._summary = summary
         newest = _newest_run(parent)
         self.folder = newest if newest and start_step else parent / _next_run_name(newest)
@@ -95,7 +98,7 @@ class TensorBoardWriter:
         for name, value in record.items():
             if isinstance(value, Mapping):
                 for key, number in value.items():
-                    if isinstance(number, list):  # one per expert: the heat map shows them
+                    if isinstance(number, list):  # one per expert: shown in the heat map
                         continue
                     curve = f"layer_{key}" if isinstance(key, int) else key
                     found.append(scalar(f"{name}/{curve}", number))
@@ -106,7 +109,7 @@ class TensorBoardWriter:
         self._append_summaries(record["step"], found)
 
     def write_texts(self, texts: Mapping[str, str], step: int) -> None:
-        """Beginnings and what follows them; bold is the beginning (TensorBoard shows Markdown)."""
+        """Write texts by prompt; the prompt is in bold (TensorBoard renders Markdown)."""
         found = [
             self._summary.text(f"samples/{number}", f"**{beginning}**{text}")
             for number, (beginning, text) in enumerate(texts.items(), start=1)
@@ -114,7 +117,7 @@ class TensorBoardWriter:
         self._append_summaries(step, found)
 
     def rewind(self, step: int) -> None:
-        """The steps after `step` are done again: TensorBoard forgets what it has of them."""
+        """Let TensorBoard drop its records of steps after `step`, which are done again."""
         events = self._events
         start = events.SessionLog(status=events.SessionLog.START)
         event = events.Event(wall_time=time.time(), step=step + 1, session_log=start)
@@ -125,7 +128,7 @@ class TensorBoardWriter:
         self._append(step, [make(wall_time=now, step=step, summary=each) for each in summaries])
 
     def _append(self, step: int, events: list[Any]) -> None:
-        """In one piece."""
+        """Append all events with one write."""
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         buffer = io.BytesIO()
@@ -141,14 +144,17 @@ class TensorBoardWriter:
 def _newest_run(parent: Path) -> Path | None:
     try:
         runs = [run for run in parent.iterdir() if _RUN_NAME.fullmatch(run.name)]
-    except OSError:  # none yet, or the first record will tell
+    except OSError:  # no folder yet, or a failure that the first record will report
         return None
     return max(runs, default=None)
 
 
 def _next_run_name(newest: Path | None) -> str:
-    """YYYYMMDD-HHMM in local time; names only ever rise, so a second run within the minute (or
-    the hour that comes twice in autumn) is numbered: YYYYMMDD-HHMM-02."""
+    """Name a new run YYYYMMDD-HHMM, in local time.
+
+    Names must only rise, so a second run within a minute (or within the repeated hour in autumn) is
+    numbered: YYYYMMDD-HHMM-02.
+    """
     now = time.strftime("%Y%m%d-%H%M")
     before = _RUN_NAME.fullmatch(newest.name) if newest else None
     if before is None or before[0] < now:
@@ -157,18 +163,18 @@ def _next_run_name(newest: Path | None) -> str:
     return f"{minute}-{int(number or 1) + 1:02d}"
 
 
-# Dark blue (idle) through teal (average) to pale yellow (overloaded). The brightness only ever
-# rises, so the picture survives grey printing and colour-blind eyes. Evenly spaced RGB values.
+# Dark blue (idle) through teal (average) to pale yellow (overloaded), evenly spaced RGB values. The
+# brightness only rises, so the image is readable in greyscale and for the colour-blind.
 _COLOURS = np.array([[13, 8, 60], [40, 60, 130], [40, 130, 140], [130, 200, 100], [255, 250, 190]])
 _CELL = 8  # Pixels a side for one expert of one layer.
 
 
 def load_heatmap(relative_loads: torch.Tensor) -> np.ndarray:
-    """(layers, experts) loads relative to the layer's mean -> (height, width, 3) uint8 picture.
+    """Draw loads (layers, experts), relative to the layer's mean: (height, width, 3) uint8.
 
-    The first layer is the top row, expert 0 the left column. The scale is logarithmic and fixed,
-    so pictures of different steps compare: a quarter of the mean or less is darkest, the mean is
-    in the middle, four times the mean or more is brightest.
+    The first layer is the top row, expert 0 the left column. The scale is logarithmic and fixed, so
+    that images of different steps can be compared: a quarter of the mean or less is darkest, the
+    mean is in the middle, four times the mean or more is brightest.
     """
     loads = relative_loads.double().cpu().numpy()
     brightness = np.log(np.clip(loads, 0.25, 4.0)) / np.log(4.0) / 2 + 0.5

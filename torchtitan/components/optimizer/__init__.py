@@ -1,4 +1,4 @@
-"""What changes the weights: update rules, their groups, learning rate, average, compute weights."""
+"""Updates of the weights: optimizers, their groups, learning rate, average, compute weights."""
 
 from torchtitan.components.optimizer.build import (
     build_optimizer,

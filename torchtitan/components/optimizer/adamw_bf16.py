@@ -1,8 +1,8 @@
 """AdamW whose running means are kept in bf16: half the memory, as DeepSeek-V3 was trained (arXiv
-2412.19437, section 3.3). Weights and gradients stay as they are, and all is computed in fp32.
+2412.19437, section 3.3). Weights and gradients keep their dtype; all arithmetic is in fp32.
 
 Rounding to nearest is enough: a step moves the means by 1 − beta of the way, 5 to 10 %, and bf16
-resolves 0.4 %. (With beta2 = 0.999 it would not be: refused in config/rules/values.py.)
+resolves 0.4 %. (With beta2 = 0.999 it would not be enough: config/rules/values.py refuses that.)
 """
 
 from typing import Any
@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 
 
 class AdamWBf16(Optimizer):
-    """Decoupled weight decay. State: exp_avg, exp_avg_sq (bf16, shaped and spread as the parameter
-    is), step (fp32)."""
+    """AdamW with decoupled weight decay.
+
+    State: exp_avg, exp_avg_sq (bf16, shape and placement of the parameter), step (fp32).
+    """
 
     def __init__(
         self,
@@ -41,7 +43,7 @@ class AdamWBf16(Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(p, dtype=torch.bfloat16)
         state["step"] += 1
-        step = state["step"].item()  # lives on the CPU
+        step = state["step"].item()  # no host sync: it is on the CPU
         weight, grad = _local(p), _local(grad).float()
         mean, square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
         new_mean = torch.lerp(mean.float(), grad, 1 - beta1)

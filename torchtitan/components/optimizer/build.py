@@ -1,4 +1,4 @@
-"""One optimizer over all model parts: Adam, AdamW or Muon, in the form that settings ask for."""
+"""The optimizer over all model parts: Adam, AdamW or Muon, in the implementation of the config."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -17,12 +17,12 @@ from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.tools.errors import UserError
 
 _OPTIMIZERS = {"Adam": Adam, "AdamW": AdamW}
-# Matrices that Muon leaves to AdamW: a row of them belongs to one token of the vocabulary.
+# Matrices that Muon leaves to AdamW, because each of their rows belongs to one vocabulary token.
 _NOT_BY_MUON = ("tok_embeddings.", "output.")
 
 
 def group_rules(settings: OptimizerSettings) -> GroupRules:
-    """Which decay and rate each parameter has under [optimizer]."""
+    """Rules for the weight decay and the learning rate of each parameter, from [optimizer]."""
     return GroupRules(
         settings.weight_decay,
         settings.weight_decay_on,
@@ -36,7 +36,7 @@ def clip_gradients(
 ) -> Tensor:
     """Clip by the norm of all gradients, now or when the optimizer reads them.
 
-    Returns the norm before clipping, over all ranks: scalar.
+    Returns the norm before clipping, over all ranks: a scalar tensor.
     """
     if isinstance(optimizer, FusedAdam):
         return optimizer.clip(parameters, max_norm)
@@ -44,7 +44,10 @@ def clip_gradients(
 
 
 def replay_steps(optimizer: Optimizer, *, grads_stay: bool) -> None:
-    """Let steps replay their kernels, where the optimizer can and gradients stay in place."""
+    """Let steps replay their kernels as a CUDA graph, where the optimizer supports it.
+
+    grads_stay: whether gradients keep their memory between steps, which a graph needs.
+    """
     if isinstance(optimizer, FusedAdam):
         optimizer.as_graph = grads_stay
 
@@ -67,22 +70,24 @@ def build_optimizer(
     group: Sequence[ParamGroup] = (),
     compute_weights: ComputeWeights | None = None,
 ) -> Optimizer:
-    """The optimizer of this rank: every trainable parameter of `model_parts` in exactly one group.
+    """Build the optimizer of this rank: each trainable parameter is in exactly one group.
 
-    Groups are those of param_groups.py, `group` the tables of the config.
-    `fused` is one kernel per group, `foreach` a kernel per operation, `for-loop` one per tensor and
-    operation, the slowest and the leanest; all three compute the same update. Adam adds the decay
-    to the gradient, AdamW takes it off the weight. state_dtype "bfloat16": adamw_bf16.py, whatever
-    the implementation. Raises UserError for an unknown `name`.
+    Adam adds the decay to the gradient, AdamW subtracts it from the weight. Raises UserError for an
+    unknown `name`.
 
-    compute_weights: the model's; `fused` writes them, after the others they are copied anew.
-    early_step_in_backward: see `FusedAdam`; needs both.
+    implementation: `fused` is one kernel per group, `foreach` a kernel per operation, `for-loop`
+        one per tensor and operation, which is slowest and takes the least memory; all three compute
+        the same update.
+    state_dtype: "bfloat16" means adamw_bf16.py, whatever the implementation.
+    early_step_in_backward: see `FusedAdam`; needs `fused` and compute_weights.
+    group: tables of the config, see param_groups.py.
+    compute_weights: of the model; `fused` writes them, after other optimizers they are copied.
     """
     not_by_muon = _NOT_BY_MUON if name == "Muon" else None
     rules = GroupRules(weight_decay, weight_decay_on, group, not_by_muon)
     groups = rules.groups(model_parts, lr)
     settings = {"lr": lr, "betas": (beta1, beta2), "eps": eps}
-    # torch's own kernel is the faster one on a CPU; it takes one type only.
+    # torch's own kernel is the faster one on a CPU; it supports a single dtype only.
     on_gpu = all(p.device.type == "cuda" for group in groups for p in group["params"])
     in_bf16 = name == "AdamW" and state_dtype == "bfloat16"
     own_kernel = implementation == "fused" and (on_gpu or compute_weights is not None)

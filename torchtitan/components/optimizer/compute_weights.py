@@ -1,17 +1,16 @@
-"""Weights in the type that the model computes in, made once a step from the weights that are kept.
+"""Copies of the weights in the compute dtype, made once a step from the master weights.
 
-The parameters of the model stay what they are: kept in fp32, named, saved, loaded, updated by the
-optimizer. Beside each lies a bf16 copy, and the module computes with that: the copy stands in the
-module's `__dict__`, where Python looks before it asks nn.Module for the parameter of that name.
-Without copies, every forward pass of every micro-batch would cast all weights again.
+The parameters of the model don't change: they are kept in fp32, named, saved, loaded, updated by
+the optimizer. Each has a bf16 copy, with which the module computes: the copy is in the module's
+`__dict__`, where Python looks before it asks nn.Module for the parameter of that name. Without
+copies, every forward pass of every micro-batch would cast all weights again.
 
 Where a module declares a `Joint` of weights (ops/linear.py), their copies are one tensor, so that
-one GEMM does for all. With parameters of the compute type the fused tensor takes their place in
-memory.
+one GEMM serves all of them. Parameters that have the compute dtype become views of that tensor.
 
-For one process, and for experts that no other rank has (FSDP leaves them alone; they are DTensors,
-of which this rank's part is meant here). Of all other weights FSDP keeps fp32 shards and gathers
-them in bf16, to the same effect.
+Used with one process, and for experts that no other rank has (FSDP leaves those alone; they are
+DTensors, of which this rank's part is copied). Of all other weights FSDP keeps fp32 shards and
+gathers them in bf16, with the same result.
 """
 
 import weakref
@@ -25,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.fsdp import experts_alone
+from torchtitan.distributed.fsdp import experts_outside_fsdp
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.ops.linear import joints
 from torchtitan.protocols.model import BaseModel
@@ -34,9 +33,10 @@ from torchtitan.tools.utils import TORCH_DTYPES
 
 @dataclass
 class _Fused:
-    """A tensor that the model computes with, and the parameters it consists of, in order.
+    """A tensor that the model computes with, and the parameters it consists of.
 
-    dim: along which they lie one after the other.
+    params: in order.
+    dim: along which they are concatenated.
     """
 
     tensor: Tensor
@@ -48,11 +48,11 @@ class _Fused:
 
 
 class ComputeWeights:
-    """Gives every parameter of `modules` its copy in `dtype`; call last, after weights are filled.
-    root: what is called for a forward pass.
+    """Gives every parameter of `modules` a copy in `dtype`. Make it last, after weights are filled.
 
-    fp32_grads: hand gradients to the parameters in fp32, and add up micro-batches there; otherwise
-    in `dtype` as the kernels made them, good for one micro-batch.
+    root: module whose forward pass refreshes the copies.
+    fp32_grads: pass gradients to the parameters in fp32, and add up micro-batches there; otherwise
+        in `dtype`, as the kernels made them, for one micro-batch only.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ComputeWeights:
         fused = _Fused(tensor.requires_grad_(), params, dim)
         for p, part in zip(params, fused.parts(tensor.detach()), strict=True):
             if p.dtype == dtype:
-                p.data = part  # nothing to keep beside it
+                p.data = part  # the parameter itself is the copy
             self._copy_of[p] = part
             self._seen_version[p] = _version(p)
             p.grad_dtype = torch.float32 if self.fp32_grads else dtype
@@ -109,18 +109,18 @@ class ComputeWeights:
         param.register_post_accumulate_grad_hook(self._hook(None))
 
     def _hook(self, index: int | None) -> Callable[[Tensor], None]:
-        # Weak: Python's collector can't see through a tensor's hooks, so that a cycle through them
-        # would keep all weights for ever.
-        # It lives as long as the model, whose forward hook holds it.
+        # Weak: Python's collector can't see through a tensor's hooks, so a cycle through them would
+        # keep all weights for ever. The object lives as long as the model, whose forward hook
+        # holds it.
         me = weakref.ref(self)
         if index is None:
             return lambda param: cast(Any, me())._call_after_grad(param)
         return lambda _: cast(Any, me())._hand_over(index)
 
     def _hand_over(self, index: int) -> None:
-        """Bring a fresh gradient to the parameters that it belongs to."""
+        """Distribute a fresh gradient to the parameters that it belongs to."""
         fused = self._fused[index]
-        grad = cast(Tensor, fused.tensor.grad)  # made just now
+        grad = cast(Tensor, fused.tensor.grad)  # set just before this hook
         fused.tensor.grad = None
         for p, part in zip(fused.params, fused.parts(grad), strict=True):
             if not self.fp32_grads:
@@ -137,24 +137,25 @@ class ComputeWeights:
             self.after_grad(param)
 
     def copy_of(self, param: nn.Parameter) -> Tensor | None:
-        """Where an optimizer should write the new weight as well; None = nowhere."""
+        """The copy to which an optimizer should write the new weight as well; None = none."""
         copy = self._copy_of.get(param)
         if copy is None or copy.data_ptr() == local_part(param).data_ptr():
             return None
         return copy
 
     def written(self, param: nn.Parameter) -> None:
-        """The copy, if there is one, is already that of the parameter as it is now."""
+        """Mark the copy of a parameter, if it has one, as up to date."""
         if param in self._copy_of:
             self._seen_version[param] = _version(param)
 
     def outdate(self) -> None:
-        """All copies: some of torch's optimizers change DTensors without any version's notice."""
+        """Mark every copy as stale: some torch optimizers update DTensors without bumping
+        `_version`."""
         self._seen_version = dict.fromkeys(self._copy_of, -1)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy what has changed since: loaded weights, or an optimizer that knows of no copies."""
+        """Copy weights that have changed: by loading, or by an optimizer that writes no copies."""
         for param, seen in self._seen_version.items():
             if _version(param) != seen:
                 copy = self.copy_of(param)
@@ -164,7 +165,7 @@ class ComputeWeights:
 
 
 def _version(param: Tensor) -> int:
-    """Grows with changes in place, of a DTensor's part by itself, too."""
+    """Version number that grows with in-place changes, also of a DTensor's local part alone."""
     local = param._local_tensor._version if isinstance(param, DTensor) else 0
     return param._version + local
 
@@ -189,15 +190,17 @@ def build_compute_weights(
     *,
     several_passes: bool,
 ) -> ComputeWeights | None:
-    """None where there is nothing to copy. several_passes: a step may add up the gradients of
-    several micro-batches."""
+    """Build the copies of a model's weights; None where none are needed.
+
+    several_passes: whether a step may add up the gradients of several micro-batches.
+    """
     training, optimizer = config.training, config.optimizer
     keeps, computes = training.dtype, training.mixed_precision_param
     if keeps == computes and (keeps == "float32" or dims.world_size > 1):
         if not optimizer.early_step_in_backward:
             return None
     alone = dims.world_size == 1
-    modules = list(model.modules()) if alone else experts_alone(model, dims, training)
+    modules = list(model.modules()) if alone else experts_outside_fsdp(model, dims, training)
     if not modules:
         return None
     fused = (

@@ -1,16 +1,17 @@
 """A moving average of the weights, kept in CPU memory (DeepSeek-V3 report, section 3.2.2).
 
 After every `interval`-th step the average moves towards the weights by 1 − decay^interval, so
-`decay` is that of one step whatever the interval. The first of these steps from `start_step` on
-sets it to the weights as they are; 0 = it begins with the weights that the run begins with. A step
-that was skipped counts as one that changed nothing.
+`decay` is per step whatever the interval. The first of these steps from `start_step` on sets it to
+the current weights; with 0 it begins with the weights that the run begins with. A skipped step
+counts as one that changed nothing.
 
-Averaged are the parameters as they are kept: the fp32 masters, not what the model computes with.
-Buffers are not: whoever takes the average takes the expert bias as it is at that step.
+The master weights (fp32) are averaged, not their copies in the compute dtype. Buffers are not
+averaged: the average is used with the expert bias of the same step.
 
-Each rank averages the parts that it holds, in fp32: a DTensor stays one, only on the CPU, so that
-checkpoints spread it anew as they do the weights. On a GPU the weights travel to pinned memory on a
-stream of their own, beside the next forward and backward pass, and a thread does the arithmetic.
+Each rank averages the parts that it holds, in fp32: DTensors stay DTensors, but on the CPU, so that
+checkpoints reshard them as they do the weights. On a GPU the weights are copied to pinned memory on
+a stream of their own, in parallel to the next forward and backward pass, and a thread does the
+arithmetic.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,16 +26,16 @@ from torchtitan.config import EMA
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
-PREFIX = "ema."  # of the average among the tensors of a checkpoint
+PREFIX = "ema."  # of the average's names in a checkpoint
 
 
 def has_average(index: Metadata) -> bool:
-    """Whether a checkpoint with this index holds one."""
+    """Whether a checkpoint with this index has an average."""
     return any(name.startswith(PREFIX) for name in index.state_dict_metadata)
 
 
 def check_has_average(checkpoint: Path, index: Metadata) -> None:
-    """Raise `UserError` where it holds none."""
+    """Raise `UserError` for a checkpoint without an average."""
     if not has_average(index):
         raise UserError(
             f"{checkpoint} holds no average of the weights: its run keeps none (ema.enable), or "
@@ -43,9 +44,9 @@ def check_has_average(checkpoint: Path, index: Metadata) -> None:
 
 
 class WeightAverage:
-    """Of the parameters that this rank holds of `model`.
+    """Average of the parameters that this rank holds of `model`.
 
-    has_begun: whether there is an average by now; set it after loading one into `tensors`.
+    has_begun: whether the average exists yet; set it after loading one into `tensors`.
     """
 
     def __init__(self, model: nn.Module, settings: EMA) -> None:
@@ -71,8 +72,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
-        """The average by the parameters' names, fp32, whole in so far as this rank's parts are:
-        loading into them is loading."""
+        """Live tensors of the average, fp32, by the parameters' names; loading into them restores
+        it."""
         self._wait()
         for name, param in self._params.items():
             if name not in self._average:
@@ -80,24 +81,26 @@ class WeightAverage:
         return dict(self._average)
 
     def enter(self, step: int) -> None:
-        """Before the step that follows `step`: begin with the weights where the average should be
-        there by now, and is not."""
+        """Begin the average with the current weights, where it should exist by now and doesn't.
+
+        Call it before the step that follows `step`.
+        """
         if self.has_begun or step < self._first:
             return
         if step > self._first:
             logger.warning(
-                "No average of the weights was loaded: it begins with those of step %d", step
+                "No average of the weights was loaded: it begins at the weights of step %d", step
             )
         self._begin()
 
     def before_update(self) -> None:
-        """Weights are about to change: their copies come first. (The GPU waits, not the host.)"""
+        """Finish pending copies of the weights before they change; only the GPU waits."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
             self._copied = None
 
     def after_step(self, step: int) -> None:
-        """The weights are those of `step` now."""
+        """Update the average, where it is due, with the weights that follow from `step`."""
         if step % self.settings.interval or step < self._first:
             return
         if step == self._first or not self.has_begun:
@@ -122,7 +125,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _weights(self) -> dict[str, Tensor]:
-        """This rank's parts on the CPU, or on their way there until `_copied` has happened."""
+        """This rank's parts on the CPU; copies from a GPU are complete after event `_copied`."""
         local = {name: _local(param.detach()) for name, param in self._params.items()}
         if not any(weight.is_cuda for weight in local.values()):
             return local
@@ -153,7 +156,7 @@ class WeightAverage:
             _local(self._average[name]).lerp_(weight.float(), towards)
 
     def _wait(self) -> None:
-        """Until the arithmetic of the last update is done."""
+        """Wait until the arithmetic of the last update is done."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()

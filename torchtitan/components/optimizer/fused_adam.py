@@ -1,9 +1,9 @@
 """Adam and AdamW in one pass over weights, gradients, states and copies in the compute dtype.
 
-torch's fused kernels want weights, gradients and states of one type. Here gradients may be bf16
-beside fp32 weights, the clipping factor is applied on the way, and the new weight is written to its
-copy in the compute dtype too. Of DTensors each rank updates what it holds. Parameter groups and
-states are those of torch's AdamW, so that checkpoints don't tell one from the other.
+torch's fused kernels need weights, gradients and states of one dtype. Here gradients may be bf16
+with fp32 weights, the clipping factor is applied in the same pass, and the new weight is also
+written to its copy in the compute dtype. Of DTensors each rank updates its own part. Parameter
+groups and states are those of torch's AdamW, so checkpoints of both are the same.
 """
 
 from collections.abc import Iterable
@@ -20,11 +20,16 @@ from torchtitan.ops.grouped_mm import local_part
 
 
 class FusedAdam(AdamW):
-    """grad_factor: scalar tensor that `step` multiplies gradients by; None = 1.
+    """Adam or AdamW.
 
-    decoupled: AdamW's weight decay, otherwise Adam's. early_step: each parameter is updated, and
-    its gradient freed, as soon as the backward pass has made it; `step` then has nothing to do.
-    as_graph: set it while gradients and grad_factor stay in place: `step` then replays its kernels.
+    decoupled: AdamW's weight decay, otherwise Adam's.
+    compute_weights: copies to write new weights to, or None.
+    early_step: update each parameter, and free its gradient, as soon as the backward pass has
+        computed the gradient; `step` then has nothing to do.
+
+    grad_factor: scalar tensor that `step` multiplies gradients by; None = 1.
+    as_graph: set it while gradients and grad_factor keep their memory: `step` then replays its
+        kernels as a CUDA graph.
     """
 
     def __init__(
@@ -45,13 +50,13 @@ class FusedAdam(AdamW):
         self._early_norms: list[Tensor] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: list[nn.Parameter] = []
-        # By index: loading a state dict makes new groups.
+        # Groups by index, because loading a state dict makes new ones.
         self._group_of = {p: i for i, g in enumerate(self.param_groups) for p in g["params"]}
-        # What changes from step to step, a row for each parameter, on its device.
+        # Numbers that change from step to step (`step_numbers`): a row for each parameter.
         self._row_of = {p: i for i, p in enumerate(self._group_of)}
         self._numbers: Tensor | None = None
-        # At once: who asks for the state before the first step would else fill it by a step on
-        # gradients of another type.
+        # Made now: torch's state dict functions would otherwise create the state by a step on
+        # gradients of another dtype.
         for p in self._group_of:
             self.state[p]["step"] = torch.tensor(0.0)
             for name in ("exp_avg", "exp_avg_sq"):
@@ -81,10 +86,10 @@ class FusedAdam(AdamW):
         self._graph.replay()
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """Have `step` scale the gradients as it reads them.
+        """Let `step` scale the gradients as it reads them.
 
-        Returns their norm before, over all ranks; with early_step that of the gradients since the
-        last call, which are gone.
+        Returns their norm before clipping, over all ranks: a scalar tensor. With early_step it is
+        the norm of the gradients since the last call, which are freed already.
         """
         if self.early_step:
             norm = torch.linalg.vector_norm(torch.stack(self._early_norms))
@@ -95,7 +100,7 @@ class FusedAdam(AdamW):
 
     @torch.no_grad()
     def _step_early(self, param: nn.Parameter) -> None:
-        grad = cast(Tensor, param.grad)  # made just now
+        grad = cast(Tensor, param.grad)  # set just before this hook
         self._early_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
         numbers = self._static_numbers(param.device)[self._row_of[param]]
         numbers.copy_(self._count_step(param), non_blocking=True)
@@ -108,7 +113,7 @@ class FusedAdam(AdamW):
         return self._numbers
 
     def _count_step(self, param: nn.Parameter) -> Tensor:
-        """One more step of this parameter; its numbers."""
+        """Count a step of this parameter; return its `step_numbers`."""
         state, group = self.state[param], self.param_groups[self._group_of[param]]
         state["step"] += 1
         decay = group["weight_decay"] if self._decoupled else 0.0

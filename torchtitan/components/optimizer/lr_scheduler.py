@@ -8,7 +8,7 @@ and steps counted from 0 (step 0 is the first optimizer step):
     decay     after that      from 1 towards the floor; the floor itself would be reached at step N,
                               one past the last, so that the last step still learns
 
-With [[schedule.phase]] only the warm-up is this; the phases say the rest (schedule.py).
+With [[schedule.phase]] only the warm-up is used; the phases set the rest (config/phases.py).
 
 This is torchtitan v0.2's schedule, so that its TOML files mean the same here. The warm-up-stable-
 decay shape was made known by MiniCPM (https://arxiv.org/abs/2404.06395).
@@ -42,11 +42,13 @@ def lr_factor(
     decay_type: DecayType,
     min_lr_factor: float,
 ) -> float:
-    """The factor for optimizer step `step` (from 0), between 0 and 1.
+    """Compute the factor for optimizer step `step` (from 0), between 0 and 1.
 
-    `decay_ratio` None: the decay takes everything after the warm-up; else the last
-    `round(decay_ratio * total_steps)` steps. Where the phases do not fit, the warm-up wins over the
-    decay and the total over both. From `total_steps` on the factor stays at `min_lr_factor`.
+    Where warm-up and decay do not fit, the warm-up wins over the decay and the total over both.
+    From `total_steps` on the factor stays at `min_lr_factor`.
+
+    decay_ratio: the decay takes the last `round(decay_ratio * total_steps)` steps; None = all steps
+        after the warm-up.
     """
     warmup, decay = _phase_lengths(total_steps, warmup_steps, decay_ratio)
     if step < warmup:
@@ -67,10 +69,10 @@ def build_lr_scheduler(
     decay_type: DecayType,
     min_lr_factor: float,
 ) -> LambdaLR:
-    """A `LambdaLR` over `lr_factor`; call its `step()` once after each `optimizer.step()`.
+    """Build a `LambdaLR` over `lr_factor`; call its `step()` once after each `optimizer.step()`.
 
     A checkpoint keeps its step count; the rates and the schedule itself come from the config, so a
-    resumed run may change `training.steps`. Warns where the phases had to be shortened.
+    resumed run may change `training.steps`. Warns where warm-up or decay are shortened.
     """
     warmup, decay = _phase_lengths(total_steps, warmup_steps, decay_ratio)
     if warmup < warmup_steps:
@@ -101,8 +103,12 @@ def build_lr_scheduler(
 def build_phase_lr_scheduler(
     optimizer: Optimizer, rate: Callable[[], float], *, lr: float, warmup_steps: int
 ) -> LambdaLR:
-    """For a run with phases: linear warm-up in steps, times what the phases say now (`rate`, where
-    `lr` is the optimizer's own). `resume_lr_scheduler` asks again."""
+    """Build the scheduler of a run with phases: linear warm-up in steps, times the phases' rate.
+
+    rate: returns the learning rate of the phases for the current step; called again by
+        `resume_lr_scheduler`.
+    lr: base learning rate of the optimizer.
+    """
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / max(1, warmup_steps)) * rate() / lr
@@ -111,7 +117,7 @@ def build_phase_lr_scheduler(
 
 
 def resume_lr_scheduler(scheduler: LambdaLR, steps: int) -> None:
-    """Go on after `steps` steps, with the base rates that the optimizer has now (the config's)."""
+    """Resume after `steps` steps, with the base rates that the optimizer has now (the config's)."""
     factors = [factor(steps) for factor in scheduler.lr_lambdas]
     rates = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):

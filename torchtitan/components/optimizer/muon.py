@@ -4,16 +4,16 @@ Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) replaces a
 by the nearest matrix with orthonormal rows or columns, found by five Newton-Schulz steps. A stack
 of experts (E, F, D) is E matrices. Embedding, output and all vectors keep AdamW.
 
-How long a step is: an update of this kind has root-mean-square 1/sqrt(max(rows, columns)).
-`match_rms_adamw` (Moonlight, arXiv 2502.16982) multiplies it by 0.2 · sqrt(max(rows, columns)), the
-size of AdamW's updates, so that both kinds share one learning rate; `original` by
+The step size: such an update has root-mean-square 1/sqrt(max(rows, columns)). `match_rms_adamw`
+(Moonlight, arXiv 2502.16982) multiplies it by 0.2 · sqrt(max(rows, columns)), which gives the size
+of AdamW's updates, so that both share one learning rate; `original` multiplies by
 sqrt(max(1, rows / columns)).
 
-**Split weights.** The steps need whole matrices. Experts that lie whole on their ranks need no
-communication. A matrix of which n ranks hold a part each goes to one of them, as one round of n
-matrices, a different one for each: every part travels once there and once back, and no rank
-computes what another one does. (Where two axes split a matrix, tensor and data parallel, it is
-gathered on all ranks instead.) Replicas (HSDP) each do the same.
+**Split weights.** The Newton-Schulz steps need whole matrices. Experts that are whole on their
+ranks need no communication. Matrices that are split over n ranks are handled in rounds of n, one
+matrix for each rank: every part is sent once to the rank of its matrix and once back, and no work
+is repeated. (Where two axes split a matrix, tensor and data parallel, it is gathered on all ranks
+instead.) Replicas (HSDP) each do the same.
 """
 
 import math
@@ -33,10 +33,10 @@ _EPS = 1e-7
 
 
 def orthogonalise(x: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly, of every matrix in (..., rows, columns).
+    """Approximate the nearest semi-orthogonal matrix of every matrix in (..., rows, columns).
 
-    dtype: of the computation and the result; absent = bf16 on accelerators, as published, and fp32
-    on CPUs, which are slower in bf16.
+    dtype: of the computation and the result; None = bf16 on accelerators, as published, and fp32 on
+        CPUs, which are slower in bf16.
     """
     a, b, c = _COEFFICIENTS
     dtype = dtype or (torch.float32 if x.device.type == "cpu" else torch.bfloat16)
@@ -50,7 +50,11 @@ def orthogonalise(x: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None
 
 
 def step_size(shape: Sequence[int], adjust: str) -> float:
-    """By which the orthogonal update is multiplied, besides the learning rate."""
+    """Factor of the orthogonal update, beside the learning rate.
+
+    shape: (..., rows, columns) of the whole matrix.
+    adjust: "match_rms_adamw" or "original".
+    """
     rows, columns = shape[-2:]
     if adjust == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
@@ -58,10 +62,13 @@ def step_size(shape: Sequence[int], adjust: str) -> float:
 
 
 class Muon(Optimizer):
-    """groups: those with "muon": True go by Muon, the others by `adamw` (its settings).
+    """Muon with Nesterov momentum and decoupled weight decay, for plain tensors and DTensors.
 
-    Nesterov momentum, decoupled weight decay. Works on plain tensors and on DTensors; momentum is
-    kept like the parameter is.
+    Momentum has the dtype and placement of its parameter.
+
+    groups: those with "muon": True are updated by Muon, the others by AdamW.
+    adjust: see `step_size`.
+    adamw: arguments of torch's AdamW.
     """
 
     def __init__(
@@ -80,7 +87,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        # The inner optimizer has no state of its own: it sees ours, also after it was loaded.
+        # The inner optimizer shares our state, set at each step because loading replaces it.
         self._adamw.state = self.state
         self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
         self._adamw.step()
@@ -97,7 +104,7 @@ class Muon(Optimizer):
             local.add_(update, alpha=-group["lr"] * step_size(p.shape, self.adjust))
 
     def _momentum_of(self, p: nn.Parameter, grad: Tensor) -> Tensor:
-        """Of this rank's part, with Nesterov's look ahead."""
+        """Update the momentum of this rank's part; return it with Nesterov's look-ahead."""
         state = self.state[p]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p)
@@ -107,27 +114,34 @@ class Muon(Optimizer):
 
 
 # ---------------------------------------------------------------------------------------------
-# Matrices that are split over ranks
+# Matrices split over ranks
 # ---------------------------------------------------------------------------------------------
 
 
 class _Split(NamedTuple):
-    """The ranks that hold a matrix between them, and the dim of it that is split."""
+    """Split of a matrix.
+
+    group: the ranks that hold its parts.
+    dim: the split dim, 0 = rows or 1 = columns.
+    """
 
     group: dist.ProcessGroup
     dim: int
 
 
 class _Part(NamedTuple):
-    """One matrix of a round: this rank's part of it, with the split dim first, and the length of
-    that dim in the whole."""
+    """This rank's part of one matrix.
+
+    local: the part, with the split dim first.
+    length: of that dim in the whole matrix.
+    """
 
     local: Tensor
     length: int
 
 
 def _orthogonalise_parts(params: list[nn.Parameter], updates: list[Tensor]) -> list[Tensor]:
-    """`orthogonalise` of each whole matrix: this rank's part of it, in fp32 or wider."""
+    """Orthogonalise whole matrices; return this rank's part of each, in the dtype of its update."""
     results: dict[int, Tensor] = {}
     rounds: dict[_Split, list[int]] = defaultdict(list)
     for n, (p, update) in enumerate(zip(params, updates, strict=True)):
@@ -137,7 +151,7 @@ def _orthogonalise_parts(params: list[nn.Parameter], updates: list[Tensor]) -> l
         elif isinstance(split, _Split):
             rounds[split].append(n)
         else:
-            results[n] = _orthogonalise_gathered(cast(DTensor, p), update)  # what is split is one
+            results[n] = _orthogonalise_gathered(cast(DTensor, p), update)  # split: a DTensor
     for split, members in rounds.items():
         parts = [(n, part) for n in members for part in _matrices(params[n], updates[n], split)]
         done = defaultdict(list)
@@ -149,7 +163,10 @@ def _orthogonalise_parts(params: list[nn.Parameter], updates: list[Tensor]) -> l
 
 
 def _split_of(p: nn.Parameter) -> _Split | str | None:
-    """None where this rank holds whole matrices; "twice" where several axes split them."""
+    """Find the split of a parameter's matrices.
+
+    None where this rank holds whole ones, "twice" where several axes split them.
+    """
     if not isinstance(p, DTensor):
         return None
     splits = []
@@ -163,16 +180,17 @@ def _split_of(p: nn.Parameter) -> _Split | str | None:
 
 
 def _matrices(p: nn.Parameter, update: Tensor, split: _Split) -> list[_Part]:
-    """The matrices of this rank's stack, or the one that there is."""
+    """List the matrices of this rank's stack (E, F, D), or the single matrix of a 2-D parameter."""
     length = p.shape[p.ndim - 2 + split.dim]
     stack = update if p.ndim == 3 else update.unsqueeze(0)
     return [_Part(matrix.transpose(0, split.dim), length) for matrix in stack]
 
 
 def _in_rounds(parts: list[_Part], group: dist.ProcessGroup) -> list[Tensor]:
-    """`orthogonalise` of each whole matrix: this rank's part, by rounds of one matrix a rank."""
+    """Orthogonalise whole matrices in rounds of one a rank; return this rank's part of each."""
     size = dist.get_world_size(group)
-    # Large ones first, so that those of a round cost about the same; equal on all ranks.
+    # Large ones first, so that those of a round cost about the same. The order is the same on all
+    # ranks.
     order = sorted(range(len(parts)), key=lambda n: -parts[n].length * parts[n].local.size(1))
     results: dict[int, Tensor] = {}
     for start in range(0, len(order), size):
@@ -184,7 +202,10 @@ def _in_rounds(parts: list[_Part], group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def _one_round(parts: list[_Part], group: dist.ProcessGroup) -> list[Tensor]:
-    """The whole of matrix n meets on rank n. At most as many matrices as ranks."""
+    """Orthogonalise matrix n on rank n; return this rank's part of each.
+
+    parts: at most one for each rank.
+    """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     like = parts[0].local
     dtype = torch.float32 if like.device.type == "cpu" else torch.bfloat16
@@ -203,7 +224,7 @@ def _one_round(parts: list[_Part], group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def _rows_by_rank(length: int, size: int) -> list[int]:
-    """How `Shard` splits a dim: as torch.chunk does."""
+    """Rows of each rank where `Shard` splits `length` rows, which is as torch.chunk does."""
     most = -(-length // size)
     return [max(0, min(most, length - rank * most)) for rank in range(size)]
 

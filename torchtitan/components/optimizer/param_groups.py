@@ -1,14 +1,14 @@
-"""Which weight decay and which learning rate each parameter has, by its name and its dims.
+"""The weight decay and the learning rate of each parameter, by its name and its dims.
 
-Weight decay pulls weights towards zero; a norm's scale or a bias has no reason to be there, so by
-default only tensors with two or more dimensions decay. The token embedding, the output projection,
-the router's gate and the stacked expert weights (E, F, D) count as matrices.
-`weight_decay_on = "all"` is torchtitan v0.2's rule. Tables [[optimizer.group]] say otherwise for
-the parameters that they name; where several name one, the first holds.
+Weight decay pulls weights towards zero; a norm's scale or a bias has no reason to be near zero, so
+by default only tensors with two or more dimensions decay. The token embedding, the output
+projection, the router's gate and the stacked expert weights (E, F, D) count as matrices.
+`weight_decay_on = "all"` is torchtitan v0.2's rule. Tables [[optimizer.group]] override this for
+the parameters that they match; where several match one, the first applies.
 
-Names are the whole model's: where a pipeline stage holds none of a group's parameters, it has no
-such group, and that is no mistake. Whether a pattern names anything is asked of the whole model,
-before anything is started.
+Patterns are matched against the names of the whole model: a pipeline stage that holds none of a
+group's parameters doesn't have the group, which is not an error. Patterns that match no parameter
+at all are found before the run starts.
 """
 
 import difflib
@@ -27,8 +27,12 @@ from torchtitan.tools.logging import logger
 
 
 class Place(NamedTuple):
-    """What parameters of one group have in common. number: 0 matrices, 1 the others, 2 and on: of
-    the tables. muon: whether Muon takes it."""
+    """Settings that the parameters of one group share.
+
+    number: 0 = matrices, 1 = other tensors, 2 and above = tables of the config, in order.
+    lr_factor: multiplies the learning rate.
+    muon: whether Muon updates them.
+    """
 
     number: int
     weight_decay: float
@@ -42,8 +46,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupRules:
-    """The settings of [optimizer] that decide it. not_by_muon: beginnings of names whose matrices
-    Muon leaves to AdamW; None = Muon is not asked."""
+    """Settings of [optimizer] from which each parameter's group follows.
+
+    tables: [[optimizer.group]], in order.
+    not_by_muon: prefixes of names whose matrices Muon leaves to AdamW; None = Muon is not used.
+    """
 
     weight_decay: float
     weight_decay_on: Literal["matrices", "all"]
@@ -62,11 +69,14 @@ class GroupRules:
         return Place(number, decay, 1.0, muon)
 
     def groups(self, model_parts: Iterable[nn.Module], lr: float) -> list[dict[str, Any]]:
-        """For a `torch.optim.Optimizer`: every trainable parameter in exactly one group.
+        """Make groups for a `torch.optim.Optimizer`: each trainable parameter is in exactly one.
 
-        Muon's matrices first (with "muon"), then other matrices and the rest, also where these are
-        empty or decay alike, then the tables'. Beside Muon, plain tensors and DTensors stand apart
-        where there are both: torch's fused and foreach kernels refuse a list of them.
+        Muon's matrices come first (with "muon"), then other matrices and other tensors, even where
+        these groups are empty or have the same decay, then those of the tables. In groups that
+        Muon doesn't update, plain tensors and DTensors are in separate groups where both exist:
+        torch's fused and foreach kernels refuse mixed lists.
+
+        lr: base learning rate.
         """
         params = trainable(model_parts)
         kinds = sorted({isinstance(p, DTensor) for _, p in params})
@@ -96,7 +106,7 @@ class GroupRules:
         return [*by_muon, matrices, others]
 
     def log(self, model: nn.Module) -> None:
-        """A line for each group of the whole model, with its parameters."""
+        """Log a line for each group of the whole model, with its number of parameters."""
         elements: dict[Place, list[int]] = {}
         for name, p in trainable([model]):
             elements.setdefault(self.place_of(name, p.ndim), []).append(p.numel())
@@ -119,7 +129,7 @@ class GroupRules:
 
 
 def trainable(model_parts: Iterable[nn.Module]) -> list[tuple[str, nn.Parameter]]:
-    """With their names, in order, without the second sight of one that two modules share."""
+    """List the trainable parameters with their names, in order; tied parameters once."""
     name_of: dict[nn.Parameter, str] = {}
     for part in model_parts:
         for name, p in part.named_parameters():
@@ -129,8 +139,8 @@ def trainable(model_parts: Iterable[nn.Module]) -> list[tuple[str, nn.Parameter]
 
 
 def check_groups(tables: Sequence[ParamGroup], model: nn.Module) -> None:
-    """Raise `UserError` for a pattern that names no parameter of `model` (the whole one), or only
-    such as an earlier table has taken."""
+    """Raise `UserError` for a pattern that matches no parameter of `model` (the whole one), or only
+    parameters of an earlier table."""
     names = {name for name, _ in trainable([model])}
     free = set(names)
     for n, table in enumerate(tables, start=1):
@@ -139,14 +149,14 @@ def check_groups(tables: Sequence[ParamGroup], model: nn.Module) -> None:
             named = {name for name in names if fnmatchcase(name, pattern)}
             if not named:
                 raise UserError(
-                    f"optimizer.group {n}: match {as_text(pattern)} names no parameter of this "
+                    f"optimizer.group {n}: match {as_text(pattern)} matches no parameter of this "
                     f"model{_example(pattern, names)}"
                 )
             if not named & free:
                 raise UserError(
-                    f"optimizer.group {n}: all that match {as_text(pattern)} names belongs to an "
-                    "earlier table already, and the first holds; put this one before it, or leave "
-                    "it out."
+                    f"optimizer.group {n}: all parameters that match {as_text(pattern)} belong to "
+                    "an earlier table already, and the first one applies; put this one before it, "
+                    "or leave it out."
                 )
             taken |= named
         free -= taken
@@ -157,4 +167,4 @@ def _example(pattern: str, names: set[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     longest = max(sorted(names), key=len)
-    return f"; a whole name is meant, such as '{longest}', in which * stands for anything."
+    return f"; write a whole name, such as '{longest}', in which * stands for anything."

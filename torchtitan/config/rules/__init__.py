@@ -1,8 +1,8 @@
-"""The rules of a config, in the order in which they are checked, before anything is started.
+"""The rules of a config, in the order in which they are checked, before the run starts.
 
-Where a rule goes: of one table, in the file of that name, or in `values.py` where it is a range or
-a choice; of several tables, or of a table and the device, in `together.py`; of files, folders and
-the machine, in `trainer/preflight.py`; of the model, in its arguments (`models/<name>/args.py`).
+A rule for one table is in the file of that name, or in `values.py` where it is a range or a choice;
+a rule for several tables, or for a table and the device, in `together.py`; for files, folders and
+the machine, in `trainer/preflight.py`; for the model, in its arguments (`models/<name>/args.py`).
 Each raises `UserError` with one sentence: the key, its value, the rule, the way out.
 """
 
@@ -14,7 +14,7 @@ from torchtitan.config.rules.checkpoint import check_checkpoint
 from torchtitan.config.rules.metrics import check_alarms
 from torchtitan.config.rules.numbers import check_numbers
 from torchtitan.config.rules.optimizer import check_optimizer_groups, check_state_dtype
-from torchtitan.config.rules.phases import check_schedule
+from torchtitan.config.rules.schedule import check_schedule
 from torchtitan.config.rules.text import check_text
 from torchtitan.config.rules.together import (
     check_async_tensor_parallel,

@@ -1,4 +1,4 @@
-"""Which settings of [checkpoint] go together, and with those that need a checkpoint."""
+"""Rules for [checkpoint], and for settings that need a checkpoint."""
 
 from torchtitan.config.job_config import CHECKPOINT_PARTS, JobConfig
 from torchtitan.tools.errors import UserError, suggest
@@ -15,7 +15,7 @@ def check_checkpoint(config: JobConfig, world_size: int) -> None:
     for part in checkpoint.exclude_from_loading:
         if part not in CHECKPOINT_PARTS:
             raise UserError(
-                f"checkpoint.exclude_from_loading names '{part}', which is no part of a checkpoint"
+                f"checkpoint.exclude_from_loading names '{part}', which is not a checkpoint's part"
                 f"{suggest(part, CHECKPOINT_PARTS)}"
             )
     for key in ("non_finite_loss", "loss_spike"):
@@ -34,7 +34,7 @@ def _check_start(config: JobConfig, world_size: int) -> None:
     if checkpoint.create_seed_checkpoint and world_size > 1:
         raise UserError(
             f"checkpoint.create_seed_checkpoint = true needs one process, but there are "
-            f"{world_size}; start it with NGPU=1 (any layout can begin from what it saves)."
+            f"{world_size}; start it with NGPU=1 (any layout can start from that checkpoint)."
         )
     if checkpoint.create_seed_checkpoint and checkpoint.load_only:
         raise UserError(
@@ -53,7 +53,7 @@ def _check_start(config: JobConfig, world_size: int) -> None:
         )
     if checkpoint.last_save_in_hf and config.ema.enable:
         raise UserError(
-            "checkpoint.last_save_in_hf = true writes the weights alone, and the average of them "
+            "checkpoint.last_save_in_hf = true writes only the weights, and their average "
             "(ema.enable = true) would be lost; set last_save_in_hf to false, and convert the last "
             "checkpoint with scripts/checkpoint_conversion/convert_to_hf.py, also with --ema."
         )

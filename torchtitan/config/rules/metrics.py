@@ -1,4 +1,4 @@
-"""Which alarms of [[metrics.alarm]] can ring."""
+"""Rules for [[metrics.alarm]]."""
 
 import math
 
@@ -15,17 +15,18 @@ ALWAYS = (
 
 
 def check_alarms(config: JobConfig) -> None:
-    """Raise `UserError` for the first alarm that could never ring, or could not act."""
+    """Raise `UserError` for the first alarm that could never go off, or could not act."""
     for n, alarm in enumerate(config.metrics.alarm, start=1):
         where = f"metrics.alarm {n}"
         if alarm.watch not in (*ALWAYS, *ROUTER_STATS):
             raise UserError(
-                f"{where}: watch = {as_text(alarm.watch)} is no number that an alarm can watch"
+                f"{where}: watch = {as_text(alarm.watch)} is not a number that an alarm can watch"
                 f"{suggest(alarm.watch, [*ALWAYS, *ROUTER_STATS])}"
             )
         if alarm.watch in ROUTER_STATS and not config.metrics.log_routing:
             raise UserError(
-                f"{where}: {alarm.watch} is measured only with metrics.log_routing = true; set it."
+                f"{where}: {alarm.watch} is measured only with metrics.log_routing = true; set "
+                "that."
             )
         bounds = [bound for bound in (alarm.above, alarm.below) if bound is not None]
         if not bounds or any(math.isnan(bound) for bound in bounds):

@@ -1,7 +1,7 @@
-"""Which numbers any setting or model argument may hold, whatever else is asked of it.
+"""Limits of numbers that hold for all settings and model arguments.
 
-Floats are finite and of a size that fp32 has, which is what they meet in a run. Integers have an
-upper limit far above all that trains, so that nothing overflows and no check counts for minutes.
+Floats must be finite and within the range of fp32, in which a run uses them. Integers have an upper
+limit far above all practical values, so that nothing overflows and no check takes minutes.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from torchtitan.tools.errors import UserError
 # Normal numbers of fp32; smaller ones are flushed to 0 by some kernels.
 LARGEST_FLOAT = 3.4028234663852886e38
 SMALLEST_FLOAT = 2.0**-126
-# fp32 tells positions apart up to here; no width of a matrix comes near.
+# fp32 distinguishes positions up to here; the width of a matrix is far below.
 LARGEST_SIZE = 2**24
 # Tokens of one forward pass: kernels index their rows with 32 bits.
 MOST_TOKENS_A_PASS = 2**31 - 1
-# Float64 counts up to here.
+# fp64 holds all integers up to here.
 MOST_TOKENS = 2**53
 
 # The largest integer, and the keys that it holds for. All other keys: OTHERWISE.
@@ -41,7 +41,7 @@ _MAY_BE_INF = ("training.max_norm",)
 
 
 def check_numbers(config: JobConfig) -> None:
-    """Raise `UserError` for the first number that no setting of its type can hold."""
+    """Raise `UserError` for the first number beyond the limits of its type."""
     for entry in entries(config):
         if entry.value == math.inf and entry.key in _MAY_BE_INF:
             continue
@@ -69,11 +69,13 @@ def _forward_passes(config: JobConfig) -> list[tuple[str, int, int]]:
 
 
 def broken_rule(value: Any, kind: Any, largest: int = OTHERWISE) -> str | None:
-    """What the number would have to be, to follow "must be"; None where all is well, and for what
-    is no number.
+    """Describe the limit that a number breaks, to follow "must be"; None where it breaks none.
 
-    value: of type `kind`, an annotation; an integer may stand for a float.
-    largest: of integers, in absolute value.
+    Values that are not numbers break none.
+
+    value: an integer may stand for a float.
+    kind: type annotation of the value.
+    largest: limit of integers, in absolute value.
     """
     if type(value) not in (int, float):
         return None
@@ -82,17 +84,17 @@ def broken_rule(value: Any, kind: Any, largest: int = OTHERWISE) -> str | None:
             return None
         return f"an integer of {f'at most {largest:,}' if value > 0 else f'at least {-largest:,}'}"
     if not abs(value) <= LARGEST_FLOAT:  # NaN fails every comparison
-        return f"a finite number within {LARGEST_FLOAT:.3g} of 0, as fp32 has them"
+        return f"a finite number within {LARGEST_FLOAT:.3g} of 0, the range of fp32"
     if 0 < abs(value) < SMALLEST_FLOAT:
-        return f"0 or at least {SMALLEST_FLOAT:.3g}, the smallest number that fp32 has"
+        return f"0 or at least {SMALLEST_FLOAT:.3g}, the smallest number of fp32"
     return None
 
 
 def check_argument_numbers(args: Any, largest: dict[str, int]) -> None:
-    """The same for the fields of a model's arguments.
+    """Raise `UserError` for the first number in a model's arguments beyond its limit.
 
-    args: a dataclass. largest: integers that have another limit than LARGEST_SIZE, by field.
-    Raises `UserError`.
+    args: a dataclass.
+    largest: limits of integers other than LARGEST_SIZE, by field.
     """
     hints = get_type_hints(type(args))
     for field in dataclasses.fields(args):

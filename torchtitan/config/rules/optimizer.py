@@ -1,4 +1,7 @@
-"""Which tables of [[optimizer.group]] can be; whether they name parameters, the model says."""
+"""Rules for [optimizer] and [[optimizer.group]].
+
+Patterns that match no parameter are found later, with the model (components/optimizer).
+"""
 
 import math
 
@@ -8,7 +11,7 @@ from torchtitan.tools.errors import UserError
 
 
 def check_optimizer_groups(config: JobConfig) -> None:
-    """Raise `UserError` for the first table that can't be, or would change nothing."""
+    """Raise `UserError` for the first table that is impossible, or would change nothing."""
     for n, table in enumerate(config.optimizer.group, start=1):
         where = f"optimizer.group {n}"
         if not table.match or "" in table.match:
@@ -32,12 +35,12 @@ def check_optimizer_groups(config: JobConfig) -> None:
             )
 
 
-# Towards the new value a step moves a running mean by 1 - beta of the way; bf16 resolves 0.4 %.
+# A step moves a running mean by 1 - beta of the way to the new value; bf16 resolves 0.4 %.
 LARGEST_BF16_BETA = 0.99
 
 
 def check_state_dtype(config: JobConfig) -> None:
-    """Raise `UserError` where the optimizer's states can't be kept in the type asked for."""
+    """Raise `UserError` where the optimizer's states can't be kept in `state_dtype`."""
     optimizer = config.optimizer
     if optimizer.state_dtype == "float32":
         return

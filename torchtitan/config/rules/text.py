@@ -1,4 +1,4 @@
-"""Which text a setting may hold, and paths: `~` is the home folder in every one of them."""
+"""Rules for texts and paths. In every path, `~` is the home folder."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import Entry, as_text, entries, replace_entries
 from torchtitan.tools.errors import UserError
 
-# Every key that is a path, or joined to one.
+# Keys that are a path, or part of one.
 PATHS = frozenset(
     (
         "job.config_file job.dump_folder job.save_config_file profiling.save_traces_folder "
@@ -19,24 +19,24 @@ PATHS = frozenset(
     ).split()
 )
 _MAY_BE_EMPTY = ("parallelism.pipeline_parallel_schedule_csv", "comm.save_traces_file_prefix")
-# Names that are looked for on the disk, too.
+# Names that may also be paths on disk.
 _PERHAPS_PATHS = ("training.dataset", "training.blend.dataset", "validation.dataset")
-# What Linux's file systems take: bytes of a name, and of a whole path.
+# Limits of Linux's file systems: bytes of a name, and of a whole path.
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-# Python's stand-ins for bytes that are no UTF-8; also half of a JSON escape.
+# Python's placeholders for bytes that are not UTF-8; also half of a JSON escape.
 _HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 
 def with_home(config: JobConfig) -> JobConfig:
-    """The config with `~` and `~user` spelled out in paths; those of unknown users stay."""
+    """Expand `~` and `~user` in all paths; those of unknown users stay."""
     paths = {e.title: os.path.expanduser(e.value) for e in entries(config) if _is_path(e)}
     return replace_entries(config, paths)
 
 
 def check_text(config: JobConfig) -> None:
-    """Raise `UserError` for the first text that no log or file can hold, and for the first path
-    that nothing can have.
+    """Raise `UserError` for the first text that can't be written to a log or file, or the first
+    impossible path.
     """
     for entry in entries(config):
         for text in _texts(entry.value):
@@ -52,7 +52,7 @@ def _is_path(entry: Entry) -> bool:
 
 
 def check_path(key: str, path: str) -> None:
-    """Raise `UserError` where nothing can have that path; `~` is spelled out already."""
+    """Raise `UserError` for an impossible path, in which `~` is expanded already."""
     _check_characters(key, path)
     if path.strip() == "":
         raise UserError(f"{key} = {as_text(path)} must be a path, not empty.")
@@ -64,8 +64,8 @@ def check_path(key: str, path: str) -> None:
     if path.startswith("~"):
         user = path[1:].partition("/")[0]
         raise UserError(
-            f"{key} = {as_text(path)} begins with the home folder of user '{user}', whom this "
-            f"machine doesn't know; write the whole path, or ./{path} where it begins with ~."
+            f"{key} = {as_text(path)} begins with the home folder of user '{user}', who is unknown "
+            f"on this machine; write the whole path, or ./{path} for a name that begins with ~."
         )
     _check_length(key, path)
 
@@ -86,13 +86,13 @@ def _check_characters(key: str, text: str) -> None:
     if "\0" in text:
         wrong = "a NUL character"
     elif _HALF_CHARACTER.search(text):
-        wrong = "bytes or characters that are no UTF-8 text"
+        wrong = "bytes or characters that are not UTF-8 text"
     if wrong:
         raise UserError(f"{key} = {as_text(text)} holds {wrong}; remove them.")
 
 
 def _texts(value: Any) -> list[str]:
-    """All strings in a value, keys of tables included."""
+    """List all strings in a value, keys of tables included."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):

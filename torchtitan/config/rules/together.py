@@ -1,4 +1,4 @@
-"""What settings of two tables, or of a table and the device, ask of each other."""
+"""Rules for settings of two tables, or of a table and the device."""
 
 import math
 
@@ -20,14 +20,14 @@ def check_memory_budget(config: JobConfig) -> None:
     if settings.mode != "memory_budget":
         if settings.visualize_memory_budget_pareto:
             raise UserError(
-                "activation_checkpoint.visualize_memory_budget_pareto = true draws what "
-                'activation_checkpoint.mode "memory_budget" chooses from, but the mode is '
-                f'"{settings.mode}"; set either.'
+                "activation_checkpoint.visualize_memory_budget_pareto = true draws the choices of "
+                'activation_checkpoint.mode "memory_budget", but the mode is '
+                f'"{settings.mode}"; change one of them.'
             )
         return
     if not compiler.enable or "model" not in compiler.components:
         raise UserError(
-            'activation_checkpoint.mode = "memory_budget" is kept to by the compiler: it needs '
+            'activation_checkpoint.mode = "memory_budget" is implemented by the compiler: it needs '
             'compile.enable with "model" in compile.components; set them, or another mode.'
         )
     if compiler.backend not in _BUDGETING:
@@ -44,32 +44,33 @@ def check_cpu_offload(config: JobConfig, world_size: int, device_type: str) -> N
     if device_type == "cpu":
         reason = "moves weights from an accelerator to the CPU, but this run is on the CPU"
     elif world_size == 1:
-        reason = "is FSDP's, which one process doesn't use"
+        reason = "needs FSDP, which one process doesn't use"
     if reason:
         raise UserError(f"training.enable_cpu_offload = true {reason}; set it to false.")
 
 
 def check_early_step(config: JobConfig, world_size: int) -> None:
-    """A step in the backward pass comes before the norm of all gradients, and before the next
-    micro-batch.
+    """Raise `UserError` for settings that an optimizer step in the backward pass excludes.
+
+    It comes before the norm of all gradients is known, and before the next micro-batch.
     """
     if not config.optimizer.early_step_in_backward:
         return
     one_pass = (-1, config.training.local_batch_size)
     rules = [
         ("training.max_norm", (math.inf,), "clipping needs the norm of all gradients"),
-        ("training.non_finite_loss", ("rewind", "stop"), "a step that was taken can't be skipped"),
-        ("training.loss_spike", ("rewind", "warn"), "a step that was taken can't be skipped"),
-        ("training.global_batch_size", one_pass, "a gradient is gone after one forward pass"),
-        ("optimizer.implementation", ("fused",), "only this one updates single parameters"),
-        ("optimizer.name", ("Adam", "AdamW"), "only these update single parameters"),
-        ("optimizer.state_dtype", ("float32",), "only with these single parameters are updated"),
+        ("training.non_finite_loss", ("rewind", "stop"), "a finished step can't be skipped"),
+        ("training.loss_spike", ("rewind", "warn"), "a finished step can't be skipped"),
+        ("training.global_batch_size", one_pass, "a gradient is freed after one forward pass"),
+        ("optimizer.implementation", ("fused",), 'only "fused" updates single parameters'),
+        ("optimizer.name", ("Adam", "AdamW"), "only Adam and AdamW update single parameters"),
+        ("optimizer.state_dtype", ("float32",), "bf16 states are updated all at once"),
     ]
     for key, allowed, reason in rules:
         if value_of(config, key) not in allowed:
             way_out = "inf" if allowed[-1] == math.inf else as_text(allowed[-1])
             raise UserError(
-                f"{key} = {as_text(value_of(config, key))} can't be had with "
+                f"{key} = {as_text(value_of(config, key))} is not supported with "
                 f"optimizer.early_step_in_backward = true, because {reason}; set it to "
                 f"{way_out}, or early_step_in_backward to false."
             )
@@ -85,12 +86,13 @@ def check_early_step(config: JobConfig, world_size: int) -> None:
         )
 
 
-# Keys of a phase that change what a forward pass is.
+# Keys of a phase that change the shape of a forward pass.
 _SHAPES = ("batch_size", "local_batch_size", "seq_len", "yarn")
 
 
 def check_cuda_graph(config: JobConfig, device_type: str) -> None:
-    """A graph repeats the same kernels on the same memory."""
+    """Raise `UserError` for settings that exclude a graph, which repeats the same kernels on the
+    same memory."""
     if not config.compile.cuda_graph:
         return
     parallelism, reason = config.parallelism, None
@@ -105,7 +107,7 @@ def check_cuda_graph(config: JobConfig, device_type: str) -> None:
     elif changed := [key for key in _SHAPES if any(getattr(p, key) for p in config.schedule.phase)]:
         reason = f"a schedule.phase sets {changed[0]}"
     elif config.optimizer.early_step_in_backward:
-        reason = "optimizer.early_step_in_backward changes what the pass does from step to step"
+        reason = "optimizer.early_step_in_backward changes the pass from step to step"
     if reason is not None:
         raise UserError(
             "compile.cuda_graph = true is for CUDA GPUs and passes that are the same in every "
@@ -122,7 +124,7 @@ def check_async_tensor_parallel(config: JobConfig, device_type: str) -> None:
     elif device_type != "cuda":
         reason = f"needs CUDA GPUs, but this run is on {device_type}"
     elif not config.compile.enable or "model" not in config.compile.components:
-        reason = 'is done by the compiler: it needs compile.enable with "model" in its components'
+        reason = 'needs the compiler: compile.enable with "model" in compile.components'
     if reason:
         raise UserError(
             f"parallelism.enable_async_tensor_parallel = true {reason}; set it to false."

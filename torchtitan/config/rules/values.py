@@ -1,4 +1,4 @@
-"""What single settings may hold: what is not supported, ranges, choices, tables of their own."""
+"""Rules for single settings: unsupported values, ranges, choices; and for small tables."""
 
 import math
 import re
@@ -10,11 +10,11 @@ from torchtitan.config.schema import as_text, value_of
 from torchtitan.tools.errors import UserError, suggest
 
 # ---------------------------------------------------------------------------------------------
-# Features that are not there yet
+# Features that are not supported yet
 # ---------------------------------------------------------------------------------------------
 
-# key, what it may hold, the feature. Keys that only shape one of these features (the pipeline
-# schedule, checkpoint.interval, [quantize], ...) have no effect without it and may hold anything.
+# key, allowed values, the feature. Keys that only shape one of these features (the pipeline
+# schedule, checkpoint.interval, [quantize], ...) have no effect without it and may have any value.
 _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
     ("model.converters", ([],), "converting the model (FP8)"),
     ("metrics.enable_wandb", (False,), "Weights & Biases"),
@@ -47,11 +47,11 @@ def check_renamed(config: JobConfig) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Values alone
+# Values
 # ---------------------------------------------------------------------------------------------
 
-# The rule in words, the same as a test, and the keys that it holds for; a key may be unset (None).
-# NaN fails every comparison, so no rule needs to name it.
+# The rule in words, the rule as a test, and its keys; a key may be unset (None). NaN fails every
+# comparison, so no rule needs to mention it.
 _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "1 or more",
@@ -162,7 +162,7 @@ def check_validation(config: JobConfig) -> None:
     split = [key for key in split if value_of(config, key) > 1]
     if validation.sample_prompts and split:
         raise UserError(
-            f"validation.sample_prompts is set, but text is written token by token, which "
-            f"{split[0]} = {value_of(config, split[0])} can't split; leave it out, and read what "
-            "scripts/generate.py writes from a checkpoint."
+            f"validation.sample_prompts is set, but text is generated token by token, which "
+            f"{split[0]} = {value_of(config, split[0])} can't split; leave it out, and use "
+            "scripts/generate.py with a checkpoint."
         )

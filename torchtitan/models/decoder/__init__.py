@@ -1,4 +1,4 @@
-"""What families share: a decoder of attention and feed-forward layers, dense or with experts."""
+"""The decoder that families share: attention and feed-forward layers, dense or with experts."""
 
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.decoder.attention import SelfAttention

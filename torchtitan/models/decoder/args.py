@@ -1,4 +1,4 @@
-"""Sizes that all decoders have, and the rules that they bring."""
+"""Arguments that all decoders have, and their rules."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Set
@@ -13,7 +13,7 @@ from torchtitan.models.moe.without_effect import without_effect
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.errors import UserError
 
-# Each layer is a module of its own, and each check and log line meets all of them.
+# Limits. Each layer is a module of its own, and checks and log lines go through all of them.
 MOST_LAYERS = 1_024
 # 400 TB in fp32; the largest models have a hundredth of it.
 MOST_WEIGHTS = 10**14
@@ -21,10 +21,14 @@ MOST_WEIGHTS = 10**14
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderArgs(BaseModelArgs):
-    """n_heads: of queries; norm_eps: of every RMSNorm; init_std: of all matrices, normal.
+    """Arguments of a decoder.
 
+    n_heads: heads of the queries.
+    norm_eps: of every RMSNorm.
+    init_std: of all matrices, normal.
     attn_mask_type: causal, or block_causal (a token sees its own document only).
-    moe_args, moe_inter_dim: the layers with experts, if any, and the hidden width of one expert.
+    moe_args: layers with experts, if any.
+    moe_inter_dim: hidden channels of one expert.
     """
 
     n_heads: int
@@ -43,15 +47,15 @@ class DecoderArgs(BaseModelArgs):
     )
 
     def __post_init__(self) -> None:
-        """Before the rules of a family: comparisons there then meet no NaN."""
+        """Check numbers before the rules of a family, so that no comparison there sees NaN."""
         check_argument_numbers(self, {"n_layers": MOST_LAYERS, "n_mtp_layers": MOST_LAYERS})
 
     def check_weights(self) -> None:
-        """Raise `UserError` for a model that fits no machine."""
+        """Raise `UserError` for a model too large for any machine."""
         if self.num_weights > MOST_WEIGHTS:
             raise UserError(
                 f"these arguments make a model of {self.num_weights:.2g} weights, but at most "
-                f"{MOST_WEIGHTS:.0e} can be had; lower the largest of {self._sizes()}."
+                f"{MOST_WEIGHTS:.0e} are allowed; lower the largest of {self._sizes()}."
             )
 
     def _sizes(self) -> str:
@@ -65,16 +69,19 @@ class DecoderArgs(BaseModelArgs):
 
     @property
     def split_heads(self) -> tuple[str, int]:
-        """The argument that counts the heads which layouts deal out whole, and its value."""
+        """Name and value of the argument that counts the heads that layouts distribute."""
         return "n_heads", self.n_heads
 
     @property
     def dense_widths(self) -> dict[str, int]:
-        """Hidden channels of the dense layers, if there are any, by argument."""
+        """Hidden channels of the dense layers, if the model has any, by argument."""
         return {}
 
     def check_positive(self, names: str) -> None:
-        """names: of fields, with blanks between. Raises `UserError`."""
+        """Raise `UserError` for a field that is not above 0.
+
+        names: of fields, separated by blanks.
+        """
         for name in names.split():
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} ({getattr(self, name)}) must be above 0.")
@@ -97,7 +104,7 @@ class DecoderArgs(BaseModelArgs):
         if self.attn_mask_type == "block_causal" and eos_id is None:
             raise UserError(
                 "model.args.attn_mask_type 'block_causal' needs a tokenizer with an end-of-text "
-                "token, which tells documents apart; name one in its tokenizer_config.json, or use "
+                "token, which separates documents; name one in its tokenizer_config.json, or use "
                 "'causal'."
             )
 
@@ -107,7 +114,7 @@ class DecoderArgs(BaseModelArgs):
         if "load_balance_coeff" in names and self.moe_args.load_balance_coeff is None:
             raise UserError(
                 "[[schedule.phase]] sets load_balance_coeff, but the model has no expert bias: set "
-                "model.args.moe_args.load_balance_coeff to the speed of the start (0 is one)."
+                "model.args.moe_args.load_balance_coeff to the initial speed (may be 0)."
             )
         super().check_coefficients(names - set(EXPERT_COEFFICIENTS))
 
@@ -148,9 +155,9 @@ class DecoderArgs(BaseModelArgs):
         if method == "alltoall" and heads % degree:
             shared = " over parallelism.tensor_parallel_degree" if tensor_parallel > 1 else ""
             raise UserError(
-                'parallelism.context_parallel_rotate_method = "alltoall" deals out whole heads: '
+                'parallelism.context_parallel_rotate_method = "alltoall" distributes whole heads: '
                 f"parallelism.context_parallel_degree = {degree} must divide model.args.{name}"
-                f'{shared} ({heads}); use "allgather", which deals out positions only.'
+                f'{shared} ({heads}); use "allgather", which distributes positions only.'
             )
 
 

@@ -1,4 +1,4 @@
-"""Attention over remembered tokens, for generation: what keys and values are made of is kept."""
+"""Attention with a cache, for generation: the narrow tensors of earlier tokens are kept."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +10,9 @@ from torchtitan.ops.attention import AttentionMask
 
 
 class CachedAttend:
-    """An `Attend` that remembers: narrow tensors of new tokens come in, and go on together with
-    those of all earlier ones.
+    """An `Attend` with a cache: it adds the narrow tensors of new tokens, and attends to all.
 
-    length: the most tokens of a sequence.
+    length: tokens of a sequence at most.
     """
 
     def __init__(self, attention: SelfAttention, batch_size: int, length: int) -> None:
@@ -23,13 +22,16 @@ class CachedAttend:
         self.filled = 0
 
     def __call__(self, q_BSHC: Tensor, narrow: Narrow, mask: AttentionMask) -> Tensor:
-        """mask: bool (B, 1, S, tokens remembered with these), True = may be seen."""
-        return self.attend(q_BSHC, self._remember(narrow), mask)
+        """Add new tokens to the cache, and attend to all tokens in it.
+
+        mask: bool (B, 1, S, cached tokens including these), True = may be seen.
+        """
+        return self.attend(q_BSHC, self._append(narrow), mask)
 
     def attend(self, q_BSHC: Tensor, narrow: Narrow, mask: AttentionMask) -> Tensor:
         return self.attention.attend_here(q_BSHC, narrow, mask)
 
-    def _remember(self, new: Narrow) -> Narrow:
+    def _append(self, new: Narrow) -> Narrow:
         if not self.kept:
             self.kept = [each.new_empty(*self.shape, *each.shape[2:]) for each in new]
         begin, self.filled = self.filled, self.filled + new[0].size(1)
@@ -42,7 +44,7 @@ class CachedAttend:
 def caching(
     attentions: Sequence[SelfAttention], make: Callable[[SelfAttention], CachedAttend]
 ) -> Iterator[None]:
-    """Inside, these layers remember; see `BaseModel.caching`."""
+    """Let these layers use caches inside of this context; see `BaseModel.caching`."""
     for attention in attentions:
         attention.attend_with = make(attention)
     try:

@@ -1,5 +1,5 @@
-"""What families' reading and writing of `config.json` has in common: what is read is understood,
-or refused by name."""
+"""Reading and writing of `config.json`, shared by the families: every key that is read is
+understood, or refused by name."""
 
 import math
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "shared_expert_intermediate_size": (0,),
     "per_layer_config": (),
 }
-# Keys that say nothing of what a trained model computes: names, ids of tokens, training, text
+# Keys that don't change what a trained model computes: names, ids of tokens, training, text
 # generation, bookkeeping.
 HARMLESS = frozenset(
     "architectures model_type auto_map torch_dtype dtype transformers_version _name_or_path "
@@ -95,30 +95,38 @@ def _is_nothing(value: Any) -> bool:
 
 
 def expect(key: str, value: Any, *allowed: Any) -> None:
-    """Raise `UserError` where `config.json` says what the family is not built for. None among
-    `allowed`: the key may be missing."""
+    """Raise `UserError` where `config.json` has a value that the family does not support.
+
+    allowed: supported values; None = the key may be missing.
+    """
     if value not in allowed:
         known = " or ".join(repr(each) for each in allowed if each is not None)
         raise UserError(
-            f"config.json has {key} = {value!r}, but this architecture is only built with {known}; "
-            "such weights would mean something else here."
+            f"config.json has {key} = {value!r}, but this architecture is supported only with "
+            f"{known}; its weights would compute something else here."
         )
 
 
 def refuse_export(argument: str, value: Any, family: str, needed: str) -> NoReturn:
-    """For a model that Hugging Face has no class for. argument: of model.args."""
+    """Raise `UserError` for a model that Hugging Face has no class for.
+
+    argument: of model.args.
+    needed: value that the Hugging Face class has.
+    """
     raise UserError(
-        f"no Hugging Face model computes this one: with model.args.{argument} = "
-        f"{value!r} it is not a {family}, which has {needed} there; train with that, or keep the "
-        "checkpoint in our own format (checkpoint.last_save_in_hf = false)."
+        f"no Hugging Face class computes this model: with model.args.{argument} = {value!r} it is "
+        f"not a {family}, which has {needed}; train with that, or keep the checkpoint in our own "
+        "format (checkpoint.last_save_in_hf = false)."
     )
 
 
 class ConfigReader:
-    """A table of `config.json` that remembers which of its keys were read.
+    """A table of `config.json` that tracks which of its keys were read.
 
-    within: the table's name and a dot, for the sentences. null reads as if the key were missing.
-    Missing keys raise KeyError where no default is given, values of another kind `UserError`.
+    null counts as a missing key. A missing key without default raises KeyError, a value of another
+    type `UserError`.
+
+    within: the table's name and a dot, for messages.
     """
 
     def __init__(self, table: Mapping[str, Any], within: str = "") -> None:
@@ -151,20 +159,20 @@ class ConfigReader:
         return self._of_kind(key, value, type(value) is bool or value is default, "true or false")
 
     def table(self, key: str) -> "ConfigReader":
-        """Empty where it is missing."""
+        """Return a nested table, empty where it is missing."""
         value = self.get(key, {})
         self._of_kind(key, value, isinstance(value, Mapping), "a table")
         return ConfigReader(value, f"{self._within}{key}.")
 
     def only(self, key: str, *allowed: Any, default: Any = None) -> Any:
-        """The value, which must be one of these or missing."""
+        """Return the value, which must be one of `allowed`, or `default` where it is missing."""
         value = self.get(key, default)
         if value is not default:
             expect(self._within + key, value, *allowed)
         return value
 
     def plain(self) -> dict[str, Any]:
-        """The table without nulls."""
+        """Return the table without nulls."""
         return {key: value for key, value in self._table.items() if value is not None}
 
     def refuse_other_models(self) -> None:
@@ -186,14 +194,14 @@ class ConfigReader:
                 self._refuse(key, value)
 
     def unread(self) -> list[str]:
-        """Keys with a value that nothing here knows."""
+        """List keys with a value that are unknown here."""
         known = self._read | NEUTRAL.keys() | HARMLESS
         return [k for k, v in self._table.items() if k not in known and not _is_nothing(v)]
 
     def _refuse(self, key: str, value: Any) -> NoReturn:
         raise UserError(
-            f"config.json has {self._within}{key} = {value!r}, which is not supported here; such "
-            "weights would mean something else without it."
+            f"config.json has {self._within}{key} = {value!r}, which is not supported here; the "
+            "weights would compute something else without it."
         )
 
     def _value(self, key: str, default: Any) -> Any:
@@ -207,8 +215,8 @@ class ConfigReader:
     def _of_kind(self, key: str, value: Any, is_right: bool, kind: str) -> Any:
         if not is_right:
             raise UserError(
-                f"config.json has a value of another kind than it should: {self._within}{key} = "
-                f"{value!r} must be {kind}; download it again."
+                f"config.json has a value of the wrong type: {self._within}{key} = {value!r} must "
+                f"be {kind}; download it again."
             )
         return value
 
@@ -216,19 +224,21 @@ class ConfigReader:
 def rope_settings(
     config: ConfigReader, default_theta: float | None, *kinds: str
 ) -> tuple[str, float, ConfigReader]:
-    """Kind of scaling ("default": none), base, and the scaling's numbers.
+    """Read RoPE's settings: kind of scaling ("default": none), base, and the scaling's numbers.
 
-    transformers 5 writes `rope_parameters`, all others `rope_scaling` beside `rope_theta`.
-    default_theta: None where readers of a config without the base don't agree on one. kinds: that
-    the family has beside "default". Raises `UserError` for others, and where the two tables, or
-    their names for one thing, contradict each other.
+    transformers 5 writes `rope_parameters`, all others `rope_scaling` beside `rope_theta`. Raises
+    `UserError` for unknown kinds, and where the two tables, or two names for one value, contradict
+    each other.
+
+    default_theta: None where readers of a config without the base use different ones.
+    kinds: those that the family supports beside "default".
     """
     tables = {key: config.table(key) for key in ("rope_parameters", "rope_scaling")}
     contents = [_scaling(table) for table in tables.values() if _scaling(table)]
     if len(contents) > 1 and contents[0] != contents[1]:
         raise UserError(
-            f"config.json has rope_parameters {contents[0]} and rope_scaling {contents[1]}, of "
-            "which readers take one or the other; remove the one that is wrong."
+            f"config.json has rope_parameters {contents[0]} and rope_scaling {contents[1]}, and "
+            "each reader uses only one of them; remove the wrong one."
         )
     name = next((key for key, table in tables.items() if _scaling(table)), "rope_parameters")
     bases = {"rope_theta": config.number("rope_theta", None)}
@@ -236,7 +246,7 @@ def rope_settings(
     bases = {key: value for key, value in bases.items() if value is not None}
     if len(set(bases.values())) > 1:
         said = " and ".join(f"{key} = {value:g}" for key, value in bases.items())
-        raise UserError(f"config.json has {said}; remove the one that is wrong.")
+        raise UserError(f"config.json has {said}; remove the wrong one.")
     theta = next(iter(bases.values()), default_theta)
     if theta is None:
         raise KeyError("rope_theta")
@@ -251,7 +261,7 @@ def rope_settings(
 
 
 def _scaling(table: ConfigReader) -> dict[str, Any]:
-    """What a table says beside the base, its kind under the newer name."""
+    """Content of a table without the base, its kind under the newer name."""
     content = table.plain()
     content.pop("rope_theta", None)
     if "type" in content:
@@ -273,7 +283,7 @@ def check_quantization(config: ConfigReader) -> None:
 
 
 def check_layer_types(config: ConfigReader, n_layers: int, n_dense: int) -> None:
-    """Raise `UserError` for lists by layer that speak of other layers than the model's."""
+    """Raise `UserError` for lists by layer that describe other layers than the model's."""
     same = {
         "layer_types": [["full_attention"] * n_layers],
         "mlp_layer_types": [["dense"] * n_dense + ["sparse"] * (n_layers - n_dense)],
@@ -283,6 +293,6 @@ def check_layer_types(config: ConfigReader, n_layers: int, n_dense: int) -> None
 
 
 def check_aliases(config: ConfigReader, value: int, *names: str) -> None:
-    """Raise `UserError` where another name of the same thing has another value."""
+    """Raise `UserError` where another name of the same setting has another value."""
     for name in names:
         config.only(name, value)

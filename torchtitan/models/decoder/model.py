@@ -1,7 +1,7 @@
 """A decoder: embedding, blocks of attention and feed-forward (dense or experts), norm, output.
 
-Single-device code: where tensors live is decided in parallelize.py. A family brings its attention,
-says which layers have experts, and adds what stands beside the main path.
+Single-device code: parallelize.py decides where tensors live. A family defines its attention and
+the layers with experts, and may add modules beside the main path.
 
 Letters: B batch, S sequence, D model dim.
 """
@@ -54,10 +54,10 @@ class TransformerBlock(nn.Module):
         positions_BS: Tensor | None = None,
         token_mask_BS: Tensor | None = None,
     ) -> tuple[Tensor, RoutingLoad | None]:
-        """Returns the new hidden state and, with experts, this batch's load.
+        """Return the new hidden state (B, S, D) and, with experts, this batch's load.
 
-        The load is returned, not kept: a block may be recomputed in the backward pass, and only
-        what leaves it is sure to happen once.
+        The load is returned, not stored: a block may run again in the backward pass, and only its
+        outputs are used exactly once.
         """
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, mask, positions_BS)
         normed = self.ffn_norm(x_BSD)
@@ -89,7 +89,7 @@ class Decoder(KeepsBufferDtypes, BaseModel):
         raise NotImplementedError
 
     def make_rope_table(self) -> Tensor:
-        """Of `rope_table`."""
+        """Make the rotary table, see `rope_table`."""
         raise NotImplementedError
 
     def forward(
@@ -100,14 +100,16 @@ class Decoder(KeepsBufferDtypes, BaseModel):
         token_mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, S, V) of int64 tokens (B, S); with int64 labels (B, S) the sum of their losses
-        instead (scalar, see `linear_cross_entropy`).
+        """Compute logits (B, S, V), or with labels the sum of their losses (scalar).
 
-        attention_masks: from `get_attention_masks`, None = causal. positions: (B, S) int64, None =
-        0, 1, …. token_mask: (B, S) bool, False = padding, left out of the expert load.
+        A pipeline's part without `tok_embeddings` takes the hidden states (B, S, D) of the previous
+        part as `tokens`; one without `output` returns hidden states.
 
-        A pipeline's part without `tok_embeddings` takes the hidden states (B, S, D) of the one
-        before as `tokens`; one without `output` returns its own.
+        tokens: (B, S) int64.
+        attention_masks: from `get_attention_masks`; None = causal.
+        positions: (B, S) int64; None = 0, 1, ….
+        token_mask: (B, S) bool, False = padding, left out of the expert load.
+        labels: (B, S) int64, see `linear_cross_entropy`.
         """
         x_BSD = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         x_BSD = self.run_layers(x_BSD, attention_masks, positions, token_mask)
@@ -122,7 +124,7 @@ class Decoder(KeepsBufferDtypes, BaseModel):
         positions_BS: Tensor | None,
         token_mask_BS: Tensor | None,
     ) -> Tensor:
-        """Hidden states behind the last layer; in training the expert loads are recorded."""
+        """Run all layers; return the hidden states. In training the expert loads are recorded."""
         for layer in self._blocks().values():
             x_BSD, load = layer(x_BSD, self.rope, mask, positions_BS, token_mask_BS)
             if load is not None and self.training and torch.is_grad_enabled():
@@ -165,9 +167,9 @@ class Decoder(KeepsBufferDtypes, BaseModel):
         return caching(attentions, lambda each: self.cached_attend(each, batch_size, length))
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Matrices normal with `init_std`, norms one, expert bias zero.
+        """Set matrices to normal with `init_std`, norms to one, expert bias to zero.
 
-        buffer_device: where the rotary table goes; absent = where the model is.
+        buffer_device: of the rotary table; None = that of the model.
         """
         init_parameters(self, self.model_args.init_std)
         for moe in self.moe_layers().values():

@@ -1,5 +1,5 @@
-"""Where a decoder lives: tensors → experts → context → activation checkpointing → compile → data
-parallel. A family says how its attention splits; the rest is the same for all."""
+"""Parallelism of a decoder, in this order: tensor → expert → context → activation checkpointing →
+compile → data. A family defines how its attention is split; the rest is the same for all."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import TORCH_DTYPES, device_type
 
-# Place the weights of an attention module, or of a whole model, of the family's own class.
+# Splits an attention module, or a whole model, of the family's own class.
 Split = Callable[[Any, TensorParallel], None]
 Model = TypeVar("Model", bound=Decoder)
 
@@ -35,12 +35,12 @@ def parallelize_decoder(
 ) -> Model:
     """Change the model in place, in this order, on any device; each step logs one line.
 
-    split_attention: its input and output are this rank's part of the sequence. split_beside: what
-    the model has beside embedding, blocks, norm and output.
+    split_attention: for attention whose input and output are this rank's part of the sequence.
+    split_beside: for the modules beside embedding, blocks, norm and output.
     """
     blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
     moes = model.moe_layers()
-    loops = _say_how_experts_compute(moes, config)
+    loops = _log_expert_gemm(moes, config)
     log_expert_layout(model.model_args.moe_args, ep=dims.ep, nodes=dims.nodes_per_ep_group)
     if dims.tp > 1:
         tp = TensorParallel(dims.mesh["tp"])
@@ -73,7 +73,7 @@ def _split_block(block: TransformerBlock, tp: TensorParallel, split_attention: S
     split_attention(block.attention, tp)
     if block.moe_enabled:
         # Each rank routes its part of the sequence; experts are spread by expert parallelism
-        # (etp = 1 or tp) and FSDP, whose mesh takes in the tp axis.
+        # (etp = 1 or tp) and FSDP, whose mesh includes the tp axis.
         tp.split_mask(block.moe)
         tp.replicate(block.moe.router.gate)
     feed_forward = block.moe.shared_experts if block.moe_enabled else block.feed_forward
@@ -85,7 +85,7 @@ def _split_block(block: TransformerBlock, tp: TensorParallel, split_attention: S
 
 
 def _split_ends(model: Decoder, tp: TensorParallel, *, whole_logits: bool) -> None:
-    if model.tok_embeddings is not None:  # None: it lies on another pipeline stage
+    if model.tok_embeddings is not None:  # None: it is on another pipeline stage
         tp.embedding(model.tok_embeddings)
     if model.output is not None and model.norm is not None:
         tp.replicate(model.norm)
@@ -93,9 +93,12 @@ def _split_ends(model: Decoder, tp: TensorParallel, *, whole_logits: bool) -> No
 
 
 def _recompute_and_compile(model: Decoder, config: JobConfig, *, in_pieces: bool) -> None:
-    """A layer that can be one graph is compiled together with its recomputation. One that can't
-    (its experts loop, or tokens travel) is compiled piece by piece, inside of it: torch doesn't
-    compile anything in a recomputed region that is not one graph."""
+    """Apply activation checkpointing and torch.compile, in the order that the layers allow.
+
+    A layer that is a single graph is compiled together with its recomputation. One that is not (its
+    experts loop, or tokens are sent between ranks) is compiled in pieces, inside of the recomputed
+    region: torch compiles nothing in a recomputed region that is not a single graph.
+    """
     if in_pieces:
         apply_compile(model.blocks(), config.compile)
         for moe in model.moe_layers().values():
@@ -108,8 +111,8 @@ def _recompute_and_compile(model: Decoder, config: JobConfig, *, in_pieces: bool
         apply_compile(model.blocks(), config.compile)
 
 
-def _say_how_experts_compute(moes: dict[int, MoE], config: JobConfig) -> bool:
-    """True where they loop."""
+def _log_expert_gemm(moes: dict[int, MoE], config: JobConfig) -> bool:
+    """Log whether experts use grouped GEMM or a loop; return whether they loop."""
     if not moes:
         return False
     experts = next(iter(moes.values())).experts

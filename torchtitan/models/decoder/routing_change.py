@@ -1,4 +1,4 @@
-"""How many tokens meet other experts once a router's weights are written in less precision."""
+"""The share of tokens whose experts change when a router's weights are rounded for a file."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.moe.router import TokenChoiceTopKRouter
 
-_TOKENS = 2048  # resolves shares of 0.05 %
+_TOKENS = 2048  # enough to resolve shares of 0.05 %
 
 
 # Weight (E, D) of the gate, and bias (E,) or None.
@@ -19,8 +19,10 @@ Router = tuple[Tensor, Tensor | None]
 def routing_change(args: DecoderArgs, before: Router, after: Router, norm_D: Tensor) -> float:
     """Share of tokens whose set of top-k experts differs between two versions of a router.
 
-    An estimate that needs no data: a token here is a Gaussian vector under the layer's RMSNorm
-    (weight `norm_D`), always the same ones.
+    An estimate without data: the tokens are Gaussian vectors, always the same, under the layer's
+    RMSNorm.
+
+    norm_D: weight of the RMSNorm.
     """
     rule = replace(args.moe_args.routing, _debug_force_load_balance=False)
     with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""Hugging Face's names and layouts as one table a family, and the rows that all of them have.
+"""Hugging Face's names and layouts as one table per family, and the rows that all families share.
 
-Values are copied as they are; only the experts change form (one matrix an expert there, stacks
-here).
+Values are copied unchanged; only the experts change form (one matrix per expert in their files, one
+stack here).
 """
 
 import re
@@ -23,8 +23,11 @@ from torchtitan.tools.errors import UserError
 
 @dataclass(frozen=True)
 class Row:
-    """theirs: {} is the layer's number, for stacks over experts a second {} the expert's.
-    The rest: see `Piece`; rope: has rotary channels among its rows.
+    """One row of the table.
+
+    theirs: their name; {} is the layer's number, for stacks of experts a second {} the expert's.
+    fp8, fp32, from_zero: see `Piece`.
+    rope: whether some of its rows are rotary channels.
     """
 
     theirs: str
@@ -34,8 +37,8 @@ class Row:
     rope: bool = False
 
 
-# Inside of a layer, ours to theirs. FP8: the matrices that official FP8 files hold in FP8;
-# embedding, head, norms and the router's gate stay in bf16 there.
+# Names inside of a layer, ours to theirs. fp8: matrices that are FP8 in official FP8 files;
+# embedding, head, norms and the router's gate are bf16 in these.
 BLOCK_ROWS = {
     "attention_norm.weight": Row("input_layernorm.weight"),
     "attention.wo.weight": Row("self_attn.o_proj.weight", fp8=True),
@@ -59,7 +62,7 @@ _GATE = re.compile(r"layers\.(\d+)\.moe\.router\.gate\.weight")
 
 
 def in_layers(ours: str, rows: Mapping[str, Row]) -> dict[str, Row]:
-    """The rows of a block for names that begin with `ours`; theirs are in `model.layers.{}`."""
+    """Prefix the rows of a block: our names with `ours`, theirs with `model.layers.{}`."""
     return {
         f"{ours}.{name}": replace(row, theirs=f"model.layers.{{}}.{row.theirs}")
         for name, row in rows.items()
@@ -67,10 +70,13 @@ def in_layers(ours: str, rows: Mapping[str, Row]) -> dict[str, Row]:
 
 
 class TableAdapter(StateDictAdapter):
-    """A family defines `table` (numbers in our names are {} there), `model_cls`, `model_types`,
-    `read_config` (what `args_of` returns; missing keys raise KeyError), `sizes` and `hf_config`.
+    """Adapter that is defined by a table.
 
-    Whole state dicts of plain tensors go in and out; experts are copied there, the rest is shared.
+    A family defines `table` (with {} for numbers in our names), `model_cls`, `model_types`,
+    `read_config` (which returns the arguments; missing keys raise KeyError), `sizes` and
+    `hf_config`.
+
+    Converts whole state dicts of plain tensors; experts are copied, other tensors share memory.
     """
 
     table: ClassVar[Mapping[str, Row]]
@@ -91,15 +97,14 @@ class TableAdapter(StateDictAdapter):
             return args
         except KeyError as error:
             raise UserError(
-                f"config.json lacks {error}, without which the model is not known; download it "
-                "again, or add the key."
+                f"config.json lacks {error}, which describes the model; download it again, or add "
+                "the key."
             ) from None
         except UserError:
             raise
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"config.json has a value of another kind than it should ({error}); download it "
-                "again."
+                f"config.json has a value of the wrong type ({error}); download it again."
             ) from None
 
     @classmethod
@@ -113,32 +118,32 @@ class TableAdapter(StateDictAdapter):
         notes = cls.config_notes(config)
         if unread := config.unread():
             notes.append(
-                f"{', '.join(unread)}: not known here and passed over; if the model computes "
-                "otherwise because of it, these weights mean something else here"
+                f"{', '.join(unread)}: unknown here and ignored; if the model depends on it, these "
+                "weights compute something else here"
             )
         return notes
 
     @classmethod
     def config_notes(cls, config: ConfigReader) -> list[str]:
-        """Of `notes_on`, what the family knows of its own keys."""
+        """Notes on the family's own keys, for `notes_on`."""
         return []
 
     def row_of(self, ours: str) -> Row:
         row = self.table.get(_NUMBER.sub("{}", ours))
         if row is None:
             raise UserError(
-                f"Hugging Face's files have no place for {ours}; use arguments of the model "
-                "without it (model.args.moe_args.load_balance_coeff gives the expert_bias)."
+                f"Hugging Face's files can't contain {ours}; use arguments of the model without "
+                "it (model.args.moe_args.load_balance_coeff adds the expert_bias)."
             )
         return row
 
     def numbers_of(self, ours: str) -> list[int]:
-        """The numbers that their name of the layer has."""
+        """Return the numbers for the {} of their name."""
         return [int(number) for number in _NUMBER.findall(ours)]
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """Of our state dict, in the model's order."""
+        """Shapes of our state dict, in the model's order."""
         with torch.device("meta"):
             model = self.model_cls(self.model_args)
         return {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -163,12 +168,12 @@ class TableAdapter(StateDictAdapter):
         return None
 
     def explain(self, names: Set[str]) -> str | None:
-        """From names alone: config.json is silent or missing."""
+        """Explain from names alone, where config.json is missing or doesn't help."""
         wanted = {piece.name for piece in self.pieces() if not piece.copy}
         if wanted - names == {_HEAD}:
             return (
-                "its head is its embedding (tie_word_embeddings), while the models here have a "
-                f"matrix for each: add {_HEAD}, a copy of the embedding, to the folder"
+                "its head is its embedding (tie_word_embeddings), but models here have a matrix "
+                f"for each: add {_HEAD}, a copy of the embedding, to the folder"
             )
         biased, wants_bias = (any(n.endswith(_BIAS) for n in each) for each in (names, wanted))
         if biased != wants_bias:
@@ -188,8 +193,7 @@ class TableAdapter(StateDictAdapter):
                 raise UserError(
                     f"the Hugging Face state dict {problem} {min(wrong)} (and {len(wrong) - 1} "
                     "other names), unlike the model of these model.args: make them match its "
-                    "config.json (model.args.moe_args.load_balance_coeff says whether experts have "
-                    "a bias)."
+                    "config.json (with model.args.moe_args.load_balance_coeff experts have a bias)."
                 )
         self._compare_copies(hf_state_dict)
         parts: dict[str, list[Tensor]] = {}

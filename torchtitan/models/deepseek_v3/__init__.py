@@ -1,4 +1,4 @@
-"""The DeepSeek family: flavors and how the trainer gets them.
+"""The DeepSeek family: its flavors, and its description for the trainer.
 
 Numbers of 16B (V2-Lite), 236B (V2) and 671B (V3) are those of the official inference configurations
 (config_16B/236B/671B.json of deepseek-ai/DeepSeek-V3); Moonlight-16B-A3B and Kimi-K2 are the V3
@@ -26,12 +26,12 @@ __all__ = [
 
 
 def _v3_experts(**sizes: Any) -> MoEArgs:
-    """Of V3 and its kin: sigmoid scores, normalised, a bias that balances them."""
+    """Experts of V3 and models like it: normalised sigmoid scores, and a bias that balances."""
     return MoEArgs(score_func="sigmoid", route_norm=True, score_before_experts=False, **sizes)
 
 
 def _v2_experts(**sizes: Any) -> MoEArgs:
-    """Of V2: softmax scores as they are, no bias."""
+    """Experts of V2: softmax scores, not normalised, and no bias."""
     return MoEArgs(
         score_func="softmax",
         route_norm=False,
@@ -123,7 +123,7 @@ deepseekv3_args = {
         moe_args=_v3_experts(num_experts=64, num_shared_experts=2, top_k=6, route_scale=2.446),
         q_lora_rank=0,
         rope_theta=50000.0,
-        yarn="off",  # trained at 8192 as it is
+        yarn="off",  # trained at 8192 without it
         context_len=8192,
     ),
     "Kimi-K2": DeepSeekV3ModelArgs(

@@ -1,4 +1,4 @@
-"""Sizes of the DeepSeek-V2/V3 architecture, its rules, and its FLOPs."""
+"""Arguments of the DeepSeek-V2/V3 architecture, its rules, and its FLOPs."""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -11,26 +11,39 @@ from torchtitan.tools.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSeekV3ModelArgs(DecoderArgs):
-    """Names as in torchtitan and DeepSeek's inference code. Defaults are DeepSeek-V2-Lite's sizes.
+    """Arguments of DeepSeek-V2/V3, named as in torchtitan and DeepSeek's inference code.
 
-    vocab_size, dim, n_layers, n_heads; inter_dim: hidden width of the dense feed-forward of the
-    first n_dense_layers; moe_inter_dim: hidden width of one expert; norm_eps: of every RMSNorm.
+    Defaults are DeepSeek-V2-Lite's sizes.
 
-    MLA: q_lora_rank (0: queries are not compressed), kv_lora_rank, channels per head without and
-    with rotary position (qk_nope_head_dim, qk_rope_head_dim) and of values (v_head_dim).
-    attn_mask_type: causal, or block_causal (a token sees its own document only; the V3 report
-    trained without this mask).
-
-    RoPE: max_seq_len positions, base rope_theta. YaRN: yarn "on", "off", or "auto" (on when
-    max_seq_len exceeds original_seq_len, the rule of DeepSeek's code, or when the weights that a
-    run begins from have it); rope_factor, beta_fast, beta_slow; yarn_truncate: the ramp between
-    the two begins and ends at whole channels; mscale scales the softmax, attention_factor the
-    rotary channels of queries and keys.
-
+    inter_dim: hidden channels of the dense feed-forward of the first layers.
+    moe_inter_dim: hidden channels of one expert.
+    n_dense_layers: first layers, which have a dense feed-forward instead of experts.
+    norm_eps: of every RMSNorm.
     init_std: of all matrices, normal (the V3 report's 0.006).
+    attn_mask_type: causal, or block_causal (a token sees its own document only; the V3 report
+        trained without this mask).
 
-    Multi-token prediction (mtp.py): n_mtp_layers (0: off; the V3 report trained with 1) and
-    mtp_loss_weight, its lambda.
+    Multi-head latent attention (MLA):
+    q_lora_rank: channels of the queries' latent; 0 = queries are not compressed.
+    kv_lora_rank: channels of the latent of keys and values.
+    qk_nope_head_dim: channels of queries and keys without position, per head.
+    qk_rope_head_dim: their channels with rotary position.
+    v_head_dim: channels of values, per head.
+
+    RoPE and YaRN:
+    max_seq_len: positions.
+    rope_theta: base of RoPE.
+    yarn: "on", "off", or "auto": on when max_seq_len exceeds original_seq_len, the rule of
+        DeepSeek's code, or when the weights that a run begins from have it.
+    original_seq_len, rope_factor, beta_fast, beta_slow: see `ops.rope.Yarn` (rope_factor is its
+        factor).
+    mscale: scales the softmax.
+    attention_factor: multiplies the rotary channels of queries and keys.
+    yarn_truncate: the ramp between beta_fast and beta_slow begins and ends at whole channels.
+
+    Multi-token prediction (mtp.py):
+    n_mtp_layers: its layers; 0 = off (the V3 report trained with 1).
+    mtp_loss_weight: its lambda.
     """
 
     vocab_size: int = 102400
@@ -102,7 +115,7 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             )
         if self.qk_rope_head_dim % 2:
             raise UserError(
-                f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE turns pairs."
+                f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE rotates pairs."
             )
         if self.rope_factor < 1:
             raise UserError(f"rope_factor ({self.rope_factor}) must be 1 or more.")
@@ -146,18 +159,18 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         if self.use_yarn or self.yarn != "auto":
             return kept, []
         return kept | {"yarn": "on"}, [
-            'YaRN stays on, as the weights were trained with it: model.args.yarn = "auto" would '
-            f"turn it off for sequences of {self.max_seq_len} tokens, which are not longer than "
-            f'original_seq_len ({self.original_seq_len}); set model.args.yarn = "on", or "off" to '
-            "go on without it"
+            "YaRN stays on, because the weights were trained with it: model.args.yarn = "
+            f'"auto" would turn it off for sequences of {self.max_seq_len} tokens, which are not '
+            f"longer than original_seq_len ({self.original_seq_len}); set model.args.yarn = "
+            '"on", or "off" to continue without it'
         ]
 
     def context_changes(self, before: Self) -> list[str]:
         if self.use_yarn != before.use_yarn:
             now, then = ("on", "without") if self.use_yarn else ("off", "with")
             return [
-                f"YaRN is {now} from here on, and the weights were trained {then} it so far: yarn "
-                f'is "{self.yarn}" here, with sequences of {self.max_seq_len} tokens and an '
+                f"YaRN is {now} from now on, but the weights were trained {then} it so far: yarn "
+                f'is "{self.yarn}" now, with sequences of {self.max_seq_len} tokens and an '
                 f"original_seq_len of {self.original_seq_len}"
             ]
         differing = [
@@ -165,7 +178,9 @@ class DeepSeekV3ModelArgs(DecoderArgs):
             for name in self.yarn_numbers
             if self.use_yarn and getattr(self, name) != getattr(before, name)
         ]
-        return [f"YaRN changes what the weights mean: {', '.join(differing)}"] if differing else []
+        if not differing:
+            return []
+        return [f"YaRN differs from that of the weights' training: {', '.join(differing)}"]
 
     @property
     def has_experts(self) -> bool:
@@ -197,7 +212,10 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         return self._layer_weights(self.moe_args.num_experts) + ends
 
     def _layer_weights(self, routed_experts: int) -> int:
-        """Of all layers, with so many routed experts in each that has some."""
+        """Count the weights of all layers.
+
+        routed_experts: per layer with experts.
+        """
         moe = self._moe_weights(routed_experts)
         weights = self.n_layers * self._attention_weights()
         weights += self.n_dense_layers * 3 * self.dim * self.inter_dim
@@ -205,11 +223,13 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         return weights + self.n_mtp_layers * (self._attention_weights() + moe + 2 * self.dim**2)
 
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
-        """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =
-        3 ×.
+        """FLOPs of a training step per token: 3 × those of the forward pass.
 
-        causal: count the half of the S × S scores that causal attention needs (what MFU is about);
-        otherwise all of them. Norms, RoPE and the softmax are left out, as is usual.
+        Forward: 2 FLOPs per weight that a token uses, plus attention's scores and sums. Norms, RoPE
+        and the softmax are left out, as is usual.
+
+        causal: count the half of the S × S scores that causal attention needs (as for MFU);
+            otherwise all of them.
         """
         weights = self._layer_weights(self.moe_args.top_k)
         # The output, of each MTP layer too; the embedding is a look-up.

@@ -1,4 +1,4 @@
-"""A model's Hugging Face `config.json` (DeepSeek-V2 or -V3) from its arguments, and back."""
+"""Conversion of a model's arguments to and from Hugging Face's `config.json` (DeepSeek-V2, -V3)."""
 
 import math
 from typing import Any
@@ -16,14 +16,15 @@ from torchtitan.models.moe import MoEArgs
 from torchtitan.ops.rope import yarn_magnitude
 from torchtitan.tools.errors import UserError
 
-# The epsilon that transformers and DeepSeek's own code fix for the norms of MLA's latents.
+# The epsilon of the norms of MLA's latents that is fixed in transformers and DeepSeek's own code.
 LATENT_EPS = 1e-6
 
 
 def make_hf_config(args: DeepSeekV3ModelArgs) -> dict[str, Any]:
-    """What transformers and vLLM need to compute what this model computes (`check_export`).
+    """Make the config with which transformers and vLLM compute the same as this model, as far as
+    `check_export` allows.
 
-    Sigmoid scores are V3's (`DeepseekV3ForCausalLM`), softmax scores V2's.
+    Sigmoid scores mean V3 (`DeepseekV3ForCausalLM`), softmax scores V2.
     """
     common = {
         "vocab_size": args.vocab_size,
@@ -58,11 +59,11 @@ def _positions(args: DeepSeekV3ModelArgs) -> dict[str, Any]:
 
 
 def _yarn(args: DeepSeekV3ModelArgs) -> dict[str, Any]:
-    """In numbers that readers agree about.
+    """Make YaRN's table with numbers that all readers interpret alike.
 
-    transformers multiplies the rotary channels by attention_factor, others by the quotient of the
-    magnitudes of mscale and mscale_all_dim, which is also what transformers does without the
-    factor, but for an mscale of 0, which it takes for none.
+    transformers multiplies the rotary channels by attention_factor; other readers multiply by the
+    quotient of the magnitudes of mscale and mscale_all_dim. transformers does the same where the
+    factor is missing, except that it treats an mscale of 0 as missing.
     """
     scaling = {
         "type": "yarn",
@@ -112,7 +113,7 @@ def _routing(args: DeepSeekV3ModelArgs) -> dict[str, Any]:
 
 
 def check_export(args: DeepSeekV3ModelArgs) -> None:
-    """Raise `UserError` for a model that is neither V2 nor V3 for Hugging Face."""
+    """Raise `UserError` for a model that is neither V2 nor V3 in Hugging Face's classes."""
     moe = args.moe_args
     family = "V3 (score_func 'sigmoid')" if moe.score_func == "sigmoid" else "V2 (softmax)"
     is_v3, has_bias = moe.score_func == "sigmoid", moe.load_balance_coeff is not None
@@ -147,7 +148,8 @@ def check_export(args: DeepSeekV3ModelArgs) -> None:
 
 
 def _check_lengths(args: DeepSeekV3ModelArgs) -> None:
-    """transformers 4.5x takes max_position_embeddings over the original length for the factor."""
+    """Check the factor, for which transformers 4.5x uses max_position_embeddings over the original
+    length."""
     quotient = round(args.rope_factor * args.original_seq_len) / args.original_seq_len
     if args.yarn != "off" and not math.isclose(quotient, args.rope_factor, rel_tol=1e-9):
         raise UserError(
@@ -159,19 +161,19 @@ def _check_lengths(args: DeepSeekV3ModelArgs) -> None:
 
 
 def reader_notes(args: DeepSeekV3ModelArgs) -> list[str]:
-    """See `StateDictAdapter.notes`."""
+    """Notes on exports, see `StateDictAdapter.notes`."""
     yarn, moe = args.use_yarn, args.moe_args
     notes = []
     if args.norm_eps != LATENT_EPS:
         notes.append(
             f"the norms of MLA's latents (q_norm, kv_norm) have rms_norm_eps ({args.norm_eps:g}) "
-            f"here, in vLLM and in SGLang; transformers and DeepSeek's code have {LATENT_EPS:g} "
-            "there, so their logits differ a little"
+            f"here, in vLLM and in SGLang; transformers and DeepSeek's code use {LATENT_EPS:g}, so "
+            "their logits differ a little"
         )
     if moe.top_k == 1 and moe.route_norm:
         notes.append(
             "with num_experts_per_tok 1 and norm_topk_prob an expert's weight is 1 here and in "
-            "transformers; DeepSeek's code leaves it as it is"
+            "transformers; DeepSeek's code does not normalise it"
         )
     if yarn and not args.yarn_truncate:
         notes.append(
@@ -186,20 +188,19 @@ def reader_notes(args: DeepSeekV3ModelArgs) -> list[str]:
     if args.max_seq_len > args.max_positions:
         notes.append(
             f"sequences are longer here ({args.max_seq_len}) than YaRN's factor times the original "
-            f"length ({args.max_positions}), which readers take for the longest"
+            f"length ({args.max_positions}), which readers take for the maximum"
         )
     return notes
 
 
-# ------------------------------------------------------------------ the other way
+# ------------------------------------------------------------------ reading
 
 
 def read_hf_config(config: ConfigReader) -> DeepSeekV3ModelArgs:
-    """The arguments of the model that a published `config.json` describes, multi-token prediction
-    left out (n_mtp_layers 0: it is for training).
+    """Read the arguments of the model that a published `config.json` describes.
 
-    Raises `UserError` naming the first key whose value this architecture has not, KeyError for a
-    missing one.
+    Multi-token prediction is left out (n_mtp_layers 0: it is for training). Raises `UserError` for
+    the first key with an unsupported value, KeyError for a missing one.
     """
     is_v3 = config.get("model_type") != "deepseek_v2"
     n_layers, n_heads = config.integer("num_hidden_layers"), config.integer("num_attention_heads")
@@ -257,7 +258,7 @@ def _read_positions(config: ConfigReader) -> dict[str, Any]:
 
 
 def _attention_factor(scaling: ConfigReader, factor: float) -> float:
-    """What the rotary channels are multiplied by. Raises `UserError` where readers disagree."""
+    """Read the factor of the rotary channels. Raises `UserError` where readers disagree."""
     given = scaling.number("attention_factor", None)
     mscale, of_all = scaling.number("mscale", None), scaling.number("mscale_all_dim", None)
     if given is not None or factor <= 1:
@@ -271,13 +272,13 @@ def _attention_factor(scaling: ConfigReader, factor: float) -> float:
             f"config.json has rope_scaling.mscale = {mscale} with mscale_all_dim = {of_all}, which "
             f"readers understand differently: transformers multiplies the rotary channels by "
             f"{in_transformers:.6g}, DeepSeek's code and vLLM by {elsewhere:.6g}; add "
-            "rope_scaling.attention_factor with the one that the model was trained with."
+            "rope_scaling.attention_factor with the value that the model was trained with."
         )
     return in_transformers
 
 
 def _others_attention_factor(scaling: ConfigReader, factor: float) -> float:
-    """As DeepSeek's own code, vLLM and SGLang have it, which don't read attention_factor."""
+    """Factor in DeepSeek's own code, vLLM and SGLang, which don't read attention_factor."""
     magnitudes = [
         yarn_magnitude(factor, scaling.number(key, default))
         for key, default in (("mscale", 1.0), ("mscale_all_dim", 0.0))
@@ -297,7 +298,7 @@ def _read_routing(config: ConfigReader, *, is_v3: bool) -> MoEArgs:
     route_norm = config.flag("norm_topk_prob") if is_v3 else config.flag("norm_topk_prob", False)
     route_scale = config.number("routed_scaling_factor")
     if not is_v3 and route_norm:
-        # DeepSeek-V2's code leaves the factor out where it normalises, vLLM applies both.
+        # DeepSeek-V2's code does not apply the factor where it normalises, vLLM applies both.
         expect("routed_scaling_factor", route_scale, 1)
     return MoEArgs(
         num_experts=num_experts,
@@ -315,14 +316,14 @@ def _read_routing(config: ConfigReader, *, is_v3: bool) -> MoEArgs:
 
 
 def config_notes(config: ConfigReader) -> list[str]:
-    """See `StateDictAdapter.notes_on`."""
+    """Notes on a config, see `StateDictAdapter.notes_on`."""
     is_v2, notes = config.get("model_type") == "deepseek_v2", []
     if is_v2 and config.flag("norm_topk_prob", False):
         notes.append("norm_topk_prob = true is not read by transformers' DeepSeek-V2")
     if is_v2 and config.get("topk_method") == "greedy" and config.integer("n_group", 1) > 1:
         notes.append(
             'topk_method "greedy" leaves n_group unused here and in transformers; vLLM and SGLang '
-            "choose by groups all the same"
+            "choose by groups nevertheless"
         )
     kind, _, scaling = rope_settings(config, 10000.0, "yarn")
     if kind == "default":
@@ -331,14 +332,14 @@ def config_notes(config: ConfigReader) -> list[str]:
     quotient = positions / scaling.integer("original_max_position_embeddings")
     if not math.isclose(quotient, factor):
         notes.append(
-            f"rope_scaling.factor is {factor:g}, which holds here; transformers 4.5x takes "
+            f"rope_scaling.factor is {factor:g}, which is used here; transformers 4.5x uses "
             f"max_position_embeddings over the original length, {quotient:g}"
         )
     used = _attention_factor(scaling, factor)
     elsewhere = _others_attention_factor(scaling, factor)
     if not math.isclose(used, elsewhere, rel_tol=1e-6):
         notes.append(
-            f"rope_scaling.attention_factor ({used:g}) holds here and in transformers; vLLM and "
-            f"SGLang take the quotient of mscale and mscale_all_dim, {elsewhere:g}"
+            f"rope_scaling.attention_factor ({used:g}) is used here and in transformers; vLLM and "
+            f"SGLang use the quotient of mscale and mscale_all_dim, {elsewhere:g}"
         )
     return notes

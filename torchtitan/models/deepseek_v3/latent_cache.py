@@ -1,8 +1,8 @@
-"""Attention over remembered latents: the compressed key-value cache of MLA.
+"""Attention on cached latents: the compressed key-value cache of MLA.
 
-Of every earlier token a layer keeps kv_lora_rank + qk_rope_head_dim numbers (576 in V3, instead of
-H · (192 + 128)), and never makes keys and values of them: the up-projection of keys is applied to
-the query, that of values to the sum (DeepSeek-V2 report, arXiv 2405.04434, section 2.1.2).
+For every earlier token a layer keeps kv_lora_rank + qk_rope_head_dim numbers (576 in V3, instead of
+H · (192 + 128)), and never computes keys and values from them: the up-projection of keys is applied
+to the query, that of values to the sum (DeepSeek-V2 report, arXiv 2405.04434, section 2.1.2).
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torchtitan.models.decoder.cache import CachedAttend
 
 
 class LatentAttend(CachedAttend):
-    """The cache of `deepseek_v3.model.Attention`; its narrow tensors stay compressed."""
+    """Cache of `deepseek_v3.model.Attention`; its narrow tensors stay compressed."""
 
     attention: Any  # `Attention`, whose file imports this one
 

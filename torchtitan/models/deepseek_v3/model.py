@@ -1,8 +1,8 @@
 """The DeepSeek-V2/V3 model: multi-head latent attention, dense first layers, MoE layers.
 
-Reports: arXiv 2405.04434 (V2, section 2.1: MLA) and 2412.19437 (V3). What it shares with other
-families is models/decoder/model.py. Single-device code: where tensors live is decided in
-parallelize.py.
+Reports: arXiv 2405.04434 (V2, section 2.1: MLA) and 2412.19437 (V3). The parts that it shares with
+other families are in models/decoder/model.py. Single-device code: parallelize.py decides where
+tensors live.
 
 Letters: B batch, S sequence, D model dim, H heads, C channels.
 """
@@ -64,7 +64,11 @@ class Attention(SelfAttention):
         mask: AttentionMask = None,
         positions_BS: Tensor | None = None,
     ) -> Tensor:
-        """rope: table of `rope_table`. mask, positions_BS: see `Decoder.forward`."""
+        """Attend: (B, S, D).
+
+        rope: table from `rope_table`.
+        mask, positions_BS: see `Decoder.forward`.
+        """
         first_of_q = self.wq_a if self.compress_q else self.wq
         q, kv = linear_joint(x_BSD, self.w_in, (first_of_q, self.wkv_a))
         q = self.wq_b(self.q_norm(q)) if self.compress_q else q
@@ -91,8 +95,10 @@ class Attention(SelfAttention):
         return self.wo(out_BSHC.flatten(-2))
 
     def expand(self, narrow: Narrow) -> tuple[Tensor, Tensor]:
-        """Keys and values of every head, from the latent (B, S, C) and the rotary key (B, S, 1, C)
-        that all heads share."""
+        """Compute keys and values of every head, (B, S, H, C).
+
+        narrow: the latent (B, S, C), and the rotary key (B, S, 1, C) that all heads share.
+        """
         latent_BSC, k_rope_BS1C = narrow
         kv_BSHC = self.wkv_b(latent_BSC).unflatten(-1, (self.n_heads, -1))
         k_nope, v_BSHC = kv_BSHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
@@ -100,8 +106,8 @@ class Attention(SelfAttention):
         return k_BSHC, v_BSHC
 
     def _can_fuse(self, q_BSHC: Tensor) -> bool:
-        """Whether one operator does for the lines between the projections: on a GPU, with all keys
-        and values at hand."""
+        """Whether the fused MLA operator applies: on a GPU, where this rank has all keys and values
+        and no cache is in use."""
         return self.attend_with is None and can_fuse(
             q_BSHC.device.type,
             q_BSHC.dtype,
@@ -121,7 +127,7 @@ class DeepSeekV3Model(Decoder):
         super().__init__(model_args)
         first, depth = model_args.n_layers, model_args.n_mtp_layers
         further = [self.make_block(first + k) for k in range(depth)]
-        # None: on another pipeline stage, or there is none.
+        # None without multi-token prediction, and where it is on another pipeline stage.
         self.mtp = MTPLayers(model_args, further) if further else None
 
     def make_block(self, layer_id: int) -> TransformerBlock:
@@ -155,12 +161,14 @@ class DeepSeekV3Model(Decoder):
         labels: Tensor | None = None,
         mtp: MTPInputs | None = None,
     ) -> Tensor:
-        """As `Decoder.forward`. mtp: from `extra_inputs`, in training; its loss then joins the
-        backward pass of the logits.
+        """Compute logits or the loss, as `Decoder.forward`.
 
-        With K layers of it, what travels between the parts of a pipeline is (B, S, (K + 1) D): the
-        hidden state and the embeddings of the tokens further on, for the last part. A copy of the
-        table there would be more memory, and its gradient a sum over two stages.
+        With K layers of multi-token prediction, the parts of a pipeline exchange tensors
+        (B, S, (K + 1) D): the hidden state and the embeddings of the following tokens, for the last
+        part. A copy of the embedding table in the last part would take more memory, and its
+        gradient would be a sum over two stages.
+
+        mtp: from `extra_inputs`, in training; its loss joins the backward pass of the logits.
         """
         x_BSD, *further = self._embed(tokens, mtp)
         x_BSD = self.run_layers(x_BSD, attention_masks, positions, token_mask)
@@ -170,19 +178,19 @@ class DeepSeekV3Model(Decoder):
         if mtp is None or self.mtp is None:
             return self.output(h_BSD, labels)
         hidden = self.mtp(h_BSD, further, mtp.labels_BKS, self.rope, attention_masks, positions)
-        # Once for all, as in `_embed`: FSDP gathers the weights for one call.
+        # One call for all, as in `_embed`, because FSDP gathers the weights for each call.
         logits, *predicted = self.output(torch.stack((h_BSD, *hidden)))
         return self.mtp.attach_losses(logits, predicted, mtp.labels_BKS)
 
     def _embed(self, tokens: Tensor, mtp: MTPInputs | None) -> list[Tensor]:
-        """The hidden state, and what multi-token prediction embeds, for each of its layers."""
+        """Embed the tokens, and those that each layer of multi-token prediction predicts from."""
         depth = self.model_args.n_mtp_layers
         if self.tok_embeddings is None:
             return list(tokens.chunk(depth + 1, dim=-1))
         if mtp is not None:
             return list(self.tok_embeddings(torch.stack((tokens, *mtp.tokens_BKS.unbind(1)))))
         x_BSD = self.tok_embeddings(tokens)
-        # Evaluation: parts of a pipeline send as many channels as in training.
+        # In evaluation, the parts of a pipeline send as many channels as in training.
         return [x_BSD] + [torch.zeros_like(x_BSD)] * (depth if self.output is None else 0)
 
     def extra_inputs(

@@ -1,19 +1,20 @@
 """Multi-token prediction: extra layers that predict the tokens after the next one, for training.
 
-DeepSeek-V3 report (arXiv 2412.19437), section 2.2. Layer k of K takes what the one before made
-(the model itself for k = 1) and the token that it predicted, and predicts one token further:
+DeepSeek-V3 report (arXiv 2412.19437), section 2.2. Layer k of K takes the output of the previous
+layer (of the model itself for k = 1) and the token that this one predicts, and predicts one token
+further:
 
     x_i = eh_proj([enorm(embedding(token i + k)); hnorm(h_i)])      label: token i + k + 1
-    h_i = norm(block(x)_i), which is also what the next layer takes
+    h_i = norm(block(x)_i), which is also the input of the next layer
 
-Embedding and head are the model's. The order in `eh_proj`, and that h is taken after the norm, are
+Embedding and head are the model's. The order in `eh_proj`, and the use of h after the norm, are
 those of the published weights. The loss is lambda / K · the sum over layers, divided by the step's
 valid tokens as the main loss is, and joins the backward pass at the logits (`attach_loss`).
 
-Which labels count: those that count in the main loss, but for the last k of a sequence, which lie
-beyond it. Where documents are kept apart (attn_mask_type "block_causal"), token i + k must also
-belong to the document of token i, so that nothing is predicted from another document's tokens; that
-the label is the first token of the next document is allowed, as it is in the main loss.
+The same labels count as in the main loss, except the last k of a sequence, which are beyond its
+end. Where documents are kept apart (attn_mask_type "block_causal"), token i + k must also belong to
+the document of token i, so that nothing is predicted from another document's tokens; the label may
+be the first token of the next document, as in the main loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,8 +36,11 @@ from torchtitan.ops.linear import Linear
 
 
 class MTPInputs(NamedTuple):
-    """tokens_BKS: int64, what layer k embeds beside position i: token i + k. labels_BKS: int64,
-    what it predicts, or −100."""
+    """Inputs of multi-token prediction.
+
+    tokens_BKS: int64, token i + k, which layer k embeds at position i.
+    labels_BKS: int64, the label of layer k at position i, or −100.
+    """
 
     tokens_BKS: Tensor
     labels_BKS: Tensor
@@ -45,7 +49,11 @@ class MTPInputs(NamedTuple):
 def mtp_inputs(
     tokens_BS: Tensor, labels_BS: Tensor, num_layers: int, eos_id: int | None
 ) -> MTPInputs:
-    """From whole sequences, before they may be split. eos_id: where documents are kept apart."""
+    """Make the inputs from whole sequences, before context parallelism splits them.
+
+    tokens_BS, labels_BS: int64.
+    eos_id: None = documents are not kept apart.
+    """
     following_BS = torch.where(labels_BS == IGNORE_INDEX, 0, labels_BS)
     following_BS[:, :-1] = tokens_BS[:, 1:]
     ends_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
@@ -61,12 +69,15 @@ def mtp_inputs(
 
 
 def _further(x_BS: Tensor, by: int, fill: int) -> Tensor:
-    """x at i + by."""
+    """Shift x: the result at i is x at i + by, and `fill` beyond the end."""
     return F.pad(x_BS[:, by:], (0, by), value=fill)
 
 
 class MTPLayer(nn.Module):
-    """One layer; `block` is a block of the model with experts."""
+    """One layer of multi-token prediction.
+
+    block: a block of the model with experts.
+    """
 
     def __init__(self, args: DeepSeekV3ModelArgs, block: TransformerBlock):
         super().__init__()
@@ -85,7 +96,7 @@ class MTPLayer(nn.Module):
         positions_BS: Tensor | None,
         token_mask_BS: Tensor,
     ) -> tuple[Tensor, RoutingLoad]:
-        """The new h, ready for the head, and the load of the block's experts."""
+        """Return the new h (B, S, D), which the head takes, and the load of the block's experts."""
         x_BSD = self.eh_proj(torch.cat((self.enorm(embedded_BSD), self.hnorm(h_BSD)), dim=-1))
         x_BSD, load = self.block(x_BSD, rope, mask, positions_BS, token_mask_BS)
         return self.norm(x_BSD), load
@@ -94,9 +105,13 @@ class MTPLayer(nn.Module):
 class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
     """All layers, by number from "0" on, and their losses.
 
-    loss_weight: lambda. loss_fn: of logits (B, S, V) and labels (B, S), the sum; another one where
-    the logits are split over ranks. Buffers, at least fp32: `tokens_in_step` (), which losses are
-    divided by; `loss_sums` (K,), of the step, before lambda and that division.
+    loss_weight: lambda.
+    loss_fn: sum of the losses of logits (B, S, V) and labels (B, S); replaced where the logits are
+        split over ranks.
+
+    Buffers, at least fp32:
+    tokens_in_step: (), divisor of the losses.
+    loss_sums: (K,), sums of the step's losses, without lambda and the divisor.
     """
 
     tokens_in_step: Tensor
@@ -113,7 +128,7 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
             self.register_buffer(name, value.float(), persistent=False)
 
     def numbered(self) -> list[tuple[str, MTPLayer]]:
-        """The layers, by number."""
+        """List the layers with their numbers."""
         return cast(list[tuple[str, MTPLayer]], list(self.items()))
 
     def init_buffers(self) -> None:
@@ -129,8 +144,12 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
         mask: AttentionMask,
         positions_BS: Tensor | None,
     ) -> list[Tensor]:
-        """What each layer hands to the head, (B, S, D). h_BSD: what the model itself does.
-        embedded: of each layer's tokens."""
+        """Run all layers; return the input of the head of each, (B, S, D).
+
+        h_BSD: the model's own input of the head.
+        embedded: embeddings (B, S, D) of each layer's tokens.
+        labels_BKS: from `MTPInputs`.
+        """
         hidden = []
         for (_, layer), x_BSD, labels_BS in zip(
             self.numbered(), embedded, labels_BKS.unbind(1), strict=True
@@ -144,9 +163,9 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
     def attach_losses(
         self, logits: Tensor, predicted: Sequence[Tensor], labels_BKS: Tensor
     ) -> Tensor:
-        """`logits`, of the model, whose backward pass is also that of the layers' losses.
+        """Return the model's `logits` with the layers' losses attached to their backward pass.
 
-        predicted: the layers' logits, (B, S, V) or what a rank holds of it.
+        predicted: logits of each layer, (B, S, V) or a rank's part of it.
         """
         losses = torch.stack(
             [
@@ -159,7 +178,7 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
         return attach_loss(logits, weight * losses.sum() / self.tokens_in_step)
 
     def take_losses(self) -> Tensor:
-        """`loss_sums`, which start again from zero."""
+        """Return `loss_sums` and reset them to zero."""
         sums = self.loss_sums.clone()
         self.loss_sums.zero_()
         return sums

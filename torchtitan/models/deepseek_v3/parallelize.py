@@ -1,5 +1,4 @@
-"""Where a DeepSeek model lives: how latent attention and multi-token prediction split. The rest is
-as in every decoder."""
+"""Tensor parallelism of latent attention and multi-token prediction; the rest is the decoder's."""
 
 from functools import partial
 
@@ -35,9 +34,10 @@ def parallelize_deepseekv3(
 
 
 def _split_attention(attention: Attention, tp: TensorParallel) -> None:
-    """Heads are split. The matrices that compress work on this rank's part of the sequence, and
-    what is gathered is their narrow output: in V3 1536 + 576 channels a token instead of 7168, and
-    no rank repeats their work.
+    """Split the heads.
+
+    The compressing matrices work on this rank's part of the sequence, and their narrow output is
+    gathered: in V3 1536 + 576 channels a token instead of 7168, and no rank repeats their work.
     """
     attention.n_heads //= tp.degree
     if attention.compress_q:
@@ -54,7 +54,8 @@ def _split_attention(attention: Attention, tp: TensorParallel) -> None:
 
 
 def _split_mtp(mtp: MTPLayers, tp: TensorParallel, *, whole_logits: bool) -> None:
-    """Around their blocks all is token by token, on this rank's part of the sequence."""
+    """Replicate the modules around the blocks: they work token by token, on this rank's part of the
+    sequence."""
     for _, layer in mtp.numbered():
         tp.replicate(layer.enorm, layer.hnorm, layer.eh_proj, layer.norm)
     if not whole_logits:

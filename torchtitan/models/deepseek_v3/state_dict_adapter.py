@@ -1,8 +1,8 @@
 """Hugging Face's names and layouts for DeepSeek-V2/V3, as one table.
 
 Both V2 and V3 (and Moonlight and Kimi-K2, which are V3) use these names. The published weights pair
-neighbouring rotary channels, as we do. A folder whose config.json says `rope_interleave: false` has
-the two halves of the rotary channels apart, and gets its rows put in order (`row_order`).
+neighbouring rotary channels, as we do. A folder whose config.json has `rope_interleave: false`
+pairs the two halves of the rotary channels instead, and its rows are reordered (`row_order`).
 """
 
 import re
@@ -45,14 +45,14 @@ _BLOCK = BLOCK_ROWS | {
     "moe.shared_experts.w2.weight": Row("mlp.shared_experts.down_proj.weight", fp8=True),
     "moe.shared_experts.w3.weight": Row("mlp.shared_experts.up_proj.weight", fp8=True),
 }
-# Multi-token prediction: their layers behind the last one, so {} is n_layers + our number.
+# Multi-token prediction: in their files, layers after the last one, so {} is n_layers + our number.
 _BESIDE_BLOCK = {
     "enorm.weight": Row("enorm.weight"),
     "hnorm.weight": Row("hnorm.weight"),
     "eh_proj.weight": Row("eh_proj.weight"),
     "norm.weight": Row("shared_head.norm.weight"),
 }
-# Copies of the model's own in those layers: some readers of one layer want them there.
+# Copies of the model's own tensors in those layers, which some readers of a single layer need.
 _COPIES = {
     "tok_embeddings.weight": "embed_tokens.weight",
     "output.weight": "shared_head.head.weight",
@@ -90,12 +90,12 @@ class DeepSeekV3StateDictAdapter(TableAdapter):
 
     def explain(self, names: Set[str]) -> str | None:
         first, wanted = self.model_args.n_layers, self.model_args.n_mtp_layers
-        there = {int(layer[1]) for layer in map(_LAYER.match, names) if layer}
-        has = len([number for number in there if number >= first])
-        if has < wanted and set(range(first)) <= there:
+        layers = {int(layer[1]) for layer in map(_LAYER.match, names) if layer}
+        has = len([number for number in layers if number >= first])
+        if has < wanted and set(range(first)) <= layers:
             return (
-                f"it has {has or 'no'} layers of multi-token prediction behind its {first}, and "
-                f"this model {wanted}: set model.args.n_mtp_layers to {has}"
+                f"it has {has or 'no'} layers of multi-token prediction after its {first} layers, "
+                f"but this model has {wanted}: set model.args.n_mtp_layers to {has}"
             )
         return super().explain(names)
 
@@ -113,7 +113,7 @@ class DeepSeekV3StateDictAdapter(TableAdapter):
             return super().left_out(name)
         first = self.model_args.n_layers
         if int(layer[1]) >= first + self.model_args.n_mtp_layers:
-            return "multi-token prediction, which this model has not"
+            return "multi-token prediction, which this model does not have"
         if int(layer[1]) >= first and name.removeprefix(layer[0]) in _COPIES.values():
             return "multi-token prediction's copies of embedding and head, which it shares here"
         return super().left_out(name)

@@ -41,9 +41,27 @@ class TokenDispatcher(Protocol):
 
     @property
     def gathers(self) -> bool:
-        """Whether `gather_tokens` and `return_sums` can take the place of dispatch and combine, so
-        that all between them is one operator. Only then do they exist."""
+        """Whether this is a `GatheringDispatcher` now."""
         ...
+
+    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        """Start the shared experts, to overlap with dispatch and combine.
+
+        Returns what `finish_shared` takes.
+        """
+        ...
+
+    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+        """Return the result of `layer(x)`.
+
+        begun_TD: from `start_shared`.
+        """
+        ...
+
+
+class GatheringDispatcher(TokenDispatcher, Protocol):
+    """A dispatcher whose `gather_tokens` and `return_sums` can take the place of dispatch and
+    combine, so that all between them is one operator: `return_sums(f(gather_tokens(x)))`."""
 
     def gather_tokens(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
@@ -60,20 +78,6 @@ class TokenDispatcher(Protocol):
         """Add up the partial sums of each token: (T, D).
 
         record: from `gather_tokens`.
-        """
-        ...
-
-    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
-        """Start the shared experts, to overlap with dispatch and combine.
-
-        Returns what `finish_shared` takes.
-        """
-        ...
-
-    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
-        """Return the result of `layer(x)`.
-
-        begun_TD: from `start_shared`.
         """
         ...
 

@@ -5,6 +5,7 @@ groups, L local experts, K top-k, R rows received after dispatch.
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,11 @@ from torchtitan.models.moe.aux_loss import (
     sequence_balance_sum,
     z_sum,
 )
-from torchtitan.models.moe.dispatcher import LocalDispatcher, TokenDispatcher
+from torchtitan.models.moe.dispatcher import (
+    GatheringDispatcher,
+    LocalDispatcher,
+    TokenDispatcher,
+)
 from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.models.moe.router import TokenChoiceTopKRouter
 from torchtitan.models.moe.router_stats import RoutedTokens, router_sums
@@ -155,11 +160,9 @@ class MoE(KeepsBufferDtypes, MoELayer):
             begun_TD = self.dispatcher.start_shared(self.shared_experts, x_TD)
         traffic = overflow = None
         if self._all_in_one:
-            x_PD, weights_PK, order, record = self.dispatcher.gather_tokens(
-                x_TD, ids_TK, weights_TK
-            )
-            sums_PD = self.experts(x_PD, order, weights_PK)
-            out_TD = self.dispatcher.return_sums(sums_PD, record)
+            gatherer = cast(GatheringDispatcher, self.dispatcher)
+            x_PD, weights_PK, order, record = gatherer.gather_tokens(x_TD, ids_TK, weights_TK)
+            out_TD = gatherer.return_sums(self.experts(x_PD, order, weights_PK), record)
             traffic, overflow = record.traffic, record.overflow
         else:
             rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)

@@ -1,4 +1,4 @@
-"""The Qwen3 family: flavors and how the trainer gets them.
+"""The Qwen3 family: its flavors, and its description for the trainer.
 
 Numbers are those of the published config.json files (Qwen on the Hugging Face hub). The sizes below
 8B share one matrix between embedding and output, which is not supported here.

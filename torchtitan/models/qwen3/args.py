@@ -1,4 +1,4 @@
-"""Sizes of the Qwen3 architecture, dense and with experts, its rules, and its FLOPs."""
+"""Arguments of the Qwen3 architecture, dense and with experts, its rules, and its FLOPs."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,18 @@ from torchtitan.tools.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3ModelArgs(DecoderArgs):
-    """Names as in torchtitan. Technical report: arXiv 2505.09388.
+    """Arguments of Qwen3, named as in torchtitan. Technical report: arXiv 2505.09388.
 
-    vocab_size, dim, n_layers, n_heads; n_kv_heads: of keys and values, each shared by as many query
-    heads; head_dim: channels of a head (n_heads · head_dim need not be dim); hidden_dim: of the
-    dense feed-forward; norm_eps: of every RMSNorm; rope_theta: base of RoPE.
-
-    moe_enabled: all layers have experts instead, of hidden width moe_inter_dim.
-    attn_mask_type: causal, or block_causal (a token sees its own document only).
+    n_heads: heads of queries.
+    n_kv_heads: heads of keys and values, each shared by equally many query heads.
+    head_dim: channels of a head (n_heads · head_dim may differ from dim).
+    hidden_dim: hidden channels of the dense feed-forward.
+    norm_eps: of every RMSNorm.
+    rope_theta: base of RoPE.
     init_std: of all matrices, normal.
+    moe_enabled: all layers have experts instead of a dense feed-forward.
+    moe_inter_dim: hidden channels of one expert.
+    attn_mask_type: causal, or block_causal (a token sees its own document only).
     """
 
     vocab_size: int = 151936
@@ -45,7 +48,7 @@ class Qwen3ModelArgs(DecoderArgs):
                 f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})."
             )
         if self.head_dim % 2:
-            raise UserError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs.")
+            raise UserError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs.")
         self.check_weights()
 
     @property
@@ -65,7 +68,10 @@ class Qwen3ModelArgs(DecoderArgs):
         return self._layer_weights(self.moe_args.num_experts) + 2 * self.dim * self.vocab_size
 
     def _layer_weights(self, routed_experts: int) -> int:
-        """Of all layers, with so many routed experts in each where there are some."""
+        """Count the weights of all layers.
+
+        routed_experts: per layer with experts.
+        """
         attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
         feed_forward = 3 * self.dim * self.hidden_dim
         if self.moe_enabled:
@@ -74,8 +80,12 @@ class Qwen3ModelArgs(DecoderArgs):
         return self.n_layers * (attention + feed_forward)
 
     def train_flops_per_token(self, seq_len: int, *, causal: bool = True) -> float:
-        """Forward 2 FLOPs per weight that a token meets, plus attention's scores and sums; train =
-        3 ×. causal: count the half of the S × S scores that causal attention needs."""
+        """FLOPs of a training step per token: 3 × those of the forward pass.
+
+        Forward: 2 FLOPs per weight that a token uses, plus attention's scores and sums.
+
+        causal: count the half of the S × S scores that causal attention needs.
+        """
         weights = self._layer_weights(self.moe_args.top_k) + self.dim * self.vocab_size
         core = 4 * self.n_heads * self.head_dim * (seq_len / 2 if causal else seq_len)
         return 3 * (2 * weights + self.n_layers * core)

@@ -1,7 +1,7 @@
 """The Qwen3 model: grouped-query attention with normalised queries and keys; dense or with experts.
 
-Report: arXiv 2505.09388. What it shares with other families is models/decoder/model.py.
-Single-device code: where tensors live is decided in parallelize.py.
+Report: arXiv 2505.09388. The parts that it shares with other families are in
+models/decoder/model.py. Single-device code: parallelize.py decides where tensors live.
 
 Letters: B batch, S sequence, D model dim, H heads, C channels.
 """
@@ -20,8 +20,8 @@ class Attention(SelfAttention):
     """Grouped-query attention; RMSNorm over the channels of each query and key head.
 
     The published weights rotate channel i with channel i + C/2. Scores don't depend on the order of
-    channels as long as queries and keys have the same, so both are put into ours, neighbours in
-    pairs, on the way: weights stay as they were published.
+    channels if queries and keys have the same one, so both are put into our order, with neighbours
+    in pairs, in the forward pass: weights stay as published.
     """
 
     def __init__(self, args: Qwen3ModelArgs):
@@ -43,7 +43,11 @@ class Attention(SelfAttention):
         mask: AttentionMask = None,
         positions_BS: Tensor | None = None,
     ) -> Tensor:
-        """rope: table of `rope_table`. mask, positions_BS: see `Decoder.forward`."""
+        """Attend: (B, S, D).
+
+        rope: table from `rope_table`.
+        mask, positions_BS: see `Decoder.forward`.
+        """
         q, k, v = (
             project(x_BSD).unflatten(-1, (-1, self.head_dim))
             for project in (self.wq, self.wk, self.wv)
@@ -53,13 +57,13 @@ class Attention(SelfAttention):
         return self.wo(self.attend(q, (k, v), mask).flatten(-2))
 
     def expand(self, narrow: Narrow) -> tuple[Tensor, Tensor]:
-        """Keys and values with their own, fewer heads, which several queries share."""
+        """Return keys and values with their own, fewer heads, which several queries share."""
         k_BSHC, v_BSHC = narrow
         return k_BSHC, v_BSHC
 
 
 def _halves_to_pairs(x: Tensor) -> Tensor:
-    """Channels 0, 1, …, C/2, C/2 + 1, … as 0, C/2, 1, C/2 + 1, …"""
+    """Reorder channels 0, 1, …, C/2, C/2 + 1, … to 0, C/2, 1, C/2 + 1, …"""
     return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 

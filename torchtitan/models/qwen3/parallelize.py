@@ -1,4 +1,4 @@
-"""Where a Qwen3 model lives: how grouped-query attention splits; the rest is every decoder's."""
+"""Tensor parallelism of grouped-query attention; the rest is the decoder's."""
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -15,8 +15,10 @@ def parallelize_qwen3(
 
 
 def _split_attention(attention: Attention, tp: TensorParallel) -> None:
-    """Heads of keys and values are split, and with each the queries that share it. The norms are
-    those of one head, the same for all."""
+    """Split the heads of keys and values, and with each the queries that share it.
+
+    The norms are those of one head, the same for all heads.
+    """
     tp.gather_input(attention)
     tp.column(attention.wq, attention.wk, attention.wv)
     tp.replicate(attention.q_norm, attention.k_norm)

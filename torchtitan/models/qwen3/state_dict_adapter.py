@@ -98,7 +98,7 @@ class Qwen3StateDictAdapter(TableAdapter):
         is_moe = config.get("model_type") == "qwen3_moe"
         n_layers = config.integer("num_hidden_layers")
         check_layer_types(config, n_layers, 0 if is_moe else n_layers)
-        # Of no use without use_sliding_window, which published files have false.
+        # Has no effect without use_sliding_window, which is false in published files.
         config.get("sliding_window")
         config.only("rope_interleave", False)
         _, rope_theta, _ = rope_settings(config, None)

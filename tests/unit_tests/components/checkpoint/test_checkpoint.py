@@ -110,7 +110,7 @@ def test_a_run_that_is_prolonged_goes_on_from_the_last_full_checkpoint(tmp_path,
     run(tmp_path, **ENABLED, training__steps=4)
     run(tmp_path, **ENABLED, training__steps=6)
     said = capfd.readouterr().err
-    assert "step-4 is passed over: it holds only weights, and the run is not at its end" in said
+    assert "step-4 is skipped: it holds only weights, and its step is not the run's last" in said
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -279,9 +279,9 @@ TEXTS = {"meta.json": "{}", "state.json": "{}"}
 def write(folder: Path, step: int) -> Path:
     tmp = begin(folder, step)
     (tmp / ".metadata").write_text("index")
-    from torchtitan.components.checkpoint.folder import FileSum, _sha256
+    from torchtitan.components.checkpoint.folder import FileChecksum, _sha256
 
-    return publish(tmp, TEXTS, {".metadata": FileSum(5, _sha256("index"))})
+    return publish(tmp, TEXTS, {".metadata": FileChecksum(5, _sha256("index"))})
 
 
 def test_a_step_that_is_saved_again_replaces_the_former_folder(tmp_path):

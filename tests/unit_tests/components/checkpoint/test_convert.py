@@ -16,7 +16,7 @@ from torchtitan.components.checkpoint import convert as hf_convert
 from torchtitan.components.checkpoint.convert import checkpoint_to_hf, hf_to_checkpoint
 from torchtitan.components.checkpoint.dcp_storage import CheckpointReader
 from torchtitan.components.checkpoint.folder import damage
-from torchtitan.components.checkpoint.progress import Journal
+from torchtitan.components.checkpoint.progress import ConversionProgress
 from torchtitan.components.huggingface.folder import HFFolder, plan_layout
 from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.models.deepseek_v3 import (
@@ -123,14 +123,14 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(
 
 
 def test_a_torn_line_of_the_journal_costs_one_unit(tmp_path):
-    journal = Journal(tmp_path / "out.tmp", {"a": 1})
-    journal.add("first", [1])
-    journal.add("second")
-    journal.path.write_text(journal.path.read_text()[:-3])
-    again = Journal(tmp_path / "out.tmp", {"a": 1})
+    progress = ConversionProgress(tmp_path / "out.tmp", {"a": 1})
+    progress.add("first", [1])
+    progress.add("second")
+    progress.path.write_text(progress.path.read_text()[:-3])
+    again = ConversionProgress(tmp_path / "out.tmp", {"a": 1})
     assert again.continues and again.done == {"first": [1]}
     again.add("third")
-    assert Journal(tmp_path / "out.tmp", {"a": 1}).done.keys() == {"first", "third"}
+    assert ConversionProgress(tmp_path / "out.tmp", {"a": 1}).done.keys() == {"first", "third"}
 
 
 def test_what_another_conversion_left_is_not_gone_on_with(folders, monkeypatch, tmp_path):
@@ -207,7 +207,7 @@ def test_missing_and_surplus_tensors_are_all_listed(folders, tmp_path):
     folder = changed(folders[0], tmp_path / "hf", change)
     assert refusal(folder, tmp_path / "out") == (
         f"{folder} does not hold this model: it lacks model.layers.1.mlp.experts.2.up_proj.weight; "
-        "model.norm.weight, and has beside it model.layers.0.mlp.wi.weight. Choose the "
+        "model.norm.weight, and also has model.layers.0.mlp.wi.weight. Choose the "
         "model.flavor and model.args that its config.json describes."
     )
 
@@ -287,7 +287,7 @@ def test_a_disk_that_fails_is_told_in_a_sentence(folders, monkeypatch, tmp_path)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hf_convert, "_write_chunks", full)
-    with pytest.raises(UserError, match="out could not be made .*No space left.*goes on where it"):
+    with pytest.raises(UserError, match="out could not be made .*No space left.*resumes where it"):
         hf_to_checkpoint(HFFolder(folders[0]), tmp_path / "out", adapter(), **NAMES)
     monkeypatch.undo()
     hf_to_checkpoint(HFFolder(folders[0]), tmp_path / "out", adapter(), **NAMES)
@@ -308,7 +308,7 @@ def test_a_damaged_checkpoint_makes_no_folder(folders, tmp_path):
 
 
 def test_a_target_that_exists_is_left_alone(folders, tmp_path):
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         hf_to_checkpoint(HFFolder(folders[0]), tmp_path, adapter(), **NAMES)
 
 

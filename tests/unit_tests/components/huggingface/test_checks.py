@@ -163,8 +163,8 @@ def test_prediction_layers_that_are_missing_are_told_with_their_number(tmp_path)
     with pytest.raises(UserError) as caught:
         load_hf(build(MTP), DeepSeekV3StateDictAdapter(MTP), folder)
     assert str(caught.value) == (
-        f"{folder} does not hold this model: it has 1 layers of multi-token prediction behind its "
-        "3, and this model 2: set model.args.n_mtp_layers to 1."
+        f"{folder} does not hold this model: it has 1 layers of multi-token prediction after its "
+        "3 layers, but this model has 2: set model.args.n_mtp_layers to 1."
     )
 
 
@@ -225,7 +225,7 @@ def test_tied_embeddings_are_refused_as_such(tmp_path):
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
             {"lm_head.weight": None, "lm_head.qweight": torch.zeros(8, 16)},
-            "quantization_config.quant_method = 'gptq', but this architecture is only built with",
+            "quantization_config.quant_method = 'gptq', but this architecture is supported only",
         ),
         (
             {"quantization_config": {"quant_method": "bitsandbytes"}},
@@ -245,7 +245,7 @@ def test_the_reason_is_told_instead_of_the_names(settings, change, sentence, tmp
     folder = changed(export(build(ARGS), tmp_path / "hf"), **change)
     set_config(folder, **settings)
     told = refusal(ARGS, folder)
-    assert sentence in told and "lacks" not in told and "has beside it" not in told
+    assert sentence in told and "lacks" not in told and "also has" not in told
 
 
 def test_a_bias_without_a_place_is_told_with_its_key(tmp_path):

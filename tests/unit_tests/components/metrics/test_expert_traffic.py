@@ -22,8 +22,8 @@ def test_rows_bytes_and_savings_by_layer_and_in_all():
     assert numbers["traffic_saved_off_rank_percent"] == pytest.approx(100 * (1 - 60 / 170))
     assert traffic_line(numbers, tokens=10) == (
         "traffic: to other nodes 2.50 rows a token and layer (0.0 MiB), inside nodes 0.50 rows a "
-        "token and layer (0.0 MiB); rows are one way, MiB of all layers out and back, forward and "
-        "backward; 67% fewer rows to other nodes than with one copy per expert "
+        "token and layer (0.0 MiB); rows count one way, MiB all layers, dispatch and combine, "
+        "forward and backward; 67% fewer rows to other nodes than with one copy per expert "
         "(layer 1: 75%, 2: 57%)"
     )
 

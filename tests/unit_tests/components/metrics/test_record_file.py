@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchtitan.components.checkpoint.dcp_storage import SummingStream, tells_of_the_disk
+from torchtitan.components.checkpoint.dcp_storage import HashingStream, raising_write_errors
 from torchtitan.components.metrics import record_file
 from torchtitan.components.metrics.record_file import RecordFile, take_back
 from torchtitan.components.metrics.writers import JsonlWriter
@@ -139,6 +139,6 @@ def test_torch_s_zip_writer_does_not_hide_the_disk():
     tensor = torch.zeros(10_000)
     with pytest.raises(RuntimeError, match="unexpected pos|PytorchStreamWriter"):
         torch.save(tensor, FullDisk())
-    stream = SummingStream(FullDisk())
-    with pytest.raises(OSError, match="No space left"), tells_of_the_disk(stream):
+    stream = HashingStream(FullDisk())
+    with pytest.raises(OSError, match="No space left"), raising_write_errors(stream):
         torch.save(tensor, stream)

@@ -100,7 +100,7 @@ def test_a_checkpoint_without_an_average_begins_one_and_says_so(tmp_path, caplog
         weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         assert trainer.step == 6
         assert_same_bits(trainer.average.tensors(), weights)
-    assert "No average of the weights was loaded: it begins with those of step 6" in caplog.text
+    assert "No average of the weights was loaded: it begins at the weights of step 6" in caplog.text
 
 
 def test_the_last_checkpoint_gives_the_average_to_others(tmp_path):

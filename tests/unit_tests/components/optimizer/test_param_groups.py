@@ -122,17 +122,17 @@ def test_a_run_says_its_groups_and_scales_their_rates_with_the_schedule(
 
 SENTENCES = {
     '{match = ["*norms.weight"], weight_decay = 0.0}': (
-        'optimizer.group 1: match "*norms.weight" names no parameter of this model; did you mean'
+        'optimizer.group 1: match "*norms.weight" matches no parameter of this model; did you mean'
     ),
-    '{match = ["x"], weight_decay = 0.0}': "; a whole name is meant, such as 'layers.",
+    '{match = ["x"], weight_decay = 0.0}': "; write a whole name, such as 'layers.",
     f'{NORMS}, {{match = ["norm.*"], weight_decay = 0.0}}': (
-        'optimizer.group 2: all that match "norm.*" names belongs to an earlier table already'
+        'optimizer.group 2: all parameters that match "norm.*" belong to an earlier table already'
     ),
     "{match = [], weight_decay = 0.0}": "optimizer.group 1: match = [] must name parameters",
     '{match = ["norm.*"]}': "optimizer.group 1 changes nothing",
     '{match = ["norm.*"], weight_decay = -1.0}': "weight_decay = -1.0 must be a finite number",
     '{match = ["norm.*"], lr_factor = 0.0}': "lr_factor = 0.0 must be a finite number above 0",
-    "{weight_decay = 0.0}": "match is missing, which each of these tables needs",
+    "{weight_decay = 0.0}": "match is missing; each of these tables needs it",
 }
 
 

@@ -219,27 +219,27 @@ def test_none_unsets_an_optional_field_only():
         ),
         (
             {"n_layers": 2.0},
-            "model.args.n_layers = 2.0 is of the wrong type: this model has 6 there; write a value "
-            "of that kind.",
+            "model.args.n_layers = 2.0 is of the wrong type: this model has 6; write a value "
+            "of that type.",
         ),
         (
             {"n_layers": True},
-            "model.args.n_layers = true is of the wrong type: this model has 6 there; write a "
-            "value of that kind.",
+            "model.args.n_layers = true is of the wrong type: this model has 6; write a "
+            "value of that type.",
         ),
         (
             {"moe_args": {"route_norm": "yes"}},
-            'model.args.moe_args.route_norm = "yes" is of the wrong type: this model has true '
+            'model.args.moe_args.route_norm = "yes" is of the wrong type: this model has true'
             "there; write a value of that kind.",
         ),
         (
             {"attn_mask_type": "blockcausal"},
-            'model.args.attn_mask_type = "blockcausal" is not one of its values; did you mean '
+            'model.args.attn_mask_type = "blockcausal" is not an allowed value; did you mean '
             "'block_causal'?",
         ),
         (
             {"yarn": True},
-            "model.args.yarn = true is not one of its values; choose one of 'auto', 'off', 'on'.",
+            "model.args.yarn = true is not an allowed value; choose one of 'auto', 'off', 'on'.",
         ),
         (
             {"moe_args": {"num_expert_groups": 3, "num_limited_groups": 1}},
@@ -259,7 +259,7 @@ def test_none_unsets_an_optional_field_only():
         ({"q_lora_rank": -1}, "model.args: q_lora_rank (-1) must be 0 (no compression) or more."),
         (
             {"qk_rope_head_dim": 63},
-            "model.args: qk_rope_head_dim (63) must be even: RoPE turns pairs.",
+            "model.args: qk_rope_head_dim (63) must be even: RoPE rotates pairs.",
         ),
         ({"rope_factor": 0.5}, "model.args: rope_factor (0.5) must be 1 or more."),
     ],

@@ -29,7 +29,7 @@ def train(options: list[str], folder: str, *, by_fsdp: bool) -> dict:
     patch = pytest.MonkeyPatch()
     if by_fsdp:
         for module in (fsdp, compute_weights):
-            patch.setattr(module, "experts_alone", lambda *_: [])
+            patch.setattr(module, "experts_outside_fsdp", lambda *_: [])
     try:
         return train_with(config_of(*options, BF16, f"--job.dump_folder={folder}"))
     finally:

@@ -7,12 +7,12 @@ import pytest
 
 from tests.tiny_run import as_option, losses, records, tiny
 from torchtitan.config import ConfigManager, JobConfig, Phase, validate
-from torchtitan.config.phases import Now, RunSchedule
+from torchtitan.config.phases import RunSchedule, StepSettings
 from torchtitan.train import main
 
 
 def schedule_of(*phases: Phase) -> RunSchedule:
-    before = Now(0, "", lr=1.0, batch_size=4, seq_len=8, local_batch_size=2)
+    before = StepSettings(0, "", lr=1.0, batch_size=4, seq_len=8, local_batch_size=2)
     return RunSchedule(phases, before)
 
 
@@ -168,7 +168,8 @@ def test_coefficients_of_experts_need_experts(tmp_path, capsys):
     rows = [{"tokens": 1e6, "z_loss_coeff": 0.001}]
     assert main([*tiny(tmp_path), dense, as_option(rows)]) == 2
     assert (
-        "[[schedule.phase]] sets z_loss_coeff, which this model has not" in capsys.readouterr().err
+        "[[schedule.phase]] sets z_loss_coeff, which this model does not have"
+        in capsys.readouterr().err
     )
 
 

@@ -1,16 +1,16 @@
-"""A rank that outlives its launcher would go on training, beside the run that is started next."""
+"""The end of a rank whose launcher is gone: it would keep training beside the next run."""
 
 import os
 import threading
 import time
 
-from torchtitan.tools.last_words import ERROR_FILE
+from torchtitan.tools.error_file import ERROR_FILE
 
 _LOOK_EVERY_SECONDS = 1.0
 
 
-def end_with_the_launcher() -> None:
-    """Under scripts/launch.py: end this process when that one is gone (a `kill -9`, say)."""
+def exit_with_launcher() -> None:
+    """End this process when scripts/launch.py, its parent, is gone (for example by `kill -9`)."""
     if ERROR_FILE in os.environ:
         threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 

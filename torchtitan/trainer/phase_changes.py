@@ -6,7 +6,7 @@ Decides only; the trainer carries it out between two steps.
 from typing import Any, NamedTuple
 
 from torchtitan.config import JobConfig
-from torchtitan.config.phases import Now, RunSchedule, Sequences
+from torchtitan.config.phases import BatchShape, RunSchedule, StepSettings
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.trainer.preflight import model_args_of
@@ -16,12 +16,12 @@ class Change(NamedTuple):
     """What is new for a step.
 
     phase: the step is the first of a phase that this process trains in.
-    sequences: their length, their number in a forward pass or YaRN.
+    batch_shape: the sequences' length, their number in a forward pass, or YaRN, is new.
     warnings: sentences on positions that are encoded otherwise than before.
     """
 
     phase: bool
-    sequences: bool
+    batch_shape: bool
     warnings: list[str]
 
 
@@ -37,10 +37,10 @@ class Phases:
     ):
         self.schedule = schedule
         self.model_args = model_args
-        self.now: Now = schedule.ends[0]
+        self.now: StepSettings = schedule.ends[0]
         self._config, self._spec = config, spec
         # What everything is set up for; None: nothing is any more.
-        self._sequences: Sequences | None = self.now.sequences
+        self._batch_shape: BatchShape | None = self.now.batch_shape
         # Model arguments that stay as the loaded weights have them.
         self._kept: dict[str, Any] = {}
         # Arguments of the weights as they were trained last, if they were.
@@ -74,9 +74,9 @@ class Phases:
         """Take the settings of the step that begins after `tokens_seen` tokens."""
         before, self.now = self.now, self.schedule.at(tokens_seen)
         warnings: list[str] = []
-        resized = self.now.sequences != self._sequences
+        resized = self.now.batch_shape != self._batch_shape
         if resized:
-            self._sequences = self.now.sequences
+            self._batch_shape = self.now.batch_shape
             if self._trained_as is not None:
                 longest = max(each.seq_len for each in self.schedule.begun(tokens_seen))
                 self._kept["context_len"] = max(self.model_args.context_len or 0, longest)
@@ -88,7 +88,7 @@ class Phases:
 
     def forget_context(self) -> None:
         """The next step sets up its sequences anew: other weights have been loaded."""
-        self._sequences = self._trained_as = None
+        self._batch_shape = self._trained_as = None
 
-    def _args_of(self, now: Now) -> BaseModelArgs:
+    def _args_of(self, now: StepSettings) -> BaseModelArgs:
         return model_args_of(self._config, self._spec, now.seq_len, now.yarn, self._kept)

@@ -1,21 +1,21 @@
-"""Which phases of [[schedule.phase]] can be: each alone, one after the other, on this layout."""
+"""Rules for [[schedule.phase]]: for each phase alone, in sequence, and on this layout."""
 
 from itertools import pairwise
 
 from torchtitan.config.degrees import Degrees, check_sequence, nearest
 from torchtitan.config.job_config import JobConfig, LRScheduler
-from torchtitan.config.phases import Now, RunSchedule, Sequences
+from torchtitan.config.phases import BatchShape, RunSchedule, StepSettings
 from torchtitan.config.rules.numbers import MOST_TOKENS
 from torchtitan.config.schedule_tables import COEFFICIENTS, Phase
 from torchtitan.config.schema import as_text
 from torchtitan.tools.errors import UserError
 
-# Each is looked at before the run begins.
+# Limit, because each stair is checked before the run begins.
 MOST_STAIRS = 10_000
 
 
 def check_schedule(schedule: RunSchedule, config: JobConfig, degrees: Degrees) -> None:
-    """Raise `UserError` for the first phase that can't be."""
+    """Raise `UserError` for the first impossible phase."""
     phases = schedule.phases
     if phases:
         _check_decay_is_left_to_phases(config.lr_scheduler)
@@ -36,17 +36,17 @@ def check_schedule(schedule: RunSchedule, config: JobConfig, degrees: Degrees) -
 
 
 def _check_sequences(
-    phase: Phase, where: str, end: Now, degrees: Degrees, *, is_dry_run: bool
+    phase: Phase, where: str, end: StepSettings, degrees: Degrees, *, is_dry_run: bool
 ) -> None:
     for name in ("seq_len", "local_batch_size"):
         value = getattr(phase, name)
         if value is not None and value < 1:
             raise UserError(f"{where}: {name} = {value} must be 1 or more.")
-    changed = [name for name in Sequences._fields if getattr(phase, name) is not None]
+    changed = [name for name in BatchShape._fields if getattr(phase, name) is not None]
     if changed and is_dry_run:
         raise UserError(
-            f"{where}: {changed[0]} = {as_text(getattr(phase, changed[0]))} needs to know how far "
-            'the data of all ranks is, but comm.mode = "fake_backend" runs one of them; leave '
+            f"{where}: {changed[0]} = {as_text(getattr(phase, changed[0]))} needs the data "
+            'positions of all ranks, but comm.mode = "fake_backend" runs one of them; leave '
             "either out."
         )
     if phase.seq_len is not None:
@@ -64,8 +64,8 @@ def _check_decay_is_left_to_phases(lr_scheduler: LRScheduler) -> None:
         if value != default:
             raise UserError(
                 f"lr_scheduler.{key} = {as_text(value)}, but with [[schedule.phase]] the phases "
-                "say how the learning rate falls (lr, lr_shape); leave it out "
-                "(lr_scheduler.warmup_steps still holds)."
+                "set the decay of the learning rate (lr, lr_shape); leave it out "
+                "(lr_scheduler.warmup_steps still applies)."
             )
 
 
@@ -82,8 +82,8 @@ def _check_shapes(phase: Phase, where: str) -> None:
     for name, shape in (("lr", phase.lr_shape), ("batch_size", phase.batch_size_shape)):
         if shape != "constant" and getattr(phase, name) is None:
             raise UserError(
-                f'{where}: {name}_shape = "{shape}" leads nowhere: set {name} to where it ends, or '
-                f"leave {name}_shape out."
+                f'{where}: {name}_shape = "{shape}" needs an end: set {name} to the value at the '
+                f"end of the phase, or leave {name}_shape out."
             )
     stairs = phase.batch_size_shape == "linear"
     if stairs != (phase.batch_size_step is not None):
@@ -93,8 +93,10 @@ def _check_shapes(phase: Phase, where: str) -> None:
         )
 
 
-def _check_batch_size(phase: Phase, where: str, before: int, end: Now, dp_degree: int) -> None:
-    """All sizes on the way must be whole forward passes of all ranks."""
+def _check_batch_size(
+    phase: Phase, where: str, before: int, end: StepSettings, dp_degree: int
+) -> None:
+    """Check that all batch sizes of the phase are whole forward passes of all ranks."""
     unit = end.local_batch_size * dp_degree
     step = phase.batch_size_step
     if phase.batch_size is None and end.batch_size % unit:
@@ -115,17 +117,17 @@ def _check_batch_size(phase: Phase, where: str, before: int, end: Now, dp_degree
     way = abs(end.batch_size - before)
     if step is not None and way % step:
         raise UserError(
-            f"{where}: batch_size_step = {step} must divide the way from {before} to "
+            f"{where}: batch_size_step = {step} must divide the difference between {before} and "
             f"{end.batch_size} sequences ({way})."
         )
     if step is not None and way // step > MOST_STAIRS:
         raise UserError(
             f"{where}: batch_size_step = {step} makes {way // step} stairs from {before} to "
-            f"{end.batch_size} sequences, but at most {MOST_STAIRS} can be; raise it."
+            f"{end.batch_size} sequences, but at most {MOST_STAIRS} are allowed; raise it."
         )
     if step is not None and before % unit:
         raise UserError(
-            f"{where}: the way from {before} sequences begins with no multiple of {unit}, one "
-            "forward pass of all ranks (local_batch_size x the data-parallel degree); change "
-            "local_batch_size in a phase of its own."
+            f"{where}: the batch size of {before} sequences at its start is not a multiple of "
+            f"{unit}, one forward pass of all ranks (local_batch_size x the data-parallel degree); "
+            "change local_batch_size in a phase of its own."
         )
