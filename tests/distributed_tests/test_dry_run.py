@@ -179,30 +179,37 @@ TOY = {
     "model.args.vocab_size": 2048,
     "model.args.n_layers": 61,
     "model.args.q_lora_rank": 32,
+    "model.args.n_heads": 32,
     "schedule.phase": "[]",  # a dry run has sequences of one length
     "training.fim_rate": 0,
-    "training.seq_len": 16,
     "training.steps": 1,
     "training.dataset_num_workers": 0,
+    "checkpoint.enable": "false",  # the context files begin from the weights of the run before
     "activation_checkpoint.mode": "full",
     "metrics.enable_tensorboard": "false",
     "compile.enable": "false",
 }
 
 
-# World size; sequences of a step on each rank, fewer than the file has.
-LAYOUTS_671B = {"deepseek_v3_671b": (2048, 16), "deepseek_v3_671b_256xh200": (256, 2)}
+# World size; sequences of a step on each rank, and their length, less than in the file.
+LAYOUTS_671B = {
+    "deepseek_v3_671b": (2048, 16, 16),
+    "deepseek_v3_671b_256xh200": (256, 2, 16),
+    "deepseek_v3_671b_32k": (2048, 16, 128),
+    "deepseek_v3_671b_128k": (2048, 16, 512),
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS_671B)
 def test_the_layout_of_a_671b_file_has_a_dry_run(name, monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO")
-    world_size, sequences = LAYOUTS_671B[name]
+    world_size, sequences, seq_len = LAYOUTS_671B[name]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     options = TOY | {
         "job.config_file": f"train_configs/{name}.toml",
         "training.local_batch_size": sequences,
         "training.global_batch_size": -1,
+        "training.seq_len": seq_len,
     }
     (step,) = dry_run(monkeypatch, tmp_path, world_size, [f"--{k}={v}" for k, v in options.items()])
     assert math.isfinite(step["grad_norm"])

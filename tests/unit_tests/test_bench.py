@@ -79,6 +79,7 @@ def test_a_toml_whose_data_and_tokenizer_are_elsewhere_is_measured(script, capsy
     toml = SCRIPTS.parent / "train_configs/deepseek_v3_16b.toml"
     small = [o for o in OPTIONS if "dataset" not in o] + ["--training.global_batch_size=-1"]
     small += ["--model.args.vocab_size=2048", "--compile.no_enable"]
+    small += ["--parallelism.expert_parallel_degree=1"]  # one process
     command = ["step", "--warmup=1", "--steps=1", "--no_breakdown"]
     assert bench(*command, f"--job.config_file={toml}", *small) == 0
     assert "ours" in capsys.readouterr().out

@@ -69,7 +69,7 @@ TWO = BLEND[:2]
         (TWO, [], [{"tokens": 1e6, "blend": {"wen": 1}}], "phase 1: .*'wen'.*did you mean 'web'"),
         (TWO, [], [{"tokens": 1e6, "blend": {"web": 0}}], "phase 1: blend: .*'web', 0, must be"),
         (TWO, [], [{"tokens": 1e6, "blend": {}}], "phase 1: blend names no dataset"),
-        ([], [], [REST], "phase 1: .*there is none; name them there"),
+        ([], [], [REST], "phase 1: .*which has none; add them there"),
     ],
 )
 def test_a_blend_that_can_not_be_is_one_sentence(blend, options, phases, sentence):

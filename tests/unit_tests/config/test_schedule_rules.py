@@ -14,10 +14,13 @@ STAIRS = {"batch_size_shape": "linear", "batch_size_step": 8}
     [
         ({"tokens": 4}, "tokens = 4.0 must be a number of tokens, at least one sequence"),
         ({"tokens": 1e6, "lr": -1}, "lr = -1.0 must be a finite number, 0 or more"),
-        ({"tokens": 1e6, "lr_shape": "linear"}, "set lr to where it ends"),
+        ({"tokens": 1e6, "lr_shape": "linear"}, "set lr to the value at the end"),
         ({"tokens": 1e6, "batch_size": 12}, "multiple of 8, .*; set it to 8 or 16"),
         ({"tokens": 1e6, "batch_size": 24, **STAIRS, "batch_size_step": 4}, "multiple of 8"),
-        ({"tokens": 1e6, "batch_size": 40, **STAIRS, "batch_size_step": 24}, "must divide the way"),
+        (
+            {"tokens": 1e6, "batch_size": 40, **STAIRS, "batch_size_step": 24},
+            "must divide the difference",
+        ),
         (
             {"tokens": 1e6, "batch_size": 40, "batch_size_shape": "linear"},
             "batch_size_step.*set it",
@@ -36,7 +39,7 @@ def test_a_phase_that_can_not_be_is_one_sentence(phase, sentence):
 
 def test_decay_and_phases_exclude_each_other():
     options = ["--lr_scheduler.decay_ratio=0.5", as_option([{"tokens": 1e6}])]
-    with pytest.raises(UserError, match="lr_scheduler.decay_ratio = 0.5, but .* the phases say"):
+    with pytest.raises(UserError, match="lr_scheduler.decay_ratio = 0.5, but .* the phases set"):
         validate(ConfigManager().parse_args(options), world_size=1)
 
 

@@ -94,6 +94,17 @@ def test_the_ramp_of_the_671b_recipe_is_too_small_for_dualpipev(monkeypatch):
         pipeline_plan(replace(config, parallelism=v_shaped), args)
 
 
+@pytest.mark.parametrize(("name", "cp"), [("671b_32k", 8), ("671b_128k", 32)])
+def test_a_longer_context_keeps_the_layout_and_the_tokens_of_a_gpu(name, cp, monkeypatch):
+    config, args = checked_671b(f"deepseek_v3_{name}", 2048, monkeypatch)
+    short = ConfigManager().parse_args([f"--job.config_file={FOLDER}/deepseek_v3_671b.toml"])
+    degrees, plan = resolve_degrees(config.parallelism, 2048), pipeline_plan(config, args)
+    assert (degrees.cp, degrees.ep, degrees.pp) == (cp, 64, 16)
+    assert config.training.seq_len // cp == short.training.seq_len
+    assert plan.stages == pipeline_plan(short, args).stages
+    assert plan.num_microbatches * degrees.dp_shard == config.training.global_batch_size
+
+
 def test_both_671b_files_have_one_recipe():
     one, other = (
         to_dict(ConfigManager().parse_args([f"--job.config_file={FOLDER / name}.toml"]))

@@ -329,8 +329,8 @@ def test_what_takes_a_few_lines_is_honoured():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"some_new_key": 3}, "some_new_key: not known here"),
-        (changed(V3, "rope_scaling.attention_factor", 1.5), "vLLM and SGLang take the quotient"),
+        ({"some_new_key": 3}, "some_new_key: unknown here"),
+        (changed(V3, "rope_scaling.attention_factor", 1.5), "vLLM and SGLang use the quotient"),
         ({"max_position_embeddings": 81920}, "the original length, 20"),
     ],
 )

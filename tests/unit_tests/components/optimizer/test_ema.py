@@ -136,5 +136,5 @@ def test_there_must_be_an_average_to_give(tmp_path, capfd):
 
 def test_an_export_that_would_lose_it_is_refused(tmp_path):
     options = tiny(tmp_path, **EMA, checkpoint__enable=True, checkpoint__last_save_in_hf=True)
-    with pytest.raises(UserError, match=r"the average of them \(ema.enable = true\) would be lost"):
+    with pytest.raises(UserError, match=r"their average \(ema.enable = true\) would be lost"):
         validate(ConfigManager().parse_args(options), 1)
