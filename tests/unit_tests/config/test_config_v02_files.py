@@ -53,6 +53,7 @@ OURS = {
     "validation.sample_prompts",
     "validation.sample_tokens",
     "parallelism.expert_parallel_dispatch",
+    "parallelism.expert_parallel_capacity",
     "parallelism.expert_parallel_node_size",
 }
 

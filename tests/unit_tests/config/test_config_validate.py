@@ -252,10 +252,17 @@ def test_an_early_step_needs_what_it_can_keep():
     assert "works on one process, but this run has 2" in refusal(2, **EARLY)
 
 
-def test_a_cuda_graph_is_for_one_process_on_a_gpu_and_one_pass():
+def test_a_cuda_graph_is_for_gpus_and_passes_that_stay_the_same():
     graph = {"compile__cuda_graph": True}
     accept(1, "cuda", **graph)
+    accept(4, "cuda", **graph, parallelism__expert_parallel_degree=4)
+    accept(1, "cuda", **graph, training__global_batch_size=16)
     assert "this run is on cpu" in refusal(1, "cpu", **graph)
-    assert "this run has 2" in refusal(2, "cuda", **graph)
-    several = refusal(1, "cuda", **graph, training__global_batch_size=16)
-    assert "training.global_batch_size = 16 takes several; set it to false." in several
+    for key, value in {
+        "parallelism__pipeline_parallel_degree": 2,
+        "parallelism__context_parallel_degree": 2,
+        "training__enable_cpu_offload": True,
+    }.items():
+        sentence = refusal(2, "cuda", **graph, **{key: value})
+        assert sentence.startswith("compile.cuda_graph = true is for CUDA GPUs and passes")
+        assert key.replace("__", ".") in sentence and sentence.endswith("; set it to false.")
