@@ -67,7 +67,7 @@ class LocalRecord(NamedTuple):
 
 
 class LocalDispatcher:
-    """For experts that all live on this rank: sorts rows, and sums them. No host sync."""
+    """Dispatcher for experts that all live on this rank: sorts rows, sums them. No host sync."""
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
