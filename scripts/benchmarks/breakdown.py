@@ -1,4 +1,4 @@
-"""Where the time of one step goes, from torch.profiler, in parts that sum to the step's time.
+"""Time of one step by parts that sum to it, from torch.profiler.
 
 What is timed: on a GPU every kernel, on a CPU every operator (less the operators that it calls).
 How each finds its part, the first rule that fits:
@@ -140,7 +140,7 @@ class StepProfile:
         return busy
 
     def part(self, event: FunctionEvent, name: str) -> str:
-        """The part of a kernel (or, on a CPU, an operator) of this name, started by `event`."""
+        """Find the part of a kernel (on a CPU, an operator) of this name, started by `event`."""
         chain = list(_ancestors(event))
         backward = any(_is_backward(e) for e in chain)
         scope = scope_of(event)
