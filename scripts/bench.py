@@ -9,7 +9,7 @@ r"""Benchmark a whole training step or single kernels, with peers side by side: 
 
 `step` takes every option of a training run and trains on random tokens, on one device or, under
 torchrun, in a layout of several: its rows are rank 0's, with the tokens/s and FLOPS of one device.
-What a breakdown's parts mean: benchmarks/breakdown.py. How to read it all: docs/performance.md.
+benchmarks/breakdown.py explains the parts of a breakdown, docs/performance.md the tables.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from torchtitan.tools.logging import init_logger, logger
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and those left for the training run."""
+    """Parse the script's own options; also return those left for the training run."""
     parser = argparse.ArgumentParser(description=entry.about(__doc__), allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", help="the whole step", allow_abbrev=False)
@@ -65,7 +65,7 @@ def _positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 the run failed, 2 the user can mend it."""
+    """Run the script. Returns the exit code: 0 done, 1 the run failed, 2 user error."""
     init_logger()
     options, rest = parse(argv)
     try:
@@ -95,14 +95,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def steps(options: argparse.Namespace, rest: list[str]) -> list[dict]:
-    """Rows of all presets: ours, then the peers'. Several presets: a process for each of them."""
+    """Measure the rows of all presets, ours, then the peers'; several presets in a process each."""
     peers.check_peers(options.peers, options.torchtitan_site)
     for name in options.preset:
         if name not in PRESETS:
-            raise UserError(f"--preset: '{name}' is none{suggest(name, PRESETS)}")
+            raise UserError(f"--preset: '{name}' is not a preset{suggest(name, PRESETS)}")
     if len(options.preset) > 1:
         if "RANK" in os.environ:
-            raise UserError("--preset: under torchrun one at a time; call torchrun for each.")
+            raise UserError(
+                "--preset: under torchrun, only one preset is supported; run torchrun for each."
+            )
         return [row for name in options.preset for row in _apart(name, options, rest)]
     name = options.preset[0] if options.preset else "-"
     arguments = [*PRESETS.get(name, []), *rest, *NO_FILES]
@@ -125,7 +127,7 @@ def steps(options: argparse.Namespace, rest: list[str]) -> list[dict]:
 
 
 def _apart(preset: str, options: argparse.Namespace, rest: list[str]) -> list[dict]:
-    """One preset in a process of its own: neither memory nor compiled code of others is there."""
+    """Measure a preset in a process of its own, without memory or compiled code of others."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "rows.json")
         command = [sys.executable, __file__, "step", "--preset", preset, "--out", str(out)]
@@ -139,12 +141,12 @@ def _apart(preset: str, options: argparse.Namespace, rest: list[str]) -> list[di
         done = subprocess.run([*command, *rest], stdout=subprocess.DEVNULL, check=False)
         if out.exists():
             return json.loads(out.read_text())
-        failed = f"exit code {done.returncode}; its message stands above"
+        failed = f"exit code {done.returncode}; see its message above"
         return [{"case": preset, "name": "ours", "failed": failed}]
 
 
 def step_table(rows: list[dict]) -> str:
-    """Speed and memory of all rows, then the parts of ours."""
+    """Format speed and memory of all rows, then the parts of our rows."""
     lines = ["case               name                 tokens/s  (q1-q3)         TFLOPS  MFU%   GiB"]
     for row in rows:
         start = f"{row['case']:18} {row['name']:19}"

@@ -1,4 +1,4 @@
-"""Builds the shipped text and tokenizer from Debian's copy of the Jargon File, or checks them.
+"""Build the shipped text and tokenizer from Debian's copy of the Jargon File, or check them.
 
     python scripts/build_sample_data.py            # apt-get download, then write the three files
     python scripts/build_sample_data.py --check    # the same, but compare byte for byte
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def build(package: Path | None) -> dict[str, bytes]:
-    """Path below the repository -> what belongs into that file."""
+    """Build the contents of the files, by path below the repository."""
     with tempfile.TemporaryDirectory() as folder:
         documents = read_documents(unpack(package, Path(folder)))
     tokenizer = train_tokenizer(documents)
@@ -69,7 +69,7 @@ def build(package: Path | None) -> dict[str, bytes]:
 
 
 def unpack(package: Path | None, folder: Path) -> Path:
-    """Download the package (unless given) and unpack it; the folder that holds jargon.index."""
+    """Download the package (unless given) and unpack it; return the folder with jargon.index."""
     try:
         if package is None:
             subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True)
@@ -84,7 +84,8 @@ def unpack(package: Path | None, folder: Path) -> Path:
 
 
 def read_documents(folder: Path) -> list[str]:
-    """The entries in the order of the file; each once, without the packager's 00-database notes."""
+    """Read the entries in the order of the file; each once, without the packager's notes
+    (00-database)."""
     spans = set()
     for line in (folder / "jargon.index").read_text(encoding="utf-8").splitlines():
         headword, offset, length = line.split("\t")
@@ -114,7 +115,7 @@ def clean(entry: str) -> str:
 
 
 def train_tokenizer(documents: list[str]) -> Tokenizer:
-    """Byte-level BPE: every text can be written, nothing is unknown. Special tokens are 0, 1, 2."""
+    """Train a byte-level BPE, which can encode any text. Special tokens are 0, 1, 2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -129,7 +130,7 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def log_statistics(documents: list[str], tokenizer: Tokenizer) -> None:
-    """The numbers of sample/README.md; a test holds the two together."""
+    """Log the numbers of sample/README.md; a test checks that they agree."""
     counts: collections.Counter[int] = collections.Counter()
     for text in documents:
         counts.update(tokenizer.encode(text).ids)

@@ -1,10 +1,10 @@
-"""What this interpreter lacks of pyproject.toml, a line each; exit code 1 where that is anything.
+"""List the requirements of pyproject.toml that this interpreter lacks; exit code 1 if it lacks any.
 
     check_dependencies.py PYPROJECT [EXTRA,... [CONSTRAINTS]]
 
-With a constraints file, versions must equal its pins and packages must be installed to the end.
+With a constraints file, versions must equal its pins and packages must be completely installed.
 The repository's own package need not be installed: the scripts set PYTHONPATH. Standard library
-only: this runs before anything is there.
+only: this runs before anything is installed.
 """
 
 import re
@@ -22,7 +22,7 @@ except ImportError:  # before 3.11
 
 
 def missing(requirements: list[str], pins: dict[str, str] | None = None) -> list[str]:
-    """Requirements whose package is absent, older than its lower bound, or not as pinned."""
+    """List requirements whose package is absent, older than its lower bound, or not as pinned."""
     return [requirement for requirement in requirements if not _is_met(requirement, pins)]
 
 
@@ -48,12 +48,12 @@ def _numbers(version: str) -> list[int]:
 
 
 def read_pins(constraints: str) -> dict[str, str]:
-    """Name to version, of the lines `name==version`."""
+    """Read the versions of the lines `name==version`, by name."""
     return dict(re.findall(r"^([\w.-]+)==(\S+)", Path(constraints).read_text(), re.MULTILINE))
 
 
 def read_requirements(pyproject: str | Path, extras: str = "") -> list[str]:
-    """Requirements of the project, with these of its optional dependencies ("test,docs")."""
+    """Read the project's requirements, with those of these optional dependencies ("test,docs")."""
     project = tomllib.loads(Path(pyproject).read_text())["project"]
     wanted = list(project["dependencies"])
     for extra in filter(None, extras.split(",")):
@@ -62,7 +62,7 @@ def read_requirements(pyproject: str | Path, extras: str = "") -> list[str]:
 
 
 def install_line(python: str, requirements: list[str]) -> str:
-    """The command that adds them to that interpreter's environment."""
+    """Return the command that installs them for that interpreter."""
     return shlex.join([python, "-m", "pip", "install", *requirements])
 
 

@@ -1,9 +1,9 @@
-"""Tokenizer, config and (with --weights) weights of a model from the Hugging Face hub.
+"""Download tokenizer, config and (with --weights) weights of a model from the Hugging Face hub.
 
     python scripts/download_hf_assets.py deepseek-ai/DeepSeek-V2-Lite [--weights]
 
-Into assets/hf/<model>. Shows its progress; called again, it resumes where it stopped and fetches
-nothing twice. A private or gated model needs a token: `hf auth login`, or HF_TOKEN.
+Files go to assets/hf/<model>. Shows its progress; run again, it resumes where it stopped and
+downloads nothing twice. A private or gated model needs a token: `hf auth login`, or HF_TOKEN.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def download(args: argparse.Namespace) -> None:
-    """Raises `UserError` where the hub can't be reached or has no such model."""
+    """Download. Raises `UserError` where the hub can't be reached or has no such model."""
     patterns = [*ASSETS, CONFIG, GENERATION, *([INDEX, "*.safetensors"] if args.weights else [])]
     target = args.folder / args.repo_id.rpartition("/")[2]
     try:
@@ -64,7 +64,7 @@ def download(args: argparse.Namespace) -> None:
             f"the hub has no model {args.repo_id} (or it is private: log in with `hf auth login`); "
             "correct the name."
         ) from None
-    except OSError as error:  # what all its errors of the network are, and those of the disk
+    except OSError as error:  # the base of all its network errors, and of disk errors
         reason = str(error).strip().partition("\n")[0][:120]
         raise UserError(
             f"{args.repo_id} could not be fetched ({reason}); check the network (and the disk), or "

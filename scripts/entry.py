@@ -1,7 +1,8 @@
-"""How every script here begins and ends: it finds the package, and its last word is a sentence.
+"""Start and end of every script: it finds the package, and ends with a sentence, not a traceback.
 
-Each one puts the repository into sys.path, so that nothing need be installed and any working folder
-will do, and imports this before what takes seconds or may be missing. `run(main)` is its end.
+Each script puts the repository into sys.path, so that nothing must be installed and any working
+folder works, and imports this before modules that take seconds or may be missing. It ends with
+`run(main)`.
 """
 
 import os
@@ -22,12 +23,12 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def about(doc: str | None) -> str:
-    """The first line of a script's docstring, for --help."""
+    """Return the first line of a script's docstring, for --help."""
     return (doc or "").partition("\n")[0]
 
 
 def run(main: Callable[..., int | None], *arguments: object) -> NoReturn:
-    """Exit with what `main` returns (None: 0), with a sentence and 130 at Ctrl-C."""
+    """Exit with the code that `main` returns (None: 0); at Ctrl-C with a sentence and 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have to clean up
     try:
         code = main(*arguments)
@@ -44,7 +45,7 @@ def _interrupted(*_: object) -> NoReturn:
 
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Hook that the interpreter calls for an exception that nobody has caught."""
+    """Hook that the interpreter calls for an uncaught exception."""
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or (REPO / package).is_dir():
         sys.__excepthook__(kind, error, trace)
@@ -54,7 +55,7 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 def _lacks(package: str) -> str:
-    """A sentence on what this interpreter lacks beside `package`, and the way out."""
+    """Name the packages that this interpreter lacks, `package` included, with the way out."""
     lacking = missing(read_requirements(REPO / "pyproject.toml"))
     if not any(requirement.startswith(package) for requirement in lacking):
         lacking.append(package)
@@ -62,7 +63,7 @@ def _lacks(package: str) -> str:
     python = environment / "bin/python"
     use_ours = python.exists() and Path(sys.prefix) != environment
     install = f"run {install_line(sys.executable, lacking)}"
-    way_out = f"call it with {python}" if use_ours else install
+    way_out = f"run it with {python}" if use_ours else install
     return f"needs {', '.join(lacking)}, which {sys.executable} lacks; {way_out}."
 
 

@@ -1,4 +1,4 @@
-"""Text from a checkpoint or a Hugging Face folder.
+"""Generate text from a checkpoint or a Hugging Face folder.
 
     python scripts/generate.py outputs/checkpoint/step-1000 --prompt "Once upon" --prompt "2 + 2 ="
     torchrun --nproc-per-node 8 scripts/generate.py assets/hf/DeepSeek-V3 --prompt "Once upon"
@@ -69,8 +69,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def find_tokenizer(source: Path, named: str | None) -> Tokenizer:
-    """The tokenizer as named, else a Hugging Face folder's own, else that of the run which left the
-    checkpoint (its config.json stands above the folder of checkpoints), else the shipped one."""
+    """Load the named tokenizer, else that of the Hugging Face folder, else that of the run which
+    wrote the checkpoint (its config.json is above the folder of checkpoints), else the shipped one.
+    """
     if named is None and is_complete(source):
         settings = source.absolute().parent.parent / "config.json"
         named = _tokenizer_of_run(settings) if os.path.lexists(settings) else DEFAULT_PATH
@@ -94,13 +95,14 @@ def _tokenizer_of_run(settings: Path) -> str:
 
 
 def printable(text: str) -> str:
-    """With escapes for what the terminal's encoding lacks."""
+    """Escape characters that the terminal's encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def make_config(args: argparse.Namespace, model: DetectedModel) -> JobConfig:
-    """Config of a job that only computes forward, its experts spread as far as they go."""
+    """Make the config of a run of forward passes only, with experts spread over as many ranks as
+    divide their number."""
     world_size = read_launch().world_size
     dtype = args.dtype or ("bfloat16" if device_type() == "cuda" else "float32")
     degree = 1
@@ -139,7 +141,7 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
     elif averaged:
         raise UserError(
             f"--ema: {source} is a Hugging Face folder, which holds one set of weights; leave it "
-            "out (convert_to_hf.py --ema makes such a folder of the average)."
+            "out (convert_to_hf.py --ema writes the average as such a folder)."
         )
     else:
         adapter = spec.hf_adapter(model.model_args, str(source))
@@ -159,8 +161,8 @@ def run(args: argparse.Namespace) -> None:
         )
     check_prompts(prompts, sampling, model_args)
     config, device = make_config(args, found), local_device()
-    told = {f"--{name}": str(value) for name, value in vars(args).items()}
-    leave = init_distributed(config.comm, device, config.job.dump_folder, lambda rank: told)
+    options = {f"--{name}": str(value) for name, value in vars(args).items()}
+    leave = init_distributed(config.comm, device, config.job.dump_folder, lambda rank: options)
     try:
         model, _ = build_model(spec, model_args, build_parallel_dims(config), config, device)
         load_weights(model, spec, args.source, averaged=args.ema)

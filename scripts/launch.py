@@ -1,10 +1,10 @@
-"""torchrun whose last word is the sentence of the rank that failed, instead of a traceback.
+"""torchrun that ends with the error message of the rank that failed, instead of a traceback.
 
     launch.py [options of torchrun] -m torchtitan.train [...]
 
-Exit code as of `python -m torchtitan.train` itself: 2 where the user can mend it, else 1. It is
-torchrun's own process. Signals that ask for an end it hands on to the ranks, which end after their
-step with a checkpoint; a second one ends everything at once. docs/checkpoint.md has the table.
+The exit code is that of `python -m torchtitan.train` itself: 2 for user errors, else 1. It runs
+torchrun in its own process. Signals that ask for an end are forwarded to the ranks, which end after
+their step with a checkpoint; a second one ends everything at once (table: docs/checkpoint.md).
 """
 
 import contextlib
@@ -33,9 +33,9 @@ from torchtitan.tools.signals import SignalListener, stop_code
 
 
 class Launch:
-    """The ranks' files, and what a signal does to the ranks of this machine.
+    """The ranks' files, and the handling of signals for the ranks of this machine.
 
-    torchrun's own way with signals is kept out (`SignalListener` blocks them): it would end the
+    torchrun's own handling of signals is disabled (`SignalListener` blocks them): it would kill the
     ranks 30 seconds after SIGTERM, whatever they are writing, and fail itself with a traceback.
     """
 
@@ -63,10 +63,11 @@ class Launch:
         if not have_steps_begun(self.error_file, ranks):
             self._end(stop_code(number), f"{number.name}: the run ends before its first step")
         _kill(ranks, number)
-        threading.Thread(target=self._let_none_begin_anew, args=(ranks,), daemon=True).start()
+        threading.Thread(target=self._prevent_restarts, args=(ranks,), daemon=True).start()
 
-    def _let_none_begin_anew(self, ranks: set[int]) -> None:
-        """torchrun does that (--max-restarts) where one of them fails on its way to the end."""
+    def _prevent_restarts(self, ranks: set[int]) -> None:
+        """End the run where torchrun restarts ranks (--max-restarts), because one failed while
+        ending."""
         while _children() <= ranks:
             time.sleep(0.1)
         sentence, code = read_first_error(self.error_file) or ("a rank failed at the end", 1)
@@ -80,13 +81,13 @@ class Launch:
 
 
 def _children() -> set[int]:
-    """Processes that this one has started: the ranks."""
+    """Process ids of this process's children: the ranks."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # "pid (name) state parent ...", and the name may hold anything
+            # "pid (name) state parent ...", where the name may contain any character
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError:  # gone meanwhile
+        except OSError:  # it has ended meanwhile
             continue
         if int(parent) == os.getpid() and state != "Z":
             found.add(int(stat.parent.name))
@@ -95,7 +96,7 @@ def _children() -> set[int]:
 
 def _kill(processes: set[int], number: int) -> None:
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):  # gone meanwhile
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
             os.kill(process, number)
 
 
@@ -103,18 +104,18 @@ def main(arguments: list[str] | None = None) -> int:
     init_logger()
     launch = Launch()
     try:
-        # Only now that signals are heard: it takes seconds.
+        # Imported after signals are handled, because it takes seconds.
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
         try:
             run.main(arguments)
         except ChildFailedError as error:
-            told = read_first_error(launch.error_file)
+            reported = read_first_error(launch.error_file)
             killed = _killed(*error.get_first_failure())
-            if told is None and killed is None:  # torchrun's report is all there is
+            if reported is None and killed is None:  # only torchrun's report exists
                 raise
-            sentence, exit_code = told or ("no other rank has said anything", 1)
+            sentence, exit_code = reported or ("no other rank reported an error", 1)
             logger.error("%s", f"{killed}; {sentence}" if killed else sentence)
             return exit_code
         return launch.exit_code()
@@ -123,7 +124,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _killed(rank: int, failure: Any) -> str | None:
-    """ "rank 1 was ended by SIGKILL", if that is how it began. failure: torch's ProcessFailure."""
+    """Describe the first failure, "rank 1 was ended by SIGKILL"; None if no signal caused it.
+
+    failure: torch's ProcessFailure.
+    """
     if failure.exitcode >= 0:
         return None
     name = signal.Signals(-failure.exitcode).name
@@ -132,8 +136,8 @@ def _killed(rank: int, failure: Any) -> str | None:
         hint = " (perhaps the machine ran out of memory: see dmesg)"
     if name == "SIGABRT":
         hint = (
-            " (NCCL's watchdog ends a rank so: see its lines above and the flight recorder's files "
-            "in comm.save_traces_folder)"
+            " (as NCCL's watchdog does: see its lines above and the flight recorder's files in "
+            "comm.save_traces_folder)"
         )
     return f"rank {rank} was ended by {name}{hint}"
 

@@ -1,11 +1,11 @@
-"""Measure what each dispatcher sends between nodes, by the kernel's counters: table, JSON, picture.
+"""Measure each dispatcher's traffic between nodes by the kernel's counters: table, JSON, picture.
 
     sudo python scripts/measure_node_traffic.py        (Linux, iproute2, root; two minutes)
 
-Plays nodes as network namespaces (played_nodes.py), runs one MoE layer forward and backward on all
-of their ranks (node_traffic_rank.py) with a plain all-to-all, ours, and the node-limited one, and
-reads how many bytes left each node. Beside the counters stand the dispatcher's own meter and
-arithmetic: rows times bytes. Leaves nothing behind, on Ctrl-C neither.
+Emulates nodes as network namespaces (emulated_nodes.py), runs one MoE layer forward and backward on
+all of their ranks (node_traffic_rank.py) with a plain all-to-all, ours, and the node-limited one,
+and reads how many bytes left each node. The dispatcher's own meter and arithmetic (rows times
+bytes) are compared with the counters. Leaves nothing behind, even on Ctrl-C.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from scripts import entry
 
 # isort: split
 import torch
-from played_nodes import LINK, PlayedNodes, check_can_play
+from emulated_nodes import LINK, EmulatedNodes, check_can_emulate
 
 from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.models.moe.args import RoutingRule
@@ -76,7 +76,7 @@ def routing(text: str) -> tuple[int, int]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise `UserError` for numbers that don't go together, and where nodes can't be played."""
+    """Raise `UserError` for impossible options, and where nodes can't be emulated."""
     world_size = options.nodes * options.ranks_per_node
     if not 2 <= options.nodes <= 250:
         raise UserError(f"--nodes ({options.nodes}) must lie between 2 and 250.")
@@ -86,23 +86,23 @@ def check(options: argparse.Namespace) -> None:
             f"(--nodes {options.nodes} times --ranks_per_node {options.ranks_per_node})."
         )
     for groups, limited in options.routings:
-        RoutingRule(  # raises where it can't hold
+        RoutingRule(  # raises for impossible values
             num_experts=options.num_experts,
             top_k=options.top_k,
             num_expert_groups=groups or None,
             num_limited_groups=limited or None,
         )
-    check_can_play()
+    check_can_emulate()
 
 
 # ------------------------------------------------------------------------------------- running
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """What each rank has written, by rank."""
+    """Run all ranks on emulated nodes; return their results, by rank."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        PlayedNodes(options.nodes, options.rate_mbit) as nodes,
+        EmulatedNodes(options.nodes, options.rate_mbit) as nodes,
     ):
         settings = {
             name: value for name, value in vars(options).items() if name not in ("rate_mbit", "out")
@@ -122,14 +122,14 @@ def measure(options: argparse.Namespace) -> list[dict]:
                 processes.append(
                     nodes.start(node, [*command, str(rank)], cwd=REPO, env=env, stderr=log)
                 )
-        logger.info("%d ranks on %d nodes have been started", len(processes), options.nodes)
+        logger.info("Started %d ranks on %d nodes", len(processes), options.nodes)
         wait_for(processes, Path(folder), options.seconds)
         files = [Path(folder, f"rank{rank}.json") for rank in range(len(processes))]
         return [json.loads(file.read_text()) for file in files]
 
 
 def wait_for(processes: list[subprocess.Popen], folder: Path, seconds: float) -> None:
-    """Until all are done. Raises `RunError` with the first failure, or when time is over."""
+    """Wait until all processes are done. Raises `RunError` at the first failure, or on timeout."""
     deadline = time.monotonic() + seconds
     while any(process.poll() is None for process in processes):
         for rank, process in enumerate(processes):
@@ -150,7 +150,7 @@ def wait_for(processes: list[subprocess.Popen], folder: Path, seconds: float) ->
 
 
 def check_probe(ranks: list[dict], ranks_per_node: int) -> None:
-    """Raise `RunError` unless what ranks of a node say to each other stays off the link."""
+    """Raise `RunError` unless traffic inside a node stays off the link."""
     for rank in ranks[::ranks_per_node]:
         probe = rank["probe"]
         if probe["inside"] < probe["payload"] or probe["link"] > 64 * 1024:
@@ -162,7 +162,7 @@ def check_probe(ranks: list[dict], ranks_per_node: int) -> None:
 
 
 def payload_per_row(dispatcher: str, dim: int, top_k: int) -> int:
-    """Bytes of a row that leaves its node, out and back, forward and backward.
+    """Bytes of a row that leaves its node: dispatch and combine, forward and backward.
 
     The baseline sends four hidden states and nothing else.
     """
@@ -172,7 +172,7 @@ def payload_per_row(dispatcher: str, dim: int, top_k: int) -> int:
 
 
 def summarise(ranks: list[dict], options: argparse.Namespace) -> list[dict]:
-    """One line for each routing and dispatcher, in the order of the measurement."""
+    """Make a line for each routing and dispatcher, in the order of the measurement."""
     lines: list[dict] = []
     plain: dict = {}  # the first of each routing
     for index, (groups, limited, dispatcher, _) in enumerate(ranks[0]["cases"]):
@@ -192,19 +192,19 @@ def summarise(ranks: list[dict], options: argparse.Namespace) -> list[dict]:
 
 
 def measured(steps_of_rank: list[list[dict]], options: argparse.Namespace) -> dict[str, float]:
-    """Rows and bytes that left their node, per token; seconds of a step (median), of the busiest
-    link alone, and of all ranks' work on all of our processors. Raises `RunError` where the meter
-    is wrong.
+    """Compute rows and bytes that left their node, per token; seconds of a step (median), of the
+    busiest link alone, and of all ranks' work spread over all processors. Raises `RunError` where
+    the dispatcher's meter is wrong.
     """
-    steps_of_node = steps_of_rank[:: options.ranks_per_node]  # one rank of each tells the counters
+    steps_of_node = steps_of_rank[:: options.ranks_per_node]  # one rank reports a node's counters
     everyones = [step for steps in steps_of_rank for step in steps]
     tokens = options.tokens * len(everyones)
     meter = sum(step["meter"][0][2] for step in everyones)
     rows = sum(step["counted_rows"] for step in everyones)
     if meter != rows:
         raise RunError(
-            f"A dispatcher's meter says {meter} rows went to other nodes; by the router's choices "
-            f"these must be {rows}."
+            f"A dispatcher's meter counted {meter} rows to other nodes, but from the router's "
+            f"choices there must be {rows}."
         )
     busiest = [max(at_once, key=itemgetter("link")) for at_once in zip(*steps_of_node, strict=True)]
     rate = options.rate_mbit * 1e6 / 8 or math.inf
@@ -270,10 +270,11 @@ def draw(lines: list[dict], rate_mbit: float, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 failed, 2 this machine or user can't, 130 interrupted."""
+    """Run the script. Returns the exit code: 0 done, 1 failed, 2 user error or unsuitable machine,
+    130 interrupted."""
     init_logger()
     options = parse(argv)
-    # A polite `kill` ends it as Ctrl-C does.
+    # SIGTERM ends it as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         check(options)
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.error("%s", error)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        logger.error("Interrupted; the nodes are gone")
+        logger.error("Interrupted; the nodes are removed")
         return 130
     options.out.mkdir(parents=True, exist_ok=True)
     settings = vars(options) | {"out": str(options.out), "torch": ranks[0]["torch"]}

@@ -1,12 +1,12 @@
-"""What it saves that two passes go by turns (`pipeline_parallel_expert_parallel_overlap`).
+"""Measure what interleaved passes save (`pipeline_parallel_expert_parallel_overlap`).
 
     torchrun --nproc_per_node 2 scripts/measure_overlap.py --model.flavor 16B \
         --model.args.n_layers 4 --parallelism.expert_parallel_degree 2 [any option of a run]
 
 Each rank has two models, as it has two stages in DualPipeV, and repeats that schedule's pair: the
 forward pass of a micro-batch through one, the backward pass of another through the other. Pairs are
-timed one after the other and by turns, in one process, alternately; beside them stands the time
-that the all-to-all kernels of a pair take. `--pairs`: of each measurement.
+timed sequentially and interleaved, alternately in one process; the time of the all-to-all kernels
+of a pair is measured, too. `--pairs`: of each measurement.
 """
 
 import argparse
@@ -41,8 +41,8 @@ WARMUP, ROUNDS = 6, 5
 
 
 class Pairs:
-    """`run` does the next pair: forward through the model that has no pass waiting for its backward
-    pass, backward through the one that has."""
+    """Two models. `run` does the next pair: forward through the model without a pending backward
+    pass, backward through the other one."""
 
     def __init__(self, config: JobConfig, device: torch.device):
         spec, args, _ = check_config(config)
@@ -77,7 +77,7 @@ def one_after_the_other(first: Callable[[], None], second: Callable[[], None]) -
 
 
 def milliseconds(pairs: Pairs, together: Callable, count: int) -> float:
-    """Of a pair, on the slowest rank."""
+    """Measure the milliseconds of a pair on the slowest rank."""
     _wait()
     began = time.perf_counter()
     for _ in range(count):
@@ -89,7 +89,8 @@ def milliseconds(pairs: Pairs, together: Callable, count: int) -> float:
 
 
 def exchange_milliseconds(pairs: Pairs) -> float | None:
-    """What the kernels of a pair's all-to-alls take on this rank, waiting for others included."""
+    """Measure the milliseconds of a pair's all-to-all kernels on this rank, waiting for others
+    included; None on CPUs."""
     if not torch.cuda.is_available():
         return None
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

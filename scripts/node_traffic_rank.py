@@ -1,7 +1,7 @@
 """One rank of scripts/measure_node_traffic.py: steps of an MoE layer, and its node's counters.
 
 `python -m scripts.node_traffic_rank SETTINGS RANK`, with the JSON of `Settings`; writes
-`rank<RANK>.json` into its folder: for each routing and dispatcher, what every step sent and took.
+`rank<RANK>.json` into its folder: bytes and seconds of every step, by routing and dispatcher.
 
 Letters as in models/moe/moe.py: T tokens, D model dim, K top-k.
 """
@@ -31,9 +31,9 @@ from torchtitan.models.moe.dispatcher import TokenDispatcher
 
 
 def _own_group(groups: list[list[int]], index: int) -> dist.ProcessGroup:
-    """Every rank makes all groups; the one at `index` is its own."""
+    """Make all groups, as every rank must; return this rank's own, at `index`."""
     made = [dist.new_group(ranks) for ranks in groups]
-    return cast(dist.ProcessGroup, made[index])  # a number for those that others make
+    return cast(dist.ProcessGroup, made[index])  # others' groups are plain numbers
 
 
 DISPATCHERS = ("plain", "all_to_all", "node_limited")
@@ -41,8 +41,12 @@ DISPATCHERS = ("plain", "all_to_all", "node_limited")
 
 @dataclass(frozen=True)
 class Settings:
-    """routings: (num_expert_groups, num_limited_groups), (0, 0) = no groups. tokens: of each rank.
-    link: name of the interface that leaves a node. store: address of the rendezvous.
+    """Settings of the measurement.
+
+    routings: (num_expert_groups, num_limited_groups), (0, 0) = no groups.
+    tokens: of each rank.
+    link: name of the interface that leaves a node.
+    store: address of the rendezvous.
     """
 
     nodes: int
@@ -83,20 +87,20 @@ class Rank:
         self.between = _own_group(grid.T.tolist(), rank % settings.ranks_per_node)
 
     def sent_bytes(self) -> tuple[int, int]:
-        """What this node has sent so far, to other nodes and inside, says the kernel."""
+        """Read the kernel's counters of bytes that this node sent to other nodes, and inside."""
         link, inside = (
             int(Path(f"/sys/class/net/{name}/statistics/tx_bytes").read_text())
             for name in (self.settings.link, "lo")
         )
         return link, inside
 
-    def watch(self, step: Callable[[], object]) -> dict[str, float]:
-        """Run `step` on all ranks at once. What the node sent meanwhile, seconds until the last
-        rank was done, and this rank's processor seconds (of all its threads).
+    def measure(self, step: Callable[[], object]) -> dict[str, float]:
+        """Run `step` on all ranks at once; measure the bytes that the node sent, the seconds until
+        the last rank was done, and this rank's processor seconds (of all its threads).
         """
         dist.barrier()
         before = self.sent_bytes()
-        dist.barrier()  # nobody begins before everybody has read
+        dist.barrier()  # no rank begins before all have read the counters
         start, cpu_start = time.perf_counter(), time.process_time()
         step()
         cpu = time.process_time() - cpu_start
@@ -106,23 +110,23 @@ class Rank:
         return {"link": link, "inside": inside, "seconds": seconds, "cpu": cpu}
 
     def probe(self, megabytes: int = 8) -> dict:
-        """What a broadcast inside the node adds to the counters: it must leave the link alone."""
+        """Measure a broadcast inside the node, which must not use the link."""
         payload = torch.zeros(megabytes * 2**20, dtype=torch.uint8)
         first = self.node * self.settings.ranks_per_node
-        watched = self.watch(lambda: dist.broadcast(payload, first, group=self.within))
-        return watched | {"payload": payload.numel() * (self.settings.ranks_per_node - 1)}
+        measured = self.measure(lambda: dist.broadcast(payload, first, group=self.within))
+        return measured | {"payload": payload.numel() * (self.settings.ranks_per_node - 1)}
 
     def dispatcher(self, name: str) -> TokenDispatcher:
         s = self.settings
         if name == "plain":
             plain = PlainAllToAllDispatcher(world_group(), s.num_experts, s.ranks_per_node)
-            return cast(TokenDispatcher, plain)  # but for shared experts, which no layer here has
+            return cast(TokenDispatcher, plain)  # lacks shared experts, which no layer here has
         if name == "all_to_all":
             return AllToAllDispatcher(world_group(), s.num_experts, s.ranks_per_node)
         return NodeLimitedDispatcher(self.between, self.within, s.num_experts)
 
     def layer(self, groups: int, limited: int) -> MoE:
-        """With this rank's experts; routers are alike on all ranks."""
+        """Make a layer with this rank's experts; routers are equal on all ranks."""
         s = self.settings
         args = MoEArgs(
             num_experts=s.num_experts,
@@ -148,17 +152,17 @@ class Rank:
         return torch.randn(1, self.settings.tokens, self.settings.dim, requires_grad=True)
 
     def run_routing(self, groups: int, limited: int) -> dict[str, list[dict]]:
-        """What every measured step sent and took, by dispatcher. All take turns at the same steps,
-        so that what else the machine does meets them alike.
+        """Measure all steps, by dispatcher. The dispatchers alternate at every step, so that other
+        work on the machine affects them alike.
         """
         moe = self.layer(groups, limited)
         dispatchers = {name: self.dispatcher(name) for name in DISPATCHERS}
-        watched = {name: [] for name in DISPATCHERS}
+        measured = {name: [] for name in DISPATCHERS}
         for step in range(self.settings.warmup_steps + self.settings.steps):
             x = self.activations(step)
             for name, moe.dispatcher in dispatchers.items():
-                watched[name].append(self.run_step(moe, x, name))
-        return {name: steps[self.settings.warmup_steps :] for name, steps in watched.items()}
+                measured[name].append(self.run_step(moe, x, name))
+        return {name: steps[self.settings.warmup_steps :] for name, steps in measured.items()}
 
     def run_step(self, moe: MoE, x: Tensor, name: str) -> dict:
         loads = []
@@ -168,7 +172,7 @@ class Rank:
             loads.append(load)
             out.backward(torch.ones_like(out))
 
-        numbers = self.watch(forward_and_backward)
+        numbers = self.measure(forward_and_backward)
         return numbers | {
             "meter": loads[0].traffic.tolist(),
             "counted_rows": self.rows_to_other_nodes(moe, x, name),
@@ -176,7 +180,8 @@ class Rank:
 
     @torch.no_grad()
     def rows_to_other_nodes(self, moe: MoE, x: Tensor, name: str) -> int:
-        """From the router's choice alone: copies, or distinct (token, rank), or (token, node)."""
+        """Count rows from the router's choice alone: copies, or distinct (token, rank) or (token,
+        node) pairs."""
         s = self.settings
         ids_TK = moe.router(x.flatten(0, 1))[1]
         if name == "plain":
@@ -196,7 +201,7 @@ def main(settings: str, rank: str) -> None:
         for name, steps in me.run_routing(groups, limited).items():
             results["cases"].append([groups, limited, name, steps])
     Path(me.settings.folder, f"rank{rank}.json").write_text(json.dumps(results))
-    dist.barrier()  # the store lives in rank 0, which must not go first
+    dist.barrier()  # the store is in rank 0, which must not exit first
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Draw where one token of an EP group goes: one copy per expert, per rank, per node.
+"""Draw the way of one token in an EP group: one copy per expert, per rank, per node.
 
     python scripts/plot_dispatch.py docs/dispatch.png        (needs matplotlib)
 
@@ -50,7 +50,7 @@ def ways(experts: list[int]) -> dict[str, list[Arrow]]:
 
 
 def relay(node: int) -> int:
-    """The rank at the sender's own place there."""
+    """Rank of a node that is at the sender's own place on its node."""
     return node * RANKS_PER_NODE + HOME % RANKS_PER_NODE
 
 

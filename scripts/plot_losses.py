@@ -1,4 +1,4 @@
-"""Renew the contract of the debug model: its losses as a file, and their picture in the docs.
+"""Update the reference losses of the debug model, and their picture in the docs.
 
 python scripts/plot_losses.py outputs/metrics.jsonl        (needs matplotlib, extra 'docs')
 """
@@ -15,7 +15,7 @@ from scripts import entry
 REPO = Path(__file__).parents[1]
 LOSSES = REPO / "tests/assets/losses/deepseek_v3_debugmodel_cpu.txt"
 PICTURE = REPO / "docs/debug_model_loss.png"
-# Of the shipped text under the shipped tokenizer: torchtitan/data/sample/README.md.
+# Entropy of the shipped text under the shipped tokenizer: torchtitan/data/sample/README.md.
 UNIGRAM_ENTROPY = 6.4340
 
 
@@ -32,13 +32,13 @@ def main(arguments: list[str]) -> None:
 
 
 def refuse(sentence: str) -> NoReturn:
-    """For what the user can mend; like torchtitan.train, exit code 2."""
+    """Exit with a user error: a sentence and code 2, as torchtitan.train."""
     print(sentence, file=sys.stderr)
     raise SystemExit(2)
 
 
 def read_losses(path: Path) -> list[float]:
-    """The loss of each step from 1 on."""
+    """Read the loss of each step from 1 on."""
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         steps = [record["step"] for record in records]
@@ -47,13 +47,13 @@ def read_losses(path: Path) -> list[float]:
         refuse(f"{path} cannot be read ({error.strerror}); correct the path.")
     except (ValueError, KeyError, TypeError):
         refuse(
-            f"{path} is no metrics.jsonl (each line a JSON object with 'step' and 'loss'); give "
+            f"{path} is not a metrics.jsonl (each line a JSON object with 'step' and 'loss'); give "
             "the one that a run wrote into its job.dump_folder."
         )
     if not steps or steps != list(range(1, len(steps) + 1)):
         refuse(
-            f"{path} has not one record for each step from 1 on (found {_short(steps)}); run with "
-            "--metrics.log_freq 1 into a new --job.dump_folder."
+            f"{path} does not have one record for each step from 1 on (found {_short(steps)}); run "
+            "with --metrics.log_freq 1 into a new --job.dump_folder."
         )
     for step, loss in zip(steps, losses, strict=True):
         if not math.isfinite(loss):

@@ -1,9 +1,9 @@
-"""Draw what each rank of a pipeline computes when, for each schedule.
+"""Draw the passes of each rank of a pipeline over time, for each schedule.
 
     python scripts/plot_schedules.py docs/schedules.png        (needs matplotlib)
 
-The order of the work is that of torch's schedule object; the times are played here: a forward pass
-of a whole rank takes 2 units, so does each half of its backward pass (for inputs, for weights), and
+The order of the passes is that of torch's schedule object; the times are simulated: a forward pass
+of a whole rank takes 2 units, as does each half of its backward pass (for inputs, for weights), and
 sending takes none. A rank with two stages does each in half the time.
 """
 
@@ -34,7 +34,10 @@ COLOURS = {"F": "#9dc3e6", "B": "#f4b183", "I": "#ffd27f", "W": "#a9d18e"}
 
 
 class Pass(NamedTuple):
-    """One pass of a stage. start, end: of the clock of all ranks."""
+    """One pass of a stage.
+
+    start, end: in units of the simulated time, common to all ranks.
+    """
 
     kind: str
     stage: int
@@ -44,7 +47,7 @@ class Pass(NamedTuple):
 
 
 def order(schedule: str) -> list[list[tuple[str, int, int]]]:
-    """Kind, stage and micro-batch of each rank's passes; overlapped pairs one after the other."""
+    """List kind, stage and micro-batch of each rank's passes; overlapped pairs in sequence."""
     by_rank = []
     for actions in get_schedule_ops(schedule, RANKS, MICROBATCHES):
         # Their text, "0F3" and "(0F3;7B1)OVERLAP_F_B", is the same in torch 2.11 and 2.13.
@@ -56,7 +59,7 @@ def order(schedule: str) -> list[list[tuple[str, int, int]]]:
 
 
 def play(schedule: str) -> list[list[Pass]]:
-    """Each pass as early as its rank is free and what it needs is there."""
+    """Simulate a schedule: each pass starts when its rank is free and its inputs are computed."""
     waiting = [list(passes) for passes in order(schedule)]
     unit = 2.0 if schedule in SINGLE else 1.0
     last = max(stage for passes in waiting for _, stage, _ in passes)
@@ -75,12 +78,12 @@ def play(schedule: str) -> list[list[Pass]]:
                 before.append(Pass(kind, stage, microbatch, start, end))
                 moved = True
         if not moved:
-            raise RuntimeError(f"{schedule} waits for itself: {[p[0] for p in waiting if p]}")
+            raise RuntimeError(f"{schedule} deadlocks: {[p[0] for p in waiting if p]}")
     return played
 
 
 def _ready(done: dict, kind: str, stage: int, microbatch: int, last: int) -> float | None:
-    """When the pass has what it needs; None as long as that isn't known."""
+    """Time at which the inputs of a pass are computed; None while that is unknown."""
     if kind == "W":
         return done.get(("I", stage, microbatch))
     if kind == "F":
@@ -91,7 +94,7 @@ def _ready(done: dict, kind: str, stage: int, microbatch: int, last: int) -> flo
 
 
 def idle(played: list[list[Pass]]) -> float:
-    """The part of all ranks' time in which they wait."""
+    """Share of all ranks' time in which they wait."""
     length = max(passes[-1].end for passes in played)
     busy = sum(one.end - one.start for passes in played for one in passes)
     return 1 - busy / (length * len(played))

@@ -1,8 +1,8 @@
-"""Where the time of a step goes: bars from the JSON of `bench.py step`, one a row with a breakdown.
+"""Draw the time of a step by parts, from the JSON of `bench.py step`: a bar for each breakdown.
 
     python scripts/plot_step_time.py rows.json --whole "before: 271.7" --out docs/step_time.png
 
---whole: a step of which only the whole is known ("name: milliseconds"), drawn first.
+--whole: a step of which only the total is known ("name: milliseconds"), drawn first.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def bars(options: argparse.Namespace) -> list[tuple[str, dict[str, float]]]:
-    """Name and milliseconds by part of every bar."""
+    """List name and milliseconds by part of every bar."""
     known = []
     for text in options.whole:
         name, _, milliseconds = text.rpartition(":")

@@ -1,9 +1,9 @@
-"""What parts of the recipe do to a V3 toy model in 300 steps on the shipped text.
+"""Measure the effect of parts of the recipe on a toy V3 model, in 300 steps on the shipped text.
 
     python scripts/recipe_experiment.py outputs/recipe   (about 10 minutes on one core)
 
 Trains six variants with the same data and seed, prints their last losses and max-violations, and
-draws docs/recipe_balance.png (extra 'docs'). A variant whose records are there is not run again.
+draws docs/recipe_balance.png (extra 'docs'). A variant whose records exist is not run again.
 """
 
 import json
@@ -20,8 +20,8 @@ from torchtitan.train import main as train
 
 STEPS, LAST = 300, 50
 PICTURE = Path(__file__).parents[1] / "docs/recipe_balance.png"
-# A fourth of the debug model in each direction; sixteen experts, so that there is something to
-# balance. Biases move ten times as fast as in a run of months.
+# A fourth of the debug model in each direction; sixteen experts, so that balancing matters. Biases
+# move ten times as fast as in a run of months.
 TOY = {
     "model.args.n_layers": 4,
     "model.args.dim": 128,

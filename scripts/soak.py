@@ -1,12 +1,12 @@
-"""Kill a training run at random moments, over and over, and see whether anything is lost.
+"""Kill a training run at random moments, many times, and check that nothing is lost.
 
     python scripts/soak.py [--kills 30] [--ranks 2] [--seed 0] [options of torchtitan.train]
 
-First the run goes through undisturbed. Then the same command, in another folder, is started by
+First the run is done undisturbed. Then the same command, in another folder, is started by
 scripts/launch.py, and after a random time one of its ranks, all of them, or all with the launcher
-are killed with SIGKILL; then it is typed again, until there were enough kills, and once more to its
-end. After every kill each complete checkpoint must be readable to the last byte, and in the end
-every loss of every life must be the undisturbed run's, bit for bit. Exit code 0 if so, else 1.
+are killed with SIGKILL; the command is repeated until enough kills are done, and once more to its
+end. After every kill each complete checkpoint must be readable to the last byte, and at the end
+every loss of every attempt must equal the undisturbed run's, bit for bit; else the exit code is 1.
 """
 
 import argparse
@@ -59,14 +59,14 @@ def start(folder: Path, args: argparse.Namespace) -> subprocess.Popen:
             stdout=log,
             stderr=log,
             env={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | os.environ,
-            start_new_session=True,  # Ctrl-C is for the soak, which then ends it
+            start_new_session=True,  # Ctrl-C reaches only this script, which then ends the run
         )
     args.runs.callback(kill_all, run)
     return run
 
 
 def kill_all(run: subprocess.Popen) -> None:
-    """The launcher and its ranks, if they are still there."""
+    """Kill the launcher and its ranks, if they still run."""
     ranks = ranks_of(run.pid)
     run.kill()
     run.wait()
@@ -76,7 +76,7 @@ def kill_all(run: subprocess.Popen) -> None:
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """Process ids of the launcher's children."""
+    """List the process ids of the launcher's children."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -89,7 +89,7 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 def kill_some(run: subprocess.Popen, chooser: random.Random) -> str:
-    """SIGKILL to one rank, to all, or to all and the launcher."""
+    """Send SIGKILL to one rank, to all, or to all and the launcher; return which."""
     ranks, kind = ranks_of(run.pid), chooser.choice(["one rank", "all ranks", "everything"])
     if not ranks:  # still starting
         kind = "everything"
@@ -107,7 +107,7 @@ def kill_some(run: subprocess.Popen, chooser: random.Random) -> str:
 
 
 def whole_steps(folder: Path) -> list[int]:
-    """Steps of complete checkpoints; ends the soak with a sentence where one is not readable."""
+    """List the steps of complete checkpoints; exit with a sentence where one is unreadable."""
     checkpoints = folder / "checkpoint"
     steps = [step for step, whole in steps_with_folder(checkpoints).items() if whole]
     for step in steps:
@@ -118,7 +118,7 @@ def whole_steps(folder: Path) -> list[int]:
 
 
 def losses(folder: Path) -> dict[int, set[float]]:
-    """By step, of all lives of the run."""
+    """Collect the losses of all attempts of the run, by step."""
     found: dict[int, set[float]] = {}
     for path in folder.glob("metrics*.jsonl"):  # the replaced ones, too
         for line in path.read_text().splitlines():
@@ -132,14 +132,14 @@ def soak(folder: Path, args: argparse.Namespace) -> int:
     while kills < args.kills:
         before = max(whole_steps(folder), default=0)
         if before >= args.steps:
-            sys.exit(f"the run was over after {kills} kills: give it more --steps")
+            sys.exit(f"the run ended after {kills} kills: set more --steps")
         run = start(folder, args)
         goal = before + chooser.randint(0, 6)
         while run.poll() is None and max(_complete(folder), default=0) < goal:
             time.sleep(0.02)
         time.sleep(chooser.uniform(0, 0.5))
         if run.poll() is not None:
-            sys.exit(f"LOST: it ended by itself with {run.returncode}: see {folder / 'log'}")
+            sys.exit(f"LOST: the run ended by itself with {run.returncode}: see {folder / 'log'}")
         kind = kill_some(run, chooser)
         kills += 1
         half_written = len(list((folder / "checkpoint").glob("*.tmp")))

@@ -31,14 +31,14 @@ HEAD = """\
 
 Written by `python scripts/write_config_docs.py` from the dataclasses in `torchtitan/config/` and
 those of the models' arguments; do not edit it. Each heading is a table of the TOML file. On the
-command line a key is `--table.key value`, which wins over the file; a list of tables is written
+command line a key is `--table.key value`, which overrides the file; a list of tables is written
 there as TOML's inline tables. Names, types and defaults are torchtitan v0.2's, except for keys
-marked (ours). What a key may hold beyond its type is checked before anything starts
+marked (ours). Rules beyond the type of a key are checked before the run starts
 (`torchtitan/config/rules/`).
 """
 MODEL_HEAD = """\
 Overrides of the flavor's arguments, such as `--model.args.n_layers 8`. A flavor sets values of its
-own; the defaults here are those of the class. Below each table stands the docstring of its class.
+own; the defaults here are those of the class. The docstring of the class follows each table.
 """
 ARGUMENTS = {
     '[model.args] with model.name = "deepseek_v3"': DeepSeekV3ModelArgs,
@@ -48,7 +48,7 @@ ARGUMENTS = {
 
 
 def sentences(table: type) -> dict[str, str]:
-    """The string below each field of a dataclass, by field."""
+    """Collect the string below each field of a dataclass, by field."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(table))).body
     assert isinstance(tree, ast.ClassDef)
     found = {}
@@ -60,7 +60,7 @@ def sentences(table: type) -> dict[str, str]:
 
 
 def type_of(kind: Any) -> str:
-    """The type in words without their article; choices between backquotes."""
+    """Describe a type in words, without article; choices between backquotes."""
     first = alternatives(kind)[0]
     if get_origin(first) is Literal:
         return ", ".join(f"`{as_text(choice)}`" for choice in get_args(first))
@@ -77,7 +77,10 @@ def default_of(field: dataclasses.Field) -> str:
 
 
 def rows(table: type, meaning: dict[str, str] | None) -> Iterator[str]:
-    """A Markdown table of the keys of a dataclass. meaning: the sentence on each key."""
+    """Yield the lines of a Markdown table of a dataclass's keys.
+
+    meaning: the sentence on each key; None = no column for it.
+    """
     yield "| key | type | default |" + " meaning |" * bool(meaning)
     yield "|---|---|---|" + "---|" * bool(meaning)
     hints = get_type_hints(table)
@@ -90,7 +93,7 @@ def rows(table: type, meaning: dict[str, str] | None) -> Iterator[str]:
 
 
 def section(table: type, name: str) -> Iterator[str]:
-    """The keys of a TOML table, then its lists of tables, then the tables inside of it."""
+    """Yield the keys of a TOML table, then its lists of tables, then the tables inside of it."""
     hints = get_type_hints(table)
     names = [field.name for field in dataclasses.fields(table)]
     inner = [key for key in names if dataclasses.is_dataclass(hints[key])]
@@ -110,7 +113,7 @@ def docstring(args: type) -> list[str]:
 
 
 def model_section() -> Iterator[str]:
-    """Model arguments, which the docstrings of their classes explain."""
+    """Yield the model arguments, which the docstrings of their classes explain."""
     yield from ("", "## [model.args]", "", MODEL_HEAD.strip())
     for title, args in ARGUMENTS.items():
         yield from ("", f"### {title}", "", *rows(args, None), *docstring(args))

@@ -1,4 +1,4 @@
-"""Where the time of one step goes, from torch.profiler, in parts that sum to the step's time.
+"""Time of one step by parts that sum to it, from torch.profiler.
 
 What is timed: on a GPU every kernel, on a CPU every operator (less the operators that it calls).
 How each finds its part, the first rule that fits:
@@ -11,7 +11,9 @@ How each finds its part, the first rule that fits:
    found by the autograd sequence number). Only the head and the loss where layers are compiled.
 5. By words in its name: sort, gather, index, ... are dispatch/combine; the rest is elementwise.
 
-Communication between GPUs runs beside computing: its part is the time when nothing else ran.
+Communication between GPUs runs beside computing: its part is the time when nothing else ran. Of
+several ranks it is that of the rank with the least, the wire; what another has more is `waiting`
+for that rank.
 Idle is the rest of the step. On a GPU kernels count as they are and idle fills up to the median
 step without profiler, which slows the host only. On a CPU the profiler slows every operator, so the
 parts of the profiled step are scaled to the median step.
@@ -25,12 +27,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from torchtitan.ops.linear import joints
+from torchtitan.tools.kernel_times import COMMUNICATION, device_time
 from torchtitan.trainer import Trainer
 
 PARTS = (
@@ -45,6 +49,7 @@ PARTS = (
     "head + loss",
     "optimizer",
     "communication",
+    "waiting",
     "idle",
 )
 RANGE = "bench/"
@@ -69,7 +74,6 @@ _GEMM = re.compile(r"aten::(mm|addmm|bmm|matmul|linear|_addmm)|mkldnn|gemm|cutla
 _ATTENTION = re.compile(r"attention|flash|fmha|sdpa|flex", re.I)
 _FUSED = re.compile(r"triton_(poi|red|per)_")  # inductor's, named after all that they replace
 _OPTIMIZER = re.compile(r"adam|multi_tensor|^_update$", re.I)
-_COMMUNICATION = re.compile(r"nccl|c10d::|gloo:", re.I)
 _GROUPED = re.compile(r"grouped|GroupProblem", re.I)
 _LOSS = re.compile(r"nll_loss|cross_entropy", re.I)
 _ROUTER = re.compile(r"topk|sigmoid|bitonic|gatherTopK|router", re.I)
@@ -134,13 +138,13 @@ class StepProfile:
                 e for e in events if e.device_type == DeviceType.CUDA and e.name not in ranges
             ]
             _add_unlinked(busy, seen, kernels)
-            busy["communication"] = exposed_ms(
-                [(e.name, e.time_range.start, e.time_range.end) for e in kernels]
-            )
+            spans = [(e.name, e.time_range.start, e.time_range.end) for e in kernels]
+            exposed = device_time(spans, step_ms=0.0).exposed
+            busy["communication"], busy["waiting"] = wire_and_waiting(exposed)
         return busy
 
     def part(self, event: FunctionEvent, name: str) -> str:
-        """The part of a kernel (or, on a CPU, an operator) of this name, started by `event`."""
+        """Find the part of a kernel (on a CPU, an operator) of this name, started by `event`."""
         chain = list(_ancestors(event))
         backward = any(_is_backward(e) for e in chain)
         scope = scope_of(event)
@@ -222,20 +226,14 @@ def fill_up(
     return {part: ms * factor for part, ms in parts.items()}
 
 
-def exposed_ms(kernels: list[tuple[str, float, float]]) -> float:
-    """Milliseconds in which only communication ran, of kernels (name, start, end) in µs."""
-    everything = _covered([(start, end) for _, start, end in kernels])
-    computing = [(a, b) for name, a, b in kernels if not _COMMUNICATION.search(name)]
-    return (everything - _covered(computing)) / 1e3
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of spans."""
-    covered, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return covered
+def wire_and_waiting(exposed: float) -> tuple[float, float]:
+    """Split this rank's exposed communication, in ms: what also the latest rank has, for which
+    nobody waits, is the wire; the rest is waiting for that rank."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return exposed, 0.0
+    by_rank = [0.0] * dist.get_world_size()
+    dist.all_gather_object(by_rank, exposed)
+    return min(by_rank), exposed - min(by_rank)
 
 
 def scope_of(event: FunctionEvent) -> str | None:
@@ -245,7 +243,7 @@ def scope_of(event: FunctionEvent) -> str | None:
 
 
 def _named_part(name: str, names: str, scope: str | None) -> str | None:
-    if _COMMUNICATION.search(name):
+    if COMMUNICATION.search(name):
         return "communication"
     if _OPTIMIZER.search(names):
         return "optimizer"

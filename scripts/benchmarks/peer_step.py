@@ -169,7 +169,7 @@ def _compiled(function: Callable, told: dict) -> Callable:
 
 
 def _known(cls: type, values: dict) -> dict:
-    """Those settings that this version's arguments have a name for."""
+    """Select the settings that this version's arguments have."""
     return {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
 
 

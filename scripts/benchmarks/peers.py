@@ -39,7 +39,8 @@ def check_peers(names: list[str], torchtitan_site: Path | None) -> None:
 def run_peer(
     name: str, settings: dict[str, Any], *, torchtitan_site: Path | None, seconds: float
 ) -> dict[str, Any]:
-    """The peer's row, or {name, missing: why and how to get it} or {name, failed: last words}."""
+    """Return the peer's row, {name, missing: why, and how to get it}, or {name, failed: its last
+    output}."""
     if name == "torchtitan" and torchtitan_site is None:
         return {"name": name, "missing": f"not installed: {HOW_TO_GET[name]}"}
     # Our own package comes last: one peer has its name.

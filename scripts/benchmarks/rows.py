@@ -1,4 +1,4 @@
-"""What ours and the peers share beyond the clock: the tokens, and how a row is made of seconds.
+"""Parts that our rows and the peers' share beside the clock: the tokens, and the making of a row.
 
 Imports nothing of ours but the clock, so that a peer of the same import name can use it.
 """
@@ -20,7 +20,10 @@ def summary(
     losses: list[float],
     sequences: float | None = None,
 ) -> dict[str, Any]:
-    """Numbers of one device. sequences: of a step, per device; else a batch."""
+    """Make a row: numbers of one device.
+
+    sequences: of a step, per device; None = those of a batch.
+    """
     tokens = (sequences or settings["batch"]) * settings["seq_len"]
     per_second = quartiles([tokens / s for s in seconds])
     flops = per_second["median"] * settings["flops_per_token"]

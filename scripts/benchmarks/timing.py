@@ -1,4 +1,4 @@
-"""What every row needs: a clock for steps and kernels, quartiles, peak memory, the machine's name.
+"""Parts of every row: a clock for steps and kernels, quartiles, peak memory, the machine's name.
 
 Imports torch and nothing else of ours or of peers: the peers' processes use it, too.
 """
@@ -31,7 +31,8 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Where and when: every row carries it, since rows of different machines don't compare."""
+    """Describe machine, versions and time, for every row: rows of different machines don't
+    compare."""
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),

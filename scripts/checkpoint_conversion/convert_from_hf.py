@@ -1,11 +1,11 @@
-"""A Hugging Face folder (FP8 ones too) → a checkpoint that runs take as initial_load_path.
+"""Convert a Hugging Face folder (FP8 ones too) to a checkpoint for use as initial_load_path.
 
     python scripts/checkpoint_conversion/convert_from_hf.py assets/hf/DeepSeek-V3 outputs/v3
 
-Needs memory for about one of the folder's files. Interrupted (Ctrl-C), it goes on when called
-again. A run can also load the folder as it is: checkpoint.initial_load_in_hf.
+Needs memory for about one of the folder's files. Interrupted (Ctrl-C), it resumes when run again. A
+run can also load the folder directly: checkpoint.initial_load_in_hf.
 
-The layer of multi-token prediction comes along with `--model_arg n_mtp_layers=1`.
+The layer of multi-token prediction is included with `--model_arg n_mtp_layers=1`.
 """
 
 import argparse
@@ -33,20 +33,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("hf_folder", type=Path, help="with *.safetensors and config.json")
     parser.add_argument("checkpoint", type=Path, help="folder to make")
     parser.add_argument(
-        "--dtype", choices=TORCH_DTYPES, help="of the weights (default: as they are; FP8 as bf16)"
+        "--dtype", choices=TORCH_DTYPES, help="of the weights (default: unchanged; FP8 as bf16)"
     )
     parser.add_argument(
         "--model_arg",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="of the run ([model.args]) beside what config.json says; again for several",
+        help="argument of the run ([model.args]) that overrides config.json; again for several",
     )
     return parser.parse_args(argv)
 
 
 def model_arg(text: str) -> dict[str, Any]:
-    """`moe_args.top_k=2` as nested tables."""
+    """Parse `moe_args.top_k=2` into nested tables."""
     name, has_value, value = text.partition("=")
     if not has_value:
         raise UserError(f"--model_arg {text} needs a value, as in --model_arg n_mtp_layers=1.")

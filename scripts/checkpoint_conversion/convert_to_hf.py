@@ -1,9 +1,9 @@
-"""A checkpoint of a run → a Hugging Face folder for transformers, vLLM and the like.
+"""Convert a checkpoint of a run to a Hugging Face folder for transformers, vLLM and the like.
 
     python scripts/checkpoint_conversion/convert_to_hf.py outputs/checkpoint/step-1000 my-model \\
         --assets assets/hf/DeepSeek-V3 [--dtype bfloat16] [--fp8] [--ema]
 
-Needs memory for about one file of the checkpoint's. Interrupted (Ctrl-C), it goes on when called
+Needs memory for about one of the checkpoint's files. Interrupted (Ctrl-C), it resumes when run
 again. A run can also write the folder itself: checkpoint.last_save_in_hf.
 """
 

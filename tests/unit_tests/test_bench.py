@@ -67,7 +67,7 @@ def test_the_parts_sum_to_the_step_and_the_model_is_found_in_them(rows):
     step_ms = rows[0]["step_seconds"]["median"] * 1e3
     assert sum(breakdown["ms"].values()) == pytest.approx(step_ms)
     silent = {part for part, ms in breakdown["ms"].items() if ms == 0}
-    assert silent <= {"communication"}, "one process has nobody to talk to"
+    assert silent <= {"communication", "waiting"}, "one process has nobody to talk to"
 
 
 def test_a_peer_that_is_not_there_is_named_with_the_way_to_get_it(rows):
@@ -148,15 +148,6 @@ def test_idle_fills_up_a_gpu_step_and_a_cpu_step_is_scaled(script):
     assert (cpu["router"], cpu["optimizer"], cpu["idle"]) == (0.75, 1.25, 8.0)
     full = fill_up(busy, wall_ms=40, step_ms=4, on_gpu=True)
     assert full["idle"] == 0 and sum(full.values()) == pytest.approx(4)
-
-
-def test_only_communication_that_nothing_hides_counts(script):
-    from benchmarks.breakdown import exposed_ms
-
-    send, gemm = "ncclDevKernel_SendRecv", "nvjet_gemm"
-    kernels = [(gemm, 0, 1000), (send, 500, 3000), (send, 2000, 3500), (gemm, 2500, 2600)]
-    assert exposed_ms(kernels) == pytest.approx(2.4)  # 1000 to 3500, less 100 of the last product
-    assert exposed_ms([]) == 0
 
 
 def test_kernels_are_timed_beside_their_plain_ways(script, tmp_path, capsys):

@@ -49,13 +49,13 @@ MISTAKES = {
     ),
     "wrong type of a model argument": (
         ["--model.args.n_layers=two"],
-        ['model.args.n_layers = "two" is of the wrong type', "write a value of that kind."],
+        ['model.args.n_layers = "two" is of the wrong type', "write a value of that type."],
     ),
     "wrong choice of a model argument": (
         ["--model.args.attn_mask_type=block_casual"],
         [
             "model.args.attn_mask_type",
-            '= "block_casual" is not one',
+            '= "block_casual" is not an allowed value',
             "did you mean 'block_causal'?",
         ],
     ),

@@ -1,4 +1,4 @@
-"""From settings to a loader: one way for plain, blended and validation data."""
+"""Construction of a loader from settings, the same for plain, blended and validation data."""
 
 from collections.abc import Sequence
 from dataclasses import replace

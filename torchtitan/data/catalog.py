@@ -1,4 +1,4 @@
-"""From the names in the TOML (dataset, dataset_path) to a source of documents."""
+"""Sources of documents by the names in the TOML (dataset, dataset_path)."""
 
 import difflib
 import itertools

@@ -53,7 +53,10 @@ def _differing(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def _other_files(prefix: str, saved: dict[str, Any], ours: dict[str, Any]) -> UserError:
-    """Error for files that differ. prefix: of the keys; "" except for a dataset of a blend."""
+    """Make the error for files that differ.
+
+    prefix: of the keys; "" except for a dataset of a blend.
+    """
     sizes = [prefix + size for size in _SIZES]
     differing = [size for size in sizes if saved.get(size) != ours.get(size)]
     what = f"other files than this run's, {prefix}" if prefix else "other files than this run's, "

@@ -58,7 +58,7 @@ def data_numbers(
 
 
 def describe_blend(segments: list[BlendSegment], training: Training) -> str:
-    """For the log: "web 70 %, code 30 %; from token 1,000,000 on web 50 %, code 50 %"."""
+    """Describe the blend: "web 70 %, code 30 %; from token 1,000,000 on web 50 %, code 50 %"."""
     texts = []
     for segment in segments:
         whole = sum(segment.parts)

@@ -122,7 +122,7 @@ def count_tokens(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Ten
 
 def _counts_by_program(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:
     K, N = ids_TK.size(1), ids_TK.numel()
-    E, P = triton.next_power_of_2(num_experts), triton.cdiv(N, _SLOTS)
+    E, P = triton.next_power_of_2(num_experts), max(1, triton.cdiv(N, _SLOTS))
     counts_EP = torch.empty(E, P, dtype=torch.int32, device=ids_TK.device)
     _count[(P,)](ids_TK, mask_T, counts_EP, N, P, K, E=E, SLOTS=_SLOTS, MASKED=mask_T is not None)
     return counts_EP

@@ -1,4 +1,4 @@
-"""What a run is built from: a function for each part, from the config and the parts before it."""
+"""Builders of a run's parts: each makes one part from the config and the parts built before it."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ def build_model(
     device: torch.device,
     plan: PipelinePlan | None = None,
 ) -> tuple[BaseModel, list[BaseModel]]:
-    """Shapes first (meta device), then spread over ranks, then each rank fills what it holds.
+    """Make the model on the meta device, spread it over ranks, then fill each rank's part.
 
     Returns the model and, with a pipeline, its parts by stage.
     """
@@ -76,9 +76,10 @@ def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None = None) -> 
 
 
 def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
-    """Consecutive ranks of one node: as told, else as torchrun says, else all of them.
+    """Consecutive ranks of one node: from the config, else from torchrun, else all ranks.
 
-    An EP group that begins in the middle of a node counts in the parts that its nodes share.
+    Where EP groups don't fit torchrun's nodes, the largest size that divides both is used: for EP
+    groups of 12 ranks on nodes of 8, a "node" of 4 ranks, so that no "node" spans two real ones.
     """
     if parallelism.expert_parallel_node_size is not None:
         return parallelism.expert_parallel_node_size
@@ -93,7 +94,7 @@ def build_schedule(config: JobConfig, dp_degree: int) -> RunSchedule:
         num_steps = schedule.num_steps()
         text = f"Schedule: {len(schedule.phases)} phases end after step {num_steps}"
         if config.training.steps == num_steps:
-            logger.info("%s, and so does the run", text)
+            logger.info("%s, as does the run", text)
         else:
             logger.warning("%s, but training.steps = %d", text, config.training.steps)
     return schedule
@@ -120,7 +121,7 @@ def build_metrics(config: JobConfig, device: torch.device, start_step: int) -> M
 def build_lr_scheduler(
     config: JobConfig, optimizer: Optimizer, schedule: RunSchedule, tokens_seen: Callable[[], int]
 ) -> LambdaLR:
-    """By steps, or by the tokens of `schedule` where it has phases."""
+    """Build the scheduler: by steps, or by the tokens of `schedule` where it has phases."""
     settings = config.lr_scheduler
     if not schedule.phases:
         return lr_scheduler.build_lr_scheduler(
@@ -142,7 +143,11 @@ def build_pipeline(
     plan: PipelinePlan,
     **how: Any,
 ) -> Pipeline:
-    """parts: from `build_model`. how: `device`, `loss_fn` and `masks_of` of `Pipeline`."""
+    """Build this rank's pipeline.
+
+    parts: from `build_model`.
+    how: `device`, `loss_fn` and `masks_of` of `Pipeline`.
+    """
     vocab_parts = 1 if config.parallelism.disable_loss_parallel else dims.tp
     return Pipeline(
         parts,
@@ -159,7 +164,8 @@ def build_pipeline(
 
 @contextmanager
 def profilers(config: JobConfig, rank: int, start_step: int) -> Iterator[Callable[[], None]]:
-    """Traces and memory snapshots, where asked for; call what it yields after every step."""
+    """Record the traces and memory snapshots of [profiling]; call the yielded function after every
+    step."""
     settings = config.profiling
     where = {"dump_folder": config.job.dump_folder, "rank": rank, "start_step": start_step}
     with (

@@ -1,4 +1,4 @@
-"""What a run is built from, in an order that matters."""
+"""Construction of a run: its parts, built in an order that matters."""
 
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -12,6 +12,7 @@ from torchtitan.components.checkpoint.resume import Start
 from torchtitan.components.checkpoint.run_state import RunState
 from torchtitan.components.dump_folder import alone_in_folders, save_config
 from torchtitan.components.metrics.loss_guard import LossGuard
+from torchtitan.components.metrics.waiting import WaitProfile
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, group_rules
 from torchtitan.components.optimizer.compute_weights import build_compute_weights
 from torchtitan.components.optimizer.ema import WeightAverage
@@ -55,9 +56,10 @@ from torchtitan.trainer.step_log import StepLog
 class BuiltRun:
     """Builds and holds the parts of a run; `Trainer` trains with them.
 
-    checked: what `check_config(config)` returned, where it has been called already.
-    stop: where signals are heard already.
-    Raises `UserError` for what the user can mend.
+    Raises `UserError` for mistakes of the user.
+
+    checked: result of `check_config(config)`; None = it is called here.
+    stop: a listener that receives signals already; None = a new one.
     """
 
     def __init__(
@@ -81,8 +83,8 @@ class BuiltRun:
             raise
 
     def _build(self) -> None:
-        """Build everything, in an order that matters: groups, then data and model, then what
-        updates the model, then what watches the run; last of all the state of an earlier run."""
+        """Build everything, in an order that matters: groups, then data and model, then the
+        optimizer, then metrics and logs; last, load the state of an earlier run."""
         plan = self._join_ranks()
         config = self.config
         layout = asdict(self.dims)
@@ -139,13 +141,13 @@ class BuiltRun:
             )
 
     def _take_folders(self, rank: int) -> Settings:
-        """Lock the run's folders for all ranks, as rank 0. Returns what must be the same on all."""
+        """Lock the run's folders, on rank 0. Returns settings that must be equal on all ranks."""
         if rank == 0:
             self._open.enter_context(alone_in_folders(self.config))
         return settings_of_run(self.config, self.checked)
 
     def _open_data(self, start: Start, seed: int, ranks: dict[str, int]) -> Settings:
-        """Open training and validation data. Returns what must be the same on all ranks."""
+        """Open training and validation data. Returns settings that must be equal on all ranks."""
         config = self.config
         self.dataloader = build_training_dataloader(config, self.tokenizer, seed=seed, **ranks)
         found = self.dataloader.identity() | identity_of_start(start.path)
@@ -156,16 +158,16 @@ class BuiltRun:
         return found
 
     def _keep_context(self, start: Start) -> None:
-        """See `Phases.keep_context`."""
+        """Keep the context of stored weights, see `Phases.keep_context`."""
         stored = self.checkpoint.stored_args(start, self.model_args)
-        self._tell(self.phases.keep_context(stored, start.tokens_seen, in_hf=start.in_hf))
+        self._warn(self.phases.keep_context(stored, start.tokens_seen, in_hf=start.in_hf))
         if stored is None:
             return
         self.checkpoint.set_model_args(self.model_args)
         if self.rank == 0:
             save_config(self.config, self.model_args)
 
-    def _tell(self, sentences: list[str]) -> None:
+    def _warn(self, sentences: list[str]) -> None:
         for sentence in sentences if self.rank == 0 else []:
             logger.warning("%s", sentence)
 
@@ -173,7 +175,7 @@ class BuiltRun:
         config, dims = self.config, self.dims
         self.model: BaseModel
         self.model, parts = build_model(self.spec, self.model_args, dims, config, self.device, plan)
-        # also of the groups that are new now
+        # again, because the model has made groups
         set_timeout(config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.moes = self.model.moe_layers()
         self.capacity = row_capacity(self.moes.values())
@@ -194,7 +196,7 @@ class BuiltRun:
         )
 
     def _build_counters(self) -> None:
-        """What judges losses, what validates, and how far the run has come."""
+        """Build the loss guard, validation, and the counters of a run."""
         config = self.config
         self.loss_guard = LossGuard(
             config.training,
@@ -216,13 +218,13 @@ class BuiltRun:
         )
 
     def _build_updates(self) -> None:
-        """What changes the weights: optimizer, learning rate, average."""
+        """Build the parts that change weights: optimizer, learning rate, average."""
         config, schedule = self.config, self.phases.schedule
         compute_weights = build_compute_weights(
             self.model,
             config,
             self.dims,
-            # A batch that grows takes several micro-batches sooner or later.
+            # A growing batch takes several micro-batches sooner or later.
             several_passes=self.accumulation > 1 or bool(schedule.phases),
         )
         with torch.device("meta"):  # the whole model, also where this rank has a stage of it
@@ -246,6 +248,9 @@ class BuiltRun:
         config, training = self.config, self.config.training
         self.metrics = build_metrics(config, self.device, start_step)
         self._open.callback(self.metrics.close)
+        # Two profilers at a time can't be.
+        freq = 0 if config.profiling.enable_profiling else config.metrics.waiting_freq
+        self.waiting = WaitProfile(freq, self.device)
         self.gc = GarbageCollection(training.gc_freq, training.gc_debug)
         self._open.callback(self.gc.close)
         self.step_log = StepLog(
@@ -275,7 +280,7 @@ class BuiltRun:
 
     @property
     def model_args(self) -> BaseModelArgs:
-        """Those of the model for sequences as they are now."""
+        """Model arguments for the current sequences."""
         return self.phases.model_args
 
     @property
@@ -289,12 +294,13 @@ class BuiltRun:
         return clip_gradients(self.optimizer, self.model.parameters(), max_norm)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Over a batch's valid labels, and how many these are: adds up over all ranks."""
+        """Sum the losses of a batch's valid labels; also their number. Both add up over ranks."""
         loss, count = self.passes.loss_sum(batch)
         return self._counted_once(loss), self._counted_once(count)
 
     def _counted_once(self, of_tokens: Tensor) -> Tensor:
-        """Zero on ranks that only repeat another's (tensor parallelism, earlier stages)."""
+        """Set to zero on ranks that only repeat another's value (tensor parallelism, earlier
+        stages)."""
         return of_tokens if self.rank in self.dims.loss_ranks else torch.zeros_like(of_tokens)
 
     def close(self) -> None:

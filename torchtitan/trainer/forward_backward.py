@@ -50,7 +50,7 @@ class ForwardBackward:
         parallelism, compiler = config.parallelism, config.compile
         self._gathers_keys = parallelism.context_parallel_rotate_method == "allgather"
         # The model's own loss holds no logits; a CPU has the memory, and one GEMM is its fastest.
-        # Split logits, pipelines and further tokens' losses have losses of their own.
+        # Split logits, pipelines and multi-token prediction have losses of their own.
         self._model_has_loss = (
             model.computes_loss
             and device.type != "cpu"
@@ -69,7 +69,7 @@ class ForwardBackward:
         self._positions: dict[int, Tensor | None] = {}
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
-        """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
+        """Add to the gradients; return this micro-batch's part of the step's loss."""
         self.model.set_tokens_in_step(valid_tokens)
         inputs = self.inputs(batch)
         if self.pipeline is not None:
@@ -77,7 +77,7 @@ class ForwardBackward:
         return self.backward(inputs, self.masks(batch[0]["input"]), valid_tokens)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Over this rank's valid labels of a batch, and how many these are."""
+        """Sum the losses of this rank's valid labels of a batch; also their number."""
         inputs = self.inputs(batch)
         count = inputs.token_mask.sum()
         if self.pipeline is not None:
@@ -85,7 +85,7 @@ class ForwardBackward:
         return self._loss_sum(inputs, self.masks(batch[0]["input"])), count
 
     def inputs(self, batch: Batch) -> StepInputs:
-        """On the device; with context parallelism, this rank's part of each sequence."""
+        """Move a batch to the device; with context parallelism, cut it to this rank's part."""
         tokens, labels = batch[0]["input"].to(self.device), batch[1].to(self.device)
         whole, here = tokens, self._positions_in(tokens)
         extra = self.model.extra_inputs(tokens, labels, self.eos_id, here)
@@ -122,7 +122,7 @@ class ForwardBackward:
             **({"labels": inputs.labels} if self._model_has_loss else {}),
             **inputs.extra,
         )
-        # The logits, the largest activation, are freed as soon as their gradient is there.
+        # The logits, the largest activation, are freed as soon as their gradient is computed.
         return out if self._model_has_loss else self.loss_fn(out, inputs.labels)
 
 
@@ -147,7 +147,7 @@ class GraphedStep:
         self.forget()
 
     def forget(self) -> None:
-        """Record anew: what the graph was made for has changed."""
+        """Drop the graphs, to record them anew: their kernels no longer fit."""
         self._one_pass = GraphedPass(self._run)
         self._whole_step = GraphedPass(self._run_and_clip)
         replay_steps(self._optimizer, grads_stay=False)
@@ -155,7 +155,8 @@ class GraphedStep:
     def __call__(
         self, micro_batches: Sequence[Batch], valid_tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Loss and gradient norm. Raises `UserError` for batches whose kernels would differ."""
+        """Run the step; return loss and gradient norm. Raises `UserError` for batches whose kernels
+        would differ."""
         if self._compute_weights is not None:
             self._compute_weights.refresh()
         if len(micro_batches) == 1:

@@ -1,6 +1,6 @@
-"""What the schedule asks of the steps to come, and the model arguments that follow from it.
+"""Changes that the schedule's phases bring between two steps, and the model arguments they lead to.
 
-Decides only; the trainer carries it out between two steps.
+This file only decides; the trainer applies the changes.
 """
 
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from torchtitan.trainer.preflight import model_args_of
 
 
 class Change(NamedTuple):
-    """What is new for a step.
+    """Changes at the beginning of a step.
 
     phase: the step is the first of a phase that this process trains in.
     batch_shape: the sequences' length, their number in a forward pass, or YaRN, is new.
-    warnings: sentences on positions that are encoded otherwise than before.
+    warnings: sentences about changes in how positions are encoded.
     """
 
     phase: bool
@@ -28,8 +28,8 @@ class Change(NamedTuple):
 class Phases:
     """The schedule's settings at the current step.
 
-    now: the settings themselves; until the first step, those of the run's beginning.
-    model_args: of the model, for sequences as they are now.
+    now: settings; before the first step, those at the run's beginning.
+    model_args: of the model, for the current sequences.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class Phases:
         self.model_args = model_args
         self.now: StepSettings = schedule.ends[0]
         self._config, self._spec = config, spec
-        # What everything is set up for; None: nothing is any more.
+        # The shape for which model and loader are set up; None: they must be set up again.
         self._batch_shape: BatchShape | None = self.now.batch_shape
-        # Model arguments that stay as the loaded weights have them.
+        # Model arguments that are kept from the loaded weights.
         self._kept: dict[str, Any] = {}
         # Arguments of the weights as they were trained last, if they were.
         self._trained_as: BaseModelArgs | None = None
@@ -49,26 +49,26 @@ class Phases:
     def keep_context(
         self, stored: BaseModelArgs | None, tokens_seen: int, *, in_hf: bool
     ) -> list[str]:
-        """Positions stay encoded as the weights that are about to be loaded have it, where only the
-        lengths of this run would change it. Returns sentences on that, to be told.
+        """Keep the encoding of positions of the weights to be loaded, where only this run's lengths
+        would change it. Returns sentences about it, for the log.
 
-        stored: arguments of those weights, None without any.
-        tokens_seen: of the run that is continued.
+        stored: arguments of those weights; None = none are loaded.
+        tokens_seen: of the run that is resumed.
         in_hf: the weights are in Hugging Face's format; there the two config.json are compared
             when weights are loaded.
         """
         self._trained_as = stored
         if stored is None:
             return []
-        # A phase of this run may have changed it already: then this run goes on as it was.
+        # A phase of this run may have changed it already: then it stays changed.
         begun = [self._args_of(each) for each in self.schedule.begun(tokens_seen)]
         options = [args.keep_from(stored) for args in begun]
-        self._kept, told = min(options, key=lambda option: len(option[1]))
+        self._kept, notes = min(options, key=lambda option: len(option[1]))
         if not in_hf:
             now = self._args_of(self.schedule.at(tokens_seen))
-            told = told + now.context_changes(stored)
+            notes = notes + now.context_changes(stored)
         self.model_args = self._args_of(self.schedule.ends[0])
-        return told
+        return notes
 
     def enter(self, tokens_seen: int) -> Change:
         """Take the settings of the step that begins after `tokens_seen` tokens."""
@@ -87,7 +87,7 @@ class Phases:
         return Change(bool(self.now.phase) and self.now.phase != before.phase, resized, warnings)
 
     def forget_context(self) -> None:
-        """The next step sets up its sequences anew: other weights have been loaded."""
+        """Let the next step set up its sequences again, because other weights have been loaded."""
         self._batch_shape = self._trained_as = None
 
     def _args_of(self, now: StepSettings) -> BaseModelArgs:

@@ -1,4 +1,4 @@
-"""What can be found wrong with a run before a process group or a GPU is touched."""
+"""Checks of a run before a process group or a GPU is used."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,7 +29,7 @@ Checked = tuple[TrainSpec, BaseModelArgs, Tokenizer]
 
 
 def check_config(config: JobConfig) -> Checked:
-    """Everything that can be found wrong before a process group or GPU is touched (`UserError`)."""
+    """Check all that can be checked before a process group or GPU is used. Raises `UserError`."""
     world_size, local_world_size = planned_processes()
     validate(config, world_size, device_type())
     if config.comm.mode == "default":
@@ -75,9 +75,12 @@ def model_args_of(
     yarn: str | None = None,
     kept: Mapping[str, Any] | None = None,
 ) -> BaseModelArgs:
-    """Those of the run, for sequences of `seq_len` tokens; yarn takes the place of model.args'.
-    kept: of the weights that the run began from (`BaseModelArgs.keep_from`); their YaRN holds
-    where "auto" is asked for. Raises `UserError`."""
+    """Model arguments of the run, for sequences of `seq_len` tokens. Raises `UserError`.
+
+    yarn: overrides model.args.yarn.
+    kept: arguments of the weights that the run began from (`BaseModelArgs.keep_from`); with yarn
+        "auto" their YaRN is kept.
+    """
     flavor = get_flavor(spec, config.model.name, config.model.flavor)
 
     def args_for(overrides: dict[str, Any]) -> BaseModelArgs:
@@ -109,7 +112,7 @@ def _is_refused(make: Callable[[dict[str, Any]], Any], overrides: Any, error: Us
 
 
 def describe(config: JobConfig, checked: Checked) -> str:
-    """What the config comes to, for a user who asked whether it can run."""
+    """Summarise a config that can run, for --job.check_config."""
     _, model_args, _ = checked
     processes, _ = planned_processes()
     degrees = resolve_degrees(config.parallelism, processes)
@@ -124,7 +127,7 @@ def describe(config: JobConfig, checked: Checked) -> str:
 
 
 def _short(number: int) -> str:
-    """In three digits: 671 B."""
+    """Write a number in three digits: 671 B."""
     for unit, size in {"T": 10**12, "B": 10**9, "M": 10**6, "k": 10**3}.items():
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -132,7 +135,7 @@ def _short(number: int) -> str:
 
 
 def _args_of_phases(config: JobConfig, spec: TrainSpec) -> list[BaseModelArgs]:
-    """The model arguments of each phase of the run."""
+    """List the model arguments of each phase of the run."""
     found = []
     ends = run_schedule(config, dp_degree=1).ends[1:]  # sequences are as long on any layout
     for n, (phase, now) in enumerate(zip(config.schedule.phase, ends, strict=True), start=1):
@@ -144,7 +147,7 @@ def _args_of_phases(config: JobConfig, spec: TrainSpec) -> list[BaseModelArgs]:
 
 
 def pipeline_plan(config: JobConfig, model_args: BaseModelArgs) -> PipelinePlan | None:
-    """None without pipeline parallelism. Raises `UserError`."""
+    """Plan the pipeline; None without pipeline parallelism. Raises `UserError`."""
     if config.parallelism.pipeline_parallel_degree == 1:
         return None
     return plan_pipeline(
@@ -155,7 +158,8 @@ def pipeline_plan(config: JobConfig, model_args: BaseModelArgs) -> PipelinePlan 
 
 
 def _check_pipeline(config: JobConfig, model_args: BaseModelArgs) -> None:
-    """Each batch that will pass through it must be one for its schedule, and each layer, too."""
+    """Check that the pipeline's schedule supports each batch size of the run, and its compiled
+    layers."""
     plan = pipeline_plan(config, model_args)
     if plan is None:
         return
@@ -165,8 +169,8 @@ def _check_pipeline(config: JobConfig, model_args: BaseModelArgs) -> None:
         if plan.file is not None:
             other = "name a file without I and W"
         raise UserError(
-            f"compile.enable = true can't be had with the pipeline schedule '{plan.schedule}' on "
-            f"torch {torch.__version__}, which can't split the backward pass of a compiled layer; "
+            f"compile.enable = true is not supported with the pipeline schedule '{plan.schedule}' "
+            f"on torch {torch.__version__}, which can't split a compiled layer's backward pass; "
             f"{other}, set compile.enable to false, or install torch 2.13 or later."
         )
     sizes = {

@@ -1,4 +1,4 @@
-"""How far a run has come: the counters that a checkpoint keeps."""
+"""Progress of a run: the counters that a checkpoint keeps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +15,9 @@ from torchtitan.protocols.layers import MoELayer
 
 
 class Progress:
-    """Steps and tokens done, and what else of a run is numbers, JSON only, the same on all ranks.
+    """Steps and tokens done, and other counters of a run; values of JSON, the same on all ranks.
 
-    moes: the layers of this rank by number; their loads of the last step belong to it, too.
+    moes: layers of this rank, by number; their loads of the last step are included.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Progress:
         self._moes, self._pipeline, self._validator = moes, pipeline, validator
 
     def state_dict(self) -> dict[str, Any]:
-        """Ready for JSON; all ranks call it."""
+        """Collect the counters, ready for JSON; every rank must call this."""
         loads = {layer: moe.global_tokens_per_expert for layer, moe in self._moes.items()}
         if self._pipeline is not None:  # of the layers on all stages
             (loads,) = self._pipeline.gather((loads,))
@@ -49,7 +49,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the counters of a checkpoint; logs what this run does otherwise than that one."""
+        """Load the counters of a checkpoint; log differences between this run and that one."""
         self.step = state["step"]
         self.tokens_seen = state["tokens_seen"]
         self._loss_guard.load_state_dict(state["loss_watch"])

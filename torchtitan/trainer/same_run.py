@@ -1,4 +1,4 @@
-"""What must be the same on all ranks of a run, for them to compare before they train together."""
+"""Settings that must be equal on all ranks of a run, which compare them before they train."""
 
 import hashlib
 import os
@@ -51,12 +51,12 @@ VARIABLES = (
 
 
 def settings_of_run(config: JobConfig, checked: Checked) -> Settings:
-    """All that is known before the process groups are made, by name; causes before what follows
-    from them."""
+    """Collect the settings that are known before the process groups are made, by name; a cause
+    comes before its consequences."""
     _, model_args, tokenizer = checked
     world_size, _ = planned_processes()
     tables = to_dict(config)
-    del tables["model"]["args"]  # those that came of it stand below
+    del tables["model"]["args"]  # the arguments that follow from it are below
     plan = pipeline_plan(config, model_args)
     few = config.parallelism.expert_parallel_degree == 1
     return {
@@ -98,7 +98,8 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 @cache
 def source_digests() -> dict[str, str]:
-    """Of the package's source files, by path: tells apart what versions and commits do not."""
+    """Digests of the package's source files, by path: they differ even where versions and commits
+    are equal."""
     root = Path(torchtitan.__file__).parent
     return {
         path.relative_to(root.parent).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -107,7 +108,8 @@ def source_digests() -> dict[str, str]:
 
 
 def identity_of_start(path: Path | None) -> dict[str, Any]:
-    """Of the checkpoint or Hugging Face folder that a run begins from, as this machine sees it."""
+    """Digests of the checkpoint or Hugging Face folder that a run begins from, as this machine sees
+    it."""
     if path is None:
         return {}
     texts = {}

@@ -1,4 +1,4 @@
-"""What a step came to, and the numbers that are logged of it."""
+"""The result of a step, and the numbers of it that are logged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class StepResult:
     router_stats: sums in the order of `ROUTER_STATS`, by layer; empty without metrics.log_routing.
     side_losses: means over the valid tokens, by name.
     valid_tokens: of the step, over all ranks.
-    verdict: what became of the step.
+    verdict: whether the step was applied, skipped, or leads to a rewind.
     asked_by: number of the signal that asked some rank to end the run, 0 for none.
     """
 
@@ -85,7 +85,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Interval:
-    """What adds up between two log lines."""
+    """Sums between two log lines."""
 
     tokens: int = 0
     flops: float = 0.0
@@ -94,9 +94,9 @@ class Interval:
 
 
 class StepLog:
-    """Tells the numbers of logged steps, and lets the alarms look at them.
+    """Logs the numbers of steps, and checks the alarms.
 
-    pipeline: where layers lie on several stages, whose numbers are gathered.
+    pipeline: gathers the numbers of layers on all stages; None = all layers are on this rank.
     """
 
     def __init__(
@@ -124,9 +124,12 @@ class StepLog:
         progress: Progress,
         now: StepSettings,
         model_args: BaseModelArgs,
-        validation: Mapping[str, float],
+        more: Mapping[str, float],
     ) -> Action:
-        """Write one record. Returns what the alarms ask for; called on all ranks."""
+        """Write one record. Returns the action that the alarms ask for; called on all ranks.
+
+        more: numbers that only some records have (validation, waiting).
+        """
         counted = data_numbers(self.dataloader, self.device, self.dims.dp_group)
         biases = {layer: moe.expert_bias for layer, moe in self.moes.items()}
         if self.pipeline is not None:  # of the layers on all stages
@@ -154,7 +157,7 @@ class StepLog:
                 **now.numbers(),
                 **traffic,
                 **balance,
-                **validation,
+                **more,
             },
         )
         if self.config.metrics.log_traffic and traffic:
@@ -166,7 +169,7 @@ class StepLog:
     def _routing_numbers(
         self, result: StepResult, biases: Mapping[int, Tensor | None], model_args: BaseModelArgs
     ) -> tuple[Numbers, Numbers]:
-        """What expert parallelism sent, and how evenly the experts were used."""
+        """Numbers about expert parallelism's traffic, and about the experts' balance."""
         traffic: Numbers = {}
         balance: Numbers = {}
         if not isinstance(model_args, DecoderArgs):
@@ -181,7 +184,10 @@ class StepLog:
 
 
 def traffic_of(result: StepResult, model_args: DecoderArgs, dtype: torch.dtype) -> Numbers:
-    """What expert parallelism sent in this step, over all ranks. dtype: of what is sent."""
+    """Numbers about expert parallelism's traffic in this step, over all ranks.
+
+    dtype: of the hidden states that are sent.
+    """
     row = bytes_per_row(model_args.dim, model_args.moe_args.top_k, dtype)
     return traffic_numbers(result.traffic, row)
 
@@ -192,7 +198,7 @@ def balance_of(
     traffic: Mapping[str, object],
     num_groups: int | None,
 ) -> Numbers:
-    """How evenly the step used the experts; the same on all ranks."""
+    """Numbers about the experts' balance in this step, the same on all ranks."""
     numbers = balance_numbers(result.loads, biases, num_groups)
     if result.router_stats:
         numbers |= routing_numbers(result.router_stats, result.valid_tokens, result.loads)

@@ -39,7 +39,7 @@ from torchtitan.trainer.step_log import Interval, Outcome, StepResult
 class Trainer(BuiltRun):
     """One run from its config. Use `train`, then `close`.
 
-    Raises `UserError` for what the user can mend, `RunError` when training itself has failed.
+    Raises `UserError` for mistakes of the user, `RunError` when training itself fails.
     """
 
     def train(self) -> None:
@@ -60,7 +60,8 @@ class Trainer(BuiltRun):
                 self.step += 1
                 self.gc.run(self.step)
                 start = time.perf_counter()
-                result = self.train_step(batches, interval)
+                with self.waiting.around(self.step):
+                    result = self.train_step(batches, interval)
                 interval.step_seconds.append(time.perf_counter() - start)
                 self.stop.agree(result.asked_by)
                 stopping = result.asked_by != 0
@@ -72,7 +73,7 @@ class Trainer(BuiltRun):
                 rewound = result.verdict == "rewind"
                 if rewound:
                     self._rewind()
-                # A rewind is saved at once: a restart must not meet the same batch again.
+                # A rewind is saved at once: a restart must not read the same batch again.
                 save_now = stopping or rewound or alarm in ("checkpoint", "stop")
                 self.checkpoint.after_step(self.run_state, self.step, now=save_now)
                 if alarm == "stop":
@@ -90,7 +91,7 @@ class Trainer(BuiltRun):
         logger.info("Training %s after step %d", how, self.step)
 
     def train_step(self, batches: Iterator[Batch], interval: Interval) -> StepResult:
-        """One optimizer step over `accumulation` micro-batches."""
+        """Run one optimizer step over `accumulation` micro-batches."""
         self._enter_step()
         micro_batches = self._next_batches(batches, interval)
         valid = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels in micro_batches]).sum()
@@ -141,18 +142,18 @@ class Trainer(BuiltRun):
         return self._share(*passed, valid_tokens)
 
     def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
-        """This micro-batch's part of the step's loss; adds to the parameters' gradients."""
+        """Add to the gradients; return this micro-batch's part of the step's loss."""
         return self.passes.forward_backward(batch, valid_tokens)
 
     # -------------------------------------------------------------- checkpoints
 
     def save_seed(self) -> None:
-        """The weights as they were initialised, as step 0: any layout can begin from them."""
+        """Save the initial weights as step 0, from which any layout can start."""
         self.checkpoint.save(self.run_state, 0, WEIGHTS)
         self.checkpoint.finish()
 
     def _rewind(self) -> None:
-        """Back to the last checkpoint; the data goes on after the batch that was just read."""
+        """Load the last checkpoint; the data continues after the batch that was just read."""
         self.optimizer.zero_grad()
         context = self.checkpoint.identity.all_args
         to_step, tokens_seen = self.checkpoint.rewind(self.run_state)
@@ -165,7 +166,7 @@ class Trainer(BuiltRun):
             self.average.enter(self.step)
 
     def _was_asked_to_stop(self) -> bool:
-        """Whether any rank was, before its first step."""
+        """Whether a signal has asked any rank to stop before its first step."""
         asked = torch.tensor(float(self.stop.number), device=self.device)
         all_asked = torch.stack(gather_from_ranks(asked))
         self.stop.agree(int(all_asked.max()))  # host sync: once, at start
@@ -174,9 +175,9 @@ class Trainer(BuiltRun):
     # -------------------------------------------------------------- parts of a step
 
     def _enter_step(self) -> None:
-        """Bring model, data and learning rate to what the schedule says for this step."""
+        """Apply the schedule's settings of this step to model, data and learning rate."""
         change = self.phases.enter(self.tokens_seen)
-        self._tell(change.warnings)
+        self._warn(change.warnings)
         if change.batch_shape:
             self._change_sequences()
         now = self.phases.now
@@ -188,8 +189,8 @@ class Trainer(BuiltRun):
         self.model.set_coefficients(now.coefficients)
 
     def _change_sequences(self) -> None:
-        """Make anew what depends on their length, number or YaRN, as a run that begins here would
-        make it."""
+        """Rebuild all parts that depend on the sequences' length, number or YaRN, as a run that
+        begins at this step would build them."""
         now = self.phases.now
         self.model.set_context(self.model_args)
         self.checkpoint.set_model_args(self.model_args)
@@ -199,8 +200,8 @@ class Trainer(BuiltRun):
         self.dataloader.resize(state, batch_size=now.local_batch_size, seq_len=now.seq_len)
         if self.passes.pipeline is not None:
             self.passes.pipeline.forget_schedules()
-        # Else the compiler would take the second length as a sign that lengths vary, and make code
-        # for any, which is slower.
+        # Otherwise the compiler would take the second length as a sign that lengths vary, and
+        # compile for any length, which is slower.
         torch.compiler.reset()
         set_timeout(self.config.comm.init_timeout_seconds, except_for=self.checkpoint.group)
         self.warming_up = True
@@ -222,13 +223,13 @@ class Trainer(BuiltRun):
         overflow = torch.zeros_like(local_loss)
         if load is not None and load.overflow is not None:
             overflow = load.overflow
-        # A request to stop travels with the loss: all ranks end after the same step.
+        # A request to stop is sent with the loss, so that all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.number))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked, overflow))))
         # host sync: a non-finite step must be known before the weights change
         last = torch.stack((valid.double(), grad_norm.double()))  # fp32 counts to 2**24 only
-        *told, valid_tokens, norm = torch.cat((gathered.double(), last)).tolist()
-        losses, asked_by, overflows = told[::3], told[1::3], told[2::3]
+        *sent, valid_tokens, norm = torch.cat((gathered.double(), last)).tolist()
+        losses, asked_by, overflows = sent[::3], sent[1::3], sent[2::3]
         return Outcome(
             load=load,
             rank_losses=[losses[rank] for rank in self.dims.loss_ranks],
@@ -239,7 +240,7 @@ class Trainer(BuiltRun):
         )
 
     def _update(self, outcome: Outcome) -> StepResult:
-        """Weights and expert bias move together, or (non-finite) not at all."""
+        """Update weights and expert bias together, or (in a bad step) neither of them."""
         load, rank_losses = outcome.load, outcome.rank_losses
         verdict = self.loss_guard.judge(self.step, rank_losses, outcome.grad_norm)
         if verdict == "update":
@@ -278,7 +279,7 @@ class Trainer(BuiltRun):
             self.average.before_update()
 
     def _validate(self) -> dict[str, float]:
-        """The validation's numbers where it is due after this step, else none."""
+        """Validate where it is due after this step; return its numbers, else none."""
         validator = self.validator
         if validator is None or not validator.is_due(self.step, self.config.training.steps):
             return {}
@@ -293,5 +294,5 @@ class Trainer(BuiltRun):
             progress=self.progress,
             now=self.phases.now,
             model_args=self.model_args,
-            validation=validation,
+            more=self.waiting.take_numbers() | validation,
         )

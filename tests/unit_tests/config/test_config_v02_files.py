@@ -48,6 +48,7 @@ OURS = {
     "training.loss_spike",
     "training.loss_spike_factor",
     "metrics.log_traffic",
+    "metrics.waiting_freq",
     "compile.cuda_graph",
     "validation.dataset_text_key",
     "validation.sample_prompts",

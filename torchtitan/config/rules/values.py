@@ -65,7 +65,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "0 or more",
         lambda value: value >= 0,
-        "lr_scheduler.warmup_steps training.dataset_num_workers profiling.profiler_warmup "
+        "metrics.waiting_freq lr_scheduler.warmup_steps training.dataset_num_workers "
+        "profiling.profiler_warmup "
         "comm.trace_buf_size checkpoint.keep_latest_k ema.start_step",
     ),
     (

@@ -102,7 +102,7 @@ class LocalRecord(NamedTuple):
 
 
 class LocalDispatcher:
-    """For experts that all live on this rank: sorts rows, and sums them. No host sync."""
+    """Dispatcher for experts that all live on this rank: sorts rows, sums them. No host sync."""
 
     gathers = True
 

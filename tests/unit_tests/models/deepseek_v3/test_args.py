@@ -229,8 +229,8 @@ def test_none_unsets_an_optional_field_only():
         ),
         (
             {"moe_args": {"route_norm": "yes"}},
-            'model.args.moe_args.route_norm = "yes" is of the wrong type: this model has true'
-            "there; write a value of that kind.",
+            'model.args.moe_args.route_norm = "yes" is of the wrong type: this model has true; '
+            "write a value of that type.",
         ),
         (
             {"attn_mask_type": "blockcausal"},

@@ -1,10 +1,10 @@
-"""Play several nodes on one Linux machine: network namespaces joined by a switch, links shaped.
+"""Emulate several nodes on one Linux machine: network namespaces joined by a switch, links shaped.
 
-Each node is a network namespace with one interface, `uplink`: a veth whose other end hangs at a
-bridge in a namespace of its own, the switch. Nothing outside of these namespaces is touched, so the
-addresses (10.99.0.0/24) can't meet anyone else's. What is sent to an address of the own node goes
-over that namespace's `lo`; whatever leaves the node is in `uplink`'s transmit counter.
-Standard library only; needs root, iproute2 and a kernel that lets us (CAP_NET_ADMIN).
+Each node is a network namespace with one interface, `uplink`: a veth whose other end is connected
+to a bridge in a namespace of its own, the switch. Nothing outside of these namespaces is changed,
+so the addresses (10.99.0.0/24) can't clash with others. Traffic inside a node goes over that
+namespace's `lo`; traffic that leaves the node is counted by `uplink`'s transmit counter.
+Standard library only; needs root, iproute2 and a kernel that permits it (CAP_NET_ADMIN).
 """
 
 import os
@@ -16,34 +16,36 @@ from collections.abc import Sequence
 from torchtitan.tools.errors import UserError
 
 LINK = "uplink"  # the name of a node's interface, inside the node
-# Long enough that no queue overflows: networks between nodes don't drop, and what TCP had to send
-# twice would be counted twice.
+# Long enough that no queue overflows: networks between nodes drop no packets, and packets that TCP
+# sends again would be counted twice.
 _QUEUE_MS = 500
 # Jumbo frames, as between real nodes; and one frame a packet, so that each is counted with its
 # headers (the kernel else counts the headers of up to 64 kB once).
 _FRAMES = ("mtu", "9000", "gso_max_segs", "1")
 
 
-def check_can_play() -> None:
+def check_can_emulate() -> None:
     """Raise `UserError` where this machine or this user can't make network namespaces."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         raise UserError(
-            f"Playing nodes needs the command '{missing[0]}', which is not there: install iproute2 "
-            "(apt-get install iproute2)."
+            f"Emulating nodes needs the command '{missing[0]}', which is not installed: install "
+            "iproute2 (apt-get install iproute2)."
         )
     if os.geteuid() != 0:
         raise UserError(
-            f"Playing nodes makes network namespaces, which needs root, and this is user "
+            f"Emulating nodes makes network namespaces, which needs root, but this is user "
             f"{os.geteuid()}: run it with sudo."
         )
 
 
-class PlayedNodes:
-    """`with PlayedNodes(4, rate_mbit=200) as nodes:` four nodes, gone afterwards whatever happens.
+class EmulatedNodes:
+    """Nodes that exist inside of a `with` block and are removed at its end, whatever happens.
 
-    rate_mbit: of each link, in both directions; 0 = as fast as the machine can.
-    Names hold the process id, so that two of these don't meet.
+    Their names contain the process id, so that two emulations don't clash.
+
+    num_nodes: 2 to 250.
+    rate_mbit: of each link, in both directions; 0 = unlimited.
     """
 
     def __init__(self, num_nodes: int, rate_mbit: float):
@@ -54,14 +56,14 @@ class PlayedNodes:
         self.rate_mbit = rate_mbit
         self._processes: list[subprocess.Popen] = []
 
-    def __enter__(self) -> "PlayedNodes":
+    def __enter__(self) -> "EmulatedNodes":
         try:
             self._build()
         except subprocess.CalledProcessError as error:
             self._tear_down()
             raise UserError(
-                f"Playing nodes failed at '{' '.join(error.cmd)}' ({error.stderr.strip()}): run it "
-                "on a machine or in a container with CAP_NET_ADMIN and CAP_SYS_ADMIN."
+                f"Emulating nodes failed at '{' '.join(error.cmd)}' ({error.stderr.strip()}): run "
+                "it on a machine or in a container with CAP_NET_ADMIN and CAP_SYS_ADMIN."
             ) from error
         except BaseException:
             self._tear_down()
@@ -75,9 +77,12 @@ class PlayedNodes:
         return f"10.99.0.{node + 1}"
 
     def start(self, node: int, command: Sequence[str], **options) -> subprocess.Popen:
-        """Start a process on a node; killed at the end if still there. options: of `Popen`."""
+        """Start a process on a node; it is killed at the end if it still runs.
+
+        options: of `Popen`.
+        """
         inside = ["ip", "netns", "exec", self.names[node], *command]
-        # A session of its own: Ctrl-C reaches us only, and we end it.
+        # A session of its own: Ctrl-C reaches only this process, which then ends it.
         process = subprocess.Popen(inside, start_new_session=True, **options)
         self._processes.append(process)
         return process
@@ -108,7 +113,7 @@ class PlayedNodes:
                 process.kill()
             for process in self._processes:
                 process.wait()
-            for name in (*self.names, self.switch):  # with a namespace go its interfaces
+            for name in (*self.names, self.switch):  # removes their interfaces, too
                 subprocess.run(["ip", "netns", "del", name], capture_output=True)
         finally:
             signal.signal(signal.SIGINT, handler)
