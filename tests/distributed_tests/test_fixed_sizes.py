@@ -14,8 +14,12 @@ needs_gpus = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs two
 
 
 def run_on_this_rank(options: list[str], dump_folder: str, steps: int) -> dict:
+    """options: may set another batch than 4 sequences, half of the step's."""
     config = config_of(
-        f"--job.dump_folder={dump_folder}", "--parallelism.expert_parallel_degree=2", *options
+        f"--job.dump_folder={dump_folder}",
+        "--parallelism.expert_parallel_degree=2",
+        "--training.local_batch_size=4",
+        *options,
     )
     trainer = Trainer(config)
     try:
@@ -74,16 +78,15 @@ def test_200_replayed_steps_have_the_losses_of_the_run(ranks, tmp_path, local_ba
 
 @needs_gpus
 def test_a_graph_without_room_is_redone_and_recorded_again(ranks, tmp_path):
-    options = (*GRAPHED, "--training.local_batch_size=4")
-    exact = run(ranks, tmp_path / "exact", *options, ALL_TO_ALL, steps=20)
-    graph = run(ranks, tmp_path / "graph", *options, NO_ROOM, GRAPH, steps=20)
+    exact = run(ranks, tmp_path / "exact", *GRAPHED, ALL_TO_ALL, steps=20)
+    graph = run(ranks, tmp_path / "graph", *GRAPHED, NO_ROOM, GRAPH, steps=20)
     assert graph["recorded"] and graph["factor"] > 1.25
     assert graph["losses"] == pytest.approx(exact["losses"], rel=1e-2)
 
 
 @needs_gpus
 def test_deterministic_replays_repeat_bit_for_bit(ranks, tmp_path):
-    options = (*GRAPHED, "--training.local_batch_size=4", GRAPH, "--debug.deterministic")
+    options = (*GRAPHED, GRAPH, "--debug.deterministic")
     first = run(ranks, tmp_path / "first", *options, steps=10)
     again = run(ranks, tmp_path / "again", *options, steps=10)
     assert first["recorded"] and first["losses"] == again["losses"]

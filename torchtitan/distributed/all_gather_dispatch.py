@@ -17,6 +17,7 @@ Letters: T tokens of this rank, P tokens of all n ranks (n · T), K top-k, L loc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,8 +29,8 @@ from torchtitan.ops.permute import RowOrder, sort_slots, sum_copies
 from torchtitan.protocols.layers import MoELayer
 from torchtitan.tools.utils import eager
 
-# Rows are a multiple of it, which suits the tiles of grouped GEMMs.
-_ALIGNMENT = 128
+# Capacities are a multiple of it: rows of a tensor then begin at aligned addresses in any dtype.
+_ALIGNMENT = 16
 
 
 @dataclass
@@ -48,7 +49,7 @@ class RowCapacity:
 
         tokens: T, of one rank.
         """
-        bounded = int(self.factor * tokens * top_k / _ALIGNMENT + 1) * _ALIGNMENT
+        bounded = ceil(self.factor * tokens * top_k / _ALIGNMENT) * _ALIGNMENT
         return min(bounded, ranks * tokens * min(top_k, local_experts))
 
     def grow(self, needed: float) -> None:
