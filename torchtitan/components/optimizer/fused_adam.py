@@ -95,7 +95,10 @@ class FusedAdam(AdamW):
             norm = torch.linalg.vector_norm(torch.stack(self._early_norms))
             self._early_norms.clear()
             return norm
-        norm, self.grad_factor = clip_factor(parameters, max_norm)
+        norm, factor = clip_factor(parameters, max_norm)
+        if self.grad_factor is None:
+            self.grad_factor = torch.empty_like(factor)
+        self.grad_factor.copy_(factor)  # a recorded `step` reads this memory
         return norm
 
     @torch.no_grad()
