@@ -7,7 +7,6 @@ Loading takes the newest complete checkpoint of the run's own folder; a damaged 
 All methods are called on all ranks at the same step; DCP's protocol makes ranks agree on failures.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from torchtitan.components.checkpoint.dcp_storage import (
@@ -40,7 +39,13 @@ from torchtitan.components.checkpoint.folder import (
     steps_with_folder,
 )
 from torchtitan.components.checkpoint.hf_rules import initial_hf_folder
-from torchtitan.components.checkpoint.meta import EVERYTHING, WEIGHTS, Identity, make_meta
+from torchtitan.components.checkpoint.meta import (
+    EVERYTHING,
+    WEIGHTS,
+    Identity,
+    make_identity,
+    make_meta,
+)
 from torchtitan.components.checkpoint.resume import (
     CheckpointChoice,
     Start,
@@ -48,10 +53,11 @@ from torchtitan.components.checkpoint.resume import (
     refuse_other_tensors,
 )
 from torchtitan.components.checkpoint.run_state import RunState
+from torchtitan.components.checkpoint.stager import build_stager
 from torchtitan.components.huggingface.folder import plan_layout
 from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.components.optimizer.ema import has_average
-from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig, to_dict
+from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig
 from torchtitan.distributed.groups import group_of
 from torchtitan.distributed.utils import ObjectCollectives
 from torchtitan.protocols.model import BaseModelArgs
@@ -321,19 +327,7 @@ class CheckpointManager:
     def _get_stager(self) -> DefaultStager:
         """Return the run's only stager, which keeps the memory of its copies."""
         if self._stager is None:
-            cuda = torch.cuda.is_available()
-            pinned = self.settings.async_mode == "async_with_pinned_mem" and cuda
-            # With pinned memory the copy overlaps with the next step, up to its weight update.
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=pinned,
-                    use_shared_memory=False,
-                    use_async_staging=pinned,
-                    use_non_blocking_copy=pinned,
-                )
-            )
-            # torch 2.11 (not 2.13) empties a stager after its first use: a second save would fail.
-            self._stager._state_dict_stager.close = lambda: None
+            self._stager = build_stager(self.settings.async_mode)
         return self._stager
 
     def _export(self, state: RunState, step: int) -> None:
@@ -402,18 +396,7 @@ def build_checkpoint_manager(
 
     layout: degrees of parallelism, by name.
     """
-    settings = to_dict(config)
-    settings.pop("job")  # the run's folders do not change what it computes
-    text = json.dumps(settings, sort_keys=True)
-    # Arguments go through JSON, because they are compared with those read from disk.
-    identity = Identity(
-        model=config.model.name,
-        flavor=config.model.flavor,
-        model_args=json.loads(json.dumps(model_args.weights_identity())),
-        all_args=asdict(model_args),
-        layout=layout,
-        config_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
-    )
+    identity = make_identity(config, model_args, layout)
     settings = config.checkpoint
     adapter = spec.state_dict_adapter and spec.state_dict_adapter(
         model_args, config.model.hf_assets_path

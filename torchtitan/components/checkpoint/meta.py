@@ -1,13 +1,17 @@
 """The contents of a checkpoint's meta.json."""
 
+import hashlib
+import json
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 import torchtitan
+from torchtitan.config import JobConfig, to_dict
+from torchtitan.protocols.model import BaseModelArgs
 
 # Values of "content" in meta.json.
 EVERYTHING, WEIGHTS = "everything", "weights"
@@ -31,6 +35,25 @@ class Identity:
     all_args: dict[str, Any]
     layout: dict[str, Any]
     config_hash: str
+
+
+def make_identity(config: JobConfig, model_args: BaseModelArgs, layout: dict[str, Any]) -> Identity:
+    """Make the identity of a run.
+
+    layout: degrees of parallelism, by name.
+    """
+    settings = to_dict(config)
+    settings.pop("job")  # the run's folders do not change what it computes
+    text = json.dumps(settings, sort_keys=True)
+    # Arguments go through JSON, because they are compared with those read from disk.
+    return Identity(
+        model=config.model.name,
+        flavor=config.model.flavor,
+        model_args=json.loads(json.dumps(model_args.weights_identity())),
+        all_args=asdict(model_args),
+        layout=layout,
+        config_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
+    )
 
 
 def make_meta(

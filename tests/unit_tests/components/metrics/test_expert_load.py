@@ -125,7 +125,7 @@ def test_an_alarm_that_warns_lets_the_run_go_on(tmp_path, caplog):
 @pytest.mark.parametrize(
     "table, sentence",
     [
-        ("watch='max_vio', above=1", "no number that an alarm can watch; did you mean 'max_viol"),
+        ("watch='max_vio', above=1", "not a number that an alarm can watch; did you mean 'max_vio"),
         ("watch='router_entropy', below=1", "only with metrics.log_routing = true"),
         ("watch='loss'", "set above, below or both"),
         ("watch='loss', above=1, times=0", "times = 0 must be 1 or more"),
