@@ -28,7 +28,7 @@ from scripts import entry
 import torch
 from emulated_nodes import LINK, EmulatedNodes, check_can_emulate
 
-from torchtitan.distributed.expert_parallel import bytes_per_row
+from torchtitan.distributed.token_dispatch import bytes_per_row
 from torchtitan.models.moe.args import RoutingRule
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.logging import init_logger, logger

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.reference.plain_all_to_all import PlainAllToAllDispatcher
-from torchtitan.distributed.expert_parallel import AllToAllDispatcher, NodeLimitedDispatcher
 from torchtitan.distributed.groups import world_group
+from torchtitan.distributed.token_dispatch import AllToAllDispatcher, NodeLimitedDispatcher
 from torchtitan.models.moe import GroupedExperts, MoE, MoEArgs
 from torchtitan.models.moe.dispatcher import TokenDispatcher
 

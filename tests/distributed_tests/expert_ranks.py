@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan.distributed.all_gather_dispatch import AllGatherDispatcher, RowCapacity
-from torchtitan.distributed.expert_parallel import AllToAllDispatcher, NodeLimitedDispatcher
+from torchtitan.distributed.token_dispatch import AllToAllDispatcher, NodeLimitedDispatcher
 from torchtitan.models.moe.dispatcher import TokenDispatcher
 from torchtitan.tools.utils import local_device
 

@@ -11,7 +11,7 @@ from tests.tiny_run import losses, tiny
 from torchtitan.components.loss import cross_entropy_sum
 from torchtitan.components.optimizer.ema import WeightAverage
 from torchtitan.config import EMA
-from torchtitan.distributed.expert_parallel import AllToAllDispatcher
+from torchtitan.distributed.token_dispatch import AllToAllDispatcher
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.models.moe import MoE, MoEArgs, TokenChoiceTopKRouter
 from torchtitan.models.moe import router as router_module

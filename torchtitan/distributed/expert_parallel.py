@@ -1,44 +1,30 @@
 """Expert parallelism: each rank holds some of the experts, and tokens travel to them.
 
-Three dispatchers implement the interface of models/moe/dispatcher.py. Experts are spread evenly and
-in order over the ranks of an EP group, and these ranks over nodes:
+Which way they travel, `parallelism.expert_parallel_dispatch` says:
 
-    all-to-all     a token goes once to each *rank* that has experts of it
-    node-limited   a token goes once to each *node* that has experts of it, to the rank at the
-                   sender's own place there, which passes it on to the ranks inside the node
-    all-gather     a token goes to all ranks: all_gather_dispatch.py
-
-The first two are made of hops. A hop sends a row once to each destination, with the list of its
-experts at that destination and their weights; on the way back the partial sums of the destinations
-(summed in fp32, sent in the rows' dtype) are summed. Weights are applied on the expert's side;
-gradients flow back through the same hops, those of the weights too.
-
-Letters: P rows before or after a hop, K slots of a row (expert ids, −1 = empty), D model dim.
+    all_to_all     once to each rank that has experts of the token (token_dispatch.py)
+    node_limited   once to each node that has experts of it, then to the ranks (token_dispatch.py)
+    all_gather     to all ranks, in messages of fixed size: no host sync (all_gather_dispatch.py)
 """
 
-from collections.abc import Callable, Mapping
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchtitan.config import Parallelism
 from torchtitan.distributed.all_gather_dispatch import AllGatherDispatcher, RowCapacity
-from torchtitan.distributed.exchange import Exchange, on_host
-from torchtitan.distributed.overlap import yield_turn
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.side_stream import SideStream
-from torchtitan.distributed.tensor_parallel import gather, reduce_scatter
-from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
+from torchtitan.distributed.token_dispatch import (
+    AllToAllDispatcher,
+    NodeLimitedDispatcher,
+    SplitExpertsDispatcher,
+)
 from torchtitan.protocols.layers import ExpertWeights, MoELayer
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import eager, local_device
+from torchtitan.tools.utils import local_device
 
 
 def apply_expert_parallel(
@@ -64,7 +50,7 @@ def apply_expert_parallel(
     if dims.etp > 1:
         group = mesh["etp"].get_group()
         for moe in moes.values():
-            moe.dispatcher = GatherDispatcher(moe.dispatcher, group)
+            moe.dispatcher = SplitExpertsDispatcher(moe.dispatcher, group)
         logger.info("Expert tensor parallel: each expert's hidden channels over %d ranks", dims.etp)
     for moe in moes.values():
         _split_experts(moe.experts, dims, mesh)
@@ -95,16 +81,14 @@ def _give_dispatchers(
     *,
     fixed_sizes: bool,
 ) -> None:
-    dispatch = parallelism.expert_parallel_dispatch
-    if dispatch == "auto":
-        dispatch = _best_dispatch(moes, dims)
-    groups = dims.node_groups if dispatch == "node_limited" else None  # also without MoE layers
+    dispatch = _resolve_dispatch(moes, dims, parallelism.expert_parallel_dispatch)
     if fixed_sizes and dispatch != "all_gather":
         raise UserError(
             "compile.cuda_graph = true needs message sizes that don't change, but experts' tokens "
             f'travel by "{dispatch}"; set parallelism.expert_parallel_dispatch to "all_gather", or '
             "compile.cuda_graph to false."
         )
+    groups = dims.node_groups if dispatch == "node_limited" else None  # also without MoE layers
     if not moes:
         return
     num_experts = next(iter(moes.values())).experts.w1.size(0)
@@ -134,313 +118,25 @@ _HOW = {
 _MOST_GATHERED = 8
 
 
-def _best_dispatch(moes: Mapping[int, MoELayer], dims: ParallelDims) -> str:
+def _resolve_dispatch(moes: Mapping[int, MoELayer], dims: ParallelDims, dispatch: str) -> str:
+    """Return the dispatch that "auto" stands for here. Raises `UserError` for "all_gather" where it
+    can't be."""
+    reason = None
+    if dims.etp > 1:
+        reason = f"parallelism.expert_tensor_parallel_degree = {dims.etp} splits experts"
+    elif any(moe.score_before_experts for moe in moes.values()):
+        reason = "model.args.moe_args.score_before_experts = true weights rows before the experts"
+    elif not all(moe.experts.use_grouped_mm for moe in moes.values()):
+        reason = "model.args.moe_args.use_grouped_mm = false computes experts one by one"
+    if dispatch == "all_gather" and reason is not None:
+        raise UserError(
+            f'parallelism.expert_parallel_dispatch = "all_gather" needs experts that are one '
+            f'operator, but {reason}; set it to "auto".'
+        )
+    if dispatch != "auto":
+        return dispatch
     if dims.nodes_per_ep_group > 1:
         return "node_limited"
-    fused = all(
-        moe.experts.use_grouped_mm and not moe.score_before_experts for moe in moes.values()
-    )
     on_gpu = local_device().type == "cuda"
-    fits = fused and on_gpu and dims.ep <= _MOST_GATHERED and dims.etp == dims.pp == 1
+    fits = reason is None and on_gpu and dims.pp == 1 and dims.ep <= _MOST_GATHERED
     return "all_gather" if fits else "all_to_all"
-
-
-class Rows(NamedTuple):
-    """Rows before or after a hop.
-
-    x_PD: hidden states.
-    ids_PK: int64, experts of each row, counted from the first one that this rank (or, between the
-        two hops, this node) holds.
-    weights_PK: fp32, their routing weights; those of empty slots mean nothing.
-    """
-
-    x_PD: Tensor
-    ids_PK: Tensor
-    weights_PK: Tensor
-
-
-class HopRecord(NamedTuple):
-    """Record of a hop, for its way back.
-
-    order: order of the rows sent.
-    sent: rows that went to each rank.
-    received: rows that came from each rank.
-    """
-
-    order: RowOrder
-    sent: list[int]
-    received: list[int]
-
-
-class Record(NamedTuple):
-    """Record of `dispatch`, for `combine`.
-
-    weights_R, traffic: see `TokenDispatcher.dispatch`.
-    hops: in the order they were taken.
-    order: order of the rows by local expert.
-    """
-
-    weights_R: Tensor
-    traffic: Tensor
-    hops: tuple[HopRecord, ...]
-    order: RowOrder
-
-
-class Hop:
-    """Sends rows to the ranks of a group, each of which is responsible for `num_experts / size`
-    experts."""
-
-    def __init__(self, group: dist.ProcessGroup, num_experts: int):
-        self.group = group
-        self.size = group.size()
-        self.experts_per_rank = num_experts // self.size
-
-    def destinations(self, ids_PK: Tensor) -> Tensor:
-        """Rank of each slot's expert, in a row's first slot for that rank only; −1 elsewhere."""
-        ranks_PK = torch.div(ids_PK, self.experts_per_rank, rounding_mode="floor")
-        same_PKK = ranks_PK.unsqueeze(2) == ranks_PK.unsqueeze(1)
-        repeated_PK = same_PKK.tril(diagonal=-1).any(dim=2)
-        return ranks_PK.masked_fill(repeated_PK | (ids_PK < 0), -1)
-
-    def send(
-        self, rows: Rows, destination_PK: Tensor, sent: list[int], received: list[int]
-    ) -> tuple[Rows, HopRecord]:
-        """Send each row once to each of its destinations; return the rows that arrive here.
-
-        destination_PK: int64, from `destinations`.
-        sent: rows to each rank of the group.
-        received: rows from each rank of the group.
-        """
-        order = sort_slots(destination_PK, self.size, num_rows=sum(sent))
-        row_of = order.slot_of_row_R // destination_PK.size(1)
-        rank_R = destination_PK.flatten()[order.slot_of_row_R]
-        ids_RK = rows.ids_PK[row_of] - (rank_R * self.experts_per_rank).unsqueeze(1)
-        at_destination_RK = (ids_RK >= 0) & (ids_RK < self.experts_per_rank)
-        ids_RK = ids_RK.masked_fill(~at_destination_RK, -1)
-        weights_RK = expand_rows(rows.weights_PK, order)
-        # One message for both: expert ids are exact in fp32.
-        slots = torch.cat((weights_RK, ids_RK.to(weights_RK.dtype)), dim=1)
-        slots, x = self._exchange([slots, expand_rows(rows.x_PD, order)], received, sent)
-        weights, ids = slots.chunk(2, dim=1)
-        arrived = Rows(x, ids.detach().long(), weights)
-        return arrived, HopRecord(order, sent, received)
-
-    def send_back(self, x_PD: Tensor, record: HopRecord) -> Tensor:
-        """Return the rows that came with `send` to their senders, which sum each row's copies."""
-        (x_RD,) = self._exchange([x_PD], record.sent, record.received)
-        return reduce_rows(x_RD, record.order)
-
-    def _exchange(
-        self, tensors: list[Tensor], received: list[int], sent: list[int]
-    ) -> list[Tensor]:
-        """Exchange all tensors at the same time; another pass may run meanwhile (overlap.py)."""
-        exchanges = [Exchange(received, sent, self.group) for _ in tensors]
-        travelling = [each.start(x) for each, x in zip(exchanges, tensors, strict=True)]
-        yield_turn()
-        return [each.finish(x) for each, x in zip(exchanges, travelling, strict=True)]
-
-    def exchange_counts(self, counts: Tensor) -> Tensor:
-        """Send line r of counts (size, …), int64, to rank r; return the lines received, by rank."""
-        # The functional collective: activation checkpointing by operation can keep its result.
-        return all_to_all_single(counts.contiguous(), None, None, self.group)
-
-
-def count_destinations(destination_PK: Tensor, num_destinations: int) -> Tensor:
-    """Count the slots of each destination (−1 = none): (num_destinations,) int64. No host sync."""
-    bins = destination_PK.flatten() + 1
-    ones = torch.ones_like(bins)
-    return ones.new_zeros(num_destinations + 1).scatter_add_(0, bins, ones)[1:]
-
-
-class AllToAllDispatcher:
-    """One copy of a token per destination rank.
-
-    ranks_per_node: consecutive ranks of the group that share a node; the traffic inside of nodes
-        and between them is counted apart.
-    """
-
-    gathers = False
-
-    def __init__(self, group: dist.ProcessGroup, num_experts: int, ranks_per_node: int):
-        self.hop = Hop(group, num_experts)
-        self.local_experts = num_experts // group.size()
-        self.tier_of_rank = _tiers(group, ranks_per_node)
-        self.side_stream = SideStream()
-
-    @eager  # split sizes of the all-to-all depend on the data
-    def dispatch(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor, Record]:
-        hop = self.hop
-        destination_TK = hop.destinations(ids_TK)
-        sent = count_destinations(destination_TK, hop.size)
-        slots = count_destinations(ids_TK // hop.experts_per_rank, hop.size)
-        received = hop.exchange_counts(torch.stack((sent, slots), dim=1))
-        # host sync: the all-to-all wants its split sizes as integers
-        counts = on_host(torch.cat((sent.unsqueeze(1), received), dim=1).T.flatten())
-        sent_rows, received_rows, received_slots = _split_list(counts, [hop.size] * 3)
-        rows, record = hop.send(
-            Rows(x_TD, ids_TK, weights_TK), destination_TK, sent_rows, received_rows
-        )
-        traffic = torch.stack([_by_tier(rows, self.tier_of_rank) for rows in (sent, slots)])
-        return _into_expert_order(rows, self.local_experts, sum(received_slots), traffic, (record,))
-
-    @eager
-    def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
-        return self.hop.send_back(reduce_rows(rows_RD, record.order), record.hops[0])
-
-    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
-        return self.side_stream.begin(layer, x_TD)
-
-    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
-        return self.side_stream.end(layer, begun_TD)
-
-
-class NodeLimitedDispatcher:
-    """One copy of a token per destination node, then one per rank inside it.
-
-    between: the ranks at this rank's place on each node, by node.
-    within: the ranks of this node.
-    """
-
-    gathers = False
-
-    def __init__(self, between: dist.ProcessGroup, within: dist.ProcessGroup, num_experts: int):
-        self.between = Hop(between, num_experts)
-        self.within = Hop(within, self.between.experts_per_rank)
-        self.local_experts = self.within.experts_per_rank
-        self.tier_of_node = _tiers(between, 1)
-        self.tier_of_rank = _tiers(within, within.size())
-        # Tier of every rank of the EP group, by node.
-        self.tier_of_copy = self.tier_of_node.repeat_interleave(within.size())
-        self.tier_of_copy[self.tier_of_copy == 0] = self.tier_of_rank
-        self.side_stream = SideStream()
-
-    @eager  # split sizes of the all-to-all depend on the data
-    def dispatch(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor, Record]:
-        between, within = self.between, self.within
-        to_node_TK = between.destinations(ids_TK)
-        out, relayed, arriving, copies = self._counts(ids_TK, to_node_TK)
-        # host sync: split sizes of both hops at once; (rows out, in), (relayed out, in), slots in
-        counts = on_host(torch.cat((out.T.flatten(), relayed.flatten(), arriving.T.flatten())))
-        sizes = [between.size] * 2 + [within.size] * 3
-        to_nodes, from_nodes, to_ranks, from_ranks, slots = _split_list(counts, sizes)
-
-        rows, first = between.send(Rows(x_TD, ids_TK, weights_TK), to_node_TK, to_nodes, from_nodes)
-        rows, second = within.send(rows, within.destinations(rows.ids_PK), to_ranks, from_ranks)
-        rows_sent = _by_tier(out[:, 0], self.tier_of_node) + _by_tier(
-            relayed[:, 0], self.tier_of_rank
-        )
-        traffic = torch.stack((rows_sent, _by_tier(copies, self.tier_of_copy)))
-        return _into_expert_order(rows, self.local_experts, sum(slots), traffic, (first, second))
-
-    def _counts(self, ids_TK: Tensor, to_node_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Exchange the sizes of both hops ahead of them, so that the host waits only once.
-
-        Each sender tells its peer on node n how many rows it sends to that node, and for each rank
-        of the node, how many of these rows and slots are relayed to it.
-
-        Returns int64
-            out (nodes, 2): rows to and from each node;
-            relayed (ranks, 1): rows to relay to each rank of this node;
-            arriving (ranks, 2): rows and slots that come from each rank of this node;
-            copies (nodes · ranks): rows that one copy of a token per expert would send to each rank
-            of the EP group.
-        """
-        nodes, ranks = self.between.size, self.within.size
-        rank_TK = torch.div(ids_TK, self.local_experts, rounding_mode="floor")
-        same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
-        first_TK = rank_TK.masked_fill(same_TKK.tril(diagonal=-1).any(dim=2), -1)
-        rows_out = count_destinations(to_node_TK, nodes)
-        onward = torch.stack(
-            [count_destinations(table, nodes * ranks) for table in (first_TK, rank_TK)]
-        )
-        send_counts = torch.cat(
-            (rows_out.view(nodes, 1), onward.view(2, nodes, ranks).swapaxes(0, 1).flatten(1)), dim=1
-        )
-        recv_counts = self.between.exchange_counts(send_counts)
-        rows_in, relayed = recv_counts[:, 0], recv_counts[:, 1:].sum(dim=0).view(2, ranks).T
-        arriving = self.within.exchange_counts(relayed)
-        return torch.stack((rows_out, rows_in), dim=1), relayed[:, :1], arriving, onward[1]
-
-    @eager
-    def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
-        x_PD = self.within.send_back(reduce_rows(rows_RD, record.order), record.hops[1])
-        return self.between.send_back(x_PD, record.hops[0])
-
-    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
-        return self.side_stream.begin(layer, x_TD)
-
-    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
-        return self.side_stream.end(layer, begun_TD)
-
-
-class GatherDispatcher:
-    """Expert tensor parallelism around another dispatcher.
-
-    Each rank of `group` holds a part of the hidden channels of the same experts: all of them get
-    the tokens of all, and their outputs, partial sums, are added.
-    """
-
-    gathers = False
-
-    def __init__(self, inner: Any, group: dist.ProcessGroup):
-        self.inner = inner
-        self.group = group
-
-    @eager
-    def dispatch(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor, Any]:
-        return self.inner.dispatch(*(gather(t, 0, self.group) for t in (x_TD, ids_TK, weights_TK)))
-
-    @eager
-    def combine(self, rows_RD: Tensor, record: Any) -> Tensor:
-        return reduce_scatter(self.inner.combine(rows_RD, record), 0, self.group)
-
-    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
-        return self.inner.start_shared(layer, x_TD)
-
-    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
-        return self.inner.finish_shared(layer, begun_TD)
-
-
-def _into_expert_order(
-    rows: Rows, num_experts: int, num_rows: int, traffic: Tensor, hops: tuple[HopRecord, ...]
-) -> tuple[Tensor, Tensor, Record]:
-    """Copy each row that arrived for each of its local experts, sorted by expert."""
-    order = sort_slots(rows.ids_PK, num_experts, num_rows=num_rows)
-    weights_R = rows.weights_PK.flatten()[order.slot_of_row_R]
-    rows_RD = expand_rows(rows.x_PD, order)
-    for tensor in (rows_RD, weights_R):  # one compiled graph for any number of rows
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return rows_RD, order.counts, Record(weights_R, traffic, hops, order)
-
-
-def _tiers(group: dist.ProcessGroup, ranks_per_node: int) -> Tensor:
-    """Distance of each rank of the group: 0 this rank, 1 another of its node, 2 another node."""
-    me, ranks = group.rank(), torch.arange(group.size(), device=local_device())
-    tiers = torch.where(ranks // ranks_per_node == me // ranks_per_node, 1, 2)
-    tiers[me] = 0
-    return tiers
-
-
-def _by_tier(rows: Tensor, tiers: Tensor) -> Tensor:
-    return rows.new_zeros(3).scatter_add_(0, tiers, rows)
-
-
-def _split_list(numbers: list[int], sizes: list[int]) -> list[list[int]]:
-    rest = iter(numbers)
-    return [list(islice(rest, size)) for size in sizes]
-
-
-def bytes_per_row(dim: int, top_k: int, dtype: torch.dtype) -> int:
-    """Bytes that one row sent to another rank costs, forward and backward.
-
-    Dispatch and combine, and the gradients of both: four times a hidden state, and twice (dispatch
-    and its gradients) the slots: K routing weights and K expert ids in fp32. A layer that is
-    recomputed sends the forward half once more. (Counts are sent once a layer and are left out.)
-    """
-    return 4 * dim * dtype.itemsize + 2 * 2 * top_k * torch.float32.itemsize

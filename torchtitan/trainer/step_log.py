@@ -23,8 +23,8 @@ from torchtitan.config.phases import StepSettings
 from torchtitan.data import data_numbers
 from torchtitan.data.dataloader import ParallelAwareDataLoader
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.expert_parallel import bytes_per_row
 from torchtitan.distributed.pipeline_parallel import Pipeline
+from torchtitan.distributed.token_dispatch import bytes_per_row
 from torchtitan.models.decoder.args import DecoderArgs
 from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.protocols.layers import MoELayer
