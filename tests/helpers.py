@@ -1,19 +1,25 @@
 """What several tests share: processes that stay alive between tests."""
 
+import atexit
 import contextlib
+import ctypes
 import gc
 import multiprocessing
 import os
 import pickle
+import signal
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 # Processes are forks of one that has imported everything, which takes 4 seconds of a core. (With
 # GPUs they start anew: among the imports is one that touches CUDA, which then bears no fork.)
@@ -28,24 +34,37 @@ class Ranks:
 
     On a machine with GPUs each uses one and NCCL, else the CPU and gloo. A failure in one of them
     ends them all, so that nothing waits for a rank that is gone; the next `run` starts new ones.
+
+    On the CPU they are stopped (SIGSTOP) between two runs: each gloo group has a thread that wakes
+    a hundred times a second, and after some hundred tests these threads were a third of all load.
     """
 
     def __init__(self, world_size: int):
         self.world_size = world_size
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
+        self._stops = not torch.cuda.is_available()
+        # At exit multiprocessing would wait for daemons to take SIGTERM, which stopped ones can't.
+        atexit.register(self.close)
 
     def run(self, fn: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
         """What `fn(*args)` returns on each rank, by rank. `fn` is a module's function."""
         if not self._processes:
             self._start()
         try:
+            self._signal(signal.SIGCONT)
             for pipe in self._pipes:
                 pipe.send_bytes(pickle.dumps((fn, args)))
-            return self._collect(time.monotonic() + seconds)
+            results = self._collect(time.monotonic() + seconds)
+            self._signal(signal.SIGSTOP)
+            return results
         except BaseException:
             self.close()
             raise
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes if self._stops else []:
+            os.kill(cast(int, process.pid), number)
 
     def _collect(self, deadline: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -78,7 +97,14 @@ class Ranks:
         self._processes, self._pipes = [], []
 
 
+def _die_with_parent() -> None:
+    """Also where the tests are killed while this process is stopped (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _serve(pipe: Connection, store: str, rank: int, world_size: int) -> None:
+    _die_with_parent()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "gloo"

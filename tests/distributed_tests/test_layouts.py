@@ -358,6 +358,10 @@ def test_a_combined_layout_repeats_bit_for_bit(ranks, tmp_path) -> None:
 # What can't run says so
 # ---------------------------------------------------------------------------------------------
 
+ONE_OPERATOR = (
+    'parallelism.expert_parallel_dispatch = "all_gather" makes one operator of the experts, but '
+)
+AUTO = 'set it to "auto".'
 REFUSALS = {
     "heads": (
         layout(3, "--training.seq_len=24", tp=3),
@@ -388,6 +392,20 @@ REFUSALS = {
         layout(4, tp=4, etp=2),
         "parallelism.expert_tensor_parallel_degree = 2 must be 1 or "
         "parallelism.tensor_parallel_degree (4); set it to 1 or 4.",
+    ),
+    "gathered, split experts": (
+        layout(2, ALL_GATHER, tp=2, ep=1, etp=2),
+        f"{ONE_OPERATOR}parallelism.expert_tensor_parallel_degree = 2 splits each of them; {AUTO}",
+    ),
+    "gathered, weighted inputs": (
+        layout(2, ALL_GATHER, "--model.args.moe_args.score_before_experts=true", ep=2),
+        f"{ONE_OPERATOR}model.args.moe_args.score_before_experts = true weights their inputs; "
+        f"{AUTO}",
+    ),
+    "gathered, experts one by one": (
+        layout(2, ALL_GATHER, "--model.args.moe_args.use_grouped_mm=false", ep=2),
+        f"{ONE_OPERATOR}model.args.moe_args.use_grouped_mm = false computes one after the other; "
+        f"{AUTO}",
     ),
     "sequence, TP": (
         layout(2, "--training.seq_len=15", tp=2),

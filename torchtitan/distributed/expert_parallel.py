@@ -119,24 +119,14 @@ _MOST_GATHERED = 8
 
 
 def _resolve_dispatch(moes: Mapping[int, MoELayer], dims: ParallelDims, dispatch: str) -> str:
-    """Return the dispatch that "auto" stands for here. Raises `UserError` for "all_gather" where it
-    can't be."""
-    reason = None
-    if dims.etp > 1:
-        reason = f"parallelism.expert_tensor_parallel_degree = {dims.etp} splits experts"
-    elif any(moe.score_before_experts for moe in moes.values()):
-        reason = "model.args.moe_args.score_before_experts = true weights rows before the experts"
-    elif not all(moe.experts.use_grouped_mm for moe in moes.values()):
-        reason = "model.args.moe_args.use_grouped_mm = false computes experts one by one"
-    if dispatch == "all_gather" and reason is not None:
-        raise UserError(
-            f'parallelism.expert_parallel_dispatch = "all_gather" needs experts that are one '
-            f'operator, but {reason}; set it to "auto".'
-        )
+    """Return the dispatch that "auto" stands for here."""
     if dispatch != "auto":
         return dispatch
     if dims.nodes_per_ep_group > 1:
         return "node_limited"
+    one_operator = dims.etp == 1 and all(
+        moe.experts.use_grouped_mm and not moe.score_before_experts for moe in moes.values()
+    )
     on_gpu = local_device().type == "cuda"
-    fits = reason is None and on_gpu and dims.pp == 1 and dims.ep <= _MOST_GATHERED
+    fits = one_operator and on_gpu and dims.pp == 1 and dims.ep <= _MOST_GATHERED
     return "all_gather" if fits else "all_to_all"

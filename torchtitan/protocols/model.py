@@ -119,6 +119,8 @@ class BaseModelArgs:
         self.check_expert_parallel(parallelism.expert_parallel_degree)
         self.check_tensor_parallel(tp, experts=parallelism.expert_tensor_parallel_degree)
         self.check_context_parallel(cp, method=method, tensor_parallel=tp)
+        if parallelism.expert_parallel_dispatch == "all_gather":
+            self.check_gathered_experts(split=parallelism.expert_tensor_parallel_degree)
 
     def without_effect(
         self, overrides: Mapping[str, Any], coefficients: Mapping[str, float]
@@ -137,6 +139,9 @@ class BaseModelArgs:
                 f"parallelism.expert_parallel_degree = {degree}, but this model has no experts; "
                 "set it to 1."
             )
+
+    def check_gathered_experts(self, *, split: int) -> None:
+        """Raise `UserError` where experts, each over `split` ranks, can't compute on all tokens."""
 
     def check_coefficients(self, names: Set[str]) -> None:
         """Raise `UserError` for coefficients, set by a phase, that this model does not have."""

@@ -138,6 +138,20 @@ class DecoderArgs(BaseModelArgs):
                 f"{min(divisors(num_experts), key=lambda n: abs(n - degree))}."
             )
 
+    def check_gathered_experts(self, *, split: int) -> None:
+        reason = None
+        if split > 1:
+            reason = f"parallelism.expert_tensor_parallel_degree = {split} splits each of them"
+        elif self.moe_args.score_before_experts:
+            reason = "model.args.moe_args.score_before_experts = true weights their inputs"
+        elif not self.moe_args.use_grouped_mm:
+            reason = "model.args.moe_args.use_grouped_mm = false computes one after the other"
+        if self.has_experts and reason is not None:
+            raise UserError(
+                'parallelism.expert_parallel_dispatch = "all_gather" makes one operator of the '
+                f'experts, but {reason}; set it to "auto".'
+            )
+
     def check_tensor_parallel(self, degree: int, *, experts: int) -> None:
         sizes = dict([self.split_heads]) | {"vocab_size": self.vocab_size} | self.dense_widths
         shared = self.moe_args.num_shared_experts
