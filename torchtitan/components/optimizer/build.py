@@ -4,11 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from torchtitan.components.optimizer.adamw_bf16 import AdamWBf16
 from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.components.optimizer.fused_adam import FusedAdam
+from torchtitan.components.optimizer.local_adam import LocalAdam, LocalAdamW
 from torchtitan.components.optimizer.muon import Muon
 from torchtitan.components.optimizer.param_groups import GroupRules
 from torchtitan.config import Optimizer as OptimizerSettings
@@ -16,7 +17,7 @@ from torchtitan.config import ParamGroup
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.tools.errors import UserError
 
-_OPTIMIZERS = {"Adam": Adam, "AdamW": AdamW}
+_OPTIMIZERS = {"Adam": LocalAdam, "AdamW": LocalAdamW}
 # Matrices that Muon leaves to AdamW, because each of their rows belongs to one vocabulary token.
 _NOT_BY_MUON = ("tok_embeddings.", "output.")
 
