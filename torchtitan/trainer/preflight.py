@@ -60,7 +60,7 @@ def check_config(config: JobConfig) -> Checked:
             "(model.args.n_mtp_layers); set either to false or 0."
         )
     shortest = min([model_args, *_args_of_phases(config, spec)], key=lambda args: args.max_seq_len)
-    _check_pipeline(config, model_args)
+    check_pipeline(config, model_args)
     check_training_data(config.training, tokenizer)
     check_hf(config, spec, model_args)
     check_samples(config.validation, tokenizer, shortest)
@@ -154,8 +154,9 @@ def pipeline_plan(config: JobConfig, model_args: BaseModelArgs) -> PipelinePlan 
     )
 
 
-def _check_pipeline(config: JobConfig, model_args: BaseModelArgs) -> None:
-    """Each batch that will pass through it must be one for its schedule, and each layer, too."""
+def check_pipeline(config: JobConfig, model_args: BaseModelArgs) -> None:
+    """Raise `UserError` where a batch or a layer that will pass through it doesn't suit its
+    schedule."""
     plan = pipeline_plan(config, model_args)
     if plan is None:
         return
