@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from torchtitan.config import JobConfig
-from torchtitan.proof.compare import Difference, differences, worst_errors
+from torchtitan.proof.compare import Difference, differences, other_bits
 from torchtitan.proof.record import Key, Record, RecordedTrainer
 from torchtitan.trainer import Trainer
 
@@ -31,8 +31,8 @@ class Found:
 
 
 def middle(config: JobConfig) -> int:
-    """The step after which runs are saved and resumed."""
-    return config.training.steps // 2
+    """The step after which runs are saved; those that resume there have two more to go."""
+    return config.training.steps - 2
 
 
 def in_folder(config: JobConfig, folder: Path, resume: Path | None = None) -> JobConfig:
@@ -53,7 +53,7 @@ def checkpoint_of(config: JobConfig) -> Path:
 def train_reference(config: JobConfig) -> list[Key]:
     """On one process; the record is kept beside its outputs. Returns its keys, in order."""
     record = _train(config)
-    torch.save(record, Path(config.job.dump_folder, REFERENCE))
+    _keep(record, Path(config.job.dump_folder, REFERENCE))
     return list(record)
 
 
@@ -63,29 +63,34 @@ def train_and_compare(config: JobConfig, reference: Path) -> Found:
     reference: folder of the run on one process.
     """
     record = _train(config)
-    torch.save(record, _own_record(config))
-    return _found(record, torch.load(reference / REFERENCE))
+    _keep(record, _own_record(config))
+    return _against(reference, record, config)
 
 
 def resume_exactly(config: JobConfig) -> Found:
     """The same run, resumed in its middle, against itself: not a bit may differ."""
-    return _found(_resume(config), torch.load(_own_record(config)), exact=True)
-
-
-def _own_record(config: JobConfig) -> Path:
-    return Path(config.job.dump_folder, f"rank-{os.environ['RANK']}.pt")
+    record = _resume(config)
+    found = other_bits(record, torch.load(_own_record(config)))
+    return Found(list(record), found[:MOST_DIFFERENCES], {})
 
 
 def resume_and_compare(config: JobConfig, reference: Path) -> Found:
     """A run that begins from the checkpoint of another layout, against the run on one process."""
-    expected = torch.load(reference / REFERENCE)
-    return _found(_resume(config), expected)
+    return _against(reference, _resume(config), config)
 
 
-def _found(record: Record, expected: Record, *, exact: bool = False) -> Found:
-    keys = list(record)
-    found = differences(record, expected, keys, exact=exact)
-    return Found(keys, found[:MOST_DIFFERENCES], worst_errors(record, expected))
+def _against(reference: Path, record: Record, config: JobConfig) -> Found:
+    in_bf16 = config.optimizer.state_dtype == "bfloat16"
+    found, worst = differences(record, torch.load(reference / REFERENCE), bf16_state=in_bf16)
+    return Found(list(record), found[:MOST_DIFFERENCES], worst)
+
+
+def _keep(record: Record, file: Path) -> None:
+    torch.save({key: piece.tensor for key, piece in record.items()}, file)
+
+
+def _own_record(config: JobConfig) -> Path:
+    return Path(config.job.dump_folder, f"rank-{os.environ['RANK']}.pt")
 
 
 def _train(config: JobConfig) -> Record:

@@ -1,20 +1,24 @@
-"""What is compared of a run: whole tensors by (step, kind, name), in the order of their making.
+"""What is compared of a run: tensors by (step, kind, name), in the order of their making.
 
-output          of each layer's parts in the forward pass, as four sums over all tokens
-load            tokens of each expert
-loss, side loss, router statistics
-gradient        of each parameter, before clipping; gradient norm
-expert bias     after the step
-weight, average, optimizer state    after the last step, and where the run was saved
+    output                        of each layer's parts in the forward pass, as sums over all tokens
+    load                          tokens of each expert
+    loss, side loss, router       the router's: sums of router_stats.py
+    gradient, gradient norm       before clipping
+    expert bias                   after the step
+    weight, average, optimizer state    after the last step, and where the run was saved
+
+A rank keeps its own piece of what is split over ranks: all of them together are the whole, and
+nothing need be gathered.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.config import JobConfig
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
@@ -23,7 +27,22 @@ from torchtitan.trainer.forward_backward import Batch
 from torchtitan.trainer.step_log import Interval, StepResult
 
 Key = tuple[int, str, str]
-Record = dict[Key, Tensor]
+
+
+class Piece(NamedTuple):
+    """A rank's part of a tensor: from `offset` on, of one that has `shape` as a whole."""
+
+    tensor: Tensor
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The same part of another tensor of this shape."""
+        ends = zip(self.offset, self.tensor.shape, strict=True)
+        return whole[tuple(slice(start, start + length) for start, length in ends)]
+
+
+Record = dict[Key, Piece]
 _KIND_OF_PART = {"model": "weight", "ema": "average", "optimizer": "optimizer state"}
 
 
@@ -31,13 +50,13 @@ class RecordedTrainer(Trainer):
     """A trainer that keeps the gradients and the layers' outputs of the step."""
 
     def __init__(self, config: JobConfig):
-        self.gradients: dict[str, Tensor] = {}
+        self.gradients: dict[str, Piece] = {}
         super().__init__(config)
         self.outputs = OutputSums(self)
 
     def _clip(self) -> Tensor:
         self.gradients = {
-            name: whole(p.grad if p.grad is not None else torch.zeros_like(p))
+            name: piece_of(p.grad if p.grad is not None else torch.zeros_like(p))
             for name, p in self.model.named_parameters()
         }
         return super()._clip()
@@ -62,14 +81,14 @@ class RecordedTrainer(Trainer):
         for i, moe in self.moes.items():
             if moe.expert_bias is not None:
                 found.append(("expert bias", f"layers.{i}.moe.expert_bias", moe.expert_bias))
-        return {(self.step, kind, name): torch.as_tensor(x).clone() for kind, name, x in found}
+        return {(self.step, kind, name): piece_of(x) for kind, name, x in found}
 
     def state(self) -> Record:
         """Weights, optimizer state and average, after this step."""
         record = {}
         for name, tensor in self.run_state.tensors({"model", "ema", "optimizer"}).items():
             part, _, rest = name.partition(".")
-            record[self.step, _KIND_OF_PART[part], rest] = whole(tensor)
+            record[self.step, _KIND_OF_PART[part], rest] = piece_of(tensor)
         return record
 
 
@@ -114,14 +133,24 @@ class OutputSums:
         self._sums[name] += (x @ projections).abs().sum(0)
 
     def take(self) -> dict[str, Tensor]:
-        for sums in self._sums.values():
-            dist.all_reduce(sums, group=self._group)
-        return self._sums
+        if not self._sums:
+            return {}
+        sums = torch.stack(list(self._sums.values()))
+        dist.all_reduce(sums, group=self._group)
+        return dict(zip(self._sums, sums, strict=True))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A copy of all of it, on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+def piece_of(value: Piece | Tensor | float) -> Piece:
+    """A copy of what this rank has of it."""
+    if isinstance(value, Piece):
+        return value
+    if not isinstance(value, DTensor):
+        tensor = torch.as_tensor(value).detach().clone()
+        return Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
+    mesh, placements = value.device_mesh, value.placements
+    assert not any(placement.is_partial() for placement in placements), placements
+    _, offset = compute_local_shape_and_global_offset(value.shape, mesh, placements)
+    return Piece(value.to_local().detach().clone(), tuple(offset), tuple(value.shape))
 
 
 def _padded(batches: Iterator[Batch]) -> Iterator[Batch]:
