@@ -9,6 +9,7 @@ process: docs/proving.md. Exit code: 0 all is the same, 1 a difference, 2 what t
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -35,9 +36,9 @@ from torchtitan.tools.logging import init_logger, logger
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=entry.about(__doc__))
     parser.add_argument("config", metavar="CONFIG.toml")
-    parser.add_argument("--world-size", type=int, help="processes of the run; default: the fewest")
-    parser.add_argument("--node-size", type=int, default=8, help="processes of a machine (8)")
-    parser.add_argument("--processes", type=int, default=16, help="most to start at once (16)")
+    parser.add_argument("--world-size", help="processes of the run; default: the fewest")
+    parser.add_argument("--node-size", default="8", help="processes of a machine (8)")
+    parser.add_argument("--processes", default="16", help="most to start at once (16)")
     args = parser.parse_args(argv)
     init_logger()
     logger.setLevel("WARNING")
@@ -51,10 +52,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, folder: Path) -> int:
     began = time.monotonic()
+    world_size = args.world_size and number("--world-size", args.world_size)
+    node_size = number("--node-size", args.node_size, least=1)
+    most = number("--processes", args.processes, least=2)
     config = ConfigManager().parse_args(["--job.config_file", args.config])
-    plan = make_plan(
-        config, args.world_size, node_size=args.node_size, most=args.processes, folder=folder
-    )
+    plan = make_plan(config, world_size, node_size=node_size, most=most, folder=folder)
     tell(report.opening(plan))
     results = []
     for n, (one, parts, seeds) in enumerate(proves(plan, Processes, folder), start=1):
@@ -63,6 +65,15 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     last, code = report.ending(plan, results)
     print(f"{last}, {time.monotonic() - began:.0f} s", flush=True)
     return code
+
+
+def number(option: str, text: str, least: int | None = None) -> int:
+    """What an option says. Raises `UserError`."""
+    if not re.fullmatch(r"-?[0-9]{1,9}", text):
+        raise UserError(f"{option} {text} must be a whole number; leave it out for the default.")
+    if least is not None and int(text) < least:
+        raise UserError(f"{option} {text} must be {least} or more; leave it out for the default.")
+    return int(text)
 
 
 def tell(lines: Iterable[str]) -> None:

@@ -27,7 +27,8 @@ from torchtitan.tools.logging import logger
 
 # Not "spawn": 6 seconds of imports a process. This one must not have computed anything before.
 _fork = multiprocessing.get_context("fork")
-SECONDS = 240.0
+# A rank that waits for ever fails before, by its collectives' own limit.
+SECONDS = 600.0
 _PDEATHSIG = 1  # of <sys/prctl.h>: the signal at the parent's death
 
 

@@ -1,4 +1,4 @@
-"""Runs a plan: each world against one process, and four ways to resume; tells what it finds."""
+"""Runs a plan: each world against one process, and resumed in three ways."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -121,7 +121,8 @@ def _part(name: str, found: list[Found], expected: list[Key] | None = None) -> P
     place = {key: n for n, key in enumerate(order)}
     all_differences = [difference for each in found for difference in each.differences]
     all_differences += [Difference(key, float("inf"), 0.0) for key in missing]
-    first = min(all_differences, key=lambda each: place[each.key], default=None)
+    # Of a tensor in pieces, the worst.
+    first = min(all_differences, key=lambda d: (place[d.key], -d.error), default=None)
     worst: dict[str, float] = {}
     for each in found:
         for kind, error in each.worst.items():

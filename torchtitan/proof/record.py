@@ -111,7 +111,8 @@ class OutputSums:
         for name, block in model.blocks().items():
             for part, module in block.named_modules():
                 if part.rpartition(".")[2] in ("attention", "feed_forward", "moe"):
-                    self._watch(f"layers.{name}.{part}", module)
+                    layer = f"layers.{name}" if name.isdecimal() else name
+                    self._watch(f"{layer}.{part}", module)
         if model.norm is not None:
             self._watch("norm", model.norm)
 

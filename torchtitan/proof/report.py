@@ -75,9 +75,9 @@ def ending(plan: Plan, results: list[list[Part]]) -> tuple[str, int]:
             if not part.fine:
                 return f"DIFFERENT: world {n}, {part.name}: {_result(part)}", 1
     tensors = sum(part.compared for parts in results for part in parts)
-    worlds = f"{len(results)} world{'s' if len(results) > 1 else ''}"
+    worlds = f"{len(results)} worlds compute" if len(results) > 1 else "this layout computes"
     left_out = f", {len(plan.missing)} pairs of axes left out" if plan.missing else ""
-    return f"PROVED: {worlds} compute what one process does ({tensors} tensors{left_out})", 0
+    return f"PROVED: {worlds} what one process does ({tensors} tensors{left_out})", 0
 
 
 def _pairs_of(axes: Axes) -> str:

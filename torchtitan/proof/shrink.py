@@ -182,7 +182,7 @@ def _on_this_machine(config: JobConfig, steps: int) -> JobConfig:
         validation=replace(config.validation, enable=False),
         metrics=Metrics(log_routing=True),
         profiling=Profiling(),
-        comm=Comm(init_timeout_seconds=120),
+        comm=Comm(init_timeout_seconds=300, train_timeout_seconds=300),
         debug=Debug(seed=SEED, moe_force_load_balance=config.debug.moe_force_load_balance),
     )
 

@@ -100,6 +100,11 @@ def _smallest(config: JobConfig) -> int:
     shards = [p.data_parallel_shard_degree]
     if shards == [-1]:
         shards = [*range(2, 1025), *(2**n for n in range(11, 17))]
+    if fixed * shards[0] > MOST_PROCESSES:
+        raise UserError(
+            f"the degrees in [parallelism] multiply to {fixed * shards[0]:,} processes, but a run "
+            f"has at most {MOST_PROCESSES:,}; lower the largest of them."
+        )
     for shard in shards:
         try:
             resolve_degrees(p, max(1, fixed * shard))
