@@ -17,6 +17,7 @@ HEIGHT = {
     "data": 4,
     "components": 5,
     "trainer": 6,
+    "proof": 7,
     "train": 7,
 }
 # The same inside a folder.

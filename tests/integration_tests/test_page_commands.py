@@ -87,6 +87,9 @@ RUN_BY_ANOTHER_TEST = {
     f"NGPU=4 ./run_train.sh --model.flavor debugmodel_node_limited {_EXPERTS}": _SCRIPT + _NODES,
     "NGPU=4 ./run_train.sh --model.flavor debugmodel_node_limited --metrics.log_traffic "
     f"{_EXPERTS}": _SCRIPT + _NODES,
+    "python scripts/prove.py train_configs/deepseek_v3_671b.toml --world-size 2048": (
+        "tests/unit_tests/proof/test_shrink.py::test_shipped_files_shrink_to_runs_that_are_legal"
+    ),
     "NGPU=2 ./run_train.sh --metrics.log_freq 1": (
         f"{_CONTRACT}test_the_debug_model_repeats_its_committed_losses"
     ),

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
-_MOST = 999_999
+MOST_PROCESSES = 999_999
 # Variable: least and largest value, meaning.
 _NUMBERS = {
-    "RANK": (0, _MOST, "the number of this process in the run"),
-    "WORLD_SIZE": (1, _MOST, "the number of processes of the run"),
-    "LOCAL_RANK": (0, _MOST, "the number of this process on its machine"),
-    "LOCAL_WORLD_SIZE": (1, _MOST, "the number of processes on this machine"),
+    "RANK": (0, MOST_PROCESSES, "the number of this process in the run"),
+    "WORLD_SIZE": (1, MOST_PROCESSES, "the number of processes of the run"),
+    "LOCAL_RANK": (0, MOST_PROCESSES, "the number of this process on its machine"),
+    "LOCAL_WORLD_SIZE": (1, MOST_PROCESSES, "the number of processes on this machine"),
     "MASTER_PORT": (1, 65535, "the port on the machine of rank 0 at which all ranks meet"),
 }
 _ADDRESS = "MASTER_ADDR"

@@ -60,7 +60,7 @@ def check_config(config: JobConfig) -> Checked:
             "(model.args.n_mtp_layers); set either to false or 0."
         )
     shortest = min([model_args, *_args_of_phases(config, spec)], key=lambda args: args.max_seq_len)
-    _check_pipeline(config, model_args)
+    check_pipeline(config, model_args)
     check_training_data(config.training, tokenizer)
     check_hf(config, spec, model_args)
     check_samples(config.validation, tokenizer, shortest)
@@ -157,7 +157,7 @@ def pipeline_plan(config: JobConfig, model_args: BaseModelArgs) -> PipelinePlan 
     )
 
 
-def _check_pipeline(config: JobConfig, model_args: BaseModelArgs) -> None:
+def check_pipeline(config: JobConfig, model_args: BaseModelArgs) -> None:
     """Check that the pipeline's schedule supports each batch size of the run, and its compiled
     layers."""
     plan = pipeline_plan(config, model_args)

@@ -1,0 +1,136 @@
+"""Runs a plan: each world against one process, and resumed in three ways."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torchtitan.config import JobConfig
+from torchtitan.proof.compare import Difference
+from torchtitan.proof.plan import Plan, Run
+from torchtitan.proof.ranks import (
+    Found,
+    checkpoint_of,
+    in_folder,
+    resume_and_compare,
+    resume_exactly,
+    train_and_compare,
+    train_reference,
+)
+from torchtitan.proof.record import Key
+from torchtitan.tools.errors import RunError
+
+# Parts of a proof.
+AGAINST, RESUMED = "against one process", "resumed in the same layout"
+FROM_ONE = "resumed from one process's checkpoint"
+ON_ONE = "its checkpoint resumed on one process"
+# A token whose two best experts tie within rounding may go to either, and all after it differs: a
+# difference counts where it shows with both seeds.
+SEEDS = (7, 11)
+
+
+class Ranks(Protocol):
+    """Processes that run a function: `Processes`, or a pool of the tests."""
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]: ...
+
+
+# Starts so many, for as long as the context lasts; the path is a folder for their logs.
+Start = Callable[[int, Path], AbstractContextManager[Ranks]]
+
+
+@dataclass
+class Part:
+    """A part of the proof of one world.
+
+    compared: numbers and tensors, over all ranks.
+    difference: the first one, None where all is the same.
+    worst: largest error of each kind.
+    failure: sentence where a rank has failed.
+    """
+
+    name: str
+    compared: int = 0
+    difference: Difference | None = None
+    worst: dict[str, float] = field(default_factory=dict)
+    failure: str | None = None
+
+    @property
+    def fine(self) -> bool:
+        return self.difference is None and self.failure is None
+
+
+def prove(
+    run: Run, start: Start, folder: Path, seeds: tuple[int, ...] = SEEDS
+) -> tuple[list[Part], int]:
+    """Parts of the proof of one world, up to the first that fails; and how many seeds it took."""
+    parts: list[Part] = []
+    for n, seed in enumerate(seeds, start=1):
+        found = list(_parts(run, start, folder / f"seed-{seed}", seed))
+        parts = parts or found
+        if all(part.fine for part in found):
+            return found, n
+        if any(part.failure for part in found):
+            break
+    return parts, 1
+
+
+def _parts(run: Run, start: Start, folder: Path, seed: int) -> Iterator[Part]:
+    """Up to the first that fails: what is resumed from a wrong run says nothing more."""
+    with start(1, folder / "logs-one") as one, start(run.world.size, folder / "logs") as ranks:
+        for part in _all_parts(run, one, ranks, folder, seed):
+            yield part
+            if not part.fine:
+                return
+
+
+def _all_parts(run: Run, one: Ranks, ranks: Ranks, folder: Path, seed: int) -> Iterator[Part]:
+    alone, small = _seeded(run.alone, seed), _seeded(run.small, seed)
+    reference = folder / "one"
+    straight, layout = in_folder(alone, reference), in_folder(small, folder / "layout")
+    from_one = in_folder(small, folder / "from-one", checkpoint_of(straight))
+    on_one = in_folder(alone, folder / "on-one", checkpoint_of(layout))
+    name = AGAINST
+    try:
+        (expected,) = one.run(train_reference, straight)
+        yield _part(name, ranks.run(train_and_compare, layout, reference), expected)
+        name = RESUMED
+        yield _part(name, ranks.run(resume_exactly, layout))
+        name = FROM_ONE
+        yield _part(name, ranks.run(resume_and_compare, from_one, reference))
+        name = ON_ONE
+        yield _part(name, one.run(resume_and_compare, on_one, reference))
+    except RunError as error:
+        yield Part(name, failure=str(error))
+
+
+def _seeded(config: JobConfig, seed: int) -> JobConfig:
+    return replace(config, debug=replace(config.debug, seed=seed))
+
+
+def _part(name: str, found: list[Found], expected: list[Key] | None = None) -> Part:
+    """expected: all that some rank must have compared."""
+    order: dict[Key, None] = {}
+    for each in found:
+        order |= dict.fromkeys(each.keys)
+    compared = len(order)
+    missing = [key for key in expected or [] if key not in order]
+    if expected is not None:
+        order = dict.fromkeys([*expected, *order])
+    place = {key: n for n, key in enumerate(order)}
+    all_differences = [difference for each in found for difference in each.differences]
+    all_differences += [Difference(key, float("inf"), 0.0) for key in missing]
+    # Of a tensor in pieces, the worst.
+    first = min(all_differences, key=lambda d: (place[d.key], -d.error), default=None)
+    worst: dict[str, float] = {}
+    for each in found:
+        for kind, error in each.worst.items():
+            worst[kind] = max(worst.get(kind, 0.0), error)
+    return Part(name, compared, first, worst)
+
+
+def proves(plan: Plan, start: Start, folder: Path) -> Iterator[tuple[Run, list[Part], int]]:
+    """Each world of a plan, its parts, and the seeds it took."""
+    for n, run in enumerate(plan.runs, start=1):
+        yield run, *prove(run, start, folder / f"world-{n}")
