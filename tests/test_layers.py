@@ -17,7 +17,8 @@ HEIGHT = {
     "data": 4,
     "components": 5,
     "trainer": 6,
-    "train": 7,
+    "planning": 7,
+    "train": 8,
 }
 # The same inside a folder.
 ROOMS = {

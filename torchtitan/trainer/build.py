@@ -37,10 +37,26 @@ def build_model(
     device: torch.device,
     plan: PipelinePlan | None = None,
 ) -> tuple[BaseModel, list[BaseModel]]:
-    """Shapes first (meta device), then spread over ranks, then each rank fills what it holds.
+    """Shapes first, spread over ranks (`shape_model`), then each rank fills what it holds.
 
     Returns the model and, with a pipeline, its parts by stage.
     """
+    model, parts = shape_model(spec, model_args, dims, config, plan)
+    if config.comm.mode == "fake_backend":
+        check_room(model, device)
+    materialize(model, device, offload=config.training.enable_cpu_offload)
+    model.init_weights(buffer_device=device)
+    return model.train(), parts
+
+
+def shape_model(
+    spec: TrainSpec,
+    model_args: BaseModelArgs,
+    dims: ParallelDims,
+    config: JobConfig,
+    plan: PipelinePlan | None = None,
+) -> tuple[BaseModel, list[BaseModel]]:
+    """What `build_model` returns, still on the meta device: shapes, spread over ranks, unfilled."""
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(TORCH_DTYPES[config.training.dtype])
     try:
@@ -55,11 +71,7 @@ def build_model(
     parts = cut_into_parts(model, plan, dims.mesh["pp"].get_local_rank()) if plan else []
     for part in parts or [model]:
         spec.parallelize_fn(part, dims, config)
-    if config.comm.mode == "fake_backend":
-        check_room(model, device)
-    materialize(model, device, offload=config.training.enable_cpu_offload)
-    model.init_weights(buffer_device=device)
-    return model.train(), parts
+    return model, parts
 
 
 def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None = None) -> ParallelDims:
@@ -75,14 +87,14 @@ def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None = None) -> 
     return dims
 
 
-def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
-    """Consecutive ranks of one node: as told, else as torchrun says, else all of them.
+def resolve_node_size(parallelism: Parallelism, world_size: int, local: int | None = None) -> int:
+    """Consecutive ranks of one node: as told, else `local`, else as torchrun says, else all.
 
     An EP group that begins in the middle of a node counts in the parts that its nodes share.
     """
     if parallelism.expert_parallel_node_size is not None:
         return parallelism.expert_parallel_node_size
-    local = planned_processes()[1] or world_size
+    local = local or planned_processes()[1] or world_size
     span = parallelism.expert_parallel_degree * parallelism.expert_tensor_parallel_degree
     return local if 0 in (local % span, span % local) else math.gcd(local, span)
 

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def page(*a):
+    return ""
