@@ -4,8 +4,8 @@ r"""Plan a run before it costs anything: does it fit, how fast will it be, what 
     python scripts/plan.py CONFIG.toml --world-size 64 --sweep --html plan.html --json plan.json \
         --activation_checkpoint.mode full --training.local_batch_size 8
 
-Every option of a training run goes, too, and wins over the file. Needs no GPU. How it computes, and how to
-edit the hardware: docs/planning.md.
+Every option of a training run goes, too, and wins over the file. Needs no GPU. How it computes, and
+how to edit the hardware: docs/planning.md.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The run that is planned, and each of its ranks built as in training, on tensors without memory."""
+"""The run that is planned, and its ranks, built as in training on tensors without memory."""
 
 import logging
 import sys
@@ -16,8 +16,9 @@ from torchtitan.config.phases import Now
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.dry_run import init_dry_run
 from torchtitan.distributed.pipeline_plan import PipelinePlan, plan_pipeline
+from torchtitan.models.decoder import DecoderArgs
 from torchtitan.planning.stand_ins import without_filling
-from torchtitan.protocols.model import BaseModel, BaseModelArgs
+from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
@@ -40,7 +41,7 @@ class PlannedRun:
 
     config: JobConfig
     spec: TrainSpec
-    model_args: BaseModelArgs
+    model_args: DecoderArgs
     world_size: int
     device_type: str
     node_size: int
@@ -50,7 +51,7 @@ class PlannedRun:
 
     @property
     def passes(self) -> int:
-        """Micro-batches that are accumulated, or pipelines that run one after the other, in a step."""
+        """Forward and backward passes of a step; with a pipeline, of all its micro-batches."""
         dp_degree = self.degrees.dp_replicate * self.degrees.dp_shard
         return self.now.batch_size // (self.now.local_batch_size * dp_degree)
 
@@ -130,6 +131,8 @@ def plan_run(
     config = replace(config, training=training)
     spec = get_train_spec(config.model.name)
     model_args = model_args_of(config, spec, now.seq_len, now.yarn)
+    if not isinstance(model_args, DecoderArgs):
+        raise UserError(f"model.name '{config.model.name}' is no decoder: it can't be planned.")
     model_args.check_layout(config.parallelism)
     node_size = resolve_node_size(config.parallelism, world_size, min(gpus_per_node, world_size))
     parallelism = replace(config.parallelism, expert_parallel_node_size=node_size)

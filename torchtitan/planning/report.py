@@ -12,13 +12,13 @@ GIB = 2**30
 
 def table(plan: Plan, tokens: float | None) -> str:
     """tokens: of the whole run, for its cost."""
-    blocks = [_head(plan), _memory(plan), _time(plan, tokens), _traffic(plan)]
+    blocks = [head_lines(plan), _memory(plan), _time(plan, tokens), _traffic(plan)]
     if plan.dispatch:
         blocks.append(_dispatch(plan))
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
-def _head(plan: Plan) -> list[str]:
+def head_lines(plan: Plan) -> list[str]:
     run, hardware = plan.run, plan.hardware
     degrees = " x ".join(f"{k} {n}" for k, n in run.degrees._asdict().items() if n > 1)
     now = run.now
@@ -31,8 +31,8 @@ def _head(plan: Plan) -> list[str]:
     routing = plan.traces.routing
     if routing is not None:
         lines.append(
-            f"Routing: the busiest expert has {routing.skew:.2f} times the mean, the busiest EP rank "
-            f"{routing.rank_skew:.2f} times"
+            f"Routing: the busiest expert has {routing.skew:.2f} times the mean, the busiest EP "
+            f"rank {routing.rank_skew:.2f} times"
         )
     return lines
 
@@ -49,7 +49,7 @@ def verdict(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> list[str]:
     lines = ["Memory of a rank at its peak, GiB"]
-    names = [_where(plan, rank) for rank in plan.memory]
+    names = [where(plan, rank) for rank in plan.memory]
     width = max(18, *(len(name) + 2 for name in names))
     lines.append(" " * 20 + "".join(f"{name:>{width}}" for name in names))
     for part in PARTS:
@@ -66,7 +66,7 @@ def _memory(plan: Plan) -> list[str]:
     return lines
 
 
-def _where(plan: Plan, rank: RankMemory) -> str:
+def where(plan: Plan, rank: RankMemory) -> str:
     if plan.run.pipeline is None:
         return "every rank"
     last = rank.rank + rank.alike - 1
@@ -80,8 +80,9 @@ def _time(plan: Plan, tokens: float | None) -> list[str]:
         if seconds > 0:
             lines.append(f"  {name:22}{seconds:9.3f} s {seconds / time.seconds:6.1%}")
     lines.append(
-        f"{speed.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, {speed.tflops_per_gpu:.0f} TFLOP/s/GPU, "
-        f"{speed.mfu:.1%} MFU (of {plan.hardware.bf16_tflops:g}, bf16)"
+        f"{speed.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, "
+        f"{speed.tflops_per_gpu:.0f} TFLOP/s/GPU, {speed.mfu:.1%} MFU "
+        f"(of {plan.hardware.bf16_tflops:g}, bf16)"
     )
     if tokens:
         lines.append(

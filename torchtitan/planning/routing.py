@@ -5,7 +5,6 @@ balance its own even choice. A skewed router adds a bias to each expert's logit,
 normal distribution that is as wide as makes the wanted load.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 

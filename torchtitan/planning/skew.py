@@ -26,6 +26,7 @@ def read_skew(file: str) -> float:
         ) from None
     if not found:
         raise UserError(
-            f"--routing-skew-from {file} has no {_NAME}: name the metrics.jsonl of a run with experts."
+            f"--routing-skew-from {file} has no {_NAME}: name the metrics.jsonl of a run with "
+            "experts."
         )
     return 1 + median(found[-_RECORDS:])

@@ -1,7 +1,7 @@
 """What takes the place of GPU code while a pass runs over tensors without memory.
 
-Everything else that runs is the model's own code. Each stand-in keeps for the backward pass what the
-GPU's kernel keeps, and allocates what it allocates.
+Everything else that runs is the model's own code. Each stand-in keeps for the backward pass what
+the GPU's kernel keeps, and allocates what it allocates.
 """
 
 from collections.abc import Iterator, Sequence

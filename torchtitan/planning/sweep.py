@@ -129,8 +129,7 @@ def estimate(
     skew: float,
     traced: dict[tuple, Traces] | None = None,
 ) -> Plan:
-    """A plan whose state is counted by arithmetic, and whose traces may be those of a layout in which
-    layers are the same (`traced`)."""
+    """A plan whose state is counted by arithmetic. traced: of layouts whose layers are the same."""
     run = plan_run(config, world_size, gpus_per_node=hardware.gpus_per_node)
     d, now = run.degrees, run.now
     alone = d.dp_shard * d.cp * d.tp == d.ep * d.etp and d.dp_replicate == 1

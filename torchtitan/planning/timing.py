@@ -1,16 +1,17 @@
 """The time of a step: computation by part, communication that nothing hides, the pipeline's idle
 time, the optimizer."""
 
-from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Self
 
 from torchtitan.planning.hardware import Hardware
-from torchtitan.planning.ledger import Work
 from torchtitan.planning.pipeline import Action, Pass, length, play
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.state import State
 from torchtitan.planning.trace import Traced, Traces
 from torchtitan.planning.traffic import (
+    FP32,
     Bytes,
     exchange_bytes,
     gather_bytes,
@@ -24,6 +25,24 @@ from torchtitan.planning.traffic import (
 
 # Of a pipeline's half backward pass for the inputs; the rest is for the weights.
 SHARE_FOR_INPUTS = 0.55
+
+
+class Seconds(dict[str, float]):
+    """Times by what takes them."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.values())
+
+    def add(self, name: str, seconds: float) -> None:
+        self[name] = self.get(name, 0.0) + seconds
+
+    def plus(self, other: Self) -> "Seconds":
+        names = dict.fromkeys((*self, *other))
+        return Seconds({name: self.get(name, 0.0) + other.get(name, 0.0) for name in names})
+
+    def times(self, factor: float) -> "Seconds":
+        return Seconds({name: seconds * factor for name, seconds in self.items()})
 
 
 @dataclass(frozen=True)
@@ -72,58 +91,50 @@ def step_time(
         timeline: list[list[Pass]] = []
     else:
         parts, timeline = clock.pipelined_step(by_rank)
-    parts["optimizer"] = max(clock.optimizer(state) for state in states.values())
-    return StepTime(sum(parts.values()), dict(parts), timeline)
+    parts.add("optimizer", max(clock.optimizer(state) for state in states.values()))
+    return StepTime(parts.total, dict(parts), timeline)
 
 
 class _Clock:
     def __init__(self, run: PlannedRun, traces: Traces, hardware: Hardware) -> None:
         self.run, self.traces, self.hardware = run, traces, hardware
-        self._times: dict[int, tuple[Counter[str], Counter[str]]] = {}
+        self._times: dict[int, tuple[Seconds, Seconds]] = {}
 
-    def whole_step(self) -> Counter[str]:
+    def whole_step(self) -> Seconds:
         """FSDP's communication runs beside the layers' work, layer by layer."""
-        run, parts = self.run, Counter[str]()
-        reshards = run.config.parallelism.fsdp_reshard_after_forward != "never"
+        run, parts = self.run, Seconds()
+        again = run.config.parallelism.fsdp_reshard_after_forward != "never"
         replicas = Bytes()
         for name in names_at(run, self.traces, 0):
             one = self.traces.of_layer[name]
             forward, backward = self.times(one)
-            gather, reduce = (
-                self.sending(gather_bytes(run, one)),
-                self.sending(reduce_bytes(run, one)),
-            )
-            hidden = (max(0.0, gather - forward.total()), 0.0)
-            again = gather * reshards + reduce
-            hidden = hidden[0], max(0.0, again - backward.total())
-            parts += forward + backward + Counter({"weights sent": sum(hidden)})
-            parts["elementwise"] += self._adding(one)
+            gather = self.sending(gather_bytes(run, one))
+            reduce = self.sending(reduce_bytes(run, one))
+            parts = parts.plus(forward).plus(backward)
+            parts.add("elementwise", self._adding(one))
+            parts.add("weights sent", max(0.0, gather - forward.total))
+            parts.add("weights sent", max(0.0, gather * again + reduce - backward.total))
             replicas += replica_bytes(run, one)
-        for name in parts:
-            parts[name] *= run.passes
-        parts["weights sent"] += self.sending(replicas)
+        parts = parts.times(run.passes)
+        parts.add("weights sent", self.sending(replicas))
         return parts
 
-    def pipelined_step(self, by_rank: list[list[Action]]) -> tuple[Counter[str], list[list[Pass]]]:
+    def pipelined_step(self, by_rank: list[list[Action]]) -> tuple[Seconds, list[list[Pass]]]:
         """Of the rank that works the most; the rest of the schedule's length is idle time."""
         run = self.run
         assert run.pipeline is not None
         stages = {s: self._stage_times(s) for s in range(len(run.pipeline.stages))}
-        seconds = {s: (f.total(), b.total()) for s, (f, b) in stages.items()}
-        played = play(by_rank, lambda one: _seconds(one, seconds), self.sending(send_bytes(run)))
-        n = run.pipeline.num_microbatches
-        busiest, work = Counter[str](), 0.0
+        played = play(by_rank, partial(_seconds, stages), self.sending(send_bytes(run)))
+        busiest = Seconds()
         for place in range(run.degrees.pp):
-            mine = Counter[str]()
+            mine = Seconds()
             for stage in run.pipeline.stages_of(place):
-                for part in stages[stage]:
-                    mine += Counter({name: n * t for name, t in part.items()})
-            if mine.total() > work:
-                busiest, work = mine, mine.total()
-        parts = Counter({name: t * run.passes for name, t in busiest.items()})
-        parts["pipeline idle"] = (length(played) - work) * run.passes
-        weights = max(self._weights_sent(place) for place in run.places())
-        parts["weights sent"] += weights
+                mine = mine.plus(stages[stage][0]).plus(stages[stage][1])
+            busiest = max(busiest, mine, key=lambda seconds: seconds.total)
+        parts = busiest.times(run.pipeline.num_microbatches)
+        parts.add("pipeline idle", length(played) - parts.total)
+        parts = parts.times(run.passes)
+        parts.add("weights sent", max(self._weights_sent(place) for place in run.places()))
         return parts, played
 
     def _weights_sent(self, place: int) -> float:
@@ -139,48 +150,44 @@ class _Clock:
     def _adding(self, one: Traced) -> float:
         """Seconds to add a micro-batch's gradients to those before, beside what the trace has: read
         and written in fp32."""
-        if not self.run.sums_gradients:
-            return 0.0
-        whole = self.run.world_size == 1 or self.run.pipeline is not None
-        elements = one.gradients / 4 if self.run.world_size == 1 else one.gathered_elements
-        return 8 * elements / self.hardware.bytes_per_second if whole else 0.0
+        run = self.run
+        if not run.sums_gradients or (run.world_size > 1 and run.pipeline is None):
+            return 0.0  # FSDP adds up what a rank keeps, which is little
+        elements = one.gathered_elements if run.pipeline else one.alone_elements
+        return 2 * FP32 * elements / self.hardware.bytes_per_second
 
-    def _stage_times(self, stage: int) -> tuple[Counter[str], Counter[str]]:
-        forward, backward = Counter[str](), Counter[str]()
+    def _stage_times(self, stage: int) -> tuple[Seconds, Seconds]:
+        forward, backward = Seconds(), Seconds()
         for name in names_of(self.run, stage):
-            f, b = self.times(self.traces.of_layer[name])
-            forward, backward = forward + f, backward + b
-            backward["elementwise"] += self._adding(self.traces.of_layer[name])
+            one = self.traces.of_layer[name]
+            f, b = self.times(one)
+            forward, backward = forward.plus(f), backward.plus(b)
+            backward.add("elementwise", self._adding(one))
         return forward, backward
 
-    def times(self, one: Traced) -> tuple[Counter[str], Counter[str]]:
-        """Seconds of the forward and backward pass of a part, by what takes them."""
+    def times(self, one: Traced) -> tuple[Seconds, Seconds]:
+        """The forward and backward pass of a part of the model."""
         if id(one) not in self._times:
-            h = self.hardware
-            exchange = exchange_bytes(self.run, self.traces, one)
-            others = layer_bytes(self.run, self.traces, one)
-            both = []
-            for way, work in enumerate((one.forward, one.backward)):
-                seconds = self._work(work, h.attention_backward if way else h.attention_forward)
-                sent = exchange[way]
-                skew = self.traces.routing.rank_skew if self.traces.routing else 1.0
-                seconds["experts' exchange"] = self.sending(sent) * skew * (1 - h.hidden)
-                for axis, pair in others.items():
-                    seconds[f"{axis} communication"] = self.sending(pair[way])
-                both.append(+seconds)
-            self._times[id(one)] = both[0], both[1]
+            self._times[id(one)] = self._pass(one, 0), self._pass(one, 1)
         return self._times[id(one)]
 
-    def _work(self, work: Work, attention: float) -> Counter[str]:
-        h = self.hardware
+    def _pass(self, one: Traced, way: int) -> Seconds:
+        """way: 0 forward, 1 backward."""
+        h, routing = self.hardware, self.traces.routing
+        attention = h.attention_backward if way else h.attention_forward
+        work = one.backward if way else one.forward
         rates = {"gemm": h.gemm, "grouped": h.grouped, "attention": attention}
-        seconds = {
-            _NAMES[kind]: flops / (h.peak_flops * rates[kind]) * (1 + h.host)
-            for kind, flops in work.flops.items()
-        }
+        found = Seconds()
+        for kind, flops in work.flops.items():
+            found.add(_NAMES[kind], flops / (h.peak_flops * rates[kind]) * (1 + h.host))
         moved = work.bytes_moved + work.bytes_fused
-        seconds["elementwise"] = moved / h.bytes_per_second * (1 + h.host)
-        return Counter(seconds)
+        found.add("elementwise", moved / h.bytes_per_second * (1 + h.host))
+        sent = self.sending(exchange_bytes(self.run, self.traces, one)[way])
+        skew = routing.rank_skew if routing else 1.0
+        found.add("experts' exchange", sent * skew * (1 - h.hidden))
+        for axis, pair in layer_bytes(self.run, self.traces, one).items():
+            found.add(f"{axis} communication", self.sending(pair[way]))
+        return found
 
     def sending(self, sent: Bytes) -> float:
         """Both kinds of links work at the same time."""
@@ -197,8 +204,8 @@ class _Clock:
 _NAMES = {"gemm": "matrix products", "grouped": "experts", "attention": "attention"}
 
 
-def _seconds(one: Action, seconds: dict[int, tuple[float, float]]) -> float:
-    forward, backward = seconds[one.stage]
+def _seconds(stages: dict[int, tuple[Seconds, Seconds]], one: Action) -> float:
+    forward, backward = stages[one.stage]
     if one.kind == "F":
-        return forward
-    return backward * {"B": 1, "I": SHARE_FOR_INPUTS, "W": 1 - SHARE_FOR_INPUTS}[one.kind]
+        return forward.total
+    return backward.total * {"B": 1, "I": SHARE_FOR_INPUTS, "W": 1 - SHARE_FOR_INPUTS}[one.kind]

@@ -130,7 +130,7 @@ def _layers(run: PlannedRun, place: int) -> list[str]:
 def planned_routing(run: PlannedRun, skew: float) -> Routing | None:
     """None without expert parallelism or experts."""
     args, degrees = run.model_args, run.degrees
-    if not getattr(args, "has_experts", False):
+    if not args.has_experts:
         return None
     tokens = run.microbatch * run.now.seq_len // degrees.cp // degrees.tp * degrees.etp
     nodes = max(1, degrees.ep * degrees.etp // run.node_size)
@@ -157,9 +157,9 @@ def _axes(dims: ParallelDims) -> dict[str, str]:
     if dims.expert_mesh is not None:
         groups["etp"] = dims.expert_mesh["etp"].get_group()
         groups["ep"] = dims.expert_mesh["ep"].get_group()
-    found = {group.group_name: axis for axis, group in groups.items()}
+    found = {str(group.group_name): axis for axis, group in groups.items()}
     if dims.ep > 1 and dims.nodes_per_ep_group > 1:
-        found |= {group.group_name: "ep" for group in dims.node_groups}
+        found |= {str(group.group_name): "ep" for group in dims.node_groups}
     return found
 
 
