@@ -69,11 +69,11 @@ def work(options: argparse.Namespace, rest: list[str]) -> None:
     skew = options.routing_skew or 1.0
     if options.routing_skew_from:
         skew = read_skew(options.routing_skew_from)
-    plan = make_plan(config, options.world_size, hardware, skew=skew, phase=options.phase)
-    print(table(plan, options.tokens))
-    data = as_data(plan, options.tokens)
-    if not plan.fits:
-        data["nearest_change"] = advice = nearest_fit(plan, config, skew)
+    planned = make_plan(config, options.world_size, hardware, skew=skew, phase=options.phase)
+    print(table(planned, options.tokens))
+    data = as_data(planned, options.tokens)
+    if not planned.fits:
+        data["nearest_change"] = advice = nearest_fit(planned, config, skew)
         print(f"\n{advice}")
     rows = []
     if options.sweep:
@@ -83,12 +83,22 @@ def work(options: argparse.Namespace, rest: list[str]) -> None:
     if options.json:
         options.json.write_text(json.dumps(data, indent=1) + "\n")
     if options.html:
-        options.html.write_text(page(plan, rows, options.tokens), encoding="utf-8")
+        options.html.write_text(page(planned, rows, options.tokens), encoding="utf-8")
+
+
+def plan(options: argparse.Namespace, rest: list[str]) -> None:
+    try:
+        work(options, rest)
+    except MemoryError:
+        raise UserError(
+            "this machine's memory is used up by the plan itself: plan fewer ranks "
+            "(--world-size) or layers (--model.args.n_layers)."
+        ) from None
 
 
 def main(argv: list[str] | None = None) -> int:
     options, rest = parse(argv)
-    return run_script(lambda: work(options, rest))
+    return run_script(lambda: plan(options, rest))
 
 
 if __name__ == "__main__":

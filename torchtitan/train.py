@@ -22,6 +22,7 @@ from torchtitan.tools.last_words import leave_last_words
 from torchtitan.tools.launcher import Launch, planned_processes, read_launch
 from torchtitan.tools.orphans import end_with_the_launcher
 from torchtitan.trainer import Trainer
+from torchtitan.tools.out_of_memory import out_of_memory
 from torchtitan.trainer.preflight import Checked, check_config, describe
 
 __all__ = ["Trainer", "main"]
@@ -89,7 +90,7 @@ def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
         return exit_code
     except Exception as error:
         stop.end_steps()
-        sentence = explain_lost_peer(error, trainer.step if trainer else 0)
+        sentence = out_of_memory(error) or explain_lost_peer(error, trainer.step if trainer else 0)
         if sentence is None:
             if planned_processes()[0] == 1:
                 raise

@@ -66,7 +66,8 @@ def _more_gpus(
 def _needs(plan: Plan) -> str:
     return (
         f"{plan.hardware.needed_gib(plan.worst.peak.total):.1f} of "
-        f"{plan.hardware.memory_gib:g} GiB, {plan.speed.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
+        f"{plan.hardware.memory_gib:g} GiB, "
+        f"{plan.speed.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
     )
 
 

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.optimizer.compute_weights import ComputeWeights, build_compute_weights
+from torchtitan.components.optimizer.fused_adam import FusedAdam
+from torchtitan.components.optimizer.muon import Muon
 from torchtitan.distributed.fsdp import experts_alone
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.planning.ledger import Ledger
@@ -49,7 +51,7 @@ def state_of(run: PlannedRun, rank: BuiltRank) -> State:
     return State(
         parameters=bytes_of(model.parameters()),
         gradients=0 if run.config.optimizer.early_step_in_backward else gradients,
-        optimizer=bytes_of(_tensors(optimizer.state)) + _bytes_of_average(run, model),
+        optimizer=bytes_of(_tensors(optimizer.state)),
         copies=_bytes_of_copies(weights),
         buffers=bytes_of(model.buffers()),
         step_peak=step_peak,
@@ -102,9 +104,6 @@ def _hold_local_parts(model: nn.Module) -> None:
 
 def _take_step(optimizer: Optimizer) -> int:
     """Fill the optimizer's state. Returns the bytes that a step needs besides."""
-    from torchtitan.components.optimizer.fused_adam import FusedAdam
-    from torchtitan.components.optimizer.muon import Muon
-
     if isinstance(optimizer, FusedAdam):
         return 0  # state is there from the start, and the kernel works in place
     if isinstance(optimizer, Muon):
@@ -130,11 +129,6 @@ def _fill_muon(optimizer: Any) -> int:
             else:
                 optimizer.state[p]["step"] = torch.tensor(0.0)
     return updates + 5 * 2 * largest
-
-
-def _bytes_of_average(run: PlannedRun, model: nn.Module) -> int:
-    """Of the running average of the weights, which is kept in fp32 on the host."""
-    return 0
 
 
 def _bytes_of_copies(weights: ComputeWeights | None) -> int:
