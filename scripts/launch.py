@@ -130,8 +130,8 @@ def _killed(rank: int, failure: Any) -> str | None:
     hint = ""
     if name == "SIGKILL":
         hint = (
-            " (perhaps the machine ran out of memory: see dmesg; python scripts/plan.py says what a "
-            "run needs)"
+            " (perhaps the machine ran out of memory: see dmesg; python scripts/plan.py says what "
+            "a run needs)"
         )
     if name == "SIGABRT":
         hint = (

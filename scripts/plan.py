@@ -73,7 +73,7 @@ def work(options: argparse.Namespace, rest: list[str]) -> None:
     print(table(planned, options.tokens))
     data = as_data(planned, options.tokens)
     if not planned.fits:
-        data["nearest_change"] = advice = nearest_fit(planned, config, skew)
+        data["nearest_change"] = advice = nearest_fit(planned, skew)
         print(f"\n{advice}")
     rows = []
     if options.sweep:

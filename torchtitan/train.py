@@ -21,8 +21,8 @@ from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.last_words import leave_last_words
 from torchtitan.tools.launcher import Launch, planned_processes, read_launch
 from torchtitan.tools.orphans import end_with_the_launcher
-from torchtitan.trainer import Trainer
 from torchtitan.tools.out_of_memory import out_of_memory
+from torchtitan.trainer import Trainer
 from torchtitan.trainer.preflight import Checked, check_config, describe
 
 __all__ = ["Trainer", "main"]

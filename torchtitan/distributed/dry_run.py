@@ -56,8 +56,8 @@ def check_room(model: nn.Module, device: torch.device) -> None:
         raise UserError(
             f"rank 0 of {dist.get_world_size()} needs {4 * weights / 2**30:,.0f} GiB for weights, "
             f"gradients and optimizer states alone, and there are {memory / 2**30:,.0f} GiB here; "
-            "set NGPU or the degrees in [parallelism] higher, or model.args.n_layers lower, or plan "
-            "the run without its memory: python scripts/plan.py."
+            "set NGPU or the degrees in [parallelism] higher, or model.args.n_layers lower, or "
+            "plan the run without its memory: python scripts/plan.py."
         )
 
 

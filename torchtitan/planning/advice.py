@@ -14,12 +14,12 @@ from torchtitan.tools.errors import UserError
 _MOST_GPUS = 16  # times as many as asked for
 
 
-def nearest_fit(plan: Plan, config: JobConfig, skew: float) -> str:
+def nearest_fit(plan: Plan, skew: float) -> str:
     """A sentence on the first change that makes the run fit: of one key, of two, of the GPUs."""
     run, hardware = plan.run, plan.hardware
     config = replace(
         run.config,
-        schedule=replace(config.schedule, phase=[]),
+        schedule=replace(run.config.schedule, phase=[]),
         training=replace(run.config.training, global_batch_size=run.now.batch_size),
         parallelism=replace(run.config.parallelism, expert_parallel_node_size=None),
     )

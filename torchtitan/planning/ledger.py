@@ -50,6 +50,14 @@ class Work:
             self.sent + other.sent,
         )
 
+    def times(self, factor: float) -> "Work":
+        return Work(
+            Counter({kind: round(n * factor) for kind, n in self.flops.items()}),
+            round(self.bytes_moved * factor),
+            round(self.bytes_fused * factor),
+            Counter({key: round(n * factor) for key, n in self.sent.items()}),
+        )
+
 
 class Ledger(TorchDispatchMode):
     """Watches operations inside of a `with` block.

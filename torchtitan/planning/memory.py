@@ -9,7 +9,7 @@ State comes from state.py, layers' passes from trace.py. What FSDP adds (fsdp2 o
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchtitan.planning.pipeline import Action
 from torchtitan.planning.ranks import PlannedRun
@@ -62,6 +62,9 @@ def memory_of(
     run: PlannedRun, traces: Traces, state: State, place: int, actions: list[Action]
 ) -> RankMemory:
     """place: of the rank along the pipeline. actions: of its schedule, empty without a pipeline."""
+    whole = state
+    if run.config.training.enable_cpu_offload:  # it lives on the host
+        state = replace(state, parameters=0, gradients=0, optimizer=0)
     walk = _Pipelined(run, traces, state, place, actions) if actions else _Walk(run, traces, state)
     peak = max(walk.moments(), key=lambda moment: moment.total)
     return RankMemory(
@@ -69,7 +72,7 @@ def memory_of(
         alike=run.stage_size,
         others=len(run.places()[place]) - 1,
         stages=run.pipeline.stages_of(place) if run.pipeline else [],
-        state=state,
+        state=whole,
         peak=peak,
         most_in_flight=walk.most_in_flight,
     )

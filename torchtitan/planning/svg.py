@@ -56,7 +56,7 @@ def legend(names: Sequence[str]) -> str:
 
 
 def timeline(played: Sequence[Sequence[Pass]], most: int) -> str:
-    """A line for each rank of the pipeline, a box for each pass of the first `most` micro-batches."""
+    """A line for each rank of the pipeline, a box for each pass. most: micro-batches shown."""
     shown = [[one for one in rank if one.action.microbatch < most] for rank in played]
     end = max(rank[-1].end for rank in shown if rank)
     scale, height = WIDTH / end, max(6, min(16, 320 // len(shown)))

@@ -6,6 +6,7 @@ have gathered. Equal layers are traced once.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -61,6 +62,20 @@ class Traced:
     forward: Work
     backward: Work
 
+    def between(self, least: "Traced", budget: float) -> "Traced":
+        """Of what is kept and computed, this part of the way from `least` (0.0) to here (1.0)."""
+
+        def mix(most: int, least: int) -> int:
+            return round(least + budget * (most - least))
+
+        return replace(
+            self,
+            kept=mix(self.kept, least.kept),
+            forward_peak=mix(self.forward_peak, least.forward_peak),
+            backward_peak=mix(self.backward_peak, least.backward_peak),
+            backward=least.backward.times(1 - budget) + self.backward.times(budget),
+        )
+
     def after_compiling(self, between: int) -> "Traced":
         """As compiled. between: bytes kept that a compiler doesn't keep, see `Ledger.between`."""
         moved = [
@@ -91,7 +106,31 @@ class Traces:
 
 
 def trace_run(run: PlannedRun, skew: float) -> Traces:
-    """Trace every kind of layer of the run, each on the first rank that has it."""
+    """Trace every kind of layer of the run, each on the first rank that has it.
+
+    With a memory budget the compiler chooses what it keeps, between nothing and all.
+    """
+    recompute = run.config.activation_checkpoint
+    if recompute.mode != "memory_budget":
+        return _trace(run, skew)
+    most, least = (
+        _trace(
+            replace(
+                run,
+                config=replace(run.config, activation_checkpoint=replace(recompute, mode=mode)),
+            ),
+            skew,
+        )
+        for mode in ("none", "full")
+    )
+    mixed = {
+        name: one.between(least.of_layer[name], recompute.memory_budget)
+        for name, one in most.of_layer.items()
+    }
+    return replace(most, of_layer=mixed)
+
+
+def _trace(run: PlannedRun, skew: float) -> Traces:
     plain = replace(
         run, config=replace(run.config, compile=replace(run.config.compile, enable=False))
     )
@@ -147,7 +186,9 @@ def copies(run: PlannedRun) -> str:
 
 @contextmanager
 def _gpu(run: PlannedRun, routing: Routing | None) -> Iterator[None]:
-    with gpu_kernels(routing.split_sizes[copies(run)] if routing else ()):
+    sizes = routing.split_sizes[copies(run)] if routing else ()
+    with gpu_kernels(sizes), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that torch 2.11 needs
         yield
 
 
@@ -237,8 +278,6 @@ class _Tracer:
         extra = part.extra_inputs(tokens, labels, 0) if self._has_side_losses else {}
         first = "tok_embeddings" in names
         x = tokens if first else self._hidden(args.stage_channels)
-        if not first and self.run.pipeline is None:
-            extra = extra and self._embedded(extra)
         how = {"attention_masks": self._mask(), "positions": self.positions, **extra}
         how |= {"labels": labels} if self._model_has_loss(part) and not first else {}
         loss_fn = self._loss_fn()
@@ -252,9 +291,6 @@ class _Tracer:
     @property
     def _has_side_losses(self) -> bool:
         return self.run.model_args.has_side_losses
-
-    def _embedded(self, extra: dict[str, Any]) -> dict[str, Any]:
-        return extra
 
     def _model_has_loss(self, part: BaseModel) -> bool:
         """As in `ForwardBackward`."""

@@ -11,6 +11,6 @@ def out_of_memory(error: Exception) -> str | None:
         return None
     what = str(error).partition("\n")[0].partition(" GPU ")[0].rstrip(".")
     return (
-        f"{what}; python scripts/plan.py CONFIG.toml --world-size {planned_processes()[0]} shows where "
-        "a run's memory goes, and names the nearest change with which it fits."
+        f"{what}; python scripts/plan.py CONFIG.toml --world-size {planned_processes()[0]} shows "
+        "where a run's memory goes, and names the nearest change with which it fits."
     )
