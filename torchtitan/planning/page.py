@@ -140,7 +140,7 @@ def _sweep(rows: list[Row]) -> str:
         f"<li>{escape(_layout(row))}: {escape(row.reason)}</li>" for row in rows if row.reason
     )
     told = f"<details><summary>Those that can't run</summary><ul>{others}</ul></details>"
-    return _section("Layouts that fit, by speed", picture + (told if others else ""), wide=True)
+    return _section("Layouts that fit, by speed", picture + (told if others else ""))
 
 
 def _layout(row: Row) -> str:

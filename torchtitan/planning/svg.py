@@ -59,7 +59,7 @@ def timeline(played: Sequence[Sequence[Pass]], most: int) -> str:
     """A line for each rank of the pipeline, a box for each pass. most: micro-batches shown."""
     shown = [[one for one in rank if one.action.microbatch < most] for rank in played]
     end = max(rank[-1].end for rank in shown if rank)
-    scale, height = WIDTH / end, max(6, min(16, 320 // len(shown)))
+    scale, height = WIDTH / end, max(4, min(10, 160 // len(shown)))
     drawn = []
     for rank, passes in enumerate(shown):
         y = rank * (height + 1)

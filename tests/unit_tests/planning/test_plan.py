@@ -167,7 +167,7 @@ def test_what_does_not_fit_gets_a_key_that_makes_it_fit() -> None:
     tight = plan(*options, hardware="h100")
     assert tight.fits
     small = replace(tight.hardware, memory_gib=45.0)
-    sentence = nearest_fit(replace(tight, hardware=small), ConfigManager().parse_args(options), 1.0)
+    sentence = nearest_fit(replace(tight, hardware=small), 1.0)
     assert "activation_checkpoint.mode" in sentence, sentence
     assert "fits" in sentence
 
