@@ -18,6 +18,7 @@ from torchtitan.trainer import Trainer
 OPTIONS = (
     "--training.dataset=sample",
     "--training.steps=1",
+    "--training.local_batch_size=2",
     "--training.mixed_precision_param=float32",
 )
 LAYOUTS = {
