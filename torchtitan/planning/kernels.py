@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 Kind = str  # "gemm", "grouped", "attention", or "" for everything else
-Shapes = tuple[Any, list[Tensor]]
 
 
 def flops_of(name: str, args: Any, outputs: list[Tensor]) -> tuple[Kind, int]:
@@ -43,10 +42,8 @@ def _addmm(args: Any, outputs: list[Tensor]) -> int:
 
 
 def _grouped_mm(args: Any, outputs: list[Tensor]) -> int:
-    x, w = args[:2]
-    if x.dim() == w.dim() == 2:  # weights' gradient: rows are what is summed over
-        return 2 * x.numel() * w.size(-1)
-    return 2 * x.numel() * w.size(-1)
+    """Each row meets one group's matrix; of a weight's gradient rows are what is summed over."""
+    return 2 * args[0].numel() * args[1].size(-1)
 
 
 def _core(q_rows: int, keys: int, heads: int, channels: int) -> float:
@@ -71,7 +68,7 @@ def _latent(args: Any, outputs: list[Tensor]) -> float:
 
 
 def _latent_backward(args: Any, outputs: list[Tensor]) -> float:
-    (B, S, H, C), v = args[1 + 1].shape, args[0].size(-1)
+    (B, S, H, C), v = args[2].shape, args[0].size(-1)
     return _core(B * S, S, H, 3 * C + 2 * v)
 
 

@@ -34,12 +34,9 @@ def actions_of(plan: PipelinePlan) -> list[list[Action]]:
     if plan.file is not None:
         cells = [[str(cell) for cell in rank] for rank in plan.file.cells]
     else:
-        stages = len(plan.stages) // plan.degree
-        how = {} if plan.schedule in SINGLE else {"num_stages_per_rank": stages}
-        cells = [
-            [str(op) for op in rank]
-            for rank in get_schedule_ops(plan.schedule, plan.degree, plan.num_microbatches, **how)
-        ]
+        stages = None if plan.schedule in SINGLE else len(plan.stages) // plan.degree
+        ops = get_schedule_ops(plan.schedule, plan.degree, plan.num_microbatches, stages)
+        cells = [[str(op) for op in rank] for rank in ops]
     by_rank = []
     for rank in cells:
         found = re.findall(r"(\d+)([FBIW])(\d+)", " ".join(rank))
