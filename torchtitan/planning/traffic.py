@@ -101,7 +101,7 @@ def layer_bytes(run: PlannedRun, traces: Traces, one: Traced) -> dict[str, tuple
     for way, work in enumerate((one.forward, one.backward)):
         for (group, _), sent in work.sent.items():
             axis = traces.axis_of_group.get(group, "tp")
-            if axis != "ep":
+            if axis != "ep" and sent:
                 pair = found.setdefault(axis, [Bytes(), Bytes()])
                 pair[way] += groups(run)[axis].spread(run, sent)
     return {axis: (pair[0], pair[1]) for axis, pair in found.items()}
