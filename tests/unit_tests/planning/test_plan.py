@@ -140,9 +140,9 @@ def test_skew_fills_the_busiest_rank(pipelined: Plan) -> None:
     routing = skewed.traces.routing
     assert routing is not None
     assert routing.skew == pytest.approx(3.0, rel=0.05)
-    with_experts = "2"
-    peaks = [each.traces.of_layer[with_experts].backward_peak for each in (pipelined, skewed)]
-    assert peaks[0] < peaks[1]
+    even = pipelined.traces.routing
+    assert even is not None
+    assert routing.slots > 1.1 * even.slots
     assert skewed.time.seconds > pipelined.time.seconds
 
 
