@@ -133,7 +133,10 @@ def _killed(rank: int, failure: Any) -> str | None:
     name = signal.Signals(-failure.exitcode).name
     hint = ""
     if name == "SIGKILL":
-        hint = " (perhaps the machine ran out of memory: see dmesg)"
+        hint = (
+            " (perhaps the machine ran out of memory: see dmesg; python scripts/plan.py says what "
+            "a run needs)"
+        )
     if name == "SIGABRT":
         hint = (
             " (as NCCL's watchdog does: see its lines above and the flight recorder's files in "

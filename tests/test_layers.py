@@ -17,8 +17,9 @@ HEIGHT = {
     "data": 4,
     "components": 5,
     "trainer": 6,
+    "planning": 7,
     "proof": 7,
-    "train": 7,
+    "train": 8,
 }
 # The same inside a folder.
 ROOMS = {

@@ -21,6 +21,7 @@ from torchtitan.tools.error_file import write_error
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.exit_with_parent import exit_with_launcher
 from torchtitan.tools.launcher import Launch, planned_processes, read_launch
+from torchtitan.tools.out_of_memory import out_of_memory
 from torchtitan.trainer import Trainer
 from torchtitan.trainer.preflight import Checked, check_config, describe
 
@@ -91,7 +92,7 @@ def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
         return exit_code
     except Exception as error:
         stop.end_steps()
-        sentence = explain_lost_peer(error, trainer.step if trainer else 0)
+        sentence = out_of_memory(error) or explain_lost_peer(error, trainer.step if trainer else 0)
         if sentence is None:
             if planned_processes()[0] == 1:
                 raise

@@ -18,7 +18,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from torchtitan.components.checkpoint.resume import CheckpointChoice
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.distributed import expert_parallel, tensor_parallel
+from torchtitan.distributed import tensor_parallel, token_dispatch
 from torchtitan.proof import prove as proof
 from torchtitan.proof.plan import Plan, make_plan
 from torchtitan.trainer import build, built_run, trainer
@@ -120,13 +120,13 @@ def swapped_stages(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_routing_weights(patch: pytest.MonkeyPatch) -> None:
-    real = expert_parallel._into_expert_order
+    real = token_dispatch._into_expert_order
 
     def reversed_weights(*args: Any) -> Any:
         rows, counts, record = real(*args)
         return rows, counts, record._replace(weights_R=record.weights_R.flip(0))
 
-    patch.setattr(expert_parallel, "_into_expert_order", reversed_weights)
+    patch.setattr(token_dispatch, "_into_expert_order", reversed_weights)
 
 
 def lost_optimizer_state(patch: pytest.MonkeyPatch) -> None:

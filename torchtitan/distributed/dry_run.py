@@ -29,8 +29,8 @@ from torchtitan.tools.errors import UserError
 BACKEND = "dry_run"
 
 
-def init_dry_run(world_size: int) -> None:
-    """Make the default group, with this process as rank 0; groups made later are dry-run, too."""
+def init_dry_run(world_size: int, rank: int = 0) -> None:
+    """Make the default group, with this process as `rank`; groups made later are dry-run, too."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if BACKEND.upper() not in dist.Backend._plugins:
@@ -38,7 +38,7 @@ def init_dry_run(world_size: int) -> None:
         dist.Backend.register_backend(
             BACKEND, lambda _, rank, size, __: make(rank, size), devices=["cpu", "cuda"]
         )
-    dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=world_size)
+    dist.init_process_group(BACKEND, store=FakeStore(), rank=rank, world_size=world_size)
 
 
 def check_room(model: nn.Module, device: torch.device) -> None:
@@ -56,7 +56,8 @@ def check_room(model: nn.Module, device: torch.device) -> None:
         raise UserError(
             f"rank 0 of {dist.get_world_size()} needs {4 * weights / 2**30:,.0f} GiB for weights, "
             f"gradients and optimizer states alone, but the memory is {memory / 2**30:,.0f} GiB; "
-            "set NGPU or the degrees in [parallelism] higher, or model.args.n_layers lower."
+            "set NGPU or the degrees in [parallelism] higher, or model.args.n_layers lower, or "
+            "plan the run without its memory: python scripts/plan.py."
         )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import lcm
 
 from torchtitan.config import JobConfig, Phase
-from torchtitan.config.phases import Now, RunSchedule
+from torchtitan.config.phases import RunSchedule, StepSettings
 from torchtitan.config.schedule_tables import COEFFICIENTS
 from torchtitan.distributed.pipeline_plan import PipelinePlan
 from torchtitan.proof.small_model import raised, up
@@ -134,12 +134,14 @@ def small_steps(
         while actual < nominal:
             late = stairs and actual - (nominal - tokens) >= tokens / 2
             actual += (after if late or not stairs else before) * seq_len
-    first = Now(0, "", 0.0, sizes[0], lengths[ends[0].seq_len], passes[ends[0].local_batch_size])
+    first = StepSettings(
+        0, "", 0.0, sizes[0], lengths[ends[0].seq_len], passes[ends[0].local_batch_size]
+    )
     steps = max(STEPS, RunSchedule(phases, first).num_steps())
     return Steps(lengths, passes, sizes[0], phases, steps, rate)
 
 
-def _small_batch(end: Now, passes: dict[int, int], whole: World, world: World) -> int:
+def _small_batch(end: StepSettings, passes: dict[int, int], whole: World, world: World) -> int:
     """One forward pass, or two where the user's step accumulates."""
     accumulates = end.batch_size > end.local_batch_size * whole.dp_degree
     return passes[end.local_batch_size] * world.dp_degree * (2 if accumulates else 1)

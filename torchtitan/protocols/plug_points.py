@@ -35,7 +35,12 @@ PLUG_POINTS = (
     PlugPoint(
         "register_parameter",
         "a module with weights",
-        ("distributed/tensor_parallel.py", "distributed/expert_parallel.py"),
+        (
+            "distributed/tensor_parallel.py",
+            "distributed/expert_parallel.py",
+            "planning/state.py",
+            "planning/trace.py",
+        ),
         "the weight becomes a DTensor of which this rank holds a part",
     ),
     PlugPoint(
@@ -57,7 +62,7 @@ PLUG_POINTS = (
     PlugPoint(
         "register_forward_hook",
         "a module between whose calls the sequence is split",
-        ("distributed/tensor_parallel.py",),
+        ("distributed/tensor_parallel.py", "proof/record.py"),
         "outputs are gathered or reduce-scattered",
     ),
     PlugPoint(

@@ -37,10 +37,27 @@ def build_model(
     device: torch.device,
     plan: PipelinePlan | None = None,
 ) -> tuple[BaseModel, list[BaseModel]]:
-    """Make the model on the meta device, spread it over ranks, then fill each rank's part.
+    """Make the model on the meta device, spread it over ranks (`shape_model`), then fill this
+    rank's part.
 
     Returns the model and, with a pipeline, its parts by stage.
     """
+    model, parts = shape_model(spec, model_args, dims, config, plan)
+    if config.comm.mode == "fake_backend":
+        check_room(model, device)
+    materialize(model, device, offload=config.training.enable_cpu_offload)
+    model.init_weights(buffer_device=device)
+    return model.train(), parts
+
+
+def shape_model(
+    spec: TrainSpec,
+    model_args: BaseModelArgs,
+    dims: ParallelDims,
+    config: JobConfig,
+    plan: PipelinePlan | None = None,
+) -> tuple[BaseModel, list[BaseModel]]:
+    """What `build_model` returns, still on the meta device: shapes, spread over ranks, unfilled."""
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(TORCH_DTYPES[config.training.dtype])
     try:
@@ -55,11 +72,7 @@ def build_model(
     parts = cut_into_parts(model, plan, dims.mesh["pp"].get_local_rank()) if plan else []
     for part in parts or [model]:
         spec.parallelize_fn(part, dims, config)
-    if config.comm.mode == "fake_backend":
-        check_room(model, device)
-    materialize(model, device, offload=config.training.enable_cpu_offload)
-    model.init_weights(buffer_device=device)
-    return model.train(), parts
+    return model, parts
 
 
 def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None = None) -> ParallelDims:
@@ -75,15 +88,16 @@ def build_parallel_dims(config: JobConfig, plan: PipelinePlan | None = None) -> 
     return dims
 
 
-def resolve_node_size(parallelism: Parallelism, world_size: int) -> int:
-    """Consecutive ranks of one node: from the config, else from torchrun, else all ranks.
+def resolve_node_size(parallelism: Parallelism, world_size: int, local: int | None = None) -> int:
+    """Consecutive ranks of one node: from the config, else `local`, else from torchrun, else all
+    ranks.
 
     Where EP groups don't fit torchrun's nodes, the largest size that divides both is used: for EP
     groups of 12 ranks on nodes of 8, a "node" of 4 ranks, so that no "node" spans two real ones.
     """
     if parallelism.expert_parallel_node_size is not None:
         return parallelism.expert_parallel_node_size
-    local = planned_processes()[1] or world_size
+    local = local or planned_processes()[1] or world_size
     span = parallelism.expert_parallel_degree * parallelism.expert_tensor_parallel_degree
     return local if 0 in (local % span, span % local) else math.gcd(local, span)
 

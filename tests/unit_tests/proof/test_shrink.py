@@ -20,8 +20,8 @@ SHIPPED = {
     "deepseek_v3_16b": 8,
     "deepseek_v3_671b": 2048,
     "deepseek_v3_671b_256xh200": 256,
-    "deepseek_v3_671b_32k": 960,
-    "deepseek_v3_671b_128k": 480,
+    "deepseek_v3_671b_32k": 2048,
+    "deepseek_v3_671b_128k": 2048,
     "moonlight_16b_a3b": 64,
 }
 

@@ -1,0 +1,105 @@
+r"""Plan a run before it costs anything: does it fit, how fast will it be, what will it cost.
+
+    python scripts/plan.py train_configs/deepseek_v3_671b.toml --world-size 2048 --hardware h800
+    python scripts/plan.py CONFIG.toml --world-size 64 --sweep --html plan.html --json plan.json \
+        --activation_checkpoint.mode full --training.local_batch_size 8
+
+Every option of a training run goes, too, and wins over the file. Needs no GPU. How it computes, and
+how to edit the hardware: docs/planning.md.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts import entry
+
+# isort: split
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.planning.advice import nearest_fit
+from torchtitan.planning.hardware import find_hardware
+from torchtitan.planning.page import page
+from torchtitan.planning.plan import make_plan
+from torchtitan.planning.report import as_data, table
+from torchtitan.planning.skew import read_skew
+from torchtitan.planning.sweep import sweep, sweep_table
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.script import run_script
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and those left for the training run."""
+    parser = argparse.ArgumentParser(description=entry.about(__doc__), allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG.toml", help="the run to plan")
+    parser.add_argument("--world-size", type=int, required=True, help="GPUs")
+    parser.add_argument("--hardware", default="h100", help="a row of hardware.toml (default: h100)")
+    parser.add_argument("--phase", type=int, default=0, help="of [[schedule.phase]]; 0: its start")
+    parser.add_argument(
+        "--routing-skew", type=float, help="largest load of an expert over the mean"
+    )
+    parser.add_argument("--routing-skew-from", metavar="FILE", help="metrics.jsonl of such a run")
+    parser.add_argument("--tokens", type=float, help="of the whole run, for its cost")
+    parser.add_argument("--sweep", action="store_true", help="compare layouts")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    return parser.parse_known_args(argv)
+
+
+def check(options: argparse.Namespace) -> None:
+    if options.routing_skew is not None and options.routing_skew_from:
+        raise UserError("--routing-skew and --routing-skew-from say the same: leave one out.")
+    if options.routing_skew is not None and not 1 <= options.routing_skew <= 1000:
+        raise UserError(
+            f"--routing-skew {options.routing_skew:g} must be from 1 (all experts alike) to 1000."
+        )
+    if options.tokens is not None and not 0 < options.tokens < float("inf"):
+        raise UserError(f"--tokens {options.tokens:g} must be above 0.")
+    for name in ("html", "json"):
+        path: Path | None = getattr(options, name)
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise UserError(f"--{name} {path}: make its folder first, or name another file.")
+
+
+def work(options: argparse.Namespace, rest: list[str]) -> None:
+    check(options)
+    hardware = find_hardware(options.hardware)
+    config: JobConfig = ConfigManager().parse_args(["--job.config_file", options.config, *rest])
+    skew = options.routing_skew or 1.0
+    if options.routing_skew_from:
+        skew = read_skew(options.routing_skew_from)
+    planned = make_plan(config, options.world_size, hardware, skew=skew, phase=options.phase)
+    print(table(planned, options.tokens))
+    data = as_data(planned, options.tokens)
+    if not planned.fits:
+        data["nearest_change"] = advice = nearest_fit(planned, skew)
+        print(f"\n{advice}")
+    rows = []
+    if options.sweep:
+        rows = sweep(config, options.world_size, hardware, skew=skew, phase=options.phase)
+        data["sweep"] = [vars(row) for row in rows]
+        print(f"\n{sweep_table(rows)}")
+    if options.json:
+        options.json.write_text(json.dumps(data, indent=1) + "\n")
+    if options.html:
+        options.html.write_text(page(planned, rows, options.tokens), encoding="utf-8")
+
+
+def plan(options: argparse.Namespace, rest: list[str]) -> None:
+    try:
+        work(options, rest)
+    except MemoryError:
+        raise UserError(
+            "this machine's memory is used up by the plan itself: plan fewer ranks "
+            "(--world-size) or layers (--model.args.n_layers)."
+        ) from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    options, rest = parse(argv)
+    return run_script(lambda: plan(options, rest))
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,210 @@
+"""Plans against what was measured, torch's own counter, and arithmetic."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.scripts import SCRIPTS, script
+from torchtitan.config import ConfigManager
+from torchtitan.planning.advice import nearest_fit
+from torchtitan.planning.closed import closed_state
+from torchtitan.planning.hardware import TABLE, find_hardware
+from torchtitan.planning.page import page
+from torchtitan.planning.pipeline import actions_of, idle, length, play
+from torchtitan.planning.plan import Plan, make_plan
+from torchtitan.planning.ranks import plan_run
+from torchtitan.planning.report import as_data, table
+from torchtitan.planning.routing import route
+from torchtitan.planning.trace import trace_run
+
+presets = script("benchmarks/presets.py")
+GIB = 2**30
+DEBUG = ["--model.flavor=debugmodel", "--training.seq_len=128", "--training.local_batch_size=2"]
+
+
+def plan(*options: str, world_size: int = 1, hardware: str = "h200", skew: float = 1.0) -> Plan:
+    config = ConfigManager().parse_args(list(options))
+    return make_plan(config, world_size, find_hardware(hardware), skew=skew)
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "measured"),
+    [
+        ("16b8-b4-fp32", [], 74.7),
+        ("16b8-b8-bf16", [], 54.1),
+        ("16b8-b4-fp32-docs", [], 76.2),
+        ("16b8-b4-fp32", ["--training.global_batch_size=16"], 91.5),
+        ("16b8-b4-bf16", ["--activation_checkpoint.mode=full"], 36.3),
+        ("671b3-b4-bf16", [], 56.5),
+    ],
+)
+def test_memory_is_that_of_measured_rows(preset: str, options: list[str], measured: float) -> None:
+    """docs/performance.md, one H200."""
+    found = plan(*presets.PRESETS[preset], *presets.NO_FILES, *options)
+    assert found.worst.peak.total / GIB == pytest.approx(measured, rel=0.03)
+
+
+def test_memory_of_two_gpus_is_that_of_the_measured_row() -> None:
+    options = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES]
+    found = plan(*options, "--parallelism.expert_parallel_degree=2", world_size=2)
+    assert found.worst.peak.total / GIB == pytest.approx(48.5, rel=0.03)
+
+
+def test_flops_are_those_of_torchs_counter() -> None:
+    options = [*DEBUG, "--activation_checkpoint.mode=none"]
+    config = ConfigManager().parse_args(options)
+    run = plan_run(config, 1, gpus_per_node=8)
+    kinds = {"gemm": 0, "grouped": 0}
+    for part in trace_run(run, 1.0).of_layer.values():
+        for kind in kinds:
+            kinds[kind] += part.forward.flops[kind] + part.backward.flops[kind]
+    moe_args = replace(run.model_args.moe_args, use_grouped_mm=False)
+    model = run.spec.model_cls(replace(run.model_args, moe_args=moe_args))
+    model.init_weights()
+    tokens = torch.randint(0, 100, (2, 128))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, labels=tokens).backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(flops for op, flops in counted.items() if "mm" in str(op))
+    assert sum(kinds.values()) == pytest.approx(products, rel=0.02)
+
+
+def test_flops_are_those_of_mfu() -> None:
+    """But for the router's gradient in two parts, and attention's fifth product backward."""
+    run = plan_run(
+        ConfigManager().parse_args([*DEBUG, "--activation_checkpoint.mode=none"]),
+        1,
+        gpus_per_node=8,
+    )
+    total = 0.0
+    for part in trace_run(run, 1.0).of_layer.values():
+        total += part.forward.flops.total() + part.backward.flops.total()
+        total -= 0.5 * part.forward.flops["attention"]
+    expected = run.tokens_per_step * run.model_args.train_flops_per_token(128)
+    assert total == pytest.approx(expected, rel=0.02)
+
+
+PIPELINE = [
+    "--model.flavor=671B",
+    "--model.args.n_layers=8",
+    "--model.args.n_dense_layers=1",
+    "--model.args.n_mtp_layers=1",
+    "--training.seq_len=4096",
+    "--training.local_batch_size=8",
+    "--activation_checkpoint.mode=full",
+    "--parallelism.pipeline_parallel_degree=4",
+    "--parallelism.expert_parallel_degree=16",
+    "--compile.enable",
+]
+
+
+@pytest.fixture(scope="module")
+def pipelined() -> Plan:
+    return plan(*PIPELINE, world_size=64, hardware="h100")
+
+
+def test_arithmetic_agrees_with_the_count_of_the_real_model(pipelined: Plan) -> None:
+    for rank in pipelined.memory:
+        place = rank.rank // pipelined.run.stage_size
+        closed = closed_state(pipelined.run, pipelined.traces, place)
+        for name in ("parameters", "gradients", "optimizer"):
+            assert getattr(closed, name) == pytest.approx(getattr(rank.state, name), rel=0.01)
+
+
+def test_earlier_stages_hold_more_micro_batches(pipelined: Plan) -> None:
+    assert pipelined.memory[0].most_in_flight == 4
+    assert pipelined.memory[-1].most_in_flight == 1
+
+
+def test_parts_of_a_step_add_up_and_stay_within_the_timeline(pipelined: Plan) -> None:
+    time = pipelined.time
+    assert sum(time.parts.values()) == pytest.approx(time.seconds)
+    assert length(time.timeline) < time.seconds
+    for passes in time.timeline:
+        assert all(one.end <= other.start for one, other in pairwise(passes))
+
+
+def test_bubble_of_1f1b_is_the_textbooks(pipelined: Plan) -> None:
+    assert pipelined.run.pipeline is not None
+    by_rank = actions_of(pipelined.run.pipeline)
+    played = play(by_rank, lambda one: 1.0 if one.kind == "F" else 2.0, sending=0.0)
+    assert idle(played) == pytest.approx(3 / (8 + 3))
+
+
+def test_skew_fills_the_busiest_rank(pipelined: Plan) -> None:
+    skewed = plan(*PIPELINE, world_size=64, hardware="h100", skew=3.0)
+    routing = skewed.traces.routing
+    assert routing is not None
+    assert routing.skew == pytest.approx(3.0, rel=0.05)
+    even = pipelined.traces.routing
+    assert even is not None
+    assert routing.slots > 1.1 * even.slots
+    assert skewed.time.seconds > pipelined.time.seconds
+
+
+def test_one_copy_per_node_crosses_least_and_the_limit_helps(pipelined: Plan) -> None:
+    args = pipelined.run.model_args.moe_args
+    rows = route(args, tokens=4096, ep=64, nodes=8).rows
+    assert rows["node", "remote"] < rows["rank", "remote"] < rows["expert", "remote"]
+    free = replace(args, num_expert_groups=None, num_limited_groups=None)
+    assert rows["node", "remote"] < route(free, tokens=4096, ep=64, nodes=8).rows["node", "remote"]
+
+
+def test_report_page_and_data_say_the_same(pipelined: Plan) -> None:
+    text, data = table(pipelined, 1e12), as_data(pipelined, 1e12)
+    assert json.loads(json.dumps(data))["step_seconds"] == pipelined.time.seconds
+    assert f"{pipelined.speed.mfu:.1%} MFU" in text
+    html = page(pipelined, [], 1e12)
+    assert html.count("<svg") >= 4
+    assert "http" not in html.replace("http://www.w3.org", "")
+    assert "<script" not in html
+
+
+def test_what_does_not_fit_gets_a_key_that_makes_it_fit() -> None:
+    options = [*presets.PRESETS["16b8-b8-bf16"], *presets.NO_FILES]
+    tight = plan(*options, hardware="h100")
+    assert tight.fits
+    small = replace(tight.hardware, memory_gib=45.0)
+    sentence = nearest_fit(replace(tight, hardware=small), 1.0)
+    assert "activation_checkpoint.mode" in sentence, sentence
+    assert "fits" in sentence
+
+
+CONFIG = str(SCRIPTS.parent / "train_configs/debug_model.toml")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--hardware", "h300"], "--hardware 'h300' is not in hardware.toml"),
+        (["--world-size", "1000000"], "--world-size 1000000 must be from 1 to 131,072"),
+        (["--world-size", "0"], "--world-size 0"),
+        (["--parallelism.tensor_parallel_degree", "3"], "tensor_parallel_degree = 3"),
+        (["--parallelism.expert_parallel_degree", "5"], "expert_parallel_degree = 5"),
+        (["--parallelism.nothing", "3"], "nothing"),
+        (["--routing-skew", "0.5"], "--routing-skew 0.5 must be from 1"),
+        (["--routing-skew-from", "/nowhere.jsonl"], "--routing-skew-from /nowhere.jsonl"),
+        (["--routing-skew-from", CONFIG], "can't be read"),
+        (["--tokens", "-1"], "--tokens -1 must be above 0"),
+        (["--html", "/nowhere/plan.html"], "make its folder first"),
+        (["--phase", "3"], "--phase 3"),
+    ],
+)
+def test_bad_input_gets_a_sentence(capsys, options: list[str], words: str) -> None:
+    world = [] if "--world-size" in options else ["--world-size", "4"]
+    assert script("plan.py").main([CONFIG, *world, *options]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert "Traceback" not in told
+
+
+def test_a_damaged_table_of_hardware_is_told(tmp_path, monkeypatch) -> None:
+    damaged = tmp_path / "hardware.toml"
+    damaged.write_text(TABLE.read_text().replace("gemm = 0.70", "gemm = 'fast'"))
+    monkeypatch.setattr("torchtitan.planning.hardware.TABLE", damaged)
+    with pytest.raises(ValueError, match="gemm = 'fast' must be a number"):
+        find_hardware("h200")

@@ -1,0 +1,161 @@
+"""FLOPs of each kernel, and what it allocates inside of itself, from the shapes that it is given.
+
+Two FLOPs a multiply-add. Attention's are those of the causal half; its backward pass has five
+products where forward has two, since the scores are computed again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Kind = str  # "gemm", "grouped", "attention", or "" for everything else
+
+
+def flops_of(name: str, args: Any, outputs: list[Tensor]) -> tuple[Kind, int]:
+    """Kind and FLOPs of an operation. name: as registered. args: its arguments."""
+    entry = _FLOPS.get(name.partition(".")[0])
+    if entry is None:
+        return "", 0
+    kind, count = entry
+    return kind, int(count(args, outputs))
+
+
+def workspace_of(name: str, args: Any) -> int:
+    """Bytes that live inside of a kernel besides what it takes and returns."""
+    count = _WORKSPACE.get(name.partition(".")[0])
+    return int(count(args)) if count else 0
+
+
+def moved_by(name: str, args: Any) -> int:
+    """Bytes that a fused operator reads and writes outside of its matrix products."""
+    count = _MOVED.get(name.partition(".")[0])
+    return int(count(args)) if count else 0
+
+
+def _mm(args: Any, outputs: list[Tensor]) -> int:
+    return 2 * args[0].numel() * args[1].size(-1)
+
+
+def _addmm(args: Any, outputs: list[Tensor]) -> int:
+    return 2 * args[1].numel() * args[2].size(-1)
+
+
+def _grouped_mm(args: Any, outputs: list[Tensor]) -> int:
+    """Each row meets one group's matrix; of a weight's gradient rows are what is summed over."""
+    return 2 * args[0].numel() * args[1].size(-1)
+
+
+def _core(q_rows: int, keys: int, heads: int, channels: int) -> float:
+    """One pair of products: scores, and their sum over values; causal."""
+    return 2 * q_rows * keys / 2 * heads * channels
+
+
+def _attention(args: Any, outputs: list[Tensor]) -> float:
+    q, k, v = args[:3]  # (B, H, S, C)
+    return _core(q.size(0) * q.size(2), k.size(2), q.size(1), q.size(3) + v.size(3))
+
+
+def _attention_backward(args: Any, outputs: list[Tensor]) -> float:
+    _, q, k, v = args[:4]
+    channels = 3 * q.size(3) + 2 * v.size(3)
+    return _core(q.size(0) * q.size(2), k.size(2), q.size(1), channels)
+
+
+def _latent(args: Any, outputs: list[Tensor]) -> float:
+    (B, S, H, C), v = args[0].shape, args[7]
+    return _core(B * S, S, H, C + v)
+
+
+def _latent_backward(args: Any, outputs: list[Tensor]) -> float:
+    (B, S, H, C), v = args[2].shape, args[0].size(-1)
+    return _core(B * S, S, H, 3 * C + 2 * v)
+
+
+def _documents(args: Any, outputs: list[Tensor]) -> float:
+    (T, H, C), longest = args[0].shape, args[4]
+    return _core(T, longest, H, 2 * C)
+
+
+def _documents_backward(args: Any, outputs: list[Tensor]) -> float:
+    (T, H, C), longest = args[1].shape, args[7]
+    return _core(T, longest, H, 5 * C)
+
+
+def _experts(args: Any, outputs: list[Tensor]) -> float:
+    R, w13, w2 = args[4].size(0), args[1], args[2]
+    return 2 * R * (w13.size(1) * w13.size(2) + w2.size(1) * w2.size(2))
+
+
+def _experts_backward(args: Any, outputs: list[Tensor]) -> float:
+    R, w13, w2 = args[6].size(0), args[3], args[4]
+    return 2 * 2 * R * (w13.size(1) * w13.size(2) + w2.size(1) * w2.size(2))
+
+
+_FLOPS: dict[str, tuple[Kind, Callable[[Any, list[Tensor]], float]]] = {
+    "aten::mm": ("gemm", _mm),
+    "aten::bmm": ("gemm", _mm),
+    "aten::addmm": ("gemm", _addmm),
+    "aten::addmm_": ("gemm", _addmm),
+    "aten::_grouped_mm": ("grouped", _grouped_mm),
+    "aten::_scaled_dot_product_cudnn_attention": ("attention", _attention),
+    "aten::_scaled_dot_product_cudnn_attention_backward": ("attention", _attention_backward),
+    "torchtitan::mla_attention": ("attention", _latent),
+    "torchtitan::mla_attention_backward": ("attention", _latent_backward),
+    "torchtitan::document_attention": ("attention", _documents),
+    "torchtitan::document_attention_backward": ("attention", _documents_backward),
+    "torchtitan::expert_ffn": ("grouped", _experts),
+    "torchtitan::expert_ffn_backward": ("grouped", _experts_backward),
+}
+
+
+def _inside_experts(args: Any) -> int:
+    """Gathered rows, then the activation and the rows of the outputs."""
+    x, R, F = args[0], args[4].size(0), args[2].size(2)
+    return R * (x.size(1) + F) * x.element_size()
+
+
+def _inside_experts_backward(args: Any) -> int:
+    """Rows, their gradient at the activation, that of gate and up, and the activation, while the
+    second weight's gradient is made; the first one's, a result, is not there yet."""
+    x, w13, R, F = args[1], args[3], args[6].size(0), args[4].size(2)
+    first = R * (x.size(1) + 4 * F) - w13.numel() - x.numel()
+    last = R * (x.size(1) + 2 * F)
+    return max(first, last) * x.element_size()
+
+
+def _inside_latent_backward(args: Any) -> int:
+    """Gradients of assembled queries, keys and values, and an fp32 sum of the queries' inside of
+    the kernel."""
+    grad, q = args[0], args[2]
+    return (2 * q.numel() + grad.numel()) * q.element_size() + 4 * q.numel()
+
+
+_WORKSPACE: dict[str, Callable[[Any], float]] = {
+    "torchtitan::expert_ffn": _inside_experts,
+    "torchtitan::expert_ffn_backward": _inside_experts_backward,
+    "torchtitan::mla_attention_backward": _inside_latent_backward,
+    "aten::_scaled_dot_product_cudnn_attention_backward": lambda args: 4 * args[1].numel(),
+    "torchtitan::document_attention_backward": lambda args: 4 * args[1].numel(),
+}
+
+
+def _moved_by_experts(args: Any) -> int:
+    """Rows gathered, SwiGLU, rows summed."""
+    x, R, F = args[0], args[4].size(0), args[2].size(2)
+    return 3 * R * (x.size(1) + F) * x.element_size()
+
+
+def _moved_by_experts_backward(args: Any) -> int:
+    """Both kinds of rows gathered, SwiGLU's backward pass, rows summed."""
+    x, R, F = args[1], args[6].size(0), args[4].size(2)
+    return R * (5 * x.size(1) + 6 * F) * x.element_size()
+
+
+_MOVED: dict[str, Callable[[Any], float]] = {
+    "torchtitan::expert_ffn": _moved_by_experts,
+    "torchtitan::expert_ffn_backward": _moved_by_experts_backward,
+    # Queries and keys, read and written.
+    "torchtitan::mla_attention": lambda args: 4 * args[0].nbytes,
+    "torchtitan::mla_attention_backward": lambda args: 4 * args[2].nbytes + 2 * args[0].nbytes,
+}

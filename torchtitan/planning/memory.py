@@ -1,0 +1,239 @@
+"""The memory of each rank over a step: what is there when, and when it is the most.
+
+State comes from state.py, layers' passes from trace.py. What FSDP adds (fsdp2 of torch 2.11-2.13):
+
+    forward    the gathered weights of a layer and, from the moment that it is asked for, the buffer
+               in which the next one's arrive
+    backward   the same, and of the layer behind it the fp32 buffer whose sum is under way
+    pipeline   weights stay gathered over the step, and gradients add up in fp32, whole
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torchtitan.planning.pipeline import Action
+from torchtitan.planning.ranks import PlannedRun
+from torchtitan.planning.state import State
+from torchtitan.planning.trace import FIRST, LAST, Traced, Traces
+
+# In the order in which they are shown.
+PARTS = (
+    "parameters",
+    "optimizer state",
+    "copies of weights",
+    "gradients",
+    "gathered weights",
+    "activations",
+    "passing",
+    "buffers",
+)
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a rank holds at a moment of the step. parts: bytes by name (PARTS)."""
+
+    what: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Of one rank. peak: the moment that needs the most.
+
+    alike: ranks of its place along the pipeline, from it on. others: places that are like it.
+    """
+
+    rank: int
+    alike: int
+    others: int
+    stages: list[int]
+    state: State
+    peak: Moment
+    most_in_flight: int
+
+
+def memory_of(
+    run: PlannedRun, traces: Traces, state: State, place: int, actions: list[Action]
+) -> RankMemory:
+    """place: of the rank along the pipeline. actions: of its schedule, empty without a pipeline."""
+    whole = state
+    if run.config.training.enable_cpu_offload:  # it lives on the host
+        state = replace(state, parameters=0, gradients=0, optimizer=0)
+    walk = _Pipelined(run, traces, state, place, actions) if actions else _Walk(run, traces, state)
+    peak = max(walk.moments(), key=lambda moment: moment.total)
+    return RankMemory(
+        rank=place * run.stage_size,
+        alike=run.stage_size,
+        others=len(run.places()[place]) - 1,
+        stages=run.pipeline.stages_of(place) if run.pipeline else [],
+        state=whole,
+        peak=peak,
+        most_in_flight=walk.most_in_flight,
+    )
+
+
+class _Walk:
+    """Through one step of a rank without a pipeline."""
+
+    most_in_flight = 1
+
+    def __init__(self, run: PlannedRun, traces: Traces, state: State) -> None:
+        self.run, self.state = run, state
+        self.names = [FIRST, *(name for name in traces.of_layer if name.isdecimal()), LAST]
+        self.traced = [traces.of_layer[name] for name in self.names]
+        self.reshards = _reshards(run)
+
+    def moments(self) -> Iterator[Moment]:
+        """Of the micro-batch that meets the most: the last one where several are added up."""
+        grads = self.state.gradients if self.run.sums_gradients else 0
+        kept = 0
+        last = len(self.traced) - 1
+        for i, one in enumerate(self.traced):
+            arriving = self._gathered(i + 1) if i < last else 0
+            gathered = self._held(i, forward=True) + arriving
+            passing = max(0, one.forward_peak - one.kept)
+            yield self._moment(
+                f"forward pass, {self._title(i)}", kept + one.kept, passing, grads, gathered
+            )
+            kept += one.kept
+        summing = 0
+        for i in range(last, -1, -1):
+            one = self.traced[i]
+            kept -= one.kept
+            gathered = self._held(i, forward=False) + (self._gathered(i - 1) if i else 0)
+            passing = one.backward_peak - one.kept + summing
+            yield self._moment(
+                f"backward pass, {self._title(i)}", kept + one.kept, passing, grads, gathered
+            )
+            grads += self._new_gradients(one)
+            # The whole gradients and their fp32 copy, the input of the sum over ranks.
+            summing = FP32 * one.gathered_elements
+            whole = one.gathered + summing + self._output(i - 1)
+            yield self._moment(f"sum of gradients, {self._title(i)}", kept, whole, grads, gathered)
+        yield self._moment("optimizer step", 0, self.state.step_peak, self.state.gradients, 0)
+
+    def _title(self, i: int) -> str:
+        name = self.names[i]
+        return f"layer {name}" if name.isdecimal() else name
+
+    def _output(self, i: int) -> int:
+        return self.traced[i].output if i >= 0 else 0
+
+    def _gathered(self, i: int) -> int:
+        """What arrives for a layer: nothing where nothing is gathered anew."""
+        return self.traced[i].gathered if self.reshards else 0
+
+    def _held(self, i: int, *, forward: bool) -> int:
+        if not self.reshards:
+            return sum(one.gathered for one in self.traced)
+        # The head's stay between the passes.
+        head = self.traced[-1].gathered if not forward and i == len(self.traced) - 1 else 0
+        return head or self.traced[i].gathered
+
+    def _new_gradients(self, one: Traced) -> int:
+        if self.run.sums_gradients or self.run.config.optimizer.early_step_in_backward:
+            return 0
+        return one.gradients_kept
+
+    def _moment(
+        self, what: str, activations: int, passing: int, grads: int, gathered: int
+    ) -> Moment:
+        state = self.state
+        parts = (
+            state.parameters,
+            state.optimizer,
+            state.copies,
+            min(grads, state.gradients),
+            gathered,
+            activations,
+            passing,
+            state.buffers,
+        )
+        return Moment(what, dict(zip(PARTS, parts, strict=True)))
+
+
+class _Pipelined(_Walk):
+    """Through the actions of a rank's schedule."""
+
+    def __init__(
+        self, run: PlannedRun, traces: Traces, state: State, place: int, actions: list[Action]
+    ) -> None:
+        super().__init__(run, traces, state)
+        assert run.pipeline is not None
+        self.actions = actions
+        self.stages = {
+            stage: self._stage(run.pipeline.stages[stage], traces)
+            for stage in run.pipeline.stages_of(place)
+        }
+        self.most_in_flight = 0
+
+    def _stage(self, modules: tuple[str, ...], traces: Traces) -> list[tuple[str, Traced]]:
+        layers = [name.removeprefix("layers.") for name in modules if name.startswith("layers.")]
+        names = [FIRST] * ("tok_embeddings" in modules) + layers + [LAST] * ("output" in modules)
+        return [(name, traces.of_layer[name]) for name in names]
+
+    def moments(self) -> Iterator[Moment]:
+        every = [one for stage in self.stages.values() for _, one in stage]
+        gathered = sum(one.gathered for one in every)
+        whole_grads = FP32 * sum(one.gathered_elements for one in every)
+        grads = self.state.gradients if self.run.passes > 1 else 0
+        whole = 0
+        in_flight: dict[tuple[int, int], int] = {}
+        for action in self.actions:
+            stage = self.stages[action.stage]
+            kept = sum(one.kept for _, one in stage) + self._handed_over(action.stage)
+            held = sum(in_flight.values())
+            here = action.stage, action.microbatch
+            where = f"stage {action.stage}, micro-batch {action.microbatch}"
+            if action.kind == "F":
+                passing = max(one.forward_peak - one.kept for _, one in stage)
+                in_flight[here] = kept
+                self.most_in_flight = max(self.most_in_flight, len(in_flight))
+                yield self._moment(
+                    f"forward pass of {where}", held + kept, passing, grads + whole, gathered
+                )
+            elif action.kind in "BI":
+                whole = max(whole, sum(FP32 * one.gathered_elements for _, one in stage))
+                whole = min(whole_grads, whole if len(self.stages) == 1 else whole_grads)
+                passing = max(one.backward_peak - one.kept for _, one in stage)
+                yield self._moment(
+                    f"backward pass of {where}", held, passing, grads + whole, gathered
+                )
+            if action.kind in "BW":
+                in_flight.pop(here, None)
+        largest = max(FP32 * one.gathered_elements for one in every)
+        yield self._moment("sum of gradients", 0, largest, grads + whole_grads, gathered)
+        yield self._moment(
+            "optimizer step", 0, self.state.step_peak, self.state.gradients, gathered
+        )
+
+    def _handed_over(self, stage: int) -> int:
+        """What came from the stage before, and what else goes to the next one."""
+        run = self.run
+        assert run.pipeline is not None
+        one = run.microbatch * run.now.seq_len // run.degrees.cp // run.degrees.tp * 2
+        wide = one * run.model_args.stage_channels
+        came = wide if stage > 0 else 0
+        goes = wide if stage < len(run.pipeline.stages) - 1 else 0
+        extra = goes if run.model_args.stage_channels > run.model_args.dim else 0
+        return came + extra
+
+    def _moment(
+        self, what: str, activations: int, passing: int, grads: int, gathered: int
+    ) -> Moment:
+        moment = super()._moment(what, activations, passing, 0, gathered)
+        return Moment(what, moment.parts | {"gradients": grads})
+
+
+def _reshards(run: PlannedRun) -> bool:
+    """As in distributed/fsdp.py."""
+    how = run.config.parallelism.fsdp_reshard_after_forward
+    if how == "default":
+        return run.degrees.dp_shard * run.degrees.cp > 1 and run.degrees.pp == 1
+    return how == "always"

@@ -1,0 +1,75 @@
+"""A whole plan: config → ranks → memory, traffic → time."""
+
+from dataclasses import dataclass
+
+from torchtitan.config import JobConfig
+from torchtitan.planning.hardware import Hardware
+from torchtitan.planning.memory import RankMemory, memory_of
+from torchtitan.planning.pipeline import Action, actions_of
+from torchtitan.planning.ranks import PlannedRun, built_rank, plan_run
+from torchtitan.planning.state import State, state_of
+from torchtitan.planning.timing import Speed, StepTime, speed_of, step_time
+from torchtitan.planning.trace import Traces, trace_run
+from torchtitan.planning.traffic import Bytes, dispatch_table, step_traffic
+
+
+@dataclass(frozen=True)
+class Plan:
+    """memory: of each distinct place of the pipeline. traffic: of the first rank of each, by axis.
+    dispatch: of one expert layer, see `dispatch_table`."""
+
+    run: PlannedRun
+    hardware: Hardware
+    traces: Traces
+    memory: list[RankMemory]
+    traffic: dict[int, dict[str, Bytes]]
+    dispatch: dict[tuple[str, str], Bytes]
+    time: StepTime
+    speed: Speed
+
+    @property
+    def worst(self) -> RankMemory:
+        return max(self.memory, key=lambda rank: rank.peak.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.hardware.fits(self.worst.peak.total)
+
+
+def make_plan(
+    config: JobConfig,
+    world_size: int,
+    hardware: Hardware,
+    *,
+    skew: float = 1.0,
+    phase: int = 0,
+) -> Plan:
+    """Raises `UserError`. skew: largest load of an expert over the mean."""
+    run = plan_run(config, world_size, gpus_per_node=hardware.gpus_per_node, phase=phase)
+    traces = trace_run(run, skew)
+    states: dict[int, State] = {}
+    for place in run.places():
+        with built_rank(run, place * run.stage_size) as built:
+            states[place] = state_of(run, built)
+    return assemble(run, hardware, traces, states)
+
+
+def assemble(run: PlannedRun, hardware: Hardware, traces: Traces, states: dict[int, State]) -> Plan:
+    """From what was traced and counted. states: of each distinct place of the pipeline."""
+    by_rank: list[list[Action]] = actions_of(run.pipeline) if run.pipeline else []
+    memory = [
+        memory_of(run, traces, state, place, by_rank[place] if by_rank else [])
+        for place, state in states.items()
+    ]
+    routing = traces.routing if run.degrees.ep > 1 else None
+    time = step_time(run, traces, states, hardware, by_rank)
+    return Plan(
+        run=run,
+        hardware=hardware,
+        traces=traces,
+        memory=memory,
+        traffic={place: step_traffic(run, traces, place) for place in states},
+        dispatch=dispatch_table(run, routing) if routing else {},
+        time=time,
+        speed=speed_of(run, hardware, time),
+    )

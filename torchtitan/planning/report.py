@@ -1,0 +1,157 @@
+"""A plan as a table for the terminal, and as data for JSON."""
+
+from typing import Any
+
+from torchtitan.planning.memory import PARTS, RankMemory
+from torchtitan.planning.plan import Plan
+from torchtitan.planning.timing import gpu_hours
+from torchtitan.planning.traffic import WAYS
+
+GIB = 2**30
+
+
+def table(plan: Plan, tokens: float | None) -> str:
+    """tokens: of the whole run, for its cost."""
+    blocks = [head_lines(plan), _memory(plan), _time(plan, tokens), _traffic(plan)]
+    if plan.dispatch:
+        blocks.append(_dispatch(plan))
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def head_lines(plan: Plan) -> list[str]:
+    run, hardware = plan.run, plan.hardware
+    degrees = " x ".join(f"{k} {n}" for k, n in run.degrees._asdict().items() if n > 1)
+    now = run.now
+    lines = [
+        f"{run.config.model.name} {run.config.model.flavor} on {run.world_size:,} {hardware.about}",
+        f"Layout: {degrees or 'one process'}; {run.node_size} ranks a node",
+        f"A step: {now.batch_size:,} sequences of {now.seq_len:,} tokens, {now.local_batch_size} a "
+        f"data-parallel rank and pass, {run.passes} pass{'es' if run.passes > 1 else ''}",
+    ]
+    routing = plan.traces.routing
+    if routing is not None:
+        lines.append(
+            f"Routing: the busiest expert has {routing.skew:.2f} times the mean, the busiest EP "
+            f"rank {routing.rank_skew:.2f} times"
+        )
+    return lines
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, in a sentence."""
+    needed, has = plan.hardware.needed_gib(plan.worst.peak.total), plan.hardware.memory_gib
+    fits = "fits" if plan.fits else "does not fit"
+    return (
+        f"It {fits}: the fullest rank needs {needed:.1f} of {has:g} GiB, most in the "
+        f"{plan.worst.peak.what}."
+    )
+
+
+def _memory(plan: Plan) -> list[str]:
+    lines = ["Memory of a rank at its peak, GiB"]
+    names = [where(plan, rank) for rank in plan.memory]
+    width = max(18, *(len(name) + 2 for name in names))
+    lines.append(" " * 20 + "".join(f"{name:>{width}}" for name in names))
+    for part in PARTS:
+        cells = [rank.peak.parts[part] / GIB for rank in plan.memory]
+        lines.append(f"{part:20}" + "".join(f"{cell:{width}.2f}" for cell in cells))
+    totals = [rank.peak.total / GIB for rank in plan.memory]
+    lines.append(f"{'all tensors':20}" + "".join(f"{cell:{width}.2f}" for cell in totals))
+    needed = [plan.hardware.needed_gib(rank.peak.total) for rank in plan.memory]
+    lines.append(f"{'of the device':20}" + "".join(f"{cell:{width}.2f}" for cell in needed))
+    if plan.run.pipeline:
+        held = [rank.most_in_flight for rank in plan.memory]
+        lines.append(f"{'micro-batches held':20}" + "".join(f"{cell:{width}}" for cell in held))
+    lines.append(verdict(plan))
+    return lines
+
+
+def where(plan: Plan, rank: RankMemory) -> str:
+    if plan.run.pipeline is None:
+        return "every rank"
+    last = rank.rank + rank.alike - 1
+    return f"ranks {rank.rank}-{last}" + (f" +{rank.others}" if rank.others else "")
+
+
+def _time(plan: Plan, tokens: float | None) -> list[str]:
+    time, speed = plan.time, plan.speed
+    lines = [f"Time of a step: {time.seconds:.3f} s"]
+    for name, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
+        if seconds > 0:
+            lines.append(f"  {name:22}{seconds:9.3f} s {seconds / time.seconds:6.1%}")
+    lines.append(
+        f"{speed.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, "
+        f"{speed.tflops_per_gpu:.0f} TFLOP/s/GPU, {speed.mfu:.1%} MFU "
+        f"(of {plan.hardware.bf16_tflops:g}, bf16)"
+    )
+    if tokens:
+        lines.append(
+            f"{tokens:.3g} tokens: {gpu_hours(tokens, speed):,.0f} GPU-hours, "
+            f"{tokens / speed.tokens_per_second / 86400:,.1f} days"
+        )
+    return lines
+
+
+def _traffic(plan: Plan) -> list[str]:
+    if plan.run.world_size == 1:
+        return ["Nothing is sent: one process"]
+    place = max(plan.traffic, key=lambda p: sum(b.between for b in plan.traffic[p].values()))
+    lines = ["Sent by a rank in a step, GiB    inside the node   between nodes"]
+    for axis, sent in plan.traffic[place].items():
+        lines.append(f"  {axis:28}{sent.inside / GIB:18.2f}{sent.between / GIB:16.2f}")
+    return lines
+
+
+def _dispatch(plan: Plan) -> list[str]:
+    lines = [
+        "Experts' exchange of a layer and micro-batch, MiB a rank: inside the node, between nodes"
+    ]
+    limits = sorted({limit for _, limit in plan.dispatch})
+    lines.append(f"  {'one copy of a token for each':30}" + "".join(f"{x:>24}" for x in limits))
+    for way in WAYS:
+        cells = [plan.dispatch[way, limit] for limit in limits]
+        texts = [f"{c.inside / 2**20:,.1f}, {c.between / 2**20:,.1f}" for c in cells]
+        lines.append(f"  {way:30}" + "".join(f"{text:>24}" for text in texts))
+    return lines
+
+
+def as_data(plan: Plan, tokens: float | None) -> dict[str, Any]:
+    """Everything that the table says, for JSON. Bytes and seconds."""
+    run, speed = plan.run, plan.speed
+    return {
+        "model": f"{run.config.model.name} {run.config.model.flavor}",
+        "hardware": plan.hardware.name,
+        "world_size": run.world_size,
+        "degrees": run.degrees._asdict(),
+        "batch_size": run.now.batch_size,
+        "seq_len": run.now.seq_len,
+        "fits": plan.fits,
+        "memory": [
+            {
+                "rank": rank.rank,
+                "like_it": rank.alike,
+                "peak": rank.peak.total,
+                "when": rank.peak.what,
+                "needed_gib": plan.hardware.needed_gib(rank.peak.total),
+                "parts": rank.peak.parts,
+                "micro_batches_held": rank.most_in_flight,
+                "state": vars(rank.state),
+            }
+            for rank in plan.memory
+        ],
+        "step_seconds": plan.time.seconds,
+        "seconds": plan.time.parts,
+        "tokens_per_second_per_gpu": speed.tokens_per_second_per_gpu,
+        "tflops_per_gpu": speed.tflops_per_gpu,
+        "mfu": speed.mfu,
+        "gpu_hours": gpu_hours(tokens, speed) if tokens else None,
+        "traffic": {
+            place * run.stage_size: {axis: vars(sent) for axis, sent in by_axis.items()}
+            for place, by_axis in plan.traffic.items()
+        },
+        "dispatch": [
+            {"one_copy_for_each": way, "limit": limit, **vars(sent)}
+            for (way, limit), sent in plan.dispatch.items()
+        ],
+        "routing_skew": plan.traces.routing.skew if plan.traces.routing else None,
+    }

@@ -1,0 +1,149 @@
+"""Bytes that a rank keeps from step to step: parameters, gradients, optimizer state, copies.
+
+Exact: the model is the real one, spread by the real code, and so is the optimizer, which takes a
+step on tensors without memory.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.optimizer.compute_weights import ComputeWeights, build_compute_weights
+from torchtitan.components.optimizer.fused_adam import FusedAdam
+from torchtitan.components.optimizer.muon import Muon
+from torchtitan.distributed.fsdp import experts_outside_fsdp
+from torchtitan.ops.grouped_mm import local_part
+from torchtitan.planning.ledger import Ledger
+from torchtitan.planning.ranks import BuiltRank, PlannedRun
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of a rank. step_peak: what the optimizer allocates beside them while it steps."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    copies: int
+    buffers: int
+    step_peak: int
+
+    @property
+    def kept(self) -> int:
+        """All but gradients."""
+        return self.parameters + self.optimizer + self.copies + self.buffers
+
+
+def state_of(run: PlannedRun, rank: BuiltRank) -> State:
+    """Bytes of what the rank holds. Gives the model its copies of weights, as a run does."""
+    model = rank.model
+    weights = make_compute_weights(run, rank)
+    _hold_local_parts(model)
+    optimizer = _build_optimizer(run, model, weights)
+    gradients = bytes_of(p.grad for p in model.parameters() if p.grad is not None)
+    step_peak = _take_step(optimizer)
+    model.zero_grad()
+    return State(
+        parameters=bytes_of(model.parameters()),
+        gradients=0 if run.config.optimizer.early_step_in_backward else gradients,
+        optimizer=bytes_of(_tensors(optimizer.state)),
+        copies=_bytes_of_copies(weights),
+        buffers=bytes_of(model.buffers()),
+        step_peak=step_peak,
+    )
+
+
+def make_compute_weights(run: PlannedRun, rank: BuiltRank) -> ComputeWeights | None:
+    return build_compute_weights(
+        rank.model, run.config, rank.dims, several_passes=run.sums_gradients
+    )
+
+
+def weights_under_fsdp(run: PlannedRun, rank: BuiltRank, module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that FSDP takes care of."""
+    if run.world_size == 1:
+        return []
+    alone = experts_outside_fsdp(rank.model, rank.dims, run.config.training)
+    left_out = {p for experts in alone for p in experts.parameters()}
+    return [p for p in module.parameters() if p not in left_out]
+
+
+def _build_optimizer(
+    run: PlannedRun, model: nn.Module, weights: ComputeWeights | None
+) -> Optimizer:
+    settings = dict(vars(run.config.optimizer))
+    if settings["implementation"] == "fused":
+        # A GPU takes our own kernel, which "fused" with weights to write stands for; torch's CPU
+        # kernel has no form for tensors without memory, and keeps the same state as the loop.
+        if run.device_type == "cuda" and weights is None:
+            weights = ComputeWeights([], torch.bfloat16, root=model, fp32_grads=True)
+        if run.device_type == "cpu" and weights is None:
+            settings["implementation"] = "for-loop"
+    if settings["name"] == "Muon":
+        settings["implementation"] = "for-loop"
+    return build_optimizer([model], compute_weights=weights, **settings)
+
+
+def _hold_local_parts(model: nn.Module) -> None:
+    """Put this rank's parts in the place of DTensors, whose every operation costs milliseconds, and
+    give each its gradient. Good for an optimizer, not for a pass."""
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            local = nn.Parameter(local_part(param.detach()))
+            dtype = getattr(param, "grad_dtype", None) or param.dtype
+            if dtype != param.dtype:
+                local.grad_dtype = dtype
+            local.grad = torch.empty_like(local, dtype=dtype, requires_grad=False)
+            module.register_parameter(name, local)
+
+
+def _take_step(optimizer: Optimizer) -> int:
+    """Fill the optimizer's state. Returns the bytes that a step needs besides."""
+    if isinstance(optimizer, FusedAdam):
+        return 0  # state is there from the start, and the kernel works in place
+    if isinstance(optimizer, Muon):
+        return _fill_muon(optimizer)
+    with Ledger() as ledger:
+        optimizer.step()
+        kept = bytes_of(_tensors(optimizer.state))
+    return max(0, ledger.peak - kept)
+
+
+def _fill_muon(optimizer: Any) -> int:
+    """Momenta of matrices and means of the others; its step gathers matrices over ranks, which
+    needs values, so that its buffers are counted: Newton-Schulz holds five bf16 forms of the
+    largest matrix beside an fp32 update of every parameter."""
+    largest = updates = 0
+    for group in optimizer.param_groups:
+        names = ("momentum",) if group["muon"] else ("exp_avg", "exp_avg_sq")
+        for p in group["params"]:
+            optimizer.state[p] = {name: torch.empty_like(p) for name in names}
+            if group["muon"]:
+                updates += local_part(p).nbytes
+                largest = max(largest, p.numel())
+            else:
+                optimizer.state[p]["step"] = torch.tensor(0.0)
+    return updates + 5 * 2 * largest
+
+
+def _bytes_of_copies(weights: ComputeWeights | None) -> int:
+    if weights is None:
+        return 0
+    return sum(
+        fused.tensor.nbytes
+        for fused in weights._fused
+        if fused.params[0].dtype != fused.tensor.dtype  # otherwise they are the parameters
+    )
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    return [t for one in state.values() for t in one.values() if isinstance(t, Tensor)]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(local_part(t).numel() * t.element_size() for t in tensors)

@@ -1,0 +1,211 @@
+"""The time of a step: computation by part, communication that nothing hides, the pipeline's idle
+time, the optimizer."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Self
+
+from torchtitan.planning.hardware import Hardware
+from torchtitan.planning.pipeline import Action, Pass, length, play
+from torchtitan.planning.ranks import PlannedRun
+from torchtitan.planning.state import State
+from torchtitan.planning.trace import Traced, Traces
+from torchtitan.planning.traffic import (
+    FP32,
+    Bytes,
+    exchange_bytes,
+    gather_bytes,
+    layer_bytes,
+    names_at,
+    names_of,
+    reduce_bytes,
+    replica_bytes,
+    send_bytes,
+)
+
+# Of a pipeline's half backward pass for the inputs; the rest is for the weights.
+SHARE_FOR_INPUTS = 0.55
+
+
+class Seconds(dict[str, float]):
+    """Times by what takes them."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.values())
+
+    def add(self, name: str, seconds: float) -> None:
+        self[name] = self.get(name, 0.0) + seconds
+
+    def plus(self, other: Self) -> "Seconds":
+        names = dict.fromkeys((*self, *other))
+        return Seconds({name: self.get(name, 0.0) + other.get(name, 0.0) for name in names})
+
+    def times(self, factor: float) -> "Seconds":
+        return Seconds({name: seconds * factor for name, seconds in self.items()})
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """seconds: of the step. parts: of the rank that the step waits for, by name, which add up to
+    it. timeline: of each rank of the pipeline, over one pass of all micro-batches."""
+
+    seconds: float
+    parts: dict[str, float]
+    timeline: list[list[Pass]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a step time comes to. model_flops: what MFU counts, of a GPU and step."""
+
+    tokens_per_second: float
+    tokens_per_second_per_gpu: float
+    tflops_per_gpu: float
+    mfu: float
+
+
+def speed_of(run: PlannedRun, hardware: Hardware, time: StepTime) -> Speed:
+    tokens = run.tokens_per_step / time.seconds
+    per_gpu = tokens / run.world_size
+    flops = per_gpu * run.model_args.train_flops_per_token(run.now.seq_len)
+    return Speed(tokens, per_gpu, flops / 1e12, flops / hardware.peak_flops)
+
+
+def gpu_hours(tokens: float, speed: Speed) -> float:
+    """To train on so many tokens."""
+    return tokens / speed.tokens_per_second_per_gpu / 3600
+
+
+def step_time(
+    run: PlannedRun,
+    traces: Traces,
+    states: dict[int, State],
+    hardware: Hardware,
+    by_rank: list[list[Action]],
+) -> StepTime:
+    """states: of each distinct place of the pipeline. by_rank: actions of its schedule."""
+    clock = _Clock(run, traces, hardware)
+    if run.pipeline is None:
+        parts = clock.whole_step()
+        timeline: list[list[Pass]] = []
+    else:
+        parts, timeline = clock.pipelined_step(by_rank)
+    parts.add("optimizer", max(clock.optimizer(state) for state in states.values()))
+    return StepTime(parts.total, dict(parts), timeline)
+
+
+class _Clock:
+    def __init__(self, run: PlannedRun, traces: Traces, hardware: Hardware) -> None:
+        self.run, self.traces, self.hardware = run, traces, hardware
+        self._times: dict[int, tuple[Seconds, Seconds]] = {}
+
+    def whole_step(self) -> Seconds:
+        """FSDP's communication runs beside the layers' work, layer by layer."""
+        run, parts = self.run, Seconds()
+        again = run.config.parallelism.fsdp_reshard_after_forward != "never"
+        replicas = Bytes()
+        for name in names_at(run, self.traces, 0):
+            one = self.traces.of_layer[name]
+            forward, backward = self.times(one)
+            gather = self.sending(gather_bytes(run, one))
+            reduce = self.sending(reduce_bytes(run, one))
+            parts = parts.plus(forward).plus(backward)
+            parts.add("elementwise", self._adding(one))
+            parts.add("weights sent", max(0.0, gather - forward.total))
+            parts.add("weights sent", max(0.0, gather * again + reduce - backward.total))
+            replicas += replica_bytes(run, one)
+        parts = parts.times(run.passes)
+        parts.add("weights sent", self.sending(replicas))
+        return parts
+
+    def pipelined_step(self, by_rank: list[list[Action]]) -> tuple[Seconds, list[list[Pass]]]:
+        """Of the rank that works the most; the rest of the schedule's length is idle time."""
+        run = self.run
+        assert run.pipeline is not None
+        stages = {s: self._stage_times(s) for s in range(len(run.pipeline.stages))}
+        played = play(by_rank, partial(_seconds, stages), self.sending(send_bytes(run)))
+        busiest = Seconds()
+        for place in range(run.degrees.pp):
+            mine = Seconds()
+            for stage in run.pipeline.stages_of(place):
+                mine = mine.plus(stages[stage][0]).plus(stages[stage][1])
+            busiest = max(busiest, mine, key=lambda seconds: seconds.total)
+        parts = busiest.times(run.pipeline.num_microbatches)
+        parts.add("pipeline idle", length(played) - parts.total)
+        parts = parts.times(run.passes)
+        parts.add("weights sent", max(self._weights_sent(place) for place in run.places()))
+        return parts, played
+
+    def _weights_sent(self, place: int) -> float:
+        """A pipeline gathers its weights before the first micro-batch, and sums gradients behind
+        the last: nothing runs beside that."""
+        total = Bytes()
+        for name in names_at(self.run, self.traces, place):
+            one = self.traces.of_layer[name]
+            each = gather_bytes(self.run, one) + reduce_bytes(self.run, one)
+            total += each.times(self.run.passes) + replica_bytes(self.run, one)
+        return self.sending(total)
+
+    def _adding(self, one: Traced) -> float:
+        """Seconds to add a micro-batch's gradients to those before, beside what the trace has: read
+        and written in fp32."""
+        run = self.run
+        if not run.sums_gradients or (run.world_size > 1 and run.pipeline is None):
+            return 0.0  # FSDP adds up what a rank keeps, which is little
+        elements = one.gathered_elements if run.pipeline else one.alone_elements
+        return 2 * FP32 * elements / self.hardware.bytes_per_second
+
+    def _stage_times(self, stage: int) -> tuple[Seconds, Seconds]:
+        forward, backward = Seconds(), Seconds()
+        for name in names_of(self.run, stage):
+            one = self.traces.of_layer[name]
+            f, b = self.times(one)
+            forward, backward = forward.plus(f), backward.plus(b)
+            backward.add("elementwise", self._adding(one))
+        return forward, backward
+
+    def times(self, one: Traced) -> tuple[Seconds, Seconds]:
+        """The forward and backward pass of a part of the model."""
+        if id(one) not in self._times:
+            self._times[id(one)] = self._pass(one, 0), self._pass(one, 1)
+        return self._times[id(one)]
+
+    def _pass(self, one: Traced, way: int) -> Seconds:
+        """way: 0 forward, 1 backward."""
+        h, routing = self.hardware, self.traces.routing
+        attention = h.attention_backward if way else h.attention_forward
+        work = one.backward if way else one.forward
+        rates = {"gemm": h.gemm, "grouped": h.grouped, "attention": attention}
+        found = Seconds()
+        for kind, flops in work.flops.items():
+            found.add(_NAMES[kind], flops / (h.peak_flops * rates[kind]) * (1 + h.host))
+        moved = work.bytes_moved + work.bytes_fused
+        found.add("elementwise", moved / h.bytes_per_second * (1 + h.host))
+        sent = self.sending(exchange_bytes(self.run, self.traces, one)[way])
+        skew = routing.rank_skew if routing else 1.0
+        found.add("experts' exchange", sent * skew * (1 - h.hidden))
+        for axis, pair in layer_bytes(self.run, self.traces, one).items():
+            found.add(f"{axis} communication", self.sending(pair[way]))
+        return found
+
+    def sending(self, sent: Bytes) -> float:
+        """Both kinds of links work at the same time."""
+        h = self.hardware
+        return max(sent.inside / (h.nvlink_gb_s * 1e9), sent.between / (h.network_gb_s * 1e9))
+
+    def optimizer(self, state: State) -> float:
+        """Everything is read once and all but gradients written, gradients read once more for the
+        norm."""
+        moved = 2 * (state.parameters + state.optimizer) + state.copies + 2 * state.gradients
+        return moved / self.hardware.bytes_per_second
+
+
+_NAMES = {"gemm": "matrix products", "grouped": "experts", "attention": "attention"}
+
+
+def _seconds(stages: dict[int, tuple[Seconds, Seconds]], one: Action) -> float:
+    forward, backward = stages[one.stage]
+    if one.kind == "F":
+        return forward.total
+    return backward.total * {"B": 1, "I": SHARE_FOR_INPUTS, "W": 1 - SHARE_FOR_INPUTS}[one.kind]

@@ -1,0 +1,370 @@
+"""Forward and backward pass of each kind of layer, as a GPU would run it, on meta tensors.
+
+The layers are the model's own, with their tensor, expert and context parallelism and their
+recomputation; FSDP is left out (memory.py adds it), so that a layer has the weights that FSDP would
+have gathered. Equal layers are traced once.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan.components.loss import build_loss
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.context_parallel import positions_of_this_rank
+from torchtitan.distributed.fsdp import experts_outside_fsdp
+from torchtitan.ops.attention import AttentionMask, Documents
+from torchtitan.ops.grouped_mm import local_part
+from torchtitan.planning.ledger import Ledger, Work
+from torchtitan.planning.ranks import BuiltRank, PlannedRun, built_rank
+from torchtitan.planning.routing import Routing, route
+from torchtitan.planning.stand_ins import compiled_loss, gpu_kernels, without_data_parallel
+from torchtitan.planning.state import bytes_of, make_compute_weights, weights_under_fsdp
+from torchtitan.protocols.layers import ExpertWeights
+from torchtitan.protocols.model import BaseModel
+from torchtitan.tools.utils import TORCH_DTYPES
+
+# The ends of the model, traced without any layer between them.
+FIRST, LAST = "embedding", "head and loss"
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One part of the model for one micro-batch. Bytes, the input itself left out.
+
+    kept: alive after the forward pass, the output included.
+    forward_peak, backward_peak: most at a time in each pass, what is kept included, and in the
+        backward pass the gradients of its weights, too.
+    gradients: of its weights, as the pass leaves them.
+    gathered: of the weights that FSDP gathers for it.
+    gathered_elements, gathered_experts: their number, and of these the experts'.
+    alone_elements: of its other weights.
+    gradients_kept: of its weights, once they are summed over ranks and split.
+    output: of the hidden state that it hands on.
+    """
+
+    kept: int
+    forward_peak: int
+    backward_peak: int
+    gradients: int
+    gathered: int
+    gathered_elements: int
+    gathered_experts: int
+    alone_elements: int
+    gradients_kept: int
+    output: int
+    forward: Work
+    backward: Work
+
+    def between(self, least: "Traced", budget: float) -> "Traced":
+        """Of what is kept and computed, this part of the way from `least` (0.0) to here (1.0)."""
+
+        def mix(most: int, least: int) -> int:
+            return round(least + budget * (most - least))
+
+        return replace(
+            self,
+            kept=mix(self.kept, least.kept),
+            forward_peak=mix(self.forward_peak, least.forward_peak),
+            backward_peak=mix(self.backward_peak, least.backward_peak),
+            backward=least.backward.times(1 - budget) + self.backward.times(budget),
+        )
+
+    def after_compiling(self, between: int) -> "Traced":
+        """As compiled. between: bytes kept that a compiler doesn't keep, see `Ledger.between`."""
+        moved = [
+            replace(work, bytes_moved=round(work.bytes_moved * MOVED_COMPILED))
+            for work in (self.forward, self.backward)
+        ]
+        return replace(
+            self,
+            kept=self.kept - between,
+            forward_peak=self.forward_peak - between,
+            backward_peak=self.backward_peak - between,
+            forward=moved[0],
+            backward=moved[1],
+        )
+
+
+# Of the bytes that eager layers move outside of matrix products.
+MOVED_COMPILED = 0.5
+
+
+@dataclass(frozen=True)
+class Traces:
+    """of_layer: the traced part of each layer by name; FIRST and LAST are the ends."""
+
+    of_layer: dict[str, Traced]
+    routing: Routing | None
+    axis_of_group: dict[str, str]
+
+
+def trace_run(run: PlannedRun, skew: float) -> Traces:
+    """Trace every kind of layer of the run, each on the first rank that has it.
+
+    With a memory budget the compiler chooses what it keeps, between nothing and all.
+    """
+    recompute = run.config.activation_checkpoint
+    if recompute.mode != "memory_budget":
+        return _trace(run, skew)
+    most, least = (
+        _trace(
+            replace(
+                run,
+                config=replace(run.config, activation_checkpoint=replace(recompute, mode=mode)),
+            ),
+            skew,
+        )
+        for mode in ("none", "full")
+    )
+    mixed = {
+        name: one.between(least.of_layer[name], recompute.memory_budget)
+        for name, one in most.of_layer.items()
+    }
+    return replace(most, of_layer=mixed)
+
+
+def _trace(run: PlannedRun, skew: float) -> Traces:
+    plain = replace(
+        run, config=replace(run.config, compile=replace(run.config.compile, enable=False))
+    )
+    if run.world_size > 1:  # what FSDP gathers has the compute dtype
+        training = replace(plain.config.training, dtype=run.compute_dtype)
+        plain = replace(plain, config=replace(plain.config, training=training))
+    routing = planned_routing(run, skew)
+    found: dict[str, Traced] = {}
+    kinds: dict[Any, Traced] = {}
+    axes: dict[str, str] = {}
+    for place in run.places():
+        with without_data_parallel(), built_rank(plain, place * run.stage_size) as built:
+            axes |= _axes(built.dims)
+            with _gpu(run, routing):
+                found |= _Tracer(run, built).trace(kinds)
+    return Traces(_of_all_layers(run, found), routing, axes)
+
+
+def _of_all_layers(run: PlannedRun, found: dict[str, Traced]) -> dict[str, Traced]:
+    """Layers of places that were not traced are like those of one that was, in order."""
+    if run.pipeline is None:
+        return found
+    for place, alike in run.places().items():
+        for other in alike:
+            pairs = zip(_layers(run, place), _layers(run, other), strict=True)
+            found |= {there: found[here] for here, there in pairs}
+    return found
+
+
+def _layers(run: PlannedRun, place: int) -> list[str]:
+    assert run.pipeline is not None
+    names = [n for s in run.pipeline.stages_of(place) for n in run.pipeline.stages[s]]
+    return [name.removeprefix("layers.") for name in names if name.startswith("layers.")]
+
+
+def planned_routing(run: PlannedRun, skew: float) -> Routing | None:
+    """None without expert parallelism or experts."""
+    args, degrees = run.model_args, run.degrees
+    if not args.has_experts:
+        return None
+    tokens = run.microbatch * run.now.seq_len // degrees.cp // degrees.tp * degrees.etp
+    nodes = max(1, degrees.ep * degrees.etp // run.node_size)
+    return route(args.moe_args, tokens=tokens, ep=degrees.ep, nodes=nodes, skew=skew)
+
+
+def copies(run: PlannedRun) -> str:
+    """What a token is sent to once: a "rank" or a "node"."""
+    dispatch = run.config.parallelism.expert_parallel_dispatch
+    spans_nodes = run.degrees.ep * run.degrees.etp > run.node_size
+    limited = dispatch == "node_limited" or (dispatch == "auto" and spans_nodes)
+    return "node" if limited else "rank"
+
+
+@contextmanager
+def _gpu(run: PlannedRun, routing: Routing | None) -> Iterator[None]:
+    sizes = routing.split_sizes[copies(run)] if routing else ()
+    with gpu_kernels(sizes), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that torch 2.11 needs
+        yield
+
+
+def _axes(dims: ParallelDims) -> dict[str, str]:
+    """The axis of each process group that layers use, by the group's name."""
+    groups = {"tp": dims.mesh["tp"].get_group(), "cp": dims.data_mesh["cp"].get_group()}
+    if dims.expert_mesh is not None:
+        groups["etp"] = dims.expert_mesh["etp"].get_group()
+        groups["ep"] = dims.expert_mesh["ep"].get_group()
+    found = {str(group.group_name): axis for axis, group in groups.items()}
+    if dims.ep > 1 and dims.nodes_per_ep_group > 1:
+        found |= {str(group.group_name): "ep" for group in dims.node_groups}
+    return found
+
+
+class _Tracer:
+    def __init__(self, run: PlannedRun, built: BuiltRank) -> None:
+        self.run, self.built, self.model = run, built, built.model.train()
+        self.dtype = TORCH_DTYPES[run.compute_dtype]
+        self._give_copies()
+        degrees = run.degrees
+        self.tokens = (run.microbatch, run.now.seq_len // degrees.cp)
+        positions = positions_of_this_rank(built.dims, run.now.seq_len, torch.device("meta"))
+        self.positions = None if positions is None else positions.unsqueeze(0)
+
+    def _give_copies(self) -> None:
+        """The copies of weights that a run computes with. What FSDP gathers is one already; experts
+        that it leaves alone are what the run keeps."""
+        run, built = self.run, self.built
+        if run.world_size > 1:
+            kept = TORCH_DTYPES[run.config.training.dtype]
+            for experts in experts_outside_fsdp(built.model, built.dims, run.config.training):
+                for name, param in list(experts.named_parameters()):
+                    experts.register_parameter(name, nn.Parameter(param.detach().to(kept)))
+        self.weights = make_compute_weights(run, built)
+
+    def trace(self, kinds: dict[Any, Traced]) -> dict[str, Traced]:
+        """Of all parts of this rank's model. kinds: what has been traced already."""
+        found = {}
+        parts = self.built.parts or [self.model]
+        for part in parts:
+            if part.tok_embeddings is not None:
+                found[FIRST] = self._trace_end(part, ("tok_embeddings",))
+            for name, layer in part.layers.items():
+                kind = _kind(layer)
+                if kind not in kinds:
+                    kinds[kind] = self._trace_layer(layer)
+                found[name] = kinds[kind]
+            if part.output is not None:
+                found[LAST] = self._trace_end(part, ("norm", "output", "mtp"))
+        return found
+
+    def _hidden(self, channels: int) -> Tensor:
+        (B, S), tp = self.tokens, self.run.degrees.tp
+        return torch.empty(
+            B, S // tp, channels, dtype=self.dtype, device="meta", requires_grad=True
+        )
+
+    def _ids(self) -> Tensor:
+        return torch.empty(self.tokens, dtype=torch.int64, device="meta")
+
+    def _mask(self) -> AttentionMask:
+        if self.run.model_args.attn_mask_type == "causal" or self.run.degrees.cp > 1:
+            return None
+        (B, S) = self.tokens
+        return Documents(torch.empty(B + 1, dtype=torch.int32, device="meta"), S)
+
+    def _trace_layer(self, layer: nn.Module) -> Traced:
+        valid = torch.empty(self.tokens, dtype=torch.bool, device="meta")
+        x = self._hidden(self.run.model_args.dim)
+        others = (self.model.rope, self._mask(), self.positions, valid)
+
+        def forward() -> Tensor:
+            out, load = layer(x, *others)
+            del load
+            return out
+
+        return self._measure(layer, forward, [x, valid])
+
+    def _trace_end(self, part: BaseModel, names: tuple[str, ...]) -> Traced:
+        end = copy.copy(part)
+        end._modules = {
+            name: module if name in names else None for name, module in part._modules.items()
+        }
+        end._modules["layers"] = nn.ModuleDict()
+        args, tokens, labels = self.run.model_args, self._ids(), self._ids()
+        extra = part.extra_inputs(tokens, labels, 0) if self._has_side_losses else {}
+        first = "tok_embeddings" in names
+        x = tokens if first else self._hidden(args.stage_channels)
+        how = {"attention_masks": self._mask(), "positions": self.positions, **extra}
+        how |= {"labels": labels} if self._model_has_loss(part) and not first else {}
+        loss_fn = self._loss_fn()
+
+        def forward() -> Tensor:
+            out = end(x, token_mask=labels != -100, **how)
+            return out if first or "labels" in how else loss_fn(out, labels)
+
+        return self._measure(end, forward, [x, tokens, labels])
+
+    @property
+    def _has_side_losses(self) -> bool:
+        return self.run.model_args.has_side_losses
+
+    def _model_has_loss(self, part: BaseModel) -> bool:
+        """As in `ForwardBackward`."""
+        whole = self.run.degrees.tp == 1 and self.run.pipeline is None
+        return part.computes_loss and whole and not self._has_side_losses
+
+    def _loss_fn(self) -> Callable[[Tensor, Tensor], Tensor]:
+        compile, parallelism = self.run.config.compile, self.run.config.parallelism
+        whole = parallelism.disable_loss_parallel or self.run.degrees.tp == 1
+        if compile.enable and "loss" in compile.components and whole:
+            return lambda logits, _: compiled_loss(logits)
+        return build_loss(self.built.dims, disable_loss_parallel=parallelism.disable_loss_parallel)
+
+    def _measure(
+        self, module: nn.Module, forward: Callable[[], Tensor], inputs: list[Tensor]
+    ) -> Traced:
+        ledger = Ledger()
+        ledger.ignore(inputs)
+        ledger.ignore(self.model.buffers())
+        ledger.ignore(local_part(p) for p in module.parameters())
+        if self.weights is not None:
+            ledger.ignore(fused.tensor for fused in self.weights._fused)
+        with ledger:
+            ledger.start()
+            out = forward()
+            forward_peak, forward_work, kept = ledger.peak, ledger.work, ledger.now
+            ledger.between.pop(out.untyped_storage()._cdata, None)
+            between = sum(ledger.between.values())
+            ledger.start()
+            gradient = torch.empty_like(out) if out.dim() else None
+            output = out.nbytes
+            if out.dim():
+                out.backward(gradient)
+            else:
+                out.backward()
+            backward_peak, backward_work = ledger.peak, ledger.work
+        gradients = bytes_of(p.grad for p in module.parameters() if p.grad is not None)
+        for p in module.parameters():
+            p.grad = None
+        gathered = weights_under_fsdp(self.run, self.built, module)
+        elements = sum(local_part(p).numel() for p in gathered)
+        experts = _count_experts(module, gathered)
+        traced = Traced(
+            kept=kept,
+            forward_peak=forward_peak,
+            backward_peak=backward_peak,
+            gradients=gradients,
+            gathered=bytes_of(gathered),
+            gathered_elements=elements,
+            gathered_experts=experts,
+            alone_elements=sum(local_part(p).numel() for p in module.parameters()) - elements,
+            gradients_kept=self._gradients_kept(gradients, bytes_of(gathered), elements, experts),
+            output=output if out.dim() else 0,
+            forward=forward_work,
+            backward=backward_work,
+        )
+        return traced.after_compiling(between) if self.run.compiles else traced
+
+    def _gradients_kept(self, gradients: int, gathered: int, elements: int, experts: int) -> int:
+        if self.run.world_size == 1:
+            return gradients
+        dims, size = self.built.dims, TORCH_DTYPES[self.run.config.training.dtype].itemsize
+        split = size * ((elements - experts) // dims.fsdp + experts // dims.expert_fsdp)
+        return split + gradients - gathered  # experts that FSDP leaves alone
+
+
+def _count_experts(module: nn.Module, gathered: list[nn.Parameter]) -> int:
+    """Elements of the gathered weights that are experts'."""
+    experts = [each for each in module.modules() if isinstance(each, ExpertWeights)]
+    own = {id(p) for each in experts for p in each.parameters()}
+    return sum(local_part(p).numel() for p in gathered if id(p) in own)
+
+
+def _kind(layer: nn.Module) -> tuple:
+    """Equal for layers that do the same: their weights' sizes, and how they are recomputed."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+    return shapes, getattr(layer.forward, "__func__", layer.forward).__qualname__

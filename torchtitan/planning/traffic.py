@@ -1,0 +1,204 @@
+"""Bytes that a rank sends in a step, by axis of the layout, inside its node and between nodes.
+
+Collectives of layers come from the traces, those of FSDP from the sizes of the weights, those of
+the experts' exchange from the routing. Rings and trees: of a tensor that n ranks gather, each sends
+(n − 1)/n; what crosses nodes is shared by the ranks of a node, each with its own network card.
+"""
+
+from dataclasses import dataclass
+
+from torchtitan.distributed.token_dispatch import bytes_per_row
+from torchtitan.planning.ranks import PlannedRun
+from torchtitan.planning.routing import Routing, route, without_limit
+from torchtitan.planning.trace import FIRST, LAST, Traced, Traces, copies
+from torchtitan.tools.utils import TORCH_DTYPES
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Sent by a rank: to ranks of its node, and to other nodes."""
+
+    inside: float = 0.0
+    between: float = 0.0
+
+    def __add__(self, other: "Bytes") -> "Bytes":
+        return Bytes(self.inside + other.inside, self.between + other.between)
+
+    def times(self, factor: float) -> "Bytes":
+        return Bytes(self.inside * factor, self.between * factor)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that a collective joins. stride: from one to the next in the numbering of ranks."""
+
+    size: int
+    stride: int
+
+    def spread(self, run: PlannedRun, sent: float) -> Bytes:
+        """sent: by each rank in a ring of all."""
+        near = max(1, min(self.size, run.node_size // self.stride))
+        if self.size == 1:
+            return Bytes()
+        nodes = max(1, self.size // near)
+        whole = sent * self.size / (self.size - 1)
+        between = whole * (nodes - 1) / nodes / near
+        return Bytes(whole * (near - 1) / near, between)
+
+
+def groups(run: PlannedRun) -> dict[str, Group]:
+    """Of each axis; ranks are numbered (pp, dp_replicate, dp_shard, cp, tp), the last fastest."""
+    d = run.degrees
+    fsdp = d.dp_shard * d.cp
+    spread = d.ep * d.etp
+    expert_fsdp = max(1, fsdp * d.tp // spread)
+    return {
+        "tp": Group(d.tp, 1),
+        "cp": Group(d.cp, d.tp),
+        "etp": Group(d.etp, 1),
+        "ep": Group(d.ep, d.etp),
+        "fsdp": Group(fsdp, d.tp),
+        "expert fsdp": Group(expert_fsdp, spread),
+        "replicas": Group(d.dp_replicate, fsdp * d.tp),
+        "pp": Group(d.pp, run.stage_size),
+    }
+
+
+def gather_bytes(run: PlannedRun, one: Traced) -> Bytes:
+    """To gather the weights of a layer once."""
+    size = TORCH_DTYPES[run.compute_dtype].itemsize
+    return _over_shards(run, one, size)
+
+
+def reduce_bytes(run: PlannedRun, one: Traced) -> Bytes:
+    """To sum the gradients of a layer once, in fp32."""
+    return _over_shards(run, one, FP32)
+
+
+def _over_shards(run: PlannedRun, one: Traced, size: int) -> Bytes:
+    dense, experts = one.gathered_elements - one.gathered_experts, one.gathered_experts
+    found = Bytes()
+    for name, elements in (("fsdp", dense), ("expert fsdp", experts)):
+        group = groups(run)[name]
+        found += group.spread(run, elements * size * (group.size - 1) / group.size)
+    return found
+
+
+def replica_bytes(run: PlannedRun, one: Traced) -> Bytes:
+    """To sum a layer's split gradients over replicas."""
+    d = run.degrees
+    dense, experts = one.gathered_elements - one.gathered_experts, one.gathered_experts
+    split = dense / groups(run)["fsdp"].size + experts / groups(run)["expert fsdp"].size
+    group = groups(run)["replicas"]
+    return group.spread(run, 2 * FP32 * split * (d.dp_replicate - 1) / d.dp_replicate)
+
+
+def layer_bytes(run: PlannedRun, traces: Traces, one: Traced) -> dict[str, tuple[Bytes, Bytes]]:
+    """Of tensor and context parallelism, for one micro-batch: (forward, backward) by axis."""
+    found: dict[str, list[Bytes]] = {}
+    for way, work in enumerate((one.forward, one.backward)):
+        for (group, _), sent in work.sent.items():
+            axis = traces.axis_of_group.get(group, "tp")
+            if axis != "ep" and sent:
+                pair = found.setdefault(axis, [Bytes(), Bytes()])
+                pair[way] += groups(run)[axis].spread(run, sent)
+    return {axis: (pair[0], pair[1]) for axis, pair in found.items()}
+
+
+def exchange_bytes(run: PlannedRun, traces: Traces, one: Traced) -> tuple[Bytes, Bytes]:
+    """Of the experts' exchange of a layer, for one micro-batch: (forward, backward)."""
+    sent = [
+        sum(n for (group, _), n in work.sent.items() if traces.axis_of_group.get(group) == "ep")
+        for work in (one.forward, one.backward)
+    ]
+    if not sent[0] or traces.routing is None:
+        return Bytes(), Bytes()
+    half = rows_as_bytes(run, traces.routing, copies(run)).times(0.5)
+    again = round(2 * sent[1] / sent[0]) / 2  # recomputation sends the forward half once more
+    return half, half.times(again)
+
+
+def rows_as_bytes(run: PlannedRun, routing: Routing, way: str) -> Bytes:
+    """Out and back, forward and backward, of a layer and micro-batch, a mean rank.
+
+    way: one copy of a token for each "expert", "rank" or "node" of it.
+    """
+    args, size = run.model_args, TORCH_DTYPES[run.compute_dtype]
+    each = bytes_per_row(args.dim, args.moe_args.top_k, size) / run.degrees.ep
+    return Bytes(routing.rows[way, "node"] * each, routing.rows[way, "remote"] * each)
+
+
+def send_bytes(run: PlannedRun) -> Bytes:
+    """Of a micro-batch from a pipeline stage to the next, one way."""
+    d = run.degrees
+    if d.pp == 1:
+        return Bytes()
+    tokens = run.microbatch * run.now.seq_len // d.cp // d.tp
+    size = tokens * run.model_args.stage_channels * TORCH_DTYPES[run.compute_dtype].itemsize
+    return Bytes(0, size) if run.stage_size >= run.node_size else Bytes(size, 0)
+
+
+def step_traffic(run: PlannedRun, traces: Traces, place: int) -> dict[str, Bytes]:
+    """Of a rank at this place of the pipeline, by axis, for a whole step."""
+    total: dict[str, Bytes] = {}
+
+    def add(axis: str, sent: Bytes) -> None:
+        total[axis] = total.get(axis, Bytes()) + sent
+
+    microbatches = run.passes * (run.pipeline.num_microbatches if run.pipeline else 1)
+    gathers, sums = sharding_rounds(run)
+    for name in names_at(run, traces, place):
+        one = traces.of_layer[name]
+        add("fsdp", gather_bytes(run, one).times(gathers) + reduce_bytes(run, one).times(sums))
+        add("replicas", replica_bytes(run, one))
+        for axis, (forward, backward) in layer_bytes(run, traces, one).items():
+            add(axis, (forward + backward).times(microbatches))
+        forward, backward = exchange_bytes(run, traces, one)
+        add("ep", (forward + backward).times(microbatches))
+    if run.pipeline:
+        stages = len(run.pipeline.stages_of(place))
+        add("pp", send_bytes(run).times(2 * stages * microbatches))
+    return {axis: sent for axis, sent in total.items() if sent.inside or sent.between}
+
+
+def sharding_rounds(run: PlannedRun) -> tuple[int, int]:
+    """How often FSDP gathers each weight, and sums each gradient, in a step."""
+    reshards = run.config.parallelism.fsdp_reshard_after_forward
+    again = reshards == "always" or (reshards == "default" and run.pipeline is None)
+    return run.passes * (2 if again else 1), run.passes
+
+
+def names_at(run: PlannedRun, traces: Traces, place: int) -> list[str]:
+    """The traced parts of the model at a place of the pipeline, in order."""
+    if run.pipeline is None:
+        return [FIRST, *(name for name in traces.of_layer if name.isdecimal()), LAST]
+    return [n for stage in run.pipeline.stages_of(place) for n in names_of(run, stage)]
+
+
+def names_of(run: PlannedRun, stage: int) -> list[str]:
+    """The traced parts of a stage, in order."""
+    assert run.pipeline is not None
+    modules = run.pipeline.stages[stage]
+    layers = [name.removeprefix("layers.") for name in modules if name.startswith("layers.")]
+    return [FIRST] * ("tok_embeddings" in modules) + layers + [LAST] * ("output" in modules)
+
+
+def dispatch_table(run: PlannedRun, routing: Routing) -> dict[tuple[str, str], Bytes]:
+    """Bytes of one layer and micro-batch with each dispatcher, with and without the group limit.
+
+    Keys: (copies, limit): one copy for each "expert", "rank" or "node"; "as configured", or "no
+    groups" where the model has them.
+    """
+    found = {(way, "as configured"): rows_as_bytes(run, routing, way) for way in WAYS}
+    args = run.model_args.moe_args
+    if args.num_expert_groups:
+        nodes = max(1, run.degrees.ep * run.degrees.etp // run.node_size)
+        how = {"tokens": routing.tokens, "ep": run.degrees.ep, "nodes": nodes}
+        free = route(without_limit(args), **how)
+        found |= {(way, "no groups"): rows_as_bytes(run, free, way) for way in WAYS}
+    return found
+
+
+WAYS = ("expert", "rank", "node")
