@@ -45,20 +45,32 @@ class Processes:
 
     def __enter__(self) -> "Processes":
         self.folder.mkdir(parents=True)
-        for rank in range(self.count):
-            ours, theirs = _fork.Pipe()
-            arguments = (theirs, self.folder, rank, self.count)
-            process = _fork.Process(target=_serve, args=arguments)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
+        try:
+            for rank in range(self.count):
+                self._start(rank)
+        except BaseException:  # Ctrl-C among them: nobody else would end those that have started
+            self.__exit__()
+            raise
         return self
 
+    def _start(self, rank: int) -> None:
+        ours, theirs = _fork.Pipe()
+        process = _fork.Process(target=_serve, args=(theirs, self.folder, rank, self.count))
+        self._processes.append(process)
+        # Python runs hooks around a fork, and drops a KeyboardInterrupt that falls into one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        theirs.close()
+        self._pipes.append(ours)
+
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+        started = [process for process in self._processes if process.pid is not None]
+        for process in started:
             process.kill()
-        for process in self._processes:
+        for process in started:
             process.join()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
