@@ -136,6 +136,9 @@ def plan_run(
     model_args.check_layout(config.parallelism)
     node_size = resolve_node_size(config.parallelism, world_size, min(gpus_per_node, world_size))
     parallelism = replace(config.parallelism, expert_parallel_node_size=node_size)
+    if parallelism.expert_parallel_dispatch == "all_gather":
+        # Its buffers have room for more rows than come, which a trace would count as computed.
+        parallelism = replace(parallelism, expert_parallel_dispatch="all_to_all")
     pipeline = None
     if degrees.pp > 1:
         pipeline = plan_pipeline(
