@@ -53,7 +53,7 @@ def test_yarn_stays_on_under_loaded_weights(long, tmp_path, capsys, kind):
         load["checkpoint.initial_load_in_hf"] = True
     train(tmp_path / "auto", **load)
     text = said(capsys)
-    assert text.count(STAYS) == 1 and "means another model" not in text
+    assert text.count(STAYS) == 1 and "differs from model.args" not in text
     assert stored_args(tmp_path / "auto", 2)["yarn"] == "on"
     assert json.loads((tmp_path / "auto/model_args.json").read_text())["yarn"] == "on"
     train(tmp_path / "on", **load, model__args__yarn="on")
@@ -61,7 +61,7 @@ def test_yarn_stays_on_under_loaded_weights(long, tmp_path, capsys, kind):
     assert losses(tmp_path / "auto") == losses(tmp_path / "on")
 
     train(tmp_path / "off", **load, model__args__yarn="off")
-    told = "means another model" if "in_hf" in str(load) else "YaRN is off from here on"
+    told = "differs from model.args in" if "in_hf" in str(load) else "YaRN is off from now on"
     assert told in said(capsys)
     assert losses(tmp_path / "off")[0] != losses(tmp_path / "on")[0]
     # ... and goes on in the same way.
@@ -105,7 +105,7 @@ PHASES = [
 def test_phases_tell_of_it_and_a_resumed_run_goes_on_as_it_was(tmp_path, capsys):
     train(tmp_path / "whole", as_option(PHASES), training__steps=4)
     text = said(capsys)
-    assert text.count("YaRN is off from here on") == 1
+    assert text.count("YaRN is off from now on") == 1
     train(tmp_path / "parts", as_option(PHASES))
     train(tmp_path / "parts", as_option(PHASES), training__steps=4)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
