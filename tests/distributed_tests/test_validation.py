@@ -194,7 +194,7 @@ def test_split_sequences_and_matrices_write_no_samples(texts, tmp_path, axis):
             check_validation(ConfigManager().parse_args(arguments))
         return str(caught.value)
 
-    assert refusal().startswith("validation.sample_prompts is set, but text is written token by ")
+    assert refusal().startswith("validation.sample_prompts is set, but text is generated token by ")
     same = options(tmp_path, texts, **split, validation__sample_prompts="[]")
     check_validation(ConfigManager().parse_args(same))
 
