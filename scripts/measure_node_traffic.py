@@ -131,13 +131,11 @@ def measure(options: argparse.Namespace) -> list[dict]:
 def wait_for(processes: list[subprocess.Popen], folder: Path, seconds: float) -> None:
     """Wait until all processes are done. Raises `RunError` at the first failure, or on timeout."""
     deadline = time.monotonic() + seconds
-    while any(process.poll() is None for process in processes):
-        for rank, process in enumerate(processes):
-            if process.poll():
+    while None in (codes := [process.poll() for process in processes]) or any(codes):
+        for rank, code in enumerate(codes):
+            if code:
                 log = (folder / f"rank{rank}.log").read_text().splitlines()
-                raise RunError(
-                    "\n".join([f"Rank {rank} ended with code {process.returncode}:", *log[-20:]])
-                )
+                raise RunError("\n".join([f"Rank {rank} ended with code {code}:", *log[-20:]]))
         if time.monotonic() > deadline:
             raise RunError(
                 f"The measurement was not done after --seconds {seconds:g}: give it more, or fewer "

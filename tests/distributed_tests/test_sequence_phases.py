@@ -191,7 +191,11 @@ def test_every_layout_changes_them_alike(ranks, validated, tmp_path, name):
             "batch_size = 8 must be a multiple of 3.*set it to 6 or 9",
         ),
         ({"seq_len": 8}, ["--comm.mode=fake_backend"], "seq_len = 8 needs the data"),
-        ({"yarn": "on"}, ["--comm.mode=fake_backend"], 'yarn = "on" needs the data positions of all ranks'),
+        (
+            {"yarn": "on"},
+            ["--comm.mode=fake_backend"],
+            'yarn = "on" needs the data positions of all ranks',
+        ),
         ({"yarn": "maybe"}, [], 'yarn = "maybe" must be "auto", "on" or "off"'),
         ({"seq_len": 64}, ["--model.args.max_seq_len=32"], "phase 1: model.args.max_seq_len"),
         ({"yarn": "on"}, ["--model.name=qwen3"], "phase 1: model.args.yarn is not a model arg"),

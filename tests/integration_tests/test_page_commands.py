@@ -75,6 +75,7 @@ RUN_HERE = {
 _SCRIPT = "tests/integration_tests/test_run_train.py::"
 _NODES = "test_the_debug_model_with_experts_on_two_nodes_trains_like_one_process"
 _EXPERTS = "--parallelism.expert_parallel_degree 4 --parallelism.expert_parallel_node_size 1"
+_PLAN = "tests/unit_tests/planning/test_plan.py::test_report_page_and_data_say_the_same"
 _CONTRACT = "tests/distributed_tests/test_loss_contract.py::"
 RUN_BY_ANOTHER_TEST = {
     "./run_train.sh": f"{_SCRIPT}test_a_file_written_for_torchtitan_v02_runs_at_once",
@@ -87,6 +88,11 @@ RUN_BY_ANOTHER_TEST = {
     f"NGPU=4 ./run_train.sh --model.flavor debugmodel_node_limited {_EXPERTS}": _SCRIPT + _NODES,
     "NGPU=4 ./run_train.sh --model.flavor debugmodel_node_limited --metrics.log_traffic "
     f"{_EXPERTS}": _SCRIPT + _NODES,
+    "python scripts/plan.py train_configs/deepseek_v3_671b.toml --world-size 2048 --hardware "
+    "h800": _PLAN,
+    "python scripts/plan.py X.toml --world-size 2048 --hardware h800": _PLAN,
+    "python scripts/plan.py X.toml --world-size 64 --hardware h200 --sweep --html plan.html "
+    "--json plan.json --tokens 1e12 --activation_checkpoint.mode full": _PLAN,
     "python scripts/prove.py train_configs/deepseek_v3_671b.toml --world-size 2048": (
         "tests/unit_tests/proof/test_shrink.py::test_shipped_files_shrink_to_runs_that_are_legal"
     ),

@@ -39,6 +39,8 @@ class PlainAllToAllDispatcher:
     ranks_per_node: consecutive ranks that share a node, for the traffic.
     """
 
+    gathers = False
+
     def __init__(self, group: dist.ProcessGroup, num_experts: int, ranks_per_node: int):
         self.group = group
         self.num_experts = num_experts
