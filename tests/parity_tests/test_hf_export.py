@@ -243,4 +243,4 @@ def test_a_key_that_nothing_here_knows_is_named_when_weights_are_loaded(tmp_path
     (folder / "config.json").write_text(json.dumps(config))
     load_hf(model_of(args), DeepSeekV3StateDictAdapter(args), folder)
     (warning,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
-    assert "some_new_key: not known here" in warning
+    assert "some_new_key: unknown here" in warning
