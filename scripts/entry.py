@@ -68,7 +68,7 @@ def _lacks(package: str) -> str:
 
 
 def _is_in_charge() -> bool:
-    """Whether this process runs a script of ours; tests import them as modules."""
+    """Return whether this process runs a script of ours; tests import them as modules."""
     main = getattr(sys.modules["__main__"], "__file__", None)
     return main is not None and Path(main).resolve().is_relative_to(REPO / "scripts")
 

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, folder: Path) -> int:
 
 
 def number(option: str, text: str, least: int | None = None) -> int:
-    """What an option says. Raises `UserError`."""
+    """Return the number that an option gives. Raises `UserError`."""
     if not re.fullmatch(r"-?[0-9]{1,9}", text):
         raise UserError(f"{option} {text} must be a whole number; leave it out for the default.")
     if least is not None and int(text) < least:

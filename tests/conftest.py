@@ -20,7 +20,7 @@ for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", 
 
 
 def pytest_collection_finish() -> None:
-    """What all tests have imported stays: every trainer collects garbage when it starts, and would
+    """Keep what all tests have imported: every trainer collects garbage when it starts, and would
     look through all of it (tests/helpers.py does the same in its processes)."""
     gc.freeze()
 
@@ -32,8 +32,8 @@ def same_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_logger() -> None:
-    """As imported: an earlier test's `main` has sent log lines to its own stderr, away from
-    caplog."""
+    """Reset the logger to its state at import: an earlier test's `main` has sent log lines to its
+    own stderr, away from caplog."""
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.NOTSET)

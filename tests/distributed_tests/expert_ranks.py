@@ -38,7 +38,7 @@ def make_dispatcher(way: Way, num_experts: int) -> TokenDispatcher:
 
 @cache  # groups last as long as the pool
 def _node_groups(node_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Of this rank: those at its place on each node, and those of its node."""
+    """Groups of this rank: those at its place on each node, and those of its node."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     places = [list(range(place, world_size, node_size)) for place in range(node_size)]
     nodes = [list(range(i, i + node_size)) for i in range(0, world_size, node_size)]
@@ -122,7 +122,7 @@ class _RoutingCheck:
         self._check_results(out_TD, x_TD.grad, weights_TK.grad)
 
     def _check_arrivals(self, rows_RD: Tensor, counts_L: Tensor, weights_R: Tensor) -> None:
-        """Of each local expert: its tokens with its weights, no matter in which order."""
+        """List for each local expert its tokens with its weights, no matter in which order."""
         assert len(rows_RD) == len(weights_R) == counts_L.sum(), (self.way, counts_L)
         arrived_RD = torch.cat((rows_RD, weights_R.unsqueeze(1)), dim=1).detach()
         for i, rows in enumerate(arrived_RD.split(counts_L.tolist())):

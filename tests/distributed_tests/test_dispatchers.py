@@ -50,7 +50,7 @@ def make_layer(args: MoEArgs, dtype: torch.dtype) -> MoE:
 
 
 def tokens_by_rank(way: Way, world_size: int, dtype: torch.dtype) -> list[Tensor]:
-    """As many as come, none at all on rank 1; and what their outputs are multiplied with. Equally
+    """Tokens by rank, none on rank 1, and what their outputs are multiplied with. Equally
     many where all are gathered."""
     num_tokens = [0 if rank == 1 else 3 + rank * 5 % 7 for rank in range(world_size)]
     if way[0] == "all_gather":
@@ -71,7 +71,7 @@ def outputs_and_gradients(moe: MoE, tokens_T2D: Tensor) -> dict[str, Tensor]:
 
 
 def layers_on_this_rank(way: Way, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """Of every case: this rank's tokens through a layer that holds this rank's experts only."""
+    """Run every case: this rank's tokens through a layer that holds this rank's experts only."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     results = []
     for args in layer_cases(world_size):

@@ -23,7 +23,7 @@ SPLIT_INSIDE = [
 
 
 def initial_weights(options: list[str], dump_folder: str) -> tuple[dict[str, Tensor], list[str]]:
-    """As drawn, and which dims of the experts' stacks are split on this rank's own mesh."""
+    """Weights as drawn, and which dims of the experts' stacks are split on this rank's own mesh."""
     trainer = Trainer(config_of(*options, f"--job.dump_folder={dump_folder}"))
     state = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     w1 = next(iter(trainer.moes.values())).experts.w1

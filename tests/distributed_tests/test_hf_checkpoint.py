@@ -149,7 +149,7 @@ def split_matrices(model: nn.Module) -> nn.Module:
 
 
 def one_stage(model: nn.Module) -> nn.Module:
-    """Of two stages: embedding and layer 0 on even ranks, layer 1, norm and output on odd ones."""
+    """Keep one of two stages: embedding and layer 0 on even ranks, the rest on odd ones."""
     first = dist.get_rank() % 2 == 0
     for name in ("norm", "output") if first else ("tok_embeddings",):
         setattr(model, name, None)

@@ -79,7 +79,7 @@ def tokenizer() -> Path:
 
 
 def texts(arguments: list[str]) -> str:
-    """What generate.py prints on this rank."""
+    """Return what generate.py prints on this rank."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         # In fp32 everywhere: bf16 rounds differently on two ranks, and draws other tokens.

@@ -225,7 +225,7 @@ LAYOUTS |= {
 
 
 def parallelisms(world_size: int, options: list[str]) -> set[str]:
-    """Those of DEGREES that are more than 1."""
+    """Degrees of DEGREES that are more than 1."""
     told = dict(option.split("=", 1) for option in options if "_degree=" in option)
     degrees = {name: int(told.get(f"--parallelism.{key}", 1)) for name, key in DEGREES.items()}
     if f"--parallelism.{DEGREES['shard']}" not in told:  # all that the others leave

@@ -45,7 +45,7 @@ class RowCapacity:
     exact: bool = False
 
     def rows(self, tokens: int, top_k: int, ranks: int, local_experts: int) -> int:
-        """R, at most what `ranks · tokens` tokens can choose.
+        """Return R, at most what `ranks · tokens` tokens can choose.
 
         tokens: T, of one rank.
         """
@@ -58,7 +58,7 @@ class RowCapacity:
 
 
 def row_capacity(moes: Iterable[MoELayer]) -> RowCapacity | None:
-    """The one that all layers share; None where sizes are exact."""
+    """Return the capacity that all layers share; None where sizes are exact."""
     for moe in moes:
         if isinstance(moe.dispatcher, AllGatherDispatcher):
             return moe.dispatcher.capacity
