@@ -145,7 +145,7 @@ def test_an_unexpected_error_of_one_rank_is_told_at_once_and_ends_the_run(tmp_pa
     finally:
         run.kill()
     log = (tmp_path / "log").read_text()
-    assert "This rank has failed\nTraceback" in log
+    assert "This rank failed\nTraceback" in log
     assert "E rank 1: ValueError: a mistake of ours" in log, "the launcher's last words"
 
 
@@ -163,5 +163,5 @@ def test_so_is_one_while_the_run_is_built(tmp_path):
         run.ranks[1].join(60)
         assert run.ranks[1].exitcode == 1
     log = (tmp_path / "log").read_text()
-    assert "This rank has failed\nTraceback" in log
+    assert "This rank failed\nTraceback" in log
     assert "ValueError: a mistake of ours" in log
