@@ -54,7 +54,7 @@ class Pairs:
             spread.set_requires_gradient_sync(False)
             spread.set_is_last_backward(False)
             spread.set_reshard_after_backward(False)
-            model.set_tokens_in_step(torch.ones((), device=device))
+            model.set_tokens_in_step(*torch.ones(2, device=device))
         shape = config.training.local_batch_size, config.training.seq_len
         self.tokens = torch.randint(0, args.vocab_size, shape, device=device)
         self.waiting = self._forward(0)

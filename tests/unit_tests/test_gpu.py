@@ -15,7 +15,7 @@ from torchtitan.distributed.token_dispatch import AllToAllDispatcher
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.models.moe import MoE, MoEArgs, TokenChoiceTopKRouter
 from torchtitan.models.moe import router as router_module
-from torchtitan.ops.attention import attention, document_mask
+from torchtitan.ops.attention import attention, document_mask, number_documents
 from torchtitan.ops.expert_ffn import expert_ffn, expert_ffn_chain
 from torchtitan.ops.grouped_mm import grouped_linear, grouped_mm_loop
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
@@ -53,8 +53,10 @@ def test_attention_at_mla_sizes_equals_fp64(documents: bool) -> None:
     visible = torch.ones(S, S, dtype=torch.bool, device="cuda").tril().expand(B, 1, S, S)
     mask = None
     if documents:
-        mask = document_mask(tokens, eos_id=3)
-        visible = document_mask(tokens.cpu(), eos_id=3).cuda()  # the CPU's form: a plain matrix
+        mask = document_mask(number_documents(tokens, 3))
+        visible = document_mask(
+            number_documents(tokens.cpu(), 3)
+        ).cuda()  # the CPU's form: a plain matrix
     out = attention(*inputs, scale=scale, mask=mask)
     q, k, v = (t.transpose(1, 2) for t in exact)
     scores = (q @ k.mT * scale).masked_fill(~visible, float("-inf"))
@@ -110,7 +112,7 @@ def test_mla_operator_equals_the_plain_lines_in_fp64(documents: bool) -> None:
     projected, kv = leaves((B, S, H * 192 + 64), (B, S, H, 256))
     table = rope_table(64, S, 10000.0).cuda()
     tokens = torch.randint(0, 20, (B, S)) if documents else torch.ones(B, S, dtype=torch.int64)
-    mask = document_mask(tokens, 3, device=torch.device("cuda"))
+    mask = document_mask(number_documents(tokens, 3), device=torch.device("cuda"))
     assert (mask is not None) == documents
     q = projected[..., : H * 192].unflatten(-1, (H, 192))
     k_rope = projected[..., -64:]
@@ -122,7 +124,7 @@ def test_mla_operator_equals_the_plain_lines_in_fp64(documents: bool) -> None:
     q = torch.cat((q[..., :128], apply_rope(q[..., 128:], table.double())), -1)
     k = torch.cat((exact_kv[..., :128], k_rope), -1)
     q, k, v = (t.transpose(1, 2) for t in (q, k, exact_kv[..., 128:]))
-    hidden = ~document_mask(tokens, 3).cuda()
+    hidden = ~document_mask(number_documents(tokens, 3)).cuda()
     scores = (q @ k.mT * scale).masked_fill(hidden, float("-inf"))
     expected = (scores.softmax(-1) @ v).transpose(1, 2)
     assert relative_error(out, expected) < 1e-2

@@ -86,15 +86,15 @@ class StepInputs(NamedTuple):
     """Inputs of one step.
 
     tokens, labels: (B, S) int64, this rank's.
-    whole_tokens: (B, S) int64, of whole sequences; attention masks are made from them.
+    documents: (B, S) int64, the document of each token of whole sequences; −1 = padding.
     positions: (1, S) int64, None = 0, 1, ….
-    token_mask: (B, S) bool, this rank's.
+    token_mask: (B, S) bool, this rank's; False = padding.
     extra: from `BaseModel.extra_inputs`.
     """
 
     tokens: Tensor
     labels: Tensor
-    whole_tokens: Tensor
+    documents: Tensor
     positions: Tensor | None
     token_mask: Tensor
     extra: dict[str, Any]
@@ -120,7 +120,7 @@ class Pipeline:
     vocab: entries of the logits on this rank.
     split: ranks that share the tokens of a sequence between stages.
     dtype: of tensors between stages.
-    masks_of: makes attention masks from the tokens (B, S) of whole sequences.
+    masks_of: makes attention masks from `StepInputs.documents`.
     overlap: interleave pairs of passes (overlap.py).
     """
 
@@ -197,16 +197,16 @@ class Pipeline:
     def _make_masks(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         # A mask is made per micro-batch, where it is used: torch splits the arguments of stages
         # along the batch dim, which a mask need not have.
-        return args, kwargs | {"attention_masks": self._masks_of(kwargs.pop("whole_tokens"))}
+        return args, kwargs | {"attention_masks": self._masks_of(kwargs.pop("documents"))}
 
-    def step(self, inputs: StepInputs, valid_tokens: Tensor) -> Tensor:
+    def step(self, inputs: StepInputs, labels_in_step: Tensor) -> Tensor:
         """Run forward and backward passes, which add to the gradients.
 
         Returns this rank's part of the step's loss, a scalar; 0 without the last stage.
 
-        valid_tokens: scalar, of the whole step; losses are divided by it.
+        labels_in_step: scalar, labels of the whole step; losses are divided by it.
         """
-        self._divisor = valid_tokens
+        self._divisor = labels_in_step
         return self._run(self._schedule(inputs.tokens.shape).step, inputs)
 
     def evaluate(self, inputs: StepInputs) -> Tensor:
@@ -217,10 +217,7 @@ class Pipeline:
             return self._run(schedule.eval, inputs)
 
     def _run(self, run: Callable[..., Any], inputs: StepInputs) -> Tensor:
-        kwargs: dict[str, Any] = {
-            "token_mask": inputs.token_mask,
-            "whole_tokens": inputs.whole_tokens,
-        }
+        kwargs: dict[str, Any] = {"token_mask": inputs.token_mask, "documents": inputs.documents}
         kwargs |= inputs.extra
         if inputs.positions is not None:
             kwargs["positions"] = inputs.positions.expand_as(inputs.tokens).contiguous()

@@ -50,39 +50,47 @@ def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(fn)
 
 
+def number_documents(tokens_BS: Tensor, eos_id: int | None) -> Tensor:
+    """Number the documents of each sequence from 0; return the number of each token's, int64.
+
+    A document ends with (and includes) `eos_id`; None = a sequence is one document.
+    """
+    if eos_id is None:
+        return torch.zeros_like(tokens_BS)
+    ends_BS = tokens_BS == eos_id
+    return ends_BS.cumsum(dim=1) - ends_BS.int()
+
+
 def document_mask(
-    tokens_BS: Tensor,
-    eos_id: int,
+    documents_BS: Tensor,
     queries_Q: Tensor | None = None,
     device: torch.device | None = None,
 ) -> AttentionMask:
-    """Block-causal mask of packed text: a token sees the earlier tokens of its own document.
+    """Block-causal mask of packed documents: a token sees the earlier tokens of its own document.
 
-    A document ends with (and includes) `eos_id`. Tokens on the CPU are best: their documents are
-    counted there, and nothing waits for the GPU.
-
-    tokens_BS: int64.
+    documents_BS: int64, equal for neighbouring tokens of one document. On the CPU is best: nothing
+        waits for the GPU there.
     queries_Q: see `causal_mask`; None = all positions.
-    device: of the mask; None = that of the tokens.
+    device: of the mask; None = that of `documents_BS`.
 
     Returns on the CPU bool (B, 1, S, S), True = may be seen. On a GPU `Documents`, or None where
     every sequence is one document; for given queries a flex `BlockMask`.
     """
-    device = device or tokens_BS.device
-    ends_BS = tokens_BS == eos_id
+    device = device or documents_BS.device
     if queries_Q is not None:
-        document_BS = _documents(ends_BS.to(device))
-        return _mask(queries_Q, document_BS[:, : int(queries_Q[-1]) + 1])  # host sync: once a batch
+        num_keys = int(queries_Q[-1]) + 1  # host sync: once a batch
+        return _mask(queries_Q, documents_BS.to(device)[:, :num_keys])
     if device.type == "cpu":
-        return _mask(torch.arange(tokens_BS.size(1)), _documents(ends_BS))
-    ends_BS[:, -1] = True
-    ends_BS = ends_BS.cpu()  # host sync for tokens on the GPU: how many documents there are
+        return _mask(torch.arange(documents_BS.size(1)), documents_BS)
+    ends_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    ends_BS[:, :-1] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    ends_BS = ends_BS.cpu()  # host sync for documents on the GPU: how many there are
     ends = ends_BS.flatten().nonzero().flatten().int() + 1
-    if ends.numel() == tokens_BS.size(0):
+    if ends.numel() == documents_BS.size(0):
         return None
     starts = F.pad(ends, (1, 0))
     # Rounded up, so that compiled graphs see few lengths; the kernel skips the blocks beyond.
-    longest = min(tokens_BS.size(1), 1 << (int(starts.diff().max()) - 1).bit_length())
+    longest = min(documents_BS.size(1), 1 << (int(starts.diff().max()) - 1).bit_length())
     return Documents(starts.to(device, non_blocking=True), longest)
 
 
@@ -93,11 +101,6 @@ def causal_mask(queries_Q: Tensor) -> Tensor | BlockMask:
     """
     num_keys = int(queries_Q[-1]) + 1  # host sync: once a batch
     return _mask(queries_Q, queries_Q.new_zeros(1, num_keys))
-
-
-def _documents(ends_BS: Tensor) -> Tensor:
-    """Number the documents of each sequence from 0; return the number of each token's."""
-    return ends_BS.cumsum(dim=1) - ends_BS.int()
 
 
 def _mask(queries_Q: Tensor, document_BK: Tensor) -> Tensor | BlockMask:
@@ -138,7 +141,7 @@ def attention(
             return document_attention(q_BSHC, k_BSHC, v_BSHC, *mask, scale)
         # fp32 on a GPU holds S × S scores: meant for small sizes.
         queries_S = torch.arange(q_BSHC.size(1), device=q_BSHC.device)
-        mask = _may_see(queries_S, _documents(_ends(mask, q_BSHC.shape[:2])))
+        mask = _may_see(queries_S, _documents_of(mask, q_BSHC.shape[:2]))
     if q_BSHC.device.type == "cpu" and v_channels < q_BSHC.size(-1):
         # The CPU's flash kernel needs equal channels; without that kernel SDPA holds S × S scores
         # and is 1.7 (fp32) to 2.4 (bf16) times slower at S = 2048.
@@ -164,7 +167,8 @@ def _at_least(channels: int, x_BSHC: Tensor) -> Tensor:
     return F.pad(x_BSHC, (0, max(0, channels - x_BSHC.size(-1))))
 
 
-def _ends(documents: Documents, shape: torch.Size) -> Tensor:
-    """Mark the last token of each document: bool (B, S)."""
-    ends_T = torch.zeros(shape.numel(), dtype=torch.bool, device=documents.starts.device)
-    return ends_T.index_fill_(0, documents.starts[1:].long() - 1, True).view(shape)
+def _documents_of(documents: Documents, shape: torch.Size) -> Tensor:
+    """Number the documents of the flattened batch; return the number of each token's (B, S)."""
+    begins_T = documents.starts.new_zeros(shape.numel())
+    begins_T.index_fill_(0, documents.starts[1:-1].long(), 1)
+    return begins_T.cumsum(0).view(shape)

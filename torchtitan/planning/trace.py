@@ -275,7 +275,7 @@ class _Tracer:
         }
         end._modules["layers"] = nn.ModuleDict()
         args, tokens, labels = self.run.model_args, self._ids(), self._ids()
-        extra = part.extra_inputs(tokens, labels, 0) if self._has_side_losses else {}
+        extra = part.extra_inputs(tokens, labels, tokens) if self._has_side_losses else {}
         first = "tok_embeddings" in names
         x = tokens if first else self._hidden(args.stage_channels)
         how = {"attention_masks": self._mask(), "positions": self.positions, **extra}

@@ -256,14 +256,14 @@ class BaseModel(nn.Module):
         self,
         tokens_BS: Tensor,
         labels_BS: Tensor,
-        eos_id: int | None,
+        documents_BS: Tensor,
         queries_Q: Tensor | None = None,
     ) -> dict[str, Any]:
         """Make the further arguments of `forward` in training, by name: tensors (B, …) made from
         whole sequences, or tuples of such.
 
         tokens_BS, labels_BS: int64, of whole sequences.
-        eos_id: separates documents; None = it is unknown.
+        documents_BS: int64, the document of each token; −1 = padding.
         queries_Q: positions for which to make them, as in `get_attention_masks`.
         """
         return {}
@@ -275,10 +275,11 @@ class BaseModel(nn.Module):
         """
         return {}
 
-    def set_tokens_in_step(self, tokens: Tensor) -> None:
-        """Set the divisor of losses that arise inside of layers; call before each forward pass.
+    def set_tokens_in_step(self, tokens: Tensor, labels: Tensor) -> None:
+        """Set the divisors of losses that arise inside of layers; call before each forward pass.
 
-        tokens: scalar, valid tokens of the optimizer step over all ranks.
+        tokens: scalar, tokens of the optimizer step over all ranks, without padding.
+        labels: scalar, labels that count in the loss.
         """
 
     def moe_layers(self) -> Mapping[int, MoELayer]:
@@ -297,17 +298,15 @@ class BaseModel(nn.Module):
 
     def get_attention_masks(
         self,
-        tokens_BS: Tensor,
-        eos_id: int | None,
+        documents_BS: Tensor,
         queries_Q: Tensor | None = None,
         device: torch.device | None = None,
     ) -> Any:
-        """Make masks for `forward`, or None for causal attention; cheapest from tokens on the CPU.
+        """Make masks for `forward`, or None for causal attention.
 
-        Raises `UserError` where eos_id is needed and None.
-
+        documents_BS: int64, the document of each token of whole sequences; cheapest on the CPU.
         queries_Q: with context parallelism, the positions in the sequence that this rank computes;
             the mask is for these positions and all tokens up to the last of them.
-        device: of the masks; None = that of the tokens.
+        device: of the masks; None = that of `documents_BS`.
         """
         raise NotImplementedError

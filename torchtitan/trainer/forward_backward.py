@@ -5,7 +5,7 @@ Shapes come with the batch; nothing here is made for one length of sequences.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.pipeline_parallel import StepInputs
 from torchtitan.distributed.pipeline_plan import PipelinePlan
+from torchtitan.ops.attention import number_documents
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.errors import UserError
@@ -28,10 +29,21 @@ from torchtitan.trainer.build import build_pipeline
 Batch = tuple[dict[str, Tensor], Tensor]
 
 
+class StepCounts(NamedTuple):
+    """Counts of an optimizer step over all ranks and micro-batches, each a scalar.
+
+    labels: labels that count in the loss.
+    tokens: tokens that are no padding; conversations have many without a label.
+    """
+
+    labels: Tensor
+    tokens: Tensor
+
+
 class ForwardBackward:
     """Forward and backward passes of one model in the layout of this run.
 
-    eos_id: token that ends a document.
+    eos_id: token that ends a document of text.
     parts, plan: from `build_model`; only with pipeline parallelism.
     """
 
@@ -68,47 +80,61 @@ class ForwardBackward:
             self.pipeline = build_pipeline(config, args, dims, parts, plan, **how)
         self._positions: dict[int, Tensor | None] = {}
 
-    def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
+    def count(self, batch: Batch) -> Tensor:
+        """Count what the fields of `StepCounts` count in a micro-batch: (2,) int64."""
+        return torch.stack(((batch[1] != IGNORE_INDEX).sum(), (self.documents(batch) >= 0).sum()))
+
+    def forward_backward(self, batch: Batch, counts: StepCounts) -> Tensor:
         """Add to the gradients; return this micro-batch's part of the step's loss."""
-        self.model.set_tokens_in_step(valid_tokens)
+        self.model.set_tokens_in_step(counts.tokens, counts.labels)
         inputs = self.inputs(batch)
         if self.pipeline is not None:
-            return self.pipeline.step(inputs, valid_tokens)
-        return self.backward(inputs, self.masks(batch[0]["input"]), valid_tokens)
+            return self.pipeline.step(inputs, counts.labels)
+        return self.backward(inputs, self.masks(self.documents(batch)), counts.labels)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum the losses of this rank's valid labels of a batch; also their number."""
         inputs = self.inputs(batch)
-        count = inputs.token_mask.sum()
+        count = (inputs.labels != IGNORE_INDEX).sum()
         if self.pipeline is not None:
             return self.pipeline.evaluate(inputs), count
-        return self._loss_sum(inputs, self.masks(batch[0]["input"])), count
+        return self._loss_sum(inputs, self.masks(self.documents(batch))), count
+
+    def documents(self, batch: Batch) -> Tensor:
+        """Number of each token's document, (B, S) int64; −1 = padding.
+
+        Conversations bring theirs; a document of text ends with `eos_id`.
+        """
+        if "documents" in batch[0]:
+            return batch[0]["documents"]
+        documents = number_documents(batch[0]["input"], self.eos_id)
+        return documents.masked_fill(batch[1] == IGNORE_INDEX, -1)
 
     def inputs(self, batch: Batch) -> StepInputs:
         """Move a batch to the device; with context parallelism, cut it to this rank's part."""
         tokens, labels = batch[0]["input"].to(self.device), batch[1].to(self.device)
-        whole, here = tokens, self._positions_in(tokens)
-        extra = self.model.extra_inputs(tokens, labels, self.eos_id, here)
-        positions = None
+        documents = self.documents(batch).to(self.device)
+        here, token_mask, positions = self._positions_in(tokens), documents >= 0, None
+        extra = self.model.extra_inputs(tokens, labels, documents, here)
         if here is not None:
-            tokens, labels = tokens[:, here], labels[:, here]
+            tokens, labels, token_mask = tokens[:, here], labels[:, here], token_mask[:, here]
             positions = here.unsqueeze(0)
-        return StepInputs(tokens, labels, whole, positions, labels != IGNORE_INDEX, extra)
+        return StepInputs(tokens, labels, documents, positions, token_mask, extra)
 
-    def masks(self, tokens: Tensor) -> Any:
+    def masks(self, documents: Tensor) -> Any:
         """Attention masks of whole sequences; with gathered keys, for this rank's positions."""
-        queries = self._positions_in(tokens) if self._gathers_keys else None
-        return self.model.get_attention_masks(tokens, self.eos_id, queries, self.device)
+        queries = self._positions_in(documents) if self._gathers_keys else None
+        return self.model.get_attention_masks(documents, queries, self.device)
 
-    def backward(self, inputs: StepInputs, masks: Any, valid_tokens: Tensor) -> Tensor:
+    def backward(self, inputs: StepInputs, masks: Any, labels_in_step: Tensor) -> Tensor:
         """Run the backward pass, too. Returns the detached loss."""
-        loss = self._loss_sum(inputs, masks) / valid_tokens
+        loss = self._loss_sum(inputs, masks) / labels_in_step
         loss.backward()
         return loss.detach()
 
-    def _positions_in(self, tokens: Tensor) -> Tensor | None:
+    def _positions_in(self, tokens_BS: Tensor) -> Tensor | None:
         """Positions of this rank's tokens in the whole sequences; None without CP."""
-        seq_len = tokens.size(1)
+        seq_len = tokens_BS.size(1)
         if seq_len not in self._positions:
             self._positions[seq_len] = positions_of_this_rank(self.dims, seq_len, self.device)
         return self._positions[seq_len]
@@ -153,7 +179,7 @@ class GraphedStep:
         replay_steps(self._optimizer, grads_stay=False)
 
     def __call__(
-        self, micro_batches: Sequence[Batch], valid_tokens: Tensor
+        self, micro_batches: Sequence[Batch], labels_in_step: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run the step; return loss and gradient norm. Raises `UserError` for batches whose kernels
         would differ."""
@@ -162,12 +188,12 @@ class GraphedStep:
         if len(micro_batches) == 1:
             if not self._whole_step.holds_grads:
                 self._optimizer.zero_grad()
-            loss, norm = self._whole_step(*self._inputs(micro_batches[0]), valid_tokens)
+            loss, norm = self._whole_step(*self._inputs(micro_batches[0]), labels_in_step)
             grads_stay = self._whole_step.holds_grads
         else:
             # In place: the graph adds to gradients that are there when it is recorded.
             self._optimizer.zero_grad(set_to_none=False)
-            losses = [self._one_pass(*self._inputs(b), valid_tokens)[0] for b in micro_batches]
+            losses = [self._one_pass(*self._inputs(b), labels_in_step)[0] for b in micro_batches]
             loss, norm = torch.stack(losses).sum(), self._clip()
             grads_stay = self._one_pass.holds_grads
         replay_steps(self._optimizer, grads_stay=grads_stay)
@@ -175,7 +201,7 @@ class GraphedStep:
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Tokens and labels, on the device."""
-        if self._passes.masks(batch[0]["input"]) is not None:
+        if self._passes.masks(self._passes.documents(batch)) is not None:
             raise UserError(
                 "compile.cuda_graph = true needs the same kernels in every step, but the documents "
                 "of model.args.attn_mask_type 'block_causal' change; set either to its default."
@@ -183,12 +209,13 @@ class GraphedStep:
         inputs = self._passes.inputs(batch)
         return inputs.tokens, inputs.labels
 
-    def _run(self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor) -> tuple[Tensor]:
-        self._passes.model.set_tokens_in_step(valid_tokens)
+    def _run(self, tokens: Tensor, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor]:
+        # Text: every token that is no padding has a label.
+        self._passes.model.set_tokens_in_step(labels_in_step, labels_in_step)
         inputs = StepInputs(tokens, labels, tokens, None, labels != IGNORE_INDEX, {})
-        return (self._passes.backward(inputs, None, valid_tokens),)
+        return (self._passes.backward(inputs, None, labels_in_step),)
 
     def _run_and_clip(
-        self, tokens: Tensor, labels: Tensor, valid_tokens: Tensor
+        self, tokens: Tensor, labels: Tensor, labels_in_step: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return *self._run(tokens, labels, valid_tokens), self._clip()
+        return *self._run(tokens, labels, labels_in_step), self._clip()

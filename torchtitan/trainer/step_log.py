@@ -38,14 +38,14 @@ from torchtitan.trainer.progress import Progress
 class StepResult:
     """Numbers of one optimizer step, the same on all ranks of a pipeline stage.
 
-    loss: mean over the valid tokens of all ranks.
-    max_loss: the same of the worst rank (exact when all have as many valid tokens).
+    loss: mean over the labels of all ranks.
+    max_loss: the same of the worst rank (exact when all have as many labels).
     grad_norm: before clipping.
     loads: tokens per expert (E,), by layer.
     traffic: see `TokenDispatcher.dispatch`, by layer.
     router_stats: sums in the order of `ROUTER_STATS`, by layer; empty without metrics.log_routing.
-    side_losses: means over the valid tokens, by name.
-    valid_tokens: of the step, over all ranks.
+    side_losses: means over the labels, by name.
+    labels, tokens: see `StepCounts`.
     verdict: whether the step was applied, skipped, or leads to a rewind.
     asked_by: number of the signal that asked some rank to end the run, 0 for none.
     """
@@ -58,7 +58,8 @@ class StepResult:
     traffic: dict[int, Tensor]
     router_stats: dict[int, Tensor]
     side_losses: dict[str, float]
-    valid_tokens: int
+    labels: int
+    tokens: int
     verdict: Verdict
     asked_by: int
 
@@ -69,7 +70,7 @@ class Outcome(NamedTuple):
     load: of the step; None without experts.
     rank_losses: each rank's part of the loss, of those that have one.
     grad_norm: before clipping.
-    valid_tokens: of the step, over all ranks.
+    labels, tokens: see `StepCounts`.
     asked_by: see `StepResult`.
     overflow: rows over the mean that some rank's experts needed, if that was more than they had
         room for, else 0.
@@ -78,7 +79,8 @@ class Outcome(NamedTuple):
     load: RoutingLoad | None
     rank_losses: list[float]
     grad_norm: float
-    valid_tokens: float
+    labels: float
+    tokens: float
     asked_by: int
     overflow: float
 
@@ -201,5 +203,5 @@ def balance_of(
     """Numbers about the experts' balance in this step, the same on all ranks."""
     numbers = balance_numbers(result.loads, biases, num_groups)
     if result.router_stats:
-        numbers |= routing_numbers(result.router_stats, result.valid_tokens, result.loads)
+        numbers |= routing_numbers(result.router_stats, result.tokens, result.loads)
     return numbers | cross_node_percent(traffic)

@@ -25,14 +25,13 @@ from torchtitan.distributed.utils import (
     sum_over_ranks,
 )
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
-from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.tools.errors import RunError
 from torchtitan.tools.logging import logger
 from torchtitan.trainer.build import (
     profilers,
 )
 from torchtitan.trainer.built_run import BuiltRun
-from torchtitan.trainer.forward_backward import Batch
+from torchtitan.trainer.forward_backward import Batch, StepCounts
 from torchtitan.trainer.step_log import Interval, Outcome, StepResult
 
 
@@ -94,31 +93,32 @@ class Trainer(BuiltRun):
         """Run one optimizer step over `accumulation` micro-batches."""
         self._enter_step()
         micro_batches = self._next_batches(batches, interval)
-        valid = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels in micro_batches]).sum()
-        valid_tokens = sum_over_ranks(valid.to(self.device), self.dims.dp_group).clamp(min=1)
+        local = torch.stack([self.passes.count(batch) for batch in micro_batches]).sum(dim=0)
+        in_step = sum_over_ranks(local.to(self.device), self.dims.dp_group).clamp(min=1)
+        counts = StepCounts(*in_step.unbind())
 
         if self.config.optimizer.early_step_in_backward:
             self._before_update()
-        outcome = self._share(*self._run_passes(micro_batches, valid_tokens), valid_tokens)
+        outcome = self._share(*self._run_passes(micro_batches, counts), counts)
         if outcome.overflow > 0:
-            outcome = self._redo(micro_batches, valid_tokens, outcome.overflow)
+            outcome = self._redo(micro_batches, counts, outcome.overflow)
         return self._update(outcome)
 
     def _run_passes(
-        self, micro_batches: list[Batch], valid_tokens: Tensor, *, may_replay: bool = True
+        self, micro_batches: list[Batch], counts: StepCounts, *, may_replay: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Fill the gradients. Returns this rank's part of the loss, and the gradient norm."""
         if self.graphed is not None and may_replay:
-            return self.graphed(micro_batches, valid_tokens)
+            return self.graphed(micro_batches, counts.labels)
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             sync_replicas_on_last_microbatch(self.model, is_last=is_last)
-            loss += self.forward_backward(batch, valid_tokens)
+            loss += self.forward_backward(batch, counts)
         return loss, self._clip()
 
-    def _redo(self, micro_batches: list[Batch], valid_tokens: Tensor, needed: float) -> Outcome:
+    def _redo(self, micro_batches: list[Batch], counts: StepCounts, needed: float) -> Outcome:
         """Run the passes again with exact sizes: experts got more rows than they had room for, so
         that gradients lack some. Nothing else has seen them yet."""
         capacity = self.capacity
@@ -135,15 +135,15 @@ class Trainer(BuiltRun):
             self.graphed.forget()
         capacity.exact = True
         try:
-            passed = self._run_passes(micro_batches, valid_tokens, may_replay=False)
+            passed = self._run_passes(micro_batches, counts, may_replay=False)
         finally:
             capacity.exact = False
         capacity.grow(needed)
-        return self._share(*passed, valid_tokens)
+        return self._share(*passed, counts)
 
-    def forward_backward(self, batch: Batch, valid_tokens: Tensor) -> Tensor:
+    def forward_backward(self, batch: Batch, counts: StepCounts) -> Tensor:
         """Add to the gradients; return this micro-batch's part of the step's loss."""
-        return self.passes.forward_backward(batch, valid_tokens)
+        return self.passes.forward_backward(batch, counts)
 
     # -------------------------------------------------------------- checkpoints
 
@@ -216,7 +216,7 @@ class Trainer(BuiltRun):
         self.progress.tokens_seen += tokens
         return micro_batches
 
-    def _share(self, local_loss: Tensor, grad_norm: Tensor, valid: Tensor) -> Outcome:
+    def _share(self, local_loss: Tensor, grad_norm: Tensor, counts: StepCounts) -> Outcome:
         """Tell all ranks what the passes came to."""
         moes = list(self.moes.values())
         load = step_loads(moes, self.dims.stage_group) if moes else None
@@ -227,14 +227,16 @@ class Trainer(BuiltRun):
         asked = torch.full_like(local_loss, float(self.stop.number))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked, overflow))))
         # host sync: a non-finite step must be known before the weights change
-        last = torch.stack((valid.double(), grad_norm.double()))  # fp32 counts to 2**24 only
-        *sent, valid_tokens, norm = torch.cat((gathered.double(), last)).tolist()
+        # fp64: fp32 counts to 2**24 only
+        last = torch.stack([each.double() for each in (*counts, grad_norm)])
+        *sent, labels, tokens, norm = torch.cat((gathered.double(), last)).tolist()
         losses, asked_by, overflows = sent[::3], sent[1::3], sent[2::3]
         return Outcome(
             load=load,
             rank_losses=[losses[rank] for rank in self.dims.loss_ranks],
             grad_norm=norm,
-            valid_tokens=valid_tokens,
+            labels=labels,
+            tokens=tokens,
             asked_by=int(max(asked_by)),
             overflow=max(overflows),
         )
@@ -263,8 +265,9 @@ class Trainer(BuiltRun):
             loads=self._by_layer(load and load.tokens_E),
             traffic=self._by_layer(load and load.traffic),
             router_stats=self._by_layer(load and load.stats),
-            side_losses={name: x.item() / outcome.valid_tokens for name, x in side.items()},
-            valid_tokens=int(outcome.valid_tokens),
+            side_losses={name: x.item() / outcome.labels for name, x in side.items()},
+            labels=int(outcome.labels),
+            tokens=int(outcome.tokens),
             verdict=verdict,
             asked_by=outcome.asked_by,
         )

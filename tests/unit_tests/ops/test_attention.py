@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.reference.mla import attend
-from torchtitan.ops.attention import attention, document_mask
+from torchtitan.ops.attention import attention, document_mask, number_documents
 
 B, S, H = 2, 11, 3
 
@@ -30,7 +30,7 @@ def masks(name: str) -> tuple[torch.Tensor | None, torch.Tensor]:
     if name == "causal":
         return None, torch.ones(B, S, S, dtype=torch.bool).tril()
     tokens = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0]])
-    mask = document_mask(tokens, eos_id=0)
+    mask = document_mask(number_documents(tokens, 0))
     return mask, mask[:, 0]
 
 
@@ -69,7 +69,7 @@ def test_nothing_looks_ahead():
 
 def test_document_mask_by_hand():
     # Documents: "5 9", "9" (empty but for its end), "7 8 9", and an unfinished "6".
-    mask = document_mask(torch.tensor([[5, 9, 9, 7, 8, 9, 6]]), eos_id=9)
+    mask = document_mask(number_documents(torch.tensor([[5, 9, 9, 7, 8, 9, 6]]), 9))
     expected = """
         1 0 0 0 0 0 0
         1 1 0 0 0 0 0
@@ -85,5 +85,5 @@ def test_document_mask_by_hand():
 
 
 def test_without_an_end_of_text_the_document_mask_is_causal():
-    mask = document_mask(torch.ones(B, S, dtype=torch.int64), eos_id=0)
+    mask = document_mask(number_documents(torch.ones(B, S, dtype=torch.int64), 0))
     assert torch.equal(mask, torch.ones(B, 1, S, S, dtype=torch.bool).tril())

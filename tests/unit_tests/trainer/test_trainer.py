@@ -13,6 +13,7 @@ from tests.tiny_run import losses, records, tiny
 from torchtitan.config import ConfigManager
 from torchtitan.train import main
 from torchtitan.trainer import Trainer
+from torchtitan.trainer.forward_backward import StepCounts
 from torchtitan.trainer.step_log import Interval
 
 
@@ -42,9 +43,9 @@ def test_a_global_batch_is_worked_off_in_local_ones(tmp_path, capfd, monkeypatch
     sizes = []
     forward_backward = Trainer.forward_backward
 
-    def watched(self, batch, valid_tokens: Tensor) -> Tensor:
-        sizes.append((tuple(batch[1].shape), int(valid_tokens)))
-        return forward_backward(self, batch, valid_tokens)
+    def watched(self, batch, counts: StepCounts) -> Tensor:
+        sizes.append((tuple(batch[1].shape), int(counts.labels)))
+        return forward_backward(self, batch, counts)
 
     monkeypatch.setattr(Trainer, "forward_backward", watched)
     options = {"training__local_batch_size": 2, "training__global_batch_size": 6}

@@ -133,15 +133,13 @@ class Decoder(KeepsBufferDtypes, BaseModel):
 
     def get_attention_masks(
         self,
-        tokens_BS: Tensor,
-        eos_id: int | None,
+        documents_BS: Tensor,
         queries_Q: Tensor | None = None,
         device: torch.device | None = None,
     ) -> AttentionMask:
         if self.model_args.attn_mask_type == "causal":
             return None if queries_Q is None else causal_mask(queries_Q)
-        self.model_args.check_tokenizer(eos_id)
-        return document_mask(tokens_BS, cast(int, eos_id), queries_Q, device)
+        return document_mask(documents_BS, queries_Q, device)
 
     def _blocks(self) -> dict[str, TransformerBlock]:
         return cast(dict[str, TransformerBlock], dict(self.layers.items()))  # by `make_block`
@@ -149,7 +147,7 @@ class Decoder(KeepsBufferDtypes, BaseModel):
     def moe_layers(self) -> dict[int, MoE]:
         return {int(i): layer.moe for i, layer in self._blocks().items() if layer.moe_enabled}
 
-    def set_tokens_in_step(self, tokens: Tensor) -> None:
+    def set_tokens_in_step(self, tokens: Tensor, labels: Tensor) -> None:
         buffers = [moe.tokens_in_step for moe in self.moe_layers().values()]
         if buffers:
             torch._foreach_copy_(buffers, [tokens.to(torch.float32)] * len(buffers))

@@ -177,7 +177,7 @@ class DeepSeekV3Model(Decoder):
         h_BSD = self.norm(x_BSD)
         if mtp is None or self.mtp is None:
             return self.output(h_BSD, labels)
-        hidden = self.mtp(h_BSD, further, mtp.labels_BKS, self.rope, attention_masks, positions)
+        hidden = self.mtp(h_BSD, further, mtp.counted_BKS, self.rope, attention_masks, positions)
         # One call for all, as in `_embed`, because FSDP gathers the weights for each call.
         logits, *predicted = self.output(torch.stack((h_BSD, *hidden)))
         return self.mtp.attach_losses(logits, predicted, mtp.labels_BKS)
@@ -197,14 +197,14 @@ class DeepSeekV3Model(Decoder):
         self,
         tokens_BS: Tensor,
         labels_BS: Tensor,
-        eos_id: int | None,
+        documents_BS: Tensor,
         queries_Q: Tensor | None = None,
     ) -> dict[str, Any]:
         depth = self.model_args.n_mtp_layers
         if depth == 0 or not self.training:
             return {}
         apart = self.model_args.attn_mask_type == "block_causal"
-        inputs = mtp_inputs(tokens_BS, labels_BS, depth, eos_id if apart else None)
+        inputs = mtp_inputs(tokens_BS, labels_BS, documents_BS, depth, apart=apart)
         if queries_Q is not None:
             inputs = MTPInputs(*(each[..., queries_Q] for each in inputs))
         return {"mtp": inputs}
@@ -226,10 +226,10 @@ class DeepSeekV3Model(Decoder):
         sums = self.rope.new_zeros(depth) if self.mtp is None else self.mtp.take_losses()
         return {f"mtp_loss_{k + 1}": each for k, each in enumerate(sums)}
 
-    def set_tokens_in_step(self, tokens: Tensor) -> None:
-        super().set_tokens_in_step(tokens)
+    def set_tokens_in_step(self, tokens: Tensor, labels: Tensor) -> None:
+        super().set_tokens_in_step(tokens, labels)
         if self.mtp is not None:
-            self.mtp.tokens_in_step.copy_(tokens)
+            self.mtp.labels_in_step.copy_(labels)
 
     def set_coefficients(self, values: Mapping[str, float]) -> None:
         super().set_coefficients(values)

@@ -40,32 +40,35 @@ class MTPInputs(NamedTuple):
 
     tokens_BKS: int64, token i + k, which layer k embeds at position i.
     labels_BKS: int64, the label of layer k at position i, or −100.
+    counted_BKS: bool, whether token i + k is there and of the document of token i; other positions
+        are left out of the load of layer k's experts.
     """
 
     tokens_BKS: Tensor
     labels_BKS: Tensor
+    counted_BKS: Tensor
 
 
 def mtp_inputs(
-    tokens_BS: Tensor, labels_BS: Tensor, num_layers: int, eos_id: int | None
+    tokens_BS: Tensor, labels_BS: Tensor, documents_BS: Tensor, num_layers: int, *, apart: bool
 ) -> MTPInputs:
     """Make the inputs from whole sequences, before context parallelism splits them.
 
     tokens_BS, labels_BS: int64.
-    eos_id: None = documents are not kept apart.
+    documents_BS: int64, the document of each token; −1 = padding.
+    apart: whether nothing is predicted from tokens of another document.
     """
     following_BS = torch.where(labels_BS == IGNORE_INDEX, 0, labels_BS)
     following_BS[:, :-1] = tokens_BS[:, 1:]
-    ends_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
-    if eos_id is not None:
-        ends_BS = tokens_BS == eos_id
-    crossed_BS = torch.zeros_like(ends_BS)  # a document ended between token i and token i + k
-    tokens, labels = [], []
+    tokens, labels, counted = [], [], []
     for k in range(1, num_layers + 1):
-        crossed_BS = crossed_BS | _further(ends_BS, k - 1, True)
+        further_BS = _further(documents_BS, k, -1)
+        counted_BS = further_BS == documents_BS if apart else further_BS >= 0
+        counted_BS = counted_BS & (further_BS >= 0)
         tokens.append(_further(following_BS, k - 1, 0))
-        labels.append(_further(labels_BS, k, IGNORE_INDEX).masked_fill(crossed_BS, IGNORE_INDEX))
-    return MTPInputs(torch.stack(tokens, dim=1), torch.stack(labels, dim=1))
+        labels.append(_further(labels_BS, k, IGNORE_INDEX).where(counted_BS, IGNORE_INDEX))
+        counted.append(counted_BS)
+    return MTPInputs(*(torch.stack(each, dim=1) for each in (tokens, labels, counted)))
 
 
 def _further(x_BS: Tensor, by: int, fill: int) -> Tensor:
@@ -110,11 +113,11 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
         split over ranks.
 
     Buffers, at least fp32:
-    tokens_in_step: (), divisor of the losses.
+    labels_in_step: (), divisor of the losses.
     loss_sums: (K,), sums of the step's losses, without lambda and the divisor.
     """
 
-    tokens_in_step: Tensor
+    labels_in_step: Tensor
     loss_sums: Tensor
 
     def __init__(self, args: DeepSeekV3ModelArgs, blocks: Sequence[TransformerBlock]):
@@ -122,7 +125,7 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
         self.loss_weight = args.mtp_loss_weight
         self.loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
         for name, value in (
-            ("tokens_in_step", torch.ones(())),
+            ("labels_in_step", torch.ones(())),
             ("loss_sums", torch.zeros(len(blocks))),
         ):
             self.register_buffer(name, value.float(), persistent=False)
@@ -132,14 +135,14 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
         return cast(list[tuple[str, MTPLayer]], list(self.items()))
 
     def init_buffers(self) -> None:
-        self.tokens_in_step.fill_(1)
+        self.labels_in_step.fill_(1)
         self.loss_sums.zero_()
 
     def forward(
         self,
         h_BSD: Tensor,
         embedded: Sequence[Tensor],
-        labels_BKS: Tensor,
+        counted_BKS: Tensor,
         rope: Tensor,
         mask: AttentionMask,
         positions_BS: Tensor | None,
@@ -148,13 +151,12 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
 
         h_BSD: the model's own input of the head.
         embedded: embeddings (B, S, D) of each layer's tokens.
-        labels_BKS: from `MTPInputs`.
+        counted_BKS: from `MTPInputs`.
         """
         hidden = []
-        for (_, layer), x_BSD, labels_BS in zip(
-            self.numbered(), embedded, labels_BKS.unbind(1), strict=True
+        for (_, layer), x_BSD, counted_BS in zip(
+            self.numbered(), embedded, counted_BKS.unbind(1), strict=True
         ):
-            counted_BS = labels_BS != IGNORE_INDEX
             h_BSD, load = layer(h_BSD, x_BSD, rope, mask, positions_BS, counted_BS)
             record_load(layer.block.moe, load)
             hidden.append(h_BSD)
@@ -175,7 +177,7 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
         )
         self.loss_sums += losses.detach()
         weight = self.loss_weight / len(self)
-        return attach_loss(logits, weight * losses.sum() / self.tokens_in_step)
+        return attach_loss(logits, weight * losses.sum() / self.labels_in_step)
 
     def take_losses(self) -> Tensor:
         """Return `loss_sums` and reset them to zero."""

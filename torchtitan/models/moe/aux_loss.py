@@ -27,8 +27,8 @@ z-loss (ST-MoE, arXiv 2202.08906): the mean over tokens of (log Σ_i exp(logit_i
 logits small.
 
 **Scaling.** All are means over all tokens of the optimizer step: a sequence weighs as much as it
-has tokens, and everything is divided by `tokens_in_step`, the valid tokens of all ranks and
-micro-batches, as the main loss is. So accumulation, DP and EP need no correction. Where a sequence
+has tokens, and everything is divided by `tokens_in_step`, the tokens (without padding) of all ranks
+and micro-batches. So accumulation, DP and EP need no correction. Where a sequence
 is split over ranks (CP), its f is counted over all of them; the rest is a sum over tokens already.
 P is never summed over ranks: each rank's gradients are those of its own tokens' share.
 

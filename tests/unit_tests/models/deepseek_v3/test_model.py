@@ -11,7 +11,7 @@ from tests.reference.mla import frequencies, mla
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, DeepSeekV3ModelArgs, deepseekv3_args
 from torchtitan.models.deepseek_v3.model import Attention
 from torchtitan.models.moe import MoEArgs
-from torchtitan.ops.attention import document_mask
+from torchtitan.ops.attention import document_mask, number_documents
 from torchtitan.ops.rope import rope_table
 from torchtitan.tools.errors import UserError
 
@@ -59,7 +59,7 @@ def test_mla_and_its_gradients_are_the_slow_twins(q_lora_rank, yarn, masked):
 
     x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
     tokens = torch.tensor([[5, 5, EOS, 5, 5, 5, EOS, 5, 5], [5] * 9])
-    mask = document_mask(tokens, EOS) if masked else None
+    mask = document_mask(number_documents(tokens, EOS)) if masked else None
     table = rope_table(4, 32, 10000.0, args.yarn_scaling)
     state = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()}
     x_twin = x.detach().clone().requires_grad_()
@@ -82,23 +82,22 @@ def test_packed_documents_have_the_logits_they_have_alone():
     first, second = torch.tensor([[7, 3, 9, EOS]]), torch.tensor([[4, 8, 2, 6, 30]])
     packed = torch.cat((first, second), dim=1)
     positions = torch.cat((torch.arange(4), torch.arange(5)))[None]
-    mask = model.get_attention_masks(packed, EOS)
+    mask = model.get_attention_masks(number_documents(packed, EOS))
     alone = model(second)
     # RoPE sees distances only, so the documents' positions may go on counting.
     for at in (positions, None):
         torch.testing.assert_close(model(packed, mask, at)[:, 4:], alone, rtol=1e-4, atol=1e-5)
     causal = make_model()
-    assert causal.get_attention_masks(packed, EOS) is None
+    assert causal.get_attention_masks(number_documents(packed, EOS)) is None
     assert not torch.allclose(causal(packed)[:, 4:], alone, atol=1e-2)
 
 
 def test_document_mask_without_an_end_of_text_token_is_refused():
-    tokens = torch.tensor([[1, 2]])
-    assert make_model().get_attention_masks(tokens, None) is None
+    make_model().model_args.check_tokenizer(None)
     with pytest.raises(
         UserError, match=r"model.args.attn_mask_type 'block_causal' needs a tokenizer"
     ):
-        make_model(attn_mask_type="block_causal").get_attention_masks(tokens, None)
+        make_model(attn_mask_type="block_causal").model_args.check_tokenizer(None)
 
 
 def test_no_token_sees_the_next_one():

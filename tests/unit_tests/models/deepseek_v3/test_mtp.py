@@ -12,9 +12,14 @@ from tests.unit_tests.models.moe.test_balancing import ARGS, RECOMPUTE, batch
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, DeepSeekV3StateDictAdapter
 from torchtitan.models.deepseek_v3.mtp import mtp_inputs
+from torchtitan.ops.attention import number_documents
 from torchtitan.train import main
 
 LAMBDA, EOS = 0.7, 3
+
+
+def documents_of(tokens: Tensor, labels: Tensor) -> Tensor:
+    return number_documents(tokens, EOS).masked_fill(labels == -100, -1)
 
 
 def make_model(depth: int, **changes: object) -> DeepSeekV3Model:
@@ -49,7 +54,7 @@ def document_of(tokens: list[int], i: int) -> int:
 def plain_mtp_loss(model: DeepSeekV3Model, tokens: Tensor, labels: Tensor, apart: bool) -> Tensor:
     """Sum over layers and positions. Runs layer by layer with the model's own blocks, and looks up
     tokens and labels position by position."""
-    mask = model.get_attention_masks(tokens, EOS)
+    mask = model.get_attention_masks(number_documents(tokens, EOS))
     h = model.tok_embeddings(tokens)
     for layer in model.layers.values():
         h, _ = layer(h, model.rope, mask)
@@ -92,13 +97,13 @@ def test_loss_and_every_gradient_are_those_of_the_equations(depth, mask_type):
     def main_loss(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / valid
 
-    mask = model.get_attention_masks(tokens, EOS)
+    mask = model.get_attention_masks(number_documents(tokens, EOS))
     further = plain_mtp_loss(model, tokens, labels, apart=mask_type == "block_causal")
     plain = gradients(model, main_loss(model(tokens, mask)) + LAMBDA / depth * further / valid)
     model.take_side_losses()
 
-    model.set_tokens_in_step(valid)
-    logits = model(tokens, mask, **model.extra_inputs(tokens, labels, EOS))
+    model.set_tokens_in_step(valid, valid)
+    logits = model(tokens, mask, **model.extra_inputs(tokens, labels, documents_of(tokens, labels)))
     ours = gradients(model, main_loss(logits))
     assert sum(model.take_side_losses().values()).item() == pytest.approx(further.item(), rel=1e-6)
     for name, expected in plain.items():
@@ -108,22 +113,23 @@ def test_loss_and_every_gradient_are_those_of_the_equations(depth, mask_type):
 def test_the_main_logits_stay_what_they_were():
     tokens, labels = tokens_and_labels()
     model = make_model(1)
-    with_mtp = model(tokens, **model.extra_inputs(tokens, labels, EOS))
+    with_mtp = model(tokens, **model.extra_inputs(tokens, labels, documents_of(tokens, labels)))
     torch.testing.assert_close(with_mtp, model(tokens), rtol=1e-12, atol=1e-12)
-    assert model.eval().extra_inputs(tokens, labels, EOS) == {}
+    assert model.eval().extra_inputs(tokens, labels, documents_of(tokens, labels)) == {}
 
 
 def test_which_tokens_and_labels_by_hand():
     # Two documents, the first one ends at the third token; the last label is padding.
     tokens, labels = torch.tensor([[5, 6, EOS, 8, 9]]), torch.tensor([[6, EOS, 8, 9, -100]])
-    apart = mtp_inputs(tokens, labels, 2, EOS)
+    documents = documents_of(tokens, labels)
+    apart = mtp_inputs(tokens, labels, documents, 2, apart=True)
     assert apart.tokens_BKS[0].tolist() == [[6, EOS, 8, 9, 0], [EOS, 8, 9, 0, 0]]
     # Position 2 (the end of a document) would predict 9 from 8, a token of the next document.
     assert apart.labels_BKS[0].tolist() == [
         [EOS, 8, -100, -100, -100],
         [8, -100, -100, -100, -100],
     ]
-    together = mtp_inputs(tokens, labels, 2, None)
+    together = mtp_inputs(tokens, labels, documents, 2, apart=False)
     assert together.labels_BKS[0].tolist() == [
         [EOS, 8, 9, -100, -100],
         [8, 9, -100, -100, -100],
@@ -137,7 +143,7 @@ def test_recomputation_changes_nothing_and_counts_once(how):
     apply_activation_checkpoint(other.blocks(), RECOMPUTE[how])
     grads, counts, losses = [], [], []
     for each in (model, other):
-        logits = each(tokens, **each.extra_inputs(tokens, labels, EOS))
+        logits = each(tokens, **each.extra_inputs(tokens, labels, documents_of(tokens, labels)))
         grads.append(gradients(each, logits.square().mean()))
         counts.append(each.moe_layers()[4].tokens_per_expert.tolist())
         losses.append(each.take_side_losses()["mtp_loss_1"].item())

@@ -116,7 +116,7 @@ def test_every_gradient_is_that_of_the_formula(score_func):
     assert not torch.allclose(gradients(without, [loss])[gate], plain[gate], rtol=1e-2)
 
     model = make_model(score_func, sequence_balance_coeff=ALPHA, z_loss_coeff=Z)
-    model.set_tokens_in_step(mask.sum())
+    model.set_tokens_in_step(mask.sum(), mask.sum())
     loss = model(tokens, token_mask=mask).square().sum() / mask.sum()
     assert_alike(gradients(model, [loss]), plain)
 
@@ -129,7 +129,7 @@ def test_coefficients_of_a_phase_are_those_of_the_arguments():
 
     def gradients_of(model: DeepSeekV3Model, values: dict[str, float]) -> dict[str, Tensor]:
         model.set_coefficients(values)
-        model.set_tokens_in_step(mask.sum())
+        model.set_tokens_in_step(mask.sum(), mask.sum())
         for moe in model.moe_layers().values():
             moe.global_tokens_per_expert.copy_(torch.arange(8))
         loss = model(tokens, token_mask=mask).square().sum() / mask.sum()
@@ -149,7 +149,7 @@ def test_recomputation_and_accumulation_change_nothing(how):
     plain = plain_gradients("sigmoid", tokens, mask)
     model = make_model(sequence_balance_coeff=ALPHA, z_loss_coeff=Z)
     apply_activation_checkpoint(model.layers, RECOMPUTE[how])
-    model.set_tokens_in_step(mask.sum())
+    model.set_tokens_in_step(mask.sum(), mask.sum())
     losses = [
         model(t[None], token_mask=m[None]).square().sum() / mask.sum()
         for t, m in zip(tokens, mask, strict=True)

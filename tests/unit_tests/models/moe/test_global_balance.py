@@ -91,7 +91,7 @@ def test_every_gradient_is_that_of_the_formula(by_the_formula, how):
     step_tokens = sum(mask.sum() for _, mask in micro_batches())
     for expected, losses in by_the_formula:
         model.zero_grad()
-        model.set_tokens_in_step(step_tokens)
+        model.set_tokens_in_step(step_tokens, step_tokens)
         for tokens, mask in micro_batches():
             (model(tokens, token_mask=mask).square().sum() / step_tokens).backward()
         for name, grad in gradients(model).items():
