@@ -117,7 +117,7 @@ def test_the_loss_is_the_mean_over_all_tokens(texts, tmp_path):
     model.load_state_dict(trainer.model.state_dict())
     trainer.close()
 
-    whole = build_validation_dataloader(config.validation, tokenizer, dp_rank=0, dp_degree=1)
+    whole = build_validation_dataloader(config, tokenizer, dp_rank=0, dp_degree=1)
     loss = tokens = 0
     for inputs, labels in whole:
         logits = model(inputs["input"]).double()

@@ -3,6 +3,7 @@
 Nothing here imports torch.
 """
 
+from torchtitan.config.data_tables import Chat
 from torchtitan.config.degrees import Degrees, resolve_degrees
 from torchtitan.config.job_config import (
     CHECKPOINT_PARTS,
@@ -35,6 +36,7 @@ __all__ = [
     "EMA",
     "ActivationCheckpoint",
     "Alarm",
+    "Chat",
     "Checkpoint",
     "Comm",
     "Compile",

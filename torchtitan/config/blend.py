@@ -96,7 +96,7 @@ def _parts(names: list[str], weights: Mapping[str, float], where: str) -> tuple[
 
 
 def _check_datasets(training: Training) -> None:
-    for key in ("dataset", "dataset_path", "dataset_text_key"):
+    for key in ("dataset", "dataset_path", "dataset_text_key", "format"):
         value = getattr(training, key)
         if value != getattr(Training(), key):
             raise UserError(

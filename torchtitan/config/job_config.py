@@ -7,8 +7,9 @@ Names, types and defaults are torchtitan v0.2's, so that its files load; other k
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from torchtitan.config.data_tables import Chat, Dataset, Format
 from torchtitan.config.optimizer_tables import EMA, LRScheduler, Optimizer
-from torchtitan.config.schedule_tables import Alarm, Dataset, Schedule
+from torchtitan.config.schedule_tables import Alarm, Schedule
 
 
 def _listing(*items: Any) -> Any:
@@ -111,6 +112,8 @@ class Training:
     """File, folder or glob to read the dataset from, for local data."""
     dataset_text_key: str = "text"
     """Field of jsonl and parquet records that holds the text (ours)."""
+    format: Format = "text"
+    """Rows are texts, conversations (chat), or pairs of prompt and completion (ours)."""
     blend: list[Dataset] = _listing()
     """Several datasets by weight, [[training.blend]]; keys of each: docs/config.md (ours)."""
     dataset_num_workers: int = 0
@@ -373,6 +376,8 @@ class Validation:
     """Batches per validation and rank; -1: the whole dataset."""
     dataset_text_key: str = "text"
     """Field of jsonl and parquet records that holds the text (ours)."""
+    format: Format = "text"
+    """Rows are texts, conversations (chat), or pairs of prompt and completion (ours)."""
     sample_prompts: list[str] = _listing()
     """Texts that the model continues at each validation, for TensorBoard and the log (ours)."""
     sample_tokens: int = 64
@@ -406,6 +411,7 @@ class JobConfig:
     schedule: Schedule = field(default_factory=Schedule)
     ema: EMA = field(default_factory=EMA)
     training: Training = field(default_factory=Training)
+    chat: Chat = field(default_factory=Chat)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)

@@ -1,4 +1,4 @@
-"""Tables that a config may repeat: [[schedule.phase]], [[training.blend]], [[metrics.alarm]]."""
+"""Tables that a config may repeat: [[schedule.phase]] and [[metrics.alarm]]."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -60,22 +60,6 @@ class Phase:
 # Coefficients of the model that phases set, from the fields above.
 COEFFICIENTS = tuple(f.name for f in fields(Phase) if f.metadata.get("coefficient"))
 EXPERT_COEFFICIENTS = tuple(f.name for f in fields(Phase) if f.metadata.get("of_experts"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """A dataset of a blend. The keys are those of [training]."""
-
-    name: str
-    """Name of the dataset in phases and in the log."""
-    weight: float | None = None
-    """Share of the sequences, over the sum of weights; unset: not read until a phase names it."""
-    dataset: str = "text"
-    """Name of the dataset."""
-    dataset_path: str | None = None
-    """File, folder or glob to read the dataset from, for local data."""
-    dataset_text_key: str = "text"
-    """Field of jsonl and parquet records that holds the text."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 from torchtitan.config.blend import BlendSegment
 from torchtitan.data.documents import Skips
-from torchtitan.data.packing import PackedStream, check_start
+from torchtitan.data.packing import Packed
 from torchtitan.data.rank_slice import RankSlice
-from torchtitan.data.stream_dataset import StreamDataset
+from torchtitan.data.stream_dataset import Stream, StreamDataset
 from torchtitan.data.text_datasets import TextDataset
 
 # Position at which a stream of a blend starts: its sequences, and positions in the datasets.
@@ -77,7 +77,7 @@ class BlendedStream:
         self,
         names: Sequence[str],
         dataset_of: Callable[[int], int],
-        open_stream: Callable[[int, dict | None], PackedStream],
+        open_stream: Callable[[int, dict | None], Stream],
         position: dict,
     ) -> None:
         self._names = names
@@ -85,11 +85,11 @@ class BlendedStream:
         self._open_stream = open_stream
         self._taken: int = position["taken"]
         self._positions: dict[str, dict] = dict(position["datasets"])
-        self._streams: dict[int, PackedStream] = {}  # opened when first drawn from
+        self._streams: dict[int, Stream] = {}  # opened when first drawn from
         self.dataset: str | None = None
         self.skipped = 0
 
-    def sequence(self, number: int) -> list[int]:
+    def sequence(self, number: int) -> Packed:
         assert number >= self._taken, (number, self._taken)
         while self._taken <= number:
             chosen = self._dataset_of(self._taken)
@@ -123,6 +123,7 @@ class BlendedDataset(StreamDataset):
         self._order = order
         first = self._datasets[0]
         super().__init__(first.settings, first.num_streams, first.rank_slice)
+        self.use_tokens_of(first.tokenizer)
 
     def identity(self) -> dict:
         """Identity without the weights: another blend of the same datasets may resume from here."""
@@ -140,8 +141,9 @@ class BlendedDataset(StreamDataset):
 
     def check_position(self, index: int, position: dict) -> None:
         below = position["datasets"]
+        by_name = dict(zip(self.names, self._datasets, strict=True))
         for name in below:
-            check_start(index, below[name])
+            by_name[name].check_position(index, below[name])
         if position["taken"] != sum(below[name]["taken"] for name in below):
             raise ValueError(f"stream {index} has {position}")
 
@@ -149,7 +151,7 @@ class BlendedDataset(StreamDataset):
         def dataset_of(number: int) -> int:
             return self._order[number * self.num_streams + index]
 
-        def open_stream(dataset: int, position: dict | None) -> PackedStream:
+        def open_stream(dataset: int, position: dict | None) -> Stream:
             return self._datasets[dataset].open_stream(index, skips, position)
 
         return BlendedStream(self.names, dataset_of, open_stream, position or BLEND_START)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from torchtitan.config.blend import BlendSegment
 from torchtitan.data.blend import BlendedDataset, BlendOrder
 from torchtitan.data.catalog import open_source
+from torchtitan.data.chat.dataset import ChatDataset
 from torchtitan.data.dataloader import ParallelAwareDataLoader, build_dataloader
 from torchtitan.data.rank_slice import RankSlice
 from torchtitan.data.settings import DataSettings
@@ -24,6 +25,7 @@ def build_text_dataloader(
     dp_rank: int,
     dp_degree: int,
     segments: Sequence[BlendSegment] = (),
+    assets_path: str = "",
 ) -> ParallelAwareDataLoader:
     """Loader of ({"input": int64 [batch_size, seq_len]}, labels int64 [batch_size, seq_len]).
 
@@ -34,12 +36,23 @@ def build_text_dataloader(
     dp_rank: data-parallel rank
     dp_degree: number of data-parallel ranks
     segments: weights of a blend over the run; empty without a blend
+    assets_path: folder of the tokenizer and its chat template
     """
     rank_slice = RankSlice(dp_rank, dp_degree, settings.batch_size, settings.num_workers)
     sources = [open_source(dataset) for dataset in settings.datasets]
     num_streams = settings.num_streams or min(source.num_streams() for source in sources)
     settings = replace(settings, num_streams=num_streams)
-    datasets = [TextDataset(source, tokenizer, settings, rank_slice) for source in sources]
+    renderer = None
+    if settings.with_chat:
+        from torchtitan.data.chat import ChatRenderer  # imports jinja2, which text does without
+
+        renderer = ChatRenderer(tokenizer, assets_path, settings.chat)
+    datasets = [
+        TextDataset(source, tokenizer, settings, rank_slice)
+        if source.settings.format == "text" or renderer is None
+        else ChatDataset(source, tokenizer, settings, rank_slice, renderer)
+        for source in sources
+    ]
     name = sources[0].name
     dataset: StreamDataset = datasets[0]
     if settings.blended:

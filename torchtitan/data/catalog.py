@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchtitan.data.documents import Skips
+from torchtitan.data.documents import Rows, Skips
 from torchtitan.data.files import (
     DocumentFile,
     GroupedFile,
@@ -141,7 +141,7 @@ def _open_files(settings: DatasetSettings, found: Found) -> Source:
     empty: list[Path] = []
     broken: list[str] = []
     with ThreadPoolExecutor(16) as threads:  # most of it is waiting for the disk
-        opened = list(threads.map(lambda path: _open(path, settings.text_key), found.files))
+        opened = list(threads.map(lambda path: _open(path, settings.rows), found.files))
     for path, file in zip(found.files, opened, strict=True):
         if isinstance(file, str):
             broken.append(f"{path}: {file}")
@@ -168,10 +168,10 @@ def _open_files(settings: DatasetSettings, found: Found) -> Source:
     return _source_of(settings, files)
 
 
-def _open(path: Path, text_key: str) -> DocumentFile | str:
+def _open(path: Path, rows: Rows) -> DocumentFile | str:
     """The file, or the reason why it can't be opened."""
     try:
-        return open_file(path, text_key)
+        return open_file(path, rows)
     except OSError as error:
         wrong = path.name.endswith(".parquet") and format_problem(path)
         return wrong or f"it can't be read ({error.strerror or error})"

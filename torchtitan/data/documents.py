@@ -1,10 +1,11 @@
-"""Records of documents: the text, or why it is skipped; and the count of the skipped."""
+"""Records of documents: the text or row, or why it is skipped; and the count of the skipped."""
 
 import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from torchtitan.tools.logging import logger
 
@@ -21,13 +22,17 @@ KINDS = {
     type(None): "null",
 }
 
+# Keys of which a row must have one, by format.
+CONVERSATION_KEYS = {"chat": ("messages", "conversations"), "prompt_completion": ("prompt",)}
+
 
 @dataclass(frozen=True)
 class Record:
-    """One document. Exactly one of text and problem is set.
+    """One document. Exactly one of text, row and problem is set.
 
     where: place for log lines and errors ("data.jsonl line 7")
     text: usable text
+    row: all fields, of a conversation
     problem: why the document is skipped
     found: content in place of the text, where a problem with the text key leaves that open
     """
@@ -36,6 +41,7 @@ class Record:
     text: str = ""
     problem: str = ""
     found: str = ""
+    row: Mapping | None = None
 
     @property
     def details(self) -> str:
@@ -63,10 +69,56 @@ def keys_there(keys: Iterable[str]) -> str:
     return f"they have: {listed}" if names else "they have no keys"
 
 
-def record_of_fields(where: str, fields: Mapping, text_key: str) -> Record:
-    if text_key not in fields:
-        return Record(where, problem=f"no '{text_key}' key", found=keys_there(fields))
-    return record_of_text(where, fields[text_key], text_key)
+class Rows(Protocol):
+    """How rows of files become records.
+
+    columns: those of a parquet file that are read; None = all
+    key: names what a row must have, in errors
+    """
+
+    @property
+    def columns(self) -> list[str] | None: ...
+
+    @property
+    def key(self) -> str: ...
+
+    def record(self, where: str, fields: Mapping) -> Record: ...
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Rows with a text under `key`."""
+
+    key: str
+
+    @property
+    def columns(self) -> list[str]:
+        return [self.key]
+
+    def record(self, where: str, fields: Mapping) -> Record:
+        if self.key not in fields:
+            return Record(where, problem=f"no '{self.key}' key", found=keys_there(fields))
+        return record_of_text(where, fields[self.key], self.key)
+
+
+@dataclass(frozen=True)
+class ConversationRows:
+    """Rows that are kept whole, for the chat template."""
+
+    format: Literal["chat", "prompt_completion"]
+
+    @property
+    def columns(self) -> None:
+        return None
+
+    @property
+    def key(self) -> str:
+        return "' or '".join(CONVERSATION_KEYS[self.format])
+
+    def record(self, where: str, fields: Mapping) -> Record:
+        if not any(fields.get(key) is not None for key in CONVERSATION_KEYS[self.format]):
+            return Record(where, problem=f"no '{self.key}' key", found=keys_there(fields))
+        return Record(where, row=fields)
 
 
 def record_of_bytes(where: str, data: bytes, text_key: str) -> Record:
@@ -76,7 +128,7 @@ def record_of_bytes(where: str, data: bytes, text_key: str) -> Record:
         return Record(where, problem="wrong encoding")
 
 
-def record_of_json_line(where: str, line: bytes, text_key: str) -> Record:
+def record_of_json_line(where: str, line: bytes, rows: Rows) -> Record:
     try:
         content = line.decode("utf-8-sig")  # some tools start a file with a byte order mark
     except UnicodeDecodeError:
@@ -89,14 +141,18 @@ def record_of_json_line(where: str, line: bytes, text_key: str) -> Record:
         return Record(where, problem="broken JSON")
     if not isinstance(fields, dict):
         return Record(where, problem="not a JSON object")
-    return record_of_fields(where, fields, text_key)
+    return rows.record(where, fields)
 
 
 class Skips:
     """Count of the documents that a loader process has skipped since it started. The log names the
-    first few, then their number as it grows."""
+    first few, then their number as it grows.
 
-    def __init__(self) -> None:
+    quiet: no log lines
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self.counts: Counter[str] = Counter()
         self.first: Record | None = None
         self._next_report = 10
@@ -105,6 +161,8 @@ class Skips:
         self.counts[record.problem] += 1
         self.first = self.first or record
         total = self.counts.total()
+        if self._quiet:
+            return
         if total <= NAMED_SKIPS:
             rest = "; further ones are counted" if total == NAMED_SKIPS else ""
             logger.warning(f"Skipped {record.where}: {record.problem}{rest}")

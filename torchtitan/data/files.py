@@ -15,9 +15,9 @@ import pyarrow.parquet
 
 from torchtitan.data.documents import (
     Record,
+    Rows,
     record_of_bytes,
     record_of_json_line,
-    record_of_text,
 )
 from torchtitan.data.fingerprint import fingerprint
 from torchtitan.tools.errors import RunError
@@ -28,14 +28,14 @@ class DocumentFile(ABC):
 
     length: number of documents, usable or not; None where only reading to the end tells
     path: where the file is
-    text_key: JSON key or column that holds the text
+    rows: how its rows become records
     """
 
     length: int | None
 
-    def __init__(self, path: Path, text_key: str) -> None:
+    def __init__(self, path: Path, rows: Rows) -> None:
         self.path = path
-        self.text_key = text_key
+        self.rows = rows
         self.size = path.stat().st_size
         self.name = path.name  # in checkpoints; from its folder on where a folder is read
         self.digest = fingerprint(path)
@@ -81,8 +81,8 @@ class GroupedFile(DocumentFile):
 class IndexedFile(GroupedFile):
     """A file of which any document can be read alone: one group that takes no memory."""
 
-    def __init__(self, path: Path, text_key: str, length: int) -> None:
-        super().__init__(path, text_key)
+    def __init__(self, path: Path, rows: Rows, length: int) -> None:
+        super().__init__(path, rows)
         self.length = length
         self.group_rows, self.group_bytes = np.array([length]), np.array([0])
 
@@ -99,9 +99,9 @@ class IndexedFile(GroupedFile):
 class JsonLinesFile(IndexedFile):
     """One JSON object a line. In memory: where each line starts, eight bytes a line."""
 
-    def __init__(self, path: Path, text_key: str) -> None:
+    def __init__(self, path: Path, rows: Rows) -> None:
         self._bounds = _line_bounds(path)
-        super().__init__(path, text_key, len(self._bounds) - 1)
+        super().__init__(path, rows, len(self._bounds) - 1)
 
     def read(self, index: int) -> Record:
         start, end = int(self._bounds[index]), int(self._bounds[index + 1])
@@ -111,25 +111,30 @@ class JsonLinesFile(IndexedFile):
                 line = file.read(end - start)
         except OSError as error:
             raise self.lost(error) from None
-        return record_of_json_line(f"{self.path} line {index + 1}", line, self.text_key)
+        return record_of_json_line(f"{self.path} line {index + 1}", line, self.rows)
 
 
 class ParquetFile(GroupedFile):
-    """A column of strings. One document costs the reading of its whole row group."""
+    """A column of strings, or all columns. One document costs the reading of its row group."""
 
-    def __init__(self, path: Path, text_key: str) -> None:
-        super().__init__(path, text_key)
+    def __init__(self, path: Path, rows: Rows) -> None:
+        super().__init__(path, rows)
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 meta = file.metadata
                 self.schema = file.schema_arrow
-                self._has_text = text_key in self.schema.names
         except pyarrow.ArrowException as error:
             raise OSError(f"it is no parquet file ({str(error)[:80]})") from error
         groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
         paths = [meta.schema.column(number).path for number in range(meta.num_columns)]
         # A nested column has several, which start with its name; read and refused as no string.
-        ours = [n for n, name in enumerate(paths) if f"{name}.".startswith(f"{text_key}.")]
+        columns = self.schema.names if rows.columns is None else rows.columns
+        self._columns = [name for name in columns if name in self.schema.names]
+        ours = [
+            n
+            for n, path in enumerate(paths)
+            if any(f"{path}.".startswith(f"{name}.") for name in self._columns)
+        ]
         self.length = meta.num_rows
         self.group_rows = np.array([group.num_rows for group in groups], np.int64)
         self.group_bytes = np.array(
@@ -139,32 +144,33 @@ class ParquetFile(GroupedFile):
 
     def open_group(self, group: int) -> Callable[[int], Record]:
         before = int(self.group_rows[:group].sum())
-        column, problem = self._read_group(group)
+        table, problem = self._read_group(group)
 
         def read(row: int) -> Record:
             where = f"{self.path} row {before + row + 1}"
-            if column is None:
+            if table is None:
                 return Record(where, problem=problem)
             try:
-                return record_of_text(where, column[row].as_py(), self.text_key)
+                fields = {name: table.column(name)[row].as_py() for name in self._columns}
+                return self.rows.record(where, fields)
             except UnicodeDecodeError:
                 return Record(where, problem="wrong encoding")
 
         return read
 
-    def _read_group(self, group: int) -> tuple[pyarrow.ChunkedArray | None, str]:
-        """The texts, or None and the reason."""
-        if not self._has_text:
-            return None, f"no '{self.text_key}' key"
+    def _read_group(self, group: int) -> tuple[pyarrow.Table | None, str]:
+        """The columns, or None and the reason."""
+        if not self._columns:
+            return None, f"no '{self.rows.key}' key"
         self.open().close()  # a file that is gone or changed is no damaged row group
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
-                table = file.read_row_group(group, columns=[self.text_key])
+                table = file.read_row_group(group, columns=self._columns)
         except (pyarrow.ArrowException, OSError) as error:
             if getattr(error, "errno", None) is not None:  # of the disk or network, not of Arrow
                 raise self.lost(error) from None
             return None, "unreadable row group"
-        return table.column(self.text_key), ""
+        return table, ""
 
     def records(self, start: int, keep: Callable[[int], bool]) -> Iterator[tuple[int, Record]]:
         bounds = itertools.pairwise([0, *np.cumsum(self.group_rows).tolist()])
@@ -178,8 +184,8 @@ class ParquetFile(GroupedFile):
 class TextFile(IndexedFile):
     """A whole file of plain text is one document."""
 
-    def __init__(self, path: Path, text_key: str) -> None:
-        super().__init__(path, text_key, length=1)
+    def __init__(self, path: Path, rows: Rows) -> None:
+        super().__init__(path, rows, length=1)
 
     def read(self, index: int) -> Record:
         try:
@@ -202,7 +208,7 @@ class GzipLinesFile(DocumentFile):
                 for index, line in enumerate(lines):
                     if index >= start and keep(index):
                         where = f"{self.path} line {index + 1}"
-                        yield index, record_of_json_line(where, line, self.text_key)
+                        yield index, record_of_json_line(where, line, self.rows)
         except (EOFError, gzip.BadGzipFile, zlib.error):
             self.open().close()  # a file that has changed is no damaged one
             damaged = index + 1
@@ -213,15 +219,15 @@ class GzipLinesFile(DocumentFile):
             raise self.lost(error) from None
 
 
-def open_file(path: Path, text_key: str) -> DocumentFile:
+def open_file(path: Path, rows: Rows) -> DocumentFile:
     """Raises OSError where the file cannot be read."""
     if path.name.endswith(".gz"):
-        return GzipLinesFile(path, text_key)
+        return GzipLinesFile(path, rows)
     if path.name.endswith(".parquet"):
-        return ParquetFile(path, text_key)
+        return ParquetFile(path, rows)
     if path.name.endswith(".txt"):
-        return TextFile(path, text_key)
-    return JsonLinesFile(path, text_key)
+        return TextFile(path, rows)
+    return JsonLinesFile(path, rows)
 
 
 def _line_bounds(path: Path) -> np.ndarray:

@@ -5,21 +5,31 @@ tokens becomes input = sequence[:-1] and labels = sequence[1:]; the next one sta
 token of this one, so every token of the stream but the very first is a label exactly once.
 """
 
+from typing import NamedTuple
+
 from torchtitan.data.documents import Skips
+from torchtitan.data.epochs import Epochs
 from torchtitan.data.settings import DataSettings
-from torchtitan.data.sources import Reader, Shard, Source
+from torchtitan.data.sources import Shard, Source
 from torchtitan.data.tokenizer import Tokenizer
-from torchtitan.tools.errors import UserError
-from torchtitan.tools.logging import logger
 
 # Position at which a stream starts. `taken` counts its sequences, `reader` is the position of the
 # current document (None: of the first one of the epoch), `token` how many of its tokens are read,
 # `carry` the last token of the last sequence.
 START = {"taken": 0, "epoch": 0, "reader": None, "token": 0, "carry": []}
 
-# A stream may have bad luck with its part of an epoch (one damaged file); in this many epochs in a
-# row it would be the data.
-MOST_EMPTY_EPOCHS = 10
+
+class Packed(NamedTuple):
+    """An example without its padding.
+
+    inputs, labels: token ids of equal number; a label may be `IGNORE_INDEX`
+    documents: number of each token's conversation in the example; None = documents of text, which
+        end with the end-of-text token
+    """
+
+    inputs: list[int]
+    labels: list[int]
+    documents: list[int] | None = None
 
 
 class PackedStream:
@@ -33,7 +43,7 @@ class PackedStream:
     position: where to begin; `START`, or what `position()` gave
     """
 
-    dataset = None  # the name is known to blends only
+    dataset: str | None = None  # the name is known to blends only
 
     def __init__(
         self,
@@ -44,9 +54,7 @@ class PackedStream:
         settings: DataSettings,
         position: dict,
     ) -> None:
-        self._source = source
         self._tokenizer = tokenizer
-        self._shard = shard
         self._skips = skips
         self._settings = settings
         self.skipped = 0  # documents passed over for the last sequence alone
@@ -54,14 +62,15 @@ class PackedStream:
         self._carry: list[int] = position["carry"]
         self._tokens: list[int] = []
         self._token = 0
-        self._open_epoch(position["epoch"])
-        if position["reader"] is not None:  # in the middle of a document: read it again
-            self._reader.load_state_dict(position["reader"])
+        epoch, reader = position["epoch"], position["reader"]
+        self._records = Epochs(source, shard, settings, skips, epoch, reader)
+        self._document = {"epoch": epoch, "reader": reader}
+        if reader is not None:  # in the middle of a document: read it again
             self._next_document()
             self._token = position["token"]
 
-    def sequence(self, number: int) -> list[int] | None:
-        """Token ids of sequence `number`: seq_len + 1, fewer at the end of finite data, then None.
+    def sequence(self, number: int) -> Packed | None:
+        """Sequence `number`: seq_len labels, fewer at the end of finite data, then None.
 
         number: at least the last one + 1; sequences between are made and dropped, as they belong
             to other processes
@@ -74,14 +83,13 @@ class PackedStream:
                 return None
             self._taken += 1
             self._carry = sequence[-1:]
-        return sequence
+        return Packed(sequence[:-1], sequence[1:])
 
     def position(self) -> dict:
         """Position behind the last sequence."""
         return {
             "taken": self._taken,
-            "epoch": self._epoch,
-            "reader": self._document_start,
+            **self._document,
             "token": self._token,
             "carry": self._carry,
         }
@@ -97,55 +105,25 @@ class PackedStream:
             taken += piece
         return taken
 
-    def _open_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._document_start: dict | None = None
-        self._reader: Reader = self._source.open(self._settings.seed, epoch, self._shard)
-
-    def _report_epoch(self) -> None:
-        """Log a new epoch, for the first stream alone: the others are about as far."""
-        if self._shard.index == 0:
-            name, number, count = self._source.name, self._epoch + 1, self._shard.count
-            logger.info(
-                f"Data {name}: epoch {number} of its documents begins (stream 1 of {count})"
-            )
-
     def _next_document(self) -> bool:
         """Tokenise the next usable document; False at the end of finite data."""
-        ends = 0
         while True:
-            start = self._reader.state_dict()
-            record = next(self._reader, None)
-            if record is None:
-                if not self._settings.infinite:
-                    return False
-                ends += 1
-                if ends > MOST_EMPTY_EPOCHS:  # the first end is that of an epoch with documents
-                    raise self._empty()
-                self._open_epoch(self._epoch + 1)
-                self._report_epoch()
-            elif record.problem:
-                self._skips.add(record)
-                self.skipped += 1
-            else:
+            found = self._records.next()
+            if found is None:
+                return False
+            self._document, record = found
+            if not record.problem:
                 break
+            self._skips.add(record)
+            self.skipped += 1
+        self._records.found_usable()
         self._tokens = self._tokenizer.encode(
             record.text,
             add_bos=self._tokenizer.bos_id is not None,
             add_eos=self._tokenizer.eos_id is not None,
         )
-        self._token, self._document_start = 0, start
+        self._token = 0
         return True
-
-    def _empty(self) -> UserError:
-        number, count = self._shard.index + 1, self._shard.count
-        way_out = "lower training.dataset_lanes" if count > 1 else "mend those it has"
-        dataset = self._source.settings.toml_key("dataset")
-        return UserError(
-            f"{dataset} '{self._source.name}' had no usable document for stream {number} of "
-            f"{count} in {MOST_EMPTY_EPOCHS} epochs (skipped by this process: "
-            f"{self._skips or 'none'}); give it more documents, or {way_out}."
-        )
 
 
 def check_start(index: int, position: dict) -> None:

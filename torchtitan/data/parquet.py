@@ -57,7 +57,7 @@ class GroupedFiles(Source):
         return int(self._rows.sum())
 
     def identity(self) -> dict:
-        return {**identity_of_files(self.files), "data documents": len(self)}
+        return {**identity_of_files(self.settings, self.files), "data documents": len(self)}
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         pools = _pools(self._pieces(seed, epoch, shard), POOL_BYTES // shard.count)

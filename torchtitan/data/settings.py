@@ -4,9 +4,11 @@ Everything that opens a dataset takes `DatasetSettings` whole. It knows the TOML
 so that an error names the key its reader has to change.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torchtitan.config import Training, Validation
+from torchtitan.config import Chat, Training, Validation
+from torchtitan.config.data_tables import Format
+from torchtitan.data.documents import ConversationRows, Rows, TextRows
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class DatasetSettings:
     path: value of `dataset_path`; file, folder or glob of local documents
     text_key: value of `dataset_text_key`
     label: name of local files in log lines and errors; "" takes `name`
+    format: value of `format`
     """
 
     key: str
@@ -25,6 +28,18 @@ class DatasetSettings:
     path: str | None = None
     text_key: str = "text"
     label: str = ""
+    format: Format = "text"
+
+    @property
+    def rows(self) -> Rows:
+        """How its rows become records."""
+        return TextRows(self.text_key) if self.format == "text" else ConversationRows(self.format)
+
+    def identity(self) -> dict[str, str]:
+        """Settings that the meaning of a position depends on."""
+        if self.format == "text":
+            return {"training.dataset_text_key": self.text_key}
+        return {"training.format": self.format}
 
     def toml_key(self, name: str) -> str:
         """Full spelling of a key of this table: "validation.dataset_path"."""
@@ -43,6 +58,7 @@ class DataSettings:
     num_workers: loader processes per rank; 0 loads in the training process
     num_streams: streams that the documents form; None lets the data decide
     infinite: True repeats the data epoch after epoch; False reads it once
+    chat: the table [chat]
     """
 
     datasets: tuple[DatasetSettings, ...]
@@ -53,6 +69,12 @@ class DataSettings:
     num_workers: int = 0
     num_streams: int | None = None
     infinite: bool = True
+    chat: Chat = field(default_factory=Chat)
+
+    @property
+    def with_chat(self) -> bool:
+        """Whether some dataset has conversations."""
+        return any(dataset.format != "text" for dataset in self.datasets)
 
 
 def training_datasets(training: Training) -> tuple[DatasetSettings, ...]:
@@ -60,7 +82,13 @@ def training_datasets(training: Training) -> tuple[DatasetSettings, ...]:
     if not training.blend:
         plain = training
         return (
-            DatasetSettings("training", plain.dataset, plain.dataset_path, plain.dataset_text_key),
+            DatasetSettings(
+                "training",
+                plain.dataset,
+                plain.dataset_path,
+                plain.dataset_text_key,
+                format=plain.format,
+            ),
         )
     return tuple(
         DatasetSettings(
@@ -69,12 +97,13 @@ def training_datasets(training: Training) -> tuple[DatasetSettings, ...]:
             part.dataset_path,
             part.dataset_text_key,
             label=part.name,
+            format=part.format,
         )
         for part in training.blend
     )
 
 
-def training_data(training: Training, seed: int) -> DataSettings:
+def training_data(training: Training, chat: Chat, seed: int) -> DataSettings:
     """Data of [training] as the run begins; phases may `resize` its batches."""
     return DataSettings(
         datasets=training_datasets(training),
@@ -84,17 +113,22 @@ def training_data(training: Training, seed: int) -> DataSettings:
         seed=seed,
         num_workers=training.dataset_num_workers,
         num_streams=training.dataset_lanes,
+        chat=chat,
     )
 
 
 def validation_dataset(validation: Validation) -> DatasetSettings:
     """The dataset of [validation]."""
     return DatasetSettings(
-        "validation", validation.dataset, validation.dataset_path, validation.dataset_text_key
+        "validation",
+        validation.dataset,
+        validation.dataset_path,
+        validation.dataset_text_key,
+        format=validation.format,
     )
 
 
-def validation_data(validation: Validation) -> DataSettings:
+def validation_data(validation: Validation, chat: Chat) -> DataSettings:
     """Data of [validation]: one pass, in the same order for any seed of the run."""
     return DataSettings(
         datasets=(validation_dataset(validation),),
@@ -102,4 +136,5 @@ def validation_data(validation: Validation) -> DataSettings:
         seq_len=validation.seq_len,
         batch_size=validation.local_batch_size,
         infinite=False,
+        chat=chat,
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchtitan.data.documents import Record, record_of_fields
+from torchtitan.data.documents import Record
 from torchtitan.data.files import DocumentFile, IndexedFile
 from torchtitan.data.identity import CONTENTS, REVISION
 from torchtitan.data.permutation import order
@@ -140,7 +140,7 @@ class IndexedFiles(Source):
         return self.files[file].read(document - before)
 
     def identity(self) -> dict:
-        return {**identity_of_files(self.files), "data documents": len(self)}
+        return {**identity_of_files(self.settings, self.files), "data documents": len(self)}
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         return _PermutedReader(self, seed, epoch, shard)
@@ -183,7 +183,7 @@ class StreamedFiles(Source):
     """
 
     def identity(self) -> dict:
-        return identity_of_files(self.files)
+        return identity_of_files(self.settings, self.files)
 
     def open(self, seed: int, epoch: int, shard: Shard) -> Reader:
         stream = self._stream(seed, epoch, shard)
@@ -256,7 +256,7 @@ class HubStream(Source):
         known = (info.splits or {}).get(split)
         return {
             "training.dataset": self.name,
-            "training.dataset_text_key": self.settings.text_key,
+            **self.settings.identity(),
             "data config": info.config_name,
             "data split": split,
             "data files": self._dataset.num_shards,
@@ -294,7 +294,7 @@ class _HubReader(Reader):
         fields = {key: column[0] for key, column in self._next_example().items()}
         self._number += 1
         where = f"{self._name}, document {self._number} of this stream"
-        return record_of_fields(where, fields, self._settings.text_key)
+        return self._settings.rows.record(where, fields)
 
     def _next_example(self) -> dict:
         """Read an example; after a failure open the dataset again behind the last one, several
@@ -375,9 +375,9 @@ class WindowShuffledReader(Reader):
             self._taken = state["taken"]
 
 
-def identity_of_files(files: Sequence[DocumentFile]) -> dict:
+def identity_of_files(settings: DatasetSettings, files: Sequence[DocumentFile]) -> dict:
     return {
-        "training.dataset_text_key": files[0].text_key,
+        **settings.identity(),
         "data files": len(files),
         "data bytes": sum(file.size for file in files),
         CONTENTS: [[file.name, file.size, file.digest] for file in files],

@@ -16,8 +16,11 @@ import torch
 from torch.utils.data import IterableDataset
 
 from torchtitan.data.documents import Skips
+from torchtitan.data.packing import Packed
 from torchtitan.data.rank_slice import RankSlice
 from torchtitan.data.settings import DataSettings
+from torchtitan.data.tokenizer import Tokenizer
+from torchtitan.ops.attention import number_documents
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
 Example = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -33,8 +36,8 @@ class Stream(Protocol):
     skipped: int
     dataset: str | None
 
-    def sequence(self, number: int) -> list[int] | None:
-        """seq_len + 1 token ids; fewer at the end of finite data, then None."""
+    def sequence(self, number: int) -> Packed | None:
+        """seq_len labels at most; None at the end of finite data."""
         ...
 
     def position(self) -> dict:
@@ -44,6 +47,9 @@ class Stream(Protocol):
 
 class StreamDataset(IterableDataset, ABC):
     """The examples of a rank slice: ({"input": int64 [seq_len]}, labels int64 [seq_len]).
+
+    With conversations the first part also has "documents", int64 [seq_len]: the number of each
+    token's conversation (or text) in the example; −1 = padding.
 
     Example n is sequence n // num_streams of stream n % num_streams. A process opens the streams
     that its examples come from. Where others take from one too, it makes their sequences of it and
@@ -59,10 +65,12 @@ class StreamDataset(IterableDataset, ABC):
     rank_slice: which examples
     names: names of the datasets of a blend; empty without a blend
     pad_id: token id of padding
+    eos_id: token id that ends a document of text
     """
 
     names: tuple[str, ...] = ()
-    pad_id: int = 0
+    pad_id: int
+    eos_id: int | None
 
     def __init__(self, settings: DataSettings, num_streams: int, rank_slice: RankSlice) -> None:
         self.settings = settings
@@ -101,12 +109,23 @@ class StreamDataset(IterableDataset, ABC):
     def __iter__(self) -> "ExampleIterator":
         return ExampleIterator(self)
 
-    def example(self, sequence: list[int]) -> Example:
-        """Input and labels of a sequence, padded to seq_len."""
-        missing = self.settings.seq_len + 1 - len(sequence)
-        inputs = sequence[:-1] + [self.pad_id] * missing
-        labels = sequence[1:] + [IGNORE_INDEX] * missing
-        return {"input": torch.tensor(inputs)}, torch.tensor(labels)
+    def use_tokens_of(self, tokenizer: Tokenizer) -> None:
+        """Set `pad_id` and `eos_id`."""
+        ids = (tokenizer.pad_id, tokenizer.eos_id)
+        self.pad_id = next((i for i in ids if i is not None), 0)
+        self.eos_id = tokenizer.eos_id
+
+    def example(self, packed: Packed) -> Example:
+        """Pad a sequence to seq_len."""
+        missing = self.settings.seq_len - len(packed.labels)
+        inputs = {"input": torch.tensor(packed.inputs + [self.pad_id] * missing)}
+        if self.settings.with_chat:
+            documents = packed.documents
+            if documents is None:
+                texts = torch.tensor([packed.inputs])
+                documents = number_documents(texts, self.eos_id)[0].tolist()
+            inputs["documents"] = torch.tensor(documents + [-1] * missing)
+        return inputs, torch.tensor(packed.labels + [IGNORE_INDEX] * missing)
 
 
 class ExampleIterator:
@@ -151,7 +170,7 @@ class ExampleIterator:
             self._positions[index] = json.dumps(stream.position())
             self._skipped += stream.skipped
             if stream.dataset is not None:
-                self._tokens_of[stream.dataset] += len(sequence) - 1
+                self._tokens_of[stream.dataset] += len(sequence.labels)
             return self._dataset.example(sequence)
         raise StopIteration
 

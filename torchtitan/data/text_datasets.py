@@ -7,7 +7,7 @@ from torchtitan.data.packing import START, PackedStream, check_start
 from torchtitan.data.rank_slice import RankSlice
 from torchtitan.data.settings import DataSettings
 from torchtitan.data.sources import Shard, Source
-from torchtitan.data.stream_dataset import StreamDataset
+from torchtitan.data.stream_dataset import Stream, StreamDataset
 from torchtitan.data.tokenizer import Tokenizer
 
 
@@ -26,8 +26,7 @@ class TextDataset(StreamDataset):
         super().__init__(settings, settings.num_streams or source.num_streams(), rank_slice)
         self.source = source
         self.tokenizer = tokenizer
-        ids = (tokenizer.pad_id, tokenizer.eos_id)
-        self.pad_id = next((i for i in ids if i is not None), 0)
+        self.use_tokens_of(tokenizer)
         source.check_streams(self.num_streams)
 
     def identity(self) -> dict[str, Any]:
@@ -41,7 +40,7 @@ class TextDataset(StreamDataset):
     def check_position(self, index: int, position: dict) -> None:
         check_start(index, position)
 
-    def open_stream(self, index: int, skips: Skips, position: dict | None) -> PackedStream:
+    def open_stream(self, index: int, skips: Skips, position: dict | None) -> Stream:
         shard = Shard(index, self.num_streams)
         begin = START if position is None else position
         return PackedStream(self.source, self.tokenizer, shard, skips, self.settings, begin)

@@ -35,11 +35,12 @@ def build_training_dataloader(
     if segments:
         logger.info("Blend: %s", describe_blend(segments, training))
     return build_text_dataloader(
-        training_data(training, seed),
+        training_data(training, config.chat, seed),
         tokenizer,
         dp_rank=dp_rank,
         dp_degree=dp_degree,
         segments=segments,
+        assets_path=config.model.hf_assets_path,
     )
 
 

@@ -1,6 +1,6 @@
 """The validation set: another dataset, read once from beginning to end each time."""
 
-from torchtitan.config import Validation
+from torchtitan.config import JobConfig, Validation
 from torchtitan.data.build import build_text_dataloader
 from torchtitan.data.catalog import check_dataset
 from torchtitan.data.dataloader import ParallelAwareDataLoader
@@ -23,9 +23,13 @@ def check_validation_data(settings: Validation, max_seq_len: int) -> None:
 
 
 def build_validation_dataloader(
-    settings: Validation, tokenizer: Tokenizer, *, dp_rank: int, dp_degree: int
+    config: JobConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_degree: int
 ) -> ParallelAwareDataLoader:
     """Loader of the same examples in any layout, and for any seed of the run."""
     return build_text_dataloader(
-        validation_data(settings), tokenizer, dp_rank=dp_rank, dp_degree=dp_degree
+        validation_data(config.validation, config.chat),
+        tokenizer,
+        dp_rank=dp_rank,
+        dp_degree=dp_degree,
+        assets_path=config.model.hf_assets_path,
     )

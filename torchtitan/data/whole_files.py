@@ -49,13 +49,16 @@ def refuse_wrong_files(settings: DatasetSettings, files: Iterable[DocumentFile])
     settings: dataset that the files belong to
     files: all of them
     """
-    set_text_key = f"set {settings.toml_key('dataset_text_key')}"
+    text = settings.format == "text"
+    set_key = f"set {settings.toml_key('dataset_text_key' if text else 'format')}"
     for file in files:
         problem = format_problem(file.path)
         if problem is None and isinstance(file, ParquetFile):
-            problem = _parquet_problem(file, set_text_key)
-        elif problem is None and not isinstance(file, TextFile):
-            problem = _problem_of_documents(file, set_text_key)
+            problem = _parquet_problem(file, set_key)
+        elif problem is None and isinstance(file, TextFile):
+            problem = None if text else f"it is plain text, no rows of conversations; {set_key}"
+        elif problem is None:
+            problem = _problem_of_documents(file, set_key)
         if problem is not None:
             raise UserError(
                 f"{file.path}: {problem}, or leave the file out of "
@@ -82,22 +85,24 @@ def format_problem(path: Path) -> str | None:
     return None
 
 
-def _parquet_problem(file: ParquetFile, set_text_key: str) -> str | None:
-    key = file.text_key
+def _parquet_problem(file: ParquetFile, set_key: str) -> str | None:
+    key, columns = file.rows.key, file.rows.columns
+    if columns is None:  # rows of many columns are looked at one by one
+        return _problem_of_documents(file, set_key)
     if key not in file.schema.names:
         return (
             f"none of its {file.length:,} records has '{key}' "
-            f"({keys_there(file.schema.names)}); {set_text_key}"
+            f"({keys_there(file.schema.names)}); {set_key}"
         )
     kind = file.schema.field(key).type
     if any(is_kind(kind) for is_kind in NOT_STRINGS):
-        return f"'{key}' is a column of {kind}, not of strings; {set_text_key}"
+        return f"'{key}' is a column of {kind}, not of strings; {set_key}"
     return None
 
 
-def _problem_of_documents(file: DocumentFile, set_text_key: str) -> str | None:
+def _problem_of_documents(file: DocumentFile, set_key: str) -> str | None:
     """An empty text counts as one: the file has the right form."""
-    key, problems = file.text_key, Counter[str]()
+    key, problems = file.rows.key, Counter[str]()
     first = None
     for _, record in itertools.islice(file.records(0, lambda index: True), PROBED_DOCUMENTS):
         if record.problem in ("", "empty text"):
@@ -110,11 +115,11 @@ def _problem_of_documents(file: DocumentFile, set_text_key: str) -> str | None:
     number = problems.total()
     which = f"its first {number:,}" if number >= PROBED_DOCUMENTS else f"its {number:,}"
     if len(problems) == 1 and first.problem == f"no '{key}' key":
-        return f"none of {which} records has '{key}' ({first.found}); {set_text_key}"
+        return f"none of {which} records has '{key}' ({first.found}); {set_key}"
     if len(problems) == 1 and first.found:
-        return f"'{key}' is a string in none of {which} records ({first.found}); {set_text_key}"
+        return f"'{key}' is a string in none of {which} records ({first.found}); {set_key}"
     reasons = ", ".join(f"{count:,} {problem}" for problem, count in problems.most_common())
     return (
         f"none of {which} records can be used ({reasons}; first {first.where}: {first.details}); "
-        f"write one JSON object a line, {set_text_key}"
+        f"write one JSON object a line, {set_key}"
     )

@@ -152,7 +152,7 @@ class BuiltRun:
         self.dataloader = build_training_dataloader(config, self.tokenizer, seed=seed, **ranks)
         found = self.dataloader.identity() | identity_of_start(start.path)
         if config.validation.enable:
-            data = build_validation_dataloader(config.validation, self.tokenizer, **ranks)
+            data = build_validation_dataloader(config, self.tokenizer, **ranks)
             self.validation_data = data
             found |= {f"validation: {name}": value for name, value in data.identity().items()}
         return found

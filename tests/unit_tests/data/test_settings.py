@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
 from torchtitan.config import JobConfig, Training, Validation
-from torchtitan.config.schedule_tables import Dataset
+from torchtitan.config.data_tables import Dataset
 from torchtitan.data import build_training_dataloader, check_training_data
 from torchtitan.data.validation import build_validation_dataloader, check_validation_data
 from torchtitan.tools.errors import UserError
@@ -28,7 +28,9 @@ class Table:
 
     def open(self, **keys):
         if self.key == "validation":
-            build_validation_dataloader(Validation(**keys), OneTokenAByte(), **RANK)
+            build_validation_dataloader(
+                JobConfig(validation=Validation(**keys)), OneTokenAByte(), **RANK
+            )
         else:
             config = JobConfig(training=self._training(keys))
             build_training_dataloader(config, OneTokenAByte(), seed=0, **RANK)
