@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -87,19 +88,36 @@ class Tokenizer(ABC):
         """Text of the ids, special tokens spelled out; ids that the tokenizer doesn't have give
         nothing (a model may have more rows than the tokenizer has entries)."""
 
+    @abstractmethod
+    def _encode_with_starts(self, text: str, special: bool) -> tuple[list[int], list[int]]: ...
+
+    def encode_with_starts(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
+        """Ids, and where each token begins: the index of the character that its first byte belongs
+        to. Nothing is added at either end.
+
+        special: take special tokens spelled out in the text for the tokens, as templates need
+        """
+        try:
+            return self._encode_with_starts(text, special)
+        except RustError as error:
+            raise self._unencodable(text, error) from None
+
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         try:
             ids = self._encode(text)
         except RustError as error:
-            raise UserError(
-                f"{self._path} can't encode the text {text[:40]!a} ({error}); take it out of the "
-                "data, or set model.hf_assets_path to a tokenizer with byte fallback."
-            ) from None
+            raise self._unencodable(text, error) from None
         if add_bos:
             ids.insert(0, _required(self.bos_id, "add_bos", "begin"))
         if add_eos:
             ids.append(_required(self.eos_id, "add_eos", "end"))
         return ids
+
+    def _unencodable(self, text: str, error: RustError) -> UserError:
+        return UserError(
+            f"{self._path} can't encode the text {text[:40]!a} ({error}); take it out of the "
+            "data, or set model.hf_assets_path to a tokenizer with byte fallback."
+        )
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -151,6 +169,15 @@ class HuggingFaceTokenizer(Tokenizer):
         with rust_errors():
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def _encode_with_starts(self, text: str, special: bool) -> tuple[list[int], list[int]]:
+        self._tokenizer.encode_special_tokens = not special
+        try:
+            with rust_errors():
+                encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return encoded.ids, [start for start, _ in encoded.offsets]
+
     def token_id(self, text: str) -> int | None:
         return self._tokenizer.token_to_id(text)
 
@@ -196,6 +223,23 @@ class TikTokenTokenizer(Tokenizer):
             with rust_errors():
                 ids += self._encoding.encode_ordinary(text[start : start + LONGEST_PIECE])
         return ids
+
+    def _encode_with_starts(self, text: str, special: bool) -> tuple[list[int], list[int]]:
+        names = self._encoding.special_tokens_set if special else set()
+        longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        ids: list[int] = []
+        for piece in re.split(f"({longest_first})", text) if names else [text]:
+            if piece in names:
+                ids.append(self._encoding.encode_single_token(piece))
+            else:
+                ids += self._encode(piece)
+        # For each byte of the text, its character.
+        owners = [n for n, character in enumerate(text) for _ in character.encode()]
+        starts, position = [], 0
+        for token in ids:
+            starts.append(owners[position])
+            position += len(self._encoding.decode_single_token_bytes(token))
+        return ids, starts
 
     def token_id(self, text: str) -> int | None:
         try:

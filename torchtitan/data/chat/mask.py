@@ -1,0 +1,160 @@
+"""Which characters of a conversation the model must say, and from them which tokens.
+
+Each trained turn stands behind the prompt that the model gets in use: the conversation up to the
+turn, rendered with the generation prompt. The turn is what the rendering through it adds, up to
+and with the token that ends it. Where later turns make the template rewrite a turn (reasoning
+dropped, tags added or emptied), that turn gets an example of its own which ends with it; turns
+whose rendering is a prefix of another's share one example. `{% generation %}` marks are not used:
+most published templates have none, and those that do mark prefilled tags.
+
+The text is tokenised once. **A token is trained if its first character is one that the model must
+say.** A token merged across the start of an answer is thus not trained: in use the prompt already
+holds its beginning, so the model can't say it. A token merged across an end inside the answer is:
+all before it is there, so the model can.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torchtitan.data.chat import problems
+from torchtitan.data.chat.ending import Ending
+from torchtitan.data.chat.problems import ChatProblem
+from torchtitan.data.chat.settings import ChatSettings
+
+THINK, END_THINK = "<think>", "</think>"
+_EMPTY_PAIR = re.compile(rf"\s*{THINK}\s*{END_THINK}")
+_EMPTY_REST = re.compile(rf"\s*{END_THINK}")
+
+# Text of the messages: as they are, or with the prompt of the next turn, in the mode of the
+# settings ("prompt") or in the mode without thinking ("quiet").
+Render = Callable[[Sequence[dict], Literal["plain", "prompt", "quiet"]], str]
+Span = tuple[int, int]
+
+
+@dataclass
+class Marked:
+    """Text of an example.
+
+    text: whole text
+    trained: spans of characters that the model must say
+    answers: spans of the turns that hold them, whole
+    """
+
+    text: str
+    trained: list[Span]
+    answers: list[Span]
+
+
+def mark_turns(
+    messages: Sequence[dict],
+    weights: Sequence[bool],
+    render: Render,
+    ending: Ending,
+    settings: ChatSettings,
+) -> list[Marked]:
+    """Texts with their trained spans, in the order of the turns. Raises `ChatProblem`.
+
+    messages: the conversation
+    weights: whether each message may be trained
+    """
+    turns = [n for n, may_train in enumerate(weights) if may_train]
+    if settings.turns == "last":
+        turns = [n for n in turns if n == len(messages) - 1]
+    examples: list[Marked] = []
+    for turn in reversed(turns):
+        marked = _mark_turn(messages[: turn + 1], render, ending, settings)
+        whole = next((e for e in examples if e.text.startswith(marked.text)), None)
+        if whole is None:
+            examples.append(marked)
+        else:
+            whole.trained += marked.trained
+            whole.answers += marked.answers
+    return [example for example in reversed(examples) if example.trained]
+
+
+def _mark_turn(
+    messages: Sequence[dict], render: Render, ending: Ending, settings: ChatSettings
+) -> Marked:
+    """Text through the last message, an assistant turn, with that turn marked."""
+    *history, message = messages
+    through = render(messages, "plain")
+    text, end = ending.close(through, message)
+    start = _prompt_end(history, render, through)
+    said = _without_empty_tags(text, start, message)
+    trained = list(_parts(text, (said, end), message, ending, settings))
+    return Marked(text, [span for span in trained if span[0] < span[1]], [(start, end)])
+
+
+def _prompt_end(history: list[dict], render: Render, through: str) -> int:
+    """Index behind the prompt of the turn that ends the text: the longer of the two modes' prompts
+    that fit it, for the prompt without thinking may hold empty tags. Raises `ChatProblem`."""
+    prompt = render(history, "prompt")
+    fits = through.startswith(prompt)
+    behind = through[len(prompt) :] if fits else ""
+    if fits and not _EMPTY_PAIR.match(behind):
+        return len(prompt)
+    quiet = render(history, "quiet")
+    if through.startswith(quiet) and not (fits and len(quiet) < len(prompt)):
+        return len(quiet)
+    if not fits:
+        raise ChatProblem(problems.PROMPT_DIFFERS, f"it ends in {prompt[-30:]!r}")
+    return len(prompt)
+
+
+def _without_empty_tags(text: str, start: int, message: dict) -> int:
+    """Index behind tags without reasoning at the start of a turn: in use they'd be the prompt's."""
+    if empty := _EMPTY_PAIR.match(text, start):
+        return empty.end()
+    opened = text[:start].rstrip().endswith(THINK)
+    rest = _EMPTY_REST.match(text, start) if opened else None
+    return rest.end() if rest and "reasoning_content" not in message else start
+
+
+def _parts(
+    text: str, said: Span, message: dict, ending: Ending, settings: ChatSettings
+) -> Iterator[Span]:
+    """Spans of an answer that the settings train."""
+    start, end = said
+    after_thought = _reasoning_end(text, said, message)
+    if not settings.train_reasoning:
+        start = after_thought
+    if settings.train_tool_calls or not message.get("tool_calls"):
+        yield start, end
+        return
+    content = message["content"].strip()
+    at = text.find(content, after_thought, end)
+    if at < 0:
+        raise ChatProblem(problems.PARTS_UNKNOWN, "the content before the calls is rewritten")
+    yield start, at + len(content) if content else after_thought
+
+
+def _reasoning_end(text: str, said: Span, message: dict) -> int:
+    """Index behind the reasoning and its closing tag; the start where a turn has none. Raises
+    `ChatProblem` for reasoning in other tags."""
+    start, end = said
+    thought = message.get("reasoning_content", "").strip()
+    opened = text[:start].rstrip().endswith(THINK) or text[start:end].lstrip().startswith(THINK)
+    at = text.find(thought, start, end) if thought else -1
+    if not opened:
+        if at >= 0 and at < text.find(message["content"].strip() or "\0", start, end):
+            raise ChatProblem(problems.PARTS_UNKNOWN, "the reasoning isn't in <think> tags")
+        return start
+    closing = text.find(END_THINK, max(start, at + len(thought)), end)
+    return closing + len(END_THINK) if closing >= 0 else start
+
+
+def mask_of(starts: Sequence[int], spans: Sequence[Span]) -> list[bool]:
+    """Whether each token's first character is in a span.
+
+    starts: index of the first character of each token, in order
+    """
+    ordered = iter(sorted(spans))
+    span = next(ordered, None)
+    mask = []
+    for start in starts:
+        while span is not None and start >= span[1]:
+            span = next(ordered, None)
+        mask.append(span is not None and span[0] <= start)
+    return mask
