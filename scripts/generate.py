@@ -2,6 +2,10 @@
 
     python scripts/generate.py outputs/checkpoint/step-1000 --prompt "Once upon" --prompt "2 + 2 ="
     torchrun --nproc-per-node 8 scripts/generate.py assets/hf/DeepSeek-V3 --prompt "Once upon"
+    python scripts/generate.py outputs/checkpoint/step-1000 --chat --prompt "Hello" --prompt "And?"
+
+With --chat the prompts are a user's turns, one behind the other, written by the chat template;
+without a prompt they are read from the terminal.
 
 Under torchrun the weights are spread over the ranks: experts whole, the rest by FSDP.
 """
@@ -10,6 +14,7 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,7 +36,8 @@ from torchtitan.components.generation import Sampling, check_prompts, encode_pro
 from torchtitan.components.huggingface.folder import HFFolder, read_json
 from torchtitan.components.huggingface.load_save import load_hf
 from torchtitan.components.optimizer.ema import check_has_average
-from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.config import Chat, ConfigManager, JobConfig
+from torchtitan.data.chat import ChatProblem, ChatRenderer
 from torchtitan.data.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
 from torchtitan.distributed.utils import init_distributed
 from torchtitan.models.decoder.args import DecoderArgs
@@ -47,7 +53,10 @@ from torchtitan.trainer.build import build_model, build_parallel_dims
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=entry.about(__doc__))
     parser.add_argument("source", type=Path, help="a step-N folder, or a Hugging Face folder")
-    parser.add_argument("--prompt", action="append", required=True, help="again for several")
+    parser.add_argument("--prompt", action="append", help="again for several")
+    parser.add_argument("--chat", action="store_true", help="a conversation: prompts are turns")
+    parser.add_argument("--system", help="with --chat: the system's message")
+    parser.add_argument("--chat_template", help="Jinja file (default: the tokenizer folder's)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="at most (default: 128)")
     parser.add_argument(
         "--temperature",
@@ -68,15 +77,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def find_tokenizer(source: Path, named: str | None) -> Tokenizer:
+def find_tokenizer(source: Path, named: str | None) -> tuple[Tokenizer, str]:
     """Load the named tokenizer, else that of the Hugging Face folder, else that of the run which
     wrote the checkpoint (its config.json is above the folder of checkpoints), else the shipped one.
+    Returns its path, too.
     """
     if named is None and is_complete(source):
         settings = source.absolute().parent.parent / "config.json"
         named = _tokenizer_of_run(settings) if os.path.lexists(settings) else DEFAULT_PATH
     try:
-        return load_tokenizer(named or str(source))
+        return load_tokenizer(named or str(source)), named or str(source)
     except UserError as error:
         raise UserError(f"{error} (Or name another tokenizer with --tokenizer.)") from None
 
@@ -148,25 +158,81 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
         load_hf(model, adapter, source, quantized=HFFolder(source).quantized)
 
 
+def check_options(args: argparse.Namespace) -> None:
+    for name in ("system", "chat_template"):
+        if getattr(args, name) is not None and not args.chat:
+            raise UserError(f"--{name} needs --chat; add it, or leave --{name} out.")
+    if not args.prompt and (not args.chat or read_launch().world_size > 1):
+        raise UserError("--prompt must be given (in one process, --chat reads turns without it).")
+
+
+def turns_of(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the user's turns: the prompts, else the lines of the terminal."""
+    if args.prompt:
+        yield from args.prompt
+        return
+    while True:
+        print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def converse(
+    args: argparse.Namespace,
+    renderer: ChatRenderer,
+    answer: Callable[[list[int], Collection[int]], str],
+) -> None:
+    """Answer turn by turn; each answer joins the conversation.
+
+    answer: prompt and the tokens that end an answer to its text
+    """
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    for turn in turns_of(args):
+        messages.append({"role": "user", "content": turn})
+        try:
+            text = answer(renderer.prompt(messages), renderer.stop_ids)
+        except ChatProblem as error:
+            raise UserError(f"The chat template can't write this conversation ({error}).") from None
+        messages.append({"role": "assistant", "content": text})
+        if dist.get_rank() == 0:
+            print(printable(f"user: {turn}\nassistant: {text}\n"))
+
+
 def run(args: argparse.Namespace) -> None:
+    check_options(args)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     found = detect_model(args.source)
     spec, model_args = found.spec, found.args
-    tokenizer = find_tokenizer(args.source, args.tokenizer)
-    prompts = encode_prompts(tokenizer, args.prompt)
+    tokenizer, assets_path = find_tokenizer(args.source, args.tokenizer)
+    renderer = ChatRenderer(tokenizer, assets_path, Chat(template=args.chat_template))
+    prompts = [] if args.chat else encode_prompts(tokenizer, args.prompt)
     if max(map(max, filter(None, prompts)), default=0) >= model_args.vocab_size:
         raise UserError(
             f"the tokenizer has more entries than the model's {model_args.vocab_size}; name the "
             "model's own with --tokenizer."
         )
-    check_prompts(prompts, sampling, model_args)
+    if args.chat:
+        renderer.check_template()
+    else:
+        check_prompts(prompts, sampling, model_args)
     config, device = make_config(args, found), local_device()
     options = {f"--{name}": str(value) for name, value in vars(args).items()}
     leave = init_distributed(config.comm, device, config.job.dump_folder, lambda rank: options)
     try:
         model, _ = build_model(spec, model_args, build_parallel_dims(config), config, device)
         load_weights(model, spec, args.source, averaged=args.ema)
-        texts = generate(model, prompts, sampling, eos_id=tokenizer.eos_id, device=device)
+        if args.chat:
+
+            def answer(prompt: list[int], stop_ids: Collection[int]) -> str:
+                ids = generate(model, [prompt], sampling, stop_ids=stop_ids, device=device)
+                return tokenizer.decode(ids[0])
+
+            return converse(args, renderer, answer)
+        stop_ids = tokenizer.end_ids
+        texts = generate(model, prompts, sampling, stop_ids=stop_ids, device=device)
         if dist.get_rank() == 0:
             for prompt, text in zip(args.prompt, texts, strict=True):
                 print(printable(f"{prompt}{tokenizer.decode(text)}\n"))

@@ -24,6 +24,7 @@ HEIGHT = {
 # The same inside a folder.
 ROOMS = {
     "config": {
+        "data_tables": 0,
         "optimizer_tables": 0,
         "router_stats": 0,
         "schedule_tables": 0,

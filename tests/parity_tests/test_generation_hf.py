@@ -46,7 +46,7 @@ def test_greedy_text_of_qwen3_is_transformers(kind, tmp_path):
 def assert_writes_the_same(model: BaseModel, theirs: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 96, (n,), generator=generator).tolist() for n in (3, 17, 9)]
-    texts = generate(model, prompts, Sampling(max_new_tokens=NEW), eos_id=None, device=CPU)
+    texts = generate(model, prompts, Sampling(max_new_tokens=NEW), stop_ids=(), device=CPU)
     for prompt, text in zip(prompts, texts, strict=True):
         whole = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None

@@ -5,7 +5,7 @@ positions skip the padding. With several ranks all of them call this with the sa
 the tokens that the first one draws.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,10 +53,10 @@ def generate(
     prompts: Sequence[list[int]],
     sampling: Sampling,
     *,
-    eos_id: int | None,
+    stop_ids: Collection[int],
     device: torch.device,
 ) -> list[list[int]]:
-    """Generate the new tokens of each prompt, up to and without `eos_id`, in eval mode.
+    """Generate the new tokens of each prompt, up to and without one of `stop_ids`, in eval mode.
 
     Raises `UserError` for an empty prompt, and where prompt and new tokens exceed max_seq_len.
 
@@ -79,7 +79,7 @@ def generate(
                 if dist.is_initialized():
                     dist.broadcast(drawn, src=0)
                 for row, token in enumerate(drawn.tolist()):  # host sync: the host stores the text
-                    running[row] = running[row] and token != eos_id
+                    running[row] = running[row] and token not in stop_ids
                     if running[row]:
                         out[row].append(token)
                         running[row] = len(out[row]) < sampling.max_new_tokens

@@ -8,13 +8,15 @@ need all of them.
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchtitan.components.generation import Sampling, check_prompts, encode_prompts, generate
-from torchtitan.config import Validation
+from torchtitan.config import JobConfig, Validation
+from torchtitan.data.chat import ChatProblem, ChatRenderer
 from torchtitan.data.dataloader import ParallelAwareDataLoader
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.distributed.utils import sum_over_ranks
@@ -26,13 +28,31 @@ from torchtitan.tools.logging import logger
 Batch = tuple[dict[str, Tensor], Tensor]
 
 
-def check_samples(settings: Validation, tokenizer: Tokenizer, model_args: BaseModelArgs) -> None:
+class Prompts(NamedTuple):
+    """Token ids of `sample_prompts`, and the tokens that end an answer."""
+
+    ids: list[list[int]]
+    stop_ids: Collection[int]
+
+
+def sample_prompts(config: JobConfig, tokenizer: Tokenizer) -> Prompts:
+    """Make the prompts: texts to continue or, with format "chat", questions of a user."""
+    texts = config.validation.sample_prompts
+    if config.validation.format != "chat":
+        return Prompts(encode_prompts(tokenizer, texts), tokenizer.end_ids)
+    renderer = ChatRenderer(tokenizer, config.model.hf_assets_path, config.chat)
+    ids = [renderer.prompt([{"role": "user", "content": text}]) for text in texts]
+    return Prompts(ids, renderer.stop_ids)
+
+
+def check_samples(config: JobConfig, tokenizer: Tokenizer, model_args: BaseModelArgs) -> None:
     """Raise `UserError` where the model can't continue `sample_prompts`."""
+    settings = config.validation
     if settings.enable and settings.sample_prompts:
         try:
-            prompts = encode_prompts(tokenizer, settings.sample_prompts)
+            prompts = sample_prompts(config, tokenizer).ids
             check_prompts(prompts, _sampling(settings), model_args)
-        except UserError as error:
+        except (UserError, ChatProblem) as error:
             raise UserError(f"validation.sample_prompts, sample_tokens: {error}") from None
 
 
@@ -45,19 +65,23 @@ class Validator:
 
     loader: each iteration is one pass over this rank's part of the set; its last batch may have
         fewer sequences.
-    loss_sum: returns the sum of the losses of this rank's valid labels in a batch, and their
-        number, as tensors on the device.
+    loss_sum: returns the sum of the losses of this rank's valid labels in a batch, their number,
+        and the number of those that the model finds likeliest (NaN: unknown), as tensors on the
+        device.
     """
 
     def __init__(
         self,
-        settings: Validation,
+        config: JobConfig,
+        tokenizer: Tokenizer,
         loader: ParallelAwareDataLoader,
-        loss_sum: Callable[[Batch], tuple[Tensor, Tensor]],
+        loss_sum: Callable[[Batch], tuple[Tensor, Tensor, Tensor]],
         *,
         device: torch.device,
     ) -> None:
-        self.settings = settings
+        self.settings = config.validation
+        self.tokenizer = tokenizer
+        self.prompts = sample_prompts(config, tokenizer)
         self.loader = loader
         self.data_identity = loader.identity()
         self.loss_sum = loss_sum
@@ -74,7 +98,7 @@ class Validator:
         """
         began = time.perf_counter()
         # Loss and tokens in fp64: accurate enough for a sum over 10^8 tokens.
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         was_training = model.training
         model.eval()
         try:
@@ -82,8 +106,8 @@ class Validator:
                 totals += torch.stack([number.double() for number in self.loss_sum(batch)])
         finally:
             model.train(was_training)
-        loss_sum, tokens = sum_over_ranks(totals).tolist()
-        loss = loss_sum / tokens
+        loss_sum, tokens, hits = sum_over_ranks(totals).tolist()
+        loss = loss_sum / max(1, tokens)
         perplexity = math.exp(loss) if loss < 700 else math.inf  # e^710 is beyond fp64
         seconds = time.perf_counter() - began
         logger.info(
@@ -94,23 +118,25 @@ class Validator:
             f"{tokens:,.0f}",
             seconds,
         )
+        accuracy = {} if math.isnan(hits) else {"validation_accuracy": hits / max(1, tokens)}
         return {
             "validation_loss": loss,
             "validation_perplexity": perplexity,
             "validation_tokens": int(tokens),
             "validation_seconds": seconds,
+            **accuracy,
         }
 
-    def samples(self, model: BaseModel, tokenizer: Tokenizer, step: int) -> dict[str, str]:
+    def samples(self, model: BaseModel, step: int) -> dict[str, str]:
         """Generate a text for each of `sample_prompts` (its likeliest tokens), by prompt."""
         prompts = self.settings.sample_prompts
         if not prompts:
             return {}
-        ids, sampling = encode_prompts(tokenizer, prompts), _sampling(self.settings)
+        (ids, stop_ids), sampling = self.prompts, _sampling(self.settings)
         # Compiled, generation would be compiled again for every length.
         with torch.compiler.set_stance("force_eager"):
-            texts = generate(model, ids, sampling, eos_id=tokenizer.eos_id, device=self.device)
-        written = dict(zip(prompts, map(tokenizer.decode, texts), strict=True))
+            texts = generate(model, ids, sampling, stop_ids=stop_ids, device=self.device)
+        written = dict(zip(prompts, map(self.tokenizer.decode, texts), strict=True))
         for prompt, text in written.items():
             logger.info("Sample of step %d: %r is continued with %r", step, prompt, text)
         return written
@@ -131,7 +157,13 @@ class Validator:
     def _padded(self, batch: Batch | None) -> Batch:
         """Pad up to the batch size: a pipeline needs full batches, the compiler prefers them."""
         shape = self.settings.local_batch_size, self.settings.seq_len
-        tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
+        inputs = {"input": torch.zeros(shape, dtype=torch.int64)}
+        if self.settings.format != "text":
+            inputs["documents"] = torch.full(shape, -1)
+        labels = torch.full(shape, IGNORE_INDEX)
         if batch is not None:
-            tokens[: len(batch[1])], labels[: len(batch[1])] = batch[0]["input"], batch[1]
-        return {"input": tokens}, labels
+            count = len(batch[1])
+            labels[:count] = batch[1]
+            for name, whole in inputs.items():
+                whole[:count] = batch[0][name]
+        return inputs, labels

@@ -6,8 +6,10 @@ from dataclasses import replace
 from torchtitan.config.blend import BlendSegment
 from torchtitan.data.blend import BlendedDataset, BlendOrder
 from torchtitan.data.catalog import open_source
+from torchtitan.data.chat import ChatRenderer
 from torchtitan.data.chat.dataset import ChatDataset
 from torchtitan.data.dataloader import ParallelAwareDataLoader, build_dataloader
+from torchtitan.data.fim import FillInTheMiddle
 from torchtitan.data.rank_slice import RankSlice
 from torchtitan.data.settings import DataSettings
 from torchtitan.data.sources import Source
@@ -26,6 +28,7 @@ def build_text_dataloader(
     dp_degree: int,
     segments: Sequence[BlendSegment] = (),
     assets_path: str = "",
+    fim: FillInTheMiddle | None = None,
 ) -> ParallelAwareDataLoader:
     """Loader of ({"input": int64 [batch_size, seq_len]}, labels int64 [batch_size, seq_len]).
 
@@ -37,19 +40,16 @@ def build_text_dataloader(
     dp_degree: number of data-parallel ranks
     segments: weights of a blend over the run; empty without a blend
     assets_path: folder of the tokenizer and its chat template
+    fim: encodes texts in place of the tokenizer
     """
     rank_slice = RankSlice(dp_rank, dp_degree, settings.batch_size, settings.num_workers)
     sources = [open_source(dataset) for dataset in settings.datasets]
     num_streams = settings.num_streams or min(source.num_streams() for source in sources)
     settings = replace(settings, num_streams=num_streams)
-    renderer = None
-    if settings.with_chat:
-        from torchtitan.data.chat import ChatRenderer  # imports jinja2, which text does without
-
-        renderer = ChatRenderer(tokenizer, assets_path, settings.chat)
+    renderer = ChatRenderer(tokenizer, assets_path, settings.chat)
     datasets = [
-        TextDataset(source, tokenizer, settings, rank_slice)
-        if source.settings.format == "text" or renderer is None
+        TextDataset(source, fim or tokenizer, settings, rank_slice)
+        if source.settings.format == "text"
         else ChatDataset(source, tokenizer, settings, rank_slice, renderer)
         for source in sources
     ]

@@ -55,7 +55,8 @@ HUB_DATASETS = {
     "c4_validation": HubDataset("allenai/c4", "en", "validation", "en/c4-validation.*.json.gz"),
 }
 LOCAL = "text"  # the name to write when dataset_path says it all
-NAMES = ("sample", *SAMPLE_ALIASES, *HUB_DATASETS, LOCAL)
+CHAT_SAMPLE = "chat_sample"  # a few conversations, to try a set-up with
+NAMES = ("sample", *SAMPLE_ALIASES, CHAT_SAMPLE, *HUB_DATASETS, LOCAL)
 
 
 def check_dataset(settings: DatasetSettings) -> None:
@@ -91,6 +92,8 @@ def open_source(settings: DatasetSettings) -> Source:
             key = settings.toml_key("dataset")
             logger.info(f"{key} '{name}' is read from the shipped sample, {SAMPLE}")
         source = _open_files(replace(settings, text_key="text"), Found(SAMPLE.parent, [SAMPLE]))
+    elif name == CHAT_SAMPLE:
+        source = _open_files(settings, Found(SAMPLE.parent, [SAMPLE.with_name("chat.jsonl")]))
     elif plain in HUB_DATASETS:
         source = _open_hub(settings, replace(HUB_DATASETS[plain], revision=revision or None))
     elif _is_on_hub(name):

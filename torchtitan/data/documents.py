@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torchtitan.tools.logging import logger
 
@@ -21,9 +21,6 @@ KINDS = {
     bool: "true or false",
     type(None): "null",
 }
-
-# Keys of which a row must have one, by format.
-CONVERSATION_KEYS = {"chat": ("messages", "conversations"), "prompt_completion": ("prompt",)}
 
 
 @dataclass(frozen=True)
@@ -99,26 +96,6 @@ class TextRows:
         if self.key not in fields:
             return Record(where, problem=f"no '{self.key}' key", found=keys_there(fields))
         return record_of_text(where, fields[self.key], self.key)
-
-
-@dataclass(frozen=True)
-class ConversationRows:
-    """Rows that are kept whole, for the chat template."""
-
-    format: Literal["chat", "prompt_completion"]
-
-    @property
-    def columns(self) -> None:
-        return None
-
-    @property
-    def key(self) -> str:
-        return "' or '".join(CONVERSATION_KEYS[self.format])
-
-    def record(self, where: str, fields: Mapping) -> Record:
-        if not any(fields.get(key) is not None for key in CONVERSATION_KEYS[self.format]):
-            return Record(where, problem=f"no '{self.key}' key", found=keys_there(fields))
-        return Record(where, row=fields)
 
 
 def record_of_bytes(where: str, data: bytes, text_key: str) -> Record:

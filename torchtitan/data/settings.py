@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from torchtitan.config import Chat, Training, Validation
 from torchtitan.config.data_tables import Format
-from torchtitan.data.documents import ConversationRows, Rows, TextRows
+from torchtitan.data.chat.rows import ConversationRows
+from torchtitan.data.documents import Rows, TextRows
 
 
 @dataclass(frozen=True)

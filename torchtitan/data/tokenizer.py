@@ -79,6 +79,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The end token, as a set; empty where there is none."""
+        return frozenset() if self.eos_id is None else frozenset((self.eos_id,))
+
     @abstractmethod
     def token_id(self, text: str) -> int | None:
         """Id of the token spelled so, which may be a special one; None where there is none."""

@@ -7,20 +7,47 @@ from torchtitan.config import JobConfig, Training, run_schedule
 from torchtitan.config.blend import BlendSegment, blend_segments
 from torchtitan.data.build import build_text_dataloader
 from torchtitan.data.catalog import check_dataset
+from torchtitan.data.chat import ChatRenderer
 from torchtitan.data.dataloader import ParallelAwareDataLoader
 from torchtitan.data.fim import FillInTheMiddle, check_fim_tokens
-from torchtitan.data.settings import training_data, training_datasets
+from torchtitan.data.settings import training_data, training_datasets, validation_dataset
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.distributed.utils import sum_over_ranks
+from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 
 def check_training_data(training: Training, tokenizer: Tokenizer) -> None:
     """Raise `UserError` for what can be known to be wrong before a run."""
+    datasets = training_datasets(training)
     if training.fim_rate > 0:
+        if all(dataset.format != "text" for dataset in datasets):
+            raise UserError(
+                f"training.fim_rate = {training.fim_rate} rearranges texts, but training.format = "
+                f'"{datasets[0].format}" has none; set it to 0.'
+            )
         check_fim_tokens(tokenizer, training.fim_tokens)
-    for dataset in training_datasets(training):
+    for dataset in datasets:
         check_dataset(dataset)
+
+
+def check_chat(config: JobConfig, tokenizer: Tokenizer, model_args: BaseModelArgs) -> None:
+    """Raise `UserError` where the conversations of training or validation can't be used."""
+    datasets = [*training_datasets(config.training)]
+    if config.validation.enable:
+        datasets.append(validation_dataset(config.validation))
+    conversations = [dataset for dataset in datasets if dataset.format != "text"]
+    if not conversations:
+        return
+    if not model_args.keeps_documents_apart:
+        raise UserError(
+            f'{conversations[0].toml_key("format")} = "{conversations[0].format}" packs several '
+            "conversations into a sequence, which must not see each other; set "
+            'model.args.attn_mask_type = "block_causal".'
+        )
+    if any(dataset.format == "chat" for dataset in conversations):
+        ChatRenderer(tokenizer, config.model.hf_assets_path, config.chat).check_template()
 
 
 def build_training_dataloader(
@@ -28,9 +55,10 @@ def build_training_dataloader(
 ) -> ParallelAwareDataLoader:
     """Loader of the training data as the run begins; phases may `resize` it."""
     training = config.training
+    fim = None
     if training.fim_rate > 0:
         rate, tokens = training.fim_rate, training.fim_tokens
-        tokenizer = FillInTheMiddle(tokenizer, rate=rate, tokens=tokens, seed=seed)
+        fim = FillInTheMiddle(tokenizer, rate=rate, tokens=tokens, seed=seed)
     segments = blend_segments(config, run_schedule(config, dp_degree)) if training.blend else []
     if segments:
         logger.info("Blend: %s", describe_blend(segments, training))
@@ -41,6 +69,7 @@ def build_training_dataloader(
         dp_degree=dp_degree,
         segments=segments,
         assets_path=config.model.hf_assets_path,
+        fim=fim,
     )
 
 

@@ -105,6 +105,11 @@ class BaseModelArgs:
         return False
 
     @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether tokens see tokens of their own document only."""
+        return False
+
+    @property
     def stage_channels(self) -> int:
         """Channels of the tensors (B, S, stage_channels) between the parts of a pipeline."""
         return self.dim

@@ -206,7 +206,7 @@ class BuiltRun:
         self.validator = None
         if config.validation.enable:
             self.validator = Validator(
-                config.validation, self.validation_data, self.loss_sum, device=self.device
+                config, self.tokenizer, self.validation_data, self.loss_sum, device=self.device
             )
         self.progress = Progress(
             schedule=self.phases.schedule,
@@ -293,10 +293,11 @@ class BuiltRun:
         max_norm = self.config.training.max_norm
         return clip_gradients(self.optimizer, self.model.parameters(), max_norm)
 
-    def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum the losses of a batch's valid labels; also their number. Both add up over ranks."""
-        loss, count = self.passes.loss_sum(batch)
-        return self._counted_once(loss), self._counted_once(count)
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """As `ForwardBackward.loss_sum`, of the validation set; the numbers add up over ranks."""
+        hits = self.config.validation.format != "text"
+        loss, count, found = self.passes.loss_sum(batch, hits=hits)
+        return self._counted_once(loss), self._counted_once(count), self._counted_once(found)
 
     def _counted_once(self, of_tokens: Tensor) -> Tensor:
         """Set to zero on ranks that only repeat another's value (tensor parallelism, earlier

@@ -21,7 +21,7 @@ from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.pipeline_parallel import StepInputs
 from torchtitan.distributed.pipeline_plan import PipelinePlan
 from torchtitan.ops.attention import number_documents
-from torchtitan.ops.cross_entropy import IGNORE_INDEX
+from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.errors import UserError
 from torchtitan.trainer.build import build_pipeline
@@ -92,13 +92,25 @@ class ForwardBackward:
             return self.pipeline.step(inputs, counts.labels)
         return self.backward(inputs, self.masks(self.documents(batch)), counts.labels)
 
-    def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum the losses of this rank's valid labels of a batch; also their number."""
+    def loss_sum(self, batch: Batch, *, hits: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum the losses of this rank's valid labels of a batch.
+
+        Returns the sum, the number of labels, and the number of those that are the likeliest token:
+        NaN unless asked for, and where no rank has whole logits (pipelines, tensor parallelism).
+
+        hits: count them; the logits of the batch are held.
+        """
         inputs = self.inputs(batch)
-        count = (inputs.labels != IGNORE_INDEX).sum()
+        valid_BS = inputs.labels != IGNORE_INDEX
+        unknown = torch.full((), torch.nan, device=self.device)
         if self.pipeline is not None:
-            return self.pipeline.evaluate(inputs), count
-        return self._loss_sum(inputs, self.masks(self.documents(batch))), count
+            return self.pipeline.evaluate(inputs), valid_BS.sum(), unknown
+        masks = self.masks(self.documents(batch))
+        if not hits or self.dims.tp > 1:
+            return self._loss_sum(inputs, masks), valid_BS.sum(), unknown
+        logits = self._forward(inputs, masks)
+        found_BS = valid_BS & (logits.argmax(dim=-1) == inputs.labels)
+        return cross_entropy_sum(logits, inputs.labels), valid_BS.sum(), found_BS.sum()
 
     def documents(self, batch: Batch) -> Tensor:
         """Number of each token's document, (B, S) int64; −1 = padding.
@@ -139,15 +151,19 @@ class ForwardBackward:
             self._positions[seq_len] = positions_of_this_rank(self.dims, seq_len, self.device)
         return self._positions[seq_len]
 
-    def _loss_sum(self, inputs: StepInputs, masks: Any) -> Tensor:
-        out = self.model(
+    def _forward(self, inputs: StepInputs, masks: Any, **labels: Tensor) -> Tensor:
+        return self.model(
             inputs.tokens,
             attention_masks=masks,
             positions=inputs.positions,
             token_mask=inputs.token_mask,
-            **({"labels": inputs.labels} if self._model_has_loss else {}),
+            **labels,
             **inputs.extra,
         )
+
+    def _loss_sum(self, inputs: StepInputs, masks: Any) -> Tensor:
+        labels = {"labels": inputs.labels} if self._model_has_loss else {}
+        out = self._forward(inputs, masks, **labels)
         # The logits, the largest activation, are freed as soon as their gradient is computed.
         return out if self._model_has_loss else self.loss_fn(out, inputs.labels)
 

@@ -14,6 +14,7 @@ from torchtitan.config.manager import read_config_file
 from torchtitan.config.phases import coefficients_set
 from torchtitan.data import check_training_data
 from torchtitan.data.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.data.training import check_chat
 from torchtitan.data.validation import check_validation_data
 from torchtitan.distributed.activation_checkpoint import check_memory_budget
 from torchtitan.distributed.compile import check_compile_backend
@@ -62,8 +63,9 @@ def check_config(config: JobConfig) -> Checked:
     shortest = min([model_args, *_args_of_phases(config, spec)], key=lambda args: args.max_seq_len)
     check_pipeline(config, model_args)
     check_training_data(config.training, tokenizer)
+    check_chat(config, tokenizer, model_args)
     check_hf(config, spec, model_args)
-    check_samples(config.validation, tokenizer, shortest)
+    check_samples(config, tokenizer, shortest)
     check_validation_data(config.validation, shortest.max_seq_len)
     return spec, model_args, tokenizer
 

@@ -22,6 +22,7 @@ from torchtitan.config import JobConfig
 from torchtitan.config.phases import StepSettings
 from torchtitan.data import data_numbers
 from torchtitan.data.dataloader import ParallelAwareDataLoader
+from torchtitan.data.settings import training_datasets
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.pipeline_parallel import Pipeline
 from torchtitan.distributed.token_dispatch import bytes_per_row
@@ -155,6 +156,7 @@ class StepLog:
                 "skipped_steps": self.loss_guard.skipped_steps,
                 "rewinds": self.loss_guard.rewinds,
                 **counted,
+                **self._shares(result, now),
                 **result.side_losses,
                 **now.numbers(),
                 **traffic,
@@ -167,6 +169,16 @@ class StepLog:
         watched = balance | violation_numbers(result.loads)
         watched |= {"loss": result.loss, "grad_norm": result.grad_norm}
         return self.alarms.check(progress.step, watched)
+
+    def _shares(self, result: StepResult, now: StepSettings) -> Numbers:
+        """Shares of a step with conversations: places that are no padding, tokens with a label."""
+        if all(each.format == "text" for each in training_datasets(self.config.training)):
+            return {}
+        places = now.batch_size * now.seq_len
+        return {
+            "filled_percent": 100 * result.tokens / places,
+            "trained_percent": 100 * result.labels / result.tokens,
+        }
 
     def _routing_numbers(
         self, result: StepResult, biases: Mapping[int, Tensor | None], model_args: BaseModelArgs

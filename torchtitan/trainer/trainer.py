@@ -287,7 +287,7 @@ class Trainer(BuiltRun):
         if validator is None or not validator.is_due(self.step, self.config.training.steps):
             return {}
         numbers = validator.run(self.model, self.step)
-        self.metrics.log_texts(validator.samples(self.model, self.tokenizer, self.step), self.step)
+        self.metrics.log_texts(validator.samples(self.model, self.step), self.step)
         return numbers
 
     def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> Action:

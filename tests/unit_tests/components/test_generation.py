@@ -25,7 +25,9 @@ def model() -> DeepSeekV3Model:
 
 def write(model, prompts=PROMPTS, eos_id=None, **sampling) -> list[list[int]]:
     settings = Sampling(**({"max_new_tokens": 12} | sampling))
-    return generate(model, prompts, settings, eos_id=eos_id, device=CPU)
+    return generate(
+        model, prompts, settings, stop_ids=() if eos_id is None else (eos_id,), device=CPU
+    )
 
 
 def test_greedy_text_is_that_of_the_model_without_a_cache(model):

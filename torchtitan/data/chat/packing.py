@@ -10,9 +10,9 @@ The last token of a conversation predicts nothing, so it is no input: n tokens t
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from torchtitan.data.chat.problems import ChatProblem
+from torchtitan.data.chat.renderer import ChatExample
 from torchtitan.data.documents import Record, Skips
 from torchtitan.data.epochs import Epochs
 from torchtitan.data.packing import Packed
@@ -27,19 +27,6 @@ from torchtitan.tools.errors import UserError
 START = {"taken": 0, "epoch": 0, "reader": None, "read": 0, "used": []}
 
 
-class Example(Protocol):
-    """A conversation as tokens.
-
-    trained: by token, whether the model must produce it
-    """
-
-    @property
-    def tokens(self) -> list[int]: ...
-
-    @property
-    def trained(self) -> list[bool]: ...
-
-
 @dataclass
 class _Read:
     """A record that was read.
@@ -49,7 +36,7 @@ class _Read:
     """
 
     position: dict
-    waiting: list[Example | None]
+    waiting: list[ChatExample | None]
 
 
 class ConversationStream:
@@ -68,7 +55,7 @@ class ConversationStream:
     def __init__(
         self,
         source: Source,
-        render: Callable[[Mapping], list[Example]],
+        render: Callable[[Mapping], list[ChatExample]],
         shard: Shard,
         skips: Skips,
         settings: DataSettings,
@@ -140,25 +127,24 @@ class ConversationStream:
         while self._window and not any(self._window[0].waiting):
             self._window.popleft()
 
-    def _examples(self, record: Record) -> list[Example | None]:
+    def _examples(self, record: Record) -> list[ChatExample | None]:
         """Render a record; None for each example that can't be used."""
-        examples: list[Example] = []
-        problem = record.problem
-        if not problem:
+        examples: list[ChatExample] = []
+        if not record.problem:
             assert record.row is not None, record
             try:
                 examples = self._render(record.row)
             except ChatProblem as error:
-                problem = error.problem
-        if problem:
-            self._skip(record, problem)
+                record = Record(record.where, problem=error.problem, found=error.found)
+        if record.problem:
+            self._skip(record)
         return [self._fitted(record, example) for example in examples]
 
-    def _skip(self, record: Record, problem: str) -> None:
-        self._skips.add(Record(record.where, problem=problem))
+    def _skip(self, record: Record) -> None:
+        self._skips.add(record)
         self.skipped += 1
 
-    def _fitted(self, record: Record, example: Example) -> Example | None:
+    def _fitted(self, record: Record, example: ChatExample) -> ChatExample | None:
         """The example where it fits into a sequence; else as `chat.too_long` says."""
         most, length = self._settings.seq_len + 1, len(example.tokens)
         if length <= most:
@@ -173,13 +159,13 @@ class ConversationStream:
         if self._settings.chat.too_long == "cut":
             cut = _cut_behind_answer(example, most)
         if cut is None:
-            self._skip(record, "longer than a sequence")
+            self._skip(Record(record.where, problem="longer than a sequence"))
         return cut
 
-    def _choose(self) -> list[Example]:
+    def _choose(self) -> list[ChatExample]:
         """Take examples for a sequence from the window."""
         room = self._settings.seq_len
-        chosen: list[Example] = []
+        chosen: list[ChatExample] = []
         while True:
             best: tuple[_Read, int] | None = None
             best_size = 0
@@ -201,7 +187,7 @@ class ConversationStream:
         return chosen
 
 
-def _join(examples: list[Example]) -> Packed:
+def _join(examples: list[ChatExample]) -> Packed:
     inputs: list[int] = []
     labels: list[int] = []
     documents: list[int] = []
@@ -214,18 +200,12 @@ def _join(examples: list[Example]) -> Packed:
     return Packed(inputs, labels, documents)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    tokens: list[int]
-    trained: list[bool]
-
-
-def _cut_behind_answer(example: Example, most: int) -> Example | None:
+def _cut_behind_answer(example: ChatExample, most: int) -> ChatExample | None:
     """Cut to at most `most` tokens, behind the last whole answer; None where none is left."""
     trained = example.trained
     for end in range(most, 0, -1):
         if trained[end - 1] and not trained[end]:
-            return _Cut(example.tokens[:end], trained[:end])
+            return ChatExample(example.tokens[:end], trained[:end])
     return None
 
 

@@ -1,6 +1,7 @@
 """Rows in, examples out: the one interface to chat templates and masks."""
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -108,6 +109,19 @@ class ChatRenderer:
         """Ids of a conversation with the opener of the answer to come. Raises `ChatProblem`."""
         read = conversation_of(messages, tools)
         return self._encode(self._render(read, read.messages, "prompt"))[0]
+
+    def check_template(self) -> None:
+        """Raise `UserError` for a template that is missing or can't be used."""
+        self._load()
+
+    @property
+    def identity(self) -> str:
+        """Digest of what the template writes; the tokens of a conversation depend on it."""
+        messages = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+        loaded = self._load()
+        return hashlib.sha256(
+            self._probe(loaded.template, loaded.form, messages).encode()
+        ).hexdigest()
 
     @property
     def stop_ids(self) -> set[int]:

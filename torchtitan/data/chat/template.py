@@ -26,7 +26,8 @@ class Template(Protocol):
     name: file or built-in renderer, for sentences
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def render(
         self,

@@ -100,6 +100,10 @@ class DecoderArgs(BaseModelArgs):
         moe_args = dataclasses.replace(self.moe_args, _debug_force_load_balance=True)
         return dataclasses.replace(self, moe_args=moe_args)
 
+    @property
+    def keeps_documents_apart(self) -> bool:
+        return self.attn_mask_type == "block_causal"
+
     def check_tokenizer(self, eos_id: int | None) -> None:
         if self.attn_mask_type == "block_causal" and eos_id is None:
             raise UserError(

@@ -203,7 +203,7 @@ class DeepSeekV3Model(Decoder):
         depth = self.model_args.n_mtp_layers
         if depth == 0 or not self.training:
             return {}
-        apart = self.model_args.attn_mask_type == "block_causal"
+        apart = self.model_args.keeps_documents_apart
         inputs = mtp_inputs(tokens_BS, labels_BS, documents_BS, depth, apart=apart)
         if queries_Q is not None:
             inputs = MTPInputs(*(each[..., queries_Q] for each in inputs))
