@@ -2,8 +2,8 @@
 
     python scripts/show_batch.py train_configs/chat_debug_model.toml --batches 1 --html batch.html
 
-In a terminal trained tokens are green; elsewhere they stand in [[ ]]. A line separates documents. Any
-key of the config may follow, as on the trainer's command line.
+In a terminal trained tokens are green; elsewhere they stand in [[ ]]. A line separates documents.
+Any key of the config may follow, as on the trainer's command line.
 """
 
 import argparse

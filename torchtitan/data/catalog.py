@@ -235,5 +235,5 @@ def _check_usable(source: Source) -> None:
     raise UserError(
         f"{key('dataset')} '{source.name}' has no usable document among the first "
         f"{skips.counts.total():,} ({skips or 'none found'}; first {first}); {hint}correct "
-        f"{key('dataset_path')} or {key('dataset_text_key')}, or mend the files."
+        f"{key('dataset_path')} or {key(source.settings.rows_key)}, or mend the files."
     )

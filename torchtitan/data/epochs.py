@@ -62,9 +62,10 @@ class Epochs:
         self._ends = 0
 
     def _report(self) -> None:
-        """Log a new epoch, for the first stream alone: the others are about as far."""
-        if self._shard.index == 0:
-            name, number, count = self._source.name, self._epoch + 1, self._shard.count
+        """Log a new epoch, for the first stream alone: the others are about as far. Of many epochs
+        (a small set for fine-tuning) each second, fourth, eighth, ... one is logged."""
+        name, number, count = self._source.name, self._epoch + 1, self._shard.count
+        if self._shard.index == 0 and number & (number - 1) == 0:
             logger.info(
                 f"Data {name}: epoch {number} of its documents begins (stream 1 of {count})"
             )

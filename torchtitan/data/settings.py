@@ -36,6 +36,11 @@ class DatasetSettings:
         """How its rows become records."""
         return TextRows(self.text_key) if self.format == "text" else ConversationRows(self.format)
 
+    @property
+    def rows_key(self) -> str:
+        """Key that must fit the rows, for errors."""
+        return "dataset_text_key" if self.format == "text" else "format"
+
     def identity(self) -> dict[str, str]:
         """Settings that the meaning of a position depends on."""
         if self.format == "text":

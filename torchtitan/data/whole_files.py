@@ -50,7 +50,7 @@ def refuse_wrong_files(settings: DatasetSettings, files: Iterable[DocumentFile])
     files: all of them
     """
     text = settings.format == "text"
-    set_key = f"set {settings.toml_key('dataset_text_key' if text else 'format')}"
+    set_key = f"set {settings.toml_key(settings.rows_key)}"
     for file in files:
         problem = format_problem(file.path)
         if problem is None and isinstance(file, ParquetFile):

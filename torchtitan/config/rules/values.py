@@ -60,7 +60,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "training.dataset_lanes "
         "metrics.log_freq profiling.profile_freq profiling.profiler_active "
         "comm.init_timeout_seconds comm.train_timeout_seconds checkpoint.interval "
-        "ema.interval parallelism.expert_parallel_capacity",
+        "ema.interval parallelism.expert_parallel_capacity chat.look_ahead",
     ),
     (
         "0 or more",
