@@ -1,7 +1,9 @@
 """Conversations: every layout trains like one process; packed is what each alone would be."""
 
+import functools
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,10 +88,43 @@ def test_every_layout_trains_like_one_process(ranks, one_process, layout, tmp_pa
     assert ("validation_accuracy" in ours[-1]) == (not split)
 
 
-def test_a_run_in_two_parts_has_the_same_bits(ranks, one_process, tmp_path):
-    checkpoints = {"checkpoint__enable": "true", "checkpoint__last_save_model_only": "false"}
-    assert ranks(1).run(trained, options(tmp_path, training__steps=2, **checkpoints)) == [0]
+@pytest.mark.parametrize("layout", ["alone", "CP 2, TP 2", "PP 2"])
+def test_conversations_weigh_the_same_where_asked(ranks, layout, tmp_path):
+    """The first step's loss is the mean of the conversations' means, in every layout."""
+    world_size, changes = LAYOUTS.get(layout, (1, {}))
+    changes = changes | {"chat__loss_weight": "conversation", "training__steps": 1}
+    arguments = options(tmp_path, **changes, validation__enable="false")
+    assert ranks(world_size).run(trained, arguments) == [0] * world_size
+    assert records(tmp_path)[0]["loss"] == pytest.approx(mean_of_means(), rel=1e-5)
+
+
+@functools.cache
+def mean_of_means() -> float:
+    trainer = Trainer(
+        ConfigManager().parse_args(options(Path("unused"), validation__enable="false"))
+    )
+    try:
+        batches, means = iter(trainer.dataloader), []
+        for _ in range(2):
+            inputs, labels = next(batches)
+            documents = inputs["documents"]
+            logits = trainer.model(inputs["input"], document_mask(documents)).detach()
+            for row in range(len(labels)):
+                for number in range(int(documents[row].max()) + 1):
+                    here = (documents[row] == number) & (labels[row] != -100)
+                    sums = cross_entropy_sum(logits[row, here][None], labels[row, here][None])
+                    means.append(float(sums / here.sum()))
+        return sum(means) / len(means)
+    finally:
+        trainer.close()
+
+
+def test_a_resumed_run_has_the_same_bits(ranks, one_process, tmp_path):
+    checkpoints = {"checkpoint__enable": "true", "checkpoint__interval": 2}
     assert ranks(1).run(trained, options(tmp_path, **checkpoints)) == [0]
+    shutil.rmtree(tmp_path / "checkpoint/step-4")
+    assert ranks(1).run(trained, options(tmp_path, **checkpoints)) == [0]
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
     assert losses(tmp_path) == losses(one_process)
 
 
@@ -168,7 +203,7 @@ def test_prompts_count_in_the_load_of_experts_and_padding_does_not(tmp_path):
     trainer = Trainer(ConfigManager().parse_args(arguments))
     try:
         batch = next(iter(trainer.dataloader))
-        labels, tokens = trainer.passes.count(batch).tolist()
+        labels, tokens, _ = trainer.passes.count(batch).tolist()
         assert tokens == int((batch[0]["documents"] >= 0).sum()) > labels > 0
         inputs = trainer.passes.inputs(batch)
         assert int(inputs.token_mask.sum()) == tokens

@@ -20,6 +20,7 @@ from tests.distributed_tests.training_ranks import (
     SEQ_LEN,
     SEQUENCES,
     config_of,
+    counts_of,
     global_batches,
 )
 from torchtitan.components.huggingface.load_save import load_hf, save_hf
@@ -76,7 +77,7 @@ def in_and_out(options: list[str], source: str, target: str, dump_folder: str) -
     first = trainer.dims.dp_rank(trainer.rank) * share
     mine = slice(first, first + share)
     valid = (labels != IGNORE_INDEX).sum()
-    loss = trainer.forward_backward(({"input": tokens[mine]}, labels[mine]), valid)
+    loss = trainer.forward_backward(({"input": tokens[mine]}, labels[mine]), counts_of(valid))
     dist.all_reduce(loss)  # over TP groups, too, whose ranks have the same
     loss /= trainer.dims.tp
     save_hf(trainer.model, adapter, target, dtype=torch.float32)

@@ -12,6 +12,7 @@ from tests.distributed_tests.training_ranks import (
     SEQ_LEN,
     SEQUENCES,
     config_of,
+    counts_of,
     global_batches,
 )
 from torchtitan.components.loss import cross_entropy_sum
@@ -51,7 +52,7 @@ def watched(config: JobConfig) -> tuple[set, list, list]:
     trainer = Trainer(config)
     tokens, labels = global_batches()[0]
     with Watch() as watch:
-        trainer.forward_backward(({"input": tokens}, labels), torch.tensor(1))
+        trainer.forward_backward(({"input": tokens}, labels), counts_of(1))
     trainer.close()
     return watch.shapes, watch.gathered, watch.exchanged
 

@@ -16,6 +16,7 @@ from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer
+from torchtitan.trainer.forward_backward import StepCounts
 from torchtitan.trainer.step_log import Interval
 
 STEPS, SEQUENCES, SEQ_LEN = 3, 8, 16
@@ -131,6 +132,11 @@ def assert_trained_alike(result: dict, expected: dict) -> None:
         assert error <= 1e-5 * tensor.norm().item(), f"{name} is off by {error:.1e}"
 
 
+def counts_of(labels: Tensor | int) -> StepCounts:
+    """Counts of a step of text: each token has a label of weight 1."""
+    return StepCounts(*torch.as_tensor(labels).expand(3))
+
+
 def first_gradients(options: list[str], dump_folder: str) -> dict[str, Tensor]:
     """Of the first global batch, before clipping; whole tensors on every rank."""
     trainer = Trainer(config_of(FP32, *options, f"--job.dump_folder={dump_folder}"))
@@ -138,9 +144,8 @@ def first_gradients(options: list[str], dump_folder: str) -> dict[str, Tensor]:
     share = SEQUENCES // trainer.dims.dp_degree
     first = trainer.dims.dp_rank(trainer.rank) * share
     mine = slice(first, first + share)
-    trainer.forward_backward(
-        ({"input": tokens[mine]}, labels[mine]), (labels != IGNORE_INDEX).sum()
-    )
+    counts = counts_of((labels != IGNORE_INDEX).sum())
+    trainer.forward_backward(({"input": tokens[mine]}, labels[mine]), counts)
     gradients = {n: whole(p.grad) for n, p in trainer.model.named_parameters()}
     gradients = of_all_stages(gradients, trainer)
     trainer.close()
@@ -157,7 +162,7 @@ def evaluated_and_trained(options: list[str], dump_folder: str) -> list[float]:
     losses = [_step(trainer, batches[0])]
     trainer.model.eval()
     with torch.no_grad():
-        loss, count = map(sum_over_ranks, trainer.loss_sum(batches[1]))
+        loss, count, _ = map(sum_over_ranks, trainer.loss_sum(batches[1]))
     trainer.model.train()
     losses += [(loss / count).item(), _step(trainer, batches[1])]
     trainer.close()

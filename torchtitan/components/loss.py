@@ -16,7 +16,7 @@ from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum
 
 def build_loss(
     dims: ParallelDims, *, disable_loss_parallel: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """Choose the loss: `cross_entropy_sum`, or its twin for logits split over a TP group."""
     if dims.tp == 1 or disable_loss_parallel:
         return cross_entropy_sum

@@ -40,5 +40,7 @@ class Chat:
     """Train the assistant's calls of tools too (ours)."""
     too_long: Literal["drop", "cut", "refuse"] = "drop"
     """With more tokens than a sequence: leave out, cut behind an answer, or end the run (ours)."""
+    loss_weight: Literal["token", "conversation"] = "token"
+    """Weight each trained token alike, or each conversation (ours)."""
     look_ahead: int = 128
     """Conversations that are read ahead to fill sequences, by stream of documents (ours)."""

@@ -33,8 +33,8 @@ from torchtitan.distributed.pipeline_plan import ENDS, PipelinePlan
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.logging import logger
 
-# (logits, labels) to the sum of the losses.
-LossFn = Callable[[Tensor, Tensor], Tensor]
+# (logits, labels, weights of the labels or None) to the sum of the losses.
+LossFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def cut_into_parts(model: BaseModel, plan: PipelinePlan, pp_rank: int) -> list[BaseModel]:
@@ -90,6 +90,7 @@ class StepInputs(NamedTuple):
     positions: (1, S) int64, None = 0, 1, ….
     token_mask: (B, S) bool, this rank's; False = padding.
     extra: from `BaseModel.extra_inputs`.
+    weights: (B, S) fp32, of the labels; None = 1.
     """
 
     tokens: Tensor
@@ -98,6 +99,7 @@ class StepInputs(NamedTuple):
     positions: Tensor | None
     token_mask: Tensor
     extra: dict[str, Any]
+    weights: Tensor | None = None
 
 
 class _Stage(PipelineStage):
@@ -191,22 +193,25 @@ class Pipeline:
             for part, index in zip(self._parts, self._own, strict=True)
         ]
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self._loss_fn(logits, labels) / self._divisor
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        labels, weights = target, None
+        if target.is_floating_point():
+            labels, weights = target[..., 0].long(), target[..., 1].float()
+        return self._loss_fn(logits, labels, weights) / self._divisor
 
     def _make_masks(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         # A mask is made per micro-batch, where it is used: torch splits the arguments of stages
         # along the batch dim, which a mask need not have.
         return args, kwargs | {"attention_masks": self._masks_of(kwargs.pop("documents"))}
 
-    def step(self, inputs: StepInputs, labels_in_step: Tensor) -> Tensor:
+    def step(self, inputs: StepInputs, divisor: Tensor) -> Tensor:
         """Run forward and backward passes, which add to the gradients.
 
         Returns this rank's part of the step's loss, a scalar; 0 without the last stage.
 
-        labels_in_step: scalar, labels of the whole step; losses are divided by it.
+        divisor: scalar, of the losses.
         """
-        self._divisor = labels_in_step
+        self._divisor = divisor
         return self._run(self._schedule(inputs.tokens.shape).step, inputs)
 
     def evaluate(self, inputs: StepInputs) -> Tensor:
@@ -227,7 +232,10 @@ class Pipeline:
             run(*args, **kwargs)
             return torch.zeros((), device=inputs.labels.device)
         losses: list[Tensor] = []
-        run(*args, target=inputs.labels, losses=losses, **kwargs)
+        target = inputs.labels
+        if inputs.weights is not None:  # torch's schedules split one tensor; fp64 holds any label
+            target = torch.stack((target.double(), inputs.weights.double()), dim=-1)
+        run(*args, target=target, losses=losses, **kwargs)
         return torch.stack(losses).sum().detach()
 
     def gather(self, by_layer: tuple[dict[int, Any], ...]) -> tuple[dict[int, Any], ...]:
@@ -275,7 +283,10 @@ def _forward_only(schedule: Any) -> Iterator[None]:
 
 
 def _make_schedule(
-    stages: list[PipelineStage], plan: PipelinePlan, num_microbatches: int, loss_fn: LossFn
+    stages: list[PipelineStage],
+    plan: PipelinePlan,
+    num_microbatches: int,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
     # No scale_grads: the loss is already divided by the tokens of the step.
     options = {

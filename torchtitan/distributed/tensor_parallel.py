@@ -222,7 +222,12 @@ class _GatherCopies(torch.autograd.Function):
 
 
 def vocab_parallel_cross_entropy_sum(
-    logits: Tensor, labels: Tensor, *, group: dist.ProcessGroup, ignore_index: int
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup,
+    ignore_index: int,
 ) -> Tensor:
     """Sum of −log p(label), from logits split over the vocabulary: a scalar, equal on all ranks.
 
@@ -230,13 +235,16 @@ def vocab_parallel_cross_entropy_sum(
 
     logits: (…, V/tp), this rank's part of the vocabulary.
     labels: (…), int64; those equal to `ignore_index` don't count.
+    weights: (…), fp32, of the labels; None = 1.
     """
-    return _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), group, ignore_index)
+    counts = labels != ignore_index
+    weights = counts if weights is None else weights * counts
+    return _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), weights.flatten(), group)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TV, labels_T, group, ignore_index):
+    def forward(ctx, logits_TV, labels_T, weights_T, group):
         x_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         size = logits_TV.size(1)
         ids_T, is_local_T = _local_ids(labels_T, group.rank() * size, size)
@@ -246,16 +254,15 @@ class _CrossEntropy(torch.autograd.Function):
         both = torch.stack((sum_T, chosen_T))
         sum_T, chosen_T = fc.wait_tensor(fc.all_reduce(both, "sum", group)).unbind()
         log_sum_T = sum_T.log() + top_T
-        counts_T = labels_T != ignore_index
-        ctx.save_for_backward(logits_TV, log_sum_T, ids_T, is_local_T, counts_T)
-        return (log_sum_T - chosen_T).masked_fill(~counts_T, 0).sum()
+        ctx.save_for_backward(logits_TV, log_sum_T, ids_T, is_local_T, weights_T)
+        return (log_sum_T - chosen_T).mul(weights_T).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        logits_TV, log_sum_T, ids_T, is_local_T, counts_T = ctx.saved_tensors
+        logits_TV, log_sum_T, ids_T, is_local_T, weights_T = ctx.saved_tensors
         grad_TV = (logits_TV.to(log_sum_T.dtype) - log_sum_T.unsqueeze(1)).exp_()
         grad_TV.scatter_add_(1, ids_T.unsqueeze(1), -is_local_T.to(grad_TV.dtype).unsqueeze(1))
-        grad_TV *= (grad * counts_T).unsqueeze(1)
+        grad_TV *= (grad * weights_T).unsqueeze(1)
         return grad_TV.to(logits_TV.dtype), None, None, None
 
 

@@ -284,7 +284,7 @@ class _Tracer:
 
         def forward() -> Tensor:
             out = end(x, token_mask=labels != -100, **how)
-            return out if first or "labels" in how else loss_fn(out, labels)
+            return out if first or "labels" in how else loss_fn(out, labels, None)
 
         return self._measure(end, forward, [x, tokens, labels])
 
@@ -297,11 +297,11 @@ class _Tracer:
         whole = self.run.degrees.tp == 1 and self.run.pipeline is None
         return part.computes_loss and whole and not self._has_side_losses
 
-    def _loss_fn(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _loss_fn(self) -> Callable[[Tensor, Tensor, None], Tensor]:
         compile, parallelism = self.run.config.compile, self.run.config.parallelism
         whole = parallelism.disable_loss_parallel or self.run.degrees.tp == 1
         if compile.enable and "loss" in compile.components and whole:
-            return lambda logits, _: compiled_loss(logits)
+            return lambda logits, *_: compiled_loss(logits)
         return build_loss(self.built.dims, disable_loss_parallel=parallelism.disable_loss_parallel)
 
     def _measure(

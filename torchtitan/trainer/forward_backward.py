@@ -21,7 +21,7 @@ from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.pipeline_parallel import StepInputs
 from torchtitan.distributed.pipeline_plan import PipelinePlan
 from torchtitan.ops.attention import number_documents
-from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum, weights_by_document
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.errors import UserError
 from torchtitan.trainer.build import build_pipeline
@@ -34,10 +34,12 @@ class StepCounts(NamedTuple):
 
     labels: labels that count in the loss.
     tokens: tokens that are no padding; conversations have many without a label.
+    weight: sum of the labels' weights, by which the loss is divided.
     """
 
     labels: Tensor
     tokens: Tensor
+    weight: Tensor
 
 
 class ForwardBackward:
@@ -62,12 +64,14 @@ class ForwardBackward:
         parallelism, compiler = config.parallelism, config.compile
         self._gathers_keys = parallelism.context_parallel_rotate_method == "allgather"
         # The model's own loss holds no logits; a CPU has the memory, and one GEMM is its fastest.
-        # Split logits, pipelines and multi-token prediction have losses of their own.
+        # Split logits, pipelines, multi-token prediction and weights have losses of their own.
+        self._by_document = config.chat.loss_weight == "conversation"
         self._model_has_loss = (
             model.computes_loss
             and device.type != "cpu"
             and dims.tp == 1
             and plan is None
+            and not self._by_document
             and not model.model_args.has_side_losses
         )
         self.loss_fn = build_loss(dims, disable_loss_parallel=parallelism.disable_loss_parallel)
@@ -81,16 +85,20 @@ class ForwardBackward:
         self._positions: dict[int, Tensor | None] = {}
 
     def count(self, batch: Batch) -> Tensor:
-        """Count what the fields of `StepCounts` count in a micro-batch: (2,) int64."""
-        return torch.stack(((batch[1] != IGNORE_INDEX).sum(), (self.documents(batch) >= 0).sum()))
+        """Count what the fields of `StepCounts` count in a micro-batch: (3,) int64."""
+        documents = self.documents(batch)
+        labels = weight = (batch[1] != IGNORE_INDEX).sum()
+        if self._by_document:  # each with a label weighs 1
+            weight = weights_by_document(batch[1], documents).double().sum().round().long()
+        return torch.stack((labels, (documents >= 0).sum(), weight))
 
     def forward_backward(self, batch: Batch, counts: StepCounts) -> Tensor:
         """Add to the gradients; return this micro-batch's part of the step's loss."""
         self.model.set_tokens_in_step(counts.tokens, counts.labels)
         inputs = self.inputs(batch)
         if self.pipeline is not None:
-            return self.pipeline.step(inputs, counts.labels)
-        return self.backward(inputs, self.masks(self.documents(batch)), counts.labels)
+            return self.pipeline.step(inputs, counts.weight)
+        return self.backward(inputs, self.masks(self.documents(batch)), counts.weight)
 
     def loss_sum(self, batch: Batch, *, hits: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Sum the losses of this rank's valid labels of a batch.
@@ -100,7 +108,7 @@ class ForwardBackward:
 
         hits: count them; the logits of the batch are held.
         """
-        inputs = self.inputs(batch)
+        inputs = self.inputs(batch)._replace(weights=None)
         valid_BS = inputs.labels != IGNORE_INDEX
         unknown = torch.full((), torch.nan, device=self.device)
         if self.pipeline is not None:
@@ -128,19 +136,21 @@ class ForwardBackward:
         documents = self.documents(batch).to(self.device)
         here, token_mask, positions = self._positions_in(tokens), documents >= 0, None
         extra = self.model.extra_inputs(tokens, labels, documents, here)
+        weights = weights_by_document(labels, documents) if self._by_document else None
         if here is not None:
             tokens, labels, token_mask = tokens[:, here], labels[:, here], token_mask[:, here]
+            weights = None if weights is None else weights[:, here]
             positions = here.unsqueeze(0)
-        return StepInputs(tokens, labels, documents, positions, token_mask, extra)
+        return StepInputs(tokens, labels, documents, positions, token_mask, extra, weights)
 
     def masks(self, documents: Tensor) -> Any:
         """Attention masks of whole sequences; with gathered keys, for this rank's positions."""
         queries = self._positions_in(documents) if self._gathers_keys else None
         return self.model.get_attention_masks(documents, queries, self.device)
 
-    def backward(self, inputs: StepInputs, masks: Any, labels_in_step: Tensor) -> Tensor:
+    def backward(self, inputs: StepInputs, masks: Any, divisor: Tensor) -> Tensor:
         """Run the backward pass, too. Returns the detached loss."""
-        loss = self._loss_sum(inputs, masks) / labels_in_step
+        loss = self._loss_sum(inputs, masks) / divisor
         loss.backward()
         return loss.detach()
 
@@ -165,7 +175,7 @@ class ForwardBackward:
         labels = {"labels": inputs.labels} if self._model_has_loss else {}
         out = self._forward(inputs, masks, **labels)
         # The logits, the largest activation, are freed as soon as their gradient is computed.
-        return out if self._model_has_loss else self.loss_fn(out, inputs.labels)
+        return out if self._model_has_loss else self.loss_fn(out, inputs.labels, inputs.weights)
 
 
 class GraphedStep:

@@ -39,7 +39,7 @@ from torchtitan.trainer.progress import Progress
 class StepResult:
     """Numbers of one optimizer step, the same on all ranks of a pipeline stage.
 
-    loss: mean over the labels of all ranks.
+    loss: mean over the labels (or conversations) of all ranks.
     max_loss: the same of the worst rank (exact when all have as many labels).
     grad_norm: before clipping.
     loads: tokens per expert (E,), by layer.

@@ -229,7 +229,7 @@ class Trainer(BuiltRun):
         # host sync: a non-finite step must be known before the weights change
         # fp64: fp32 counts to 2**24 only
         last = torch.stack([each.double() for each in (*counts, grad_norm)])
-        *sent, labels, tokens, norm = torch.cat((gathered.double(), last)).tolist()
+        *sent, labels, tokens, _, norm = torch.cat((gathered.double(), last)).tolist()
         losses, asked_by, overflows = sent[::3], sent[1::3], sent[2::3]
         return Outcome(
             load=load,

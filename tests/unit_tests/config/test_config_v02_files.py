@@ -46,6 +46,7 @@ OURS = {
     "chat.train_tool_calls",
     "chat.too_long",
     "chat.look_ahead",
+    "chat.loss_weight",
     "training.fim_rate",
     "training.fim_tokens",
     "training.dataset_num_workers",
