@@ -5,8 +5,8 @@ It leaves out that rows of a weight may not come out even between ranks.
 
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.state import State
-from torchtitan.planning.trace import Traces
-from torchtitan.planning.traffic import groups, names_at
+from torchtitan.planning.trace import Traces, names_at
+from torchtitan.planning.traffic import groups
 from torchtitan.tools.utils import TORCH_DTYPES
 
 # Numbers that the optimizer keeps of a weight.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torchtitan.planning.pipeline import Action
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.state import State
-from torchtitan.planning.trace import FIRST, LAST, Traced, Traces
+from torchtitan.planning.trace import Traced, Traces, names_at, names_of
 
 # In the order in which they are shown.
 PARTS = (
@@ -65,7 +65,9 @@ def memory_of(
     whole = state
     if run.config.training.enable_cpu_offload:  # it lives on the host
         state = replace(state, parameters=0, gradients=0, optimizer=0)
-    walk = _Pipelined(run, traces, state, place, actions) if actions else _Walk(run, traces, state)
+    walk = _Walk(run, traces, state, place)
+    if actions:
+        walk = _Pipelined(run, traces, state, place, actions)
     peak = max(walk.moments(), key=lambda moment: moment.total)
     return RankMemory(
         rank=place * run.stage_size,
@@ -83,11 +85,10 @@ class _Walk:
 
     most_in_flight = 1
 
-    def __init__(self, run: PlannedRun, traces: Traces, state: State) -> None:
+    def __init__(self, run: PlannedRun, traces: Traces, state: State, place: int) -> None:
         self.run, self.state = run, state
-        self.names = [FIRST, *(name for name in traces.of_layer if name.isdecimal()), LAST]
+        self.names = names_at(run, traces, place)
         self.traced = [traces.of_layer[name] for name in self.names]
-        self.reshards = _reshards(run)
 
     def moments(self) -> Iterator[Moment]:
         """Of the micro-batch that meets the most: the last one where several are added up."""
@@ -127,10 +128,10 @@ class _Walk:
 
     def _gathered(self, i: int) -> int:
         """What arrives for a layer: nothing where nothing is gathered anew."""
-        return self.traced[i].gathered if self.reshards else 0
+        return self.traced[i].gathered if self.run.reshards else 0
 
     def _held(self, i: int, *, forward: bool) -> int:
-        if not self.reshards:
+        if not self.run.reshards:
             return sum(one.gathered for one in self.traced)
         # The head's stay between the passes.
         head = self.traced[-1].gathered if not forward and i == len(self.traced) - 1 else 0
@@ -164,22 +165,17 @@ class _Pipelined(_Walk):
     def __init__(
         self, run: PlannedRun, traces: Traces, state: State, place: int, actions: list[Action]
     ) -> None:
-        super().__init__(run, traces, state)
+        super().__init__(run, traces, state, place)
         assert run.pipeline is not None
         self.actions = actions
         self.stages = {
-            stage: self._stage(run.pipeline.stages[stage], traces)
+            stage: [traces.of_layer[name] for name in names_of(run, stage)]
             for stage in run.pipeline.stages_of(place)
         }
         self.most_in_flight = 0
 
-    def _stage(self, modules: tuple[str, ...], traces: Traces) -> list[tuple[str, Traced]]:
-        layers = [name.removeprefix("layers.") for name in modules if name.startswith("layers.")]
-        names = [FIRST] * ("tok_embeddings" in modules) + layers + [LAST] * ("output" in modules)
-        return [(name, traces.of_layer[name]) for name in names]
-
     def moments(self) -> Iterator[Moment]:
-        every = [one for stage in self.stages.values() for _, one in stage]
+        every = [one for stage in self.stages.values() for one in stage]
         gathered = sum(one.gathered for one in every)
         whole_grads = FP32 * sum(one.gathered_elements for one in every)
         grads = self.state.gradients if self.run.passes > 1 else 0
@@ -187,21 +183,21 @@ class _Pipelined(_Walk):
         in_flight: dict[tuple[int, int], int] = {}
         for action in self.actions:
             stage = self.stages[action.stage]
-            kept = sum(one.kept for _, one in stage) + self._handed_over(action.stage)
+            kept = sum(one.kept for one in stage) + self._handed_over(action.stage)
             held = sum(in_flight.values())
             here = action.stage, action.microbatch
             where = f"stage {action.stage}, micro-batch {action.microbatch}"
             if action.kind == "F":
-                passing = max(one.forward_peak - one.kept for _, one in stage)
+                passing = max(one.forward_peak - one.kept for one in stage)
                 in_flight[here] = kept
                 self.most_in_flight = max(self.most_in_flight, len(in_flight))
                 yield self._moment(
                     f"forward pass of {where}", held + kept, passing, grads + whole, gathered
                 )
             elif action.kind in "BI":
-                whole = max(whole, sum(FP32 * one.gathered_elements for _, one in stage))
+                whole = max(whole, sum(FP32 * one.gathered_elements for one in stage))
                 whole = min(whole_grads, whole if len(self.stages) == 1 else whole_grads)
-                passing = max(one.backward_peak - one.kept for _, one in stage)
+                passing = max(one.backward_peak - one.kept for one in stage)
                 yield self._moment(
                     f"backward pass of {where}", held, passing, grads + whole, gathered
                 )
@@ -217,10 +213,8 @@ class _Pipelined(_Walk):
         """What came from the stage before, and what else goes to the next one."""
         run = self.run
         assert run.pipeline is not None
-        one = run.microbatch * run.now.seq_len // run.degrees.cp // run.degrees.tp * 2
-        wide = one * run.model_args.stage_channels
-        came = wide if stage > 0 else 0
-        goes = wide if stage < len(run.pipeline.stages) - 1 else 0
+        came = run.bytes_between_stages if stage > 0 else 0
+        goes = run.bytes_between_stages if stage < len(run.pipeline.stages) - 1 else 0
         extra = goes if run.model_args.stage_channels > run.model_args.dim else 0
         return came + extra
 
@@ -229,11 +223,3 @@ class _Pipelined(_Walk):
     ) -> Moment:
         moment = super()._moment(what, activations, passing, 0, gathered)
         return Moment(what, moment.parts | {"gradients": grads})
-
-
-def _reshards(run: PlannedRun) -> bool:
-    """As in distributed/fsdp.py."""
-    how = run.config.parallelism.fsdp_reshard_after_forward
-    if how == "default":
-        return run.degrees.dp_shard * run.degrees.cp > 1 and run.degrees.pp == 1
-    return how == "always"

@@ -22,6 +22,7 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import TORCH_DTYPES
 from torchtitan.trainer.build import build_parallel_dims, resolve_node_size, shape_model
 from torchtitan.trainer.preflight import model_args_of
 
@@ -64,6 +65,29 @@ class PlannedRun:
     def microbatch(self) -> int:
         """Sequences that pass through a layer at once."""
         return self.pipeline.microbatch_size if self.pipeline else self.now.local_batch_size
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of a micro-batch that a rank holds between layers."""
+        return self.microbatch * self.now.seq_len // self.degrees.cp // self.degrees.tp
+
+    @property
+    def bytes_between_stages(self) -> int:
+        """Bytes of a micro-batch that a rank hands to the next pipeline stage."""
+        size = TORCH_DTYPES[self.compute_dtype].itemsize
+        return self.tokens_per_rank * self.model_args.stage_channels * size
+
+    @property
+    def nodes_per_ep_group(self) -> int:
+        return max(1, self.degrees.ep * self.degrees.etp // self.node_size)
+
+    @property
+    def reshards(self) -> bool:
+        """Whether FSDP frees gathered weights after the forward pass (distributed/fsdp.py)."""
+        how, degrees = self.config.parallelism.fsdp_reshard_after_forward, self.degrees
+        if how == "default":
+            return degrees.dp_shard * degrees.cp > 1 and degrees.pp == 1
+        return how == "always"
 
     @property
     def tokens_per_step(self) -> int:
@@ -182,7 +206,7 @@ def built_rank(run: PlannedRun, rank: int) -> Iterator[BuiltRank]:
     level, hook = logger.level, sys.excepthook
     init_dry_run(run.world_size, rank)
     sys.excepthook = hook  # torch's puts a rank before every line of a traceback
-    logger.setLevel(logging.WARNING)  # the lines of a start, once for each rank
+    logger.setLevel(logging.ERROR)  # the lines of a start, once for each rank
     try:
         dims = build_parallel_dims(run.config, run.pipeline)
         with without_filling():

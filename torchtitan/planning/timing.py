@@ -9,15 +9,13 @@ from torchtitan.planning.hardware import Hardware
 from torchtitan.planning.pipeline import Action, Pass, length, play
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.state import State
-from torchtitan.planning.trace import Traced, Traces
+from torchtitan.planning.trace import Traced, Traces, names_at, names_of
 from torchtitan.planning.traffic import (
     FP32,
     Bytes,
     exchange_bytes,
     gather_bytes,
     layer_bytes,
-    names_at,
-    names_of,
     reduce_bytes,
     replica_bytes,
     send_bytes,
@@ -103,7 +101,6 @@ class _Clock:
     def whole_step(self) -> Seconds:
         """FSDP's communication runs beside the layers' work, layer by layer."""
         run, parts = self.run, Seconds()
-        again = run.config.parallelism.fsdp_reshard_after_forward != "never"
         replicas = Bytes()
         for name in names_at(run, self.traces, 0):
             one = self.traces.of_layer[name]
@@ -113,7 +110,7 @@ class _Clock:
             parts = parts.plus(forward).plus(backward)
             parts.add("elementwise", self._adding(one))
             parts.add("weights sent", max(0.0, gather - forward.total))
-            parts.add("weights sent", max(0.0, gather * again + reduce - backward.total))
+            parts.add("weights sent", max(0.0, gather * run.reshards + reduce - backward.total))
             replicas += replica_bytes(run, one)
         parts = parts.times(run.passes)
         parts.add("weights sent", self.sending(replicas))

@@ -162,8 +162,23 @@ def _of_all_layers(run: PlannedRun, found: dict[str, Traced]) -> dict[str, Trace
 
 def _layers(run: PlannedRun, place: int) -> list[str]:
     assert run.pipeline is not None
-    names = [n for s in run.pipeline.stages_of(place) for n in run.pipeline.stages[s]]
-    return [name.removeprefix("layers.") for name in names if name.startswith("layers.")]
+    names = [n for stage in run.pipeline.stages_of(place) for n in names_of(run, stage)]
+    return [name for name in names if name.isdecimal()]
+
+
+def names_at(run: PlannedRun, traces: Traces, place: int) -> list[str]:
+    """List the traced parts of the model at a place of the pipeline, in order."""
+    if run.pipeline is None:
+        return [FIRST, *(name for name in traces.of_layer if name.isdecimal()), LAST]
+    return [n for stage in run.pipeline.stages_of(place) for n in names_of(run, stage)]
+
+
+def names_of(run: PlannedRun, stage: int) -> list[str]:
+    """List the traced parts of a stage, in order."""
+    assert run.pipeline is not None
+    modules = run.pipeline.stages[stage]
+    layers = [name.removeprefix("layers.") for name in modules if name.startswith("layers.")]
+    return [FIRST] * ("tok_embeddings" in modules) + layers + [LAST] * ("output" in modules)
 
 
 def planned_routing(run: PlannedRun, skew: float) -> Routing | None:
@@ -171,8 +186,7 @@ def planned_routing(run: PlannedRun, skew: float) -> Routing | None:
     args, degrees = run.model_args, run.degrees
     if not args.has_experts:
         return None
-    tokens = run.microbatch * run.now.seq_len // degrees.cp // degrees.tp * degrees.etp
-    nodes = max(1, degrees.ep * degrees.etp // run.node_size)
+    tokens, nodes = run.tokens_per_rank * degrees.etp, run.nodes_per_ep_group
     return route(args.moe_args, tokens=tokens, ep=degrees.ep, nodes=nodes, skew=skew)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torchtitan.distributed.token_dispatch import bytes_per_row
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.routing import Routing, route, without_limit
-from torchtitan.planning.trace import FIRST, LAST, Traced, Traces, copies
+from torchtitan.planning.trace import Traced, Traces, copies, names_at
 from torchtitan.tools.utils import TORCH_DTYPES
 
 FP32 = 4
@@ -132,11 +132,9 @@ def rows_as_bytes(run: PlannedRun, routing: Routing, way: str) -> Bytes:
 
 def send_bytes(run: PlannedRun) -> Bytes:
     """Of a micro-batch from a pipeline stage to the next, one way."""
-    d = run.degrees
-    if d.pp == 1:
+    if run.pipeline is None:
         return Bytes()
-    tokens = run.microbatch * run.now.seq_len // d.cp // d.tp
-    size = tokens * run.model_args.stage_channels * TORCH_DTYPES[run.compute_dtype].itemsize
+    size = run.bytes_between_stages
     return Bytes(0, size) if run.stage_size >= run.node_size else Bytes(size, 0)
 
 
@@ -165,24 +163,7 @@ def step_traffic(run: PlannedRun, traces: Traces, place: int) -> dict[str, Bytes
 
 def sharding_rounds(run: PlannedRun) -> tuple[int, int]:
     """How often FSDP gathers each weight, and sums each gradient, in a step."""
-    reshards = run.config.parallelism.fsdp_reshard_after_forward
-    again = reshards == "always" or (reshards == "default" and run.pipeline is None)
-    return run.passes * (2 if again else 1), run.passes
-
-
-def names_at(run: PlannedRun, traces: Traces, place: int) -> list[str]:
-    """The traced parts of the model at a place of the pipeline, in order."""
-    if run.pipeline is None:
-        return [FIRST, *(name for name in traces.of_layer if name.isdecimal()), LAST]
-    return [n for stage in run.pipeline.stages_of(place) for n in names_of(run, stage)]
-
-
-def names_of(run: PlannedRun, stage: int) -> list[str]:
-    """The traced parts of a stage, in order."""
-    assert run.pipeline is not None
-    modules = run.pipeline.stages[stage]
-    layers = [name.removeprefix("layers.") for name in modules if name.startswith("layers.")]
-    return [FIRST] * ("tok_embeddings" in modules) + layers + [LAST] * ("output" in modules)
+    return run.passes * (2 if run.reshards else 1), run.passes
 
 
 def dispatch_table(run: PlannedRun, routing: Routing) -> dict[tuple[str, str], Bytes]:
@@ -194,8 +175,7 @@ def dispatch_table(run: PlannedRun, routing: Routing) -> dict[tuple[str, str], B
     found = {(way, "as configured"): rows_as_bytes(run, routing, way) for way in WAYS}
     args = run.model_args.moe_args
     if args.num_expert_groups:
-        nodes = max(1, run.degrees.ep * run.degrees.etp // run.node_size)
-        how = {"tokens": routing.tokens, "ep": run.degrees.ep, "nodes": nodes}
+        how = {"tokens": routing.tokens, "ep": run.degrees.ep, "nodes": run.nodes_per_ep_group}
         free = route(without_limit(args), **how)
         found |= {(way, "no groups"): rows_as_bytes(run, free, way) for way in WAYS}
     return found

@@ -51,11 +51,12 @@ def shrink(config: JobConfig, args: BaseModelArgs, whole: World, world: World) -
     plan = pipeline_plan(config, args)
     pp = world.degrees.pp
     stages = small_stages(config, args.n_layers, plan, pp)
+    schedule = run_schedule(config, whole.dp_degree)
     least = min(2, config.training.local_batch_size)
     if plan is not None and pp > 1:
-        least = small_microbatches(plan, stages.count, pp)
+        sizes = {end.local_batch_size for end in schedule.ends}
+        least = small_microbatches(plan, stages.count, pp, len(sizes))
     yarn_from = getattr(args, "original_seq_len", 0)
-    schedule = run_schedule(config, whole.dp_degree)
     steps = small_steps(config, schedule, whole, world, least, yarn_from)
     tokenizer = load_tokenizer(DEFAULT_PATH)
     model = small_model(

@@ -11,7 +11,7 @@ from math import lcm
 from torchtitan.config import JobConfig, Phase
 from torchtitan.config.phases import RunSchedule, StepSettings
 from torchtitan.config.schedule_tables import COEFFICIENTS
-from torchtitan.distributed.pipeline_plan import PipelinePlan
+from torchtitan.distributed.pipeline_plan import V_SHAPED, PipelinePlan
 from torchtitan.proof.small_model import raised, up
 from torchtitan.proof.worlds import World
 
@@ -73,12 +73,21 @@ def _renumbered(parts: list[tuple[str, ...]]) -> list[list[str]]:
     return small
 
 
-def small_microbatches(plan: PipelinePlan, stages: int, pp: int) -> int:
-    """Sequences of a forward pass of a rank: enough for the schedule to reach its steady state."""
+def small_microbatches(plan: PipelinePlan, stages: int, pp: int, sizes: int) -> int:
+    """Return the sequences of a rank's smallest forward pass.
+
+    The largest pass reaches the schedule's steady state; smaller ones are legal.
+
+    stages: of the small pipeline.
+    pp: its degree.
+    sizes: number of different passes, each twice as large as the one before.
+    """
     size = min(2, plan.microbatch_size)
     if plan.file is not None:  # its order is for this number
         return plan.num_microbatches * size
-    return min(plan.num_microbatches, max(stages, 2 * pp)) * size
+    legal = stages if plan.schedule in ("1F1B", *V_SHAPED) else pp
+    steady = max(stages, pp + 1)
+    return min(plan.num_microbatches, max(legal, -(-steady // 2 ** (sizes - 1)))) * size
 
 
 @dataclass(frozen=True)
