@@ -1,6 +1,6 @@
-"""The memory of each rank over a step: what is there when, and when it is the most.
+"""Memory of each rank over a step, and the moment at which it is fullest.
 
-State comes from state.py, layers' passes from trace.py. What FSDP adds (fsdp2 of torch 2.11-2.13):
+State comes from state.py, layers' passes from trace.py. FSDP adds (fsdp2 of torch 2.11-2.13):
 
     forward    the gathered weights of a layer and, from the moment that it is asked for, the buffer
                in which the next one's arrive
@@ -32,7 +32,10 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Moment:
-    """What a rank holds at a moment of the step. parts: bytes by name (PARTS)."""
+    """Memory of a rank at a moment of the step.
+
+    parts: bytes by name (PARTS).
+    """
 
     what: str
     parts: dict[str, int]
@@ -44,9 +47,11 @@ class Moment:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Of one rank. peak: the moment that needs the most.
+    """Memory of one rank.
 
-    alike: ranks of its place along the pipeline, from it on. others: places that are like it.
+    alike: ranks of its place along the pipeline, from it on.
+    others: number of places that are like it.
+    peak: the moment that needs the most.
     """
 
     rank: int
@@ -61,7 +66,11 @@ class RankMemory:
 def memory_of(
     run: PlannedRun, traces: Traces, state: State, place: int, actions: list[Action]
 ) -> RankMemory:
-    """place: of the rank along the pipeline. actions: of its schedule, empty without a pipeline."""
+    """Walk through a step of a rank, and find its peak.
+
+    place: of the rank along the pipeline.
+    actions: of its schedule, empty without a pipeline.
+    """
     whole = state
     if run.config.training.enable_cpu_offload:  # it lives on the host
         state = replace(state, parameters=0, gradients=0, optimizer=0)
@@ -81,7 +90,7 @@ def memory_of(
 
 
 class _Walk:
-    """Through one step of a rank without a pipeline."""
+    """Walks through one step of a rank without a pipeline."""
 
     most_in_flight = 1
 
@@ -91,7 +100,7 @@ class _Walk:
         self.traced = [traces.of_layer[name] for name in self.names]
 
     def moments(self) -> Iterator[Moment]:
-        """Of the micro-batch that meets the most: the last one where several are added up."""
+        """Yield the moments of the fullest micro-batch: the last, where several are added up."""
         grads = self.state.gradients if self.run.sums_gradients else 0
         kept = 0
         last = len(self.traced) - 1
@@ -127,7 +136,7 @@ class _Walk:
         return self.traced[i].output if i >= 0 else 0
 
     def _gathered(self, i: int) -> int:
-        """What arrives for a layer: nothing where nothing is gathered anew."""
+        """Bytes that arrive for a layer: none where nothing is gathered anew."""
         return self.traced[i].gathered if self.run.reshards else 0
 
     def _held(self, i: int, *, forward: bool) -> int:
@@ -160,7 +169,7 @@ class _Walk:
 
 
 class _Pipelined(_Walk):
-    """Through the actions of a rank's schedule."""
+    """Walks through the actions of a rank's schedule."""
 
     def __init__(
         self, run: PlannedRun, traces: Traces, state: State, place: int, actions: list[Action]
@@ -210,7 +219,7 @@ class _Pipelined(_Walk):
         )
 
     def _handed_over(self, stage: int) -> int:
-        """What came from the stage before, and what else goes to the next one."""
+        """Bytes that came from the stage before, and of what else goes to the next one."""
         run = self.run
         assert run.pipeline is not None
         came = run.bytes_between_stages if stage > 0 else 0

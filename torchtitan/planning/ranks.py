@@ -32,7 +32,7 @@ MOST_RANKS = 131_072
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What is planned.
+    """The run that is planned.
 
     config: with the sizes of the planned phase in [training].
     device_type: of the machines that will run it, "cuda" or "cpu".
@@ -109,7 +109,7 @@ class PlannedRun:
     def places(self) -> dict[int, list[int]]:
         """Places along the pipeline that hold different layers, each with those that are like it.
 
-        Of a place one rank is planned, the first of its FSDP, EP and TP groups: the others hold the
+        One rank of a place is planned, the first of its FSDP, EP and TP groups: the others hold the
         same, or less where a weight's rows don't come out even.
         """
         if self.pipeline is None:
@@ -123,7 +123,7 @@ class PlannedRun:
 
     @cached_property
     def _kinds(self) -> dict[str, tuple]:
-        """Of each layer, by its name in a pipeline's plan: its weights' names and sizes."""
+        """Names and sizes of each layer's weights, by the layer's name in a pipeline's plan."""
         with without_filling(), torch.device("meta"):
             layers = self.spec.model_cls(self.model_args).layers
         return {
@@ -142,7 +142,9 @@ def plan_run(
 ) -> PlannedRun:
     """Check the config for so many ranks, as a run would. Raises `UserError`.
 
-    phase: number of the schedule's phase whose last steps are planned; 0: the run's first step.
+    gpus_per_node: where the config doesn't say it.
+    device_type: of the machines that will run it, "cuda" or "cpu".
+    phase: number of the schedule's phase whose last step is planned; 0: the run's first step.
     """
     if not 1 <= world_size <= MOST_RANKS:
         raise UserError(
@@ -193,7 +195,10 @@ def _at_phase(config: JobConfig, degrees: Degrees, phase: int) -> StepSettings:
 
 @dataclass(frozen=True)
 class BuiltRank:
-    """model: what this rank holds, on the meta device. parts: of a pipeline, by stage."""
+    """One rank's model, on the meta device.
+
+    parts: of a pipeline, by stage.
+    """
 
     dims: ParallelDims
     model: BaseModel
@@ -202,7 +207,7 @@ class BuiltRank:
 
 @contextmanager
 def built_rank(run: PlannedRun, rank: int) -> Iterator[BuiltRank]:
-    """Build what this rank of the run holds; its process groups live as long as the block."""
+    """Build the model of a rank; its process groups live as long as the block."""
     level, hook = logger.level, sys.excepthook
     init_dry_run(run.world_size, rank)
     sys.excepthook = hook  # torch's puts a rank before every line of a traceback

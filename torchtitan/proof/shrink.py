@@ -1,7 +1,7 @@
-"""From the config of a large run to a tiny one that a CPU trains in seconds, and to its reference.
+"""Shrink the config of a large run to a tiny one that a CPU trains in seconds, and its reference.
 
-Only what is size is shrunk: never a degree below 2, a schedule, a dispatcher, what is recomputed, a
-mask, a loss, the optimizer or a phase. What this machine can't do at all (GPUs, compilers) is off.
+Only sizes shrink: never a degree below 2, a schedule, a dispatcher, recomputation, a mask, a loss,
+the optimizer or a phase. Features that this machine lacks (GPUs, compilers) are off.
 """
 
 from dataclasses import replace
@@ -44,7 +44,7 @@ BUDGETING = "aot_eager_decomp_partition"
 
 
 def shrink(config: JobConfig, args: BaseModelArgs, whole: World, world: World) -> JobConfig:
-    """The config of `world`, which stands for `whole`; its data and folder are set elsewhere.
+    """Return the config of `world`, which stands for `whole`; data and folder are set elsewhere.
 
     args: model arguments of the user's run.
     """
@@ -111,8 +111,8 @@ def _training(config: JobConfig, steps: Steps) -> dict[str, Any]:
 
 
 def _groups_left(config: JobConfig, overrides: dict[str, Any]) -> list[ParamGroup]:
-    """[[optimizer.group]] without the patterns that name nothing in the small model: of layers that
-    it hasn't, or of parameters that an earlier table has."""
+    """Return [[optimizer.group]] without patterns that match nothing in the small model: they name
+    layers that it hasn't, or parameters that an earlier table has."""
     left: list[ParamGroup] = []
     if not config.optimizer.group:
         return left
@@ -160,7 +160,7 @@ def _stages(parallelism: Parallelism, stages: Stages) -> dict[str, Any]:
 
 
 def _on_this_machine(config: JobConfig, steps: int) -> JobConfig:
-    """Without what needs a GPU, a compiler or a day; with checkpoints, and one seed."""
+    """Switch off what needs a GPU, a compiler or a day; switch on checkpoints; set the seed."""
     ac = config.activation_checkpoint
     budget = ac.mode == "memory_budget"
     if ac.mode == "selective" and ac.selective_ac_option.isdecimal():
@@ -189,7 +189,7 @@ def _on_this_machine(config: JobConfig, steps: int) -> JobConfig:
 
 
 def reference(small: JobConfig, world: World) -> JobConfig:
-    """The same run on one process: the same batches, nothing split, nothing recomputed."""
+    """Return the same run on one process: the same batches, nothing split, nothing recomputed."""
     dp = world.dp_degree
     phases = [
         replace(phase, local_batch_size=phase.local_batch_size and phase.local_batch_size * dp)
