@@ -1,6 +1,6 @@
 """Record of a run: its compared tensors by (step, kind, name), in the order of the step.
 
-    output                        of each layer's modules in the forward pass, summed over all tokens
+    output                        of each layer's modules, as sums over all tokens
     load                          tokens of each expert
     loss, side loss, router       the router's: sums of router_stats.py
     gradient, gradient norm       before clipping
@@ -12,6 +12,7 @@ nothing need be gathered.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -129,10 +130,8 @@ class OutputSums:
         if again or not torch.is_grad_enabled() or out.is_meta or name not in self._sums:
             return
         x = out.detach().double().flatten(0, -2)
-        channels = torch.arange(1, x.size(-1) + 1, dtype=torch.float64)
-        projections = torch.stack([torch.cos(n * channels) for n in range(1, 5)], dim=1)
         # No matrix product: recomputation by operation counts those, and this one isn't repeated.
-        self._sums[name] += (x.unsqueeze(2) * projections).sum(1).abs().sum(0)
+        self._sums[name] += (x.unsqueeze(2) * _projections(x.size(-1))).sum(1).abs().sum(0)
 
     def take(self) -> dict[str, Tensor]:
         if not self._sums:
@@ -140,6 +139,12 @@ class OutputSums:
         sums = torch.stack(list(self._sums.values()))
         dist.all_reduce(sums, group=self._group)
         return dict(zip(self._sums, sums, strict=True))
+
+
+@cache
+def _projections(channels: int) -> Tensor:
+    numbers = torch.arange(1, channels + 1, dtype=torch.float64)
+    return torch.stack([torch.cos(n * numbers) for n in range(1, 5)], dim=1)
 
 
 def piece_of(value: Piece | Tensor | float) -> Piece:
