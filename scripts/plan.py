@@ -26,11 +26,12 @@ from torchtitan.planning.report import as_data, table
 from torchtitan.planning.skew import read_skew
 from torchtitan.planning.sweep import sweep, sweep_table
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.out_of_memory import host_is_full
 from torchtitan.tools.script import run_script
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and those left for the training run."""
+    """Return our own options, and those left for the training run."""
     parser = argparse.ArgumentParser(description=entry.about(__doc__), allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG.toml", help="the run to plan")
     parser.add_argument("--world-size", type=int, required=True, help="GPUs")
@@ -89,7 +90,9 @@ def work(options: argparse.Namespace, rest: list[str]) -> None:
 def plan(options: argparse.Namespace, rest: list[str]) -> None:
     try:
         work(options, rest)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not host_is_full(error):
+            raise
         raise UserError(
             "this machine's memory is used up by the plan itself: plan fewer ranks "
             "(--world-size) or layers (--model.args.n_layers)."

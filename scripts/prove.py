@@ -28,7 +28,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.proof import report
 from torchtitan.proof.plan import make_plan
 from torchtitan.proof.processes import Processes
-from torchtitan.proof.prove import proves
+from torchtitan.proof.prove import prove
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger
 
@@ -59,9 +59,10 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     plan = make_plan(config, world_size, node_size=node_size, most=most, folder=folder)
     tell(report.opening(plan))
     results = []
-    for n, (one, parts, seeds) in enumerate(proves(plan, Processes, folder), start=1):
-        tell(report.of_world(n, one, parts, seeds))
-        results.append(parts)
+    for n, world in enumerate(plan.runs, start=1):
+        checks, seeds = prove(world, Processes, folder / f"world-{n}")
+        tell(report.of_world(n, world, checks, seeds))
+        results.append(checks)
     last, code = report.ending(plan, results)
     print(f"{last}, {time.monotonic() - began:.0f} s", flush=True)
     return code

@@ -72,11 +72,9 @@ ASYNC = "--parallelism.enable_async_tensor_parallel"
 COMPILED = ("--compile.enable", "--compile.backend=aot_eager")
 # On GPUs context parallelism takes flex attention, which only inductor can compile.
 CP_COMPILED = COMPILED if not torch.cuda.is_available() else ("--compile.enable",)
-BUDGET_0 = (  # the compiler recomputes all that it can
-    "--compile.enable",
-    "--compile.backend=aot_eager_decomp_partition",
-    "--activation_checkpoint.memory_budget=0",
-)
+BUDGETED = ("--compile.enable", "--compile.backend=aot_eager_decomp_partition")
+BUDGET_0 = (*BUDGETED, "--activation_checkpoint.memory_budget=0")  # recompute all that can be
+BUDGET_HALF = (*BUDGETED, "--activation_checkpoint.memory_budget=0.5")
 
 
 INTERLEAVED = "--parallelism.pipeline_parallel_expert_parallel_overlap"
@@ -167,6 +165,7 @@ LAYOUTS = {
     "EP 2, compiled, recomputed": layout(2, *COMPILED, ep=2, ac="full"),
     "EP 2, compiled, by operation": layout(2, *COMPILED, BY_OPERATION, ep=2, ac="selective"),
     "EP 2, memory budget": layout(2, *BUDGET_0, ep=2, ac="memory_budget"),
+    "EP 2, half a memory budget": layout(2, *BUDGET_HALF, ep=2, ac="memory_budget"),
     # Three and more together
     "CP 2, TP 2, EP 4": layout(4, cp=2, tp=2, ep=4),
     "CP 2, TP 2, EP 2 of split experts": layout(4, cp=2, tp=2, ep=2, etp=2),

@@ -138,7 +138,7 @@ def lost_optimizer_state(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-# Planted error: world, part of the proof, step, kind and name of the first tensor that differs.
+# Planted error: world, check, step, kind and name of the first tensor that differs.
 ERRORS: dict[Plant, tuple[str, str, int, str, str]] = {
     no_sum_over_replicas: ("DDP", proof.AGAINST, 1, "gradient", "tok_embeddings.weight"),
     doubled_loss: ("FSDP", proof.AGAINST, 1, "loss", "loss"),
@@ -177,36 +177,36 @@ class PlantedRanks:
         return self.pool.run(run_with, self.plant, function, arguments)
 
 
-def proved(ranks: Any, world: str, folder: Path, plant: Plant | None = None) -> list[proof.Part]:
+def proved(ranks: Any, world: str, folder: Path, plant: Plant | None = None) -> list[proof.Check]:
     @contextmanager
     def start(count: int, logs: Path) -> Iterator[PlantedRanks]:
         yield PlantedRanks(ranks(count), plant)
 
     (run,) = plan_of(world, folder).runs
-    parts, _ = proof.prove(run, start, folder, seeds=(7,))
-    return parts
+    checks, _ = proof.prove(run, start, folder, seeds=(7,))
+    return checks
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_right_layouts_pass(ranks, world, tmp_path):
-    parts = proved(ranks, world, tmp_path)
-    assert [part.name for part in parts if part.fine] == [
+    checks = proved(ranks, world, tmp_path)
+    assert [check.name for check in checks if check.passed] == [
         proof.AGAINST,
         proof.RESUMED,
         proof.FROM_ONE,
         proof.ON_ONE,
-    ], parts
-    assert all(part.compared > 100 for part in parts)
+    ], checks
+    assert all(check.compared > 100 for check in checks)
 
 
 @pytest.mark.parametrize("plant", ERRORS, ids=lambda plant: plant.__name__)
 def test_a_planted_error_is_named(ranks, plant, tmp_path):
     world, name, *key = ERRORS[plant]
-    part = proved(ranks, world, tmp_path, plant)[-1]
-    assert (part.name, part.failure) == (name, None)
-    assert part.difference is not None
-    assert part.difference.key == tuple(key), part.difference.describe()
-    assert part.difference.error > 1e-3
+    check = proved(ranks, world, tmp_path, plant)[-1]
+    assert (check.name, check.failure) == (name, None)
+    assert check.difference is not None
+    assert check.difference.key == tuple(key), check.difference.describe()
+    assert check.difference.error > 1e-3
 
 
 def test_a_rank_that_fails_is_told(tmp_path):
@@ -220,6 +220,6 @@ def test_a_rank_that_fails_is_told(tmp_path):
     def start(count: int, logs: Path) -> Iterator[Failing]:
         yield Failing()
 
-    parts, seeds = proof.prove(run, start, tmp_path)
-    assert [part.failure for part in parts] == ["rank 1 has died (exit code -9)"]
+    checks, seeds = proof.prove(run, start, tmp_path)
+    assert [check.failure for check in checks] == ["rank 1 has died (exit code -9)"]
     assert seeds == 1 and isinstance(run.small, JobConfig)

@@ -211,6 +211,9 @@ def _set_memory_budget(config: ActivationCheckpoint, dump_folder: str) -> None:
     settings.visualize_memory_budget_pareto = budgeted and config.visualize_memory_budget_pareto
     if not budgeted:
         return
+    # torch 2.13 doesn't size the process groups that collectives take; they hold no activations.
+    if hasattr(settings, "unsafe_treat_script_objects_as_zero_size"):
+        settings.unsafe_treat_script_objects_as_zero_size = True
     if config.visualize_memory_budget_pareto:
         folder = Path(dump_folder) / "memory_budget_pareto"
         folder.mkdir(parents=True, exist_ok=True)

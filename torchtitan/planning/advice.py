@@ -1,4 +1,4 @@
-"""The nearest change with which a run fits, by key."""
+"""Name the nearest change with which a run fits, by key."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +15,10 @@ _MOST_GPUS = 16  # times as many as asked for
 
 
 def nearest_fit(plan: Plan, skew: float) -> str:
-    """A sentence on the first change that makes the run fit: of one key, of two, of the GPUs."""
+    """Return a sentence on the first change that fits: of one key, of two, of the number of GPUs.
+
+    skew: largest load of an expert over the mean.
+    """
     run, hardware = plan.run, plan.hardware
     config = replace(
         run.config,
@@ -72,7 +75,7 @@ def _needs(plan: Plan) -> str:
 
 
 def _changes(run: PlannedRun, config: JobConfig) -> Iterator[dict[str, Any]]:
-    """From cheap to dear: by operation, smaller passes, all recomputed, bf16 states, degrees."""
+    """Yield changes from cheap to dear: recomputation, smaller passes, bf16 states, degrees."""
     recompute, local = config.activation_checkpoint, config.training.local_batch_size
     by_op = {"activation_checkpoint.selective_ac_option": "op"}
     if recompute.mode != "selective":

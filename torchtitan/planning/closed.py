@@ -1,15 +1,15 @@
 """State of a rank by arithmetic on the sizes of its layers: quick, and a check of the exact count.
 
-It leaves out that rows of a weight may not come out even between ranks.
+It takes rows of a weight to come out even between ranks.
 """
 
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.state import State
-from torchtitan.planning.trace import Traces
-from torchtitan.planning.traffic import groups, names_at
+from torchtitan.planning.trace import Traces, names_at
+from torchtitan.planning.traffic import groups
 from torchtitan.tools.utils import TORCH_DTYPES
 
-# Numbers that the optimizer keeps of a weight.
+# Running means that the optimizer keeps of a weight.
 _MEANS = {"Adam": 2, "AdamW": 2, "Muon": 1}
 
 

@@ -1,4 +1,4 @@
-"""Accelerators and what they reach, from hardware.toml, which is there to be edited."""
+"""Accelerators and the rates that they reach, from hardware.toml, which is there to be edited."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -40,11 +40,14 @@ class Hardware:
 
     @property
     def bytes_per_second(self) -> float:
-        """Of the device's memory, as kernels reach it."""
+        """Bandwidth of the device's memory, as kernels reach it."""
         return self.memory_tb_s * 1e12 * self.elementwise
 
     def needed_gib(self, allocated: float) -> float:
-        """Of the device, for so many bytes that tensors take."""
+        """Return the device's memory that a run needs.
+
+        allocated: bytes of tensors at the peak.
+        """
         return allocated / 2**30 * (1 + self.slack) + self.overhead_gib
 
     def fits(self, allocated: float) -> bool:
@@ -52,7 +55,7 @@ class Hardware:
 
 
 def find_hardware(name: str) -> Hardware:
-    """Raises `UserError` for an unknown name, or a damaged table."""
+    """Return a row of the table. Raises `UserError` for an unknown name, or a damaged table."""
     try:
         rows = tomli.loads(TABLE.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
-"""FLOPs of each kernel, and what it allocates inside of itself, from the shapes that it is given.
+"""FLOPs of each kernel, and its workspace, from the shapes of its arguments.
 
-Two FLOPs a multiply-add. Attention's are those of the causal half; its backward pass has five
+A multiply-add has two FLOPs. Attention counts the causal half only; its backward pass has five
 products where forward has two, since the scores are computed again.
 """
 
@@ -13,7 +13,11 @@ Kind = str  # "gemm", "grouped", "attention", or "" for everything else
 
 
 def flops_of(name: str, args: Any, outputs: list[Tensor]) -> tuple[Kind, int]:
-    """Kind and FLOPs of an operation. name: as registered. args: its arguments."""
+    """Return kind and FLOPs of an operation.
+
+    name: as registered.
+    args: its arguments.
+    """
     entry = _FLOPS.get(name.partition(".")[0])
     if entry is None:
         return "", 0
@@ -22,13 +26,13 @@ def flops_of(name: str, args: Any, outputs: list[Tensor]) -> tuple[Kind, int]:
 
 
 def workspace_of(name: str, args: Any) -> int:
-    """Bytes that live inside of a kernel besides what it takes and returns."""
+    """Return the bytes that live inside of a kernel beside its arguments and results."""
     count = _WORKSPACE.get(name.partition(".")[0])
     return int(count(args)) if count else 0
 
 
 def moved_by(name: str, args: Any) -> int:
-    """Bytes that a fused operator reads and writes outside of its matrix products."""
+    """Return the bytes that a fused operator reads and writes outside of its matrix products."""
     count = _MOVED.get(name.partition(".")[0])
     return int(count(args)) if count else 0
 
@@ -42,12 +46,12 @@ def _addmm(args: Any, outputs: list[Tensor]) -> int:
 
 
 def _grouped_mm(args: Any, outputs: list[Tensor]) -> int:
-    """Each row meets one group's matrix; of a weight's gradient rows are what is summed over."""
+    """Each row meets one group's matrix; a weight's gradient is a sum over rows."""
     return 2 * args[0].numel() * args[1].size(-1)
 
 
 def _core(q_rows: int, keys: int, heads: int, channels: int) -> float:
-    """One pair of products: scores, and their sum over values; causal."""
+    """Return the FLOPs of causal scores and of their sum over values."""
     return 2 * q_rows * keys / 2 * heads * channels
 
 

@@ -22,14 +22,14 @@ from torchtitan.planning.kernels import flops_of, moved_by, workspace_of
 
 # CUDA's caching allocator hands out multiples of this many bytes.
 BLOCK = 512
-# What a compiler fuses, and what allocates without reading or writing.
+# Operations that a compiler fuses; operations that allocate without reading or writing.
 _ELEMENTWISE = ("aten::silu", "aten::mul", "aten::_to_copy", "aten::sigmoid", "aten::div")
 _ONLY_ALLOCATE = ("aten::empty", "aten::new_empty")
 
 
 @dataclass
 class Work:
-    """What a pass does.
+    """Work of a pass.
 
     flops: by kind ("gemm", "grouped", "attention").
     bytes_moved: read and written by all other operations.
@@ -62,11 +62,11 @@ class Work:
 class Ledger(TorchDispatchMode):
     """Watches operations inside of a `with` block.
 
-    now: bytes of the storages made here that live.
-    peak: the most since `start`, what kernels allocate inside of themselves included.
-    work: since `start`.
-    between: by storage, results of elementwise operations that only such operations have read:
-        a compiler that fuses them doesn't keep them.
+    now: bytes of the living storages made here.
+    peak: largest `now` since `start`, workspaces of kernels included.
+    work: done since `start`.
+    between: bytes by storage, of results of elementwise operations that only such operations have
+        read: a compiler that fuses them doesn't keep them.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Ledger(TorchDispatchMode):
         self._size_of: dict[int, int] = {}  # by storage; 0: accounted for elsewhere
 
     def start(self) -> None:
-        """Look for the peak, and count work, from here on."""
+        """Begin to look for the peak, and to count work."""
         self.peak, self.work = self.now, Work()
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
@@ -101,7 +101,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _is_new(self, tensor: Tensor) -> bool:
-        """Whether the tensor's storage is; it is then counted until it is freed."""
+        """Return whether the tensor's storage is new; it is then counted until it is freed."""
         storage = tensor.untyped_storage()
         if storage._cdata in self._size_of:
             return False
@@ -149,7 +149,7 @@ class Ledger(TorchDispatchMode):
         self.work.sent[group, collective] += round(_bytes(args[0]) * share(size))
 
 
-# Of the tensor that it takes in, the part that a rank of a group of n sends, in a ring.
+# Part of its input that a rank of a group of n sends, in a ring.
 _SHARE_SENT = {
     "all_gather_into_tensor": lambda n: n - 1,
     "reduce_scatter_tensor": lambda n: (n - 1) / n,

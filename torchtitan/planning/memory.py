@@ -1,6 +1,6 @@
-"""The memory of each rank over a step: what is there when, and when it is the most.
+"""Memory of each rank over a step, and the moment at which it is fullest.
 
-State comes from state.py, layers' passes from trace.py. What FSDP adds (fsdp2 of torch 2.11-2.13):
+State comes from state.py, layers' passes from trace.py. FSDP adds (fsdp2 of torch 2.11-2.13):
 
     forward    the gathered weights of a layer and, from the moment that it is asked for, the buffer
                in which the next one's arrive
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torchtitan.planning.pipeline import Action
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.state import State
-from torchtitan.planning.trace import FIRST, LAST, Traced, Traces
+from torchtitan.planning.trace import Traced, Traces, names_at, names_of
 
 # In the order in which they are shown.
 PARTS = (
@@ -32,7 +32,10 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Moment:
-    """What a rank holds at a moment of the step. parts: bytes by name (PARTS)."""
+    """Memory of a rank at a moment of the step.
+
+    parts: bytes by name (PARTS).
+    """
 
     what: str
     parts: dict[str, int]
@@ -44,9 +47,11 @@ class Moment:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Of one rank. peak: the moment that needs the most.
+    """Memory of one rank.
 
-    alike: ranks of its place along the pipeline, from it on. others: places that are like it.
+    alike: ranks of its place along the pipeline, from it on.
+    others: number of places that are like it.
+    peak: the moment that needs the most.
     """
 
     rank: int
@@ -61,11 +66,17 @@ class RankMemory:
 def memory_of(
     run: PlannedRun, traces: Traces, state: State, place: int, actions: list[Action]
 ) -> RankMemory:
-    """place: of the rank along the pipeline. actions: of its schedule, empty without a pipeline."""
+    """Walk through a step of a rank, and find its peak.
+
+    place: of the rank along the pipeline.
+    actions: of its schedule, empty without a pipeline.
+    """
     whole = state
     if run.config.training.enable_cpu_offload:  # it lives on the host
         state = replace(state, parameters=0, gradients=0, optimizer=0)
-    walk = _Pipelined(run, traces, state, place, actions) if actions else _Walk(run, traces, state)
+    walk = _Walk(run, traces, state, place)
+    if actions:
+        walk = _Pipelined(run, traces, state, place, actions)
     peak = max(walk.moments(), key=lambda moment: moment.total)
     return RankMemory(
         rank=place * run.stage_size,
@@ -79,18 +90,17 @@ def memory_of(
 
 
 class _Walk:
-    """Through one step of a rank without a pipeline."""
+    """Walks through one step of a rank without a pipeline."""
 
     most_in_flight = 1
 
-    def __init__(self, run: PlannedRun, traces: Traces, state: State) -> None:
+    def __init__(self, run: PlannedRun, traces: Traces, state: State, place: int) -> None:
         self.run, self.state = run, state
-        self.names = [FIRST, *(name for name in traces.of_layer if name.isdecimal()), LAST]
+        self.names = names_at(run, traces, place)
         self.traced = [traces.of_layer[name] for name in self.names]
-        self.reshards = _reshards(run)
 
     def moments(self) -> Iterator[Moment]:
-        """Of the micro-batch that meets the most: the last one where several are added up."""
+        """Yield the moments of the fullest micro-batch: the last, where several are added up."""
         grads = self.state.gradients if self.run.sums_gradients else 0
         kept = 0
         last = len(self.traced) - 1
@@ -126,11 +136,11 @@ class _Walk:
         return self.traced[i].output if i >= 0 else 0
 
     def _gathered(self, i: int) -> int:
-        """What arrives for a layer: nothing where nothing is gathered anew."""
-        return self.traced[i].gathered if self.reshards else 0
+        """Bytes that arrive for a layer: none where nothing is gathered anew."""
+        return self.traced[i].gathered if self.run.reshards else 0
 
     def _held(self, i: int, *, forward: bool) -> int:
-        if not self.reshards:
+        if not self.run.reshards:
             return sum(one.gathered for one in self.traced)
         # The head's stay between the passes.
         head = self.traced[-1].gathered if not forward and i == len(self.traced) - 1 else 0
@@ -159,27 +169,22 @@ class _Walk:
 
 
 class _Pipelined(_Walk):
-    """Through the actions of a rank's schedule."""
+    """Walks through the actions of a rank's schedule."""
 
     def __init__(
         self, run: PlannedRun, traces: Traces, state: State, place: int, actions: list[Action]
     ) -> None:
-        super().__init__(run, traces, state)
+        super().__init__(run, traces, state, place)
         assert run.pipeline is not None
         self.actions = actions
         self.stages = {
-            stage: self._stage(run.pipeline.stages[stage], traces)
+            stage: [traces.of_layer[name] for name in names_of(run, stage)]
             for stage in run.pipeline.stages_of(place)
         }
         self.most_in_flight = 0
 
-    def _stage(self, modules: tuple[str, ...], traces: Traces) -> list[tuple[str, Traced]]:
-        layers = [name.removeprefix("layers.") for name in modules if name.startswith("layers.")]
-        names = [FIRST] * ("tok_embeddings" in modules) + layers + [LAST] * ("output" in modules)
-        return [(name, traces.of_layer[name]) for name in names]
-
     def moments(self) -> Iterator[Moment]:
-        every = [one for stage in self.stages.values() for _, one in stage]
+        every = [one for stage in self.stages.values() for one in stage]
         gathered = sum(one.gathered for one in every)
         whole_grads = FP32 * sum(one.gathered_elements for one in every)
         grads = self.state.gradients if self.run.passes > 1 else 0
@@ -187,21 +192,21 @@ class _Pipelined(_Walk):
         in_flight: dict[tuple[int, int], int] = {}
         for action in self.actions:
             stage = self.stages[action.stage]
-            kept = sum(one.kept for _, one in stage) + self._handed_over(action.stage)
+            kept = sum(one.kept for one in stage) + self._handed_over(action.stage)
             held = sum(in_flight.values())
             here = action.stage, action.microbatch
             where = f"stage {action.stage}, micro-batch {action.microbatch}"
             if action.kind == "F":
-                passing = max(one.forward_peak - one.kept for _, one in stage)
+                passing = max(one.forward_peak - one.kept for one in stage)
                 in_flight[here] = kept
                 self.most_in_flight = max(self.most_in_flight, len(in_flight))
                 yield self._moment(
                     f"forward pass of {where}", held + kept, passing, grads + whole, gathered
                 )
             elif action.kind in "BI":
-                whole = max(whole, sum(FP32 * one.gathered_elements for _, one in stage))
+                whole = max(whole, sum(FP32 * one.gathered_elements for one in stage))
                 whole = min(whole_grads, whole if len(self.stages) == 1 else whole_grads)
-                passing = max(one.backward_peak - one.kept for _, one in stage)
+                passing = max(one.backward_peak - one.kept for one in stage)
                 yield self._moment(
                     f"backward pass of {where}", held, passing, grads + whole, gathered
                 )
@@ -214,13 +219,11 @@ class _Pipelined(_Walk):
         )
 
     def _handed_over(self, stage: int) -> int:
-        """What came from the stage before, and what else goes to the next one."""
+        """Bytes that came from the stage before, and of what else goes to the next one."""
         run = self.run
         assert run.pipeline is not None
-        one = run.microbatch * run.now.seq_len // run.degrees.cp // run.degrees.tp * 2
-        wide = one * run.model_args.stage_channels
-        came = wide if stage > 0 else 0
-        goes = wide if stage < len(run.pipeline.stages) - 1 else 0
+        came = run.bytes_between_stages if stage > 0 else 0
+        goes = run.bytes_between_stages if stage < len(run.pipeline.stages) - 1 else 0
         extra = goes if run.model_args.stage_channels > run.model_args.dim else 0
         return came + extra
 
@@ -229,11 +232,3 @@ class _Pipelined(_Walk):
     ) -> Moment:
         moment = super()._moment(what, activations, passing, 0, gathered)
         return Moment(what, moment.parts | {"gradients": grads})
-
-
-def _reshards(run: PlannedRun) -> bool:
-    """As in distributed/fsdp.py."""
-    how = run.config.parallelism.fsdp_reshard_after_forward
-    if how == "default":
-        return run.degrees.dp_shard * run.degrees.cp > 1 and run.degrees.pp == 1
-    return how == "always"

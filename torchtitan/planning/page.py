@@ -1,4 +1,4 @@
-"""A plan as one HTML page, which needs nothing beside itself."""
+"""A plan as one self-contained HTML page."""
 
 from collections.abc import Iterable
 from html import escape
@@ -9,7 +9,7 @@ from torchtitan.planning.report import head_lines, table, verdict, where
 from torchtitan.planning.sweep import Row
 
 GIB = 2**30
-# Passes of so many micro-batches show a schedule's pattern; a box each.
+# As many micro-batches show a schedule's pattern.
 _MICRO_BATCHES = 48
 _ROWS = 16
 
@@ -46,7 +46,11 @@ _COLOURS = "".join(
 
 
 def page(plan: Plan, rows: list[Row], tokens: float | None) -> str:
-    """rows: of a sweep, empty without one. tokens: of the whole run, for its cost."""
+    """Return the page.
+
+    rows: of a sweep, empty without one.
+    tokens: of the whole run, for its cost.
+    """
     title, *lines = head_lines(plan)
     sections = [_memory(plan), _time(plan), _timeline(plan), _traffic(plan), _dispatch(plan)]
     sections += [_sweep(rows), _numbers(table(plan, tokens))]

@@ -1,7 +1,7 @@
-"""A pipeline's schedule played: who computes what when, how long ranks wait.
+"""Play a pipeline's schedule: when each rank computes, and how long it waits.
 
 The order of the work is that of torch's own schedule object, or of the file; a pass starts as soon
-as its rank is free and what it needs has arrived.
+as its rank is free and its inputs have arrived.
 """
 
 import re
@@ -14,7 +14,10 @@ from torchtitan.distributed.pipeline_plan import SINGLE, PipelinePlan
 
 
 class Action(NamedTuple):
-    """kind: F forward, B backward, I and W its halves for inputs and for weights."""
+    """One pass of a micro-batch through a stage.
+
+    kind: F forward, B backward, I and W its halves for inputs and for weights.
+    """
 
     kind: str
     stage: int
@@ -30,7 +33,7 @@ class Pass(NamedTuple):
 
 
 def actions_of(plan: PipelinePlan) -> list[list[Action]]:
-    """Of each rank of the pipeline, in order; an overlapped pair one after the other."""
+    """List each rank's actions in order; an overlapped pair one after the other."""
     if plan.file is not None:
         cells = [[str(cell) for cell in rank] for rank in plan.file.cells]
     else:
@@ -49,7 +52,12 @@ def actions_of(plan: PipelinePlan) -> list[list[Action]]:
 def play(
     by_rank: list[list[Action]], seconds: Callable[[Action], float], sending: float
 ) -> list[list[Pass]]:
-    """Times of all passes. sending: from a stage to the next one on another rank."""
+    """Return the times of all passes, by rank.
+
+    by_rank: actions.
+    seconds: of an action.
+    sending: seconds from a stage to the next one on another rank.
+    """
     waiting = [list(actions) for actions in by_rank]
     rank_of = {one.stage: rank for rank, actions in enumerate(by_rank) for one in actions}
     last = max(rank_of)
@@ -77,7 +85,7 @@ def play(
 def _ready(
     done: dict[Action, float], action: Action, last: int, rank_of: dict[int, int], sending: float
 ) -> float | None:
-    """When the pass has what it needs; None as long as that isn't known."""
+    """Return when the inputs of an action have arrived; None as long as that isn't known."""
     kind, stage, microbatch = action
     if kind == "W":
         return done.get(Action("I", stage, microbatch))
@@ -103,6 +111,6 @@ def length(played: list[list[Pass]]) -> float:
 
 
 def idle(played: list[list[Pass]]) -> float:
-    """The part of all ranks' time in which they wait."""
+    """Return the part of all ranks' time in which they wait."""
     busy = sum(one.end - one.start for passes in played for one in passes)
     return 1 - busy / (length(played) * len(played))

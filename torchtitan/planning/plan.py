@@ -15,8 +15,12 @@ from torchtitan.planning.traffic import Bytes, dispatch_table, step_traffic
 
 @dataclass(frozen=True)
 class Plan:
-    """memory: of each distinct place of the pipeline. traffic: of the first rank of each, by axis.
-    dispatch: of one expert layer, see `dispatch_table`."""
+    """A planned run.
+
+    memory: of each distinct place of the pipeline.
+    traffic: of the first rank of each such place, by axis.
+    dispatch: of one expert layer, see `dispatch_table`.
+    """
 
     run: PlannedRun
     hardware: Hardware
@@ -44,7 +48,11 @@ def make_plan(
     skew: float = 1.0,
     phase: int = 0,
 ) -> Plan:
-    """Raises `UserError`. skew: largest load of an expert over the mean."""
+    """Plan a run. Raises `UserError`.
+
+    skew: largest load of an expert over the mean.
+    phase: number of the planned phase, see `plan_run`.
+    """
     run = plan_run(config, world_size, gpus_per_node=hardware.gpus_per_node, phase=phase)
     traces = trace_run(run, skew)
     states: dict[int, State] = {}
@@ -55,7 +63,10 @@ def make_plan(
 
 
 def assemble(run: PlannedRun, hardware: Hardware, traces: Traces, states: dict[int, State]) -> Plan:
-    """From what was traced and counted. states: of each distinct place of the pipeline."""
+    """Make the plan of a run that was traced.
+
+    states: of each distinct place of the pipeline.
+    """
     by_rank: list[list[Action]] = actions_of(run.pipeline) if run.pipeline else []
     memory = [
         memory_of(run, traces, state, place, by_rank[place] if by_rank else [])

@@ -22,6 +22,7 @@ from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import TORCH_DTYPES
 from torchtitan.trainer.build import build_parallel_dims, resolve_node_size, shape_model
 from torchtitan.trainer.preflight import model_args_of
 
@@ -31,7 +32,7 @@ MOST_RANKS = 131_072
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What is planned.
+    """The run that is planned.
 
     config: with the sizes of the planned phase in [training].
     device_type: of the machines that will run it, "cuda" or "cpu".
@@ -66,6 +67,29 @@ class PlannedRun:
         return self.pipeline.microbatch_size if self.pipeline else self.now.local_batch_size
 
     @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of a micro-batch that a rank holds between layers."""
+        return self.microbatch * self.now.seq_len // self.degrees.cp // self.degrees.tp
+
+    @property
+    def bytes_between_stages(self) -> int:
+        """Bytes of a micro-batch that a rank hands to the next pipeline stage."""
+        size = TORCH_DTYPES[self.compute_dtype].itemsize
+        return self.tokens_per_rank * self.model_args.stage_channels * size
+
+    @property
+    def nodes_per_ep_group(self) -> int:
+        return max(1, self.degrees.ep * self.degrees.etp // self.node_size)
+
+    @property
+    def reshards(self) -> bool:
+        """Whether FSDP frees gathered weights after the forward pass (distributed/fsdp.py)."""
+        how, degrees = self.config.parallelism.fsdp_reshard_after_forward, self.degrees
+        if how == "default":
+            return degrees.dp_shard * degrees.cp > 1 and degrees.pp == 1
+        return how == "always"
+
+    @property
     def tokens_per_step(self) -> int:
         return self.now.batch_size * self.now.seq_len
 
@@ -85,7 +109,7 @@ class PlannedRun:
     def places(self) -> dict[int, list[int]]:
         """Places along the pipeline that hold different layers, each with those that are like it.
 
-        Of a place one rank is planned, the first of its FSDP, EP and TP groups: the others hold the
+        One rank of a place is planned, the first of its FSDP, EP and TP groups: the others hold the
         same, or less where a weight's rows don't come out even.
         """
         if self.pipeline is None:
@@ -99,7 +123,7 @@ class PlannedRun:
 
     @cached_property
     def _kinds(self) -> dict[str, tuple]:
-        """Of each layer, by its name in a pipeline's plan: its weights' names and sizes."""
+        """Names and sizes of each layer's weights, by the layer's name in a pipeline's plan."""
         with without_filling(), torch.device("meta"):
             layers = self.spec.model_cls(self.model_args).layers
         return {
@@ -118,7 +142,9 @@ def plan_run(
 ) -> PlannedRun:
     """Check the config for so many ranks, as a run would. Raises `UserError`.
 
-    phase: number of the schedule's phase whose last steps are planned; 0: the run's first step.
+    gpus_per_node: where the config doesn't say it.
+    device_type: of the machines that will run it, "cuda" or "cpu".
+    phase: number of the schedule's phase whose last step is planned; 0: the run's first step.
     """
     if not 1 <= world_size <= MOST_RANKS:
         raise UserError(
@@ -169,7 +195,10 @@ def _at_phase(config: JobConfig, degrees: Degrees, phase: int) -> StepSettings:
 
 @dataclass(frozen=True)
 class BuiltRank:
-    """model: what this rank holds, on the meta device. parts: of a pipeline, by stage."""
+    """One rank's model, on the meta device.
+
+    parts: of a pipeline, by stage.
+    """
 
     dims: ParallelDims
     model: BaseModel
@@ -178,11 +207,11 @@ class BuiltRank:
 
 @contextmanager
 def built_rank(run: PlannedRun, rank: int) -> Iterator[BuiltRank]:
-    """Build what this rank of the run holds; its process groups live as long as the block."""
+    """Build the model of a rank; its process groups live as long as the block."""
     level, hook = logger.level, sys.excepthook
     init_dry_run(run.world_size, rank)
     sys.excepthook = hook  # torch's puts a rank before every line of a traceback
-    logger.setLevel(logging.WARNING)  # the lines of a start, once for each rank
+    logger.setLevel(logging.ERROR)  # the lines of a start, once for each rank
     try:
         dims = build_parallel_dims(run.config, run.pipeline)
         with without_filling():

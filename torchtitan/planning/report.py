@@ -11,7 +11,10 @@ GIB = 2**30
 
 
 def table(plan: Plan, tokens: float | None) -> str:
-    """tokens: of the whole run, for its cost."""
+    """Return the plan as text.
+
+    tokens: of the whole run, for its cost.
+    """
     blocks = [head_lines(plan), _memory(plan), _time(plan, tokens), _traffic(plan)]
     if plan.dispatch:
         blocks.append(_dispatch(plan))
@@ -38,7 +41,7 @@ def head_lines(plan: Plan) -> list[str]:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, in a sentence."""
+    """Say in a sentence whether it fits."""
     needed, has = plan.hardware.needed_gib(plan.worst.peak.total), plan.hardware.memory_gib
     fits = "fits" if plan.fits else "does not fit"
     return (
@@ -116,7 +119,7 @@ def _dispatch(plan: Plan) -> list[str]:
 
 
 def as_data(plan: Plan, tokens: float | None) -> dict[str, Any]:
-    """Everything that the table says, for JSON. Bytes and seconds."""
+    """Return all numbers of the table, for JSON, in bytes and seconds."""
     run, speed = plan.run, plan.speed
     return {
         "model": f"{run.config.model.name} {run.config.model.flavor}",

@@ -1,4 +1,4 @@
-"""How many rows an EP rank sends and receives, from what the router would choose.
+"""Rows that an EP rank sends and receives, from choices of the real router.
 
 The router itself chooses, on independent normal logits, as in models/moe/layout.py; with forced
 balance its own even choice. A skewed router adds a bias to each expert's logit, drawn once from a
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.moe.router import TokenChoiceTopKRouter
+from torchtitan.planning.ranks import PlannedRun
 
 # Enough for two digits of a mean.
 _TOKENS = 4096
@@ -20,15 +21,16 @@ _TOKENS = 4096
 
 @dataclass(frozen=True)
 class Routing:
-    """Of one layer and micro-batch of an EP group.
+    """Routing of one layer and micro-batch in an EP group.
 
-    tokens: that each rank routes.
-    received, slots: rows that arrive at the rank that gets the most, and their copies for its
-        experts.
-    mean_slots: of all ranks.
+    tokens: routed by each rank.
+    received: rows that arrive at the busiest rank.
+    slots: their copies for its experts.
+    mean_slots: mean of `slots` over ranks.
     rows: sent one way by all ranks of the group together, by (copies, tier): one copy of a token
         for each "expert", "rank" or "node" of it, to the tier "self", "node" or "remote".
-    split_sizes: what that rank's dispatcher hears from the device, by "rank" or "node".
+    split_sizes: sizes that the busiest rank's dispatcher hears from the device, by "rank" or
+        "node".
     skew: largest load of an expert over the mean.
     """
 
@@ -42,14 +44,20 @@ class Routing:
 
     @property
     def rank_skew(self) -> float:
-        """Load of the rank that gets the most over the mean."""
+        """Load of the busiest rank over the mean."""
         return self.slots / self.mean_slots
 
 
 @cache
 def route(args: MoEArgs, *, tokens: int, ep: int, nodes: int, skew: float = 1.0) -> Routing:
-    """tokens: of each rank. nodes: that the EP group spans. skew: below 1.0 what random logits
-    give, which is a little above."""
+    """Return the routing of a layer.
+
+    tokens: of each rank.
+    ep: ranks of the EP group.
+    nodes: nodes that it spans.
+    skew: largest load of an expert over the mean; up to 1.0: that of random logits, a little above
+        1.
+    """
     ids_TK = _choose(args, tokens, skew)
     load_E = torch.bincount(ids_TK.flatten(), minlength=args.num_experts).double()
     rank_TK = ids_TK // (args.num_experts // ep)
@@ -75,7 +83,7 @@ def _whole(x: Tensor) -> int:
 
 
 def _places(place_TK: Tensor, count: int) -> Tensor:
-    """How many tokens have an expert at each place."""
+    """Count the tokens that have an expert at each place."""
     met = torch.zeros(len(place_TK), count, dtype=torch.bool)
     return met.scatter_(1, place_TK, True).sum(dim=0).double()
 
@@ -105,9 +113,9 @@ def _rows(slots_R: Tensor, rows_R: Tensor, rows_N: Tensor) -> dict[tuple[str, st
 
 
 def _split_sizes(slots_R: Tensor, rows_R: Tensor, rows_N: Tensor, me: int) -> dict[str, list[int]]:
-    """What `AllToAllDispatcher` and `NodeLimitedDispatcher` ask for (distributed/expert_parallel).
+    """Return the sizes that `AllToAllDispatcher` and `NodeLimitedDispatcher` ask the device for.
 
-    Every rank sends alike, so what comes from each of them is what it sends here.
+    me: the busiest rank. Every rank sends alike: each sends to `me` what it sends to itself.
     """
     ep, nodes = len(rows_R), len(rows_N)
     per_node = ep // nodes
@@ -124,7 +132,7 @@ def _split_sizes(slots_R: Tensor, rows_R: Tensor, rows_N: Tensor, me: int) -> di
 @cache
 @torch.no_grad()
 def _choose(args: MoEArgs, tokens: int, skew: float) -> Tensor:
-    """Experts (T, K) of a sample of tokens; of all of them where the choice is forced."""
+    """Choose the experts (T, K) of a sample of tokens; of all tokens where the choice is forced."""
     rule = args.routing
     if rule._debug_force_load_balance:
         with torch.device("meta"):
@@ -148,5 +156,22 @@ def _choose(args: MoEArgs, tokens: int, skew: float) -> Tensor:
 
 
 def without_limit(args: MoEArgs) -> MoEArgs:
-    """The same experts without groups."""
+    """Return the same experts without groups."""
     return replace(args, num_expert_groups=None, num_limited_groups=None)
+
+
+def planned_routing(run: PlannedRun, skew: float) -> Routing | None:
+    """Return the routing of a layer of the run; None without experts."""
+    args, degrees = run.model_args, run.degrees
+    if not args.has_experts:
+        return None
+    tokens, nodes = run.tokens_per_rank * degrees.etp, run.nodes_per_ep_group
+    return route(args.moe_args, tokens=tokens, ep=degrees.ep, nodes=nodes, skew=skew)
+
+
+def copies(run: PlannedRun) -> str:
+    """Return the place to which a token is sent once: a "rank" or a "node"."""
+    dispatch = run.config.parallelism.expert_parallel_dispatch
+    spans_nodes = run.degrees.ep * run.degrees.etp > run.node_size
+    limited = dispatch == "node_limited" or (dispatch == "auto" and spans_nodes)
+    return "node" if limited else "rank"

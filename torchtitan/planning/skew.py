@@ -1,4 +1,4 @@
-"""The load of experts that a run has logged, as an input of a plan."""
+"""Routing skew from a run's metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ from statistics import median
 from torchtitan.tools.errors import UserError
 
 _NAME = "mean_max_violation"
-# Of the last records: a router's first steps are another matter (docs/moe.md).
+# The last records: a router's first steps differ (docs/moe.md).
 _RECORDS = 20
 
 
 def read_skew(file: str) -> float:
-    """Largest load of an expert over the mean, the layers' mean, from a run's metrics.jsonl.
+    """Return the largest load of an expert over the mean, averaged over layers.
 
     Raises `UserError`.
     """

@@ -1,13 +1,12 @@
-"""What takes the place of GPU code while a pass runs over tensors without memory.
+"""Stand-ins for GPU code while a pass runs over tensors without memory.
 
 Everything else that runs is the model's own code. Each stand-in keeps for the backward pass what
 the GPU's kernel keeps, and allocates what it allocates.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -22,21 +21,34 @@ from torchtitan.ops import grouped_mm, linear_cross_entropy
 
 
 @contextmanager
+def _replaced(stand_ins: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Replace attributes inside the block; each entry: (owner, attribute, stand-in)."""
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in stand_ins]
+    for owner, name, stand_in in stand_ins:
+        setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        for owner, name, own in before:
+            if own is None:  # inherited
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+
+
+@contextmanager
 def without_filling() -> Iterator[None]:
-    """Build models on the meta device without drawing random numbers for them, or reporting on
-    them: a third of the time."""
-    with ExitStack() as stack:
-        for module in (nn.Linear, nn.Embedding):
-            stack.enter_context(patch.object(module, "reset_parameters", lambda self: None))
-        stack.enter_context(patch.object(parallelize, "log_expert_layout", lambda *_, **__: None))
+    """Build models on the meta device without drawing random numbers: a third of the time."""
+    with _replaced(
+        [(kind, "reset_parameters", lambda _: None) for kind in (nn.Linear, nn.Embedding)]
+    ):
         yield
 
 
 @contextmanager
 def without_data_parallel() -> Iterator[None]:
-    """Spread a model over all axes but those of FSDP, so that a layer has the weights that FSDP
-    would have gathered for it."""
-    with patch.object(parallelize, "apply_data_parallel", lambda *_: None):
+    """Spread a model over all axes but FSDP's: a layer has the weights that FSDP would gather."""
+    with _replaced([(parallelize, "apply_data_parallel", lambda *_: None)]):
         yield
 
 
@@ -46,7 +58,7 @@ def gpu_kernels(split_sizes: Sequence[int]) -> Iterator[None]:
 
     split_sizes: what the experts' dispatcher would hear from the device.
     """
-    replaced = [
+    stand_ins = [
         (torch.Tensor, "is_cuda", property(lambda _: True)),
         (F, "rms_norm", _rms_norm),
         (F, "scaled_dot_product_attention", _attention),
@@ -58,12 +70,10 @@ def gpu_kernels(split_sizes: Sequence[int]) -> Iterator[None]:
         # One stream more changes no size.
         (SideStream, "begin", lambda _, layer, x: layer(x)),
         (SideStream, "end", lambda _, layer, begun: begun),
-        # Of a few numbers for each sequence, for the router's losses.
+        # A few numbers for each sequence, for the router's losses.
         (dist, "all_reduce", lambda *_, **__: None),
     ]
-    with ExitStack() as stack:
-        for owner, name, stand_in in replaced:
-            stack.enter_context(patch.object(owner, name, stand_in, create=True))
+    with _replaced(stand_ins):
         yield
 
 
@@ -105,8 +115,8 @@ def _cross_entropy_in_place(logits: Tensor, labels: Tensor, *, with_grad: bool) 
 
 
 def compiled_loss(logits: Tensor) -> Tensor:
-    """Loss of logits that are held, fused by the compiler: it keeps them as they are, and writes
-    their gradient once."""
+    """Loss of logits that are held, fused by the compiler: they are kept, their gradient is written
+    once."""
     return _CompiledLoss.apply(logits)
 
 

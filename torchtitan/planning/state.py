@@ -24,7 +24,10 @@ from torchtitan.planning.ranks import BuiltRank, PlannedRun
 
 @dataclass(frozen=True)
 class State:
-    """Bytes of a rank. step_peak: what the optimizer allocates beside them while it steps."""
+    """Bytes of a rank.
+
+    step_peak: allocated by the optimizer beside the rest while it steps.
+    """
 
     parameters: int
     gradients: int
@@ -35,12 +38,12 @@ class State:
 
     @property
     def kept(self) -> int:
-        """All but gradients."""
+        """Bytes of all but gradients."""
         return self.parameters + self.optimizer + self.copies + self.buffers
 
 
 def state_of(run: PlannedRun, rank: BuiltRank) -> State:
-    """Bytes of what the rank holds. Gives the model its copies of weights, as a run does."""
+    """Count the bytes of a rank. Gives the model its copies of weights, as a run does."""
     model = rank.model
     weights = make_compute_weights(run, rank)
     _hold_local_parts(model)
@@ -65,7 +68,7 @@ def make_compute_weights(run: PlannedRun, rank: BuiltRank) -> ComputeWeights | N
 
 
 def weights_under_fsdp(run: PlannedRun, rank: BuiltRank, module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module that FSDP takes care of."""
+    """List the parameters of a module that FSDP shards."""
     if run.world_size == 1:
         return []
     alone = experts_outside_fsdp(rank.model, rank.dims, run.config.training)
@@ -90,8 +93,8 @@ def _build_optimizer(
 
 
 def _hold_local_parts(model: nn.Module) -> None:
-    """Put this rank's parts in the place of DTensors, whose every operation costs milliseconds, and
-    give each its gradient. Good for an optimizer, not for a pass."""
+    """Replace DTensors, whose every operation costs milliseconds, by this rank's parts, and give
+    each its gradient. Good for an optimizer, not for a pass."""
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             local = nn.Parameter(local_part(param.detach()))
@@ -103,7 +106,7 @@ def _hold_local_parts(model: nn.Module) -> None:
 
 
 def _take_step(optimizer: Optimizer) -> int:
-    """Fill the optimizer's state. Returns the bytes that a step needs besides."""
+    """Fill the optimizer's state; return the bytes that a step needs besides."""
     if isinstance(optimizer, FusedAdam):
         return 0  # state is there from the start, and the kernel works in place
     if isinstance(optimizer, Muon):
@@ -115,9 +118,11 @@ def _take_step(optimizer: Optimizer) -> int:
 
 
 def _fill_muon(optimizer: Any) -> int:
-    """Momenta of matrices and means of the others; its step gathers matrices over ranks, which
-    needs values, so that its buffers are counted: Newton-Schulz holds five bf16 forms of the
-    largest matrix beside an fp32 update of every parameter."""
+    """Fill Muon's state: momenta of matrices, means of the others; return the bytes of its step.
+
+    Its step gathers matrices over ranks, which needs values, so its buffers are counted:
+    Newton-Schulz holds five bf16 forms of the largest matrix beside an fp32 update of every matrix.
+    """
     largest = updates = 0
     for group in optimizer.param_groups:
         names = ("momentum",) if group["muon"] else ("exp_avg", "exp_avg_sq")

@@ -20,9 +20,10 @@ def bars(
     limit: float | None = None,
     digits: int = 1,
 ) -> str:
-    """A bar for each row, of its parts by name; parts have the same colour in every row.
+    """Draw a bar for each row, made of its parts; a part has the same colour in every row.
 
-    limit: where a line is drawn through all bars.
+    rows: values of the parts, by title and name.
+    limit: value at which a line is drawn through all bars.
     """
     names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
     most = max([sum(parts.values()) for parts in rows.values()] + [limit or 0.0, 1e-12])
@@ -56,7 +57,10 @@ def legend(names: Sequence[str]) -> str:
 
 
 def timeline(played: Sequence[Sequence[Pass]], most: int) -> str:
-    """A line for each rank of the pipeline, a box for each pass. most: micro-batches shown."""
+    """Draw a line for each rank of the pipeline, a box for each pass.
+
+    most: micro-batches shown.
+    """
     shown = [[one for one in rank if one.action.microbatch < most] for rank in played]
     end = max(rank[-1].end for rank in shown if rank)
     scale, height = WIDTH / end, max(4, min(10, 160 // len(shown)))

@@ -20,7 +20,11 @@ _MOST_STAGES = 32
 
 @dataclass(frozen=True)
 class Row:
-    """A layout. layout: what differs from the config, by key. reason: why it can't run, or ""."""
+    """One layout of the sweep.
+
+    layout: degrees and recomputation, by name.
+    reason: why it can't run, or "".
+    """
 
     layout: dict[str, Any]
     reason: str = ""
@@ -33,7 +37,7 @@ class Row:
 def sweep(
     config: JobConfig, world_size: int, hardware: Hardware, *, skew: float, phase: int
 ) -> list[Row]:
-    """Layouts with the config's global batch: the fitting ones first, the fastest at the top."""
+    """Plan layouts with the config's global batch; those that fit come first, by speed."""
     run = plan_run(config, world_size, gpus_per_node=hardware.gpus_per_node, phase=phase)
     traced: dict[tuple, Traces] = {}
     rows = [_try(run, hardware, layout, skew, traced) for layout in _layouts(run)]
@@ -52,7 +56,7 @@ def _layouts(run: PlannedRun) -> Iterator[dict[str, Any]]:
 
 
 def with_layout(run: PlannedRun, layout: dict[str, Any]) -> JobConfig:
-    """The run's config in another layout, its global batch kept. Raises `UserError`."""
+    """Return the run's config in another layout, with its global batch. Raises `UserError`."""
     config, pp = run.config, layout["pp"]
     parallelism = replace(
         config.parallelism,
@@ -92,8 +96,8 @@ def with_layout(run: PlannedRun, layout: dict[str, Any]) -> JobConfig:
 
 
 def _local_batch(run: PlannedRun, pp: int, dp: int) -> int:
-    """A pipeline takes a rank's whole batch at once; without one, as many sequences as there are in
-    a pass now, or a micro-batch of the pipeline."""
+    """Return the sequences of a pass: with a pipeline a rank's whole batch, else those of a pass of
+    the planned run, or of its pipeline's micro-batch."""
     share = max(1, run.now.batch_size // dp)
     return share if pp > 1 else min(share, run.microbatch)
 
@@ -129,7 +133,10 @@ def estimate(
     skew: float,
     traced: dict[tuple, Traces] | None = None,
 ) -> Plan:
-    """A plan whose state is counted by arithmetic. traced: of layouts whose layers are the same."""
+    """Plan a run whose state is counted by arithmetic.
+
+    traced: traces of earlier layouts, for those whose layers are the same; added to.
+    """
     run = plan_run(config, world_size, gpus_per_node=hardware.gpus_per_node)
     d, now = run.degrees, run.now
     alone = d.dp_shard * d.cp * d.tp == d.ep * d.etp and d.dp_replicate == 1
@@ -147,7 +154,10 @@ def estimate(
 
 
 def sweep_table(rows: list[Row], most: int = 12) -> str:
-    """The first rows that fit, and as many that don't."""
+    """Return the sweep as text.
+
+    most: rows that fit, and as many that don't.
+    """
     names = list(rows[0].layout) if rows else []
     lines = ["Layouts, the fastest that fit first"]
     head = "".join(f"{name:>10}" for name in names)

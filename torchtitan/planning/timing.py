@@ -1,5 +1,5 @@
-"""The time of a step: computation by part, communication that nothing hides, the pipeline's idle
-time, the optimizer."""
+"""Time of a step: computation by part, exposed communication, the pipeline's idle time, the
+optimizer."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,15 +9,13 @@ from torchtitan.planning.hardware import Hardware
 from torchtitan.planning.pipeline import Action, Pass, length, play
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.state import State
-from torchtitan.planning.trace import Traced, Traces
+from torchtitan.planning.trace import Traced, Traces, names_at, names_of
 from torchtitan.planning.traffic import (
     FP32,
     Bytes,
     exchange_bytes,
     gather_bytes,
     layer_bytes,
-    names_at,
-    names_of,
     reduce_bytes,
     replica_bytes,
     send_bytes,
@@ -28,7 +26,7 @@ SHARE_FOR_INPUTS = 0.55
 
 
 class Seconds(dict[str, float]):
-    """Times by what takes them."""
+    """Times by name, in seconds."""
 
     @property
     def total(self) -> float:
@@ -47,8 +45,12 @@ class Seconds(dict[str, float]):
 
 @dataclass(frozen=True)
 class StepTime:
-    """seconds: of the step. parts: of the rank that the step waits for, by name, which add up to
-    it. timeline: of each rank of the pipeline, over one pass of all micro-batches."""
+    """Time of a step.
+
+    seconds: the whole step.
+    parts: seconds by name, of the rank that the step waits for; they add up to the step.
+    timeline: of each rank of the pipeline, over one pass of all micro-batches.
+    """
 
     seconds: float
     parts: dict[str, float]
@@ -57,7 +59,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a step time comes to. model_flops: what MFU counts, of a GPU and step."""
+    """Speed of a run, by its step time."""
 
     tokens_per_second: float
     tokens_per_second_per_gpu: float
@@ -73,7 +75,7 @@ def speed_of(run: PlannedRun, hardware: Hardware, time: StepTime) -> Speed:
 
 
 def gpu_hours(tokens: float, speed: Speed) -> float:
-    """To train on so many tokens."""
+    """Return the cost of training on so many tokens."""
     return tokens / speed.tokens_per_second_per_gpu / 3600
 
 
@@ -84,7 +86,11 @@ def step_time(
     hardware: Hardware,
     by_rank: list[list[Action]],
 ) -> StepTime:
-    """states: of each distinct place of the pipeline. by_rank: actions of its schedule."""
+    """Return the time of a step.
+
+    states: of each distinct place of the pipeline.
+    by_rank: actions of its schedule.
+    """
     clock = _Clock(run, traces, hardware)
     if run.pipeline is None:
         parts = clock.whole_step()
@@ -101,9 +107,8 @@ class _Clock:
         self._times: dict[int, tuple[Seconds, Seconds]] = {}
 
     def whole_step(self) -> Seconds:
-        """FSDP's communication runs beside the layers' work, layer by layer."""
+        """Time without a pipeline: FSDP's communication hides behind its layer's work."""
         run, parts = self.run, Seconds()
-        again = run.config.parallelism.fsdp_reshard_after_forward != "never"
         replicas = Bytes()
         for name in names_at(run, self.traces, 0):
             one = self.traces.of_layer[name]
@@ -113,14 +118,14 @@ class _Clock:
             parts = parts.plus(forward).plus(backward)
             parts.add("elementwise", self._adding(one))
             parts.add("weights sent", max(0.0, gather - forward.total))
-            parts.add("weights sent", max(0.0, gather * again + reduce - backward.total))
+            parts.add("weights sent", max(0.0, gather * run.reshards + reduce - backward.total))
             replicas += replica_bytes(run, one)
         parts = parts.times(run.passes)
         parts.add("weights sent", self.sending(replicas))
         return parts
 
     def pipelined_step(self, by_rank: list[list[Action]]) -> tuple[Seconds, list[list[Pass]]]:
-        """Of the rank that works the most; the rest of the schedule's length is idle time."""
+        """Time of the busiest rank; the rest of the schedule's length is idle time."""
         run = self.run
         assert run.pipeline is not None
         stages = {s: self._stage_times(s) for s in range(len(run.pipeline.stages))}
@@ -138,8 +143,8 @@ class _Clock:
         return parts, played
 
     def _weights_sent(self, place: int) -> float:
-        """A pipeline gathers its weights before the first micro-batch, and sums gradients behind
-        the last: nothing runs beside that."""
+        """Seconds to gather weights before the first micro-batch, and to sum gradients after the
+        last: nothing runs beside that."""
         total = Bytes()
         for name in names_at(self.run, self.traces, place):
             one = self.traces.of_layer[name]
@@ -148,8 +153,7 @@ class _Clock:
         return self.sending(total)
 
     def _adding(self, one: Traced) -> float:
-        """Seconds to add a micro-batch's gradients to those before, beside what the trace has: read
-        and written in fp32."""
+        """Seconds to read and write fp32 sums of gradients, which the trace doesn't have."""
         run = self.run
         if not run.sums_gradients or (run.world_size > 1 and run.pipeline is None):
             return 0.0  # FSDP adds up what a rank keeps, which is little
@@ -166,13 +170,16 @@ class _Clock:
         return forward, backward
 
     def times(self, one: Traced) -> tuple[Seconds, Seconds]:
-        """The forward and backward pass of a part of the model."""
+        """Times of the forward and backward pass of a part of the model."""
         if id(one) not in self._times:
             self._times[id(one)] = self._pass(one, 0), self._pass(one, 1)
         return self._times[id(one)]
 
     def _pass(self, one: Traced, way: int) -> Seconds:
-        """way: 0 forward, 1 backward."""
+        """Time of one pass.
+
+        way: 0 forward, 1 backward.
+        """
         h, routing = self.hardware, self.traces.routing
         attention = h.attention_backward if way else h.attention_forward
         work = one.backward if way else one.forward
@@ -190,13 +197,13 @@ class _Clock:
         return found
 
     def sending(self, sent: Bytes) -> float:
-        """Both kinds of links work at the same time."""
+        """Seconds on both kinds of links, which work at the same time."""
         h = self.hardware
         return max(sent.inside / (h.nvlink_gb_s * 1e9), sent.between / (h.network_gb_s * 1e9))
 
     def optimizer(self, state: State) -> float:
-        """Everything is read once and all but gradients written, gradients read once more for the
-        norm."""
+        """Seconds to read everything once, gradients once more for the norm, and to write all but
+        gradients."""
         moved = 2 * (state.parameters + state.optimizer) + state.copies + 2 * state.gradients
         return moved / self.hardware.bytes_per_second
 

@@ -23,7 +23,7 @@ from torchtitan.ops.attention import AttentionMask, Documents
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.planning.ledger import Ledger, Work
 from torchtitan.planning.ranks import BuiltRank, PlannedRun, built_rank
-from torchtitan.planning.routing import Routing, route
+from torchtitan.planning.routing import Routing, copies, planned_routing
 from torchtitan.planning.stand_ins import compiled_loss, gpu_kernels, without_data_parallel
 from torchtitan.planning.state import bytes_of, make_compute_weights, weights_under_fsdp
 from torchtitan.protocols.layers import ExpertWeights
@@ -36,23 +36,22 @@ FIRST, LAST = "embedding", "head and loss"
 
 @dataclass(frozen=True)
 class Traced:
-    """One part of the model for one micro-batch. Bytes, the input itself left out.
+    """Costs of one part of the model for one micro-batch, in bytes, without its input.
 
     kept: alive after the forward pass, the output included.
-    forward_peak, backward_peak: most at a time in each pass, what is kept included, and in the
-        backward pass the gradients of its weights, too.
-    gradients: of its weights, as the pass leaves them.
-    gathered: of the weights that FSDP gathers for it.
-    gathered_elements, gathered_experts: their number, and of these the experts'.
-    alone_elements: of its other weights.
-    gradients_kept: of its weights, once they are summed over ranks and split.
-    output: of the hidden state that it hands on.
+    forward_peak: most at a time in the forward pass, `kept` included.
+    backward_peak: the same in the backward pass, gradients of its weights included.
+    gathered: weights that FSDP gathers for it.
+    gathered_elements: number of their elements.
+    gathered_experts: those of experts among them.
+    alone_elements: elements of its other weights.
+    gradients_kept: gradients of its weights, once they are summed over ranks and split.
+    output: hidden state that it hands on.
     """
 
     kept: int
     forward_peak: int
     backward_peak: int
-    gradients: int
     gathered: int
     gathered_elements: int
     gathered_experts: int
@@ -63,7 +62,10 @@ class Traced:
     backward: Work
 
     def between(self, least: "Traced", budget: float) -> "Traced":
-        """Of what is kept and computed, this part of the way from `least` (0.0) to here (1.0)."""
+        """Return a mixture of two traces.
+
+        budget: 0.0 is `least`, 1.0 is this one.
+        """
 
         def mix(most: int, least: int) -> int:
             return round(least + budget * (most - least))
@@ -77,7 +79,10 @@ class Traced:
         )
 
     def after_compiling(self, between: int) -> "Traced":
-        """As compiled. between: bytes kept that a compiler doesn't keep, see `Ledger.between`."""
+        """Return the trace of the compiled part.
+
+        between: bytes kept that a compiler doesn't keep, see `Ledger.between`.
+        """
         moved = [
             replace(work, bytes_moved=round(work.bytes_moved * MOVED_COMPILED))
             for work in (self.forward, self.backward)
@@ -92,13 +97,18 @@ class Traced:
         )
 
 
-# Of the bytes that eager layers move outside of matrix products.
+# Part of the bytes that eager layers move outside of matrix products.
 MOVED_COMPILED = 0.5
 
 
 @dataclass(frozen=True)
 class Traces:
-    """of_layer: the traced part of each layer by name; FIRST and LAST are the ends."""
+    """Traces of a run.
+
+    of_layer: by the layer's name; FIRST and LAST are the ends.
+    routing: None without experts.
+    axis_of_group: axis of each process group, by the group's name.
+    """
 
     of_layer: dict[str, Traced]
     routing: Routing | None
@@ -150,7 +160,7 @@ def _trace(run: PlannedRun, skew: float) -> Traces:
 
 
 def _of_all_layers(run: PlannedRun, found: dict[str, Traced]) -> dict[str, Traced]:
-    """Layers of places that were not traced are like those of one that was, in order."""
+    """Add layers of places that were not traced: they are like those of one that was, in order."""
     if run.pipeline is None:
         return found
     for place, alike in run.places().items():
@@ -162,26 +172,23 @@ def _of_all_layers(run: PlannedRun, found: dict[str, Traced]) -> dict[str, Trace
 
 def _layers(run: PlannedRun, place: int) -> list[str]:
     assert run.pipeline is not None
-    names = [n for s in run.pipeline.stages_of(place) for n in run.pipeline.stages[s]]
-    return [name.removeprefix("layers.") for name in names if name.startswith("layers.")]
+    names = [n for stage in run.pipeline.stages_of(place) for n in names_of(run, stage)]
+    return [name for name in names if name.isdecimal()]
 
 
-def planned_routing(run: PlannedRun, skew: float) -> Routing | None:
-    """None without expert parallelism or experts."""
-    args, degrees = run.model_args, run.degrees
-    if not args.has_experts:
-        return None
-    tokens = run.microbatch * run.now.seq_len // degrees.cp // degrees.tp * degrees.etp
-    nodes = max(1, degrees.ep * degrees.etp // run.node_size)
-    return route(args.moe_args, tokens=tokens, ep=degrees.ep, nodes=nodes, skew=skew)
+def names_at(run: PlannedRun, traces: Traces, place: int) -> list[str]:
+    """List the traced parts of the model at a place of the pipeline, in order."""
+    if run.pipeline is None:
+        return [FIRST, *(name for name in traces.of_layer if name.isdecimal()), LAST]
+    return [n for stage in run.pipeline.stages_of(place) for n in names_of(run, stage)]
 
 
-def copies(run: PlannedRun) -> str:
-    """What a token is sent to once: a "rank" or a "node"."""
-    dispatch = run.config.parallelism.expert_parallel_dispatch
-    spans_nodes = run.degrees.ep * run.degrees.etp > run.node_size
-    limited = dispatch == "node_limited" or (dispatch == "auto" and spans_nodes)
-    return "node" if limited else "rank"
+def names_of(run: PlannedRun, stage: int) -> list[str]:
+    """List the traced parts of a stage, in order."""
+    assert run.pipeline is not None
+    modules = run.pipeline.stages[stage]
+    layers = [name.removeprefix("layers.") for name in modules if name.startswith("layers.")]
+    return [FIRST] * ("tok_embeddings" in modules) + layers + [LAST] * ("output" in modules)
 
 
 @contextmanager
@@ -193,7 +200,7 @@ def _gpu(run: PlannedRun, routing: Routing | None) -> Iterator[None]:
 
 
 def _axes(dims: ParallelDims) -> dict[str, str]:
-    """The axis of each process group that layers use, by the group's name."""
+    """Return the axis of each process group that layers use, by the group's name."""
     groups = {"tp": dims.mesh["tp"].get_group(), "cp": dims.data_mesh["cp"].get_group()}
     if dims.expert_mesh is not None:
         groups["etp"] = dims.expert_mesh["etp"].get_group()
@@ -215,8 +222,11 @@ class _Tracer:
         self.positions = None if positions is None else positions.unsqueeze(0)
 
     def _give_copies(self) -> None:
-        """The copies of weights that a run computes with. What FSDP gathers is one already; experts
-        that it leaves alone are what the run keeps."""
+        """Make the copies of weights that a run computes with.
+
+        Weights that FSDP gathers are copies already; experts that it leaves alone have the dtype
+        that the run keeps.
+        """
         run, built = self.run, self.built
         if run.world_size > 1:
             kept = TORCH_DTYPES[run.config.training.dtype]
@@ -226,7 +236,10 @@ class _Tracer:
         self.weights = make_compute_weights(run, built)
 
     def trace(self, kinds: dict[Any, Traced]) -> dict[str, Traced]:
-        """Of all parts of this rank's model. kinds: what has been traced already."""
+        """Trace all layers and ends of this rank's model.
+
+        kinds: traces of layers so far; added to.
+        """
         found = {}
         parts = self.built.parts or [self.model]
         for part in parts:
@@ -293,7 +306,7 @@ class _Tracer:
         return self.run.model_args.has_side_losses
 
     def _model_has_loss(self, part: BaseModel) -> bool:
-        """As in `ForwardBackward`."""
+        """Return whether the model computes its loss itself, as `ForwardBackward` decides."""
         whole = self.run.degrees.tp == 1 and self.run.pipeline is None
         return part.computes_loss and whole and not self._has_side_losses
 
@@ -337,7 +350,6 @@ class _Tracer:
             kept=kept,
             forward_peak=forward_peak,
             backward_peak=backward_peak,
-            gradients=gradients,
             gathered=bytes_of(gathered),
             gathered_elements=elements,
             gathered_experts=experts,
@@ -358,13 +370,13 @@ class _Tracer:
 
 
 def _count_experts(module: nn.Module, gathered: list[nn.Parameter]) -> int:
-    """Elements of the gathered weights that are experts'."""
+    """Count the elements of experts among gathered weights."""
     experts = [each for each in module.modules() if isinstance(each, ExpertWeights)]
     own = {id(p) for each in experts for p in each.parameters()}
     return sum(local_part(p).numel() for p in gathered if id(p) in own)
 
 
 def _kind(layer: nn.Module) -> tuple:
-    """Equal for layers that do the same: their weights' sizes, and how they are recomputed."""
+    """Return what is equal for equal layers: their weights' sizes, and how they are recomputed."""
     shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
     return shapes, getattr(layer.forward, "__func__", layer.forward).__qualname__

@@ -1,16 +1,16 @@
 """Bytes that a rank sends in a step, by axis of the layout, inside its node and between nodes.
 
 Collectives of layers come from the traces, those of FSDP from the sizes of the weights, those of
-the experts' exchange from the routing. Rings and trees: of a tensor that n ranks gather, each sends
-(n − 1)/n; what crosses nodes is shared by the ranks of a node, each with its own network card.
+the experts' exchange from the routing. Each of n ranks that gather a tensor in a ring sends
+(n − 1)/n of it; the ranks of a node, each with its own network card, share what crosses nodes.
 """
 
 from dataclasses import dataclass
 
 from torchtitan.distributed.token_dispatch import bytes_per_row
 from torchtitan.planning.ranks import PlannedRun
-from torchtitan.planning.routing import Routing, route, without_limit
-from torchtitan.planning.trace import FIRST, LAST, Traced, Traces, copies
+from torchtitan.planning.routing import Routing, copies, route, without_limit
+from torchtitan.planning.trace import Traced, Traces, names_at
 from torchtitan.tools.utils import TORCH_DTYPES
 
 FP32 = 4
@@ -18,7 +18,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Bytes:
-    """Sent by a rank: to ranks of its node, and to other nodes."""
+    """Bytes that a rank sends: to ranks of its node, and to other nodes."""
 
     inside: float = 0.0
     between: float = 0.0
@@ -32,13 +32,19 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that a collective joins. stride: from one to the next in the numbering of ranks."""
+    """Ranks that a collective joins.
+
+    stride: from one to the next in the numbering of ranks.
+    """
 
     size: int
     stride: int
 
     def spread(self, run: PlannedRun, sent: float) -> Bytes:
-        """sent: by each rank in a ring of all."""
+        """Return a rank's bytes by kind of link.
+
+        sent: bytes by each rank in a ring of all.
+        """
         near = max(1, min(self.size, run.node_size // self.stride))
         if self.size == 1:
             return Bytes()
@@ -49,7 +55,10 @@ class Group:
 
 
 def groups(run: PlannedRun) -> dict[str, Group]:
-    """Of each axis; ranks are numbered (pp, dp_replicate, dp_shard, cp, tp), the last fastest."""
+    """Return the group of each axis.
+
+    Ranks are numbered (pp, dp_replicate, dp_shard, cp, tp), the last fastest.
+    """
     d = run.degrees
     fsdp = d.dp_shard * d.cp
     spread = d.ep * d.etp
@@ -67,13 +76,13 @@ def groups(run: PlannedRun) -> dict[str, Group]:
 
 
 def gather_bytes(run: PlannedRun, one: Traced) -> Bytes:
-    """To gather the weights of a layer once."""
+    """Return the bytes to gather the weights of a layer once."""
     size = TORCH_DTYPES[run.compute_dtype].itemsize
     return _over_shards(run, one, size)
 
 
 def reduce_bytes(run: PlannedRun, one: Traced) -> Bytes:
-    """To sum the gradients of a layer once, in fp32."""
+    """Return the bytes to sum the gradients of a layer once, in fp32."""
     return _over_shards(run, one, FP32)
 
 
@@ -87,7 +96,7 @@ def _over_shards(run: PlannedRun, one: Traced, size: int) -> Bytes:
 
 
 def replica_bytes(run: PlannedRun, one: Traced) -> Bytes:
-    """To sum a layer's split gradients over replicas."""
+    """Return the bytes to sum a layer's split gradients over replicas."""
     d = run.degrees
     dense, experts = one.gathered_elements - one.gathered_experts, one.gathered_experts
     split = dense / groups(run)["fsdp"].size + experts / groups(run)["expert fsdp"].size
@@ -96,7 +105,8 @@ def replica_bytes(run: PlannedRun, one: Traced) -> Bytes:
 
 
 def layer_bytes(run: PlannedRun, traces: Traces, one: Traced) -> dict[str, tuple[Bytes, Bytes]]:
-    """Of tensor and context parallelism, for one micro-batch: (forward, backward) by axis."""
+    """Return the bytes of tensor and context parallelism for one micro-batch, by axis: (forward,
+    backward)."""
     found: dict[str, list[Bytes]] = {}
     for way, work in enumerate((one.forward, one.backward)):
         for (group, _), sent in work.sent.items():
@@ -108,7 +118,8 @@ def layer_bytes(run: PlannedRun, traces: Traces, one: Traced) -> dict[str, tuple
 
 
 def exchange_bytes(run: PlannedRun, traces: Traces, one: Traced) -> tuple[Bytes, Bytes]:
-    """Of the experts' exchange of a layer, for one micro-batch: (forward, backward)."""
+    """Return the bytes of a layer's exchange between experts for one micro-batch: (forward,
+    backward)."""
     sent = [
         sum(n for (group, _), n in work.sent.items() if traces.axis_of_group.get(group) == "ep")
         for work in (one.forward, one.backward)
@@ -121,7 +132,8 @@ def exchange_bytes(run: PlannedRun, traces: Traces, one: Traced) -> tuple[Bytes,
 
 
 def rows_as_bytes(run: PlannedRun, routing: Routing, way: str) -> Bytes:
-    """Out and back, forward and backward, of a layer and micro-batch, a mean rank.
+    """Return the bytes of a layer and micro-batch, of the mean rank: out and back, forward and
+    backward.
 
     way: one copy of a token for each "expert", "rank" or "node" of it.
     """
@@ -131,17 +143,15 @@ def rows_as_bytes(run: PlannedRun, routing: Routing, way: str) -> Bytes:
 
 
 def send_bytes(run: PlannedRun) -> Bytes:
-    """Of a micro-batch from a pipeline stage to the next, one way."""
-    d = run.degrees
-    if d.pp == 1:
+    """Return the bytes of a micro-batch from a pipeline stage to the next, one way."""
+    if run.pipeline is None:
         return Bytes()
-    tokens = run.microbatch * run.now.seq_len // d.cp // d.tp
-    size = tokens * run.model_args.stage_channels * TORCH_DTYPES[run.compute_dtype].itemsize
+    size = run.bytes_between_stages
     return Bytes(0, size) if run.stage_size >= run.node_size else Bytes(size, 0)
 
 
 def step_traffic(run: PlannedRun, traces: Traces, place: int) -> dict[str, Bytes]:
-    """Of a rank at this place of the pipeline, by axis, for a whole step."""
+    """Return the bytes of a rank at this place of the pipeline, by axis, for a whole step."""
     total: dict[str, Bytes] = {}
 
     def add(axis: str, sent: Bytes) -> None:
@@ -164,29 +174,12 @@ def step_traffic(run: PlannedRun, traces: Traces, place: int) -> dict[str, Bytes
 
 
 def sharding_rounds(run: PlannedRun) -> tuple[int, int]:
-    """How often FSDP gathers each weight, and sums each gradient, in a step."""
-    reshards = run.config.parallelism.fsdp_reshard_after_forward
-    again = reshards == "always" or (reshards == "default" and run.pipeline is None)
-    return run.passes * (2 if again else 1), run.passes
-
-
-def names_at(run: PlannedRun, traces: Traces, place: int) -> list[str]:
-    """The traced parts of the model at a place of the pipeline, in order."""
-    if run.pipeline is None:
-        return [FIRST, *(name for name in traces.of_layer if name.isdecimal()), LAST]
-    return [n for stage in run.pipeline.stages_of(place) for n in names_of(run, stage)]
-
-
-def names_of(run: PlannedRun, stage: int) -> list[str]:
-    """The traced parts of a stage, in order."""
-    assert run.pipeline is not None
-    modules = run.pipeline.stages[stage]
-    layers = [name.removeprefix("layers.") for name in modules if name.startswith("layers.")]
-    return [FIRST] * ("tok_embeddings" in modules) + layers + [LAST] * ("output" in modules)
+    """Return how often FSDP gathers each weight, and sums each gradient, in a step."""
+    return run.passes * (2 if run.reshards else 1), run.passes
 
 
 def dispatch_table(run: PlannedRun, routing: Routing) -> dict[tuple[str, str], Bytes]:
-    """Bytes of one layer and micro-batch with each dispatcher, with and without the group limit.
+    """Return the bytes of a layer and micro-batch by dispatcher, with and without group limit.
 
     Keys: (copies, limit): one copy for each "expert", "rank" or "node"; "as configured", or "no
     groups" where the model has them.
@@ -194,8 +187,7 @@ def dispatch_table(run: PlannedRun, routing: Routing) -> dict[tuple[str, str], B
     found = {(way, "as configured"): rows_as_bytes(run, routing, way) for way in WAYS}
     args = run.model_args.moe_args
     if args.num_expert_groups:
-        nodes = max(1, run.degrees.ep * run.degrees.etp // run.node_size)
-        how = {"tokens": routing.tokens, "ep": run.degrees.ep, "nodes": nodes}
+        how = {"tokens": routing.tokens, "ep": run.degrees.ep, "nodes": run.nodes_per_ep_group}
         free = route(without_limit(args), **how)
         found |= {(way, "no groups"): rows_as_bytes(run, free, way) for way in WAYS}
     return found

@@ -1,4 +1,4 @@
-"""Which tensors of two records differ by more than rounding, in the order of their making.
+"""Compare two records: tensors that differ by more than rounding, in the order of the step.
 
 A tensor is compared by its norm: AdamW divides by |gradient|, so an element whose gradient is next
 to nothing moves by its rounding error. A piece is measured by the norm of the whole.
@@ -36,7 +36,11 @@ WITH_BF16_STATE = {"weight": 10, "average": 10, "optimizer state": 100, "loss": 
 
 @dataclass(frozen=True)
 class Difference:
-    """error: relative, inf where a tensor is missing on one side."""
+    """A tensor that differs.
+
+    error: relative, inf where it is missing on one side.
+    allowed: relative error that rounding may cause.
+    """
 
     key: Key
     error: float
@@ -52,15 +56,17 @@ class Difference:
 
 
 def tolerance(key: Key, *, bf16_state: bool) -> float:
-    """The relative error that rounding may cause."""
+    """Return the relative error that rounding may cause."""
     step, kind, _ = key
     later = LATER.get(kind, 1) if step > 1 else 1
     return TOLERANCES[kind] * later * (WITH_BF16_STATE.get(kind, 1) if bf16_state else 1)
 
 
 def error_of(piece: Piece, expected: Tensor) -> float:
-    """Relative to the norm of `expected`, the whole; inf for other shapes, and for what is not
-    finite."""
+    """Return the error relative to the norm of `expected`, the whole tensor.
+
+    Other shapes and numbers that are not finite give inf.
+    """
     if piece.shape != tuple(expected.shape):
         return float("inf")
     there, size = piece.of(expected), expected.double().norm()
@@ -74,7 +80,7 @@ def error_of(piece: Piece, expected: Tensor) -> float:
 def differences(
     record: Record, expected: Mapping[Key, Tensor], *, bf16_state: bool
 ) -> tuple[list[Difference], dict[str, float]]:
-    """What is off by more than rounding, in the record's order; and the largest error of each kind.
+    """Return differences beyond rounding, in the record's order, and each kind's largest error.
 
     expected: whole tensors.
     bf16_state: the optimizer keeps its means in bf16.
@@ -91,7 +97,10 @@ def differences(
 
 
 def other_bits(record: Record, expected: Mapping[Key, Tensor]) -> list[Difference]:
-    """What is not the same to the last bit, in the record's order. expected: this rank's pieces."""
+    """Return tensors that are not the same to the last bit, in the record's order.
+
+    expected: this rank's pieces.
+    """
     found = []
     for key, (tensor, _, _) in record.items():
         whole = Piece(tensor, (0,) * tensor.ndim, tuple(tensor.shape))

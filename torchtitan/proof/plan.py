@@ -1,6 +1,6 @@
-"""What will be proved: the user's world, the worlds that stand for it, and what none of them has.
+"""Plan of a proof: the user's world, the worlds that stand for it, and the pairs that none has.
 
-Everything that can be wrong with the config or the world size is found here, before any process.
+Errors in the config or the world size are found here, before any process.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,11 @@ from torchtitan.trainer.preflight import check_pipeline, model_args_of
 
 @dataclass(frozen=True)
 class Run:
-    """A world to start. small: its config; alone: that of the same run on one process."""
+    """A world to start.
+
+    small: its config.
+    alone: config of the same run on one process.
+    """
 
     world: World
     small: JobConfig
@@ -32,7 +36,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """config, args: of the user's run. whole: its world. missing: axes and pairs that no run has.
+    """Worlds that prove a run.
+
+    config: of the user's run.
+    args: its model arguments.
+    whole: its world.
+    missing: axes and pairs that no run has.
     replaced: sentences on data that is not here.
     """
 
@@ -47,7 +56,7 @@ class Plan:
 def make_plan(
     config: JobConfig, world_size: int | None, *, node_size: int, most: int, folder: Path
 ) -> Plan:
-    """Raises `UserError`.
+    """Plan a proof. Raises `UserError`.
 
     world_size: processes of the user's run, None = the fewest that its degrees allow.
     node_size: processes of a machine, where the TOML doesn't say it.

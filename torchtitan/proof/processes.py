@@ -1,4 +1,4 @@
-"""Processes that act as ranks on this machine's CPU: forks of this one, which has imported all.
+"""Processes that act as ranks on this machine's CPU: forks of this one, with all its imports.
 
 They meet in a file, not at a port, and end with this process, however it ends.
 """
@@ -33,7 +33,7 @@ _PDEATHSIG = 1  # of <sys/prctl.h>: the signal at the parent's death
 
 
 class Processes:
-    """`count` ranks that run one function after another. Use as a context.
+    """A number of ranks that run one function after another, for as long as a `with` block lasts.
 
     folder: for their logs and the file in which they meet.
     """
@@ -74,8 +74,10 @@ class Processes:
             process.join()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `function(*arguments)` returns on each rank, by rank. Raises `RunError` where one
-        fails, or all of them take longer than SECONDS."""
+        """Call `function(*arguments)` on each rank; return the results, by rank.
+
+        Raises `RunError` where a rank fails, or takes longer than SECONDS.
+        """
         for pipe in self._pipes:
             pipe.send_bytes(pickle.dumps((function, arguments)))
         results: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""Runs a plan: each world against one process, and resumed in three ways."""
+"""Prove a world: train it against one process, and resume it in three ways."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from torchtitan.config import JobConfig
 from torchtitan.proof.compare import Difference
-from torchtitan.proof.plan import Plan, Run
+from torchtitan.proof.plan import Run
 from torchtitan.proof.ranks import (
-    Found,
+    RankResult,
     checkpoint_of,
     in_folder,
     resume_and_compare,
@@ -21,7 +21,7 @@ from torchtitan.proof.ranks import (
 from torchtitan.proof.record import Key
 from torchtitan.tools.errors import RunError
 
-# Parts of a proof.
+# Checks of a world.
 AGAINST, RESUMED = "against one process", "resumed in the same layout"
 FROM_ONE = "resumed from one process's checkpoint"
 ON_ONE = "its checkpoint resumed on one process"
@@ -36,15 +36,15 @@ class Ranks(Protocol):
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]: ...
 
 
-# Starts so many, for as long as the context lasts; the path is a folder for their logs.
+# Starts a number of processes for as long as the context lasts; the path is for their logs.
 Start = Callable[[int, Path], AbstractContextManager[Ranks]]
 
 
 @dataclass
-class Part:
-    """A part of the proof of one world.
+class Check:
+    """Result of one check of a world.
 
-    compared: numbers and tensors, over all ranks.
+    compared: number of tensors, over all ranks.
     difference: the first one, None where all is the same.
     worst: largest error of each kind.
     failure: sentence where a rank has failed.
@@ -57,35 +57,35 @@ class Part:
     failure: str | None = None
 
     @property
-    def fine(self) -> bool:
+    def passed(self) -> bool:
         return self.difference is None and self.failure is None
 
 
 def prove(
     run: Run, start: Start, folder: Path, seeds: tuple[int, ...] = SEEDS
-) -> tuple[list[Part], int]:
-    """Parts of the proof of one world, up to the first that fails; and how many seeds it took."""
-    parts: list[Part] = []
+) -> tuple[list[Check], int]:
+    """Return the checks of one world, up to the first that fails, and the number of seeds used."""
+    checks: list[Check] = []
     for n, seed in enumerate(seeds, start=1):
-        found = list(_parts(run, start, folder / f"seed-{seed}", seed))
-        parts = parts or found
-        if all(part.fine for part in found):
+        found = list(_checks(run, start, folder / f"seed-{seed}", seed))
+        checks = checks or found
+        if all(check.passed for check in found):
             return found, n
-        if any(part.failure for part in found):
+        if any(check.failure for check in found):
             break
-    return parts, 1
+    return checks, 1
 
 
-def _parts(run: Run, start: Start, folder: Path, seed: int) -> Iterator[Part]:
-    """Up to the first that fails: what is resumed from a wrong run says nothing more."""
+def _checks(run: Run, start: Start, folder: Path, seed: int) -> Iterator[Check]:
+    """Yield checks up to the first that fails: a resume from a wrong run says nothing more."""
     with start(1, folder / "logs-one") as one, start(run.world.size, folder / "logs") as ranks:
-        for part in _all_parts(run, one, ranks, folder, seed):
-            yield part
-            if not part.fine:
+        for check in _all_checks(run, one, ranks, folder, seed):
+            yield check
+            if not check.passed:
                 return
 
 
-def _all_parts(run: Run, one: Ranks, ranks: Ranks, folder: Path, seed: int) -> Iterator[Part]:
+def _all_checks(run: Run, one: Ranks, ranks: Ranks, folder: Path, seed: int) -> Iterator[Check]:
     alone, small = _seeded(run.alone, seed), _seeded(run.small, seed)
     reference = folder / "one"
     straight, layout = in_folder(alone, reference), in_folder(small, folder / "layout")
@@ -94,43 +94,40 @@ def _all_parts(run: Run, one: Ranks, ranks: Ranks, folder: Path, seed: int) -> I
     name = AGAINST
     try:
         (expected,) = one.run(train_reference, straight)
-        yield _part(name, ranks.run(train_and_compare, layout, reference), expected)
+        yield _check(name, ranks.run(train_and_compare, layout, reference), expected)
         name = RESUMED
-        yield _part(name, ranks.run(resume_exactly, layout))
+        yield _check(name, ranks.run(resume_exactly, layout))
         name = FROM_ONE
-        yield _part(name, ranks.run(resume_and_compare, from_one, reference))
+        yield _check(name, ranks.run(resume_and_compare, from_one, reference))
         name = ON_ONE
-        yield _part(name, one.run(resume_and_compare, on_one, reference))
+        yield _check(name, one.run(resume_and_compare, on_one, reference))
     except RunError as error:
-        yield Part(name, failure=str(error))
+        yield Check(name, failure=str(error))
 
 
 def _seeded(config: JobConfig, seed: int) -> JobConfig:
     return replace(config, debug=replace(config.debug, seed=seed))
 
 
-def _part(name: str, found: list[Found], expected: list[Key] | None = None) -> Part:
-    """expected: all that some rank must have compared."""
+def _check(name: str, results: list[RankResult], expected: list[Key] | None = None) -> Check:
+    """Merge the ranks' results.
+
+    expected: keys that some rank must have compared.
+    """
     order: dict[Key, None] = {}
-    for each in found:
+    for each in results:
         order |= dict.fromkeys(each.keys)
     compared = len(order)
     missing = [key for key in expected or [] if key not in order]
     if expected is not None:
         order = dict.fromkeys([*expected, *order])
     place = {key: n for n, key in enumerate(order)}
-    all_differences = [difference for each in found for difference in each.differences]
+    all_differences = [difference for each in results for difference in each.differences]
     all_differences += [Difference(key, float("inf"), 0.0) for key in missing]
     # Of a tensor in pieces, the worst.
     first = min(all_differences, key=lambda d: (place[d.key], -d.error), default=None)
     worst: dict[str, float] = {}
-    for each in found:
+    for each in results:
         for kind, error in each.worst.items():
             worst[kind] = max(worst.get(kind, 0.0), error)
-    return Part(name, compared, first, worst)
-
-
-def proves(plan: Plan, start: Start, folder: Path) -> Iterator[tuple[Run, list[Part], int]]:
-    """Each world of a plan, its parts, and the seeds it took."""
-    for n, run in enumerate(plan.runs, start=1):
-        yield run, *prove(run, start, folder / f"world-{n}")
+    return Check(name, compared, first, worst)

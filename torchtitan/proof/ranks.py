@@ -1,4 +1,4 @@
-"""What each rank of a proof does: train, save, resume, and compare with the run on one process."""
+"""Work of each rank of a proof: train, save, resume, and compare with the run on one process."""
 
 import os
 from dataclasses import dataclass, replace
@@ -12,16 +12,16 @@ from torchtitan.proof.record import Key, Record, RecordedTrainer
 from torchtitan.trainer import Trainer
 
 REFERENCE = "reference.pt"
-# Of one part of one rank; the rest says the same.
+# Kept of a check on a rank; the rest says the same.
 MOST_DIFFERENCES = 50
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one rank found in one part of the proof.
+class RankResult:
+    """Result of one check on one rank.
 
-    keys: all that it compared.
-    differences: more than rounding, in order, the first few.
+    keys: of everything compared.
+    differences: the first MOST_DIFFERENCES, in order.
     worst: largest error of each kind.
     """
 
@@ -31,12 +31,15 @@ class Found:
 
 
 def middle(config: JobConfig) -> int:
-    """The step after which runs are saved; those that resume there have two more to go."""
+    """Return the step after which a run is saved: two before the end."""
     return config.training.steps - 2
 
 
 def in_folder(config: JobConfig, folder: Path, resume: Path | None = None) -> JobConfig:
-    """The same run in another folder, from its own checkpoint or from that of another run."""
+    """Return the same run in another folder.
+
+    resume: checkpoint to begin from; None: its own, if there is one.
+    """
     checkpoint = replace(
         config.checkpoint,
         initial_load_path=None if resume is None else str(resume),
@@ -46,19 +49,20 @@ def in_folder(config: JobConfig, folder: Path, resume: Path | None = None) -> Jo
 
 
 def checkpoint_of(config: JobConfig) -> Path:
-    """Saved in the middle of the run."""
+    """Return the path of the checkpoint that a run saves in its middle."""
     return Path(config.job.dump_folder, config.checkpoint.folder, f"step-{middle(config)}")
 
 
 def train_reference(config: JobConfig) -> list[Key]:
-    """On one process; the record is kept beside its outputs. Returns its keys, in order."""
+    """Train on one process, and keep the record beside the outputs; return its keys, in order."""
     record = _train(config)
     _keep(record, Path(config.job.dump_folder, REFERENCE))
     return list(record)
 
 
-def train_and_compare(config: JobConfig, reference: Path) -> Found:
-    """The layout against one process; each rank keeps its own record for `resume_exactly`.
+def train_and_compare(config: JobConfig, reference: Path) -> RankResult:
+    """Train the layout, and compare it with one process; each rank keeps its record for
+    `resume_exactly`.
 
     reference: folder of the run on one process.
     """
@@ -67,22 +71,25 @@ def train_and_compare(config: JobConfig, reference: Path) -> Found:
     return _against(reference, record, config)
 
 
-def resume_exactly(config: JobConfig) -> Found:
-    """The same run, resumed in its middle, against itself: not a bit may differ."""
+def resume_exactly(config: JobConfig) -> RankResult:
+    """Resume a run in its middle, and compare it with itself: not a bit may differ."""
     record = _resume(config)
     found = other_bits(record, torch.load(_own_record(config)))
-    return Found(list(record), found[:MOST_DIFFERENCES], {})
+    return RankResult(list(record), found[:MOST_DIFFERENCES], {})
 
 
-def resume_and_compare(config: JobConfig, reference: Path) -> Found:
-    """A run that begins from the checkpoint of another layout, against the run on one process."""
+def resume_and_compare(config: JobConfig, reference: Path) -> RankResult:
+    """Begin from the checkpoint of another layout, and compare with the run on one process.
+
+    reference: folder of the run on one process.
+    """
     return _against(reference, _resume(config), config)
 
 
-def _against(reference: Path, record: Record, config: JobConfig) -> Found:
+def _against(reference: Path, record: Record, config: JobConfig) -> RankResult:
     in_bf16 = config.optimizer.state_dtype == "bfloat16"
     found, worst = differences(record, torch.load(reference / REFERENCE), bf16_state=in_bf16)
-    return Found(list(record), found[:MOST_DIFFERENCES], worst)
+    return RankResult(list(record), found[:MOST_DIFFERENCES], worst)
 
 
 def _keep(record: Record, file: Path) -> None:
@@ -94,7 +101,7 @@ def _own_record(config: JobConfig) -> Path:
 
 
 def _train(config: JobConfig) -> Record:
-    """All steps; saves in the middle."""
+    """Train all steps, and save in the middle."""
     trainer, record = RecordedTrainer(config), {}
     try:
         for step in trainer.steps(config.training.steps):
@@ -108,7 +115,8 @@ def _train(config: JobConfig) -> Record:
 
 
 def _resume(config: JobConfig) -> Record:
-    """From the checkpoint that the config finds: what was loaded, and all steps after it."""
+    """Resume from the checkpoint that the config finds; record the loaded state and all steps
+    after it."""
     trainer, record = RecordedTrainer(config), {}
     try:
         assert trainer.step == middle(config), f"resumed at step {trainer.step}"

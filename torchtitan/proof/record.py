@@ -1,6 +1,6 @@
-"""What is compared of a run: tensors by (step, kind, name), in the order of their making.
+"""Record of a run: its compared tensors by (step, kind, name), in the order of the step.
 
-    output                        of each layer's parts in the forward pass, as sums over all tokens
+    output                        of each layer's modules, as sums over all tokens
     load                          tokens of each expert
     loss, side loss, router       the router's: sums of router_stats.py
     gradient, gradient norm       before clipping
@@ -12,6 +12,7 @@ nothing need be gathered.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
 
     def of(self, whole: Tensor) -> Tensor:
-        """The same part of another tensor of this shape."""
+        """Return the same part of another tensor of this shape."""
         ends = zip(self.offset, self.tensor.shape, strict=True)
         return whole[tuple(slice(start, start + length) for start, length in ends)]
 
@@ -62,7 +63,7 @@ class RecordedTrainer(Trainer):
         return super()._clip()
 
     def steps(self, until: int) -> Iterator[Record]:
-        """Train up to step `until`; gives the record of each step."""
+        """Train up to step `until`; yield the record of each step."""
         batches = _padded(iter(self.dataloader))
         while self.step < until:
             self.step += 1
@@ -84,7 +85,7 @@ class RecordedTrainer(Trainer):
         return {(self.step, kind, name): piece_of(x) for kind, name, x in found}
 
     def state(self) -> Record:
-        """Weights, optimizer state and average, after this step."""
+        """Record weights, optimizer state and average after this step."""
         record = {}
         for name, tensor in self.run_state.tensors({"model", "ema", "optimizer"}).items():
             part, _, rest = name.partition(".")
@@ -93,7 +94,7 @@ class RecordedTrainer(Trainer):
 
 
 class OutputSums:
-    """Sums over tokens of what each part of a layer puts out, over all ranks of a pipeline stage.
+    """Sums over tokens of each module's outputs, over all ranks of a pipeline stage.
 
     Between layers each token is on exactly one rank of its stage. Absolute values of four fixed
     projections are summed: nothing cancels, and the order of tokens doesn't matter.
@@ -129,10 +130,8 @@ class OutputSums:
         if again or not torch.is_grad_enabled() or out.is_meta or name not in self._sums:
             return
         x = out.detach().double().flatten(0, -2)
-        channels = torch.arange(1, x.size(-1) + 1, dtype=torch.float64)
-        projections = torch.stack([torch.cos(n * channels) for n in range(1, 5)], dim=1)
         # No matrix product: recomputation by operation counts those, and this one isn't repeated.
-        self._sums[name] += (x.unsqueeze(2) * projections).sum(1).abs().sum(0)
+        self._sums[name] += (x.unsqueeze(2) * _projections(x.size(-1))).sum(1).abs().sum(0)
 
     def take(self) -> dict[str, Tensor]:
         if not self._sums:
@@ -142,8 +141,14 @@ class OutputSums:
         return dict(zip(self._sums, sums, strict=True))
 
 
+@cache
+def _projections(channels: int) -> Tensor:
+    numbers = torch.arange(1, channels + 1, dtype=torch.float64)
+    return torch.stack([torch.cos(n * numbers) for n in range(1, 5)], dim=1)
+
+
 def piece_of(value: Piece | Tensor | float) -> Piece:
-    """A copy of what this rank has of it."""
+    """Copy this rank's piece of a tensor."""
     if isinstance(value, Piece):
         return value
     if not isinstance(value, DTensor):
@@ -156,8 +161,8 @@ def piece_of(value: Piece | Tensor | float) -> Piece:
 
 
 def _padded(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Sequences that end in paddings of different lengths, by their tokens: ranks then count
-    different numbers of valid tokens, as they do where documents end."""
+    """End sequences in paddings of different lengths, which depend on their tokens: ranks then
+    count different numbers of valid tokens, as they do where documents end."""
     for inputs, labels in batches:
         labels, length = labels.clone(), labels.size(1)
         for row, tokens in zip(labels, inputs["input"], strict=True):

@@ -1,4 +1,4 @@
-"""What a proof says: what was shrunk, which worlds ran, what was compared, what it can't cover."""
+"""Report of a proof: shrunk settings, worlds, results, and limits."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -8,7 +8,7 @@ from typing import Any
 from torchtitan.config import JobConfig, to_dict
 from torchtitan.proof.compare import TOLERANCES
 from torchtitan.proof.plan import Plan, Run
-from torchtitan.proof.prove import SEEDS, Part
+from torchtitan.proof.prove import SEEDS, Check
 from torchtitan.proof.worlds import Axes
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec
@@ -28,7 +28,7 @@ _OWN = ("training.dataset", "training.blend")
 
 
 def opening(plan: Plan) -> Iterator[str]:
-    """All that is known before anything runs."""
+    """Yield the lines that are known before anything runs."""
     yield f"Proof of {plan.config.job.config_file} for {plan.whole.describe()}"
     yield ""
     yield "Shrunk (never a degree below 2, nor what is computed):"
@@ -48,33 +48,33 @@ def opening(plan: Plan) -> Iterator[str]:
     yield ""
 
 
-def of_world(n: int, run: Run, parts: list[Part], seeds: int) -> Iterator[str]:
-    """One world's parts."""
+def of_world(n: int, run: Run, checks: list[Check], seeds: int) -> Iterator[str]:
+    """Yield the lines on one world's checks."""
     yield f"World {n}: {run.world.describe()}, {run.small.training.steps} steps"
     if seeds > 1:
         yield f"  Seed {SEEDS[1]}; with {SEEDS[0]}, a tie in the routing went another way."
-    for part in parts:
-        yield f"  {'same' if part.fine else 'DIFFERENT':10}{part.name}: {_result(part)}"
+    for check in checks:
+        yield f"  {'same' if check.passed else 'DIFFERENT':10}{check.name}: {_result(check)}"
 
 
-def _result(part: Part) -> str:
-    if part.failure is not None:
-        return part.failure
-    if part.difference is not None:
-        return part.difference.describe()
+def _result(check: Check) -> str:
+    if check.failure is not None:
+        return check.failure
+    if check.difference is not None:
+        return check.difference.describe()
     worst = ", ".join(
-        f"{kind} {part.worst[kind]:.0e}" for kind in TOLERANCES if part.worst.get(kind)
+        f"{kind} {check.worst[kind]:.0e}" for kind in TOLERANCES if check.worst.get(kind)
     )
-    return f"{part.compared} tensors; {f'largest errors: {worst}' if worst else 'bit for bit'}"
+    return f"{check.compared} tensors; {f'largest errors: {worst}' if worst else 'bit for bit'}"
 
 
-def ending(plan: Plan, results: list[list[Part]]) -> tuple[str, int]:
-    """The last line, and the exit code."""
-    for n, parts in enumerate(results, start=1):
-        for part in parts:
-            if not part.fine:
-                return f"DIFFERENT: world {n}, {part.name}: {_result(part)}", 1
-    tensors = sum(part.compared for parts in results for part in parts)
+def ending(plan: Plan, results: list[list[Check]]) -> tuple[str, int]:
+    """Return the last line, and the exit code."""
+    for n, checks in enumerate(results, start=1):
+        for check in checks:
+            if not check.passed:
+                return f"DIFFERENT: world {n}, {check.name}: {_result(check)}", 1
+    tensors = sum(check.compared for checks in results for check in checks)
     worlds = f"{len(results)} worlds compute" if len(results) > 1 else "this layout computes"
     left_out = f", {len(plan.missing)} pairs of axes left out" if plan.missing else ""
     return f"PROVED: {worlds} what one process does ({tensors} tensors{left_out})", 0
@@ -94,7 +94,7 @@ def _pairs_of(axes: Axes) -> str:
 
 
 def changes(plan: Plan, run: Run) -> dict[str, tuple[Any, Any]]:
-    """Every setting and model argument that the small run has otherwise, before and after."""
+    """Return each setting and model argument that shrinking changed: (before, after) by key."""
     small = run.small
     spec = get_train_spec(small.model.name)
     args = model_args_of(small, spec, small.training.seq_len)
@@ -125,7 +125,7 @@ def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def not_covered(plan: Plan) -> Iterator[str]:
-    """Sentences on what no run here can tell."""
+    """Yield sentences on what no run here can tell."""
     config, training = plan.config, plan.config.training
     yield "kernels of GPUs, NCCL and the network, memory and speed"
     if training.mixed_precision_param != "float32" or training.dtype != "float32":

@@ -1,4 +1,4 @@
-"""The user's documents, the first few and cut short, so that 16 tokens hold ends of some.
+"""Short copies of the user's first documents, so that 16 tokens hold ends of some.
 
 Data that is not on this machine is replaced by the shipped sample.
 """
@@ -17,9 +17,9 @@ DOCUMENTS, CHARACTERS = 320, 48
 
 
 def short_data(training: Training, folder: Path) -> tuple[Training, list[str]]:
-    """[training] that reads short copies in `folder`; sentences on what was replaced.
+    """Return [training] that reads short copies in `folder`, and sentences on replaced data.
 
-    Raises `UserError` for a dataset that is wrong whatever the machine.
+    Raises `UserError` for a dataset that is wrong on every machine.
     """
     sentences: list[str] = []
     files = []
@@ -55,7 +55,7 @@ def _on_this_machine(settings: DatasetSettings) -> tuple[DatasetSettings, list[s
 
 
 def _exists(path: str) -> bool:
-    """Whether a file, a folder or a glob is there."""
+    """Return whether a file, a folder or a match of a glob is there."""
     found = Path(path).expanduser()
     if found.exists():
         return True

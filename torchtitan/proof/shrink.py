@@ -1,7 +1,7 @@
-"""From the config of a large run to a tiny one that a CPU trains in seconds, and to its reference.
+"""Shrink the config of a large run to a tiny one that a CPU trains in seconds, and its reference.
 
-Only what is size is shrunk: never a degree below 2, a schedule, a dispatcher, what is recomputed, a
-mask, a loss, the optimizer or a phase. What this machine can't do at all (GPUs, compilers) is off.
+Only sizes shrink: never a degree below 2, a schedule, a dispatcher, recomputation, a mask, a loss,
+the optimizer or a phase. Features that this machine lacks (GPUs, compilers) are off.
 """
 
 from dataclasses import replace
@@ -44,18 +44,19 @@ BUDGETING = "aot_eager_decomp_partition"
 
 
 def shrink(config: JobConfig, args: BaseModelArgs, whole: World, world: World) -> JobConfig:
-    """The config of `world`, which stands for `whole`; its data and folder are set elsewhere.
+    """Return the config of `world`, which stands for `whole`; data and folder are set elsewhere.
 
     args: model arguments of the user's run.
     """
     plan = pipeline_plan(config, args)
     pp = world.degrees.pp
     stages = small_stages(config, args.n_layers, plan, pp)
+    schedule = run_schedule(config, whole.dp_degree)
     least = min(2, config.training.local_batch_size)
     if plan is not None and pp > 1:
-        least = small_microbatches(plan, stages.count, pp)
+        sizes = {end.local_batch_size for end in schedule.ends}
+        least = small_microbatches(plan, stages.count, pp, len(sizes))
     yarn_from = getattr(args, "original_seq_len", 0)
-    schedule = run_schedule(config, whole.dp_degree)
     steps = small_steps(config, schedule, whole, world, least, yarn_from)
     tokenizer = load_tokenizer(DEFAULT_PATH)
     model = small_model(
@@ -110,8 +111,8 @@ def _training(config: JobConfig, steps: Steps) -> dict[str, Any]:
 
 
 def _groups_left(config: JobConfig, overrides: dict[str, Any]) -> list[ParamGroup]:
-    """[[optimizer.group]] without the patterns that name nothing in the small model: of layers that
-    it hasn't, or of parameters that an earlier table has."""
+    """Return [[optimizer.group]] without patterns that match nothing in the small model: they name
+    layers that it hasn't, or parameters that an earlier table has."""
     left: list[ParamGroup] = []
     if not config.optimizer.group:
         return left
@@ -159,7 +160,7 @@ def _stages(parallelism: Parallelism, stages: Stages) -> dict[str, Any]:
 
 
 def _on_this_machine(config: JobConfig, steps: int) -> JobConfig:
-    """Without what needs a GPU, a compiler or a day; with checkpoints, and one seed."""
+    """Switch off what needs a GPU, a compiler or a day; switch on checkpoints; set the seed."""
     ac = config.activation_checkpoint
     budget = ac.mode == "memory_budget"
     if ac.mode == "selective" and ac.selective_ac_option.isdecimal():
@@ -188,7 +189,7 @@ def _on_this_machine(config: JobConfig, steps: int) -> JobConfig:
 
 
 def reference(small: JobConfig, world: World) -> JobConfig:
-    """The same run on one process: the same batches, nothing split, nothing recomputed."""
+    """Return the same run on one process: the same batches, nothing split, nothing recomputed."""
     dp = world.dp_degree
     phases = [
         replace(phase, local_batch_size=phase.local_batch_size and phase.local_batch_size * dp)
@@ -201,5 +202,6 @@ def reference(small: JobConfig, world: World) -> JobConfig:
         schedule=replace(small.schedule, phase=phases),
         parallelism=Parallelism(),
         activation_checkpoint=replace(small.activation_checkpoint, mode="none"),
-        compile=replace(small.compile, enable=False),
+        # On where the layout compiles: then neither records outputs of layers (record.py).
+        compile=replace(small.compile, components=[]),
     )

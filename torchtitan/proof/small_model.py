@@ -1,4 +1,4 @@
-"""The user's model with every size as small as its layout allows; what it computes stays the same.
+"""The user's model with every size as small as its layout allows; its computation stays the same.
 
 Kept: attention masks, scores and losses of the router, group limit, shared experts, multi-token
 prediction, YaRN. A coefficient that is on is raised to where its effect exceeds rounding.
@@ -36,12 +36,12 @@ LEAST_OTHER_COEFFICIENT = 0.05
 
 
 def up(value: int, unit: int) -> int:
-    """The first multiple of `unit` from `value` on."""
+    """Return the first multiple of `unit` from `value` on."""
     return -(-value // unit) * unit
 
 
 def raised(name: str, value: float | None) -> float | None:
-    """A coefficient that shows within three steps; None and 0 stay."""
+    """Return a coefficient that shows within three steps; None and 0 stay."""
     if not value or name not in EXPERT_COEFFICIENTS:
         return value
     return max(value, LEAST_COEFFICIENT.get(name, LEAST_OTHER_COEFFICIENT))
@@ -50,13 +50,13 @@ def raised(name: str, value: float | None) -> float | None:
 def small_model(
     args: DecoderArgs, parallelism: Parallelism, world: World, vocab: int, n_layers: int
 ) -> dict[str, Any]:
-    """`[model.args]` of the small model.
+    """Return `[model.args]` of the small model.
 
     args: of the user's run.
     parallelism: of the user's run.
     world: the one to start.
     vocab: entries of the tokenizer.
-    n_layers: that the pipeline's stages ask for.
+    n_layers: number of layers in the pipeline's stages.
     """
     known, tp = asdict(args), world.degrees.tp
     sizes = {name: min(known[name], size) for name, size in CHANNELS.items() if name in known}
@@ -75,7 +75,7 @@ def small_model(
 
 
 def _heads(args: DecoderArgs, parallelism: Parallelism, world: World) -> dict[str, int]:
-    """Layouts deal out whole heads (of keys and values, where queries share them)."""
+    """Return numbers of heads that the layout can split whole."""
     by_heads = parallelism.context_parallel_rotate_method == "alltoall"
     unit = world.degrees.tp * (world.degrees.cp if by_heads else 1)
     name, shared = args.split_heads
@@ -86,7 +86,8 @@ def _heads(args: DecoderArgs, parallelism: Parallelism, world: World) -> dict[st
 
 
 def _experts(args: MoEArgs, world: World) -> dict[str, Any]:
-    """Two experts a rank and a group, at least eight; the group limit still leaves some out."""
+    """Return sizes of the experts: two a rank and a group, at least eight; the group limit still
+    leaves some out."""
     groups, limited = args.num_expert_groups, args.num_limited_groups
     sizes: dict[str, Any] = {}
     if groups is not None and limited is not None and groups > GROUPS:

@@ -1,7 +1,7 @@
 """The user's steps, small: sequences, batches, phases and the pipeline's stages keep their order.
 
-Of numbers that differ over the run (lengths, sequences of a forward pass), the smaller one stays
-the smaller one; what accumulates still does; every phase is entered and left.
+Where numbers differ over the run (lengths, sequences of a forward pass), the smaller one stays
+smaller; a step that accumulates still does; every phase is entered and left.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from math import lcm
 from torchtitan.config import JobConfig, Phase
 from torchtitan.config.phases import RunSchedule, StepSettings
 from torchtitan.config.schedule_tables import COEFFICIENTS
-from torchtitan.distributed.pipeline_plan import PipelinePlan
+from torchtitan.distributed.pipeline_plan import V_SHAPED, PipelinePlan
 from torchtitan.proof.small_model import raised, up
 from torchtitan.proof.worlds import World
 
@@ -22,7 +22,7 @@ PEAK_RATE = 2e-3
 
 
 def in_order(values: Iterable[int], least: int) -> dict[int, int]:
-    """Each value's small one: from `least` on, twice as large for the next larger value."""
+    """Map each value to a small one: the smallest to `least`, the next larger to twice as much."""
     return {value: least * 2**n for n, value in enumerate(sorted(set(values)))}
 
 
@@ -39,7 +39,12 @@ class Stages:
 
 
 def small_stages(config: JobConfig, n_layers: int, plan: PipelinePlan | None, pp: int) -> Stages:
-    """plan: of the user's run, None without a pipeline. pp: degree to start; 1 = no pipeline."""
+    """Return the stages of the small pipeline.
+
+    n_layers: of the user's model.
+    plan: of the user's run, None without a pipeline.
+    pp: degree to start; 1 = no pipeline.
+    """
     if plan is None or pp == 1:
         return Stages(min(n_layers, 3))
     p, count = config.parallelism, len(plan.stages) // plan.degree * pp
@@ -62,7 +67,7 @@ def small_stages(config: JobConfig, n_layers: int, plan: PipelinePlan | None, pp
 
 
 def _renumbered(parts: list[tuple[str, ...]]) -> list[list[str]]:
-    """At most two layers of each part, numbered anew."""
+    """Keep at most two layers of each part, numbered anew."""
     number, small = 0, []
     for part in parts:
         layers = [name for name in part if name.startswith("layers.")][:2]
@@ -73,18 +78,29 @@ def _renumbered(parts: list[tuple[str, ...]]) -> list[list[str]]:
     return small
 
 
-def small_microbatches(plan: PipelinePlan, stages: int, pp: int) -> int:
-    """Sequences of a forward pass of a rank: enough for the schedule to reach its steady state."""
+def small_microbatches(plan: PipelinePlan, stages: int, pp: int, sizes: int) -> int:
+    """Return the sequences of a rank's smallest forward pass.
+
+    The largest pass reaches the schedule's steady state; smaller ones are legal.
+
+    stages: of the small pipeline.
+    pp: its degree.
+    sizes: number of different passes, each twice as large as the one before.
+    """
     size = min(2, plan.microbatch_size)
     if plan.file is not None:  # its order is for this number
         return plan.num_microbatches * size
-    return min(plan.num_microbatches, max(stages, 2 * pp)) * size
+    legal = stages if plan.schedule in ("1F1B", *V_SHAPED) else pp
+    steady = max(stages, pp + 1)
+    return min(plan.num_microbatches, max(legal, -(-steady // 2 ** (sizes - 1)))) * size
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Small sizes by the user's: tokens of a sequence, sequences of a forward pass of a rank.
+    """Small sizes of the steps.
 
+    lengths: tokens of a sequence, by the user's.
+    passes: sequences of a rank's forward pass, by the user's.
     batch_size: sequences of the first step.
     phases: in order.
     steps: until all phases are over.
@@ -102,7 +118,7 @@ class Steps:
 def small_steps(
     config: JobConfig, schedule: RunSchedule, whole: World, world: World, least: int, yarn_from: int
 ) -> Steps:
-    """Sizes of the steps of `world`, in place of `whole`.
+    """Return the sizes of the steps of `world`, in place of `whole`.
 
     least: sequences of the smallest forward pass of a rank.
     yarn_from: tokens above which the model scales positions, 0 for none.
@@ -142,7 +158,7 @@ def small_steps(
 
 
 def _small_batch(end: StepSettings, passes: dict[int, int], whole: World, world: World) -> int:
-    """One forward pass, or two where the user's step accumulates."""
+    """Return the sequences of a step: one pass, or two where the user's step accumulates."""
     accumulates = end.batch_size > end.local_batch_size * whole.dp_degree
     return passes[end.local_batch_size] * world.dp_degree * (2 if accumulates else 1)
 

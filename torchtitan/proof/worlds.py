@@ -1,4 +1,4 @@
-"""Smaller worlds that keep what a layout is made of: each axis and each pair of axes.
+"""Smaller worlds that keep each axis of a layout, and each pair of axes.
 
 A world that this machine can start is kept as it is. From a larger one, worlds are made in which
 every axis has the size 2 or is left out, the fewest that have each pair of the layout's axes.
@@ -13,7 +13,7 @@ from torchtitan.config.degrees import divisors
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.launcher import MOST_PROCESSES
 
-# What an axis is called, in the order of the report.
+# Names of the axes, in the order of the report.
 PP, REPLICAS, FSDP, CP, TP = "PP", "replicas (DDP, HSDP)", "FSDP", "CP", "TP"
 EP_BETWEEN, EP_WITHIN = "EP between nodes", "EP inside a node"
 EXPERT_FSDP, ETP, EP_OVER_REPLICAS = "FSDP of experts", "split experts", "EP over replicas"
@@ -69,7 +69,7 @@ class World:
 
 
 def world_of(config: JobConfig, world_size: int | None, node_size: int) -> World:
-    """The world of the user's run. Raises `UserError` for what its degrees can't have.
+    """Return the world of the user's run. Raises `UserError` for an impossible size.
 
     world_size: None takes the smallest that the degrees allow, with data parallelism.
     node_size: processes of a machine, where the TOML doesn't say it.
@@ -92,8 +92,8 @@ def world_of(config: JobConfig, world_size: int | None, node_size: int) -> World
 
 
 def _smallest(config: JobConfig) -> int:
-    """The first number of processes that these degrees allow, with at least two data-parallel
-    ranks where their number is left open. Raises `UserError` where there is none."""
+    """Return the smallest number of processes that the degrees allow, with at least two
+    data-parallel ranks where their number is left open. Raises `UserError` where there is none."""
     p = config.parallelism
     fixed = p.pipeline_parallel_degree * p.tensor_parallel_degree * p.context_parallel_degree
     fixed *= p.data_parallel_replicate_degree
@@ -116,13 +116,13 @@ def _smallest(config: JobConfig) -> int:
 
 
 def targets_of(axes: Iterable[str]) -> set[Axes]:
-    """Each axis alone, and each pair."""
+    """Return each axis alone, and each pair."""
     names = sorted(axes)
     return {frozenset(c) for size in (1, 2) for c in combinations(names, size)}
 
 
 def worlds_for(world: World, parallelism: Parallelism, most: int) -> tuple[list[World], set[Axes]]:
-    """Worlds of at most `most` processes to start in place of `world`, and what none of them has.
+    """Return worlds of at most `most` processes to start in place of `world`, and what none has.
 
     parallelism: of the run; a schedule from a file keeps its pipeline's degree.
     """
@@ -145,12 +145,13 @@ def worlds_for(world: World, parallelism: Parallelism, most: int) -> tuple[list[
 
 
 def _gain(world: World, missing: set[Axes]) -> tuple[int, int, int]:
-    """What a world adds; of two equal ones the smaller, and then the one with more axes."""
+    """Rank a candidate: by what it adds, then the smaller, then the one with more axes."""
     return len(targets_of(world.axes) & missing), -world.size, len(world.axes)
 
 
 def _smaller(world: World, pp: int) -> Iterator[World]:
-    """Every world with degrees of 1 and 2, or as many as experts' axes need of data parallelism."""
+    """Yield every world with degrees of 1 and 2, and as much data parallelism as experts' axes
+    need."""
     d = world.degrees
     kept = [
         sorted({1, size} if size > 1 else {1})

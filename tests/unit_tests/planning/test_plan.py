@@ -202,6 +202,26 @@ def test_bad_input_gets_a_sentence(capsys, options: list[str], words: str) -> No
     assert "Traceback" not in told
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted"),
+        (MemoryError(), 2, "this machine's memory is used up by the plan itself: plan fewer ranks"),
+    ],
+)
+@pytest.mark.parametrize("where", ["make_plan", "sweep"])
+def test_an_early_end_is_a_sentence(capsys, monkeypatch, where, error, code, words) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise error
+
+    module = script("plan.py")
+    monkeypatch.setattr(module, where, end)
+    assert module.main([CONFIG, "--world-size", "1", "--sweep"]) == code
+    told = capsys.readouterr().err
+    assert words in told
+    assert "Traceback" not in told
+
+
 def test_a_damaged_table_of_hardware_is_told(tmp_path, monkeypatch) -> None:
     damaged = tmp_path / "hardware.toml"
     damaged.write_text(TABLE.read_text().replace("gemm = 0.70", "gemm = 'fast'"))

@@ -83,6 +83,15 @@ def test_yarn_stays_as_it_is(tmp_path, seq_len, yarn):
     assert args_of(plan.runs[0].small).use_yarn == yarn == plan.args.use_yarn
 
 
+def test_with_a_memory_budget_neither_run_records_outputs(tmp_path):
+    options = ["--activation_checkpoint.mode=memory_budget", "--training.dataset=sample"]
+    (run,) = plan_of(tmp_path, 2, "--model.flavor=16B", "--compile.enable", *options).runs
+    assert run.small.compile.enable and run.small.compile.components == ["model"]
+    assert run.alone.compile.enable and run.alone.compile.components == []
+    (run,) = plan_of(tmp_path, 2, "--model.flavor=16B", "--compile.enable", options[1]).runs
+    assert not run.small.compile.enable and not run.alone.compile.enable
+
+
 def test_lengths_and_batches_of_phases_keep_their_order(tmp_path):
     phases = [
         Phase(tokens=1e6, batch_size=16),

@@ -4,6 +4,7 @@ Node-limited routing bounds the *groups* of a token. It bounds the nodes as well
 stands on one node, and fully only where a node holds one group.
 """
 
+import logging
 import math
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ def log_expert_layout(args: MoEArgs, *, ep: int, nodes: int) -> None:
     ep: ranks of an EP group.
     nodes: nodes that it spans.
     """
-    if ep == 1:
+    if ep == 1 or not logger.isEnabledFor(logging.WARNING):  # a plan builds ranks in silence
         return
     line = f"Expert layout: {args.num_experts} experts over {ep} ranks on {nodes} node"
     if nodes > 1:
