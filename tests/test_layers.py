@@ -24,6 +24,7 @@ HEIGHT = {
 # The same inside a folder.
 ROOMS = {
     "config": {
+        "lora_tables": 0,
         "optimizer_tables": 0,
         "router_stats": 0,
         "schedule_tables": 0,
@@ -39,6 +40,7 @@ ROOMS = {
     },
     "components": {
         "cuda_graph": 0,
+        "finetuning": 0,
         "generation": 0,
         "huggingface": 0,
         "loss": 0,

@@ -4,19 +4,29 @@ Gather each expert's rows, one grouped GEMM for gate and up, SwiGLU with the rou
 grouped GEMM down, sum each token's rows. On a GPU this is one operator, which keeps for its
 backward pass the tokens, gate and up, and the order of the rows, and recomputes the rest (the
 gathered rows and the activation, no GEMM). Elsewhere, and as the reference in tests, the same is
-computed operation by operation.
+computed operation by operation; experts with low-rank adapters always are.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from torchtitan.ops.grouped_mm import grouped_linear, kernel, why_loop
+from torchtitan.ops.lora import LowRank, add_grouped_low_rank
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows
 from torchtitan.ops.swiglu import swiglu
 
+Adapters = Sequence[LowRank | None]
+
 
 def expert_ffn(
-    x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
+    x_TD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    weights_TK: Tensor,
+    order: RowOrder,
+    adapters: Adapters = (None, None, None),
 ) -> Tensor:
     """Sum weight · w2(silu(w1 x) · w3 x) over the K experts of every token: (T, D).
 
@@ -24,15 +34,22 @@ def expert_ffn(
     weights_TK: fp32, routing weights.
     order: from `sort_slots` on the experts' ids; −1 = an expert of another rank. Its list may be
         longer than the number of copies, which stays on the device.
+    adapters: of w1, w3 and w2; None = it has none.
     """
     sizes = (x_TD.size(1), w2_EDF.size(2))
-    if x_TD.is_cuda and why_loop(x_TD.dtype, sizes, on_cpu=False) is None:
+    plain = not any(adapters)
+    if x_TD.is_cuda and plain and why_loop(x_TD.dtype, sizes, on_cpu=False) is None:
         return _expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, *order)[0]
-    return expert_ffn_chain(x_TD, w13_E2FD, w2_EDF, weights_TK, order)
+    return expert_ffn_chain(x_TD, w13_E2FD, w2_EDF, weights_TK, order, adapters)
 
 
 def expert_ffn_chain(
-    x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
+    x_TD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    weights_TK: Tensor,
+    order: RowOrder,
+    adapters: Adapters = (None, None, None),
 ) -> Tensor:
     """Compute `expert_ffn` operation by operation. With empty slots this has a host sync."""
     if order.some_empty:  # leave out the rows behind the last copy
@@ -41,9 +58,13 @@ def expert_ffn_chain(
     weights_R = weights_TK.flatten()[order.slot_of_row_R]
     rows_RD = expand_rows(x_TD, order)
     gate_up_R2F = grouped_linear(rows_RD, w13_E2FD, order.counts)
+    of_gate, of_up, of_down = adapters
     gate_RF, up_RF = gate_up_R2F.chunk(2, dim=1)
+    gate_RF = add_grouped_low_rank(gate_RF, rows_RD, of_gate, order.counts)
+    up_RF = add_grouped_low_rank(up_RF, rows_RD, of_up, order.counts)
     hidden_RF = swiglu(gate_RF, up_RF, weights_R)
-    return reduce_rows(grouped_linear(hidden_RF, w2_EDF, order.counts), order)
+    out_RD = grouped_linear(hidden_RF, w2_EDF, order.counts)
+    return reduce_rows(add_grouped_low_rank(out_RD, hidden_RF, of_down, order.counts), order)
 
 
 @torch.library.custom_op("torchtitan::expert_ffn", mutates_args=())
