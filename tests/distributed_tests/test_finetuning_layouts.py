@@ -4,6 +4,8 @@ The one process is plain: an adapted weight is W + alpha / rank · B A, computed
 and its gradients are autograd's.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,10 +36,10 @@ LORA = (
     '--lora.override=[{ fqns = ["*.experts.*"], rank = 2 }]',
 )
 FROZEN = (
-    '--training.frozen_fqns=["*.moe.router.*", "layers.0.*", "tok_embeddings.*", "*.wkv_b.*"]',
-    "--model.args.moe_args.load_balance_coeff=0",
+    '--training.frozen_fqns=["*.moe.router.*", "layers.0.*", "tok_embeddings.*", "*.wkv_b.*", '
+    '"*.experts.w3"]',
 )
-# Trained is a stage of a pipeline's two, and of the other nothing.
+# Of a pipeline's first stage nothing is trained.
 HEAD = ('--training.trainable_fqns=["output.*", "norm.*"]',)
 
 LAYOUTS = {
@@ -115,22 +117,59 @@ def adapted() -> dict:
     return result | {"state": {our_name(n): t for n, t in result["state"].items()}}
 
 
-def freeze_plainly(model: nn.Module) -> None:
-    for name, param in model.named_parameters():
-        of_first = name.startswith(("layers.0.", "tok_embeddings."))
-        if of_first or ".router." in name or ".wkv_b." in name:
-            param.requires_grad_(False)
+def of_frozen(name: str) -> bool:
+    of_first = name.startswith(("layers.0.", "tok_embeddings."))
+    return of_first or ".router." in name or ".wkv_b." in name or name.endswith("experts.w3")
+
+
+def of_body(name: str) -> bool:
+    return not name.startswith(("output.", "norm."))
+
+
+def trained_but(is_frozen: Callable[[str], bool]) -> dict:
+    def prepare(model: nn.Module) -> None:
+        for name, param in model.named_parameters():
+            param.requires_grad_(not is_frozen(name))
+
+    return train_alone(prepare)
 
 
 @pytest.fixture(scope="module")
 def frozen() -> dict:
-    result = train_alone(freeze_plainly)
-    biases = {n: torch.zeros_like(t) for n, t in result["state"].items() if "expert_bias" in n}
-    return result | {"state": result["state"] | biases}
+    return trained_but(of_frozen)
+
+
+@pytest.fixture(scope="module")
+def only_head() -> dict:
+    return trained_but(of_body)
+
+
+@pytest.fixture(scope="module")
+def initial() -> dict[str, Tensor]:
+    return whole_model().state_dict()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_adapters_train_like_one_process(ranks, adapted, name, tmp_path):
+def test_adapters_train_like_one_process(ranks, adapted, initial, name, tmp_path):
     world_size, options = LAYOUTS[name]
     for result in ranks(world_size).run(train_on_this_rank, [*options, *LORA], str(tmp_path)):
         assert_trained_alike(result, adapted)
+        kept = {n: t for n, t in result["state"].items() if "lora" not in n and "bias" not in n}
+        assert all(torch.equal(tensor, initial[name]) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_frozen_parameters_stay_and_the_rest_trains(ranks, frozen, initial, name, tmp_path):
+    world_size, options = LAYOUTS[name]
+    for result in ranks(world_size).run(train_on_this_rank, [*options, *FROZEN], str(tmp_path)):
+        assert_trained_alike(result, frozen)
+        for name, tensor in result["state"].items():
+            assert not of_frozen(name) or torch.equal(tensor, initial[name]), name
+
+
+@pytest.mark.parametrize("name", ["FSDP 2", "TP 2", "PP 2", "PP 2, InterleavedZeroBubble, EP 2"])
+def test_only_the_head_is_trained(ranks, only_head, name, tmp_path):
+    """A pipeline's first stage trains nothing then, and has no gradients to send."""
+    world_size, options = LAYOUTS[name]
+    for result in ranks(world_size).run(train_on_this_rank, [*options, *HEAD], str(tmp_path)):
+        assert_trained_alike(result, only_head)

@@ -27,5 +27,7 @@ class LoRA:
     """Names of the adapted matrices; * stands for anything, norms and gates are left out (ours)."""
     override: list[LoRAOverride] = field(default_factory=list)
     """Exceptions by name, [[lora.override]]; keys of each: docs/config.md (ours)."""
+    initial_load_path: str | None = None
+    """Adapter folder in PEFT's format whose adapters a new run starts from (ours)."""
     save_merged: bool = False
     """With checkpoint.last_save_in_hf: write the merged weights, not the adapters alone (ours)."""

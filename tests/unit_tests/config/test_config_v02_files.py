@@ -31,6 +31,7 @@ OURS = {
     "ema.start_step",
     "lora.alpha",
     "lora.fqns",
+    "lora.initial_load_path",
     "lora.override",
     "lora.rank",
     "lora.save_merged",

@@ -6,12 +6,12 @@ gate can't.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from torchtitan.components.finetuning.patterns import check_patterns, matches_any
-from torchtitan.config import LoRA
+from torchtitan.config import LoRA, LoRAOverride
 from torchtitan.config.schema import as_text
 from torchtitan.ops.linear import Linear
 from torchtitan.protocols.layers import ExpertWeights
@@ -94,6 +94,12 @@ def _check(key: str, patterns: Iterable[str], possible: list[str], model: nn.Mod
                 "or train it whole with training.trainable_fqns."
             )
         check_patterns(key, [pattern], set(possible), "matrix")
+
+
+def lora_of(table: Mapping[str, Any]) -> LoRA:
+    """Make the table [lora] from a checkpoint's meta.json."""
+    override = [LoRAOverride(**each) for each in table["override"]]
+    return LoRA(**{**table, "override": override})
 
 
 def sizes_as_text(sizes: Mapping[str, AdapterSize]) -> str:
