@@ -108,8 +108,11 @@ def _expert_ffn_backward(
     row_of_slot_TK: Tensor,
     counts_E: Tensor,
     some_empty: bool,
+    trains_w13: bool,
+    trains_w2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of the tokens, w13, w2 and the routing weights."""
+    """Return the gradients of the tokens, w13, w2 and the routing weights; that of a frozen weight
+    is empty."""
     from torchtitan.ops import permute_triton, swiglu_triton
 
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
@@ -119,11 +122,15 @@ def _expert_ffn_backward(
     grad_gate_up_R2F, hidden_RF, grad_weights_TK = swiglu_triton.backward(
         grad_RF, gate_up_R2F, weights_TK, slot_of_row_R, num_rows
     )
-    grad_w2_EDF = kernel(rows_RD.t(), hidden_RF, offs=ends_E)
+    grad_w2_EDF = w2_EDF.new_empty(0)
+    if trains_w2:
+        grad_w2_EDF = kernel(rows_RD.t(), hidden_RF, offs=ends_E)
     del rows_RD, grad_RF, hidden_RF
-    rows_RD = _gather(x_TD, slot_of_row_R, num_rows, weights_TK.size(1))
-    grad_w13_E2FD = kernel(grad_gate_up_R2F.t(), rows_RD, offs=ends_E)
-    del rows_RD
+    grad_w13_E2FD = w13_E2FD.new_empty(0)
+    if trains_w13:
+        rows_RD = _gather(x_TD, slot_of_row_R, num_rows, weights_TK.size(1))
+        grad_w13_E2FD = kernel(grad_gate_up_R2F.t(), rows_RD, offs=ends_E)
+        del rows_RD
     rows_RD = kernel(grad_gate_up_R2F, w13_E2FD, offs=ends_E)
     grad_x_TD = permute_triton.reduce_rows(rows_RD, row_of_slot_TK)
     return grad_x_TD, grad_w13_E2FD, grad_w2_EDF, grad_weights_TK
@@ -131,9 +138,22 @@ def _expert_ffn_backward(
 
 @_expert_ffn_backward.register_fake
 def _(
-    grad_TD, x_TD, gate_up_R2F, w13, w2, weights_TK, slot_of_row, row_of_slot, counts, some_empty
+    grad_TD,
+    x_TD,
+    gate_up,
+    w13,
+    w2,
+    weights_TK,
+    slot,
+    row,
+    counts,
+    some_empty,
+    trains_w13,
+    trains_w2,
 ):
-    return tuple(torch.empty_like(t) for t in (x_TD, w13, w2, weights_TK))
+    grad_w13 = torch.empty_like(w13) if trains_w13 else w13.new_empty(0)
+    grad_w2 = torch.empty_like(w2) if trains_w2 else w2.new_empty(0)
+    return torch.empty_like(x_TD), grad_w13, grad_w2, torch.empty_like(weights_TK)
 
 
 def _gather(x_TD: Tensor, slot_of_row_R: Tensor, num_rows: Tensor | None, top_k: int) -> Tensor:
@@ -153,7 +173,12 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_TD, _):
-    grads = _expert_ffn_backward(grad_TD.contiguous(), *ctx.saved_tensors, ctx.some_empty)
+    trains = ctx.needs_input_grad[1:3]
+    grads = list(
+        _expert_ffn_backward(grad_TD.contiguous(), *ctx.saved_tensors, ctx.some_empty, *trains)
+    )
+    for i, trained in enumerate(trains, start=1):
+        grads[i] = grads[i] if trained else None
     return *grads, None, None, None, None
 
 
