@@ -138,18 +138,7 @@ def _expert_ffn_backward(
 
 @_expert_ffn_backward.register_fake
 def _(
-    grad_TD,
-    x_TD,
-    gate_up,
-    w13,
-    w2,
-    weights_TK,
-    slot,
-    row,
-    counts,
-    some_empty,
-    trains_w13,
-    trains_w2,
+    grad, x_TD, gate_up, w13, w2, weights_TK, slot, row, counts, some_empty, trains_w13, trains_w2
 ):
     grad_w13 = torch.empty_like(w13) if trains_w13 else w13.new_empty(0)
     grad_w2 = torch.empty_like(w2) if trains_w2 else w2.new_empty(0)

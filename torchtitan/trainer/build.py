@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from torchtitan.components.finetuning.trained import log_trained, make_whole_model
+from torchtitan.components.finetuning.trained import make_whole_model
 from torchtitan.components.metrics.logger import MetricsLogger, device_name
 from torchtitan.components.optimizer import lr_scheduler
 from torchtitan.config import JobConfig, Parallelism, resolve_degrees, run_schedule
@@ -70,7 +70,6 @@ def shape_model(
     logger.info(
         "Model: %s %s, %s parameters", config.model.name, config.model.flavor, f"{num_params:,}"
     )
-    log_trained(model, config)
     parts = cut_into_parts(model, plan, dims.mesh["pp"].get_local_rank()) if plan else []
     for part in parts or [model]:
         spec.parallelize_fn(part, dims, config)

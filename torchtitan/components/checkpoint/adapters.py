@@ -112,6 +112,7 @@ def save_adapters(
     tmp = path.with_name(path.name + ".tmp")
     own = peft.adapter_pieces(pieces, sizes)
     with all_or_none(group):
+        adapter.check_export()
         peft.check_peft(sizes)
         refuse_other_rows(adapter, sizes)
         writer = HFWriter(tmp, plan_layout(own, dtype, file_name=peft.WEIGHTS))

@@ -69,6 +69,7 @@ def checkpoint_to_peft(
     averaged: bool = False,
 ) -> None:
     """Write the adapters of a checkpoint as a folder in PEFT's format. Raises `UserError`."""
+    adapter.check_export()
     peft.check_peft(sizes)
     refuse_other_rows(adapter, sizes)
     require_checkpoint(checkpoint)
