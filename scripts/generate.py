@@ -15,6 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -126,7 +127,10 @@ def make_config(args: argparse.Namespace, model: DetectedModel) -> JobConfig:
         "activation_checkpoint.mode": "none",
         "parallelism.expert_parallel_degree": degree,
     }
-    return ConfigManager().parse_args([f"--{key}={value}" for key, value in options.items()])
+    config = ConfigManager().parse_args([f"--{key}={value}" for key, value in options.items()])
+    if model.lora is None:
+        return config
+    return replace(config, lora=model.lora, model=replace(config.model, converters=["lora"]))
 
 
 def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: bool) -> None:
@@ -134,7 +138,9 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
         index = read_tensor_index(source)
         if averaged:
             check_has_average(source, index)
-        of_average = {name for name, _ in model.named_parameters()} if averaged else set()
+        stored = index.state_dict_metadata
+        names = [name for name, _ in model.named_parameters()] if averaged else []
+        of_average = {name for name in names if f"ema.{name}" in stored}  # frozen ones have none
         state = {
             ("ema." if name in of_average else "model.") + name: tensor
             for name, tensor in model.state_dict().items()

@@ -25,6 +25,7 @@ HEIGHT = {
 ROOMS = {
     "config": {
         "data_tables": 0,
+        "lora_tables": 0,
         "optimizer_tables": 0,
         "router_stats": 0,
         "schedule_tables": 0,
@@ -40,6 +41,7 @@ ROOMS = {
     },
     "components": {
         "cuda_graph": 0,
+        "finetuning": 0,
         "generation": 0,
         "huggingface": 0,
         "loss": 0,

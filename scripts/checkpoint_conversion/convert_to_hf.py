@@ -5,20 +5,28 @@
 
 Needs memory for about one of the checkpoint's files. Interrupted (Ctrl-C), it resumes when run
 again. A run can also write the folder itself: checkpoint.last_save_in_hf.
+
+Of a checkpoint with adapters (LoRA) it writes these alone, in PEFT's format; with --merged the
+weights with the adapters in them.
 """
 
 import argparse
 import math
 import sys
+from functools import partial
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts import entry
 
 # isort: split
-from torchtitan.components.checkpoint.convert import checkpoint_to_hf
+from torchtitan.components.checkpoint.convert import StoredTensors, checkpoint_to_hf
+from torchtitan.components.checkpoint.convert_adapters import MergedTensors, checkpoint_to_peft
 from torchtitan.components.checkpoint.detect import detect_model
 from torchtitan.components.checkpoint.folder import require_checkpoint
+from torchtitan.components.finetuning.lora import adapter_sizes
 from torchtitan.components.huggingface.folder import MAX_FILE_BYTES
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
@@ -43,6 +51,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--ema", action="store_true", help="the moving average of the weights ([ema]) instead"
     )
     parser.add_argument(
+        "--merged", action="store_true", help="of a LoRA run: weights with the adapters in them"
+    )
+    parser.add_argument(
         "--max_file_gb", type=float, default=MAX_FILE_BYTES / 1e9, help="size of a file in 10^9 B"
     )
     return parser.parse_args(argv)
@@ -58,15 +69,30 @@ def convert(args: argparse.Namespace) -> None:
         )
     require_checkpoint(args.checkpoint)
     model = detect_model(args.checkpoint)
+    adapter, reader = model.spec.hf_adapter(model.args), StoredTensors
+    what = {"dtype": TORCH_DTYPES[args.dtype], "averaged": args.ema}
+    if model.lora is None and args.merged:
+        raise UserError(f"--merged: {args.checkpoint} has no adapters; leave it out.")
+    if model.lora is not None:
+        with torch.device("meta"):
+            sizes = adapter_sizes(model.spec.model_cls(model.args), model.lora)
+        if not args.merged:
+            if args.fp8:
+                raise UserError("--fp8 is for whole weights, not for adapters; add --merged.")
+            adapter.hf_assets_path = args.assets and str(args.assets)
+            checkpoint_to_peft(args.checkpoint, args.hf_folder, adapter, sizes, **what)
+            logger.info("Made %s", args.hf_folder)
+            return
+        reader = partial(MergedTensors, sizes=sizes)
     checkpoint_to_hf(
         args.checkpoint,
         args.hf_folder,
-        model.spec.hf_adapter(model.args),
-        dtype=TORCH_DTYPES[args.dtype],
+        adapter,
+        **what,
         fp8=args.fp8,
-        averaged=args.ema,
         assets_path=args.assets,
         max_file_bytes=int(args.max_file_gb * 1e9),
+        reader=reader,
     )
     logger.info("Made %s", args.hf_folder)
 

@@ -44,6 +44,21 @@ def doubles(tensors: list[Tensor]) -> list[Tensor]:
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
+@pytest.mark.parametrize("frozen", [(1,), (2,), (1, 2)])
+def test_expert_operator_leaves_frozen_weights_alone(frozen: tuple[int, ...]) -> None:
+    T, D, hidden, E, K = 512, 256, 192, 16, 4
+    inputs = leaves((T, D), (E, 2 * hidden, D), (E, D, hidden))
+    inputs.append(torch.rand(T, K, device="cuda").requires_grad_())
+    order = sort_slots(torch.stack([torch.randperm(E, device="cuda")[:K] for _ in range(T)]), E)
+    grad = torch.randn(T, D, device="cuda", dtype=inputs[0].dtype)
+    expected = torch.autograd.grad(expert_ffn(*inputs, order), inputs, grad)
+    for i in frozen:
+        inputs[i].requires_grad_(False)
+    expert_ffn(*inputs, order).backward(grad)
+    for i, each in enumerate(inputs):
+        assert each.grad is None if i in frozen else torch.equal(each.grad, expected[i])
+
+
 @pytest.mark.parametrize("documents", [False, True], ids=["causal", "documents"])
 def test_attention_at_mla_sizes_equals_fp64(documents: bool) -> None:
     B, S, H, scale = 2, 256, 4, 192**-0.5

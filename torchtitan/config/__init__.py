@@ -25,6 +25,7 @@ from torchtitan.config.job_config import (
     Validation,
     to_dict,
 )
+from torchtitan.config.lora_tables import LoRA, LoRAOverride
 from torchtitan.config.manager import ConfigManager
 from torchtitan.config.optimizer_tables import EMA, ParamGroup
 from torchtitan.config.phases import resolve_global_batch_size, run_schedule
@@ -46,6 +47,8 @@ __all__ = [
     "Job",
     "JobConfig",
     "LRScheduler",
+    "LoRA",
+    "LoRAOverride",
     "Metrics",
     "Model",
     "Optimizer",

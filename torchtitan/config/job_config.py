@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from torchtitan.config.data_tables import Chat, Dataset, Format
+from torchtitan.config.lora_tables import LoRA
 from torchtitan.config.optimizer_tables import EMA, LRScheduler, Optimizer
 from torchtitan.config.schedule_tables import Alarm, Schedule
 
@@ -95,7 +96,7 @@ class Model:
     tokenizer_path: str | None = None
     """Old name of hf_assets_path (must stay unset)."""
     converters: list[str] = _listing()
-    """Changes made to the model after it is built, in order, such as quantize.linear.float8."""
+    """Changes made to the model after it is built, in order: "lora" adds adapters."""
     print_after_conversion: bool = False
     """Print the model after the converters ran."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -152,6 +153,10 @@ class Training:
     """Action on a loss spike (ours)."""
     loss_spike_factor: float | None = None
     """A loss above this many medians of the last 32 is a spike; unset: no loss is (ours)."""
+    trainable_fqns: list[str] = _listing("*")
+    """Names of the trained parameters; * stands for anything; with LoRA beside adapters (ours)."""
+    frozen_fqns: list[str] = _listing()
+    """Names of parameters that are not trained, whatever trainable_fqns says (ours)."""
 
 
 @dataclass(frozen=True)
@@ -406,6 +411,7 @@ class JobConfig:
     profiling: Profiling = field(default_factory=Profiling)
     metrics: Metrics = field(default_factory=Metrics)
     model: Model = field(default_factory=Model)
+    lora: LoRA = field(default_factory=LoRA)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     schedule: Schedule = field(default_factory=Schedule)

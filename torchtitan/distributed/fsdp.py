@@ -22,6 +22,7 @@ from torch.distributed.tensor import Shard
 
 from torchtitan.config import Parallelism, Training
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.ops.lora import has_dim
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import TORCH_DTYPES
@@ -133,8 +134,7 @@ def _shard_experts(
         # their hidden channels, or with etp, which splits those already, their model channels.
         split, etp = mesh["fsdp"].size(), mesh["etp"].size()
         dims = {
-            param: (2 if name != "w2" else 1) if etp > 1 else 1
-            for name, param in moe.experts.named_parameters()
+            param: _dim_inside(name, param, etp) for name, param in moe.experts.named_parameters()
         }
         inside = split * mesh["ep"].size() > num_experts and all(
             param.size(dim) % split == 0 for param, dim in dims.items()
@@ -146,6 +146,12 @@ def _shard_experts(
             **options,
             shard_placement_fn=(lambda p, dims=dims: Shard(dims[p])) if inside else None,
         )
+
+
+def _dim_inside(name: str, param: nn.Parameter, etp: int) -> int:
+    """Dim along which FSDP splits a stack of experts inside of them; etp splits the other one."""
+    dim = (2 if name != "w2" else 1) if etp > 1 else 1
+    return dim if has_dim(name, dim, param.ndim) else 3 - dim
 
 
 def _shard_layers(model: BaseModel, reshard: bool, options: dict[str, Any]) -> None:

@@ -42,6 +42,8 @@ def clip_factor(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[Te
     """
     grads_by_copies = _local_grads(parameters)
     squares = [total_norm(g).square() / copies for copies, g in grads_by_copies.items()]
+    if not squares:  # a pipeline's stage of which nothing is trained
+        squares = [torch.zeros(())]
     # Moved to the device for the all-reduce; offloaded gradients are on the host.
     total = torch.stack([s.to(local_device()) for s in squares]).sum()
     if _world_size() > 1:

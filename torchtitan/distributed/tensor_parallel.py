@@ -9,7 +9,8 @@ and keeps no activation twice.
 Weights are DTensors on the tp axis, so FSDP, checkpoints and the gradient norm know which part each
 rank holds. In a forward pass a module reads the plain tensor of its rank, and the collectives are
 written out. A replicated weight gets its gradient from this rank's tokens (or heads) only, so the
-gradient is marked as a partial sum, which FSDP adds up over the group when it takes it.
+gradient is marked as a partial sum, which FSDP adds up over the group when it takes it. Of a
+low-rank adapter, the factor that has the split dim of its weight is split, the other replicated.
 """
 
 from functools import cache
@@ -29,6 +30,8 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
+
+from torchtitan.ops.lora import has_dim
 
 
 class TensorParallel:
@@ -131,9 +134,12 @@ class TensorParallel:
 
     def _place(self, module: nn.Module, placement: Placement) -> None:
         for name, param in list(module.named_parameters(recurse=False)):
+            split = placement.dim if isinstance(placement, Shard) else None
+            whole = split is not None and not has_dim(name, split, param.ndim)
+            own = Replicate() if whole else placement
             # Meta tensors: nothing to send; each rank fills its own part later.
-            local = distribute_tensor(param.data, self.mesh, [placement], src_data_rank=None)
-            module.register_parameter(name, nn.Parameter(local))
+            local = distribute_tensor(param.data, self.mesh, [own], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(local, param.requires_grad))
         module.__class__ = _with_local_weights(module.__class__)
 
 

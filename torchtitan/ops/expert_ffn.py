@@ -4,19 +4,29 @@ Gather each expert's rows, one grouped GEMM for gate and up, SwiGLU with the rou
 grouped GEMM down, sum each token's rows. On a GPU this is one operator, which keeps for its
 backward pass the tokens, gate and up, and the order of the rows, and recomputes the rest (the
 gathered rows and the activation, no GEMM). Elsewhere, and as the reference in tests, the same is
-computed operation by operation.
+computed operation by operation; experts with low-rank adapters always are.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from torchtitan.ops.grouped_mm import grouped_linear, kernel, why_loop
+from torchtitan.ops.lora import LowRank, add_grouped_low_rank
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows
 from torchtitan.ops.swiglu import swiglu
 
+Adapters = Sequence[LowRank | None]
+
 
 def expert_ffn(
-    x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
+    x_TD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    weights_TK: Tensor,
+    order: RowOrder,
+    adapters: Adapters = (None, None, None),
 ) -> Tensor:
     """Sum weight · w2(silu(w1 x) · w3 x) over the K experts of every token: (T, D).
 
@@ -24,15 +34,22 @@ def expert_ffn(
     weights_TK: fp32, routing weights.
     order: from `sort_slots` on the experts' ids; −1 = an expert of another rank. Its list may be
         longer than the number of copies, which stays on the device.
+    adapters: of w1, w3 and w2; None = it has none.
     """
     sizes = (x_TD.size(1), w2_EDF.size(2))
-    if x_TD.is_cuda and why_loop(x_TD.dtype, sizes, on_cpu=False) is None:
+    plain = not any(adapters)
+    if x_TD.is_cuda and plain and why_loop(x_TD.dtype, sizes, on_cpu=False) is None:
         return _expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, *order)[0]
-    return expert_ffn_chain(x_TD, w13_E2FD, w2_EDF, weights_TK, order)
+    return expert_ffn_chain(x_TD, w13_E2FD, w2_EDF, weights_TK, order, adapters)
 
 
 def expert_ffn_chain(
-    x_TD: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, weights_TK: Tensor, order: RowOrder
+    x_TD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    weights_TK: Tensor,
+    order: RowOrder,
+    adapters: Adapters = (None, None, None),
 ) -> Tensor:
     """Compute `expert_ffn` operation by operation. With empty slots this has a host sync."""
     if order.some_empty:  # leave out the rows behind the last copy
@@ -41,9 +58,13 @@ def expert_ffn_chain(
     weights_R = weights_TK.flatten()[order.slot_of_row_R]
     rows_RD = expand_rows(x_TD, order)
     gate_up_R2F = grouped_linear(rows_RD, w13_E2FD, order.counts)
+    of_gate, of_up, of_down = adapters
     gate_RF, up_RF = gate_up_R2F.chunk(2, dim=1)
+    gate_RF = add_grouped_low_rank(gate_RF, rows_RD, of_gate, order.counts)
+    up_RF = add_grouped_low_rank(up_RF, rows_RD, of_up, order.counts)
     hidden_RF = swiglu(gate_RF, up_RF, weights_R)
-    return reduce_rows(grouped_linear(hidden_RF, w2_EDF, order.counts), order)
+    out_RD = grouped_linear(hidden_RF, w2_EDF, order.counts)
+    return reduce_rows(add_grouped_low_rank(out_RD, hidden_RF, of_down, order.counts), order)
 
 
 @torch.library.custom_op("torchtitan::expert_ffn", mutates_args=())
@@ -87,8 +108,11 @@ def _expert_ffn_backward(
     row_of_slot_TK: Tensor,
     counts_E: Tensor,
     some_empty: bool,
+    trains_w13: bool,
+    trains_w2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of the tokens, w13, w2 and the routing weights."""
+    """Return the gradients of the tokens, w13, w2 and the routing weights; that of a frozen weight
+    is empty."""
     from torchtitan.ops import permute_triton, swiglu_triton
 
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
@@ -98,11 +122,15 @@ def _expert_ffn_backward(
     grad_gate_up_R2F, hidden_RF, grad_weights_TK = swiglu_triton.backward(
         grad_RF, gate_up_R2F, weights_TK, slot_of_row_R, num_rows
     )
-    grad_w2_EDF = kernel(rows_RD.t(), hidden_RF, offs=ends_E)
+    grad_w2_EDF = w2_EDF.new_empty(0)
+    if trains_w2:
+        grad_w2_EDF = kernel(rows_RD.t(), hidden_RF, offs=ends_E)
     del rows_RD, grad_RF, hidden_RF
-    rows_RD = _gather(x_TD, slot_of_row_R, num_rows, weights_TK.size(1))
-    grad_w13_E2FD = kernel(grad_gate_up_R2F.t(), rows_RD, offs=ends_E)
-    del rows_RD
+    grad_w13_E2FD = w13_E2FD.new_empty(0)
+    if trains_w13:
+        rows_RD = _gather(x_TD, slot_of_row_R, num_rows, weights_TK.size(1))
+        grad_w13_E2FD = kernel(grad_gate_up_R2F.t(), rows_RD, offs=ends_E)
+        del rows_RD
     rows_RD = kernel(grad_gate_up_R2F, w13_E2FD, offs=ends_E)
     grad_x_TD = permute_triton.reduce_rows(rows_RD, row_of_slot_TK)
     return grad_x_TD, grad_w13_E2FD, grad_w2_EDF, grad_weights_TK
@@ -110,9 +138,11 @@ def _expert_ffn_backward(
 
 @_expert_ffn_backward.register_fake
 def _(
-    grad_TD, x_TD, gate_up_R2F, w13, w2, weights_TK, slot_of_row, row_of_slot, counts, some_empty
+    grad, x_TD, gate_up, w13, w2, weights_TK, slot, row, counts, some_empty, trains_w13, trains_w2
 ):
-    return tuple(torch.empty_like(t) for t in (x_TD, w13, w2, weights_TK))
+    grad_w13 = torch.empty_like(w13) if trains_w13 else w13.new_empty(0)
+    grad_w2 = torch.empty_like(w2) if trains_w2 else w2.new_empty(0)
+    return torch.empty_like(x_TD), grad_w13, grad_w2, torch.empty_like(weights_TK)
 
 
 def _gather(x_TD: Tensor, slot_of_row_R: Tensor, num_rows: Tensor | None, top_k: int) -> Tensor:
@@ -132,7 +162,12 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_TD, _):
-    grads = _expert_ffn_backward(grad_TD.contiguous(), *ctx.saved_tensors, ctx.some_empty)
+    trains = ctx.needs_input_grad[1:3]
+    grads = list(
+        _expert_ffn_backward(grad_TD.contiguous(), *ctx.saved_tensors, ctx.some_empty, *trains)
+    )
+    for i, trained in enumerate(trains, start=1):
+        grads[i] = grads[i] if trained else None
     return *grads, None, None, None, None
 
 

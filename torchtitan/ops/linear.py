@@ -1,8 +1,8 @@
 """All products of activations with a model's weights.
 
 Every such product is computed by a layer or function of this file, in every layout and on every
-fast path. A change to how they are computed (weights in the compute dtype today) is made here, and
-reaches all of them:
+fast path. A change to how they are computed (weights in the compute dtype, low-rank adapters) is
+made here, and reaches all of them:
 
     Linear                 attention's projections, feed-forwards, the projection of MTP
     linear_joint           several of those on one input
@@ -21,9 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtitan.ops import grouped_mm
 from torchtitan.ops.expert_ffn import expert_ffn
-from torchtitan.ops.grouped_mm import grouped_linear, local_part
+from torchtitan.ops.grouped_mm import local_part
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
+from torchtitan.ops.lora import (
+    LowRank,
+    Stack,
+    add_grouped_low_rank,
+    add_low_rank,
+    new_adapter,
+    parts,
+    product,
+)
 from torchtitan.ops.permute import RowOrder
 from torchtitan.ops.router_logits import router_logits
 
@@ -41,20 +51,53 @@ __all__ = [
 
 
 class Linear(nn.Linear):
-    """Linear layer without bias, x · weightᵀ: (..., in_features) to (..., out_features)."""
+    """Linear layer without bias, x · weightᵀ: (..., in_features) to (..., out_features).
+
+    lora_A, lora_B: of its low-rank adapter (ops/lora.py); None = it has none.
+    """
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.lora_scale = 0.0
+
+    def adapt(self, rank: int, alpha: float) -> None:
+        """Add a low-rank adapter beside the weight."""
+        self.lora_A, self.lora_B = new_adapter(self.weight, rank)
+        self.lora_scale = alpha / rank
+
+    @property
+    def lora(self) -> LowRank | None:
+        first, second = self.lora_A, self.lora_B
+        if first is None or second is None:
+            return None
+        return LowRank(first, second, self.lora_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return self.adapted(F.linear(x, self.weight), x)
+
+    def adapted(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add the adapter's product, if there is one, to that of the weight.
+
+        y: x · weightᵀ.
+        """
+        lora = self.lora
+        return y if lora is None else add_low_rank(y, x, lora)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight (out, in) in `dtype`, for products other than `forward`'s.
+        """Return the weight (out, in) in `dtype`, adapter included, for products other than
+        `forward`'s.
 
         Call it inside of a forward pass, where FSDP has gathered the weight.
         """
-        return self.weight.to(dtype)
+        lora = self.lora
+        if lora is None:
+            return self.weight.to(dtype)
+        return (self.weight.float() + product(lora)).to(dtype)
 
 
 class Gate(Linear):
@@ -98,40 +141,61 @@ def linear_joint(x: Tensor, joint: Joint, layers: Sequence[Linear]) -> tuple[Ten
     """Compute `layer(x)` for each of `layers`, whose weights are those of `joint`."""
     if joint.tensor is None:
         return tuple(layer(x) for layer in layers)
-    return F.linear(x, joint.tensor).split([layer.out_features for layer in layers], dim=-1)
+    outputs = F.linear(x, joint.tensor).split([layer.out_features for layer in layers], dim=-1)
+    return tuple(layer.adapted(y, x) for layer, y in zip(layers, outputs, strict=True))
+
+
+def grouped_linear(
+    rows_RK: Tensor, stack: Stack, counts_E: Tensor, *, loop: bool = False
+) -> Tensor:
+    """Compute `grouped_mm.grouped_linear`, with the stack's adapter where it has one."""
+    weight, lora = parts(stack)
+    product_RN = grouped_mm.grouped_linear(rows_RK, weight, counts_E, loop=loop)
+    return add_grouped_low_rank(product_RN, rows_RK, lora, counts_E, loop=loop)
 
 
 def grouped_linear_joint(
     rows_RD: Tensor,
     joint: Joint,
-    weights: Sequence[Tensor],
+    stacks: Sequence[Stack],
     counts_E: Tensor,
     *,
     loop: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Compute `grouped_linear` for each of `weights`, which are those of `joint`, of equal size.
+    """Compute `grouped_linear` for each of `stacks`, which are those of `joint`, of equal size.
 
     Each is a product of its own: a single one would round the rows' gradient once instead of twice,
     and layouts with expert parallelism would no longer equal those without to the last bit.
     """
+    weights, adapters = zip(*map(parts, stacks), strict=True)
     if joint.tensor is not None:
-        weights = joint.tensor.chunk(len(weights), dim=joint.dim)
-    return tuple(grouped_linear(rows_RD, each, counts_E, loop=loop) for each in weights)
+        weights = joint.tensor.chunk(len(stacks), dim=joint.dim)
+    return tuple(
+        add_grouped_low_rank(
+            grouped_mm.grouped_linear(rows_RD, weight, counts_E, loop=loop),
+            rows_RD,
+            lora,
+            counts_E,
+            loop=loop,
+        )
+        for weight, lora in zip(weights, adapters, strict=True)
+    )
 
 
 def grouped_ffn(
     x_TD: Tensor,
     joint: Joint,
-    gate_up: Sequence[Tensor],
-    w2_EDF: Tensor,
+    gate_up: Sequence[Stack],
+    down: Stack,
     weights_TK: Tensor,
     order: RowOrder,
 ) -> Tensor:
     """Compute `expert_ffn` with gate and up from `joint`, or of `gate_up` where it has no tensor.
 
-    gate_up: w1 and w3, (E, F, D) each.
+    gate_up, down: w1 and w3, (E, F, D) each; w2, (E, D, F).
     """
+    weights, adapters = zip(*map(parts, (*gate_up, down)), strict=True)
     w13_E2FD = joint.tensor
     if w13_E2FD is None:
-        w13_E2FD = torch.cat([local_part(weight) for weight in gate_up], dim=joint.dim)
-    return expert_ffn(x_TD, w13_E2FD, local_part(w2_EDF), weights_TK, order)
+        w13_E2FD = torch.cat([local_part(weight) for weight in weights[:-1]], dim=joint.dim)
+    return expert_ffn(x_TD, w13_E2FD, local_part(weights[-1]), weights_TK, order, adapters)

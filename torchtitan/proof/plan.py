@@ -6,8 +6,7 @@ Errors in the config or the world size are found here, before any process.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
+from torchtitan.components.finetuning.trained import make_whole_model
 from torchtitan.components.optimizer.param_groups import check_groups
 from torchtitan.config import JobConfig, validate
 from torchtitan.config.phases import coefficients_set
@@ -76,9 +75,7 @@ def make_plan(
     args.check_coefficients(coefficients_set(config.schedule.phase))
     args.check_layout(config.parallelism)
     check_pipeline(config, args)
-    if config.optimizer.group:
-        with torch.device("meta"):
-            check_groups(config.optimizer.group, spec.model_cls(args))
+    check_groups(config.optimizer.group, make_whole_model(spec, args, config))
     worlds, missing = worlds_for(whole, config.parallelism, most)
     training, replaced = short_data(config.training, folder)
     local = replace(config, training=training)

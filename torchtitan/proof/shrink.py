@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import torch
 
+from torchtitan.components.finetuning.lora import adaptable, add_adapters
+from torchtitan.components.finetuning.trained import is_finetuning, make_whole_model
 from torchtitan.components.optimizer.param_groups import trainable
 from torchtitan.config import (
     Checkpoint,
@@ -66,7 +68,7 @@ def shrink(config: JobConfig, args: BaseModelArgs, whole: World, world: World) -
         model["original_seq_len"] = steps.lengths[yarn_from]
     overrides = deep_merge(config.model.args, model)
     overrides.pop("max_seq_len", None)
-    config = _on_this_machine(config, steps.steps)
+    config = _patterns_left(_on_this_machine(config, steps.steps), overrides)
     return replace(
         config,
         model=replace(config.model, args=overrides, hf_assets_path=f"./{DEFAULT_PATH}"),
@@ -110,6 +112,35 @@ def _training(config: JobConfig, steps: Steps) -> dict[str, Any]:
     return sizes
 
 
+def _patterns_left(config: JobConfig, overrides: dict[str, Any]) -> JobConfig:
+    """Without the patterns of frozen parameters and adapters that name nothing in the small model,
+    and without a folder of adapters, whose sizes are others."""
+    if not is_finetuning(config):
+        return config
+    spec = get_train_spec(config.model.name)
+    small = replace(config, model=replace(config.model, args=overrides))
+    with torch.device("meta"):
+        model = spec.model_cls(model_args_of(small, spec, config.training.seq_len))
+    matrices = set(adaptable(model))
+    lora = config.lora
+    if "lora" in config.model.converters:
+        adapted = _left(matrices, lora.fqns)
+        override = [replace(t, fqns=_left(matrices, t.fqns)) for t in lora.override]
+        override = [table for table in override if table.fqns]
+        lora = replace(lora, fqns=adapted, override=override, initial_load_path=None)
+        add_adapters(model, lora)
+    names = {name for name, _ in model.named_parameters()}
+    trained, frozen = (
+        _left(names, getattr(config.training, key)) for key in ("trainable_fqns", "frozen_fqns")
+    )
+    training = replace(config.training, trainable_fqns=trained, frozen_fqns=frozen)
+    return replace(config, lora=lora, training=training)
+
+
+def _left(names: set[str], patterns: list[str]) -> list[str]:
+    return [pattern for pattern in patterns if filter_names(names, pattern)]
+
+
 def _groups_left(config: JobConfig, overrides: dict[str, Any]) -> list[ParamGroup]:
     """Return [[optimizer.group]] without patterns that match nothing in the small model: they name
     layers that it hasn't, or parameters that an earlier table has."""
@@ -118,8 +149,7 @@ def _groups_left(config: JobConfig, overrides: dict[str, Any]) -> list[ParamGrou
         return left
     spec = get_train_spec(config.model.name)
     small = replace(config, model=replace(config.model, args=overrides))
-    with torch.device("meta"):
-        model = spec.model_cls(model_args_of(small, spec, config.training.seq_len))
+    model = make_whole_model(spec, model_args_of(small, spec, config.training.seq_len), small)
     free = {name for name, _ in trainable([model])}
     for table in config.optimizer.group:
         match = [pattern for pattern in table.match if filter_names(free, pattern)]

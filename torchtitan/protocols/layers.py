@@ -6,6 +6,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchtitan.ops.lora import A, Adapted, B, LowRank, Stack, new_adapter
+
 
 class AttentionLayer(nn.Module):
     """Attention whose keys and values are computed from narrow tensors (B, S, ...).
@@ -21,12 +23,37 @@ class AttentionLayer(nn.Module):
 
 
 class ExpertWeights(nn.Module):
-    """Experts of a layer: w1, w3 (E, F, D), w2 (E, D, F), or a rank's part of them."""
+    """Experts of a layer: w1, w3 (E, F, D), w2 (E, D, F), or a rank's part of them.
+
+    An adapter (ops/lora.py) of w1 has the parameters w1_lora_A and w1_lora_B.
+    """
 
     w1: nn.Parameter
     w2: nn.Parameter
     w3: nn.Parameter
     use_grouped_mm: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_scales: dict[str, float] = {}
+
+    def adapt(self, name: str, rank: int, alpha: float) -> None:
+        """Add low-rank adapters, one for each expert.
+
+        name: w1, w2 or w3.
+        """
+        first, second = new_adapter(self.get_parameter(name), rank)
+        self.register_parameter(f"{name}_{A}", first)
+        self.register_parameter(f"{name}_{B}", second)
+        self.lora_scales[name] = alpha / rank
+
+    def stack(self, name: str) -> Stack:
+        """Return w1, w2 or w3, with its adapter where it has one."""
+        weight = getattr(self, name)
+        if name not in self.lora_scales:
+            return weight
+        first, second = (getattr(self, f"{name}_{end}") for end in (A, B))
+        return Adapted(weight, LowRank(first, second, self.lora_scales[name]))
 
 
 class MoELayer(nn.Module):

@@ -23,9 +23,15 @@ class PlugPoint(NamedTuple):
     meaning: str
 
 
-# In the order of a run: cut, tensor, expert, context, recomputation, compile, data, compute
-# weights, then what may change while it runs.
+# In the order of a run: adapters, cut, tensor, expert, context, recomputation, compile, data,
+# compute weights, then what may change while it runs.
 PLUG_POINTS = (
+    PlugPoint(
+        "adapt",
+        "a linear layer; experts",
+        ("components/finetuning/lora.py",),
+        "low-rank adapters beside the weights, in the whole model",
+    ),
     PlugPoint(
         "_modules",
         "the whole model",

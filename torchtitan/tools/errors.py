@@ -57,3 +57,13 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
     if near:
         return f"; did you mean '{folded[near[0]]}'?"
     return "; choose one of " + ", ".join(f"'{candidate}'" for candidate in known) + "."
+
+
+def nearest_pattern(pattern: str, names: Iterable[str]) -> str:
+    """End of a sentence about a pattern that matches none of `names`, as `suggest` makes it."""
+    known = sorted(names)
+    near = difflib.get_close_matches(pattern[:100], known, n=1)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    longest = max(known, key=len)
+    return f"; write a whole name, such as '{longest}', in which * stands for anything."

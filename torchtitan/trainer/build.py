@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from torchtitan.components.finetuning.trained import make_whole_model
 from torchtitan.components.metrics.logger import MetricsLogger, device_name
 from torchtitan.components.optimizer import lr_scheduler
 from torchtitan.config import JobConfig, Parallelism, resolve_degrees, run_schedule
@@ -20,6 +21,7 @@ from torchtitan.distributed.dry_run import check_room
 from torchtitan.distributed.fsdp import materialize
 from torchtitan.distributed.pipeline_parallel import Pipeline, cut_into_parts
 from torchtitan.distributed.pipeline_plan import PipelinePlan
+from torchtitan.ops.lora import is_adapter
 from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.flops import peak_flops
@@ -61,11 +63,10 @@ def shape_model(
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(TORCH_DTYPES[config.training.dtype])
     try:
-        with torch.device("meta"):
-            model = spec.model_cls(model_args)
+        model = make_whole_model(spec, model_args, config)
     finally:
         torch.set_default_dtype(default_dtype)
-    num_params = sum(p.numel() for p in model.parameters())
+    num_params = sum(p.numel() for name, p in model.named_parameters() if not is_adapter(name))
     logger.info(
         "Model: %s %s, %s parameters", config.model.name, config.model.flavor, f"{num_params:,}"
     )

@@ -11,6 +11,7 @@ from torchtitan.components.checkpoint import build_checkpoint_manager
 from torchtitan.components.checkpoint.resume import Start
 from torchtitan.components.checkpoint.run_state import RunState
 from torchtitan.components.dump_folder import alone_in_folders, save_config
+from torchtitan.components.finetuning.trained import log_trained, make_whole_model
 from torchtitan.components.metrics.loss_guard import LossGuard
 from torchtitan.components.metrics.waiting import WaitProfile
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, group_rules
@@ -227,8 +228,10 @@ class BuiltRun:
             # A growing batch takes several micro-batches sooner or later.
             several_passes=self.accumulation > 1 or bool(schedule.phases),
         )
-        with torch.device("meta"):  # the whole model, also where this rank has a stage of it
-            group_rules(config.optimizer).log(self.spec.model_cls(self.model_args))
+        # The whole model, also where this rank has a stage of it.
+        whole = make_whole_model(self.spec, self.model_args, config)
+        log_trained(whole, config)
+        group_rules(config.optimizer).log(whole)
         self.optimizer = build_optimizer(
             [self.model], compute_weights=compute_weights, **vars(config.optimizer)
         )

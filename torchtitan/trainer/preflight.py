@@ -7,6 +7,7 @@ import torch
 
 from torchtitan.components.checkpoint.hf_rules import check_hf
 from torchtitan.components.dump_folder import check_folders
+from torchtitan.components.finetuning.trained import is_finetuning, make_whole_model
 from torchtitan.components.optimizer.param_groups import check_groups
 from torchtitan.components.validate import check_samples
 from torchtitan.config import JobConfig, resolve_degrees, run_schedule, validate
@@ -52,9 +53,8 @@ def check_config(config: JobConfig) -> Checked:
     model_args.check_tokenizer(tokenizer.eos_id)
     model_args.check_coefficients(coefficients_set(config.schedule.phase))
     model_args.check_layout(config.parallelism)
-    if config.optimizer.group:
-        with torch.device("meta"):
-            check_groups(config.optimizer.group, spec.model_cls(model_args))
+    if config.optimizer.group or is_finetuning(config):
+        check_groups(config.optimizer.group, make_whole_model(spec, model_args, config))
     if config.compile.cuda_graph and model_args.has_side_losses:
         raise UserError(
             "compile.cuda_graph = true is not supported yet with multi-token prediction "

@@ -301,6 +301,7 @@ def checkpoint_to_hf(
     averaged: bool = False,
     assets_path: str | Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    reader: Callable[..., StoredTensors] = StoredTensors,
 ) -> None:
     """Write the weights of a checkpoint as a Hugging Face folder; see `load_save.save_hf`.
 
@@ -310,11 +311,12 @@ def checkpoint_to_hf(
     fp8: write the matrices that DeepSeek publishes in FP8 in block-wise FP8, the rest in `dtype`.
     averaged: write the moving average of the parameters; the expert bias is that of the step.
     assets_path: folder of the tokenizer's files, which are copied.
+    reader: called as `StoredTensors`, reads the checkpoint.
     """
     adapter.check_export()
     log_notes(target, adapter.notes())
     require_checkpoint(checkpoint)
-    stored = StoredTensors(checkpoint, averaged=averaged)
+    stored = reader(checkpoint, averaged=averaged)
     pieces = adapter.pieces()
     _check_stored(checkpoint, stored, pieces)
     tmp = _work_folder(target)

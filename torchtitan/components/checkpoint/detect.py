@@ -12,7 +12,9 @@ from torchtitan.components.checkpoint.folder import (
 )
 from torchtitan.components.checkpoint.meta import Identity
 from torchtitan.components.checkpoint.resume import Start, refuse_other_model
+from torchtitan.components.finetuning.lora import lora_of
 from torchtitan.components.huggingface.folder import CONFIG, HFFolder
+from torchtitan.config import LoRA
 from torchtitan.protocols.model import BaseModelArgs, override_fields
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec, family_of, get_train_spec
@@ -24,12 +26,14 @@ class DetectedModel(NamedTuple):
 
     name: of the family.
     flavor: of a Hugging Face folder, the folder's name.
+    lora: the table [lora] of a checkpoint with adapters; None = it has none.
     """
 
     name: str
     flavor: str
     spec: TrainSpec
     args: BaseModelArgs
+    lora: LoRA | None = None
 
 
 def detect_model(source: Path) -> DetectedModel:
@@ -67,7 +71,8 @@ def _of_checkpoint(source: Path) -> DetectedModel:
         raise UserError(
             f"{source / META} describes a model that this version does not support: {error}"
         ) from None
-    return DetectedModel(model["name"], model["flavor"], spec, args)
+    lora = None if model.get("lora") is None else lora_of(model["lora"])
+    return DetectedModel(model["name"], model["flavor"], spec, args, lora)
 
 
 def args_at_start(

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from torchtitan.components.checkpoint.adapters import adapter_files, check_adapter_folder
 from torchtitan.components.checkpoint.folder import steps_with_folder
+from torchtitan.components.finetuning.peft import check_peft
 from torchtitan.components.huggingface.assets import find_assets
 from torchtitan.components.huggingface.folder import HFFolder
 from torchtitan.components.huggingface.load_save import check_folder
@@ -16,6 +18,7 @@ def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> N
     """Raise `UserError` for problems with the folders that a run reads and writes, as far as they
     can be known before the run."""
     settings = config.checkpoint
+    _check_adapters(config, spec, model_args)
     keys = [key for key in ("initial_load_in_hf", "last_save_in_hf") if getattr(settings, key)]
     if not (settings.enable and keys):
         return
@@ -32,6 +35,18 @@ def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> N
     if settings.initial_load_in_hf and not steps_with_folder(own):
         folder = HFFolder(initial_hf_folder(config), spec.hf_repos.get(config.model.flavor))
         check_folder(folder, adapter, quantized=settings.initial_load_in_hf_quantized)
+
+
+def _check_adapters(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> None:
+    lora, files = config.lora, adapter_files(config, spec, model_args)
+    if files is None:
+        return
+    settings = config.checkpoint
+    if settings.enable and settings.last_save_in_hf and not lora.save_merged:
+        check_peft(files.sizes)
+    if lora.initial_load_path is not None:
+        adapter = spec.hf_adapter(model_args, config.model.hf_assets_path)
+        check_adapter_folder(Path(lora.initial_load_path), adapter, files.sizes)
 
 
 def initial_hf_folder(config: JobConfig) -> str:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
+from torchtitan.components.checkpoint.adapters import AdapterFiles, adapter_files
 from torchtitan.components.checkpoint.dcp_storage import (
     CheckpointReader,
     CheckpointWriter,
@@ -54,6 +55,11 @@ from torchtitan.components.checkpoint.resume import (
 )
 from torchtitan.components.checkpoint.run_state import RunState
 from torchtitan.components.checkpoint.stager import build_stager
+from torchtitan.components.checkpoint.trained_parts import (
+    refuse_other_adapters,
+    refuse_other_frozen,
+    stored_tensors,
+)
 from torchtitan.components.huggingface.folder import plan_layout
 from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.components.optimizer.ema import has_average
@@ -96,6 +102,7 @@ class CheckpointManager:
     total_steps: steps of the run; the last one is always saved.
     identity: of the model, for meta.json.
     adapter: converts to and from Hugging Face's format; None where the model has no such format.
+    lora: low-rank adapters of the run; None = it has none.
     """
 
     def __init__(
@@ -106,6 +113,7 @@ class CheckpointManager:
         total_steps: int,
         identity: Identity,
         adapter: StateDictAdapter | None,
+        lora: AdapterFiles | None = None,
     ) -> None:
         self.settings = settings
         self.folder = folder
@@ -115,6 +123,7 @@ class CheckpointManager:
         self.seed = 0  # of this run; set by the trainer
         self.group: dist.ProcessGroup | None = None
         self._adapter = adapter
+        self._lora = lora
         self._choice: CheckpointChoice | None = None
         self._pending: _Pending | None = None
         self._failed: str | None = None  # why the last save failed
@@ -154,20 +163,23 @@ class CheckpointManager:
     def load(self, state: RunState, start: Start) -> None:
         """Fill the parts of `state` that `start` names. Raises `UserError` for a checkpoint of
         another model, before anything is changed."""
-        if start.path is None:
-            return
+        if start.path is not None:
+            self._load_start(state, start, start.path)
+        if self._lora is not None and not start.parts - {"model"}:
+            self._lora.load(state.model, self._hf_adapter, self.group)
+
+    def _load_start(self, state: RunState, start: Start, path: Path) -> None:
         began = time.perf_counter()
         if start.in_hf:
             quantized = self.settings.initial_load_in_hf_quantized
-            path = str(start.path)
             load_hf(state.model, self._hf_adapter, path, quantized=quantized, group=self.group)
             parts = start.parts
         else:
-            parts = self._load(state, start, start.path)
+            parts = self._load(state, start, path)
         logger.info(
             "Loaded %s of %s in %.2f s: %d steps are done",
             ", ".join(part for part in CHECKPOINT_PARTS if part in parts),
-            start.path,
+            path,
             time.perf_counter() - began,
             start.step,
         )
@@ -183,13 +195,16 @@ class CheckpointManager:
         refuse_other_model(path, meta, self.identity)
         same_layout = meta["layout"] == self.identity.layout
         parts = set(start.parts) - (set() if same_layout else {"rng"})
+        refuse_other_adapters(path, meta, self.identity, parts)
         index = read_tensor_index(path)
         if state.average is None or not has_average(index):
             parts.discard("ema")
         tensors = state.tensors(parts)
-        refuse_other_tensors(path, index, tensors, self._ranks)
+        stored = stored_tensors(meta, tensors)
+        refuse_other_frozen(path, index, stored, self._ranks)
+        refuse_other_tensors(path, index, stored, self._ranks)
         try:
-            dcp.load(tensors, storage_reader=CheckpointReader(path), process_group=self.group)
+            dcp.load(stored, storage_reader=CheckpointReader(path), process_group=self.group)
         except CheckpointException as error:
             why = reason_of_failure(error, path)
             raise UserError(
@@ -336,14 +351,13 @@ class CheckpointManager:
         dtype = TORCH_DTYPES[self.settings.export_dtype]
         adapter = self._hf_adapter
         try:
-            save_hf(
-                state.model,
-                adapter,
-                str(path),
-                dtype=dtype,
-                assets_path=adapter.hf_assets_path,
-                group=self.group,
-            )
+            if self._lora is not None:
+                self._lora.export(state.model, adapter, path, dtype, self.group)
+            else:
+                assets = adapter.hf_assets_path
+                save_hf(
+                    state.model, adapter, path, dtype=dtype, assets_path=assets, group=self.group
+                )
         except OSError as error:
             needed = sum(plan_layout(adapter.pieces(), dtype).sizes.values())
             self._failed = f"{path} could not be written: {reason(error, path, needed=needed)}"
@@ -409,4 +423,5 @@ def build_checkpoint_manager(
         total_steps=config.training.steps,
         identity=identity,
         adapter=adapter,
+        lora=adapter_files(config, spec, model_args),
     )

@@ -27,6 +27,7 @@ class Identity:
     all_args: all arguments of the model, from which others rebuild it.
     layout: degrees of parallelism, by name.
     config_hash: of all settings.
+    lora: the table [lora] of a run with adapters; None = it has none.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Identity:
     all_args: dict[str, Any]
     layout: dict[str, Any]
     config_hash: str
+    lora: dict[str, Any] | None = None
 
 
 def make_identity(config: JobConfig, model_args: BaseModelArgs, layout: dict[str, Any]) -> Identity:
@@ -53,6 +55,7 @@ def make_identity(config: JobConfig, model_args: BaseModelArgs, layout: dict[str
         all_args=asdict(model_args),
         layout=layout,
         config_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
+        lora=asdict(config.lora) if "lora" in config.model.converters else None,
     )
 
 
@@ -75,6 +78,7 @@ def make_meta(
             "flavor": identity.flavor,
             "args": identity.model_args,
             "all_args": identity.all_args,
+            **({} if identity.lora is None else {"lora": identity.lora}),
         },
         "config_hash": identity.config_hash,
         "versions": {

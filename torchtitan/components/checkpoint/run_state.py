@@ -116,6 +116,8 @@ class RunState:
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         # torch initialises the state of an optimizer that has not stepped yet (with a step of rate
         # 0), so that tensors to load into exist.
+        if not any(group["params"] for group in self.optimizer.param_groups):
+            return {}  # a pipeline's stage of which nothing is trained, which torch refuses
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         flat = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         return _without_prefix("state", {k: v for k, v in flat.items() if isinstance(v, Tensor)})

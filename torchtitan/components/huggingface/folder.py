@@ -189,25 +189,27 @@ def plan_layout(
     *,
     fp8: bool = False,
     max_file_bytes: int = MAX_FILE_BYTES,
+    file_name: str | None = None,
 ) -> Layout:
     """Plan files in the order of `pieces`, each filled up to `max_file_bytes` (or with one larger
     tensor).
 
     dtype: of all tensors but those that are kept in fp32 or, with `fp8`, become FP8 and scales.
+    file_name: of the only file; None = Hugging Face's names for the files of a model.
     """
     files: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
     filled = 0
     for piece in pieces:
         tensors = _tensors_of(piece, dtype, fp8)
         size = sum(_num_bytes(*tensor) for tensor in tensors.values())
-        if files[-1] and filled + size > max_file_bytes:
+        if file_name is None and files[-1] and filled + size > max_file_bytes:
             files.append({})
             filled = 0
         files[-1] |= tensors
         filled += size
     places, headers, sizes = {}, {}, {}
     for number, tensors in enumerate(files, start=1):
-        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file = file_name or f"model-{number:05d}-of-{len(files):05d}.safetensors"
         headers[file], begins, sizes[file] = _header(tensors)
         places |= {n: Place(file, begins[n], *tensor) for n, tensor in tensors.items()}
     return Layout(places, headers, sizes)

@@ -6,9 +6,10 @@ bitwise the one that a single process writes. Both are collective: all ranks cal
 of them finds a problem, all of them raise the same `UserError`.
 """
 
+import itertools
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -61,8 +62,8 @@ def load_hf(
     quantized: the folder has block-wise FP8 weights (`weight_scale_inv`).
     group: all ranks.
     """
-    state = _tensors_of(model)
-    with _all_or_none(group):
+    state = tensors_of(model)
+    with all_or_none(group):
         folder = HFFolder(path)
         check_folder(folder, adapter, quantized=quantized)
         log_differences(folder, adapter)
@@ -71,9 +72,9 @@ def load_hf(
         if piece.ours in state and not piece.copy:
             by_file[folder.file_of[piece.name]].append(piece)
     mine = [piece for pieces in by_file.values() for piece in pieces]
-    with _all_or_none(group):
+    with all_or_none(group):
         check_shapes(folder, adapter, mine)
-    with _all_or_none(group):
+    with all_or_none(group):
         for piece in mine:
             _read_piece(folder, adapter, piece, state[piece.ours])
         readers = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -135,15 +136,20 @@ def log_notes(path: Path, notes: list[str]) -> None:
 
 def _read_piece(folder: HFFolder, adapter: StateDictAdapter, piece: Piece, tensor: Tensor) -> None:
     """Read this rank's part of one piece."""
+    if part := part_of_piece(piece, tensor):
+        local, offset = part
+        local.copy_(read_rows(folder, adapter, piece, offset, tuple(local.shape)))
+
+
+def part_of_piece(piece: Piece, tensor: Tensor) -> tuple[Tensor, Offset] | None:
+    """This rank's part of a piece, and the index in it at which it begins; None = it has none."""
     local, offset = local_part(tensor)
-    if local.numel() == 0:
-        return
     if piece.index is not None:
         mine = piece.index - offset[0]
         if not 0 <= mine < local.shape[0]:
-            return
+            return None
         local, offset = local[mine], offset[1:]
-    local.copy_(read_rows(folder, adapter, piece, offset, tuple(local.shape)))
+    return (local, offset) if local.numel() else None
 
 
 def read_rows(
@@ -183,6 +189,7 @@ def save_hf(
     dtype: torch.dtype,
     assets_path: str | Path | None = None,
     group: dist.ProcessGroup | None = None,
+    merge: Callable[[str, dict[str, Tensor]], Tensor] = lambda name, state: state[name],
 ) -> None:
     """Write `model` as a Hugging Face folder: safetensors, index, config.json, tokenizer files.
 
@@ -192,12 +199,14 @@ def save_hf(
     dtype: of the weights; the router's bias stays fp32, written minus its minimum.
     assets_path: folder with the tokenizer (assets.py lists the files that are copied).
     group: all ranks; its timeout must allow for the slowest disk.
+    merge: called with a name and the state dict, returns the tensor to write; all ranks that have
+        the tensor call it, in one order.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
-    state = _tensors_of(model)
+    state = tensors_of(model)
     pieces = adapter.pieces()
-    with _all_or_none(group):
+    with all_or_none(group):
         adapter.check_export()
         log_notes(path, adapter.notes())
         writer = HFWriter(tmp, plan_layout(pieces, dtype))
@@ -205,24 +214,26 @@ def save_hf(
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
             writer.create()
-    with _all_or_none(group), closing(writer):
-        for piece in pieces:
-            if piece.ours in state and _writes(state[piece.ours]):
-                _write_piece(writer, piece, state[piece.ours])
+    with all_or_none(group), closing(writer):
+        for ours, of_tensor in itertools.groupby(pieces, key=lambda piece: piece.ours):
+            if ours in state:
+                tensor = merge(ours, state)
+                for piece in of_tensor if writes(tensor) else ():
+                    write_piece(writer, piece, tensor)
     _report_routing(adapter, state, dtype, group)
-    with _all_or_none(group):
+    with all_or_none(group):
         if _rank() == 0:
             (tmp / INDEX).write_text(writer.layout.index() + "\n", encoding="utf-8")
             write_assets(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=False)
             replace_folder(tmp, path)
 
 
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     # torch allows numbers and lists in a state dict; no module of ours has any
     return cast(dict[str, Tensor], get_model_state_dict(model))
 
 
-def _writes(tensor: Tensor) -> bool:
+def writes(tensor: Tensor) -> bool:
     """Whether this rank writes its part: it is the first of the ranks with the same part.
 
     A plain tensor is the same on all ranks that have it, and small: a buffer. All of them write the
@@ -234,14 +245,9 @@ def _writes(tensor: Tensor) -> bool:
     return all(coordinate == 0 for placement, coordinate in where if placement.is_replicate())
 
 
-def _write_piece(writer: HFWriter, piece: Piece, tensor: Tensor) -> None:
-    local, offset = local_part(tensor)
-    if piece.index is not None:
-        mine = piece.index - offset[0]
-        if not 0 <= mine < local.shape[0]:
-            return
-        local, offset = local[mine], offset[1:]
-    if local.numel():
+def write_piece(writer: HFWriter, piece: Piece, tensor: Tensor) -> None:
+    if part := part_of_piece(piece, tensor):
+        local, offset = part
         writer.write(piece.name, piece.written(local), offset)
 
 
@@ -312,7 +318,7 @@ def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 
 @contextmanager
-def _all_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
+def all_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
     """Raise a `UserError` or `OSError` of one rank on all ranks, at the end of the block.
 
     No rank is left waiting then.

@@ -5,6 +5,9 @@ the optimizer. Each has a bf16 copy, with which the module computes: the copy is
 `__dict__`, where Python looks before it asks nn.Module for the parameter of that name. Without
 copies, every forward pass of every micro-batch would cast all weights again.
 
+A frozen parameter has a copy, too, where its dtype differs (training.dtype = "bfloat16" saves it),
+but no gradient.
+
 Where a module declares a `Joint` of weights (ops/linear.py), their copies are one tensor, so that
 one GEMM serves all of them. Parameters that have the compute dtype become views of that tensor.
 
@@ -85,14 +88,17 @@ class ComputeWeights:
         dtype: torch.dtype,
     ) -> Tensor:
         tensor = torch.cat([local_part(p.detach()).to(dtype) for p in params], dim)
-        fused = _Fused(tensor.requires_grad_(), params, dim)
+        trained = any(p.requires_grad for p in params)
+        fused = _Fused(tensor.requires_grad_(trained), params, dim)
         for p, part in zip(params, fused.parts(tensor.detach()), strict=True):
             if p.dtype == dtype:
                 p.data = part  # the parameter itself is the copy
             self._copy_of[p] = part
             self._seen_version[p] = _version(p)
-            p.grad_dtype = torch.float32 if self.fp32_grads else dtype
-        tensor.register_post_accumulate_grad_hook(self._hook(len(self._fused)))
+            if p.requires_grad:
+                p.grad_dtype = torch.float32 if self.fp32_grads else dtype
+        if trained:
+            tensor.register_post_accumulate_grad_hook(self._hook(len(self._fused)))
         self._fused.append(fused)
         return tensor
 
@@ -103,6 +109,8 @@ class ComputeWeights:
             return
         if param.dtype != dtype:
             module.__dict__[name] = self._add([param], 0, dtype)
+            return
+        if not param.requires_grad:
             return
         if self.fp32_grads:
             param.grad_dtype = torch.float32
@@ -123,6 +131,8 @@ class ComputeWeights:
         grad = cast(Tensor, fused.tensor.grad)  # set just before this hook
         fused.tensor.grad = None
         for p, part in zip(fused.params, fused.parts(grad), strict=True):
+            if not p.requires_grad:
+                continue
             if not self.fp32_grads:
                 assert p.grad is None, "gradients of several micro-batches need fp32_grads"
                 p.grad = _placed_as(p, part)

@@ -6,7 +6,8 @@ the current weights; with 0 it begins with the weights that the run begins with.
 counts as one that changed nothing.
 
 The master weights (fp32) are averaged, not their copies in the compute dtype. Buffers are not
-averaged: the average is used with the expert bias of the same step.
+averaged: the average is used with the expert bias of the same step. Nor are frozen parameters: they
+don't change.
 
 Each rank averages the parts that it holds, in fp32: DTensors stay DTensors, but on the CPU, so that
 checkpoints reshard them as they do the weights. On a GPU the weights are copied to pinned memory on
@@ -44,7 +45,7 @@ def check_has_average(checkpoint: Path, index: Metadata) -> None:
 
 
 class WeightAverage:
-    """Average of the parameters that this rank holds of `model`.
+    """Average of the trained parameters that this rank holds of `model`.
 
     has_begun: whether the average exists yet; set it after loading one into `tensors`.
     """
@@ -52,7 +53,8 @@ class WeightAverage:
     def __init__(self, model: nn.Module, settings: EMA) -> None:
         self.settings = settings
         self.has_begun = False
-        self._params = dict(model.named_parameters())
+        named = model.named_parameters()
+        self._params = {name: param for name, param in named if param.requires_grad}
         self._average: dict[str, Tensor] = {}
         self._incoming: dict[str, Tensor] = {}  # pinned, for parameters on a GPU
         self._copied: torch.cuda.Event | None = None

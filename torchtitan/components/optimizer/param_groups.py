@@ -11,7 +11,6 @@ group's parameters doesn't have the group, which is not an error. Patterns that 
 at all are found before the run starts.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.config import ParamGroup
 from torchtitan.config.schema import as_text
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import UserError, nearest_pattern
 from torchtitan.tools.logging import logger
 
 
@@ -79,7 +78,7 @@ class GroupRules:
         lr: base learning rate.
         """
         params = trainable(model_parts)
-        kinds = sorted({isinstance(p, DTensor) for _, p in params})
+        kinds = sorted({isinstance(p, DTensor) for _, p in params}) or [False]
         members: dict[tuple[Place, bool], list[nn.Parameter]] = {}
         for place in self._always():
             members |= {(place, kind): [] for kind in ([False] if place.muon else kinds)}
@@ -148,9 +147,11 @@ def check_groups(tables: Sequence[ParamGroup], model: nn.Module) -> None:
         for pattern in table.match:
             named = {name for name in names if fnmatchcase(name, pattern)}
             if not named:
+                frozen = any(fnmatchcase(name, pattern) for name, _ in model.named_parameters())
                 raise UserError(
-                    f"optimizer.group {n}: match {as_text(pattern)} matches no parameter of this "
-                    f"model{_example(pattern, names)}"
+                    f"optimizer.group {n}: match {as_text(pattern)} matches no "
+                    f"{'trained ' if frozen else ''}parameter of this "
+                    f"model{nearest_pattern(pattern, names)}"
                 )
             if not named & free:
                 raise UserError(
@@ -160,11 +161,3 @@ def check_groups(tables: Sequence[ParamGroup], model: nn.Module) -> None:
                 )
             taken |= named
         free -= taken
-
-
-def _example(pattern: str, names: set[str]) -> str:
-    near = difflib.get_close_matches(pattern, sorted(names), n=1)
-    if near:
-        return f"; did you mean '{near[0]}'?"
-    longest = max(sorted(names), key=len)
-    return f"; write a whole name, such as '{longest}', in which * stands for anything."

@@ -11,6 +11,7 @@ from torchtitan.config.degrees import check_sequence, resolve_degrees
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.phases import run_schedule
 from torchtitan.config.rules.checkpoint import check_checkpoint
+from torchtitan.config.rules.lora import check_finetuning
 from torchtitan.config.rules.metrics import check_alarms
 from torchtitan.config.rules.numbers import check_numbers
 from torchtitan.config.rules.optimizer import check_optimizer_groups, check_state_dtype
@@ -46,6 +47,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     check_cpu_offload(config, world_size, device_type)
     check_state_dtype(config)
     check_optimizer_groups(config)
+    check_finetuning(config)
     check_profiling(config, device_type)
     check_validation(config)
     check_checkpoint(config, world_size)

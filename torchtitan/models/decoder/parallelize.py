@@ -16,6 +16,7 @@ from torchtitan.models.decoder.model import Decoder, TransformerBlock
 from torchtitan.models.moe import MoE
 from torchtitan.models.moe.layout import log_expert_layout
 from torchtitan.ops.grouped_mm import why_loop
+from torchtitan.ops.lora import is_adapter
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import TORCH_DTYPES, device_type
@@ -119,12 +120,17 @@ def _log_expert_gemm(moes: dict[int, MoE], config: JobConfig) -> bool:
     reason = "moe_args.use_grouped_mm is off"
     if experts.use_grouped_mm:
         _, hidden_dim, dim = experts.w1.shape
-        reason = why_loop(
-            TORCH_DTYPES[config.training.mixed_precision_param],
-            (dim, hidden_dim),
-            on_cpu=device_type() == "cpu",
-            compiling=config.compile.enable,
-        )
+        adapters = [tuple(p.shape[1:]) for n, p in experts.named_parameters() if is_adapter(n)]
+        reasons = [
+            why_loop(
+                TORCH_DTYPES[config.training.mixed_precision_param],
+                sizes,
+                on_cpu=device_type() == "cpu",
+                compiling=config.compile.enable,
+            )
+            for sizes in [(dim, hidden_dim), *adapters]
+        ]
+        reason = next(filter(None, reasons), None)
     if reason and config.compile.cuda_graph:
         raise UserError(
             f"compile.cuda_graph = true needs grouped GEMM for experts, but {reason}; set it to "

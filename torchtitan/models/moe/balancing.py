@@ -65,7 +65,7 @@ def update_expert_bias(moes: Sequence[MoELayer], load_LE: Tensor) -> None:
     balanced = [
         (moe.expert_bias, direction_E.to(moe.expert_bias.dtype) * moe.load_balance_coeff)
         for moe, direction_E in zip(moes, direction_LE, strict=True)
-        if moe.expert_bias is not None and moe.load_balance_coeff is not None
+        if moe.expert_bias is not None and moe.load_balance_coeff  # 0 leaves the bias alone
     ]
     if balanced:
         biases, steps = map(list, zip(*balanced, strict=True))

@@ -77,12 +77,13 @@ class GroupedExperts(ExpertWeights):
         rows: int64 rows of each expert (L,), or the order of the tokens' rows from `sort_slots`.
         weights: fp32 factors on the experts' outputs, (R,) or (T, K).
         """
+        gate_up, down = (self.stack("w1"), self.stack("w3")), self.stack("w2")
         if isinstance(rows, RowOrder):
             assert weights is not None, "tokens come with their routing weights"
-            return grouped_ffn(x, self.w13, (self.w1, self.w3), self.w2, weights, rows)
+            return grouped_ffn(x, self.w13, gate_up, down, weights, rows)
         loop = not self.use_grouped_mm
-        gate_RF, up_RF = grouped_linear_joint(x, self.w13, (self.w1, self.w3), rows, loop=loop)
-        return grouped_linear(swiglu(gate_RF, up_RF, weights), self.w2, rows, loop=loop)
+        gate_RF, up_RF = grouped_linear_joint(x, self.w13, gate_up, rows, loop=loop)
+        return grouped_linear(swiglu(gate_RF, up_RF, weights), down, rows, loop=loop)
 
 
 class MoE(KeepsBufferDtypes, MoELayer):
