@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from torchtitan.components.metrics.logger import MetricsLogger, device_name
 from torchtitan.components.optimizer import lr_scheduler
-from torchtitan.config import JobConfig, Parallelism, resolve_degrees, run_schedule
+from torchtitan.config import JobConfig, Parallelism, resolve_degrees, run_schedule, to_dict
 from torchtitan.config.phases import RunSchedule
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.dry_run import check_room
@@ -129,6 +129,8 @@ def build_metrics(config: JobConfig, device: torch.device, start_step: int) -> M
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         start_step=start_step,
+        enable_report=settings.enable_report,
+        wandb_config=to_dict(config) if settings.enable_wandb else None,
     )
 
 

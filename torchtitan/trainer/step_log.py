@@ -164,7 +164,10 @@ class StepLog:
             logger.info("%s", traffic_line(traffic, now.batch_size * now.seq_len))
         watched = balance | violation_numbers(result.loads)
         watched |= {"loss": result.loss, "grad_norm": result.grad_norm}
-        return self.alarms.check(progress.step, watched)
+        action = self.alarms.check(progress.step, watched)
+        for reason in self.alarms.reasons:
+            self.metrics.event(progress.step, "alarm", why=reason)
+        return action
 
     def _routing_numbers(
         self, result: StepResult, biases: Mapping[int, Tensor | None], model_args: BaseModelArgs

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import torchtitan
 from torchtitan.components.checkpoint.meta import WEIGHTS
 from torchtitan.components.metrics.alarms import Action
+from torchtitan.components.metrics.logger import device_name
 from torchtitan.components.optimizer.lr_scheduler import resume_lr_scheduler
 from torchtitan.data.dataloader import merge_states
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
@@ -26,6 +28,7 @@ from torchtitan.distributed.utils import (
 )
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
+from torchtitan.report import report_at_end
 from torchtitan.tools.errors import RunError
 from torchtitan.tools.logging import logger
 from torchtitan.trainer.build import (
@@ -43,7 +46,18 @@ class Trainer(BuiltRun):
     """
 
     def train(self) -> None:
-        """Run all steps, with their log lines."""
+        """Run all steps, with their log lines; then write the report, also of a run that fails."""
+        self.metrics.event(self.step, "start", **self._start_facts())
+        try:
+            how = self._run_steps()
+        except RunError as error:
+            self._end(f"failed: {error}")
+            raise
+        self._end(how)
+        logger.info("Training %s after step %d", how, self.step)
+
+    def _run_steps(self) -> str:
+        """Run all steps. Returns how the run ended."""
         config, steps = self.config, self.config.training.steps
         first = self.phases.schedule.at(self.tokens_seen)
         logger.info(
@@ -70,6 +84,8 @@ class Trainer(BuiltRun):
                 if self.metrics.should_log(self.step) or validation or stopping:
                     alarm = self._log(result, interval, validation)
                     interval = Interval()
+                if result.verdict != "update":
+                    self.metrics.event(self.step, result.verdict, loss=result.loss)
                 rewound = result.verdict == "rewind"
                 if rewound:
                     self._rewind()
@@ -85,10 +101,28 @@ class Trainer(BuiltRun):
                     self.warming_up = False
             self.stop.end_steps()
             self.checkpoint.finish()
-        how = "finished" if self.step >= steps else f"stopped short of {steps} steps,"
         if self.step < steps and self.stop.number:
-            how = f"was ended by {Signals(self.stop.number).name} short of {steps} steps,"
-        logger.info("Training %s after step %d", how, self.step)
+            return f"was ended by {Signals(self.stop.number).name} short of {steps} steps,"
+        return "finished" if self.step >= steps else f"stopped short of {steps} steps,"
+
+    def _start_facts(self) -> dict[str, Any]:
+        """Facts of this start, for the report."""
+        experts = f", EP {self.dims.ep}" if self.dims.ep > 1 else ""
+        return {
+            "steps": self.config.training.steps,
+            "devices": dist.get_world_size(),
+            "device": device_name(self.device),
+            "layout": self.dims.describe() + experts,
+            "torch": torch.__version__,
+            "version": torchtitan.__version__,
+            "settings_file": self.config.job.save_config_file,
+        }
+
+    def _end(self, how: str) -> None:
+        """Record the end, and write the report on rank 0."""
+        self.metrics.event(self.step, "end", how=how.rstrip(","))
+        if self.rank == 0 and self.config.metrics.enable_report:
+            report_at_end(self.config.job.dump_folder)
 
     def train_step(self, batches: Iterator[Batch], interval: Interval) -> StepResult:
         """Run one optimizer step over `accumulation` micro-batches."""
@@ -185,6 +219,7 @@ class Trainer(BuiltRun):
             return
         if change.phase:
             logger.info("Step %d: in phase %s: %s", self.step, now.title, now.describe())
+            self.metrics.event(self.step, "phase", title=now.title, settings=now.describe())
         resume_lr_scheduler(self.lr_scheduler, self.lr_scheduler.last_epoch)  # also after a rewind
         self.model.set_coefficients(now.coefficients)
 
