@@ -149,7 +149,7 @@ def texts_in_tensorboard(folder: Path) -> dict[str, list[bytes]]:
     (run,) = folder.iterdir()
     events = EventAccumulator(str(run)).Reload()
     tags = events.Tags()
-    assert {"validation_loss", "validation_perplexity"} <= set(tags["scalars"])
+    assert {"validation_metrics/loss", "validation_metrics/perplexity"} <= set(tags["scalars"])
     written = {}
     for tag in tags["tensors"]:
         assert [event.step for event in events.Tensors(tag)] == [1, 2, 4]

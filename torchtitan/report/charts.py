@@ -120,6 +120,14 @@ CHARTS = [
 ]
 
 
+def charts_of(runs: Sequence[Run]) -> list[Chart]:
+    """List the charts, with the one of the datasets that these runs blend."""
+    prefix = "blend_tokens/"
+    names = dict.fromkeys(name for run in runs for name in run.curves if name.startswith(prefix))
+    lines = [Line(name, name.removeprefix(prefix), 1e-6) for name in names]
+    return [*CHARTS, Chart("Tokens read from each dataset", "millions", lines)]
+
+
 def figure(chart: Chart, runs: Sequence[Run]) -> Any | None:
     """Draw a chart; None where no run has any of its numbers."""
     import plotly.graph_objects as go

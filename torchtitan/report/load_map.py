@@ -9,7 +9,7 @@ from torchtitan.report.charts import base_layout
 from torchtitan.report.read import Run
 
 # Fewer records of the largest models, so that the page stays below some megabytes.
-_CELLS = 1_500_000
+_CELLS = 1_000_000
 _MOST = 400  # percent; what is above has the colour of this
 # Dark blue (idle) over teal (a fair share, 100 %) to pale yellow (overloaded); its brightness only
 # rises. Positions are logarithmic in the load: 25, 50, 100, 200 and 400 %.
@@ -45,7 +45,7 @@ def load_figure(run: Run) -> Any | None:
         trace["visible"] = n == shown
     layout = base_layout("", height=420)
     layout |= {"hovermode": "closest", "margin": {"l": 8, "r": 8, "t": 48, "b": 8}}
-    layout["yaxis"] |= {"autorange": "reversed", "title": {"text": _axis(shown)}}
+    layout["yaxis"] |= {"autorange": "reversed", "title": {"text": _axis(shown)}, "tickformat": "d"}
     layout["updatemenus"] = [_menu(names, shown)]
     return go.Figure(maps, layout)
 

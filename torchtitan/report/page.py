@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from torchtitan.report import tables
-from torchtitan.report.charts import CHARTS, figure
+from torchtitan.report.charts import charts_of, figure
 from torchtitan.report.load_map import load_figure
 from torchtitan.report.read import Run
 
@@ -30,7 +30,8 @@ dl { display: grid; gap: 8px 20px; margin: 0 0 12px;
 dt { font-size: .8rem; color: var(--soft); } dd { margin: 0; font-weight: 600; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 3px 10px 3px 0;
-  border-bottom: 1px solid var(--line); min-width: 3.5em; }
+  border-bottom: 1px solid var(--line); overflow-wrap: normal; }
+.sample { white-space: pre-wrap; }
 details { margin-top: .6rem; } summary { cursor: pointer; }
 .js-plotly-plot text { fill: var(--text) !important; }
 .js-plotly-plot .hoverlayer text { fill: #1c2430 !important; }
@@ -82,7 +83,7 @@ def _section(title: str, inside: str, note: str = "", *, wide: bool = False) -> 
 def _charts(runs: Sequence[Run]) -> list[str]:
     found = [
         _section(chart.title, _div(drawn), chart.note)
-        for chart in CHARTS
+        for chart in charts_of(runs)
         if (drawn := figure(chart, runs)) is not None
     ]
     for run in runs:

@@ -14,7 +14,7 @@ from torchtitan.tools.errors import UserError
 
 METRICS, CONFIG, MODEL_ARGS = "metrics.jsonl", "config.json", "model_args.json"
 # Numbers by layer are most of a record's bytes, and the report takes them from expert_load.jsonl.
-_BY_LAYER = re.compile(rb', "layer_\w+": \{[^{}]*\}')
+_BY_LAYER = re.compile(rb', "layer_\w+": \{[^}]*\}')
 _GIVE_A_RUN = "give the job.dump_folder of a run, or a metrics.N.jsonl of an earlier run in it"
 
 
@@ -34,7 +34,7 @@ class Curve:
 class Run:
     """One run.
 
-    curves: by name in the record; `name/key` for numbers by dataset.
+    curves: by name in the record; blend_tokens by dataset, as `blend_tokens/name`.
     events: in order; see `History.event`.
     load_steps: (records,) of `loads`.
     loads: uint16 (records, E), percent of the layer's mean, by layer.
@@ -126,18 +126,19 @@ def _records(
 def _curves(records: Iterator[dict[str, Any]]) -> dict[str, Curve]:
     points: dict[str, tuple[list[int], list[float]]] = {}
     for record in records:
-        step = record["step"]
+        step = record.pop("step")
         if not isinstance(step, int):
             continue
+        if isinstance(blend := record.pop("blend_tokens", None), dict):
+            record |= {f"blend_tokens/{name}": tokens for name, tokens in blend.items()}
         for name, value in record.items():
-            parts = {name: value}
-            if isinstance(value, dict):
-                parts = {f"{name}/{key}": number for key, number in value.items()}
-            for key, number in parts.items() if name != "step" else ():
-                if (as_float := _number(number)) is not None:
-                    steps, values = points.setdefault(key, ([], []))
-                    steps.append(step)
-                    values.append(as_float)
+            if type(value) is not float and (value := _number(value)) is None:
+                continue
+            if name not in points:
+                points[name] = [], []
+            steps, values = points[name]
+            steps.append(step)
+            values.append(value)
     return {name: Curve(np.array(s), np.array(v)) for name, (s, v) in points.items()}
 
 

@@ -166,7 +166,9 @@ def samples(run: Run) -> str:
     for event in run.events:
         if event["event"] == "sample":
             prompt, text = escape(str(event.get("prompt"))), escape(str(event.get("text")))
-            by_step.setdefault(event["step"], []).append(f"<p><b>{prompt}</b>{text}</p>")
+            by_step.setdefault(event["step"], []).append(
+                f'<p class="sample"><b>{prompt}</b>{text}</p>'
+            )
     steps = list(by_step)
     chosen = sorted({*steps[:1], *steps[-_SAMPLES:]}, reverse=True)
     return "".join(
