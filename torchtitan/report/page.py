@@ -9,7 +9,7 @@ from torchtitan.report.charts import charts_of, figure
 from torchtitan.report.load_map import load_figure
 from torchtitan.report.read import Run
 
-# Plotly draws SVG, whose texts take the page's colours: they follow the reader's light or dark mode.
+# Plotly draws SVG, whose texts take the page's colours: they follow light and dark mode.
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c2430; --page: #f6f7f9; --card: #ffffff;
   --line: #d5dae1; --soft: #5b6675; }

@@ -1,9 +1,8 @@
-"""Records beside metrics.jsonl that the report of a run is made of: its events, and each expert's
-load over time.
+"""Records beside metrics.jsonl for the report of a run: its events, and each expert's load.
 
-events.jsonl     starts, checkpoints, skipped steps, rewinds, alarms, phases, sample texts, the end; in
-                 the order in which they happened: steps that a rewind repeats keep theirs
-expert_load.jsonl     tokens of each expert in percent of its layer's mean, some 200 times a run
+events.jsonl: starts, checkpoints, skipped steps, rewinds, alarms, phases, sample texts, the end; in
+    the order in which they happened: steps that a rewind repeats keep theirs.
+expert_load.jsonl: tokens of each expert in percent of its layer's mean, some 200 times a run.
 """
 
 import json
@@ -24,8 +23,8 @@ _LOADS_OF_A_RUN = 200
 
 
 class History:
-    """Writes both files. Like metrics.jsonl they are continued by a resumed run and renamed by a new
-    one (start_step 0).
+    """Writes both files. Like metrics.jsonl they are continued by a resumed run and renamed by a
+    new one (start_step 0).
 
     total_steps: of the run; sets how often loads are recorded.
     """

@@ -1,4 +1,4 @@
-"""Names of a record's numbers in TensorBoard and Weights & Biases: grouped, torchtitan's where it has
+"""Names of a record's numbers in TensorBoard and Weights & Biases: grouped, torchtitan's if it has
 one.
 
 `metrics.jsonl` has the names on the left. docs/read_a_run.md explains each of them.

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from torchtitan.components.metrics.names import FIRST_CHARTS, curves
 from torchtitan.components.metrics.record_file import RecordFile, move_aside, take_back
@@ -65,8 +64,8 @@ def _finite(value):
 
 
 class TensorBoardWriter:
-    """Writes scalars under the names of `names.curves`, one image, and the layout of the charts that
-    come first.
+    """Writes scalars under the names of `names.curves`, one image, and the layout of the charts
+    that come first.
 
     Each new run has its own dated folder below `parent`, whose curves TensorBoard shows together. A
     resumed run continues the newest; records of the interrupted one after `start_step` are
