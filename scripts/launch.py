@@ -29,7 +29,8 @@ from torchtitan.tools.error_file import (
     read_stop_code,
 )
 from torchtitan.tools.logging import init_logger, logger
-from torchtitan.tools.signals import SignalListener, stop_code
+from torchtitan.tools.progress_bar import share_terminal
+from torchtitan.tools.signals import TRACE, SignalListener, stop_code
 
 
 class Launch:
@@ -43,6 +44,7 @@ class Launch:
         self.folder = Path(tempfile.mkdtemp(prefix="torchtitan-"))
         self.error_file = self.folder / "errors.jsonl"
         os.environ[ERROR_FILE] = str(self.error_file)  # the ranks inherit both
+        share_terminal()
         path = (sys.path[0], os.environ.get("PYTHONPATH"))  # the package need not be installed
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self._number = 0
@@ -57,6 +59,9 @@ class Launch:
 
     def _receive(self, number: signal.Signals, sender: int | None) -> None:
         ranks = _children()
+        if number == TRACE:
+            _kill(ranks, number)
+            return
         if self._number:
             self._end(128 + number, f"{number.name}: the second signal, so all ranks end at once")
         self._number = number

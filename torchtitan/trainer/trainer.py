@@ -6,7 +6,8 @@ numbers.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing
 from signal import Signals
 from typing import Any
 
@@ -36,7 +37,7 @@ from torchtitan.trainer.build import (
 )
 from torchtitan.trainer.built_run import BuiltRun
 from torchtitan.trainer.forward_backward import Batch
-from torchtitan.trainer.step_log import Interval, Outcome, StepResult
+from torchtitan.trainer.step_log import Interval, Outcome, StepBar, StepResult
 
 
 class Trainer(BuiltRun):
@@ -67,7 +68,8 @@ class Trainer(BuiltRun):
             first.seq_len,
         )
         batches, interval = iter(self.dataloader), Interval()
-        with profilers(config, self.rank, self.step) as profile_step, self.stop:
+        bar = StepBar(steps, self.step, self.tokens_seen)
+        with self._profilers() as profile_step, self.stop, closing(bar):
             self.stop.begin_steps(saves=self.checkpoint.saves)
             stopping = self._was_asked_to_stop()
             while self.step < steps and not stopping:
@@ -84,8 +86,6 @@ class Trainer(BuiltRun):
                 if self.metrics.should_log(self.step) or validation or stopping:
                     alarm = self._log(result, interval, validation)
                     interval = Interval()
-                if result.verdict != "update":
-                    self.metrics.event(self.step, result.verdict, loss=result.loss)
                 rewound = result.verdict == "rewind"
                 if rewound:
                     self._rewind()
@@ -95,12 +95,26 @@ class Trainer(BuiltRun):
                 if alarm == "stop":
                     self.checkpoint.finish()
                     raise RunError(f"{self.step_log.alarms.reason}, and its action is to stop.")
+                bar.show(self.step, result.loss, self.tokens_seen)
                 profile_step()
                 if self.warming_up:
                     set_timeout(config.comm.train_timeout_seconds, self.checkpoint.group)
                     self.warming_up = False
             self.stop.end_steps()
             self.checkpoint.finish()
+        return self._how_it_ended()
+
+    def _profilers(self) -> AbstractContextManager[Callable[[], None]]:
+        return profilers(
+            self.config,
+            self.rank,
+            self.step,
+            asked=self.stop.take_trace_request,
+            waiting_freq=self.waiting.freq,
+        )
+
+    def _how_it_ended(self) -> str:
+        steps = self.config.training.steps
         if self.step < steps and self.stop.number:
             return f"was ended by {Signals(self.stop.number).name} short of {steps} steps,"
         return "finished" if self.step >= steps else f"stopped short of {steps} steps,"
@@ -278,6 +292,8 @@ class Trainer(BuiltRun):
         """Update weights and expert bias together, or (in a bad step) neither of them."""
         load, rank_losses = outcome.load, outcome.rank_losses
         verdict = self.loss_guard.judge(self.step, rank_losses, outcome.grad_norm)
+        if verdict != "update":
+            self.metrics.event(self.step, verdict, loss=sum(rank_losses))
         if verdict == "update":
             self._before_update()
             self.optimizer.step()
