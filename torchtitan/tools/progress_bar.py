@@ -32,6 +32,7 @@ def progress_bar(total: int, what: str, unit: str, done: int = 0) -> Any:
     """Open a bar (tqdm's). Rank 0 shows it, where it is the only rank that logs.
 
     what: text in front of it.
+    unit: "B" is shown with prefixes, as 1.5 GB.
     done: units that are done already.
     """
     from tqdm import tqdm
@@ -47,6 +48,8 @@ def progress_bar(total: int, what: str, unit: str, done: int = 0) -> Any:
         dynamic_ncols=True,
         leave=False,
         smoothing=0.1,
+        unit_scale=unit == "B",
+        unit_divisor=1024,
     )
 
 

@@ -1,4 +1,4 @@
-"""Dumps in the flight recorder's format (torch's version 2.10 of it), and the sentence about them."""
+"""Dumps in the flight recorder's format (its version 2.10), and the sentence about them."""
 
 import os
 import pickle
