@@ -1,6 +1,7 @@
 """Writing of a report: at the end of a run, which it never makes fail, and on request."""
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 NAME = "report.html"
-INSTALL = "pip install plotly"
+INSTALL = f"{sys.executable} -m pip install plotly"
 
 
 def report_at_end(dump_folder: str | os.PathLike) -> None:

@@ -5,6 +5,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -20,11 +21,17 @@ for n in track(range(3), 3, "working", "step"):
 """
 
 
+def open_terminal() -> tuple[int, int]:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    return ours, theirs
+
+
 def run(terminal: bool, **variables: str) -> str:
     """What the program writes to its stderr, which may be a terminal."""
-    env = os.environ | {"PYTHONPATH": str(REPO), "TERM": "xterm", "COLUMNS": "80"} | variables
+    env = os.environ | {"PYTHONPATH": str(REPO), "TERM": "xterm"} | variables
     env.pop(progress_bar.TERMINAL, None)
-    ours, theirs = pty.openpty() if terminal else os.pipe()
+    ours, theirs = open_terminal() if terminal else os.pipe()
     process = subprocess.Popen([sys.executable, "-c", PROGRAM], stderr=theirs, env=env)
     os.close(theirs)
     text = b""
@@ -72,7 +79,7 @@ def test_elsewhere_there_are_plain_lines(terminal, variables):
 
 
 def test_a_rank_behind_a_launcher_draws_on_its_terminal(monkeypatch):
-    ours, theirs = pty.openpty()
+    ours, theirs = open_terminal()
     monkeypatch.setenv(progress_bar.TERMINAL, os.ttyname(theirs))
     monkeypatch.setenv("TERM", "xterm")
     for name in ("RANK", "LOG_RANK"):
