@@ -38,8 +38,8 @@ def written(tmp_path_factory) -> set[str]:
         model__args__moe_args__num_expert_groups=4,
         model__args__moe_args__num_limited_groups=2,
     )
-    blend_option = as_option(blend, "training.blend")
-    assert main([*options, blend_option, as_option(phases)]) == 0
+    options.remove("--training.dataset=sample")  # the blend replaces it
+    assert main([*options, as_option(blend, "training.blend"), as_option(phases)]) == 0
     names = {name for record in records(folder) for name in record}
     names |= set(traffic_numbers({1: torch.ones(2, 3, dtype=torch.int64)}, 1))
     names |= set(re.findall(r'"(\w+)": ', inspect.getsource(waiting.WaitProfile._share)))
