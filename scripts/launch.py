@@ -25,11 +25,14 @@ from scripts import entry
 from torchtitan.tools.error_file import (
     ERROR_FILE,
     have_steps_begun,
+    read_dumps_prefix,
     read_first_error,
     read_stop_code,
 )
+from torchtitan.tools.flight_recorder import explain
 from torchtitan.tools.logging import init_logger, logger
-from torchtitan.tools.signals import SignalListener, stop_code
+from torchtitan.tools.progress_bar import share_terminal
+from torchtitan.tools.signals import TRACE, SignalListener, stop_code
 
 
 class Launch:
@@ -43,20 +46,32 @@ class Launch:
         self.folder = Path(tempfile.mkdtemp(prefix="torchtitan-"))
         self.error_file = self.folder / "errors.jsonl"
         os.environ[ERROR_FILE] = str(self.error_file)  # the ranks inherit both
+        share_terminal()
         path = (sys.path[0], os.environ.get("PYTHONPATH"))  # the package need not be installed
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self._number = 0
+        self._began = time.time()
         SignalListener(self._receive).start()
 
     def exit_code(self) -> int:
         """Exit code of a run that went well."""
         return stop_code(self._number) if self._number else read_stop_code(self.error_file)
 
+    def explain_dumps(self) -> str | None:
+        """Explain the flight recorder's files of this run; None without any."""
+        prefix = read_dumps_prefix(self.error_file)
+        if prefix is None or not prefix.parent.is_dir():
+            return None
+        return explain(prefix.parent, prefix.name, since=self._began)
+
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _receive(self, number: signal.Signals, sender: int | None) -> None:
         ranks = _children()
+        if number == TRACE:
+            _kill(ranks, number)
+            return
         if self._number:
             self._end(128 + number, f"{number.name}: the second signal, so all ranks end at once")
         self._number = number
@@ -112,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
             run.main(arguments)
         except ChildFailedError as error:
             reported = read_first_error(launch.error_file)
-            killed = _killed(*error.get_first_failure())
+            killed = _killed(*error.get_first_failure(), launch.explain_dumps())
             if reported is None and killed is None:  # only torchrun's report exists
                 raise
             sentence, exit_code = reported or ("no other rank reported an error", 1)
@@ -123,10 +138,11 @@ def main(arguments: list[str] | None = None) -> int:
         launch.close()
 
 
-def _killed(rank: int, failure: Any) -> str | None:
+def _killed(rank: int, failure: Any, dumps: str | None = None) -> str | None:
     """Describe the first failure, "rank 1 was ended by SIGKILL"; None if no signal caused it.
 
     failure: torch's ProcessFailure.
+    dumps: a sentence about the flight recorder's files.
     """
     if failure.exitcode >= 0:
         return None
@@ -139,8 +155,8 @@ def _killed(rank: int, failure: Any) -> str | None:
         )
     if name == "SIGABRT":
         hint = (
-            " (as NCCL's watchdog does: see its lines above and the flight recorder's files in "
-            "comm.save_traces_folder)"
+            " (as NCCL's watchdog does: see its lines above; "
+            f"{dumps or 'the flight recorder left no files in comm.save_traces_folder'})"
         )
     return f"rank {rank} was ended by {name}{hint}"
 

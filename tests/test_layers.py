@@ -16,10 +16,11 @@ HEIGHT = {
     "models": 4,
     "data": 4,
     "components": 5,
-    "trainer": 6,
-    "planning": 7,
-    "proof": 7,
-    "train": 8,
+    "report": 6,
+    "trainer": 7,
+    "planning": 8,
+    "proof": 8,
+    "train": 9,
 }
 # The same inside a folder.
 ROOMS = {

@@ -39,9 +39,9 @@ def test_tensorboard_shows_the_same_numbers_and_the_expert_load(run):
     events = EventAccumulator(
         str(next((run / "tb").iterdir())), size_guidance={"scalars": 0}
     ).Reload()
-    shown = [(event.step, event.value) for event in events.Scalars("loss")]
+    shown = [(event.step, event.value) for event in events.Scalars("loss_metrics/global_avg_loss")]
     assert shown == [(n + 1, pytest.approx(loss)) for n, loss in enumerate(losses(run))]
-    assert "layer_max_violation/layer_1" in events.Tags()["scalars"]
+    assert "balance_by_layer/max_violation/layer_1" in events.Tags()["scalars"]
     assert len(events.Images("expert_load")) > 0
 
 

@@ -24,6 +24,7 @@ TINY = {
     "lr_scheduler.warmup_steps": 0,
     "activation_checkpoint.mode": "none",
     "metrics.log_freq": 1,
+    "metrics.enable_report": False,
     "debug.seed": 7,
 }
 

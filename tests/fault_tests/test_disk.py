@@ -50,7 +50,7 @@ def curve(folder: Path) -> list[int]:
     (run,) = folder.iterdir()
     events = EventAccumulator(str(run))
     events.Reload()
-    return [point.step for point in events.Scalars("loss")]
+    return [point.step for point in events.Scalars("loss_metrics/global_avg_loss")]
 
 
 # ---------------------------------------------------------------------------------------------

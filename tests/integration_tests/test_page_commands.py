@@ -76,6 +76,7 @@ _SCRIPT = "tests/integration_tests/test_run_train.py::"
 _NODES = "test_the_debug_model_with_experts_on_two_nodes_trains_like_one_process"
 _EXPERTS = "--parallelism.expert_parallel_degree 4 --parallelism.expert_parallel_node_size 1"
 _PLAN = "tests/unit_tests/planning/test_plan.py::test_report_page_and_data_say_the_same"
+_REPORT = "tests/unit_tests/report/test_report.py::"
 _CONTRACT = "tests/distributed_tests/test_loss_contract.py::"
 RUN_BY_ANOTHER_TEST = {
     "./run_train.sh": f"{_SCRIPT}test_a_file_written_for_torchtitan_v02_runs_at_once",
@@ -95,6 +96,13 @@ RUN_BY_ANOTHER_TEST = {
     "--json plan.json --tokens 1e12 --activation_checkpoint.mode full": _PLAN,
     "python scripts/prove.py train_configs/deepseek_v3_671b.toml --world-size 2048": (
         "tests/unit_tests/proof/test_shrink.py::test_shipped_files_shrink_to_runs_that_are_legal"
+    ),
+    "python scripts/report.py outputs": f"{_REPORT}test_the_page_has_everything_that_was_recorded",
+    "python scripts/report.py RUN_A RUN_B --out both.html": (
+        f"{_REPORT}test_runs_beside_each_other_have_their_curves_and_what_differs"
+    ),
+    "python scripts/explain_hang.py outputs/comm_traces": (
+        "tests/unit_tests/tools/test_flight_recorder.py::test_the_script_prints_the_sentence"
     ),
     "NGPU=2 ./run_train.sh --metrics.log_freq 1": (
         f"{_CONTRACT}test_the_debug_model_repeats_its_committed_losses"

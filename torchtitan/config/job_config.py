@@ -81,6 +81,8 @@ class Metrics:
     """Alarms on numbers of the log, [[metrics.alarm]]; keys of each: docs/config.md (ours)."""
     enable_wandb: bool = False
     """Send metrics to Weights & Biases."""
+    enable_report: bool = True
+    """Record what report.html shows, and write it at the end of the run (ours)."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from torchtitan.tools.flight_recorder import explain_last_dumps
+
 _OF_COMMUNICATION = re.compile(r"gloo|NCCL|by peer|Timed out waiting|Broken pipe", re.IGNORECASE)
 _HANGS = re.compile(r"time[d ]*out", re.IGNORECASE)
 # All ranks notice a dead peer within moments, a hanging one at times that differ a little.
@@ -35,7 +37,10 @@ def explain_lost_peer(error: BaseException, step: int) -> str | None:
     who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
     recorder = ""
     if dist.get_backend() == "nccl":
-        recorder = "; what each rank did last is in the files of comm.save_traces_folder"
+        recorder = explain_last_dumps() or (
+            "what each rank did last is in the files of comm.save_traces_folder"
+        )
+        recorder = f"; {recorder}"
     # Cut the position in gloo's sources and its guesses at the cause.
     reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).split(". ")[0].splitlines()[0][:200]
     return f"step {step}: {who} {fate} ({_collective(error)}: {reason}){recorder}."

@@ -15,7 +15,9 @@ from torchtitan.config import Comm, Debug
 from torchtitan.distributed import dry_run
 from torchtitan.distributed.agreement import Meeting, Settings
 from torchtitan.distributed.meeting_point import meet
+from torchtitan.tools import flight_recorder
 from torchtitan.tools.disk import SideOutput
+from torchtitan.tools.error_file import name_dumps
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.launcher import planned_processes, read_launch, warn_if_alone_by_mistake
 from torchtitan.tools.logging import logger
@@ -123,7 +125,8 @@ def _set_up_flight_recorder(config: Comm, dump_folder: str) -> None:
         with SideOutput(str(prefix.parent), prefix.parent, lost).attempt():
             prefix.parent.mkdir(parents=True, exist_ok=True)
             os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
-            os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(prefix)
+            os.environ[flight_recorder.PREFIX] = str(prefix)
+            name_dumps(prefix)
 
 
 def set_timeout(seconds: int, except_for: dist.ProcessGroup | None = None) -> None:

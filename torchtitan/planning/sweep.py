@@ -12,6 +12,7 @@ from torchtitan.planning.plan import Plan, assemble
 from torchtitan.planning.ranks import PlannedRun, plan_run
 from torchtitan.planning.trace import Traces, trace_run
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.progress_bar import track
 
 # By what the table calls them: mode and option of [activation_checkpoint].
 RECOMPUTED = {"none": ("none", "2"), "op": ("selective", "op"), "full": ("full", "2")}
@@ -40,7 +41,9 @@ def sweep(
     """Plan layouts with the config's global batch; those that fit come first, by speed."""
     run = plan_run(config, world_size, gpus_per_node=hardware.gpus_per_node, phase=phase)
     traced: dict[tuple, Traces] = {}
-    rows = [_try(run, hardware, layout, skew, traced) for layout in _layouts(run)]
+    layouts = list(_layouts(run))
+    tried = track(layouts, len(layouts), "planning", "layout")
+    rows = [_try(run, hardware, layout, skew, traced) for layout in tried]
     return sorted(rows, key=lambda row: (bool(row.reason), -row.tokens_per_second_per_gpu))
 
 

@@ -73,8 +73,23 @@ def read_stop_code(path: Path) -> int:
     return int(_stop_code(path).read_text()) if _stop_code(path).exists() else 0
 
 
+def name_dumps(prefix: Path) -> None:
+    """Tell the launcher where ranks write what they did last; see tools/flight_recorder.py."""
+    if ERROR_FILE in os.environ:
+        _dumps(Path(os.environ[ERROR_FILE])).write_text(str(prefix.absolute()))
+
+
+def read_dumps_prefix(path: Path) -> Path | None:
+    """Read the path of `name_dumps`; None where no rank has written it."""
+    return Path(_dumps(path).read_text()) if _dumps(path).exists() else None
+
+
 def _begun(path: Path, rank: int) -> Path:
     return path.with_name(f"begun-{rank}")
+
+
+def _dumps(path: Path) -> Path:
+    return path.with_name("dumps")
 
 
 def _stop_code(path: Path) -> Path:

@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 
+from torchtitan.tools.progress_bar import CLEAR_LINE, beside_a_bar
+
 logger = logging.getLogger("torchtitan")
 
 
@@ -15,6 +17,7 @@ def init_logger() -> None:
         sys.stderr = open(os.devnull, "w")
     handler = logging.StreamHandler(sys.stderr)
     prefix = "[titan]" if rank == "0" else f"[titan rank {rank}]"
+    prefix = CLEAR_LINE + prefix if beside_a_bar() else prefix
     handler.setFormatter(
         logging.Formatter(f"{prefix} %(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     )

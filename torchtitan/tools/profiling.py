@@ -1,6 +1,6 @@
-"""Traces and memory snapshots of a running job, every `profile_freq` steps.
+"""Traces and memory snapshots of a running job, every `profile_freq` steps or on request.
 
-Both are context managers around the training loop that yield an object with `step()`, to be called
+They are context managers around the training loop that yield an object with `step()`, to be called
 at the end of each training step. Disabled, they yield one that does nothing, so the loop has no
 branches. Open a trace in https://ui.perfetto.dev and a snapshot in https://pytorch.org/memory_viz.
 """
@@ -8,7 +8,7 @@ branches. Open a trace in https://ui.perfetto.dev and a snapshot in https://pyto
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -66,23 +66,12 @@ def maybe_profile(
     output = SideOutput(f"The trace for {folder}", folder, "later ones are tried")
 
     def save(profiler: torch.profiler.profile) -> None:
-        step = start_step + profiler.step_num
-        # After an exception in here torch's profiler would crash later (2.13).
-        with output.attempt(Exception):
-            path = _file_of(folder, f"iteration_{step}", f"rank{rank}_trace.json")
-            began = time.monotonic()
-            _export(profiler, path)
-            logger.info(f"profiler: wrote {path} in {time.monotonic() - began:.1f} s")
+        _save_trace(profiler, folder, start_step + profiler.step_num, rank, output)
 
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    elif torch.xpu.is_available():
-        activities.append(ProfilerActivity.XPU)
     logger.info(f"profiler: a trace every {profile_freq} steps in {folder}")
     schedule = torch.profiler.schedule(wait=wait, warmup=profiler_warmup, active=profiler_active)
     with torch.profiler.profile(
-        activities=activities,
+        activities=_activities(),
         # torch counts its own steps from 0; ours continue from the checkpoint's.
         schedule=lambda step: schedule(step + start_step),
         on_trace_ready=save,
@@ -158,6 +147,26 @@ class _MemorySnapshots:
             logger.info(f"memory snapshot: wrote {path}")
 
 
+def _activities() -> list[ProfilerActivity]:
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    elif torch.xpu.is_available():
+        activities.append(ProfilerActivity.XPU)
+    return activities
+
+
+def _save_trace(
+    profiler: torch.profiler.profile, folder: Path, step: int, rank: int, output: SideOutput
+) -> None:
+    # After an exception in here torch's profiler would crash later (2.13).
+    with output.attempt(Exception):
+        path = _file_of(folder, f"iteration_{step}", f"rank{rank}_trace.json")
+        began = time.monotonic()
+        _export(profiler, path)
+        logger.info(f"profiler: wrote {path} in {time.monotonic() - began:.1f} s")
+
+
 def _export(profiler: torch.profiler.profile, path: Path) -> None:
     """Write the trace; raise `OSError` where that fails, which torch's own code in C++ does not."""
     with whole_or_none(path.with_name(path.name + ".tmp")), whole_or_none(path):  # torch 2.13's
@@ -173,3 +182,122 @@ def _export(profiler: torch.profiler.profile, path: Path) -> None:
 def _file_of(folder: Path, subfolder: str, name: str) -> Path:
     (folder / subfolder).mkdir(parents=True, exist_ok=True)
     return folder / subfolder / name
+
+
+# -----------------------------------------------------------------------------
+# On request
+
+
+class RequestedTraces:
+    """Records the next steps of this rank when asked to, and with CUDA the allocator's history.
+
+    The files are named like those of `maybe_profile` and `maybe_memory_snapshot`, after the last
+    recorded step.
+
+    asked: whether a trace was asked for since its last call.
+    folder, snapshot_folder: for traces and memory snapshots.
+    active, warmup: steps that are recorded, and steps before them.
+    busy_freq: at its multiples another profiler runs, so a trace waits until they are past; 0 =
+        none.
+    scheduled, snapshots_scheduled: what runs on its own schedule, which a request can't change.
+    """
+
+    def __init__(
+        self,
+        asked: Callable[[], bool],
+        folder: Path,
+        snapshot_folder: Path,
+        *,
+        active: int,
+        warmup: int,
+        start_step: int,
+        rank: int,
+        busy_freq: int = 0,
+        scheduled: bool = False,
+        snapshots_scheduled: bool = False,
+    ) -> None:
+        self.asked, self.folder = asked, folder
+        self.active, self.warmup = active, warmup
+        self.steps_done, self.rank = start_step, rank
+        self.busy_freq, self.scheduled = busy_freq, scheduled
+        self._snapshots = None
+        if torch.cuda.is_available():
+            self._snapshots = _MemorySnapshots(snapshot_folder, 1, start_step, rank)
+        self._keeps_history = snapshots_scheduled
+        self._profiler: torch.profiler.profile | None = None
+        self._until = 0
+        self._waits = False
+        self._output = SideOutput(f"The trace for {folder}", folder, "later ones are tried")
+
+    def step(self) -> None:
+        """Call after each step."""
+        self.steps_done += 1
+        if self._profiler is not None:
+            self._profiler.step()
+            if self.steps_done == self._until:
+                self._finish()
+        if self.asked():
+            self._waits = self._profiler is None and self._can_record()
+        if self._waits and not self._meets_another():
+            self._waits = False
+            self._start()
+
+    def close(self) -> None:
+        """End a trace that is being recorded without writing it."""
+        if self._profiler is not None:
+            self._profiler.on_trace_ready = None
+            self._profiler.stop()
+            self._profiler = None
+            self._end_history()
+
+    def _can_record(self) -> bool:
+        steps = self.warmup + self.active
+        if self.scheduled:
+            logger.warning(
+                "SIGUSR2: traces are written on schedule already (profiling.enable_profiling)"
+            )
+            return False
+        if 0 < self.busy_freq <= steps:
+            logger.warning(
+                f"SIGUSR2: no trace of {steps} steps (profiling.profiler_warmup + profiler_active) "
+                f"fits between those of metrics.waiting_freq = {self.busy_freq}"
+            )
+            return False
+        return True
+
+    def _meets_another(self) -> bool:
+        """Whether another profiler runs in the steps that a trace would take."""
+        last = self.steps_done + self.warmup + self.active
+        return self.busy_freq > 0 and last // self.busy_freq > self.steps_done // self.busy_freq
+
+    def _start(self) -> None:
+        self._until = self.steps_done + self.warmup + self.active
+        logger.warning(
+            f"SIGUSR2: recording until step {self._until}, for {self.folder}/iteration_"
+            f"{self._until}/rank{self.rank}_trace.json"
+        )
+        if self._snapshots is not None and not self._keeps_history:
+            torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+        self._profiler = torch.profiler.profile(
+            activities=_activities(),
+            schedule=torch.profiler.schedule(
+                wait=0, warmup=self.warmup, active=self.active, repeat=1
+            ),
+            on_trace_ready=lambda profiler: _save_trace(
+                profiler, self.folder, self.steps_done, self.rank, self._output
+            ),
+            record_shapes=True,
+        )
+        self._profiler.start()
+
+    def _finish(self) -> None:
+        assert self._profiler is not None
+        self._profiler.stop()
+        self._profiler = None
+        if self._snapshots is not None:
+            self._snapshots.save(f"iteration_{self.steps_done}")
+        self._end_history()
+
+    def _end_history(self) -> None:
+        if self._snapshots is not None and not self._keeps_history:
+            torch.cuda.memory._record_memory_history(enabled=None)

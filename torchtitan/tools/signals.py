@@ -1,4 +1,5 @@
-"""Signals that ask a run to end: it finishes its step, saves, and logs it in one sentence.
+"""Signals that ask a run to end: it finishes its step, saves, and logs it in one sentence. And one,
+SIGUSR2, that asks for a trace of the next steps.
 
 SLURM sends SIGUSR1 ahead of the time limit where the job asks for it (`--signal=USR1@120`) and
 SIGTERM before it kills; Kubernetes sends SIGTERM and waits for the pod's grace period; Ctrl-C is
@@ -18,6 +19,8 @@ from torchtitan.tools.error_file import leave_stop_code, mark_steps_begun
 from torchtitan.tools.logging import logger
 
 POLITE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+TRACE = signal.SIGUSR2
+_LISTENED = (*POLITE, TRACE)
 # Environment variable, set by a launcher that was started with nohup. Its ranks can't see that
 # SIGHUP is ignored: torchrun installs handlers of its own.
 _NOHUP = "TITAN_NOHUP"
@@ -37,7 +40,8 @@ def stop_code(number: int) -> int:
 
 
 class SignalListener:
-    """Passes this process's POLITE signals to `receive(signal, sender's pid)`, in a thread.
+    """Passes this process's POLITE signals and TRACE to `receive(signal, sender's pid)`, in a
+    thread.
 
     A handler would wait for the main thread, which may be inside of a collective that waits for a
     dead rank, and would not know the sender. Threads and processes that are started meanwhile
@@ -55,11 +59,11 @@ class SignalListener:
         if nohup:
             os.environ[_NOHUP] = "1"
         self._ignored = {signal.SIGHUP} if nohup else set()
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _LISTENED)
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             # For signals that the kernel delivers to an older thread, which doesn't block them.
-            for number in POLITE:
+            for number in _LISTENED:
                 self._handlers[number] = signal.signal(number, lambda n, _: self._take(n, None))
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -77,7 +81,7 @@ class SignalListener:
 
     def _listen(self) -> None:
         while True:
-            info = signal.sigwaitinfo(POLITE)
+            info = signal.sigwaitinfo(_LISTENED)
             if self._closed:
                 return
             self._take(info.si_signo, info.si_pid)
@@ -91,7 +95,7 @@ class SignalListener:
 
 
 class StopRequest:
-    """Request to end the run, by a signal: `number`, 0 for none.
+    """Request to end the run, by a signal: `number`, 0 for none. And requests for traces.
 
     Before the first step there is nothing to save: a single process ends at once, ranks end when
     all of them have joined. From then on the run ends after its step. The second signal ends the
@@ -103,6 +107,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0
+        self._trace = False  # asked for, not yet taken
         self._phase: Literal["start", "steps", "end"] = "start"
         self._plan = "ends after this step"
         self._received = False  # by this rank itself
@@ -141,6 +146,11 @@ class StopRequest:
         """Take over the signal that some rank has received (0: none)."""
         self.number = self.number or number
 
+    def take_trace_request(self) -> bool:
+        """Whether a trace was asked for since the last call."""
+        asked, self._trace = self._trace, False
+        return asked
+
     def exit_code(self) -> int:
         """Exit code of a run that ended well.
 
@@ -154,6 +164,9 @@ class StopRequest:
         return 0
 
     def _receive(self, number: signal.Signals, sender: int | None) -> None:
+        if number == TRACE:
+            self._trace = True
+            return
         forwarded = self._launcher is not None and sender == self._launcher
         if self._phase == "start" and forwarded:  # the launcher ends all ranks: one has failed
             os._exit(128 + number)

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchtitan.components.finetuning.trained import make_whole_model
 from torchtitan.components.metrics.logger import MetricsLogger, device_name
 from torchtitan.components.optimizer import lr_scheduler
-from torchtitan.config import JobConfig, Parallelism, resolve_degrees, run_schedule
+from torchtitan.config import JobConfig, Parallelism, resolve_degrees, run_schedule, to_dict
 from torchtitan.config.phases import RunSchedule
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.dry_run import check_room
@@ -27,7 +28,7 @@ from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.flops import peak_flops
 from torchtitan.tools.launcher import planned_processes
 from torchtitan.tools.logging import logger
-from torchtitan.tools.profiling import maybe_memory_snapshot, maybe_profile
+from torchtitan.tools.profiling import RequestedTraces, maybe_memory_snapshot, maybe_profile
 from torchtitan.tools.utils import TORCH_DTYPES, device_type
 
 
@@ -130,6 +131,8 @@ def build_metrics(config: JobConfig, device: torch.device, start_step: int) -> M
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         start_step=start_step,
+        enable_report=settings.enable_report,
+        wandb_config=to_dict(config) if settings.enable_wandb else None,
     )
 
 
@@ -178,9 +181,15 @@ def build_pipeline(
 
 
 @contextmanager
-def profilers(config: JobConfig, rank: int, start_step: int) -> Iterator[Callable[[], None]]:
-    """Record the traces and memory snapshots of [profiling]; call the yielded function after every
-    step."""
+def profilers(
+    config: JobConfig, rank: int, start_step: int, *, asked: Callable[[], bool], waiting_freq: int
+) -> Iterator[Callable[[], None]]:
+    """Record the traces and memory snapshots of [profiling], and those asked for by SIGUSR2; call
+    the yielded function after every step.
+
+    asked: whether a trace was asked for since its last call.
+    waiting_freq: steps between those that `WaitProfile` profiles; 0 = none.
+    """
     settings = config.profiling
     where = {"dump_folder": config.job.dump_folder, "rank": rank, "start_step": start_step}
     with (
@@ -198,10 +207,25 @@ def profilers(config: JobConfig, rank: int, start_step: int) -> Iterator[Callabl
             profile_freq=settings.profile_freq,
             **where,
         ) as snapshots,
+        closing(
+            RequestedTraces(
+                asked,
+                Path(config.job.dump_folder, settings.save_traces_folder),
+                Path(config.job.dump_folder, settings.save_memory_snapshot_folder),
+                active=settings.profiler_active,
+                warmup=settings.profiler_warmup,
+                start_step=start_step,
+                rank=rank,
+                busy_freq=waiting_freq,
+                scheduled=settings.enable_profiling,
+                snapshots_scheduled=settings.enable_memory_snapshot,
+            )
+        ) as requested,
     ):
 
         def after_step() -> None:
             profiler.step()
             snapshots.step()
+            requested.step()
 
         yield after_step

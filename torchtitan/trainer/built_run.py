@@ -251,6 +251,7 @@ class BuiltRun:
         config, training = self.config, self.config.training
         self.metrics = build_metrics(config, self.device, start_step)
         self._open.callback(self.metrics.close)
+        self.checkpoint.on_event = self.metrics.event
         # Two profilers at a time can't be.
         freq = 0 if config.profiling.enable_profiling else config.metrics.waiting_freq
         self.waiting = WaitProfile(freq, self.device)

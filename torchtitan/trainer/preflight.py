@@ -8,6 +8,7 @@ import torch
 from torchtitan.components.checkpoint.hf_rules import check_hf
 from torchtitan.components.dump_folder import check_folders
 from torchtitan.components.finetuning.trained import is_finetuning, make_whole_model
+from torchtitan.components.metrics.wandb_writer import check_wandb
 from torchtitan.components.optimizer.param_groups import check_groups
 from torchtitan.components.validate import check_samples
 from torchtitan.config import JobConfig, resolve_degrees, run_schedule, validate
@@ -40,6 +41,7 @@ def check_config(config: JobConfig) -> Checked:
     check_readable("model.hf_assets_path", config.model.hf_assets_path)
     check_compile_backend(config.compile)
     check_memory_budget(config.activation_checkpoint)
+    check_wandb(config.metrics.enable_wandb)
     spec = get_train_spec(config.model.name)
     model_args = model_args_of(config, spec, config.training.seq_len)
     tokenizer = load_tokenizer(config.model.hf_assets_path, spec.hf_repos.get(config.model.flavor))

@@ -1,5 +1,6 @@
 """The result of a step, and the numbers of it that are logged."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.protocols.layers import MoELayer
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.logging import logger
+from torchtitan.tools.progress_bar import progress_bar
 from torchtitan.tools.utils import TORCH_DTYPES
 from torchtitan.trainer.progress import Progress
 
@@ -94,6 +96,23 @@ class Interval:
     flops: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     data_seconds: float = 0.0
+
+
+class StepBar:
+    """Progress bar of a run: step, loss, tokens per second, time left."""
+
+    def __init__(self, steps: int, done: int, tokens_seen: int) -> None:
+        self._bar = progress_bar(steps, "training", "step", done)
+        self._before = time.perf_counter(), tokens_seen
+        self.close = self._bar.close
+
+    def show(self, step: int, loss: float, tokens_seen: int) -> None:
+        """step: done; smaller than before after a rewind."""
+        (then, tokens), now = self._before, time.perf_counter()
+        speed = max(0, tokens_seen - tokens) / max(now - then, 1e-9)
+        self._before = now, tokens_seen
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+        self._bar.update(step - self._bar.n)
 
 
 class StepLog:
@@ -168,7 +187,10 @@ class StepLog:
             logger.info("%s", traffic_line(traffic, now.batch_size * now.seq_len))
         watched = balance | violation_numbers(result.loads)
         watched |= {"loss": result.loss, "grad_norm": result.grad_norm}
-        return self.alarms.check(progress.step, watched)
+        action = self.alarms.check(progress.step, watched)
+        for reason in self.alarms.reasons:
+            self.metrics.event(progress.step, "alarm", why=reason)
+        return action
 
     def _shares(self, result: StepResult, now: StepSettings) -> Numbers:
         """Shares of a step with conversations: places that are no padding, tokens with a label."""

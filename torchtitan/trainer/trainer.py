@@ -6,7 +6,8 @@ numbers.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing
 from signal import Signals
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import torchtitan
 from torchtitan.components.checkpoint.meta import WEIGHTS
 from torchtitan.components.metrics.alarms import Action
+from torchtitan.components.metrics.logger import device_name
 from torchtitan.components.optimizer.lr_scheduler import resume_lr_scheduler
 from torchtitan.data.dataloader import merge_states
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
@@ -25,6 +28,7 @@ from torchtitan.distributed.utils import (
     sum_over_ranks,
 )
 from torchtitan.models.moe.balancing import step_loads, update_expert_bias
+from torchtitan.report import report_at_end
 from torchtitan.tools.errors import RunError
 from torchtitan.tools.logging import logger
 from torchtitan.trainer.build import (
@@ -32,7 +36,7 @@ from torchtitan.trainer.build import (
 )
 from torchtitan.trainer.built_run import BuiltRun
 from torchtitan.trainer.forward_backward import Batch, StepCounts
-from torchtitan.trainer.step_log import Interval, Outcome, StepResult
+from torchtitan.trainer.step_log import Interval, Outcome, StepBar, StepResult
 
 
 class Trainer(BuiltRun):
@@ -42,7 +46,18 @@ class Trainer(BuiltRun):
     """
 
     def train(self) -> None:
-        """Run all steps, with their log lines."""
+        """Run all steps, with their log lines; then write the report, also of a run that fails."""
+        self.metrics.event(self.step, "start", **self._start_facts())
+        try:
+            how = self._run_steps()
+        except RunError as error:
+            self._end(f"failed: {error}")
+            raise
+        self._end(how)
+        logger.info("Training %s after step %d", how, self.step)
+
+    def _run_steps(self) -> str:
+        """Run all steps. Returns how the run ended."""
         config, steps = self.config, self.config.training.steps
         first = self.phases.schedule.at(self.tokens_seen)
         logger.info(
@@ -52,7 +67,8 @@ class Trainer(BuiltRun):
             first.seq_len,
         )
         batches, interval = iter(self.dataloader), Interval()
-        with profilers(config, self.rank, self.step) as profile_step, self.stop:
+        bar = StepBar(steps, self.step, self.tokens_seen)
+        with self._profilers() as profile_step, self.stop, closing(bar):
             self.stop.begin_steps(saves=self.checkpoint.saves)
             stopping = self._was_asked_to_stop()
             while self.step < steps and not stopping:
@@ -78,16 +94,48 @@ class Trainer(BuiltRun):
                 if alarm == "stop":
                     self.checkpoint.finish()
                     raise RunError(f"{self.step_log.alarms.reason}, and its action is to stop.")
+                bar.show(self.step, result.loss, self.tokens_seen)
                 profile_step()
                 if self.warming_up:
                     set_timeout(config.comm.train_timeout_seconds, self.checkpoint.group)
                     self.warming_up = False
             self.stop.end_steps()
             self.checkpoint.finish()
-        how = "finished" if self.step >= steps else f"stopped short of {steps} steps,"
+        return self._how_it_ended()
+
+    def _profilers(self) -> AbstractContextManager[Callable[[], None]]:
+        return profilers(
+            self.config,
+            self.rank,
+            self.step,
+            asked=self.stop.take_trace_request,
+            waiting_freq=self.waiting.freq,
+        )
+
+    def _how_it_ended(self) -> str:
+        steps = self.config.training.steps
         if self.step < steps and self.stop.number:
-            how = f"was ended by {Signals(self.stop.number).name} short of {steps} steps,"
-        logger.info("Training %s after step %d", how, self.step)
+            return f"was ended by {Signals(self.stop.number).name} short of {steps} steps,"
+        return "finished" if self.step >= steps else f"stopped short of {steps} steps,"
+
+    def _start_facts(self) -> dict[str, Any]:
+        """Facts of this start, for the report."""
+        experts = f", EP {self.dims.ep}" if self.dims.ep > 1 else ""
+        return {
+            "steps": self.config.training.steps,
+            "devices": dist.get_world_size(),
+            "device": device_name(self.device),
+            "layout": self.dims.describe() + experts,
+            "torch": torch.__version__,
+            "version": torchtitan.__version__,
+            "settings_file": self.config.job.save_config_file,
+        }
+
+    def _end(self, how: str) -> None:
+        """Record the end, and write the report on rank 0."""
+        self.metrics.event(self.step, "end", how=how.rstrip(","))
+        if self.rank == 0 and self.config.metrics.enable_report:
+            report_at_end(self.config.job.dump_folder)
 
     def train_step(self, batches: Iterator[Batch], interval: Interval) -> StepResult:
         """Run one optimizer step over `accumulation` micro-batches."""
@@ -185,6 +233,7 @@ class Trainer(BuiltRun):
             return
         if change.phase:
             logger.info("Step %d: in phase %s: %s", self.step, now.title, now.describe())
+            self.metrics.event(self.step, "phase", title=now.title, settings=now.describe())
         resume_lr_scheduler(self.lr_scheduler, self.lr_scheduler.last_epoch)  # also after a rewind
         self.model.set_coefficients(now.coefficients)
 
@@ -245,6 +294,8 @@ class Trainer(BuiltRun):
         """Update weights and expert bias together, or (in a bad step) neither of them."""
         load, rank_losses = outcome.load, outcome.rank_losses
         verdict = self.loss_guard.judge(self.step, rank_losses, outcome.grad_norm)
+        if verdict != "update":
+            self.metrics.event(self.step, verdict, loss=sum(rank_losses))
         if verdict == "update":
             self._before_update()
             self.optimizer.step()

@@ -59,6 +59,7 @@ OURS = {
     "training.dataset_lanes",
     "training.non_finite_loss",
     "metrics.alarm",
+    "metrics.enable_report",
     "metrics.log_routing",
     "training.loss_spike",
     "training.loss_spike_factor",

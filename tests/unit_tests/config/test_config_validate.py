@@ -37,7 +37,6 @@ def test_defaults_are_fine_for_any_number_of_processes(world_size):
             ["quantize.linear.float8"],
             'converting the model (FP8); ["quantize.linear.float8"]; []',
         ),
-        ("metrics.enable_wandb", True, "Weights & Biases; true; false"),
         (
             "comm.mode",
             "local_tensor",

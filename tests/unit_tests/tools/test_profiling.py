@@ -2,12 +2,13 @@
 
 import json
 import pickle
+from contextlib import closing
 
 import pytest
 import torch
 
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.profiling import maybe_memory_snapshot, maybe_profile
+from torchtitan.tools.profiling import RequestedTraces, maybe_memory_snapshot, maybe_profile
 
 # torch warns once that a trace holds its own steps only, which is what we want.
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
@@ -163,3 +164,56 @@ def test_a_real_snapshot_can_be_read(tmp_path):
             for trace in pickle.load(file)["device_traces"]
             for event in trace
         )
+
+
+# ---------------------------------------------------------------- on request
+
+
+def requested(folder, asked_at, *, steps, **changes):
+    """Run steps, with a trace asked for in some of them."""
+    wanted = []
+    settings = dict(active=2, warmup=1, start_step=100, rank=3) | changes
+    traces = RequestedTraces(
+        lambda: bool(wanted and wanted.pop()), folder, folder / "snapshots", **settings
+    )
+    with closing(traces):
+        for step in range(101, 101 + steps):
+            with torch.profiler.record_function(f"work_of_step_{step}"):
+                torch.ones(4).sum()
+            if step in asked_at:
+                wanted.append(True)
+            traces.step()
+
+
+def test_a_request_takes_a_trace_of_the_next_steps(tmp_path):
+    requested(tmp_path, {102, 108}, steps=12)
+    # 103 warms up; a second request takes a second trace.
+    assert traces_in(tmp_path) == {"iteration_105": [104, 105], "iteration_111": [110, 111]}
+
+
+def test_a_request_while_one_is_taken_counts_as_the_same(tmp_path):
+    requested(tmp_path, {102, 103}, steps=12)
+    assert list(traces_in(tmp_path)) == ["iteration_105"]
+
+
+def test_a_request_waits_until_another_profiler_is_past(tmp_path):
+    requested(tmp_path, {102}, steps=12, busy_freq=5)  # 105: so from 105 on, for 106 to 108
+    assert traces_in(tmp_path) == {"iteration_108": [107, 108]}
+
+
+def test_a_trace_that_is_not_finished_at_the_end_is_not_written(tmp_path):
+    requested(tmp_path, {102}, steps=3)
+    assert traces_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize("changes", [{"scheduled": True}, {"busy_freq": 3}])
+def test_a_request_that_cannot_be_met_is_refused_in_a_sentence(tmp_path, caplog, changes):
+    requested(tmp_path, {102}, steps=12, **changes)
+    assert traces_in(tmp_path) == {}
+    assert caplog.messages and caplog.messages[0].startswith("SIGUSR2: ")
+
+
+@needs_cuda
+def test_a_request_on_cuda_also_takes_a_memory_snapshot(tmp_path):
+    requested(tmp_path, {102}, steps=8)
+    assert (tmp_path / "snapshots/iteration_105/rank3_memory_snapshot.pickle").exists()

@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.utils import _create_file_view
-from tqdm import tqdm
 
 from torchtitan.components.checkpoint.dcp_storage import (
     HashingStream,
@@ -76,6 +75,7 @@ from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter, war
 from torchtitan.tools.disk import reason, whole_or_none
 from torchtitan.tools.errors import UserError, some
 from torchtitan.tools.folder_lock import FolderLock
+from torchtitan.tools.progress_bar import progress_bar
 
 PREFIX = "model."  # of weights among the tensors of a checkpoint
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
@@ -104,10 +104,6 @@ def _explaining_disk_errors(convert: Callable[..., None]) -> Callable[..., None]
             ) from None
 
     return locked
-
-
-def _progress_bar(total_bytes: int, done_bytes: int) -> tqdm:
-    return tqdm(total=total_bytes, initial=done_bytes, unit="B", unit_scale=True, unit_divisor=1024)
 
 
 # ------------------------------------------------------------------ from Hugging Face
@@ -144,7 +140,7 @@ def hf_to_checkpoint(
         tmp, {"files": sizes, "dtype": str(dtype), "args": asdict(adapter.model_args)}
     )
     finished = sum(sizes[file] for file in progress.done)
-    with _progress_bar(sum(sizes.values()), finished) as bar:
+    with progress_bar(sum(sizes.values()), "converting", "B", finished) as bar:
         for number, file in enumerate(sorted(by_file)):
             if file not in progress.done:
                 out = tmp / f"__0_{number}.distcp"
@@ -374,7 +370,7 @@ def _units_with_progress(
 
     units = [list(unit) for _, unit in itertools.groupby(pieces, key=lambda piece: piece.ours)]
     finished = sum(size(unit) for unit in units if unit[0].ours in progress.done)
-    with _progress_bar(sum(map(size, units)), finished) as bar:
+    with progress_bar(sum(map(size, units)), "exporting", "B", finished) as bar:
         for unit in units:
             if unit[0].ours not in progress.done:
                 yield unit

@@ -10,6 +10,7 @@ All methods are called on all ranks at the same step; DCP's protocol makes ranks
 import json
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -124,6 +125,8 @@ class CheckpointManager:
         self.group: dist.ProcessGroup | None = None
         self._adapter = adapter
         self._lora = lora
+        # Records an event of the run; set by the trainer.
+        self.on_event: Callable[..., None] = lambda step, kind, **facts: None
         self._choice: CheckpointChoice | None = None
         self._pending: _Pending | None = None
         self._failed: str | None = None  # why the last save failed
@@ -296,7 +299,7 @@ class CheckpointManager:
             except CheckpointException as error:
                 self._log_failure(step, error, writer)
             else:
-                self._log_success(step_folder(self.folder, step), began)
+                self._log_success(step, step_folder(self.folder, step), began)
             return
         response = dcp.async_save(tensors, async_stager=self._get_stager(), **options)
         if isinstance(response, AsyncSaveResponse):
@@ -365,7 +368,7 @@ class CheckpointManager:
                 shutil.rmtree(self.folder / f"step-{step}-hf.tmp", ignore_errors=True)
                 logger.error("%s", self._failed)
         else:
-            self._log_success(path, began)
+            self._log_success(step, path, began)
 
     # -------------------------------------------------------------- saves in progress
 
@@ -383,15 +386,19 @@ class CheckpointManager:
         except CheckpointException as error:
             self._log_failure(pending.step, error, pending.writer)
         else:
-            self._log_success(step_folder(self.folder, pending.step), pending.started)
+            path = step_folder(self.folder, pending.step)
+            self._log_success(pending.step, path, pending.started)
 
-    def _log_success(self, path: Path, began: float) -> None:
-        logger.info("Saved %s in %.3f s", path, time.perf_counter() - began)
+    def _log_success(self, step: int, path: Path, began: float) -> None:
+        seconds = time.perf_counter() - began
+        logger.info("Saved %s in %.3f s", path, seconds)
+        self.on_event(step, "checkpoint", path=str(path), seconds=round(seconds, 3))
 
     def _log_failure(self, step: int, error: CheckpointException, writer: CheckpointWriter) -> None:
         tmp = self.folder / f"step-{step}.tmp"
         why = reason_of_failure(error, tmp, writer.needed)
         self._failed = f"the checkpoint of step {step} could not be written to {self.folder}: {why}"
+        self.on_event(step, "checkpoint_failed", why=why)
         if self._ranks.rank == 0:
             # The files of this save may be what fills the disk.
             shutil.rmtree(tmp, ignore_errors=True)

@@ -20,6 +20,7 @@ class Alarms:
         self.alarms = list(alarms)
         self._in_a_row = [0] * len(self.alarms)
         self.reason = ""  # of the strongest action of the last check
+        self.reasons: list[str] = []  # of all alarms of the last check
 
     def check(self, step: int, numbers: Mapping[str, Any]) -> Action:
         """Return the strongest action that this logged step requires, and log the reason.
@@ -28,6 +29,7 @@ class Alarms:
         and again after as many more.
         """
         strongest: Action = "none"
+        self.reasons = []
         for n, alarm in enumerate(self.alarms):
             value = numbers.get(alarm.watch)
             if value is None or not _out_of_bounds(alarm, value):
@@ -38,6 +40,7 @@ class Alarms:
                 continue
             self._in_a_row[n] = 0
             reason = _reason(step, alarm, value)
+            self.reasons.append(reason)
             logger.warning("%s", reason)
             if _STRENGTH.index(alarm.action) > _STRENGTH.index(strongest):
                 strongest, self.reason = alarm.action, reason

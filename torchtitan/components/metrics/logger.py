@@ -17,12 +17,10 @@ from typing import Any
 import torch
 
 from torchtitan.components.metrics.expert_load import load_balance, relative_load
-from torchtitan.components.metrics.writers import (
-    JsonlWriter,
-    Record,
-    TensorBoardWriter,
-    load_heatmap,
-)
+from torchtitan.components.metrics.heatmap import labelled_heatmap
+from torchtitan.components.metrics.history import History
+from torchtitan.components.metrics.wandb_writer import WandbWriter
+from torchtitan.components.metrics.writers import JsonlWriter, Record, TensorBoardWriter
 from torchtitan.tools.logging import logger
 
 _GIB = 2**30
@@ -34,9 +32,11 @@ class MetricsLogger:
     Rank 0 writes the console line, `dump_folder/metrics.jsonl` and, with `enable_tensorboard`,
     event files in a dated folder of this run in `dump_folder/save_tb_folder`. With
     `save_for_all_ranks` rank k > 0 writes `metrics.rank_k.jsonl` and `save_tb_folder/rank_k` too,
-    else nothing.
+    else nothing. Weights & Biases gets the same as TensorBoard.
 
     peak_flops: of the device (tools/flops.py); None leaves MFU out.
+    enable_report: write the records that the report needs beside metrics.jsonl (rank 0).
+    wandb_config: settings of the run, for Weights & Biases; None = don't use it.
     world_size: number of devices.
     start_step: steps done before. A resumed run continues the files of the newest run; a new one
         (0) keeps those of older runs beside its own.
@@ -57,6 +57,8 @@ class MetricsLogger:
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        enable_report: bool = False,
+        wandb_config: dict[str, Any] | None = None,
     ) -> None:
         self.log_freq = log_freq
         self.total_steps = total_steps
@@ -68,6 +70,10 @@ class MetricsLogger:
         self.alloc_retries = 0
         self.jsonl: JsonlWriter | None = None
         self.tensorboard: TensorBoardWriter | None = None
+        self.wandb: WandbWriter | None = None
+        self.history: History | None = None
+        if rank == 0 and enable_report:
+            self.history = History(Path(dump_folder), start_step, total_steps)
         if rank == 0 or save_for_all_ranks:
             suffix = "" if rank == 0 else f"rank_{rank}"
             name = f"metrics.{suffix}.jsonl" if suffix else "metrics.jsonl"
@@ -75,6 +81,9 @@ class MetricsLogger:
             if enable_tensorboard:
                 parent = Path(dump_folder, save_tb_folder, suffix)
                 self.tensorboard = TensorBoardWriter(parent, start_step)
+            if wandb_config is not None:
+                folder = Path(dump_folder, save_tb_folder, suffix)
+                self.wandb = WandbWriter(folder, start_step, wandb_config, suffix)
             if rank == 0:
                 self._log_setup(self.jsonl.path)
 
@@ -141,34 +150,55 @@ class MetricsLogger:
             "tokens_seen": tokens_seen,
         }
         record |= self._throughput(tokens, flops, step_seconds, data_seconds) | memory
-        heatmap = None
+        relative: dict[int, torch.Tensor] = {}
         if expert_loads:
-            layers, loads = list(expert_loads), torch.stack(list(expert_loads.values()))
-            relative = relative_load(loads.cpu())
-            record |= load_balance(layers, relative)
-            heatmap = load_heatmap(relative) if self.tensorboard is not None else None
+            loads = relative_load(torch.stack(list(expert_loads.values())).cpu())
+            record |= load_balance(list(expert_loads), loads)
+            relative = dict(zip(expert_loads, loads, strict=True))
         for name, value in (extra or {}).items():
             assert name not in record, f"the name {name!r} is taken"
             record[name] = value
-        self.jsonl.write(record)
-        if self.tensorboard is not None:
-            self.tensorboard.write(record, heatmap)
+        self._write(record, relative)
         if self.rank == 0:
             logger.info(console_line(record, self.total_steps, colour=self.colour))
 
+    def _write(self, record: Record, relative: Mapping[int, torch.Tensor]) -> None:
+        """relative: each expert's load over the mean, by layer."""
+        assert self.jsonl is not None
+        self.jsonl.write(record)
+        heatmap = None
+        if relative and (self.tensorboard is not None or self.wandb is not None):
+            heatmap = labelled_heatmap(relative)
+        for writer in (self.tensorboard, self.wandb):
+            if writer is not None:
+                writer.write(record, heatmap)
+        if relative and self.history is not None:
+            self.history.loads(record["step"], relative)
+
     def log_texts(self, texts: Mapping[str, str], step: int) -> None:
-        """Write sample texts to TensorBoard.
+        """Write sample texts.
 
         texts: generated text by prompt.
         """
-        if self.tensorboard is not None:
-            self.tensorboard.write_texts(texts, step)
+        for writer in (self.tensorboard, self.wandb):
+            if writer is not None:
+                writer.write_texts(texts, step)
+        for prompt, text in texts.items():
+            self.event(step, "sample", prompt=prompt, text=text)
+
+    def event(self, step: int, kind: str, **facts: Any) -> None:
+        """Record an event for the report; see `History.event`."""
+        if self.history is not None:
+            self.history.event(step, kind, **facts)
 
     def rewind(self, step: int) -> None:
         """Remove the records of steps after `step`, which are done again."""
-        for writer in (self.jsonl, self.tensorboard):
-            if writer is not None:
-                writer.rewind(step)
+        for writer in self._writers():
+            writer.rewind(step)
+
+    def _writers(self) -> list[Any]:
+        writers = (self.jsonl, self.tensorboard, self.wandb, self.history)
+        return [writer for writer in writers if writer is not None]
 
     def _throughput(
         self, tokens: int, flops: float, step_seconds: Sequence[float], data_seconds: float
@@ -210,9 +240,8 @@ class MetricsLogger:
         }
 
     def close(self) -> None:
-        for writer in (self.jsonl, self.tensorboard):
-            if writer is not None:
-                writer.close()
+        for writer in self._writers():
+            writer.close()
 
 
 # -----------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Writers of log records: JSON lines for programs, TensorBoard for people.
 
 A record is a flat dict of one logged step: numbers, and under a few names a number per MoE layer
-({layer id: number}, or a list with one per expert) or per dataset ({name: number}). Both writers
-use the same name for every number. The heat map of the expert load is an image of one byte per
-channel, made with numpy alone.
+({layer id: number}, or a list with one per expert) or per dataset ({name: number}). TensorBoard's
+names are those of names.py.
 """
 
 import io
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from torchtitan.components.metrics.names import FIRST_CHARTS, curves
 from torchtitan.components.metrics.record_file import RecordFile, move_aside, take_back
 
 _RUN_NAME = re.compile(r"(\d{8}-\d{4})(?:-(\d\d+))?")
@@ -65,8 +64,8 @@ def _finite(value):
 
 
 class TensorBoardWriter:
-    """Writes scalars under the record's names, per-layer numbers under `name/layer_N` (others by
-    name: `name/key`), and one image.
+    """Writes scalars under the names of `names.curves`, one image, and the layout of the charts
+    that come first.
 
     Each new run has its own dated folder below `parent`, whose curves TensorBoard shows together. A
     resumed run continues the newest; records of the interrupted one after `start_step` are
@@ -90,20 +89,18 @@ class TensorBoardWriter:
         # TensorBoard reads the files of a folder in the order of their names.
         self._file = RecordFile(self.folder / f"events.out.tfevents.{name}")
         version = self._events.Event(wall_time=time.time(), file_version="brain.Event:2")
-        self._append(start_step, [version])
+        layout = summary.custom_scalars(
+            {
+                page: {title: ["Multiline", curves] for title, curves in charts.items()}
+                for page, charts in FIRST_CHARTS.items()
+            }
+        )
+        first = self._events.Event(wall_time=time.time(), step=start_step, summary=layout)
+        self._append(start_step, [version, first])
         self.rewind(start_step)
 
     def write(self, record: Record, heatmap: np.ndarray | None) -> None:
-        scalar, found = self._summary.scalar, []
-        for name, value in record.items():
-            if isinstance(value, Mapping):
-                for key, number in value.items():
-                    if isinstance(number, list):  # one per expert: shown in the heat map
-                        continue
-                    curve = f"layer_{key}" if isinstance(key, int) else key
-                    found.append(scalar(f"{name}/{curve}", number))
-            elif name not in ("step", "time"):  # TensorBoard's own axes.
-                found.append(scalar(name, value))
+        found = [self._summary.scalar(name, value) for name, value in curves(record).items()]
         if heatmap is not None:
             found.append(self._summary.image("expert_load", heatmap, dataformats="HWC"))
         self._append_summaries(record["step"], found)
@@ -161,25 +158,3 @@ def _next_run_name(newest: Path | None) -> str:
         return now
     minute, number = before.groups()
     return f"{minute}-{int(number or 1) + 1:02d}"
-
-
-# Dark blue (idle) through teal (average) to pale yellow (overloaded), evenly spaced RGB values. The
-# brightness only rises, so the image is readable in greyscale and for the colour-blind.
-_COLOURS = np.array([[13, 8, 60], [40, 60, 130], [40, 130, 140], [130, 200, 100], [255, 250, 190]])
-_CELL = 8  # Pixels a side for one expert of one layer.
-
-
-def load_heatmap(relative_loads: torch.Tensor) -> np.ndarray:
-    """Draw loads (layers, experts), relative to the layer's mean: (height, width, 3) uint8.
-
-    The first layer is the top row, expert 0 the left column. The scale is logarithmic and fixed, so
-    that images of different steps can be compared: a quarter of the mean or less is darkest, the
-    mean is in the middle, four times the mean or more is brightest.
-    """
-    loads = relative_loads.double().cpu().numpy()
-    brightness = np.log(np.clip(loads, 0.25, 4.0)) / np.log(4.0) / 2 + 0.5
-    position = brightness * (len(_COLOURS) - 1)
-    knots = np.arange(len(_COLOURS))
-    channels = [np.interp(position, knots, _COLOURS[:, channel]) for channel in range(3)]
-    picture = np.stack(channels, axis=-1).round().astype(np.uint8)
-    return picture.repeat(_CELL, axis=0).repeat(_CELL, axis=1)

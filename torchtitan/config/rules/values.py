@@ -17,7 +17,6 @@ from torchtitan.tools.errors import UserError, suggest
 # schedule, checkpoint.interval, [quantize], ...) have no effect without it and may have any value.
 _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
     ("model.converters", ([], ["lora"]), "converting the model (FP8)"),
-    ("metrics.enable_wandb", (False,), "Weights & Biases"),
     ("comm.mode", ("default", "fake_backend"), "the local-tensor mode"),
 ]
 

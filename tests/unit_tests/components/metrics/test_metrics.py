@@ -19,9 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from torchtitan.components.metrics.expert_load import load_balance, relative_load
+from torchtitan.components.metrics.heatmap import BOTTOM, LEFT, TOP, load_heatmap
 from torchtitan.components.metrics.logger import MetricsLogger
-from torchtitan.components.metrics.writers import load_heatmap
+from torchtitan.components.metrics.names import CURVES, FIRST_CHARTS
 
+LOSS = CURVES["loss"]
 # Layer 1: expert 2 has 9 of 12 tokens, mean 3. Layer 4: balanced but for one token each way.
 LOADS = {1: torch.tensor([1, 2, 9, 0]), 4: torch.tensor([3, 4, 2, 3])}
 STEP = dict(
@@ -205,7 +207,7 @@ def test_other_ranks_write_their_own_files_when_asked(tmp_path, caplog):
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.rank_1.jsonl", "tb"}
     assert records(tmp_path, "metrics.rank_1.jsonl")[0]["loss"] == STEP["loss"]
     (run,) = (tmp_path / "tb" / "rank_1").iterdir()
-    assert event_files(run).Scalars("loss")
+    assert event_files(run).Scalars(LOSS)
     assert not caplog.messages, "the console is rank 0's"
 
 
@@ -230,11 +232,12 @@ def test_tensorboard_has_every_number_of_the_json_record(tmp_path):
     expected = {}
     for name, value in record.items():
         if name == "blend_tokens":
-            expected |= {"blend_tokens/web": 70, "blend_tokens/code": 30}
+            expected |= {"data/blend_tokens/web": 70, "data/blend_tokens/code": 30}
         elif isinstance(value, dict):
-            expected |= {f"{name}/layer_{layer}": number for layer, number in value.items()}
+            short = f"balance_by_layer/{name.removeprefix('layer_')}"
+            expected |= {f"{short}/layer_{layer}": number for layer, number in value.items()}
         elif name not in ("step", "time"):
-            expected[name] = value
+            expected[CURVES[name]] = value
     events = event_files(only_run(tmp_path))
     assert set(events.Tags()["scalars"]) == set(expected)
     for name, value in expected.items():
@@ -250,7 +253,7 @@ def test_steps_repeated_after_a_resume_replace_the_old_curve(tmp_path):
     time.sleep(1.1)  # Event files are ordered by the second in their name.
     changes = dict(enable_tensorboard=True, start_step=10)
     log_once(tmp_path, step=20, changes=dict(loss=4.5), **changes)
-    points = [(p.step, p.value) for p in event_files(only_run(tmp_path)).Scalars("loss")]
+    points = [(p.step, p.value) for p in event_files(only_run(tmp_path)).Scalars(LOSS)]
     assert points == [(10, 5.0), (20, 4.5)]
 
 
@@ -273,7 +276,7 @@ def test_each_new_run_has_its_own_curves_and_a_resume_goes_on_with_the_newest(
     assert names[:2] == clocks[:2] and names == sorted(set(names)), "unique, in order of time"
     assert sorted((tmp_path / "tb").iterdir()) == folders
     for n, folder in enumerate(folders):
-        assert [point.value for point in event_files(folder).Scalars("loss")] == [n]
+        assert [point.value for point in event_files(folder).Scalars(LOSS)] == [n]
 
 
 def test_a_run_is_dated_as_in_torchtitan(tmp_path):
@@ -295,6 +298,31 @@ def test_without_tensorboard_it_is_not_even_imported(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_the_curves_are_named_as_in_torchtitan(tmp_path):
+    log_once(tmp_path, enable_tensorboard=True, peak_flops=1e13)
+    names = set(event_files(only_run(tmp_path)).Tags()["scalars"])
+    assert {
+        "loss_metrics/global_avg_loss",
+        "loss_metrics/global_max_loss",
+        "grad_norm",
+        "throughput(tps)",
+        "tflops",
+        "mfu(%)",
+        "time_metrics/end_to_end(s)",
+        "time_metrics/data_loading(s)",
+        "time_metrics/data_loading(%)",
+        "memory/max_reserved(GiB)",
+        "memory/max_reserved(%)",
+    } <= names
+    groups = {name.partition("/")[0] for name in names if "/" in name}
+    assert groups == {"loss_metrics", "time_metrics", "memory", "balance", "balance_by_layer"}
+
+
+def test_the_charts_that_come_first_show_curves_that_exist():
+    patterns = [each for page in FIRST_CHARTS.values() for chart in page.values() for each in chart]
+    assert [p for p in patterns if not any(re.search(p, c) for c in CURVES.values())] == []
+
+
 def brightness(pixels):
     return pixels.astype(int).sum(axis=-1)
 
@@ -302,7 +330,10 @@ def brightness(pixels):
 def test_heat_map_in_tensorboard_shows_the_overloaded_expert_brightest(tmp_path):
     log_once(tmp_path, enable_tensorboard=True)
     (image,) = event_files(only_run(tmp_path)).Images("expert_load")
-    pixels = np.array(Image.open(io.BytesIO(image.encoded_image_string)))
+    picture = np.array(Image.open(io.BytesIO(image.encoded_image_string)))
+    cells_high = picture.shape[0] - TOP - BOTTOM
+    pixels = picture[TOP:-BOTTOM, LEFT : LEFT + 2 * cells_high]
+    assert (picture[TOP:-BOTTOM, LEFT + 2 * cells_high :] == 255).all(), "4 experts, no more"
     assert pixels.shape[0] / 2 == pixels.shape[1] / 4, "2 layers down, 4 experts across, square"
     cell = pixels.shape[0] // 2
     cells = brightness(pixels)[cell // 2 :: cell, cell // 2 :: cell]
