@@ -13,7 +13,9 @@ Write = Callable[[Sequence[dict]], str]
 
 ANSWER = "probe answer"
 ASKED = {"role": "user", "content": "probe question"}
-ANSWERED = {"role": "assistant", "content": ANSWER, "reasoning_content": "probe thought"}
+ANSWERED = {"role": "assistant", "content": ANSWER}
+# For templates in a mode that asks for reasoning.
+THOUGHT = {**ANSWERED, "reasoning_content": "probe thought"}
 CALL = {
     "id": "call_0",
     "type": "function",
@@ -67,10 +69,13 @@ def find_ending(write: Write, tokenizer: Tokenizer, name: str) -> Ending:
     try:
         through = write([ASKED, ANSWERED])
     except ChatProblem as problem:
-        raise UserError(
-            f"The chat template {name} can't write one question and one answer ({problem}); "
-            "correct it, or name another file as chat_template."
-        ) from None
+        try:
+            through = write([ASKED, THOUGHT])
+        except ChatProblem:
+            raise UserError(
+                f"The chat template {name} can't write one question and one answer ({problem}); "
+                "correct it, or name another file as chat_template."
+            ) from None
     found, _, tail = through.rpartition(ANSWER)
     if not found:
         raise _no_end(name)

@@ -24,7 +24,7 @@ SPECIALS = [
     *(f"<|{role}|>" for role in ("system", "user", "assistant", "observation", "endoftext")),
 ]
 # Tokens that merge across the borders of turns: ":\n", "\n\n", " H", ...
-MERGES = ["Ċ Ċ", ": Ċ", ":Ċ Ċ", "Ġ H", "Ċ H", "i n", "t h", "th e", "t Ċ", "> Ċ"]
+MERGES = [": Ċ", ":Ċ Ċ", "Ċ Ċ", "Ġ H", "Ċ H", "i n", "t h", "th e", "t Ċ", "> Ċ"]
 
 
 def write_tokenizer(folder: Path, eos: str = EOS) -> Path:
