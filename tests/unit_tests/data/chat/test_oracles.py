@@ -3,14 +3,14 @@
 transformers (a test dependency): the text of apply_chat_template, for every template here.
 `renderers` 0.1.12 and TRL 1.16.0 (both Apache-2.0) are optional; tests that need them skip without.
 
-Differences from `renderers`, looked at one by one (ours | theirs):
-| family | difference | reason |
-|---|---|---|
-| V4 | with calls | none |
-| GLM-4.5, GLM-5 | final `<|user|>` trained | theirs ends with the answer, so the last stop is missing |
-| GLM-4.5 | no thought: `\\n` behind the empty tags trained | the prompt without thinking ends in `</think>` |
-| GLM-4.5, Qwen3 | empty tags out | theirs counts the pair as sampled |
-| Qwen3 | one example a turn | theirs renders history once, so its early turns lack the tags of use |
+Differences from `renderers` and from TRL's training templates, looked at one by one:
+| family | ours | theirs | reason |
+|---|---|---|---|
+| GLM | last `<|user|>` trained | no token behind the last answer | the model says it to stop |
+| GLM-4.5 | `\\n` behind empty tags trained | | the prompt without thinking ends in `</think>` |
+| GLM-4.5, Qwen3 | empty tags out | trained (TRL) | in use the prompt holds them |
+| Qwen3, GLM | one example a rewritten turn | history as the template writes it | seen as in use |
+| V3 | opener out | `<｜Assistant｜>` trained (TRL) | the prompt holds it |
 """
 
 import importlib

@@ -111,7 +111,7 @@ ENDLESS = {
     "{% for a in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}",
     "joining": "{% set n = namespace(t='xx') %}"
     "{% for a in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
-    "power": "{{ 9 ** 9 ** 9 }}",
+    "power": "{{ 9 ** 99999999 }}",
 }
 
 
@@ -179,8 +179,8 @@ def test_a_rank_file_gives_the_same_characters(tmp_path):
     assert tokenizer.decode(said) == "🙂\n\n<|im_end|>"
 
 
-# The two files that the model's repository ships for its encoder, in short: the facts' golden text.
 def test_v32_writes_tools_and_results_as_deepseek_does(folder):
+    """Pieces of the golden text in the model's repository, with other names."""
     made = renderer(folder, FAMILIES["V3.2"])
     tools = [{"type": "function", "function": {"name": "f", "description": "é"}}]
     messages = [
@@ -192,13 +192,24 @@ def test_v32_writes_tools_and_results_as_deepseek_does(folder):
     ]
     written = text(made, {"messages": messages, "tools": tools})
     assert written.startswith("<｜begin▁of▁sentence｜>S\n\n## Tools\n\nYou have access to a set")
-    assert (
-        'functions available in JSONSchema format:\n<functions>\n{"name": "f", "description": "é"}\n'
-        "</functions>\n<｜User｜>probe question<｜Assistant｜></think>\n\n<｜DSML｜function_calls>\n"
-        '<｜DSML｜invoke name="probe">\n<｜DSML｜parameter name="x" string="true">1</｜DSML｜parameter>\n'
-        "</｜DSML｜invoke>\n</｜DSML｜function_calls><｜end▁of▁sentence｜>\n\n<function_results>\n"
-        "<result>T</result>\n</function_results>\n\n</think>A<｜end▁of▁sentence｜>"
-    ) in written
+    ending = """Here are the functions available in JSONSchema format:
+<functions>
+{"name": "f", "description": "é"}
+</functions>
+<｜User｜>probe question<｜Assistant｜></think>
+
+<｜DSML｜function_calls>
+<｜DSML｜invoke name="probe">
+<｜DSML｜parameter name="x" string="true">1</｜DSML｜parameter>
+</｜DSML｜invoke>
+</｜DSML｜function_calls><｜end▁of▁sentence｜>
+
+<function_results>
+<result>T</result>
+</function_results>
+
+</think>A<｜end▁of▁sentence｜>"""
+    assert written.endswith(ending)
 
 
 def test_v32_refuses_results_that_fit_no_call(folder):
