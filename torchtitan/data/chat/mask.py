@@ -54,7 +54,8 @@ def mark_turns(
     ending: Ending,
     settings: ChatSettings,
 ) -> list[Marked]:
-    """Texts with their trained spans, in the order of the turns. Raises `ChatProblem`.
+    """Texts with their trained spans, in the order of their last turns. Raises
+    `ChatProblem`.
 
     messages: the conversation
     weights: whether each message may be trained

@@ -21,6 +21,8 @@ SPECIALS = [
     *(f"<|im_{part}|>" for part in ("system", "user", "assistant", "middle", "start", "end")),
     *(f"<|tool_call{part}|>" for part in ("s_section_begin", "s_section_end", "_begin", "_end")),
     *("<|tool_call_argument_begin|>", "[gMASK]", "<sop>", "<tool_call>", "</tool_call>"),
+    *("<tool_response>", "</tool_response>", "<arg_key>", "</arg_key>", "<arg_value>"),
+    "</arg_value>",
     *(f"<|{role}|>" for role in ("system", "user", "assistant", "observation", "endoftext")),
 ]
 # Tokens that merge across the borders of turns: ":\n", "\n\n", " H", ...
