@@ -142,9 +142,10 @@ def _text(content: Any) -> str:
         return ""
     if isinstance(content, list | tuple):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise ChatProblem(problems.WRONG_CONTENT, "a part is no text")
-        content = "".join(parts)
+        content = "".join(texts)
     if not isinstance(content, str):
         raise ChatProblem(problems.WRONG_CONTENT, _kind(content))
     return content

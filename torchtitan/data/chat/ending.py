@@ -13,7 +13,9 @@ Write = Callable[[Sequence[dict]], str]
 
 ANSWER = "probe answer"
 ASKED = {"role": "user", "content": "probe question"}
-ANSWERED = {"role": "assistant", "content": ANSWER, "reasoning_content": "probe thought"}
+ANSWERED = {"role": "assistant", "content": ANSWER}
+# For templates in a mode that asks for reasoning.
+THOUGHT = {**ANSWERED, "reasoning_content": "probe thought"}
 CALL = {
     "id": "call_0",
     "type": "function",
@@ -67,10 +69,13 @@ def find_ending(write: Write, tokenizer: Tokenizer, name: str) -> Ending:
     try:
         through = write([ASKED, ANSWERED])
     except ChatProblem as problem:
-        raise UserError(
-            f"The chat template {name} can't write one question and one answer ({problem}); "
-            "correct it, or name another file as chat_template."
-        ) from None
+        try:
+            through = write([ASKED, THOUGHT])
+        except ChatProblem:
+            raise UserError(
+                f"The chat template {name} can't write one question and one answer ({problem}); "
+                "correct it, or name another file as chat_template."
+            ) from None
     found, _, tail = through.rpartition(ANSWER)
     if not found:
         raise _no_end(name)
@@ -104,14 +109,14 @@ def _added(write: Write, messages: Sequence[dict], following: dict) -> str:
 
 
 def _first_token(tokenizer: Tokenizer, text: str) -> str | None:
-    """Text of the first token, if it is a token of its own whatever stands before it."""
+    """Text of the first token, if it is a control token, which no text before it merges with."""
     ids, starts = tokenizer.encode_with_starts(text)
     if not ids:
         return None
-    end = next((start for start in starts if start), len(text))
-    token = text[:end]
-    for before in ("a", "1", ".", " ", "\n"):
-        ids_behind, starts_behind = tokenizer.encode_with_starts(before + token)
-        if (ids_behind[-1], starts_behind[-1]) != (ids[0], 1):
-            return None
-    return token
+    token = text[: next((start for start in starts if start), len(text))]
+    as_text = tokenizer.encode_with_starts(token, special=False)[0]
+    # Some files don't flag theirs as special.
+    if as_text == ids[:1] and not (token.startswith("<") and token.endswith(">") and token[2:]):
+        return None
+    behind, starts = tokenizer.encode_with_starts("a" + token)
+    return token if (behind[-1], starts[-1]) == (ids[0], 1) else None

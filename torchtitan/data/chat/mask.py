@@ -54,7 +54,8 @@ def mark_turns(
     ending: Ending,
     settings: ChatSettings,
 ) -> list[Marked]:
-    """Texts with their trained spans, in the order of the turns. Raises `ChatProblem`.
+    """Texts with their trained spans, in the order of their last turns. Raises
+    `ChatProblem`.
 
     messages: the conversation
     weights: whether each message may be trained
@@ -77,30 +78,38 @@ def mark_turns(
 def _mark_turn(
     messages: Sequence[dict], render: Render, ending: Ending, settings: ChatSettings
 ) -> Marked:
-    """Text through the last message, an assistant turn, with that turn marked."""
+    """Text through the last message, an assistant turn, with that turn marked. Raises
+    `ChatProblem` where the prompt is no beginning of the text."""
     *history, message = messages
     through = render(messages, "plain")
-    text, end = ending.close(through, message)
     start = _prompt_end(history, render, through)
+    if start is None:
+        # K2-Thinking: with the answer in place, the reasoning before calls is emptied. In use it
+        # stands in the prompt, so the answer is taken from a history without it.
+        bare = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in history]
+        through = render([*bare, message], "plain")
+        said_at = _prompt_end(bare, render, through)
+        prompt = render(history, "prompt")
+        if said_at is None or bare == history:
+            raise ChatProblem(problems.PROMPT_DIFFERS, f"it ends in {prompt[-30:]!r}")
+        through, start = prompt + through[said_at:], len(prompt)
+    text, end = ending.close(through, message)
     said = _without_empty_tags(text, start, message)
-    trained = list(_parts(text, (said, end), message, ending, settings))
+    trained = _parts(text, (said, end), message, settings)
     return Marked(text, [span for span in trained if span[0] < span[1]], [(start, end)])
 
 
-def _prompt_end(history: list[dict], render: Render, through: str) -> int:
+def _prompt_end(history: list[dict], render: Render, through: str) -> int | None:
     """Index behind the prompt of the turn that ends the text: the longer of the two modes' prompts
-    that fit it, for the prompt without thinking may hold empty tags. Raises `ChatProblem`."""
+    that fit it, for the prompt without thinking may hold empty tags. None where none fits."""
     prompt = render(history, "prompt")
     fits = through.startswith(prompt)
-    behind = through[len(prompt) :] if fits else ""
-    if fits and not _EMPTY_PAIR.match(behind):
+    if fits and not _EMPTY_PAIR.match(through, len(prompt)):
         return len(prompt)
     quiet = render(history, "quiet")
     if through.startswith(quiet) and not (fits and len(quiet) < len(prompt)):
         return len(quiet)
-    if not fits:
-        raise ChatProblem(problems.PROMPT_DIFFERS, f"it ends in {prompt[-30:]!r}")
-    return len(prompt)
+    return len(prompt) if fits else None
 
 
 def _without_empty_tags(text: str, start: int, message: dict) -> int:
@@ -112,9 +121,7 @@ def _without_empty_tags(text: str, start: int, message: dict) -> int:
     return rest.end() if rest and "reasoning_content" not in message else start
 
 
-def _parts(
-    text: str, said: Span, message: dict, ending: Ending, settings: ChatSettings
-) -> Iterator[Span]:
+def _parts(text: str, said: Span, message: dict, settings: ChatSettings) -> Iterator[Span]:
     """Spans of an answer that the settings train."""
     start, end = said
     after_thought = _reasoning_end(text, said, message)

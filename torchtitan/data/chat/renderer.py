@@ -78,7 +78,8 @@ class ChatRenderer:
             ending = find_ending(write, self._tokenizer, template.name)
             texts = sorted({ending.after_answer, ending.after_calls} - {""})
             stops = {self._tokenizer.encode_with_starts(text)[0][0] for text in texts}
-            stops |= {self._tokenizer.eos_id} - {None}
+            if self._tokenizer.eos_id is not None:
+                stops.add(self._tokenizer.eos_id)
             self._loaded = _Loaded(template, form, ending, frozenset(stops))
         return self._loaded
 

@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2 import nodes
@@ -34,7 +34,7 @@ def compile_template(source: str) -> jinja2.Template:
 def run_template(source: str, variables: dict[str, Any]) -> str:
     """Text of a template. Raises `EndlessTemplate`, and whatever the template raises."""
     template = _compiled(source)
-    template.environment.steps = 0
+    cast(_Environment, template.environment).steps = 0
     written, length = [], 0
     for part in template.generate(variables):
         written.append(part)
@@ -97,16 +97,17 @@ class _Bounds(NodeTransformer):
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), "_joined")
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 # With the context, so that the compiler doesn't fold them into constants.
 @jinja2.pass_context
 def _steps(context: jinja2.runtime.Context, values: Iterable) -> Iterator:
+    environment = cast(_Environment, context.environment)
     for value in values:
-        context.environment.steps += 1
-        _bounded(context.environment.steps, LOOP_STEPS)
+        environment.steps += 1
+        _bounded(environment.steps, LOOP_STEPS)
         yield value
 
 

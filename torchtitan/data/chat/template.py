@@ -21,13 +21,12 @@ SPECIALS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class Template(Protocol):
-    """A way to write conversations; pickles.
-
-    name: file or built-in renderer, for sentences
-    """
+    """A way to write conversations; pickles."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """File or built-in renderer, for sentences."""
+        ...
 
     def render(
         self,
@@ -61,7 +60,8 @@ class JinjaTemplate:
             try:
                 compile_template(source)
             except (jinja2.TemplateSyntaxError, RecursionError) as error:
-                where = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+                line = getattr(error, "lineno", None)
+                where = f"line {line}: " if line else ""
                 raise UserError(
                     f"{self.name} holds a chat template that doesn't parse ({where}"
                     f"{one_line(error)}); correct it, or name another file as {KEY}."
