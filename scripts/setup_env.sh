@@ -18,10 +18,11 @@ set_up() { # [extras]
   [ "$activated" -ef "$repo/.venv" ] && activated=
   if [ -n "$activated" ] && use python "$extras" "the activated environment, $activated,"; then return; fi
   PYTHON=$repo/.venv/bin/python
-  if lacking "$PYTHON" "$extras" "$repo/constraints.txt" >/dev/null 2>&1; then return; fi
+  local own=${extras:+$extras,}report # our own environment also draws the report of a run
+  if lacking "$PYTHON" "$own" "$repo/constraints.txt" >/dev/null 2>&1; then return; fi
   if [ -z "$activated" ] && ! has_torch "$PYTHON" && use python3 "$extras" "the python3 of PATH"; then return; fi
   PYTHON=$repo/.venv/bin/python
-  fill_venv "$extras"
+  fill_venv "$own"
 }
 
 # Sets PYTHON to an interpreter that has all, and fails for one without torch. One that has torch and lacks
