@@ -136,7 +136,9 @@ def _stragglers(run: Run) -> list[tuple[int, str, str, str]]:
             continue
         its = "host" if host is not None and host.values[i] > milliseconds / 2 else "device"
         why = f"the others waited {milliseconds:.0f} ms for its {its}"
-        found.append((int(at), _when(clock.values[k]), f"rank {rank.values[i]:.0f} is late", why))
+        found.append(
+            (int(at), _when(float(clock.values[int(k)])), f"rank {rank.values[i]:.0f} is late", why)
+        )
     return found
 
 

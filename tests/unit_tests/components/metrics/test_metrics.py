@@ -21,7 +21,7 @@ from tensorboard.summary.writer import event_file_writer
 from torchtitan.components.metrics.expert_load import load_balance, relative_load
 from torchtitan.components.metrics.heatmap import BOTTOM, LEFT, TOP, load_heatmap
 from torchtitan.components.metrics.logger import MetricsLogger
-from torchtitan.components.metrics.names import CURVES, FIRST_CHARTS
+from torchtitan.components.metrics.names import CURVES
 
 LOSS = CURVES["loss"]
 # Layer 1: expert 2 has 9 of 12 tokens, mean 3. Layer 4: balanced but for one token each way.
@@ -296,31 +296,6 @@ def test_without_tensorboard_it_is_not_even_imported(tmp_path):
         "assert not any(name.startswith('tensorboard') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_the_curves_are_named_as_in_torchtitan(tmp_path):
-    log_once(tmp_path, enable_tensorboard=True, peak_flops=1e13)
-    names = set(event_files(only_run(tmp_path)).Tags()["scalars"])
-    assert {
-        "loss_metrics/global_avg_loss",
-        "loss_metrics/global_max_loss",
-        "grad_norm",
-        "throughput(tps)",
-        "tflops",
-        "mfu(%)",
-        "time_metrics/end_to_end(s)",
-        "time_metrics/data_loading(s)",
-        "time_metrics/data_loading(%)",
-        "memory/max_reserved(GiB)",
-        "memory/max_reserved(%)",
-    } <= names
-    groups = {name.partition("/")[0] for name in names if "/" in name}
-    assert groups == {"loss_metrics", "time_metrics", "memory", "balance", "balance_by_layer"}
-
-
-def test_the_charts_that_come_first_show_curves_that_exist():
-    patterns = [each for page in FIRST_CHARTS.values() for chart in page.values() for each in chart]
-    assert [p for p in patterns if not any(re.search(p, c) for c in CURVES.values())] == []
 
 
 def brightness(pixels):
