@@ -102,6 +102,8 @@ def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
         else:
             logger.error("%s", sentence)
         write_error(sentence, 1)
+        if trainer is not None:
+            trainer.metrics.event(trainer.step, "end", how=f"failed: {sentence}")
         logging.shutdown()
         # Groups can't be closed any more: that would wait for ranks that wait for this one. So
         # would threads that are saving.

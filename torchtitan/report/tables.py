@@ -137,7 +137,7 @@ def _stragglers(run: Run) -> list[tuple[int, str, str, str]]:
         its = "host" if host is not None and host.values[i] > milliseconds / 2 else "device"
         why = f"the others waited {milliseconds:.0f} ms for its {its}"
         found.append(
-            (int(at), _when(float(clock.values[k])), f"rank {rank.values[i]:.0f} is late", why)
+            (int(at), _when(float(clock.values[int(k)])), f"rank {rank.values[i]:.0f} is late", why)
         )
     return found
 

@@ -11,17 +11,14 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
 from torchtitan.components.metrics.expert_load import load_balance, relative_load
-from torchtitan.components.metrics.heatmap import BOTTOM, LEFT, TOP, load_heatmap
 from torchtitan.components.metrics.logger import MetricsLogger
-from torchtitan.components.metrics.names import CURVES, FIRST_CHARTS
+from torchtitan.components.metrics.names import CURVES
 
 LOSS = CURVES["loss"]
 # Layer 1: expert 2 has 9 of 12 tokens, mean 3. Layer 4: balanced but for one token each way.
@@ -296,56 +293,6 @@ def test_without_tensorboard_it_is_not_even_imported(tmp_path):
         "assert not any(name.startswith('tensorboard') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_the_curves_are_named_as_in_torchtitan(tmp_path):
-    log_once(tmp_path, enable_tensorboard=True, peak_flops=1e13)
-    names = set(event_files(only_run(tmp_path)).Tags()["scalars"])
-    assert {
-        "loss_metrics/global_avg_loss",
-        "loss_metrics/global_max_loss",
-        "grad_norm",
-        "throughput(tps)",
-        "tflops",
-        "mfu(%)",
-        "time_metrics/end_to_end(s)",
-        "time_metrics/data_loading(s)",
-        "time_metrics/data_loading(%)",
-        "memory/max_reserved(GiB)",
-        "memory/max_reserved(%)",
-    } <= names
-    groups = {name.partition("/")[0] for name in names if "/" in name}
-    assert groups == {"loss_metrics", "time_metrics", "memory", "balance", "balance_by_layer"}
-
-
-def test_the_charts_that_come_first_show_curves_that_exist():
-    patterns = [each for page in FIRST_CHARTS.values() for chart in page.values() for each in chart]
-    assert [p for p in patterns if not any(re.search(p, c) for c in CURVES.values())] == []
-
-
-def brightness(pixels):
-    return pixels.astype(int).sum(axis=-1)
-
-
-def test_heat_map_in_tensorboard_shows_the_overloaded_expert_brightest(tmp_path):
-    log_once(tmp_path, enable_tensorboard=True)
-    (image,) = event_files(only_run(tmp_path)).Images("expert_load")
-    picture = np.array(Image.open(io.BytesIO(image.encoded_image_string)))
-    cells_high = picture.shape[0] - TOP - BOTTOM
-    pixels = picture[TOP:-BOTTOM, LEFT : LEFT + 2 * cells_high]
-    assert (picture[TOP:-BOTTOM, LEFT + 2 * cells_high :] == 255).all(), "4 experts, no more"
-    assert pixels.shape[0] / 2 == pixels.shape[1] / 4, "2 layers down, 4 experts across, square"
-    cell = pixels.shape[0] // 2
-    cells = brightness(pixels)[cell // 2 :: cell, cell // 2 :: cell]
-    assert np.unravel_index(cells.argmax(), cells.shape) == (0, 2)  # Layer 1, expert 2: 9 of 12.
-    assert np.unravel_index(cells.argmin(), cells.shape) == (0, 3)  # Idle.
-    assert cells[1, 0] == cells[1, 3], "equal loads, equal colours"
-
-
-def test_heat_map_gets_brighter_with_every_token():
-    loads = torch.linspace(0.25, 4, 200)[None]
-    row = brightness(load_heatmap(loads))[0, ::8]
-    assert (np.diff(row) >= 0).all() and row[0] < row[100] < row[-1]
 
 
 # ---------------------------------------------------------------- load balance
