@@ -15,7 +15,8 @@ PATHS = frozenset(
         "profiling.save_memory_snapshot_folder metrics.save_tb_folder model.hf_assets_path "
         "model.tokenizer_path training.dataset_path training.blend.dataset_path "
         "validation.dataset_path parallelism.pipeline_parallel_schedule_csv checkpoint.folder "
-        "checkpoint.initial_load_path comm.save_traces_folder comm.save_traces_file_prefix"
+        "checkpoint.initial_load_path lora.initial_load_path comm.save_traces_folder "
+        "comm.save_traces_file_prefix"
     ).split()
 )
 _MAY_BE_EMPTY = ("parallelism.pipeline_parallel_schedule_csv", "comm.save_traces_file_prefix")
