@@ -62,12 +62,6 @@ def _split_experts(experts: ExpertWeights, dims: ParallelDims, mesh: DeviceMesh)
     axes = tuple(axis for axis, degree in degrees.items() if degree > 1)
     if not axes:
         return
-    if dims.etp > 1 and experts.lora_scales:
-        raise UserError(
-            f"parallelism.expert_tensor_parallel_degree = {dims.etp} splits each expert, and "
-            "experts with adapters can't be split; set it to 1, or leave the experts out of "
-            "lora.fqns."
-        )
     for name, param in list(experts.named_parameters()):
         placements = {"ep": Shard(0), "etp": Shard(2 if name == "w2" else 1)}
         local = distribute_tensor(

@@ -85,7 +85,7 @@ def load(name: str, *options: str) -> JobConfig:
 def flat(table: dict, at: str = "") -> dict:
     result = {}
     for name, value in table.items():
-        if isinstance(value, dict) and f"{at}{name}" != "model.args":
+        if isinstance(value, dict) and f"{at}{name}" not in ("model.args", "chat.template_kwargs"):
             result |= flat(value, f"{at}{name}.")
         else:
             result[at + name] = value

@@ -35,7 +35,7 @@ def test_defaults_are_fine_for_any_number_of_processes(world_size):
         (
             "model.converters",
             ["quantize.linear.float8"],
-            'converting the model (FP8); ["quantize.linear.float8"]; []',
+            'converting the model (FP8); ["quantize.linear.float8"]; [] or ["lora"]',
         ),
         (
             "comm.mode",

@@ -39,8 +39,18 @@ def make_whole_model(spec: TrainSpec, model_args: BaseModelArgs, config: JobConf
         model = spec.model_cls(model_args)
     if "lora" in config.model.converters:
         add_adapters(model, config.lora)
+        _refuse_split_experts(model, config.parallelism.expert_tensor_parallel_degree)
     freeze(model, config.training)
     return model
+
+
+def _refuse_split_experts(model: BaseModel, degree: int) -> None:
+    if degree > 1 and any(moe.experts.lora_scales for moe in model.moe_layers().values()):
+        raise UserError(
+            f"parallelism.expert_tensor_parallel_degree = {degree} splits each expert, and "
+            "experts with adapters can't be split; set it to 1, or leave the experts out of "
+            "lora.fqns."
+        )
 
 
 def freeze(model: nn.Module, training: Training) -> None:

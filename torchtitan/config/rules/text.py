@@ -16,7 +16,7 @@ PATHS = frozenset(
         "model.tokenizer_path training.dataset_path training.blend.dataset_path "
         "validation.dataset_path chat.template parallelism.pipeline_parallel_schedule_csv "
         "checkpoint.folder checkpoint.initial_load_path comm.save_traces_folder "
-        "comm.save_traces_file_prefix"
+        "comm.save_traces_file_prefix lora.initial_load_path"
     ).split()
 )
 _MAY_BE_EMPTY = ("parallelism.pipeline_parallel_schedule_csv", "comm.save_traces_file_prefix")

@@ -218,13 +218,11 @@ def test_a_mistake_is_one_sentence(name, tmp_path, capsys):
     assert "Traceback" not in said and not any(tmp_path.iterdir())
 
 
-def test_a_rank_of_another_layout_is_refused():
-    from torchtitan.distributed.expert_parallel import _split_experts
-
-    experts = whole(**LORA).layers["1"].moe.experts
-    dims = type("Dims", (), {"ep": 1, "etp": 2})
+def test_split_experts_have_no_adapters():
+    split = {"parallelism__expert_tensor_parallel_degree": 2}
     with pytest.raises(UserError, match="expert_tensor_parallel_degree = 2 splits each expert"):
-        _split_experts(experts, dims, None)
+        whole(**LORA, **split)
+    whole(**LORA, **split, lora__fqns='["*.attention.*"]')
 
 
 def test_the_start_says_what_is_trained(tmp_path, capsys):
