@@ -16,8 +16,9 @@ from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum
 
 def build_loss(
     dims: ParallelDims, *, disable_loss_parallel: bool
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Choose the loss: `cross_entropy_sum`, or its twin for logits split over a TP group."""
+) -> Callable[..., Tensor]:
+    """Choose the loss: `cross_entropy_sum`, or its twin for logits split over a TP group. Both take
+    (logits, labels) and may take weights of the labels."""
     if dims.tp == 1 or disable_loss_parallel:
         return cross_entropy_sum
     group = dims.data_mesh["tp"].get_group()

@@ -49,6 +49,10 @@ class FillInTheMiddle(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 
+    def _encode_with_starts(self, text: str, special: bool) -> tuple[list[int], list[int]]:
+        """Conversations are never rearranged."""
+        return self._tokenizer.encode_with_starts(text, special)
+
     def _encode(self, text: str) -> list[int]:
         encode = self._tokenizer.encode
         digest = hashlib.sha256(f"{self._seed}/{text}".encode(errors="surrogatepass")).digest()

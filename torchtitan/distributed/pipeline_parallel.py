@@ -33,8 +33,8 @@ from torchtitan.distributed.pipeline_plan import ENDS, PipelinePlan
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.logging import logger
 
-# (logits, labels, weights of the labels or None) to the sum of the losses.
-LossFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# (logits, labels) to the sum of the losses; a third argument has weights of the labels.
+LossFn = Callable[..., Tensor]
 
 
 def cut_into_parts(model: BaseModel, plan: PipelinePlan, pp_rank: int) -> list[BaseModel]:
@@ -194,9 +194,9 @@ class Pipeline:
         ]
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        labels, weights = target, None
-        if target.is_floating_point():
-            labels, weights = target[..., 0].long(), target[..., 1].float()
+        if not target.is_floating_point():
+            return self._loss_fn(logits, target) / self._divisor
+        labels, weights = target[..., 0].long(), target[..., 1].float()
         return self._loss_fn(logits, labels, weights) / self._divisor
 
     def _make_masks(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

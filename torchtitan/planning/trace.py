@@ -297,7 +297,7 @@ class _Tracer:
 
         def forward() -> Tensor:
             out = end(x, token_mask=labels != -100, **how)
-            return out if first or "labels" in how else loss_fn(out, labels, None)
+            return out if first or "labels" in how else loss_fn(out, labels)
 
         return self._measure(end, forward, [x, tokens, labels])
 
@@ -310,7 +310,7 @@ class _Tracer:
         whole = self.run.degrees.tp == 1 and self.run.pipeline is None
         return part.computes_loss and whole and not self._has_side_losses
 
-    def _loss_fn(self) -> Callable[[Tensor, Tensor, None], Tensor]:
+    def _loss_fn(self) -> Callable[..., Tensor]:
         compile, parallelism = self.run.config.compile, self.run.config.parallelism
         whole = parallelism.disable_loss_parallel or self.run.degrees.tp == 1
         if compile.enable and "loss" in compile.components and whole:

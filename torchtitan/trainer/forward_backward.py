@@ -175,7 +175,10 @@ class ForwardBackward:
         labels = {"labels": inputs.labels} if self._model_has_loss else {}
         out = self._forward(inputs, masks, **labels)
         # The logits, the largest activation, are freed as soon as their gradient is computed.
-        return out if self._model_has_loss else self.loss_fn(out, inputs.labels, inputs.weights)
+        if self._model_has_loss:
+            return out
+        weights = () if inputs.weights is None else (inputs.weights,)
+        return self.loss_fn(out, inputs.labels, *weights)
 
 
 class GraphedStep:
