@@ -14,9 +14,7 @@ from torchtitan.distributed.tensor_parallel import vocab_parallel_cross_entropy_
 from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum
 
 
-def build_loss(
-    dims: ParallelDims, *, disable_loss_parallel: bool
-) -> Callable[..., Tensor]:
+def build_loss(dims: ParallelDims, *, disable_loss_parallel: bool) -> Callable[..., Tensor]:
     """Choose the loss: `cross_entropy_sum`, or its twin for logits split over a TP group. Both take
     (logits, labels) and may take weights of the labels."""
     if dims.tp == 1 or disable_loss_parallel:
