@@ -149,7 +149,7 @@ MISTAKES = {
     ),
     "FP8": (
         ["--model.converters=quantize.linear.float8"],
-        ["not supported yet, but model.converters = ", "set it to []."],
+        ["not supported yet, but model.converters = ", "set it to [] or"],
     ),
     "missing file": (
         ["--job.config_file={tmp}/missing.toml"],

@@ -43,9 +43,6 @@ class FillInTheMiddle(Tokenizer):
     def token_id(self, text: str) -> int | None:
         return self._tokenizer.token_id(text)
 
-    def _encode_with_starts(self, text: str, special: bool) -> tuple[list[int], list[int]]:
-        return self._tokenizer._encode_with_starts(text, special)
-
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import struct
+import time
 
 import pytest
 import torch
@@ -95,6 +96,7 @@ def test_a_resumed_run_goes_on_with_the_same_one_and_repeated_steps_are_sent(off
     first.write({"step": 1, "loss": 3.0}, None)
     first.write({"step": 2, "loss": 2.0}, None)
     first.close()
+    time.sleep(1.1)  # wandb names the folders of a run by the second
     second = WandbWriter(tmp_path, 1, {}, "")
     second.write({"step": 2, "loss": 2.5}, None)
     second.close()
