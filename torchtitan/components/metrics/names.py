@@ -42,7 +42,7 @@ _GROUPS = {
         "rows_sent_self rows_sent_node rows_sent_remote bytes_sent_node bytes_sent_remote "
         "traffic_saved_percent traffic_saved_off_rank_percent cross_node_percent"
     ),
-    "data": "skipped_documents blend_tokens phase batch_size seq_len",
+    "data_metrics": "skipped_documents blend_tokens phase batch_size seq_len",
 }
 CURVES = _TORCHTITAN | {
     name: f"{group}/{name.removeprefix('validation_')}"
@@ -82,7 +82,7 @@ def curve(name: str, key: int | str | None = None) -> str:
     elif "_loss" in name:  # beside the main one: mtp_loss_1
         found = f"loss_metrics/{name}"
     else:  # a coefficient that phases set
-        found = f"data/{name}"
+        found = f"data_metrics/{name}"
     return found if key is None else f"{found}/{key}"
 
 

@@ -229,7 +229,7 @@ def test_tensorboard_has_every_number_of_the_json_record(tmp_path):
     expected = {}
     for name, value in record.items():
         if name == "blend_tokens":
-            expected |= {"data/blend_tokens/web": 70, "data/blend_tokens/code": 30}
+            expected |= {"data_metrics/blend_tokens/web": 70, "data_metrics/blend_tokens/code": 30}
         elif isinstance(value, dict):
             short = f"balance_by_layer/{name.removeprefix('layer_')}"
             expected |= {f"{short}/layer_{layer}": number for layer, number in value.items()}
