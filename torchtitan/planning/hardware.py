@@ -21,7 +21,6 @@ class Hardware:
     overhead_gib: float
     slack: float
     bf16_tflops: float
-    fp8_tflops: float
     memory_tb_s: float
     gemm: float
     grouped: float

@@ -87,13 +87,13 @@ def _some(memory: list) -> Iterable:
 
 def _time(plan: Plan) -> str:
     parts = sorted(plan.time.parts.items(), key=lambda item: -item[1])
-    rows = {name: {"seconds": seconds * 1e3} for name, seconds in parts if seconds > 0}
+    rows = {name: {"seconds": seconds} for name, seconds in parts if seconds > 0}
     speed = plan.speed
     note = (
         f"{plan.time.seconds:.3f} s a step: {speed.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, "
         f"{speed.mfu:.1%} MFU."
     )
-    return _section("Where the time of a step goes", svg.bars(rows, "ms"), note)
+    return _section("Where the time of a step goes", svg.bars(rows, "s", digits=3), note)
 
 
 def _timeline(plan: Plan) -> str:

@@ -36,11 +36,6 @@ class State:
     buffers: int
     step_peak: int
 
-    @property
-    def kept(self) -> int:
-        """Bytes of all but gradients."""
-        return self.parameters + self.optimizer + self.copies + self.buffers
-
 
 def state_of(run: PlannedRun, rank: BuiltRank) -> State:
     """Count the bytes of a rank. Gives the model its copies of weights, as a run does."""

@@ -162,6 +162,9 @@ def test_report_page_and_data_say_the_same(pipelined: Plan) -> None:
     assert html.count("<svg") >= 4
     assert "http" not in html.replace("http://www.w3.org", "")
     assert "<script" not in html
+    assert '<meta name="viewport" content="width=device-width' in html
+    assert not any(outside in html for outside in (" src=", " href=", "url(", "@import"))
+    assert all(html.count(f"<{tag}") == html.count(f"</{tag}>") for tag in ("svg", "section", "ul"))
 
 
 def test_what_does_not_fit_gets_a_key_that_makes_it_fit() -> None:
