@@ -31,8 +31,6 @@ def is_there(path: str) -> bool:
 def test_every_path_exists(page: Path) -> None:
     named = [path for code in inline_code(page) for path in _PATH.findall(code)]
     named = [path.rstrip("./") for path in named if "<" not in path]
-    if page.name == "read_a_run.md":  # names of TensorBoard's groups
-        named = [path for path in named if not re.fullmatch(r"data/\w+", path)]
     assert [path for path in named if not is_there(path)] == []
     bare = {code for code in inline_code(page) if _BARE.fullmatch(code)} - EXAMPLES
     files = {path.name for top in _IN_REPO for path in (REPO / top).rglob("*")}

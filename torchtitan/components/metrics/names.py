@@ -28,7 +28,7 @@ _TORCHTITAN = {
 # Ours, by group.
 _GROUPS = {
     "loss_metrics": "skipped_steps rewinds",
-    "validation_metrics": "validation_perplexity validation_tokens validation_seconds",
+    "validation_metrics": "validation_perplexity validation_accuracy validation_tokens validation_seconds",
     "time_metrics": (
         "max_step_seconds waited_ms waited_for_rank waited_for_host_ms waited_for_device_ms "
         "exposed_communication_ms"
@@ -42,7 +42,9 @@ _GROUPS = {
         "rows_sent_self rows_sent_node rows_sent_remote bytes_sent_node bytes_sent_remote "
         "traffic_saved_percent traffic_saved_off_rank_percent cross_node_percent"
     ),
-    "data_metrics": "skipped_documents blend_tokens phase batch_size seq_len",
+    "data_metrics": (
+        "skipped_documents filled_percent trained_percent blend_tokens phase batch_size seq_len"
+    ),
 }
 CURVES = _TORCHTITAN | {
     name: f"{group}/{name.removeprefix('validation_')}"
