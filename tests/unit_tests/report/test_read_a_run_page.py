@@ -24,15 +24,21 @@ OF_CUDA = {"memory_active_gib", "mfu_percent"}
 def written(tmp_path_factory) -> set[str]:
     """Names in the records of a run with everything on, and of what one CPU process doesn't do."""
     folder = tmp_path_factory.mktemp("run")
-    blend = [{"name": "web", "weight": 1.0, "dataset": "sample"}]
+    blend = [
+        {"name": "web", "weight": 1.0, "dataset": "sample"},
+        {"name": "chat", "weight": 1.0, "dataset": "chat_sample", "format": "chat"},
+    ]
     phases = [{"tokens": 10_000, "lr": 0.01}]
     options = tiny(
         folder,
         training__steps=2,
         metrics__log_routing="true",
         validation__enable="true",
-        validation__dataset="sample",
-        validation__seq_len=32,
+        validation__dataset="chat_sample",
+        validation__format="chat",
+        validation__seq_len=64,
+        training__seq_len=64,
+        model__args__attn_mask_type="block_causal",
         validation__steps=1,
         model__args__n_mtp_layers=1,
         model__args__moe_args__num_expert_groups=4,
