@@ -77,6 +77,11 @@ _NODES = "test_the_debug_model_with_experts_on_two_nodes_trains_like_one_process
 _EXPERTS = "--parallelism.expert_parallel_degree 4 --parallelism.expert_parallel_node_size 1"
 _PLAN = "tests/unit_tests/planning/test_plan.py::test_report_page_and_data_say_the_same"
 _REPORT = "tests/unit_tests/report/test_report.py::"
+_CHAT = "tests/integration_tests/test_chat.py::"
+_ADAPTERS = (
+    "tests/distributed_tests/test_finetuning_runs.py::"
+    "test_a_run_writes_what_its_checkpoint_converts_to"
+)
 _CONTRACT = "tests/distributed_tests/test_loss_contract.py::"
 RUN_BY_ANOTHER_TEST = {
     "./run_train.sh": f"{_SCRIPT}test_a_file_written_for_torchtitan_v02_runs_at_once",
@@ -104,6 +109,20 @@ RUN_BY_ANOTHER_TEST = {
     "python scripts/explain_hang.py outputs/comm_traces": (
         "tests/unit_tests/tools/test_flight_recorder.py::test_the_script_prints_the_sentence"
     ),
+    "python scripts/show_batch.py train_configs/chat_debug_model.toml": (
+        f"{_CHAT}test_show_batch_marks_what_is_trained"
+    ),
+    "CONFIG_FILE=train_configs/chat_debug_model.toml ./run_train.sh": (
+        f"{_CHAT}test_it_answers_word_for_word_in_several_turns"
+    ),
+    "python scripts/generate.py outputs/checkpoint/step-150 --chat --temperature 0 "
+    '--prompt "Tell me about memory." --prompt "And disks?"': (
+        f"{_CHAT}test_it_answers_word_for_word_in_several_turns"
+    ),
+    f"{CONVERSION}/convert_to_hf.py outputs/checkpoint/step-1000 my-adapter "
+    "--assets assets/hf/Moonlight-16B-A3B": _ADAPTERS,
+    f"{CONVERSION}/convert_to_hf.py outputs/checkpoint/step-1000 my-model --merged "
+    "--assets assets/hf/Moonlight-16B-A3B": _ADAPTERS,
     "NGPU=2 ./run_train.sh --metrics.log_freq 1": (
         f"{_CONTRACT}test_the_debug_model_repeats_its_committed_losses"
     ),

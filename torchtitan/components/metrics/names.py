@@ -28,7 +28,9 @@ _TORCHTITAN = {
 # Ours, by group.
 _GROUPS = {
     "loss_metrics": "skipped_steps rewinds",
-    "validation_metrics": "validation_perplexity validation_accuracy validation_tokens validation_seconds",
+    "validation_metrics": (
+        "validation_perplexity validation_accuracy validation_tokens validation_seconds"
+    ),
     "time_metrics": (
         "max_step_seconds waited_ms waited_for_rank waited_for_host_ms waited_for_device_ms "
         "exposed_communication_ms"

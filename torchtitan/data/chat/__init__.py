@@ -2,6 +2,5 @@
 
 from torchtitan.data.chat.problems import ChatProblem
 from torchtitan.data.chat.renderer import ChatExample, ChatRenderer
-from torchtitan.data.chat.settings import ChatSettings
 
-__all__ = ["ChatExample", "ChatProblem", "ChatRenderer", "ChatSettings"]
+__all__ = ["ChatExample", "ChatProblem", "ChatRenderer"]

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torchtitan.config import Chat
 from torchtitan.data.chat import problems
 from torchtitan.data.chat.ending import Ending
 from torchtitan.data.chat.problems import ChatProblem
-from torchtitan.data.chat.settings import ChatSettings
 
 THINK, END_THINK = "<think>", "</think>"
 _EMPTY_PAIR = re.compile(rf"\s*{THINK}\s*{END_THINK}")
@@ -52,7 +52,7 @@ def mark_turns(
     weights: Sequence[bool],
     render: Render,
     ending: Ending,
-    settings: ChatSettings,
+    settings: Chat,
 ) -> list[Marked]:
     """Texts with their trained spans, in the order of their last turns. Raises
     `ChatProblem`.
@@ -75,9 +75,7 @@ def mark_turns(
     return [example for example in reversed(examples) if example.trained]
 
 
-def _mark_turn(
-    messages: Sequence[dict], render: Render, ending: Ending, settings: ChatSettings
-) -> Marked:
+def _mark_turn(messages: Sequence[dict], render: Render, ending: Ending, settings: Chat) -> Marked:
     """Text through the last message, an assistant turn, with that turn marked. Raises
     `ChatProblem` where the prompt is no beginning of the text."""
     *history, message = messages
@@ -121,7 +119,7 @@ def _without_empty_tags(text: str, start: int, message: dict) -> int:
     return rest.end() if rest and "reasoning_content" not in message else start
 
 
-def _parts(text: str, said: Span, message: dict, settings: ChatSettings) -> Iterator[Span]:
+def _parts(text: str, said: Span, message: dict, settings: Chat) -> Iterator[Span]:
     """Spans of an answer that the settings train."""
     start, end = said
     after_thought = _reasoning_end(text, said, message)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torchtitan.config import Chat
 from torchtitan.data.chat import problems
 from torchtitan.data.chat.arguments import ArgumentForm, argument_form, in_form
 from torchtitan.data.chat.conversation import (
@@ -17,7 +18,6 @@ from torchtitan.data.chat.conversation import (
 from torchtitan.data.chat.ending import Ending, find_ending
 from torchtitan.data.chat.mask import Marked, mark_turns, mask_of
 from torchtitan.data.chat.problems import ChatProblem
-from torchtitan.data.chat.settings import ChatSettings
 from torchtitan.data.chat.template import Template, load_template
 from torchtitan.data.tokenizer import Tokenizer, locate
 
@@ -62,10 +62,10 @@ class ChatRenderer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, assets_path: str, settings: ChatSettings | None = None
+        self, tokenizer: Tokenizer, assets_path: str, settings: Chat | None = None
     ) -> None:
         self._tokenizer = tokenizer
-        self._settings = settings or ChatSettings()
+        self._settings = settings or Chat()
         path = locate(assets_path)
         self._folder = path if path.is_dir() else path.parent
         self._loaded: _Loaded | None = None

@@ -8,7 +8,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from torchtitan.data.chat import ChatExample, ChatRenderer, ChatSettings
+from torchtitan.config import Chat
+from torchtitan.data.chat import ChatExample, ChatRenderer
 from torchtitan.data.tokenizer import Tokenizer, load_tokenizer
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets/chat"
@@ -105,7 +106,7 @@ def load(folder: Path) -> Tokenizer:
 
 
 def renderer(folder: Path, family: Family, **settings) -> ChatRenderer:
-    chosen = ChatSettings(template=family.path, template_kwargs=family.kwargs, **settings)
+    chosen = Chat(template=family.path, template_kwargs=family.kwargs, **settings)
     return ChatRenderer(load(folder), str(folder), chosen)
 
 

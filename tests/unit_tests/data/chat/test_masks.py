@@ -16,7 +16,8 @@ from tests.unit_tests.data.chat.families import (
     system,
     user,
 )
-from torchtitan.data.chat import ChatProblem, ChatRenderer, ChatSettings, problems
+from torchtitan.config import Chat
+from torchtitan.data.chat import ChatProblem, ChatRenderer, problems
 
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -143,7 +144,7 @@ def test_9_a_token_merged_over_the_start_is_not_trained(folder, tokenizer, tmp_p
         "{% for m in messages %}{{ m.role + ':\\n' + m.content + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
     )
-    made = ChatRenderer(tokenizer, str(folder), ChatSettings(template=str(path)))
+    made = ChatRenderer(tokenizer, str(folder), Chat(template=str(path)))
     (example,) = made.examples({"messages": [user("Q"), assistant("\nHi")]}, "chat")
     merged = tokenizer.token_id(":ĊĊ")
     assert merged in example.tokens and not example.trained[example.tokens.index(merged)]

@@ -36,7 +36,8 @@ from tests.unit_tests.data.chat.families import (
     system,
     user,
 )
-from torchtitan.data.chat import ChatExample, ChatProblem, ChatRenderer, ChatSettings
+from torchtitan.config import Chat
+from torchtitan.data.chat import ChatExample, ChatProblem, ChatRenderer
 from torchtitan.data.chat.arguments import in_form
 from torchtitan.data.chat.conversation import read_conversation
 
@@ -66,7 +67,7 @@ def check_text(folder: Path, path: str, form: str, messages: list[dict], tools=N
     """Text and ids of the last example are apply_chat_template's, but for GLM's last token, and
     for K2-Thinking's reasoning before calls: it stands in the prompt that is compared below, and
     the template empties it once the answer is there."""
-    made = ChatRenderer(load(folder), str(folder), ChatSettings(template=path))
+    made = ChatRenderer(load(folder), str(folder), Chat(template=path))
     row = {"messages": messages, "tools": tools}
     example = made.examples(row, "chat")[-1]
     shown = in_form(read_conversation(row).messages, form)
@@ -112,7 +113,7 @@ def test_published_templates_give_the_text_of_transformers(folder, name, form, m
 def test_our_short_templates_are_masked_as_the_published(folder, ours, published, messages):
     family = Family(ours)
     masks = [
-        ChatRenderer(load(folder), str(folder), ChatSettings(template=path)).examples(
+        ChatRenderer(load(folder), str(folder), Chat(template=path)).examples(
             {"messages": messages}, "chat"
         )
         for path in (family.path, trl_template(published))
@@ -122,9 +123,7 @@ def test_our_short_templates_are_masked_as_the_published(folder, ours, published
 
 def test_r1s_template_whose_prompt_is_no_prefix_is_refused(folder):
     """TRL's V3 template opens `<think>` in the prompt and never writes it in the turn."""
-    made = ChatRenderer(
-        load(folder), str(folder), ChatSettings(template=trl_template("deepseekv3"))
-    )
+    made = ChatRenderer(load(folder), str(folder), Chat(template=trl_template("deepseekv3")))
     with pytest.raises(ChatProblem, match="writes the prompt otherwise"):
         made.examples({"messages": [user("Q"), assistant("A")]}, "chat")
 
@@ -157,7 +156,7 @@ def test_v4_is_renderers_own(deepseek_folder, case):
     made = ChatRenderer(
         load(deepseek_folder),
         str(deepseek_folder),
-        ChatSettings(template="deepseek_v4", template_kwargs=kwargs),
+        Chat(template="deepseek_v4", template_kwargs=kwargs),
     )
     if tools and messages[0]["role"] != "system":
         messages = [system(""), *messages]  # theirs asks for the message that holds the tools

@@ -14,7 +14,8 @@ from tests.unit_tests.data.chat.families import (
     user,
     write_tokenizer,
 )
-from torchtitan.data.chat import ChatProblem, ChatRenderer, ChatSettings, problems
+from torchtitan.config import Chat
+from torchtitan.data.chat import ChatProblem, ChatRenderer, problems
 from torchtitan.data.chat.ending import ASKED, CALL
 from torchtitan.data.tokenizer import load_tokenizer
 from torchtitan.tools.errors import UserError
@@ -28,7 +29,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
 def made_in(folder, template=None) -> ChatRenderer:
-    return ChatRenderer(load_tokenizer(str(folder)), str(folder), ChatSettings(template=template))
+    return ChatRenderer(load_tokenizer(str(folder)), str(folder), Chat(template=template))
 
 
 def text(made: ChatRenderer, row: dict = ROW) -> str:
@@ -229,8 +230,6 @@ def test_v4_sorts_results_by_their_calls(folder):
 
 
 def test_built_in_formats_name_a_wrong_variable(folder):
-    made = ChatRenderer(
-        load(folder), str(folder), ChatSettings("deepseek_v4", {"reasoning_effort": "max"})
-    )
+    made = ChatRenderer(load(folder), str(folder), Chat("deepseek_v4", {"reasoning_effort": "max"}))
     with pytest.raises(UserError, match="no variable reasoning_effort"):
         _ = made.stop_ids
