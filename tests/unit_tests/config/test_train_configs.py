@@ -17,7 +17,16 @@ FOLDER = Path(__file__).parents[3] / "train_configs"
 
 @pytest.mark.parametrize(
     "name, processes",
-    [("debug_model", 2), ("deepseek_v3_16b", 8), ("moonlight_16b_a3b", 8)],
+    [
+        ("debug_model", 2),
+        ("chat_debug_model", 2),
+        ("deepseek_v3_16b", 8),
+        ("moonlight_16b_a3b", 8),
+        ("moonlight_16b_a3b_chat", 8),
+        ("moonlight_16b_a3b_lora", 1),
+        ("qwen3_30b_a3b_chat", 8),
+        ("qwen3_30b_a3b_lora", 2),
+    ],
 )
 def test_a_shipped_config_is_accepted(name, processes):
     config = ConfigManager().parse_args(["--job.config_file", str(FOLDER / f"{name}.toml")])

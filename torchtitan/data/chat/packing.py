@@ -164,27 +164,30 @@ class ConversationStream:
 
     def _choose(self) -> list[ChatExample]:
         """Take examples for a sequence from the window."""
-        room = self._settings.seq_len
         chosen: list[ChatExample] = []
-        while True:
-            best: tuple[_Read, int] | None = None
-            best_size = 0
-            for read in self._window:
-                for n, example in enumerate(read.waiting):
-                    size = len(example.tokens) - 1 if example is not None else 0
-                    if best_size < size <= room and not (best and not chosen):
-                        best, best_size = (read, n), size
-            if best is None:
-                break
-            read, n = best
+        room = self._settings.seq_len
+        while place := self._place(room, oldest=not chosen):
+            read, n = place
             example = read.waiting[n]
             assert example is not None
-            chosen.append(example)
             read.waiting[n] = None
             self._count -= 1
-            room -= best_size
+            chosen.append(example)
+            room -= len(example.tokens) - 1
         self._drop_used()
         return chosen
+
+    def _place(self, room: int, *, oldest: bool) -> tuple[_Read, int] | None:
+        """Find the longest example of at most `room` places, or the oldest one."""
+        fitting = [
+            (size, (read, n))
+            for read in self._window
+            for n, example in enumerate(read.waiting)
+            if example is not None and (size := len(example.tokens) - 1) <= room
+        ]
+        if not fitting:
+            return None
+        return fitting[0][1] if oldest else max(fitting, key=lambda pair: pair[0])[1]
 
 
 def _join(examples: list[ChatExample]) -> Packed:
