@@ -14,7 +14,7 @@ from torchtitan.data.chat.sandbox import EndlessTemplate, compile_template, run_
 from torchtitan.data.tokenizer_files import one_line, read_json, read_text
 from torchtitan.tools.errors import UserError
 
-KEY = "chat_template"
+KEY = "chat.template"
 # Families whose models come without a Jinja template, by model_type of config.json.
 BUILT_IN = {"deepseek_v32": deepseek_v32.render, "deepseek_v4": deepseek_v4.render}
 SPECIALS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
