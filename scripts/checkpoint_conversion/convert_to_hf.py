@@ -16,12 +16,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts import entry
 
 # isort: split
+import torch
+
 from torchtitan.components.checkpoint.convert import StoredTensors, checkpoint_to_hf
 from torchtitan.components.checkpoint.convert_adapters import MergedTensors, checkpoint_to_peft
 from torchtitan.components.checkpoint.detect import detect_model

@@ -57,7 +57,7 @@ class Repository:
         """Write pyproject.toml and constraints.txt; the extra `test` is tool_b."""
         (self.root / "pyproject.toml").write_text(
             f"[project]\nname = 'x'\nversion = '1'\ndependencies = {dependencies}\n"
-            "[project.optional-dependencies]\ntest = ['tool_b']\n"
+            "[project.optional-dependencies]\ntest = ['tool_b']\nreport = []\n"
         )
         lines = [f"{name}=={version}" for name, version in pins.items()]
         (self.root / "constraints.txt").write_text("\n".join(["# pins", *lines]) + "\n")
