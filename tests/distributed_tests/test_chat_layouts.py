@@ -224,6 +224,19 @@ def test_prompts_count_in_the_load_of_experts_and_padding_does_not(tmp_path):
             'training.fim_rate = 0.1 rearranges texts, but training.format = "chat" has none; set '
             "it to 0.",
         ),
+        (
+            {"compile__cuda_graph": "true"},
+            "compile.cuda_graph = true",
+        ),
+        (
+            {
+                "training__dataset": "sample",
+                "training__format": "text",
+                "validation__enable": "false",
+                "chat__loss_weight": "conversation",
+            },
+            'chat.loss_weight = "conversation" weights conversations',
+        ),
         ({"training__dataset": "sample"}, "or training.format, or mend"),
         ({"training__format": "text"}, "or training.dataset_text_key, or mend"),
         ({"chat__template": "nowhere.jinja"}, "nowhere.jinja"),

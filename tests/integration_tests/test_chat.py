@@ -76,9 +76,7 @@ def test_show_batch_marks_what_is_trained(tmp_path, capsys):
     page = tmp_path / "batch.html"
     assert show_batch([TOML, "--html", str(page), "--job.dump_folder", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "Answer:\n[[A bug is a mistake in a program.<|end_of_text|>]]" in out or re.search(
-        r"Answer:\n\[\[[A-Z].*<\|end_of_text\|>\]\]", out
-    )
+    assert re.search(r"Answer:\n\[\[[A-Z].*<\|end_of_text\|>\]\]", out)
     trained = re.findall(r"\[\[(.*?)\]\]", out)
     answers = {m["content"] for messages in ROWS for m in messages if m["role"] == "assistant"}
     assert trained and {text.removesuffix("<|end_of_text|>") for text in trained} <= answers

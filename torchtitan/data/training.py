@@ -39,7 +39,17 @@ def check_chat(config: JobConfig, tokenizer: Tokenizer, model_args: BaseModelArg
         datasets.append(validation_dataset(config.validation))
     conversations = [dataset for dataset in datasets if dataset.format != "text"]
     if not conversations:
+        if config.chat.loss_weight != "token":
+            raise UserError(
+                f'chat.loss_weight = "{config.chat.loss_weight}" weights conversations, but '
+                'training.format is "text"; set it to "token".'
+            )
         return
+    if config.compile.cuda_graph:
+        raise UserError(
+            "compile.cuda_graph = true needs the same kernels in every step, but conversations "
+            f"change ({conversations[0].toml_key('format')}); set it to false."
+        )
     if not model_args.keeps_documents_apart:
         raise UserError(
             f'{conversations[0].toml_key("format")} = "{conversations[0].format}" packs several '

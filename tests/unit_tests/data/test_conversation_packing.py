@@ -46,7 +46,7 @@ def render(row) -> list[ChatExample]:
 
 
 def make_source(path):
-    return open_source(DatasetSettings("training", "text", str(path), format="chat"))
+    return open_source(DatasetSettings("training.blend.talk", "text", str(path), format="chat"))
 
 
 def make_stream(path, position=None, *, skips=None, infinite=True, render=render, **chat):

@@ -62,7 +62,8 @@ class ConversationStream:
         position: dict,
     ) -> None:
         self._render, self._skips, self._settings = render, skips, settings
-        self._key = source.settings.toml_key("seq_len")
+        table = source.settings.key.partition(".")[0]  # datasets of a blend have no length
+        self._key = f"{table}.seq_len"
         self.skipped = 0  # conversations passed over for the last sequence alone
         self._taken: int = position["taken"]
         self._window: deque[_Read] = deque()
