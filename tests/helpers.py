@@ -48,7 +48,7 @@ class Ranks:
         atexit.register(self.close)
 
     def run(self, fn: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
-        """What `fn(*args)` returns on each rank, by rank. `fn` is a module's function."""
+        """Return the results of `fn(*args)` by rank. `fn` is a module's function."""
         if not self._processes:
             self._start()
         try:

@@ -150,7 +150,7 @@ def test_muon_gathers_what_two_axes_split(ranks):
 
 
 def balance_gradients(split: bool) -> list[Tensor]:
-    """Of the sequence-wise loss alone, for the gate and this rank's tokens."""
+    """Gradients of the sequence-wise loss alone, for the gate and this rank's tokens."""
     torch.manual_seed(0)
     args = MoEArgs(num_experts=8, top_k=2, num_shared_experts=0, sequence_balance_coeff=0.5)
     layer = MoE(args, dim=4, hidden_dim=4).double().train()

@@ -101,7 +101,7 @@ def test_each_rank_has_the_same_causal_work_and_every_position_one_rank(degree):
 
 
 def split_loss(dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of logits split over the ranks: loss and gradient; and those of one process."""
+    """Loss and gradient of logits split over the ranks, and those of one process."""
     generator = torch.Generator().manual_seed(3)
     logits = (scale * torch.randn(2, 5, 24, generator=generator)).to(dtype).requires_grad_()
     labels = torch.randint(0, 24, (2, 5), generator=generator)

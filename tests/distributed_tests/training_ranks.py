@@ -47,7 +47,7 @@ def config_of(*options: str) -> JobConfig:
 
 
 def training_options() -> list[str]:
-    """Of all models here."""
+    """Options of all models here."""
     return [
         f"--training.seq_len={SEQ_LEN}",
         f"--training.steps={STEPS}",
@@ -138,7 +138,7 @@ def counts_of(labels: Tensor | int) -> StepCounts:
 
 
 def first_gradients(options: list[str], dump_folder: str) -> dict[str, Tensor]:
-    """Of the first global batch, before clipping; whole tensors on every rank."""
+    """Gradients of the first global batch, before clipping; whole tensors on every rank."""
     trainer = Trainer(config_of(FP32, *options, f"--job.dump_folder={dump_folder}"))
     tokens, labels = global_batches()[0]
     share = SEQUENCES // trainer.dims.dp_degree

@@ -53,7 +53,7 @@ class Run:
         os.kill(self.ranks[rank].pid, number)
 
     def exit_codes(self, seconds: float = 60) -> list[int | None]:
-        """Of all ranks, when they have ended; None for one that has not."""
+        """Exit codes of all ranks, when they have ended; None for one that has not."""
         deadline = time.monotonic() + seconds
         for process in self.ranks:
             process.join(max(0.0, deadline - time.monotonic()))

@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run, tmp_path, capfd
 
 
 def sign(checkpoint: Path) -> None:
-    """As an attacker would: checksums that fit what is there."""
+    """Write checksums that fit what is there, as an attacker would."""
     manifest = {
         path.name: [path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
         for path in checkpoint.iterdir()

@@ -214,7 +214,7 @@ def place() -> Iterator[Path]:
 
 
 def refusal(argv: list[str], capfd) -> str:
-    """Of a run that nobody starts."""
+    """Sentence that refuses a run, which is not started."""
     capfd.readouterr()
     with as_nobody():
         assert main(argv) == 2

@@ -35,7 +35,7 @@ def undisturbed(tmp_path_factory) -> dict[int, float]:
 
 
 def losses_by_step(folder: Path) -> dict[int, set[float]]:
-    """Of all lives of a run: a step that two of them have done must have one loss all the same."""
+    """Losses of all lives of a run, by step: two lives of one step must agree."""
     found: dict[int, set[float]] = {}
     for record in [each for path in folder.glob("metrics*") for each in records(folder, path.name)]:
         found.setdefault(record["step"], set()).add(record["loss"])

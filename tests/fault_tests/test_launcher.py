@@ -53,7 +53,7 @@ def test_a_killed_rank_makes_the_run_go_on_by_itself_and_a_signal_ends_it_well(t
 
 
 def test_one_signal_to_the_whole_group_counts_once(tmp_path):
-    """As a terminal and `timeout` send it: the ranks get theirs, and what the launcher hands on."""
+    """Send it as a terminal and `timeout` do: ranks get theirs, and what the launcher hands on."""
     log = tmp_path / "log"
     options = {"training__steps": 100_000, "checkpoint__interval": 1000}
     restarts = ["--nproc-per-node", 2, "--max-restarts", 1]

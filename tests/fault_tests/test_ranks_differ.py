@@ -35,7 +35,7 @@ def with_a_variable(rank: int, argv: list[str]) -> None:
 
 
 def with_its_own_data(rank: int, argv: list[str], *, folder: Path) -> None:
-    """As a machine may have an older copy."""
+    """Train on data of its own, as a machine with an older copy would."""
     argv.append(f"--training.dataset_path={folder / f'{rank}.jsonl'}")
 
 

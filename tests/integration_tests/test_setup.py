@@ -161,7 +161,7 @@ def test_an_installation_that_was_interrupted_is_finished(repository):
 
 
 def test_an_environment_without_pip_is_made_anew(repository):
-    """As Debian without python3-venv leaves it: bin/python and nothing else."""
+    """Start from bin/python and nothing else, as Debian without python3-venv leaves it."""
     shutil.rmtree(repository.root / ".venv/lib")
     done = repository.set_up()
     assert done.returncode == 0, done.stderr
