@@ -29,7 +29,7 @@ class Chat:
     """Conversations: which tokens are trained, and how they fill sequences (ours)."""
 
     template: str | None = None
-    """Jinja file of the chat template; unset: the tokenizer folder's (ours)."""
+    """Chat template: a Jinja file, deepseek_v32 or deepseek_v4; unset: the tokenizer's (ours)."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables of the template, such as enable_thinking (ours)."""
     turns: Literal["all", "last"] = "all"
