@@ -4,6 +4,7 @@ Rows of `x` are sorted by group; group e has `counts[e]` of them (zero is fine).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,49 @@ def grouped_linear(
     on_cpu, compiling = x_RK.device.type == "cpu", torch.compiler.is_compiling()
     if loop or why_loop(x_RK.dtype, w_EKN.shape[1:], on_cpu=on_cpu, compiling=compiling):
         return grouped_mm_loop(x_RK, w_EKN, counts_E)
-    return kernel(x_RK, w_EKN, offs=counts_E.cumsum(0, dtype=torch.int32))
+    return _GroupedMM.apply(x_RK, w_EKN, counts_E.cumsum(0, dtype=torch.int32))
+
+
+class _GroupedMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RK: Tensor, w_EKN: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RK, w_EKN, ends_E)
+        return kernel(x_RK, w_EKN, offs=ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        needs_x, needs_w, _ = ctx.needs_input_grad
+        grad_x_RK, grad_w_ENK = _gradients(grad_RN, *ctx.saved_tensors, needs_x, needs_w)
+        grad_w_EKN = grad_w_ENK.transpose(1, 2)
+        return grad_x_RK if needs_x else None, grad_w_EKN if needs_w else None, None
+
+
+@torch.library.custom_op("torchtitan::grouped_mm_backward", mutates_args=())
+def _gradients(
+    grad_RN: Tensor, x_RK: Tensor, w_EKN: Tensor, ends_E: Tensor, needs_x: bool, needs_w: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x, and of w as (E, N, K); of what needs none, of no size.
+
+    An operator of its own, since a rank may have no row at all, which the kernel refuses here; and
+    the number of rows is unknown while a layer is compiled.
+    """
+    E, K, N = w_EKN.shape
+    grad_x, grad_w = x_RK.new_empty(0, 0), x_RK.new_empty(0, 0, 0)
+    rows = x_RK.size(0)
+    grad_RN = grad_RN.contiguous()
+    if needs_x:
+        w_ENK = w_EKN.transpose(1, 2)
+        grad_x = kernel(grad_RN, w_ENK, offs=ends_E) if rows else torch.zeros_like(x_RK)
+    if needs_w:
+        grad_w = kernel(grad_RN.t(), x_RK, offs=ends_E) if rows else x_RK.new_zeros(E, N, K)
+    return grad_x, grad_w
+
+
+@_gradients.register_fake
+def _(grad_RN, x_RK, w_EKN, ends_E, needs_x, needs_w):
+    E, K, N = w_EKN.shape
+    grad_x = x_RK.new_empty(x_RK.shape if needs_x else (0, 0))
+    return grad_x, x_RK.new_empty((E, N, K) if needs_w else (0, 0, 0))
 
 
 @eager  # data-dependent splits

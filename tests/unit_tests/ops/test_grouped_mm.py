@@ -84,7 +84,32 @@ def test_the_kernel_is_used_exactly_where_it_can_go(k, n, dtype, fits):
     assert mode.seen == fits
 
 
-def test_no_rows_at_all():
-    for k, n in ((16, 8), (7, 5)):
-        x, w, counts = problem([0, 0], k, n, torch.float32)
-        assert grouped_mm(x, w, counts).shape == (0, n)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k, n", [(16, 8), (7, 5)])
+def test_no_rows_at_all_give_gradients_of_zero(k, n, dtype):
+    x, w, counts = problem([0, 0], k, n, dtype)
+    out = grouped_mm(x, w, counts)
+    assert out.shape == (0, n)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert torch.equal(w.grad, torch.zeros_like(w))
+
+
+def test_compiled_layer_without_rows_gives_gradients_of_zero():
+    """A rank whose experts nobody chose, and one whose are chosen, run the same graph."""
+
+    def layer(x, w, slots):
+        return grouped_linear(x[slots.nonzero().squeeze(1)], w, torch.stack([slots.sum()]))
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 16).bfloat16().requires_grad_()
+    for chosen in ([1, 0, 1, 1], [0, 0, 0, 0]):
+        slots = torch.tensor(chosen)
+        grads = []
+        for function in (layer, compiled):
+            w = torch.ones(1, 8, 16).bfloat16().requires_grad_()
+            with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+                function(x, w, slots).sum().backward()
+            grads.append(w.grad)
+        assert torch.equal(*grads)
+        assert bool(grads[0].any()) == any(chosen)
