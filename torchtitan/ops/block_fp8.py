@@ -29,7 +29,9 @@ def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.float()
     padded = F.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-    scale_inv = blocks.abs().amax(dim=(1, 3)) / FP8_MAX
+    largest = blocks.abs().amax(dim=(1, 3))
+    # By a tensor: on a GPU torch multiplies by the reciprocal of a Python number.
+    scale_inv = largest / torch.full_like(largest, FP8_MAX)
     scale_inv = torch.where(scale_inv > 0, scale_inv, 1.0)
     return (weight / _spread(scale_inv, (0, 0), weight.shape)).to(FP8), scale_inv
 

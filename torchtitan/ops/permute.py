@@ -69,10 +69,13 @@ def reduce_rows(rows_RD: Tensor, order: RowOrder) -> Tensor:
     return _ReduceRows.apply(rows_RD, order.slot_of_row_R, order.row_of_slot_PK, order.some_empty)
 
 
-def sum_copies(rows_RD: Tensor, row_of_slot_PK: Tensor) -> Tensor:
+def sum_copies(rows_RD: Tensor, row_of_slot_PK: Tensor, *, some_empty: bool = False) -> Tensor:
     """Sum the rows of every line of `row_of_slot_PK` in fp32: (P, D) in the dtype of `rows_RD`. Not
-    differentiable."""
-    return _reduce(rows_RD, row_of_slot_PK, some_empty=False)
+    differentiable.
+
+    some_empty: whether some numbers are −1, no row.
+    """
+    return _reduce(rows_RD, row_of_slot_PK, some_empty)
 
 
 def _expand(x_PD: Tensor, slot_of_row_R: Tensor, row_of_slot_PK: Tensor) -> Tensor:

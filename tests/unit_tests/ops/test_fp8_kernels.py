@@ -1,0 +1,194 @@
+"""FP8's kernels on a Hopper GPU against their definition in plain torch: to the bit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchtitan.ops.fp8 import quantize as plain
+from torchtitan.ops.fp8.linear import Fp8Recipe, fp8_expert_ffn, fp8_linear
+from torchtitan.ops.fp8.quantize import E4M3, E5M2, Fp8
+from torchtitan.ops.permute import RowOrder, sort_slots
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+COUNTS = [130, 0, 1, 257]
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device("cpu")
+
+
+def kernels():
+    from torchtitan.ops.fp8 import kernels
+
+    return kernels
+
+
+def numbers(rows: int, columns: int) -> Tensor:
+    """bf16 numbers with outliers, a block of zeros, tiny ones, NaN and infinity."""
+    torch.manual_seed(0)
+    x = torch.randn(rows, columns)
+    x[:, 3] *= 1000.0
+    x[:, 128:256] = 0.0
+    x[0] *= 1e-30
+    x[1] *= 1e30
+    x[2, 5], x[4, 7] = float("nan"), float("inf")
+    return x.bfloat16()
+
+
+def same(ours: tuple[Tensor, ...], expected: Fp8) -> bool:
+    values, scales = ours
+    nan = expected.values.float().isnan()
+    equal = torch.equal(values.float().nan_to_num(7.0), expected.values.float().nan_to_num(7.0))
+    finite = scales.isfinite()
+    return (
+        equal
+        and torch.equal(values.float().isnan(), nan)
+        and torch.equal(scales[finite], expected.scales[finite])
+        and bool((~expected.scales[~finite].isfinite()).all())
+    )
+
+
+def ends_of(counts: list[int]) -> tuple[Tensor, Tensor]:
+    ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    padded = torch.tensor([-(-c // 128) * 128 for c in counts]).cumsum(0, dtype=torch.int32)
+    return ends, padded
+
+
+@pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("shape", [(70, 384), (5, 208)], ids=["whole", "ragged"])
+def test_rows_are_quantised_to_the_bit(shape, kind):
+    x = numbers(*shape)
+    assert same(kernels().by_rows(x, kind), plain.by_rows(x, kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_are_quantised_by_blocks_and_transposed(dtype):
+    w = torch.stack([numbers(304, 208), numbers(304, 208) * 3]).to(dtype)
+    if dtype == torch.float32:
+        w[1] *= 1.000123
+    expected = plain.by_blocks(w)
+    assert same(kernels().by_blocks(w), expected)
+    transposed = plain.transposed_blocks(expected)
+    assert same(kernels().by_blocks(w, transposed=True), transposed)
+
+
+def without_margin(x: Fp8, rows: int, columns: int) -> Fp8:
+    """Of a matrix by columns: only the tiles and columns that exist."""
+    tiles = -(-rows // 128)
+    return Fp8(x.values[:, : tiles * 128], x.scales[:tiles, :columns])
+
+
+def order_of(counts: list[int], tokens: int, top_k: int) -> RowOrder:
+    rows = sum(counts)
+    ids = torch.full((tokens, top_k), -1)
+    experts = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    ids.view(-1)[torch.randperm(tokens * top_k)[:rows]] = experts
+    return sort_slots(ids, len(counts), num_rows=rows + 20)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_transposing_pads_each_group_and_keeps_what_fits(gathered):
+    tokens, top_k, rows = 194, 2, sum(COUNTS)
+    order = order_of(COUNTS, tokens, top_k)
+    source = order.slot_of_row_R[:rows] // top_k
+    x = plain.by_rows(numbers(tokens if gathered else rows + 20, 208))
+    ends, padded = ends_of(COUNTS)
+    slots = order.slot_of_row_R if gathered else None
+    ours = kernels().by_columns(x, ends, padded, rows + 20, slots, top_k)
+    as_rows = plain.rows_to_float(x)
+    expected = plain.by_columns(as_rows[source] if gathered else as_rows, COUNTS)
+    P = expected.values.size(1)
+    assert same(without_margin(ours, P, 208), without_margin(expected, P, 208))
+    if gathered:
+        values, scales = kernels().gather(x, order.slot_of_row_R, ends, top_k)
+        expected = Fp8(x.values[source], x.scales[:, source])
+        assert same(Fp8(values[:rows], scales[:, :rows]), expected)
+
+
+@pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+def test_swiglu_writes_what_the_definition_says(kind):
+    rows, hidden = sum(COUNTS), 256
+    gate_up = numbers(rows, 2 * hidden).nan_to_num(0.0, 1.0)
+    gate_up[1] = 1.0
+    weights = torch.rand(2 * rows)
+    slots = torch.randperm(2 * rows)[:rows].int()
+    ends, padded = ends_of(COUNTS)
+    of_hidden, kept = kernels().swiglu(gate_up, weights, slots, ends)
+    expected, expected_kept = plain.swiglu(gate_up, weights[slots])
+    assert same(kept, expected_kept)
+    assert close(plain.rows_to_float(of_hidden), plain.rows_to_float(expected))
+    grad = numbers(rows, hidden).nan_to_num(0.0, 1.0)
+    grad[1] = 1.0
+    ours = kernels().swiglu_backward(grad, kept, weights, slots, ends, padded, kind)
+    expected = plain.swiglu_backward(grad, kept, weights[slots], COUNTS, kind)
+    P = int(padded[-1])
+    assert close(plain.rows_to_float(ours[0]), plain.rows_to_float(expected[0]))
+    for x, twin in zip(ours[1:3], expected[1:3], strict=True):
+        columns = plain.columns_to_float(Fp8(x.values[:, :P], x.scales[: P // 128]))
+        assert close(columns, plain.columns_to_float(twin))
+    torch.testing.assert_close(ours[3], expected[3], rtol=1e-4, atol=1e-4)
+
+
+def close(ours: Tensor, expected: Tensor) -> bool:
+    """Whether numbers are equal but for some roundings: sigmoids differ in the last bits."""
+    differ = ours != expected
+    error = (ours.double() - expected.double()).norm() / expected.double().norm()
+    return bool(differ.float().mean() < 0.02) and float(error) < 0.01
+
+
+@pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("sizes", [(256, 384), (208, 144)], ids=["whole", "ragged"])
+def test_products_are_those_of_the_dequantised_numbers(sizes, kind):
+    """Within the rounding to bf16, for groups of 0, 1 and ragged numbers of rows."""
+    N, K = sizes
+    R, E = sum(COUNTS), len(COUNTS)
+    x, w = plain.by_rows(torch.randn(R + 9, K), kind), plain.by_blocks(torch.randn(E, N, K))
+    ends, padded = ends_of(COUNTS)
+    out = kernels().rows_by_blocks(x, w, ends, torch.bfloat16)[:R]
+    pairs = zip(plain.rows_to_float(x).split([*COUNTS, 9]), plain.blocks_to_float(w), strict=False)
+    truth = torch.cat([a.double() @ b.double().t() for a, b in pairs])
+    assert relative_error(out, truth) < 3e-3
+
+    a, b = torch.randn(R, N), torch.randn(R, K)
+    of_a, of_b = plain.by_columns(a, COUNTS, kind), plain.by_columns(b, COUNTS)
+    out = kernels().rows_by_rows(of_a, of_b, padded, torch.bfloat16)
+    sizes = padded.diff(prepend=padded.new_zeros(1)).tolist()
+    parts = [plain.columns_to_float(each).double().split(sizes) for each in (of_a, of_b)]
+    truth = torch.stack([x.t() @ y for x, y in zip(*parts, strict=True)])
+    assert relative_error(out, truth) < 3e-3
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["e4m3", "e5m2"])
+def test_layers_compute_what_the_emulation_does(wide):
+    """A product, and experts some of whose slots are empty: outputs and all gradients."""
+    T, D, F, E, K = 300, 208, 256, 5, 2
+    order = order_of([130, 0, 1, 257, 40], T, K)
+    inputs = [torch.randn(s) for s in ((T, D), (E, 2 * F, D), (E, D, F))]
+    inputs = [x.bfloat16().requires_grad_() for x in inputs]
+    inputs.append(torch.rand(T, K).requires_grad_())
+    pair = [torch.randn(3, 50, 144).bfloat16(), torch.randn(208, 144).bfloat16()]
+    for x in pair:
+        x.requires_grad_()
+    runs = []
+    for emulate in (False, True):
+        recipe = Fp8Recipe(wide, emulate)
+        results = []
+        for leaves, out in (
+            (inputs, fp8_expert_ffn(*inputs, order, recipe)),
+            (pair, fp8_linear(*pair, recipe)),
+        ):
+            torch.manual_seed(1)
+            results += [out, *torch.autograd.grad(out, leaves, torch.randn_like(out))]
+        runs.append(results)
+    for ours, emulated in zip(*runs, strict=True):
+        assert relative_error(ours, emulated.double()) < 6e-3
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()

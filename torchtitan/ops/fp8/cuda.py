@@ -1,0 +1,121 @@
+"""CUDA C++ kernels, compiled by NVRTC at their first use and launched through CUDA's driver.
+
+Both are reached through `cuda.bindings`, which CUDA builds of torch bring along. A launch doesn't
+wait for the device, and a CUDA graph can record it.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Kernel:
+    """A kernel of a source file beside this one.
+
+    shared: bytes of dynamic shared memory of a block.
+    options: definitions for the compiler, such as "-DKIND=1".
+    """
+
+    def __init__(self, source: str, name: str, options: tuple[str, ...] = (), shared: int = 0):
+        self.source, self.name, self.options, self.shared = source, name, options, shared
+
+    def launch(
+        self, device: torch.device, grid: Sequence[int], threads: int, arguments: Sequence[Any]
+    ) -> None:
+        """Launch on the current stream.
+
+        grid: blocks in up to three dims.
+        arguments: tensors (their address), None (a null pointer), ints (32 bits), tensor maps.
+        """
+        driver = _driver()
+        assert device.index is not None
+        function = _function(self.source, self.name, self.options, self.shared, device.index)
+        held = [_argument(each) for each in arguments]
+        addresses = [
+            each.getPtr() if hasattr(each, "getPtr") else ctypes.addressof(each) for each in held
+        ]
+        packed = (ctypes.c_void_p * len(held))(*addresses)
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = torch.cuda.current_stream(device).cuda_stream
+        address = ctypes.addressof(packed)
+        _check(
+            driver.cuLaunchKernel(function, x, y, z, threads, 1, 1, self.shared, stream, address, 0)
+        )
+
+
+def tensor_map(matrix: Tensor, box_rows: int, box_columns: int) -> Any:
+    """Describe a contiguous matrix of bytes to the tensor memory accelerator, which then fetches
+    boxes of it into shared memory, lines of 128 bytes swizzled."""
+    driver = _driver()
+    rows, columns = matrix.shape
+    u32, u64 = driver.cuuint32_t, driver.cuuint64_t
+    return _check(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            2,
+            matrix.data_ptr(),
+            [u64(columns), u64(rows)],
+            [u64(columns)],
+            [u32(box_columns), u32(box_rows)],
+            [u32(1), u32(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(0)
+    return ctypes.c_int(value) if isinstance(value, int) else value
+
+
+@lru_cache
+def _function(source: str, name: str, options: tuple[str, ...], shared: int, device: int) -> Any:
+    driver = _driver()
+    with torch.cuda.device(device):
+        module = _check(driver.cuModuleLoadData(_compile(source, options)))
+        function = _check(driver.cuModuleGetFunction(module, name.encode()))
+        size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, size, shared))
+    return function
+
+
+@lru_cache
+def _compile(source: str, options: tuple[str, ...]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    path = Path(__file__).with_name(source)
+    program = _check(nvrtc.nvrtcCreateProgram(path.read_bytes(), source.encode(), 0, [], []))
+    flags = [option.encode() for option in ("-arch=sm_90a", "-std=c++17", *options)]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+    if int(status) != 0:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"NVRTC could not compile {path}:\n{log.decode()}")
+    cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+    return cubin
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """Return a call's value; raise `RuntimeError` for an error code."""
+    status, *values = result
+    if int(status) != 0:
+        raise RuntimeError(f"CUDA answered {status!r}")
+    return values[0] if values else None

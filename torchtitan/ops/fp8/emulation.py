@@ -1,0 +1,85 @@
+"""The functions of kernels.py in plain torch, on any device: the same values, scales and rounding.
+
+Products are those of the dequantised numbers, added up in fp32. Sizes of groups are read on the
+host. Slow: for tests, and for runs that ask for it (`quantize.linear.float8.emulate`).
+"""
+
+import torch
+from torch import Tensor
+
+from torchtitan.ops.fp8 import quantize
+from torchtitan.ops.fp8.quantize import Fp8, by_rows
+
+__all__ = [
+    "by_blocks",
+    "by_columns",
+    "by_rows",
+    "gather",
+    "rows_by_blocks",
+    "rows_by_rows",
+    "swiglu",
+    "swiglu_backward",
+]
+
+
+def _counts(ends: Tensor) -> list[int]:
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+
+def by_blocks(w_ENK: Tensor, *, transposed: bool = False) -> Fp8:
+    weight = quantize.by_blocks(w_ENK)
+    return quantize.transposed_blocks(weight) if transposed else weight
+
+
+def by_columns(
+    x: Fp8,
+    ends: Tensor,
+    padded_ends: Tensor,
+    rows: int,
+    slot_of_row: Tensor | None = None,
+    top_k: int = 1,
+) -> Fp8:
+    counts = _counts(ends)
+    x_RK = quantize.rows_to_float(x)
+    if slot_of_row is not None:
+        x_RK = x_RK[slot_of_row[: sum(counts)] // top_k]
+    return quantize.by_columns(x_RK, counts, x.values.dtype)
+
+
+def gather(x: Fp8, slot_of_row_R: Tensor, ends: Tensor, top_k: int) -> Fp8:
+    tokens = slot_of_row_R[: int(ends[-1])] // top_k
+    return Fp8(x.values.view(torch.uint8)[tokens].view(x.values.dtype), x.scales[:, tokens])
+
+
+def swiglu(
+    gate_up_R2F: Tensor, weights_N: Tensor, slot_of_row_R: Tensor, ends: Tensor
+) -> tuple[Fp8, Fp8]:
+    return quantize.swiglu(gate_up_R2F, weights_N[slot_of_row_R[: int(ends[-1])]])
+
+
+def swiglu_backward(
+    grad_RF: Tensor,
+    kept: Fp8,
+    weights_N: Tensor,
+    slot_of_row_R: Tensor,
+    ends: Tensor,
+    padded_ends: Tensor,
+    kind: torch.dtype,
+) -> tuple[Fp8, Fp8, Fp8, Tensor]:
+    counts = _counts(ends)
+    weights_R = weights_N[slot_of_row_R[: sum(counts)]]
+    return quantize.swiglu_backward(grad_RF, kept, weights_R, counts, kind)
+
+
+def rows_by_blocks(x: Fp8, weight: Fp8, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    counts = _counts(ends)
+    rows = quantize.rows_to_float(x)
+    weights = quantize.blocks_to_float(weight)
+    pairs = zip(rows[: sum(counts)].split(counts), weights, strict=True)
+    return torch.cat([x_e @ w_e.t() for x_e, w_e in pairs]).to(dtype)
+
+
+def rows_by_rows(a: Fp8, b: Fp8, padded_ends: Tensor, dtype: torch.dtype) -> Tensor:
+    counts = _counts(padded_ends)
+    parts = [quantize.columns_to_float(each).split(counts) for each in (a, b)]
+    return torch.stack([a_e.t() @ b_e for a_e, b_e in zip(*parts, strict=True)]).to(dtype)

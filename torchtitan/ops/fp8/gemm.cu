@@ -1,0 +1,349 @@
+// Products of FP8 matrices with block scales on Hopper: D = A · Bᵀ, bf16, for groups of rows.
+//
+// Both operands lie with the reduction dim contiguous (the tensor cores take FP8 no other way), and
+// have a scale for every 128 elements of it. Tensor cores add up 128 products in their own
+// accumulator, which keeps some 14 bits; the sum is scaled and added in fp32 ("promotion").
+//
+//   ROWS_BY_BLOCKS   A rows sorted by group (R, K), B a weight a group (G, N, K) with a scale for
+//                    128 × 128: D (R, N). Outputs and gradients of inputs.
+//   ROWS_BY_ROWS     A (M, P), B (N, P), P tokens sorted by group, each group padded to 128; scales
+//                    1 × 128 in both: D (G, M, N), a product a group. Gradients of weights.
+//
+// A block of 384 threads: one warpgroup whose first thread has the TMA fetch tiles, two that
+// multiply. Each owns half of a tile of 2 · 64 · HALVES rows by 128 columns; while one promotes, the
+// tensor cores work for the other. Blocks are persistent, and take tiles in turn; they find a tile's
+// group in the device's list of ends, so the host need not know any size.
+//
+// Compiled by NVRTC with KIND (0 or 1), HALVES (1 or 2) and STAGES defined.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap {
+  char bytes[128];
+};
+
+constexpr int TILE_M = 128 * HALVES;
+constexpr int TILE_N = 128;
+constexpr int TILE_K = 128;  // one scale; bytes of a swizzled line of shared memory
+constexpr int BYTES_A = TILE_M * TILE_K;
+constexpr int BYTES_B = TILE_N * TILE_K;
+constexpr int BYTES_STAGE = BYTES_A + BYTES_B;
+constexpr int BYTES_SCALES = KIND == 0 ? 0 : TILE_N * 4;  // of B's rows, a stage
+constexpr int SUPER = 8;  // tiles of rows that are visited together, so that the L2 cache serves
+constexpr bool BY_BLOCKS = KIND == 0;
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n"
+      "}\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void fetch(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void fetch_line(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ float2 load_pair(u32 address) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
+  return pair;
+}
+
+// Describes a tile whose rows are 128 bytes, swizzled over 128 bytes, in groups of 8 rows.
+__device__ __forceinline__ u64 tile_descriptor(u32 address) {
+  u64 field = (address & 0x3FFFF) >> 4;
+  return field | (1ull << 16) | (u64(1024 >> 4) << 32) | (1ull << 62);
+}
+
+// 64 × 128 products over 32 elements; `add`: to what `d` holds.
+__device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, int add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32." TYPE_A ".e4m3 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),
+        "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
+        "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
+        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
+        "+f"(d[63])
+      : "l"(a), "l"(b), "r"(add));
+}
+
+// Keeps the compiler from moving uses of `d` over this line.
+__device__ __forceinline__ void pin(float (&d)[64]) {
+#pragma unroll
+  for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ __forceinline__ void swap_if(bool condition, u32& x, u32& y) {
+  const u32 first = condition ? y : x;
+  y = condition ? x : y;
+  x = first;
+}
+
+struct Tile {
+  int row_a, row_b;      // first rows in A and B
+  int first_k, last_k;   // blocks of the reduction
+  int rows, column;      // rows to store; first column
+  long long out;         // index of the tile's first row in the output
+  int scales_b;          // index of the tile's first scale
+};
+
+// The tiles of this block, in order.
+struct Tiles {
+  const int* ends;
+  int groups, M, N, K;
+  int group = 0, begin = 0, before = 0;
+
+  __device__ bool find(int index, Tile& tile) {
+    const int tiles_n = (N + TILE_N - 1) / TILE_N;
+    for (; group < groups; group++) {
+      const int end = ends[group];
+      const int rows = BY_BLOCKS ? end - begin : M;
+      const int tiles_m = (rows + TILE_M - 1) / TILE_M;
+      if (index < before + tiles_m * tiles_n) {
+        const int super = SUPER * tiles_n, local = index - before;
+        const int first_m = local / super * SUPER;
+        const int size_m = min(tiles_m - first_m, SUPER);
+        const int m = first_m + local % super % size_m, n = local % super / size_m;
+        tile.rows = min(rows - m * TILE_M, TILE_M);
+        tile.column = n * TILE_N;
+        if (BY_BLOCKS) {
+          const int blocks = (K + TILE_K - 1) / TILE_K;
+          tile.row_a = begin + m * TILE_M;
+          tile.row_b = group * N + n * TILE_N;
+          tile.first_k = 0;
+          tile.last_k = blocks;
+          tile.out = tile.row_a;
+          tile.scales_b = (group * tiles_n + n) * blocks;
+        } else {
+          tile.row_a = m * TILE_M;
+          tile.row_b = n * TILE_N;
+          tile.first_k = begin / TILE_K;
+          tile.last_k = end / TILE_K;
+          tile.out = (long long)group * M + m * TILE_M;
+          tile.scales_b = n * TILE_N;
+        }
+        return true;
+      }
+      before += tiles_m * tiles_n;
+      begin = end;
+    }
+    return false;
+  }
+};
+
+// M: rows of A. ends: rows (BY_BLOCKS) or padded tokens up to the end of each group.
+// scales_a: (blocks of the reduction, M), scales_b: (G, blocks of N, blocks of K). ROWS_BY_ROWS: both
+// (blocks of the reduction, M or N rounded up to 128).
+extern "C" __global__ void __launch_bounds__(384, 1)
+    fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
+             const float* __restrict__ scales_a, const float* __restrict__ scales_b,
+             unsigned short* __restrict__ out, const int* __restrict__ ends, int groups, int M,
+             int N, int K) {
+  extern __shared__ char raw[];
+  const u32 base = (shared_address(raw) + 1023) & ~1023u;
+  const u32 columns = base + STAGES * BYTES_STAGE;
+  const u32 full = columns + STAGES * BYTES_SCALES, empty = full + 8 * STAGES;
+  const int warpgroup = threadIdx.x / 128;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, 8);  // warps that multiply
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncthreads();
+
+  Tiles tiles{ends, groups, M, N, K};
+  Tile tile;
+  int stage = 0;
+  u32 parity = 0;
+
+  if (warpgroup == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0) {
+      const int line = (N + TILE_N - 1) / TILE_N * TILE_N;  // a stage fetches whole lines
+      for (int index = blockIdx.x; tiles.find(index, tile); index += gridDim.x) {
+        for (int k = tile.first_k; k < tile.last_k; k++) {
+          barrier_wait(empty + 8 * stage, parity ^ 1);
+          const u32 a = base + stage * BYTES_STAGE, b = a + BYTES_A;
+          barrier_expect(full + 8 * stage, BYTES_STAGE + BYTES_SCALES);
+          if (!BY_BLOCKS)
+            fetch_line(columns + stage * BYTES_SCALES,
+                       scales_b + (long long)k * line + tile.scales_b, BYTES_SCALES,
+                       full + 8 * stage);
+          fetch(a, &map_a, k * TILE_K, tile.row_a, full + 8 * stage);
+          fetch(b, &map_b, k * TILE_K, tile.row_b, full + 8 * stage);
+          if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+      }
+    }
+    return;
+  }
+
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  const int first_row = (warpgroup - 1) * 64 * HALVES + threadIdx.x % 128 / 32 * 16 + lane / 4;
+
+  for (int index = blockIdx.x; tiles.find(index, tile); index += gridDim.x) {
+    float total[HALVES][64];
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+#pragma unroll
+      for (int i = 0; i < 64; i++) total[h][i] = 0.f;
+
+    // Scales of this thread's rows, r and r + 8 of every half, and of B: fetched a block ahead.
+    const int line_a = BY_BLOCKS ? M : (M + 127) / 128 * 128;
+    const float* at[HALVES][2];
+    float next_a[HALVES][2], next_b = 0.f;
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const int row = min(tile.row_a + first_row + h * 64 + j * 8, M - 1);
+        at[h][j] = scales_a + (long long)tile.first_k * line_a + row;
+      }
+    auto load_scales = [&](int k) {
+#pragma unroll
+      for (int h = 0; h < HALVES; h++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) next_a[h][j] = __ldg(at[h][j]), at[h][j] += line_a;
+      if (BY_BLOCKS) next_b = __ldg(scales_b + tile.scales_b + k);
+    };
+    if (tile.first_k < tile.last_k) load_scales(tile.first_k);
+
+    for (int k = tile.first_k; k < tile.last_k; k++) {
+      float scale[HALVES][2];
+#pragma unroll
+      for (int h = 0; h < HALVES; h++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) scale[h][j] = BY_BLOCKS ? next_a[h][j] * next_b : next_a[h][j];
+      const int next_k = min(k + 1, tile.last_k - 1);
+      if (k + 1 < tile.last_k) load_scales(next_k);
+
+      const u32 of_columns = columns + stage * BYTES_SCALES + quad * 8;
+      barrier_wait(full + 8 * stage, parity);
+      const u32 a = base + stage * BYTES_STAGE, b = a + BYTES_A;
+      const u64 of_a = tile_descriptor(a + (warpgroup - 1) * HALVES * 64 * TILE_K);
+      const u64 of_b = tile_descriptor(b);
+#pragma unroll
+      for (int h = 0; h < HALVES; h++) {
+        float sum[64];
+        pin(sum);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int step = 0; step < 4; step++)
+          multiply(sum, of_a + h * (64 * TILE_K >> 4) + step * 2, of_b + step * 2, step > 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        pin(sum);
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        pin(sum);
+        if (BY_BLOCKS && h == HALVES - 1 && lane == 0) barrier_arrive(empty + 8 * stage);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+          float2 column = make_float2(1.f, 1.f);
+          if (!BY_BLOCKS) column = load_pair(of_columns + i * 32);
+#pragma unroll
+          for (int j = 0; j < 2; j++) {
+            const float low = BY_BLOCKS ? scale[h][j] : scale[h][j] * column.x;
+            const float high = BY_BLOCKS ? scale[h][j] : scale[h][j] * column.y;
+            total[h][i * 4 + j * 2] += low * sum[i * 4 + j * 2];
+            total[h][i * 4 + j * 2 + 1] += high * sum[i * 4 + j * 2 + 1];
+          }
+        }
+      }
+      if (!BY_BLOCKS) {  // the columns' scales are in the stage, too
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty + 8 * stage);
+      }
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+
+    // Four threads hold 8 neighbouring columns, two each. They transpose, so that each holds all 8 of
+    // one among four such groups, and stores 16 bytes.
+    const bool odd = quad & 1, high = quad & 2;
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const int row = first_row + h * 64 + j * 8;
+        unsigned short* line = out + (tile.out + row) * N + tile.column + quad * 8;
+        const int columns = row < tile.rows ? N - tile.column - quad * 8 : 0;
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) {
+          const float* of = total[h] + i * 4 + j * 2;
+          u32 x0 = pack(of[0], of[1]), x1 = pack(of[4], of[5]);
+          u32 x2 = pack(of[8], of[9]), x3 = pack(of[12], of[13]);
+          swap_if(odd, x0, x1);  // swapped in odd threads, so that x1 is what goes to the neighbour
+          swap_if(odd, x2, x3);
+          x1 = __shfl_xor_sync(0xFFFFFFFF, x1, 1);
+          x3 = __shfl_xor_sync(0xFFFFFFFF, x3, 1);
+          swap_if(odd, x0, x1);
+          swap_if(odd, x2, x3);
+          swap_if(high, x0, x2);
+          swap_if(high, x1, x3);
+          x2 = __shfl_xor_sync(0xFFFFFFFF, x2, 2);
+          x3 = __shfl_xor_sync(0xFFFFFFFF, x3, 2);
+          swap_if(high, x0, x2);
+          swap_if(high, x1, x3);
+          if (i * 8 < columns)
+            *reinterpret_cast<uint4*>(line + i * 8) = make_uint4(x0, x1, x2, x3);
+        }
+      }
+  }
+}

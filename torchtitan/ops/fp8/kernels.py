@@ -1,0 +1,186 @@
+"""FP8 on Hopper: quantize.cu and gemm.cu; references: quantize.py and gemm.py.
+
+Letters as in quantize.py. `ends` are int32 numbers of rows up to the end of each group, on the
+device; `padded_ends` the same with each group padded to a multiple of 128.
+"""
+
+import torch
+from torch import Tensor
+
+from torchtitan.ops.fp8.cuda import Kernel, tensor_map
+from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8
+
+_THREADS = 256  # of a quantising block
+# Of `swiglu_backward`: maxima of columns, and three tiles of bf16.
+_WAITING = 4 * 8 * BLOCK + 3 * 2 * BLOCK * BLOCK
+_SHARED_MEMORY = 227 * 1024  # of a block on Hopper
+
+
+def _ceil(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def padded_tiles(rows: int, groups: int) -> int:
+    """Most tiles of 128 that `rows` rows of `groups` groups fill."""
+    return rows // BLOCK + min(rows, groups)
+
+
+def _launch(
+    name: str, kind: torch.dtype, grid: tuple[int, ...], *arguments: object, shared: int = 0
+) -> None:
+    device = next(each.device for each in arguments if isinstance(each, Tensor))
+    kernel = Kernel("quantize.cu", name, (f"-DE5M2={int(kind == E5M2)}",), shared)
+    if 0 not in grid:
+        kernel.launch(device, grid, _THREADS, arguments)
+
+
+def _new(like: Tensor, *shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=kind, device=like.device)
+
+
+def by_rows(x_RK: Tensor, kind: torch.dtype = E4M3) -> Fp8:
+    """Compute `quantize.by_rows` of a bf16 matrix, K a multiple of 16."""
+    R, K = x_RK.shape
+    out = Fp8(_new(x_RK, R, K, kind=kind), _new(x_RK, _ceil(K), R))
+    _launch("quantize_rows", kind, (_ceil(R), _ceil(K)), x_RK, *out, R, K)
+    return out
+
+
+def by_blocks(w_ENK: Tensor, *, transposed: bool = False) -> Fp8:
+    """Compute `quantize.by_blocks` of bf16 or fp32 weights, N and K multiples of 16.
+
+    transposed: return the same values and scales as (E, K, N).
+    """
+    E, N, K = w_ENK.shape
+    n, k = _ceil(N), _ceil(K)
+    rows, columns, of_rows, of_columns = (K, N, k, n) if transposed else (N, K, n, k)
+    out = Fp8(_new(w_ENK, E, rows, columns, kind=E4M3), _new(w_ENK, E, of_rows, of_columns))
+    wide = int(w_ENK.dtype == torch.float32)
+    grid = (k, n, E)
+    _launch("quantize_blocks", E4M3, grid, w_ENK, *out, N, K, wide, int(transposed))
+    return out
+
+
+def by_columns(
+    x: Fp8,
+    ends: Tensor,
+    padded_ends: Tensor,
+    rows: int,
+    slot_of_row: Tensor | None = None,
+    top_k: int = 1,
+) -> Fp8:
+    """Transpose a matrix quantised by rows to one by columns.
+
+    rows: most that there can be.
+    slot_of_row: int32, rows are tokens slot // top_k of `x`; None = they are those of `x`.
+    """
+    T, K = x.values.shape
+    groups, kind = ends.numel(), x.values.dtype
+    tiles, blocks = padded_tiles(rows, groups), _ceil(K)
+    out = Fp8(_new(ends, K, tiles * BLOCK, kind=kind), _new(ends, tiles, blocks * BLOCK))
+    _launch(
+        "transpose", kind, (tiles, blocks), *x, slot_of_row, ends, padded_ends, *out, T, K, groups,
+        top_k,
+    )  # fmt: skip
+    return out
+
+
+def gather(x: Fp8, slot_of_row_R: Tensor, ends: Tensor, top_k: int) -> Fp8:
+    """Copy the token, slot // top_k, of every row. K is a multiple of 16."""
+    (T, K), R = x.values.shape, slot_of_row_R.numel()
+    out = Fp8(_new(ends, R, K, kind=x.values.dtype), _new(ends, _ceil(K), R))
+    grid = (-(-R // 8),)
+    _launch("gather", E4M3, grid, *x, slot_of_row_R, ends, *out, T, R, K, ends.numel(), top_k)
+    return out
+
+
+def swiglu(
+    gate_up_R2F: Tensor, weights_N: Tensor, slot_of_row_R: Tensor, ends: Tensor
+) -> tuple[Fp8, Fp8]:
+    """Compute `quantize.swiglu`. F is a multiple of 128.
+
+    weights_N: fp32, of each slot.
+    """
+    R, F = gate_up_R2F.size(0), gate_up_R2F.size(1) // 2
+    blocks = _ceil(F)
+    hidden = Fp8(_new(ends, R, F, kind=E4M3), _new(ends, blocks, R))
+    kept = Fp8(_new(ends, R, 2 * F, kind=E4M3), _new(ends, 2 * blocks, R))
+    _launch(
+        "swiglu", E4M3, (_ceil(R), blocks), gate_up_R2F, weights_N, slot_of_row_R, ends, *hidden,
+        *kept, R, F, ends.numel(),
+    )  # fmt: skip
+    return hidden, kept
+
+
+def swiglu_backward(
+    grad_RF: Tensor,
+    kept: Fp8,
+    weights_N: Tensor,
+    slot_of_row_R: Tensor,
+    ends: Tensor,
+    padded_ends: Tensor,
+    kind: torch.dtype,
+) -> tuple[Fp8, Fp8, Fp8, Tensor]:
+    """Compute `quantize.swiglu_backward`; of rows behind the last group nothing is defined."""
+    R, F = grad_RF.shape
+    tiles, blocks = padded_tiles(R, ends.numel()), F // BLOCK
+    grad = Fp8(_new(ends, R, 2 * F, kind=kind), _new(ends, 2 * blocks, R))
+    t_grad = Fp8(_new(ends, 2 * F, tiles * BLOCK, kind=kind), _new(ends, tiles, 2 * F))
+    t_hidden = Fp8(_new(ends, F, tiles * BLOCK, kind=E4M3), _new(ends, tiles, F))
+    parts = _new(ends, blocks, R)
+    _launch(
+        "swiglu_backward", kind, (tiles, blocks), grad_RF, *kept, weights_N, slot_of_row_R, ends,
+        padded_ends, *grad, *t_grad, *t_hidden, parts, R, F, ends.numel(), shared=_WAITING,
+    )  # fmt: skip
+    return grad, t_grad, t_hidden, parts.sum(0)
+
+
+def rows_by_blocks(x: Fp8, weight: Fp8, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute x[rows of group e] · weight[e]ᵀ: (R, N), undefined behind the last group.
+
+    dtype: of the result, bf16.
+    """
+    assert dtype == torch.bfloat16
+    out_RN = _new(ends, x.values.size(0), weight.values.size(1), kind=dtype)
+    _gemm(0, x, weight, ends, out_RN, halves=2)
+    return out_RN
+
+
+def rows_by_rows(a: Fp8, b: Fp8, padded_ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute a · bᵀ over the elements of each group: (E, M, N).
+
+    a, b: by columns of (P, M) and (P, N): values (M, P) and (N, P).
+    dtype: of the result, bf16.
+    """
+    assert dtype == torch.bfloat16
+    M, N = a.values.size(0), b.values.size(0)
+    out_EMN = _new(padded_ends, padded_ends.numel(), M, N, kind=dtype)
+    _gemm(1, a, b, padded_ends, out_EMN, halves=2)
+    return out_EMN
+
+
+def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor, halves: int) -> None:
+    rows, K = a.values.shape
+    if out.numel() == 0 or K == 0:
+        out.zero_()
+        return
+    b_NK = b.values.flatten(0, -2)
+    N = b.values.size(-2)
+    stage = BLOCK * BLOCK * (halves + 1) + 4 * BLOCK * kind
+    stages = min(8, (_SHARED_MEMORY - 2048) // (stage + 16))
+    kernel = Kernel(
+        "gemm.cu",
+        "fp8_gemm",
+        (
+            f"-DKIND={kind}",
+            f"-DHALVES={halves}",
+            f"-DSTAGES={stages}",
+            f'-DTYPE_A="{"e5m2" if a.values.dtype == E5M2 else "e4m3"}"',
+        ),
+        shared=1024 + stages * (stage + 16),
+    )
+    device = out.device
+    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    maps = tensor_map(a.values, BLOCK * halves, BLOCK), tensor_map(b_NK, BLOCK, BLOCK)
+    scales = a.scales, b.scales
+    kernel.launch(device, (blocks,), 384, (*maps, *scales, out, ends, ends.numel(), rows, N, K))

@@ -1,0 +1,304 @@
+"""Products of activations with weights in FP8, forward and backward (DeepSeek-V3's recipe).
+
+    output       activations 1 × 128 by weights 128 × 128
+    their gradient  gradients 1 × 128 by the transposed weights
+    weights' gradient  gradients by activations, both 1 × 128 along tokens
+
+Kept for the backward pass are activations in FP8. Weights are quantised in each pass from what the
+module holds (bf16 copies, or what FSDP has gathered), so nothing of them is kept.
+
+Letters: R rows sorted by group, K inputs, N outputs, E groups, T tokens, D model dim, F hidden dim.
+"""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchtitan.ops.fp8 import emulation
+from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8
+from torchtitan.ops.permute import RowOrder, sum_copies
+
+_MULTIPLE = 16  # bytes: what the tensor memory accelerator fetches begins and ends there
+
+
+class Fp8Recipe(NamedTuple):
+    """How a layer computes in FP8.
+
+    wide_gradients: gradients in e5m2 instead of e4m3.
+    emulate: in plain torch, on any device.
+    """
+
+    wide_gradients: bool = False
+    emulate: bool = False
+
+    @property
+    def gradient_kind(self) -> torch.dtype:
+        return E5M2 if self.wide_gradients else E4M3
+
+
+def why_not_linear(inputs: int, outputs: int) -> str | None:
+    """Reason for which a product of these sizes can't be in FP8, None where it can."""
+    for size in (inputs, outputs):
+        if size % _MULTIPLE:
+            return f"{size} is no multiple of {_MULTIPLE}"
+    return None
+
+
+def why_not_experts(dim: int, hidden: int) -> str | None:
+    """Reason for which experts of these sizes can't be in FP8, None where they can."""
+    if hidden % BLOCK:
+        return f"their hidden size {hidden} is no multiple of {BLOCK}"
+    return why_not_linear(dim, hidden)
+
+
+def fp8_linear(x: Tensor, weight_NK: Tensor, recipe: Fp8Recipe) -> Tensor:
+    """Compute x · weightᵀ: (..., K) to (..., N), in the dtype of x."""
+    x_RK = x.flatten(0, -2)
+    ends = torch.full((1,), x_RK.size(0), dtype=torch.int32, device=x.device)
+    return fp8_grouped_linear(x_RK, weight_NK.unsqueeze(0), ends, recipe).unflatten(0, x.shape[:-1])
+
+
+def fp8_grouped_linear(
+    x_RK: Tensor, weight_ENK: Tensor, ends_E: Tensor, recipe: Fp8Recipe
+) -> Tensor:
+    """Compute x[rows of group e] · weight[e]ᵀ for every e: (R, N), in the dtype of x.
+
+    ends_E: int32, rows up to the end of each group; the last is R.
+    """
+    return _linear(x_RK.contiguous(), weight_ENK.contiguous(), ends_E, *recipe)[0]
+
+
+def fp8_expert_ffn(
+    x_TD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    weights_TK: Tensor,
+    order: RowOrder,
+    recipe: Fp8Recipe,
+) -> Tensor:
+    """Compute `ops.expert_ffn.expert_ffn` in FP8; arguments as there.
+
+    Kept for the backward pass are tokens, and gate and up in FP8, of which the activation is
+    computed again.
+    """
+    return _experts(x_TD, w13_E2FD.contiguous(), w2_EDF, weights_TK, *order, *recipe)[0]
+
+
+def _functions(x: Tensor, emulate: bool) -> ModuleType:
+    if emulate or not x.is_cuda:
+        return emulation
+    from torchtitan.ops.fp8 import kernels
+
+    return kernels
+
+
+def _padded(ends_E: Tensor) -> Tensor:
+    """Ends of the groups, each padded to a multiple of 128."""
+    counts = ends_E.diff(prepend=ends_E.new_zeros(1))
+    return ((counts + BLOCK - 1) // BLOCK * BLOCK).cumsum(0, dtype=torch.int32)
+
+
+# ---------------------------------------------------------------------------------------------
+# One product, of one weight or of one for each group
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("torchtitan::fp8_linear", mutates_args=())
+def _linear(
+    x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, wide_gradients: bool, emulate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the product, and x in FP8, which the backward pass needs."""
+    do = _functions(x_RK, emulate)
+    x = do.by_rows(x_RK)
+    return do.rows_by_blocks(x, do.by_blocks(w_ENK), ends_E, x_RK.dtype), *x
+
+
+@_linear.register_fake
+def _(x_RK, w_ENK, ends_E, wide_gradients, emulate):
+    return x_RK.new_empty(x_RK.size(0), w_ENK.size(1)), *_fake_rows(x_RK)
+
+
+def _fake_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:
+    R, K = x_RK.shape
+    scales = x_RK.new_empty(-(-K // BLOCK), R, dtype=torch.float32)
+    return x_RK.new_empty(R, K, dtype=E4M3), scales
+
+
+@torch.library.custom_op("torchtitan::fp8_linear_backward", mutates_args=())
+def _linear_backward(
+    grad_RN: Tensor,
+    x_values: Tensor,
+    x_scales: Tensor,
+    w_ENK: Tensor,
+    ends_E: Tensor,
+    wide_gradients: bool,
+    emulate: bool,
+    needs_x: bool,
+    needs_w: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the weights; of what needs none, of no size."""
+    do, kind = _functions(grad_RN, emulate), Fp8Recipe(wide_gradients).gradient_kind
+    R, dtype = grad_RN.size(0), grad_RN.dtype
+    grad = do.by_rows(grad_RN, kind)
+    grad_x, grad_w = grad_RN.new_empty(0, 0), grad_RN.new_empty(0, 0, 0)
+    if needs_x:
+        grad_x = do.rows_by_blocks(grad, do.by_blocks(w_ENK, transposed=True), ends_E, dtype)
+    if needs_w:
+        padded = _padded(ends_E)
+        t_grad = do.by_columns(grad, ends_E, padded, R)
+        t_x = do.by_columns(Fp8(x_values, x_scales), ends_E, padded, R)
+        grad_w = do.rows_by_rows(t_grad, t_x, padded, dtype)
+    return grad_x, grad_w
+
+
+@_linear_backward.register_fake
+def _(grad_RN, x_values, x_scales, w_ENK, ends_E, wide_gradients, emulate, needs_x, needs_w):
+    grad_x = grad_RN.new_empty(x_values.shape if needs_x else (0, 0))
+    return grad_x, grad_RN.new_empty(w_ENK.shape if needs_w else (0, 0, 0))
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, w_ENK, ends_E, *ctx.recipe = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], w_ENK, ends_E)
+
+
+def _differentiate_linear(ctx: Any, grad_RN: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    needs_x, needs_w, *_rest = ctx.needs_input_grad
+    grad_x, grad_w = _linear_backward(
+        grad_RN.contiguous(), *ctx.saved_tensors, *ctx.recipe, needs_x, needs_w
+    )
+    return grad_x if needs_x else None, grad_w if needs_w else None, None, None, None
+
+
+_linear.register_autograd(_differentiate_linear, setup_context=_save_linear)
+
+
+# ---------------------------------------------------------------------------------------------
+# All of a layer's experts
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("torchtitan::fp8_expert_ffn", mutates_args=())
+def _experts(
+    x_TD: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    weights_TK: Tensor,
+    slot_of_row_R: Tensor,
+    row_of_slot_TK: Tensor,
+    counts_E: Tensor,
+    some_empty: bool,
+    wide_gradients: bool,
+    emulate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output (T, D), and gate and up in FP8, which the backward pass needs."""
+    do, dtype, K = _functions(x_TD, emulate), x_TD.dtype, weights_TK.size(1)
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    rows = do.gather(do.by_rows(x_TD), slot_of_row_R, ends_E, K)
+    gate_up_R2F = do.rows_by_blocks(rows, do.by_blocks(w13_E2FD), ends_E, dtype)
+    del rows
+    hidden, kept = do.swiglu(gate_up_R2F, weights_TK.flatten(), slot_of_row_R, ends_E)
+    del gate_up_R2F
+    out_RD = do.rows_by_blocks(hidden, do.by_blocks(w2_EDF), ends_E, dtype)
+    return sum_copies(out_RD, row_of_slot_TK, some_empty=some_empty), *kept
+
+
+@_experts.register_fake
+def _(x_TD, w13_E2FD, w2_EDF, weights_TK, slot, row, counts_E, some_empty, wide, emulate):
+    R = slot.size(0)
+    gate_up_R2F = x_TD.new_empty(R, w13_E2FD.size(1))
+    return torch.empty_like(x_TD), *_fake_rows(gate_up_R2F)
+
+
+@torch.library.custom_op("torchtitan::fp8_expert_ffn_backward", mutates_args=())
+def _experts_backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    kept_values: Tensor,
+    kept_scales: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    weights_TK: Tensor,
+    slot_of_row_R: Tensor,
+    row_of_slot_TK: Tensor,
+    counts_E: Tensor,
+    some_empty: bool,
+    wide_gradients: bool,
+    emulate: bool,
+    trains_w13: bool,
+    trains_w2: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of the tokens, w13, w2 and the routing weights; that of a frozen weight
+    has no size."""
+    do, kind = _functions(x_TD, emulate), Fp8Recipe(wide_gradients).gradient_kind
+    dtype, K, R = x_TD.dtype, weights_TK.size(1), slot_of_row_R.size(0)
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    padded = _padded(ends_E)
+    groups = ends_E, padded
+    grad = do.by_rows(grad_TD, kind)
+    rows = do.gather(grad, slot_of_row_R, ends_E, K)
+    grad_RF = do.rows_by_blocks(rows, do.by_blocks(w2_EDF, transposed=True), ends_E, dtype)
+    del rows
+    of_rows, t_both, t_hidden, grad_weights_R = do.swiglu_backward(
+        grad_RF,
+        Fp8(kept_values, kept_scales),
+        weights_TK.flatten(),
+        slot_of_row_R,
+        *groups,
+        kind,
+    )
+    del grad_RF
+    grad_w13, grad_w2 = w13_E2FD.new_empty(0), w2_EDF.new_empty(0)
+    if trains_w2:
+        t_grad = do.by_columns(grad, *groups, R, slot_of_row_R, K)
+        grad_w2 = do.rows_by_rows(t_grad, t_hidden, padded, dtype)
+        del t_grad
+    del t_hidden
+    if trains_w13:
+        t_x = do.by_columns(do.by_rows(x_TD), *groups, R, slot_of_row_R, K)
+        grad_w13 = do.rows_by_rows(t_both, t_x, padded, dtype)
+        del t_x
+    del t_both
+    w13 = do.by_blocks(w13_E2FD, transposed=True)
+    grad_rows_RD = do.rows_by_blocks(of_rows, w13, ends_E, dtype)
+    grad_x_TD = sum_copies(grad_rows_RD, row_of_slot_TK, some_empty=some_empty)
+    return grad_x_TD, grad_w13, grad_w2, _of_slots(grad_weights_R, row_of_slot_TK)
+
+
+def _of_slots(x_R: Tensor, row_of_slot_TK: Tensor) -> Tensor:
+    """The element of every slot's row (T, K); 0 where it has none."""
+    if x_R.numel() == 0:
+        return x_R.new_zeros(row_of_slot_TK.shape)
+    return torch.where(row_of_slot_TK < 0, 0.0, x_R[row_of_slot_TK.clamp(min=0)])
+
+
+@_experts_backward.register_fake
+def _(
+    grad, x_TD, kept_values, kept_scales, w13, w2, weights_TK, slot, row, counts, some_empty, wide,
+    emulate, trains_w13, trains_w2,
+):  # fmt: skip
+    grad_w13 = torch.empty_like(w13) if trains_w13 else w13.new_empty(0)
+    grad_w2 = torch.empty_like(w2) if trains_w2 else w2.new_empty(0)
+    return torch.empty_like(x_TD), grad_w13, grad_w2, torch.empty_like(weights_TK)
+
+
+def _save_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_TD, *others, some_empty, wide, emulate = inputs
+    ctx.set_materialize_grads(False)
+    ctx.settings = some_empty, wide, emulate
+    ctx.save_for_backward(x_TD, *output[1:], *others)
+
+
+def _differentiate_experts(ctx: Any, grad_TD: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    trains = ctx.needs_input_grad[1:3]
+    grad_x, grad_w13, grad_w2, grad_weights = _experts_backward(
+        grad_TD.contiguous(), *ctx.saved_tensors, *ctx.settings, *trains
+    )
+    of_weights = [g if t else None for g, t in zip((grad_w13, grad_w2), trains, strict=True)]
+    return grad_x, *of_weights, grad_weights, *[None] * 6
+
+
+_experts.register_autograd(_differentiate_experts, setup_context=_save_experts)
