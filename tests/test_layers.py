@@ -28,6 +28,7 @@ ROOMS = {
         "data_tables": 0,
         "lora_tables": 0,
         "optimizer_tables": 0,
+        "quantize_tables": 0,
         "router_stats": 0,
         "schedule_tables": 0,
         "job_config": 1,
@@ -42,15 +43,16 @@ ROOMS = {
     },
     "components": {
         "cuda_graph": 0,
-        "finetuning": 0,
         "generation": 0,
         "huggingface": 0,
         "loss": 0,
         "metrics": 0,
         "optimizer": 0,
-        "checkpoint": 1,
-        "validate": 1,
-        "dump_folder": 2,
+        "quantize": 0,
+        "finetuning": 1,
+        "checkpoint": 2,
+        "validate": 2,
+        "dump_folder": 3,
     },
 }
 # Folders that don't know each other, whatever their height.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torchtitan.config.data_tables import Chat, Dataset, Format
 from torchtitan.config.lora_tables import LoRA
 from torchtitan.config.optimizer_tables import EMA, LRScheduler, Optimizer
+from torchtitan.config.quantize_tables import Quantize
 from torchtitan.config.schedule_tables import Alarm, Schedule
 
 
@@ -98,7 +99,7 @@ class Model:
     tokenizer_path: str | None = None
     """Old name of hf_assets_path (must stay unset)."""
     converters: list[str] = _listing()
-    """Changes made to the model after it is built, in order: "lora" adds adapters."""
+    """Changes made to the built model: "lora"; "float8", or FP8 by part as in [quantize.*]."""
     print_after_conversion: bool = False
     """Print the model after the converters ran."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -293,56 +294,6 @@ class Compile:
     """Back-end of torch.compile."""
     cuda_graph: bool = False
     """Replay forward and backward pass as one CUDA graph: no GPU waits for its host (ours)."""
-
-
-@dataclass(frozen=True)
-class Float8Linear:
-    """FP8 for linear layers; takes effect through model.converters only."""
-
-    enable_fsdp_float8_all_gather: bool = False
-    """Cast to FP8 before the all-gather of FSDP."""
-    precompute_float8_dynamic_scale_for_fsdp: bool = False
-    """Compute all scales for FSDP in one go after the optimizer step."""
-    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """Granularity of the scales."""
-    filter_fqns: list[str] = _listing()
-    """Modules that stay in high precision, by parts of their names."""
-    emulate: bool = False
-    """Compute in high precision with FP8 rounding, for machines without FP8."""
-
-
-@dataclass(frozen=True)
-class QuantizeLinear:
-    """Quantisation of linear layers."""
-
-    float8: Float8Linear = field(default_factory=Float8Linear)
-    """FP8 for linear layers."""
-
-
-@dataclass(frozen=True)
-class Float8GroupedMM:
-    """FP8 for the grouped matrix multiplications of experts; through model.converters only."""
-
-    fqns: list[str] | str = _listing()
-    """Modules to convert, by parts of their names."""
-
-
-@dataclass(frozen=True)
-class QuantizeGroupedMM:
-    """Quantisation of the experts' grouped matrix multiplications."""
-
-    float8: Float8GroupedMM = field(default_factory=Float8GroupedMM)
-    """FP8 for experts."""
-
-
-@dataclass(frozen=True)
-class Quantize:
-    """Lower-precision training; takes effect through model.converters only."""
-
-    linear: QuantizeLinear = field(default_factory=QuantizeLinear)
-    """Linear layers."""
-    grouped_mm: QuantizeGroupedMM = field(default_factory=QuantizeGroupedMM)
-    """Experts."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ _KEPT = _ROUTING | {
     "aten::_grouped_mm",
     "torchtitan::document_attention",
     "torchtitan::expert_ffn",
+    "torchtitan::fp8_expert_ffn",
+    "torchtitan::fp8_linear",
     "torchtitan::mla_attention",
     # The operators inside the differentiable collectives: policies see those below autograd.
     "_c10d_functional::all_to_all_single",

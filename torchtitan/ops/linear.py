@@ -2,7 +2,7 @@
 
 Every such product is computed by a layer or function of this file, in every layout and on every
 fast path. A change to how they are computed (weights in the compute dtype, low-rank adapters) is
-made here, and reaches all of them:
+made here, and reaches all of them (FP8: ops/fp8):
 
     Linear                 attention's projections, feed-forwards, the projection of MTP
     linear_joint           several of those on one input
@@ -23,6 +23,13 @@ from torch import Tensor, nn
 
 from torchtitan.ops import grouped_mm
 from torchtitan.ops.expert_ffn import expert_ffn
+from torchtitan.ops.fp8.linear import (
+    Fp8Recipe,
+    fp8_expert_ffn,
+    fp8_grouped_linear,
+    fp8_linear,
+)
+from torchtitan.ops.fp8.quantize import BLOCK
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan.ops.lora import (
@@ -54,6 +61,7 @@ class Linear(nn.Linear):
     """Linear layer without bias, x · weightᵀ: (..., in_features) to (..., out_features).
 
     lora_A, lora_B: of its low-rank adapter (ops/lora.py); None = it has none.
+    fp8: how the product with the weight is computed in FP8; None = in the dtype of the input.
     """
 
     lora_A: nn.Parameter | None
@@ -64,6 +72,7 @@ class Linear(nn.Linear):
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
         self.lora_scale = 0.0
+        self.fp8: Fp8Recipe | None = None
 
     def adapt(self, rank: int, alpha: float) -> None:
         """Add a low-rank adapter beside the weight."""
@@ -78,7 +87,7 @@ class Linear(nn.Linear):
         return LowRank(first, second, self.lora_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapted(F.linear(x, self.weight), x)
+        return self.adapted(_product(x, self.weight, self.fp8), x)
 
     def adapted(self, y: Tensor, x: Tensor) -> Tensor:
         """Add the adapter's product, if there is one, to that of the weight.
@@ -98,6 +107,10 @@ class Linear(nn.Linear):
         if lora is None:
             return self.weight.to(dtype)
         return (self.weight.float() + product(lora)).to(dtype)
+
+
+def _product(x: Tensor, weight: Tensor, fp8: Fp8Recipe | None) -> Tensor:
+    return F.linear(x, weight) if fp8 is None else fp8_linear(x, weight, fp8)
 
 
 class Gate(Linear):
@@ -141,16 +154,32 @@ def linear_joint(x: Tensor, joint: Joint, layers: Sequence[Linear]) -> tuple[Ten
     """Compute `layer(x)` for each of `layers`, whose weights are those of `joint`."""
     if joint.tensor is None:
         return tuple(layer(x) for layer in layers)
-    outputs = F.linear(x, joint.tensor).split([layer.out_features for layer in layers], dim=-1)
+    sizes = [layer.out_features for layer in layers]
+    recipes = {layer.fp8 for layer in layers}
+    # Blocks of FP8 weights must not reach from one weight into the next.
+    if len(recipes) == 1 and (None in recipes or not any(size % BLOCK for size in sizes[:-1])):
+        outputs = _product(x, joint.tensor, layers[0].fp8).split(sizes, dim=-1)
+    else:
+        weights = joint.tensor.split(sizes)
+        pairs = zip(weights, layers, strict=True)
+        outputs = [_product(x, weight, layer.fp8) for weight, layer in pairs]
     return tuple(layer.adapted(y, x) for layer, y in zip(layers, outputs, strict=True))
 
 
 def grouped_linear(
-    rows_RK: Tensor, stack: Stack, counts_E: Tensor, *, loop: bool = False
+    rows_RK: Tensor,
+    stack: Stack,
+    counts_E: Tensor,
+    *,
+    loop: bool = False,
+    fp8: Fp8Recipe | None = None,
 ) -> Tensor:
-    """Compute `grouped_mm.grouped_linear`, with the stack's adapter where it has one."""
+    """Compute `grouped_mm.grouped_linear`, with the stack's adapter where it has one.
+
+    fp8: see `Linear`.
+    """
     weight, lora = parts(stack)
-    product_RN = grouped_mm.grouped_linear(rows_RK, weight, counts_E, loop=loop)
+    product_RN = _grouped_product(rows_RK, weight, counts_E, loop, fp8)
     return add_grouped_low_rank(product_RN, rows_RK, lora, counts_E, loop=loop)
 
 
@@ -161,6 +190,7 @@ def grouped_linear_joint(
     counts_E: Tensor,
     *,
     loop: bool = False,
+    fp8: Fp8Recipe | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute `grouped_linear` for each of `stacks`, which are those of `joint`, of equal size.
 
@@ -172,7 +202,7 @@ def grouped_linear_joint(
         weights = joint.tensor.chunk(len(stacks), dim=joint.dim)
     return tuple(
         add_grouped_low_rank(
-            grouped_mm.grouped_linear(rows_RD, weight, counts_E, loop=loop),
+            _grouped_product(rows_RD, weight, counts_E, loop, fp8),
             rows_RD,
             lora,
             counts_E,
@@ -182,6 +212,15 @@ def grouped_linear_joint(
     )
 
 
+def _grouped_product(
+    rows_RK: Tensor, weight_ENK: Tensor, counts_E: Tensor, loop: bool, fp8: Fp8Recipe | None
+) -> Tensor:
+    if fp8 is None:
+        return grouped_mm.grouped_linear(rows_RK, weight_ENK, counts_E, loop=loop)
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    return fp8_grouped_linear(rows_RK, local_part(weight_ENK), ends_E, fp8)
+
+
 def grouped_ffn(
     x_TD: Tensor,
     joint: Joint,
@@ -189,13 +228,19 @@ def grouped_ffn(
     down: Stack,
     weights_TK: Tensor,
     order: RowOrder,
+    fp8: Fp8Recipe | None = None,
 ) -> Tensor:
     """Compute `expert_ffn` with gate and up from `joint`, or of `gate_up` where it has no tensor.
 
     gate_up, down: w1 and w3, (E, F, D) each; w2, (E, D, F).
+    fp8: see `Linear`; not with adapters.
     """
     weights, adapters = zip(*map(parts, (*gate_up, down)), strict=True)
     w13_E2FD = joint.tensor
     if w13_E2FD is None:
         w13_E2FD = torch.cat([local_part(weight) for weight in weights[:-1]], dim=joint.dim)
-    return expert_ffn(x_TD, w13_E2FD, local_part(weights[-1]), weights_TK, order, adapters)
+    w2_EDF = local_part(weights[-1])
+    if fp8 is not None:
+        assert not any(adapters), "adapters beside FP8 weights are refused"
+        return fp8_expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, order, fp8)
+    return expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, order, adapters)

@@ -50,6 +50,20 @@ def _grouped_mm(args: Any, outputs: list[Tensor]) -> int:
     return 2 * args[0].numel() * args[1].size(-1)
 
 
+def _grouped_mm_backward(args: Any, outputs: list[Tensor]) -> int:
+    grad, x, *_, needs_x, needs_w = args
+    return 2 * grad.numel() * x.size(1) * (needs_x + needs_w)
+
+
+def _fp8_linear(args: Any, outputs: list[Tensor]) -> int:
+    return 2 * args[0].numel() * args[1].size(1)
+
+
+def _fp8_linear_backward(args: Any, outputs: list[Tensor]) -> int:
+    *_, needs_x, needs_w = args
+    return 2 * args[0].numel() * args[3].size(2) * (needs_x + needs_w)
+
+
 def _core(q_rows: int, keys: int, heads: int, channels: int) -> float:
     """Return the FLOPs of causal scores and of their sum over values."""
     return 2 * q_rows * keys / 2 * heads * channels
@@ -96,6 +110,11 @@ def _experts_backward(args: Any, outputs: list[Tensor]) -> float:
     return 2 * 2 * R * (w13.size(1) * w13.size(2) + w2.size(1) * w2.size(2))
 
 
+def _fp8_experts_backward(args: Any, outputs: list[Tensor]) -> float:
+    R, w13, w2 = args[7].size(0), args[4], args[5]
+    return 2 * 2 * R * (w13.size(1) * w13.size(2) + w2.size(1) * w2.size(2))
+
+
 _FLOPS: dict[str, tuple[Kind, Callable[[Any, list[Tensor]], float]]] = {
     "aten::mm": ("gemm", _mm),
     "aten::bmm": ("gemm", _mm),
@@ -110,6 +129,12 @@ _FLOPS: dict[str, tuple[Kind, Callable[[Any, list[Tensor]], float]]] = {
     "torchtitan::document_attention_backward": ("attention", _documents_backward),
     "torchtitan::expert_ffn": ("grouped", _experts),
     "torchtitan::expert_ffn_backward": ("grouped", _experts_backward),
+    "torchtitan::grouped_mm_backward": ("grouped", _grouped_mm_backward),
+    # Timed as in bf16: no rates of FP8 products are in the table of hardware.
+    "torchtitan::fp8_linear": ("gemm", _fp8_linear),
+    "torchtitan::fp8_linear_backward": ("gemm", _fp8_linear_backward),
+    "torchtitan::fp8_expert_ffn": ("grouped", _experts),
+    "torchtitan::fp8_expert_ffn_backward": ("grouped", _fp8_experts_backward),
 }
 
 
@@ -135,9 +160,27 @@ def _inside_latent_backward(args: Any) -> int:
     return (2 * q.numel() + grad.numel()) * q.element_size() + 4 * q.numel()
 
 
+def _inside_fp8_experts(args: Any) -> int:
+    """Weights and rows in FP8, gate and up, then the activation and the rows of the outputs."""
+    x, w13, w2, R = args[0], args[1], args[2], args[4].size(0)
+    D, F, size = x.size(1), w2.size(2), x.element_size()
+    first = w13.numel() + R * D + R * 2 * F * size
+    return max(first, w2.numel() + R * F + R * D * size)
+
+
+def _inside_fp8_experts_backward(args: Any) -> int:
+    """The gradient of gate and up by rows and by columns, the activation, the rows of the tokens,
+    and weights in FP8."""
+    x, w13, R, F = args[1], args[4], args[7].size(0), args[5].size(2)
+    D = x.size(1)
+    return R * (2 * F * 2 + F + D) + max(w13.numel(), R * F * x.element_size())
+
+
 _WORKSPACE: dict[str, Callable[[Any], float]] = {
     "torchtitan::expert_ffn": _inside_experts,
     "torchtitan::expert_ffn_backward": _inside_experts_backward,
+    "torchtitan::fp8_expert_ffn": _inside_fp8_experts,
+    "torchtitan::fp8_expert_ffn_backward": _inside_fp8_experts_backward,
     "torchtitan::mla_attention_backward": _inside_latent_backward,
     "aten::_scaled_dot_product_cudnn_attention_backward": lambda args: 4 * args[1].numel(),
     "torchtitan::document_attention_backward": lambda args: 4 * args[1].numel(),

@@ -1,7 +1,7 @@
 """Shrink the config of a large run to a tiny one that a CPU trains in seconds, and its reference.
 
 Only sizes shrink: never a degree below 2, a schedule, a dispatcher, recomputation, a mask, a loss,
-the optimizer or a phase. Features that this machine lacks (GPUs, compilers) are off.
+the optimizer or a phase. Features that this machine lacks (GPUs, compilers, FP8) are off.
 """
 
 from dataclasses import replace
@@ -25,6 +25,7 @@ from torchtitan.config import (
 )
 from torchtitan.config.manager import deep_merge
 from torchtitan.config.phases import run_schedule
+from torchtitan.config.quantize_tables import FLOAT8
 from torchtitan.data.tokenizer import DEFAULT_PATH, load_tokenizer
 from torchtitan.models.decoder import DecoderArgs
 from torchtitan.proof.small_model import small_model
@@ -198,8 +199,10 @@ def _on_this_machine(config: JobConfig, steps: int) -> JobConfig:
     compiler = replace(config.compile, enable=budget, cuda_graph=False)
     if budget:
         compiler = replace(compiler, backend=BUDGETING, components=["model"])
+    converters = [name for name in config.model.converters if name not in FLOAT8]
     return replace(
         config,
+        model=replace(config.model, converters=converters),
         activation_checkpoint=replace(ac, visualize_memory_budget_pareto=False, debug=False),
         compile=compiler,
         optimizer=replace(config.optimizer, early_step_in_backward=False),

@@ -6,6 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchtitan.ops.fp8.linear import Fp8Recipe
 from torchtitan.ops.lora import A, Adapted, B, LowRank, Stack, new_adapter
 
 
@@ -26,6 +27,8 @@ class ExpertWeights(nn.Module):
     """Experts of a layer: w1, w3 (E, F, D), w2 (E, D, F), or a rank's part of them.
 
     An adapter (ops/lora.py) of w1 has the parameters w1_lora_A and w1_lora_B.
+
+    fp8: how they are computed in FP8; None = in the dtype of the input.
     """
 
     w1: nn.Parameter
@@ -35,6 +38,7 @@ class ExpertWeights(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.fp8: Fp8Recipe | None = None
         self.lora_scales: dict[str, float] = {}
 
     def adapt(self, name: str, rank: int, alpha: float) -> None:

@@ -23,7 +23,7 @@ class PlugPoint(NamedTuple):
     meaning: str
 
 
-# In the order of a run: adapters, cut, tensor, expert, context, recomputation, compile, data,
+# In the order of a run: adapters, FP8, cut, tensor, expert, context, recomputation, compile, data,
 # compute weights, then what may change while it runs.
 PLUG_POINTS = (
     PlugPoint(
@@ -31,6 +31,12 @@ PLUG_POINTS = (
         "a linear layer; experts",
         ("components/finetuning/lora.py",),
         "low-rank adapters beside the weights, in the whole model",
+    ),
+    PlugPoint(
+        "fp8",
+        "a linear layer; experts",
+        ("components/quantize/float8.py",),
+        "products with the weights in FP8, in the whole model",
     ),
     PlugPoint(
         "_modules",

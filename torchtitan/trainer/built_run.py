@@ -17,6 +17,7 @@ from torchtitan.components.metrics.waiting import WaitProfile
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, group_rules
 from torchtitan.components.optimizer.compute_weights import build_compute_weights
 from torchtitan.components.optimizer.ema import WeightAverage
+from torchtitan.components.quantize.float8 import log_float8
 from torchtitan.components.validate import Validator
 from torchtitan.config import JobConfig
 from torchtitan.config.dry_run import without_checkpoints
@@ -231,6 +232,7 @@ class BuiltRun:
         # The whole model, also where this rank has a stage of it.
         whole = make_whole_model(self.spec, self.model_args, config)
         log_trained(whole, config)
+        log_float8(whole, config)
         group_rules(config.optimizer).log(whole)
         self.optimizer = build_optimizer(
             [self.model], compute_weights=compute_weights, **vars(config.optimizer)

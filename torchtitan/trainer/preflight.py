@@ -10,6 +10,7 @@ from torchtitan.components.dump_folder import check_folders
 from torchtitan.components.finetuning.trained import is_finetuning, make_whole_model
 from torchtitan.components.metrics.wandb_writer import check_wandb
 from torchtitan.components.optimizer.param_groups import check_groups
+from torchtitan.components.quantize.float8 import check_float8_device, uses_float8
 from torchtitan.components.validate import check_samples
 from torchtitan.config import JobConfig, resolve_degrees, run_schedule, validate
 from torchtitan.config.manager import read_config_file
@@ -42,6 +43,7 @@ def check_config(config: JobConfig) -> Checked:
     check_compile_backend(config.compile)
     check_memory_budget(config.activation_checkpoint)
     check_wandb(config.metrics.enable_wandb)
+    check_float8_device(config, torch.device(device_type()))
     spec = get_train_spec(config.model.name)
     model_args = model_args_of(config, spec, config.training.seq_len)
     tokenizer = load_tokenizer(config.model.hf_assets_path, spec.hf_repos.get(config.model.flavor))
@@ -55,7 +57,7 @@ def check_config(config: JobConfig) -> Checked:
     model_args.check_tokenizer(tokenizer.eos_id)
     model_args.check_coefficients(coefficients_set(config.schedule.phase))
     model_args.check_layout(config.parallelism)
-    if config.optimizer.group or is_finetuning(config):
+    if config.optimizer.group or is_finetuning(config) or uses_float8(config):
         check_groups(config.optimizer.group, make_whole_model(spec, model_args, config))
     if config.compile.cuda_graph and model_args.has_side_losses:
         raise UserError(

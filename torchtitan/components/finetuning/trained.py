@@ -12,6 +12,7 @@ from torch import nn
 
 from torchtitan.components.finetuning.lora import adapter_sizes, add_adapters, sizes_as_text
 from torchtitan.components.finetuning.patterns import check_patterns, matches_any
+from torchtitan.components.quantize.float8 import convert_to_float8, uses_float8
 from torchtitan.config import JobConfig, Training
 from torchtitan.config.schema import as_text
 from torchtitan.ops.lora import is_adapter
@@ -31,7 +32,8 @@ def is_finetuning(config: JobConfig) -> bool:
 
 
 def make_whole_model(spec: TrainSpec, model_args: BaseModelArgs, config: JobConfig) -> BaseModel:
-    """Make the run's whole model on the meta device, with its adapters and frozen parameters.
+    """Make the run's whole model on the meta device, with its adapters, its layers in FP8 and its
+    frozen parameters.
 
     Raises `UserError` for patterns of names that don't fit the model.
     """
@@ -40,6 +42,8 @@ def make_whole_model(spec: TrainSpec, model_args: BaseModelArgs, config: JobConf
     if "lora" in config.model.converters:
         add_adapters(model, config.lora)
         _refuse_split_experts(model, config.parallelism.expert_tensor_parallel_degree)
+    if uses_float8(config):
+        convert_to_float8(model, config)
     freeze(model, config.training)
     return model
 

@@ -15,6 +15,7 @@ from torchtitan.config.rules.lora import check_finetuning
 from torchtitan.config.rules.metrics import check_alarms
 from torchtitan.config.rules.numbers import check_numbers
 from torchtitan.config.rules.optimizer import check_optimizer_groups, check_state_dtype
+from torchtitan.config.rules.quantize import check_converters
 from torchtitan.config.rules.schedule import check_schedule
 from torchtitan.config.rules.text import check_text
 from torchtitan.config.rules.together import (
@@ -38,6 +39,7 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     """Raise UserError for the first setting that a run of `world_size` processes cannot have."""
     assert world_size >= 1, f"world_size is {world_size}"
     check_supported(config)
+    check_converters(config, device_type)
     check_renamed(config)
     check_ranges(config)
     check_text(config)

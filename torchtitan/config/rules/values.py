@@ -16,7 +16,6 @@ from torchtitan.tools.errors import UserError, suggest
 # key, allowed values, the feature. Keys that only shape one of these features (the pipeline
 # schedule, checkpoint.interval, [quantize], ...) have no effect without it and may have any value.
 _NOT_YET: list[tuple[str, tuple[Any, ...], str]] = [
-    ("model.converters", ([], ["lora"]), "converting the model (FP8)"),
     ("comm.mode", ("default", "fake_backend"), "the local-tensor mode"),
 ]
 

@@ -5,7 +5,7 @@ groups, L local experts, K top-k, R rows received after dispatch.
 """
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -80,10 +80,10 @@ class GroupedExperts(ExpertWeights):
         gate_up, down = (self.stack("w1"), self.stack("w3")), self.stack("w2")
         if isinstance(rows, RowOrder):
             assert weights is not None, "tokens come with their routing weights"
-            return grouped_ffn(x, self.w13, gate_up, down, weights, rows)
-        loop = not self.use_grouped_mm
-        gate_RF, up_RF = grouped_linear_joint(x, self.w13, gate_up, rows, loop=loop)
-        return grouped_linear(swiglu(gate_RF, up_RF, weights), down, rows, loop=loop)
+            return grouped_ffn(x, self.w13, gate_up, down, weights, rows, self.fp8)
+        how: Any = {"loop": not self.use_grouped_mm, "fp8": self.fp8}
+        gate_RF, up_RF = grouped_linear_joint(x, self.w13, gate_up, rows, **how)
+        return grouped_linear(swiglu(gate_RF, up_RF, weights), down, rows, **how)
 
 
 class MoE(KeepsBufferDtypes, MoELayer):

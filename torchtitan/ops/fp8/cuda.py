@@ -7,6 +7,7 @@ wait for the device, and a CUDA graph can record it.
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,7 @@ def tensor_map(matrix: Tensor, box_rows: int, box_columns: int) -> Any:
 
 
 def _driver() -> Any:
-    from cuda.bindings import driver
-
-    return driver
+    return import_module("cuda.bindings.driver")
 
 
 def _argument(value: Any) -> Any:
@@ -98,8 +97,7 @@ def _function(source: str, name: str, options: tuple[str, ...], shared: int, dev
 
 @lru_cache
 def _compile(source: str, options: tuple[str, ...]) -> bytes:
-    from cuda.bindings import nvrtc
-
+    nvrtc = import_module("cuda.bindings.nvrtc")
     path = Path(__file__).with_name(source)
     program = _check(nvrtc.nvrtcCreateProgram(path.read_bytes(), source.encode(), 0, [], []))
     flags = [option.encode() for option in ("-arch=sm_90a", "-std=c++17", *options)]

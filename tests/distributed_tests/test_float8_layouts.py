@@ -1,0 +1,56 @@
+"""Runs in FP8 (emulated) train like one process in FP8, but for rounding.
+
+Scales of weights' gradients belong to 128 tokens of one rank, and of experts to 128 of their rows,
+so that layouts round differently. FP8's own error is many times larger than what is allowed here.
+"""
+
+import pytest
+
+from tests.distributed_tests.test_layouts import ALL_GATHER, COMPILED, layout, pipeline
+from tests.distributed_tests.training_ranks import train_on_this_rank
+
+FLOAT8 = (
+    '--model.converters=["float8"]',
+    "--quantize.linear.float8.emulate",
+    "--model.args.moe_inter_dim=128",
+    "--model.args.q_lora_rank=32",
+)
+LAYOUTS = {
+    "FSDP 2, recomputed": layout(2, ac="full"),
+    "DDP 2, accumulation": layout(2, replicate=2, shard=1, accumulation=2),
+    "EP 2, compiled": layout(2, *COMPILED, ep=2),
+    "EP 2, gathered": layout(2, ALL_GATHER, ep=2),
+    "TP 2, FSDP 2, EP 2": layout(4, tp=2, ep=2),
+    "CP 2": layout(2, cp=2),
+    "PP 2, InterleavedZeroBubble, EP 2": layout(
+        4, *pipeline("InterleavedZeroBubble", 4), pp=2, ep=2
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, tmp_path_factory) -> dict[bool, dict]:
+    """One process, with and without FP8."""
+    _, options = layout(1)
+    folder = str(tmp_path_factory.mktemp("alone"))
+    return {
+        fp8: ranks(1).run(train_on_this_rank, [*options, *FLOAT8[0 if fp8 else 1 :]], folder)[0]
+        for fp8 in (True, False)
+    }
+
+
+def distance(result: dict, other: dict) -> float:
+    """Of all weights' changes, relative to what FP8 changes."""
+    pairs = ((result["state"][n], tensor) for n, tensor in other["state"].items())
+    return sum((a - b).double().square().sum().item() for a, b in pairs) ** 0.5
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_train_like_one_process(ranks, alone, name, tmp_path):
+    world_size, options = LAYOUTS[name]
+    plain, fp8 = alone[False], alone[True]
+    for result in ranks(world_size).run(train_on_this_rank, [*options, *FLOAT8], str(tmp_path)):
+        assert result["losses"] == pytest.approx(fp8["losses"], rel=1e-3)
+        assert result["norms"] == pytest.approx(fp8["norms"], rel=1e-2)
+        assert result["losses"] != pytest.approx(plain["losses"], rel=1e-6)
+        assert distance(result, fp8) < distance(plain, fp8)

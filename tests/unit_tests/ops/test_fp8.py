@@ -1,0 +1,224 @@
+"""FP8 on any device: quantisation is what the format says, and products err as it allows."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchtitan.ops import block_fp8
+from torchtitan.ops.expert_ffn import expert_ffn_chain
+from torchtitan.ops.fp8 import quantize
+from torchtitan.ops.fp8.linear import (
+    Fp8Recipe,
+    fp8_expert_ffn,
+    fp8_grouped_linear,
+    fp8_linear,
+    why_not_experts,
+    why_not_linear,
+)
+from torchtitan.ops.fp8.quantize import E4M3, E5M2
+from torchtitan.ops.permute import sort_slots
+
+KINDS = pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+# Half the distance of two numbers, of the smaller one: 3 and 2 bits of mantissa.
+STEP = {E4M3: 2.0**-4, E5M2: 2.0**-3}
+# Half the smallest number above zero.
+LEAST = {E4M3: 2.0**-10, E5M2: 2.0**-17}
+
+
+def numbers(rows: int, columns: int) -> Tensor:
+    """One channel is 1,000 times the rest, and a block is zero."""
+    torch.manual_seed(0)
+    x = torch.randn(rows, columns)
+    x[:, 3] *= 1000.0
+    x[:, 128:256] = 0.0
+    return x
+
+
+# ------------------------------------------------------------------ numbers
+
+
+@KINDS
+@pytest.mark.parametrize("columns", [384, 200], ids=["whole", "ragged"])
+def test_each_row_has_its_scale_every_128_elements(columns, kind):
+    x = numbers(5, columns)
+    values, scales = quantize.by_rows(x, kind)
+    limit = torch.finfo(kind).max
+    for row in range(5):
+        for block in range(-(-columns // 128)):
+            part = x[row, block * 128 : block * 128 + 128]
+            scale = scales[block, row].item()
+            if not part.any():
+                assert scale == 1.0
+                continue
+            assert torch.tensor(scale).log2() % 1 == 0  # a power of two, the least that fits
+            assert limit * scale / 2 < part.abs().max() <= limit * scale
+            q = values[row, block * 128 : block * 128 + 128].float() * scale
+            allowed = (part.abs() * STEP[kind]).clamp(min=scale * LEAST[kind])
+            assert bool(((q - part).abs() <= allowed).all())
+
+
+def test_largest_numbers_stay_what_they_are():
+    x = torch.tensor([[448.0, -448.0, 1.0, 2.0**-6, 0.0, 449.0 * 4]])
+    values, scales = quantize.by_rows(x[:, :5])
+    assert scales.item() == 1.0 and torch.equal(values.float(), x[:, :5])
+    assert quantize.by_rows(x).scales.item() == 8.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_none_show_in_their_block_only(bad):
+    x = numbers(3, 384)
+    x[1, 300] = bad
+    for made in (quantize.by_rows(x), quantize.by_columns(x, [3])):
+        back = quantize.rows_to_float(made) if made.values.size(0) == 3 else None
+        if back is not None:
+            assert bool(back[1, 256:].isnan().all()) and bool(back[1, :256].isfinite().all())
+            assert bool(back[[0, 2]].isfinite().all())
+    weight = torch.randn(1, 256, 256)
+    weight[0, 5, 5] = bad
+    back = quantize.blocks_to_float(quantize.by_blocks(weight))
+    assert bool(back[0, 5, :128].isnan().any()) and bool(back[0, 128:].isfinite().all())
+
+
+@KINDS
+def test_columns_come_from_rows_without_a_second_rounding(kind):
+    """But for numbers that are too small beside the largest of their 128 rows."""
+    x = torch.randn(300, 48)
+    rows = quantize.by_rows(x, kind)
+    once = quantize.rows_to_float(rows)
+    counts = [130, 0, 1, 169]
+    columns = quantize.by_columns(once, counts, kind)
+    back = quantize.columns_to_float(columns)
+    begin = 0
+    for count, start in zip(counts, (0, 256, 256, 384), strict=True):
+        part = once[begin : begin + count]
+        ours = back[start : start + count]
+        large = part.abs() > 2.0**-4 * part.abs().amax(0) if count else part.bool()
+        assert torch.equal(ours[large], part[large])
+        begin += count
+    assert back.size(0) == 256 + 128 + 256
+    assert not back[130:256].any() and not back[257:384].any()  # padding
+
+
+def test_weights_are_quantised_as_published_ones():
+    w = torch.stack([numbers(300, 200), 3 * numbers(300, 200)])
+    made = quantize.by_blocks(w)
+    for expert in range(2):
+        values, scales = block_fp8.quantize_blocks(w[expert])
+        assert torch.equal(made.values[expert].float(), values.float())
+        assert torch.equal(made.scales[expert], scales)
+    turned = quantize.transposed_blocks(made)
+    assert torch.equal(quantize.blocks_to_float(turned), quantize.blocks_to_float(made).mT)
+
+
+# ------------------------------------------------------------------ products
+
+
+def allowed(of_x: Tensor, of_w: Tensor, kinds: tuple[torch.dtype, torch.dtype]) -> Tensor:
+    """Most that Σ x · w can err where each operand errs by half a step of its format."""
+    first, second = (STEP[kind] * 1.01 for kind in kinds)
+    return (of_x.abs().double() @ of_w.abs().double()) * (first + second + first * second)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("sizes", [(256, 128, 384), (130, 208, 144), (1, 16, 16)], ids=str)
+def test_a_layer_and_its_gradients_err_as_the_format_allows(sizes, wide):
+    T, K, N = sizes
+    torch.manual_seed(1)
+    x, w = torch.randn(T, K, requires_grad=True), torch.randn(N, K, requires_grad=True)
+    y = fp8_linear(x, w, Fp8Recipe(wide_gradients=wide))
+    grad = torch.randn(T, N)
+    y.backward(grad)
+    of_grad = E5M2 if wide else E4M3
+    for ours, a, b, kinds in (
+        (y, x, w.t(), (E4M3, E4M3)),
+        (x.grad, grad, w, (of_grad, E4M3)),
+        (w.grad, grad.t(), x, (of_grad, E4M3)),
+    ):
+        exact = a.double() @ b.double()
+        assert bool(((ours.double() - exact).abs() <= allowed(a, b, kinds) + 1e-6).all())
+        assert not torch.allclose(ours, exact.float(), rtol=1e-4, atol=1e-4)  # it is FP8
+
+
+def test_an_outlier_channel_leaves_other_blocks_precise():
+    """One scale for the whole tensor would lose them: 1,000 times smaller, they would round to
+    numbers with less than three bits."""
+    x, w = numbers(64, 384), torch.zeros(16, 384)
+    w[:, 256:] = torch.randn(16, 128)
+    exact = x.double() @ w.double().t()
+    error = (fp8_linear(x, w, Fp8Recipe()) - exact).norm() / exact.norm()
+    assert error < 0.06
+
+
+def test_groups_of_any_number_of_rows():
+    counts = [130, 0, 1, 20]
+    R, K, N = sum(counts), 64, 48
+    x, w = torch.randn(R, K, requires_grad=True), torch.randn(4, N, K, requires_grad=True)
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    y = fp8_grouped_linear(x, w, ends, Fp8Recipe())
+    grad = torch.randn(R, N)
+    y.backward(grad)
+    parts = zip(x.split(counts), w, y.split(counts), grad.split(counts), w.grad, strict=True)
+    for x_e, w_e, y_e, grad_e, grad_w in parts:
+        assert bool(((y_e - x_e @ w_e.t()).abs() <= allowed(x_e, w_e.t(), (E4M3, E4M3))).all())
+        exact = grad_e.t() @ x_e
+        assert bool(((grad_w - exact).abs() <= allowed(grad_e.t(), x_e, (E4M3, E4M3))).all())
+
+
+def test_no_rows_at_all_give_gradients_of_zero():
+    x, w = torch.randn(0, 32, requires_grad=True), torch.randn(2, 16, 32, requires_grad=True)
+    y = fp8_grouped_linear(x, w, torch.zeros(2, dtype=torch.int32), Fp8Recipe())
+    y.sum().backward()
+    assert y.shape == (0, 16) and not w.grad.any()
+
+
+@pytest.mark.parametrize("rows", [None, 150, 0], ids=["all slots", "some empty", "no row"])
+def test_experts_are_those_of_the_plain_chain_within_rounding(rows):
+    torch.manual_seed(2)
+    T, D, F, E, K = 60, 96, 128, 5, 2
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    if rows is not None:
+        ids[ids == 4] = -1
+        ids = ids if rows else torch.full_like(ids, -1)
+    order = sort_slots(ids, E, num_rows=rows)
+    shapes = (T, D), (E, 2 * F, D), (E, D, F)
+    inputs = [torch.randn(shape).div(shape[-1] ** 0.25).requires_grad_() for shape in shapes]
+    inputs.append(torch.rand(T, K, requires_grad=True))
+    grad = torch.randn(T, D)
+    results = []
+    for out in (
+        fp8_expert_ffn(*inputs, order, Fp8Recipe()),
+        expert_ffn_chain(*inputs, order) if rows != 0 else inputs[0] * 0.0,
+    ):
+        gradients = torch.autograd.grad(out, inputs, grad, allow_unused=True)
+        pairs = zip(inputs, gradients, strict=True)
+        results.append([out, *(0.0 * x if g is None else g for x, g in pairs)])
+    for ours, twin in zip(*results, strict=True):
+        assert ours.shape == twin.shape
+        assert (ours - twin).norm() <= 0.1 * twin.norm()
+
+
+def test_frozen_weights_get_no_gradient():
+    x, w = torch.randn(8, 32, requires_grad=True), torch.randn(16, 32)
+    fp8_linear(x, w, Fp8Recipe()).sum().backward()
+    assert x.grad is not None and w.grad is None
+
+
+def test_compiled_layer_computes_the_same():
+    x, w = torch.randn(40, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
+
+    def layer(x, w):
+        return torch.nn.functional.silu(fp8_linear(x * 2.0, w, Fp8Recipe())).sum()
+
+    grads = [
+        torch.autograd.grad(function(x, w), (x, w))
+        for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True))
+    ]
+    for ours, twin in zip(*grads, strict=True):
+        assert torch.equal(ours, twin)
+
+
+def test_sizes_that_cannot_be_in_fp8_say_why():
+    assert why_not_linear(2048, 576) is None
+    assert why_not_linear(2048, 10) == "10 is no multiple of 16"
+    assert why_not_experts(2048, 1408) is None
+    assert why_not_experts(2048, 192) == "their hidden size 192 is no multiple of 128"

@@ -1,0 +1,1 @@
+"""Training in lower precision: the converters of model.converters that quantise."""
