@@ -10,9 +10,9 @@ from torch import Tensor
 from torchtitan.ops.fp8.cuda import Kernel, tensor_map
 from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8
 
-_THREADS = 256  # of a quantising block
+_THREADS = 512  # of a quantising block
 # Of `swiglu_backward`: maxima of columns, and three tiles of bf16.
-_WAITING = 4 * 8 * BLOCK + 3 * 2 * BLOCK * BLOCK
+_WAITING = 4 * 16 * BLOCK + 3 * 2 * BLOCK * BLOCK
 _SHARED_MEMORY = 227 * 1024  # of a block on Hopper
 
 
@@ -89,7 +89,7 @@ def gather(x: Fp8, slot_of_row_R: Tensor, ends: Tensor, top_k: int) -> Fp8:
     """Copy the token, slot // top_k, of every row. K is a multiple of 16."""
     (T, K), R = x.values.shape, slot_of_row_R.numel()
     out = Fp8(_new(ends, R, K, kind=x.values.dtype), _new(ends, _ceil(K), R))
-    grid = (-(-R // 8),)
+    grid = (-(-R // 16),)
     _launch("gather", E4M3, grid, *x, slot_of_row_R, ends, *out, T, R, K, ends.numel(), top_k)
     return out
 

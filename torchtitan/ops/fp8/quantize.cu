@@ -1,9 +1,9 @@
 // Quantisation to FP8 where the values are made or moved; quantize.py is the definition.
 //
-// A block of 256 threads has a tile of 128 rows by 128 columns. Warp w has rows 16 w to 16 w + 15,
-// lane l columns 4 l to 4 l + 3: a row is read and written as whole lines, its largest magnitude is
-// one reduction over the warp, and what a thread holds of a column are 16 bytes of the transposed
-// tile, which goes through shared memory to be written as whole lines.
+// A block of 512 threads has a tile of 128 rows by 128 columns. Warp w has rows 8 w to 8 w + 7, lane
+// l columns 4 l to 4 l + 3: a row is read and written as whole lines, its largest magnitude is one
+// reduction over the warp, and what a thread holds of a column are 8 bytes of the transposed tile,
+// which goes through shared memory to be written as whole lines.
 //
 // Rows sorted by group are transposed with each group padded to a multiple of 128 rows; a tile finds
 // its group in the lists of ends, so no size is needed on the host.
@@ -16,12 +16,13 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-constexpr int ROWS = 16;  // of a warp
+constexpr int THREADS = 512, WARPS = 16;
+constexpr int ROWS = 8;  // of a warp
 constexpr u32 ALL = 0xFFFFFFFF;
 
 struct Shared {
-  uint4 largest[8 * 32];  // of each column in each warp
-  uint4 lines[128 * 8];   // a transposed tile, bytes; 16-byte pieces of a line are permuted
+  uint4 largest[WARPS * 32];  // of each column in each warp
+  uint2 lines[128 * WARPS];   // a transposed tile, bytes; 8-byte pieces of a line are permuted
 };
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
@@ -91,27 +92,28 @@ __device__ __forceinline__ void combine_columns(Shared& shared, const Place& at,
   lines[at.warp * 32 + at.lane] = make_uint4(largest[0], largest[1], largest[2], largest[3]);
   __syncthreads();
 #pragma unroll
-  for (int w = 0; w < 8; w++) {
+  for (int w = 0; w < WARPS; w++) {
     const uint4 other = lines[w * 32 + at.lane];
     largest[0] = max(largest[0], other.x), largest[1] = max(largest[1], other.y);
     largest[2] = max(largest[2], other.z), largest[3] = max(largest[3], other.w);
   }
 }
 
-__device__ __forceinline__ void put(Shared& shared, const Place& at, int j, uint4 rows) {
-  shared.lines[(at.column + j) * 8 + (at.warp ^ (at.lane & 7))] = rows;
+__device__ __forceinline__ uint2& piece_of(Shared& shared, int column, int piece) {
+  return shared.lines[column * WARPS + (piece ^ ((column >> 2) & 15))];
 }
 
-// Write the transposed tile: line c of it to out + c · pitch, of `columns` columns.
-__device__ __forceinline__ void write_lines(Shared& shared, u8* out, i64 pitch, int columns) {
+// Write the transposed tile: line c of it to out + c · pitch, `columns` lines of `rows` bytes.
+__device__ __forceinline__ void write_lines(Shared& shared, u8* out, i64 pitch, int columns,
+                                            int rows) {
   __syncthreads();
-  const int piece = threadIdx.x % 8;
+  const int part = threadIdx.x % 8;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int c = threadIdx.x / 8 + 32 * i;
-    if (c < columns)
-      *reinterpret_cast<uint4*>(out + c * pitch + piece * 16) =
-          shared.lines[c * 8 + (piece ^ ((c >> 2) & 7))];
+  for (int c = threadIdx.x / 8; c < 128; c += THREADS / 8) {
+    const uint2 first = piece_of(shared, c, 2 * part), second = piece_of(shared, c, 2 * part + 1);
+    if (c < columns && part * 16 < rows)
+      *reinterpret_cast<uint4*>(out + c * pitch + part * 16) =
+          make_uint4(first.x, first.y, second.x, second.y);
   }
   __syncthreads();
 }
@@ -137,9 +139,9 @@ __device__ __forceinline__ void store_columns(Shared& shared, const Place& at,
 #pragma unroll
   for (int j = 0; j < 4; j++) {
     const float inverse = inverse_of_power(scale[j]);
-    u32 quads[4];
+    u32 quads[2];
 #pragma unroll
-    for (int q = 0; q < 4; q++) {
+    for (int q = 0; q < 2; q++) {
       float v[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -148,9 +150,9 @@ __device__ __forceinline__ void store_columns(Shared& shared, const Place& at,
       }
       quads[q] = to_fp8<WIDE>(v[0], v[1], v[2], v[3]);
     }
-    put(shared, at, j, make_uint4(quads[0], quads[1], quads[2], quads[3]));
+    piece_of(shared, at.column + j, at.warp) = make_uint2(quads[0], quads[1]);
   }
-  write_lines(shared, out, pitch, columns);
+  write_lines(shared, out, pitch, columns, 128);
 }
 
 // Quantise a row's 4 elements; lane `slot` keeps the scale.
@@ -167,7 +169,7 @@ __device__ __forceinline__ u32 quantize_row(const Place& at, u32 first, u32 seco
 }
 
 // x (R, K) bf16; grid (tiles of rows, blocks of columns).
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     quantize_rows(const u16* __restrict__ x, u8* __restrict__ values, float* __restrict__ scales,
                   int R, int K) {
   const Place at;
@@ -192,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // w (E, N, K) bf16 or fp32 (wide) to values (E, N, K), or transposed to (E, K, N). Grid (blocks of K,
 // blocks of N, E).
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     quantize_blocks(const void* __restrict__ w, u8* __restrict__ values, float* __restrict__ scales,
                     int N, int K, int wide, int transposed) {
   __shared__ Shared shared;
@@ -221,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(256)
   if (at.lane == 0) shared.largest[at.warp].x = largest;
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 8; i++) largest = max(largest, shared.largest[i].x);
+  for (int i = 0; i < WARPS; i++) largest = max(largest, shared.largest[i].x);
   const float scale = largest == 0 ? 1.f : __fdiv_rn(__uint_as_float(largest), 448.f);
   const float inverse = __frcp_rn(scale);
   if (scale > 1e-30f && scale < 1e30f) {
@@ -254,29 +256,22 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    u32 quads[4];
+    u32 quads[2];
 #pragma unroll
-    for (int q = 0; q < 4; q++)
+    for (int q = 0; q < 2; q++)
       quads[q] = to_fp8<false>(tile[q * 4][j], tile[q * 4 + 1][j], tile[q * 4 + 2][j],
                                tile[q * 4 + 3][j]);
-    put(shared, at, j, make_uint4(quads[0], quads[1], quads[2], quads[3]));
+    piece_of(shared, at.column + j, at.warp) = make_uint2(quads[0], quads[1]);
   }
-  __syncthreads();
-  const int piece = threadIdx.x % 8, n = of_n * 128 + piece * 16;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int c = threadIdx.x / 8 + 32 * i;
-    if (of_k * 128 + c < K && n < N)
-      *reinterpret_cast<uint4*>(values + matrix + (i64)(of_k * 128 + c) * N + n) =
-          shared.lines[c * 8 + (piece ^ ((c >> 2) & 7))];
-  }
+  write_lines(shared, values + matrix + (i64)of_k * 128 * N + of_n * 128, N, K - of_k * 128,
+              N - of_n * 128);
 }
 
 // The rows of a padded tile: the first one, and how many of the 128 exist; none = no such tile.
 __device__ __forceinline__ int rows_of_tile(int tile, const int* ends, const int* padded_ends,
                                             int groups, int& first) {
   __shared__ int found[2];
-  for (int g = threadIdx.x; g < groups; g += 256) {
+  for (int g = threadIdx.x; g < groups; g += THREADS) {
     const int begin = g ? padded_ends[g - 1] : 0;
     if (begin <= tile * 128 && tile * 128 < padded_ends[g]) {
       found[0] = (g ? ends[g - 1] : 0) + tile * 128 - begin;
@@ -291,7 +286,7 @@ __device__ __forceinline__ int rows_of_tile(int tile, const int* ends, const int
 
 // Transposes rows quantised by rows. slot_of_row: rows are tokens slot / top_k; null = as they come.
 // T: rows of `values`. Grid (tiles, blocks of columns).
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     transpose(const u8* __restrict__ values, const float* __restrict__ scales,
               const int* __restrict__ slot_of_row, const int* __restrict__ ends,
               const int* __restrict__ padded_ends, u8* __restrict__ out,
@@ -339,23 +334,23 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int j = 0; j < 4; j++) {
     const float inverse = inverse_of_power(new_scale[j]);
-    u32 quads[4];
+    u32 quads[2];
 #pragma unroll
-    for (int q = 0; q < 4; q++)
+    for (int q = 0; q < 2; q++)
       quads[q] = to_fp8<E5M2>(x[q * 4][j] * inverse, x[q * 4 + 1][j] * inverse,
                               x[q * 4 + 2][j] * inverse, x[q * 4 + 3][j] * inverse);
-    put(shared, at, j, make_uint4(quads[0], quads[1], quads[2], quads[3]));
+    piece_of(shared, at.column + j, at.warp) = make_uint2(quads[0], quads[1]);
   }
   const i64 pitch = (i64)gridDim.x * 128;
-  write_lines(shared, out + (i64)blockIdx.y * 128 * pitch + blockIdx.x * 128, pitch, columns);
+  write_lines(shared, out + (i64)blockIdx.y * 128 * pitch + blockIdx.x * 128, pitch, columns, 128);
 }
 
-// Copies every row's token and its scales. A warp a row; grid (⌈R / 8⌉). K is a multiple of 16.
-extern "C" __global__ void __launch_bounds__(256)
+// Copies every row's token and its scales. A warp a row; grid (⌈R / 16⌉). K is a multiple of 16.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     gather(const u8* __restrict__ values, const float* __restrict__ scales,
            const int* __restrict__ slot_of_row, const int* __restrict__ ends, u8* __restrict__ out,
            float* __restrict__ out_scales, int T, int R, int K, int groups, int top_k) {
-  const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= ends[groups - 1]) return;
   const int token = slot_of_row[row] / top_k;
   const uint4* from = reinterpret_cast<const uint4*>(values + (i64)token * K);
@@ -383,7 +378,7 @@ __device__ __forceinline__ float sum_of_four(const Place& at, const float (&x)[4
 
 // gate_up (R, 2F) bf16. Writes the weighted activation, and gate and up to keep. Grid (tiles of
 // rows, blocks of F).
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     swiglu(const u16* __restrict__ gate_up, const float* __restrict__ weights,
            const int* __restrict__ slot_of_row, const int* __restrict__ ends,
            u8* __restrict__ values, float* __restrict__ scales, u8* __restrict__ kept,
@@ -430,7 +425,7 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // The gradient of gate and up by rows and by columns, the weighted activation by columns, and this
 // block's part of the weights' gradient. F is a multiple of 128. Grid (padded tiles, blocks of F).
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     swiglu_backward(const u16* __restrict__ grad_hidden, const u8* __restrict__ kept,
                     const float* __restrict__ kept_scales, const float* __restrict__ weights,
                     const int* __restrict__ slot_of_row, const int* __restrict__ ends,
@@ -455,7 +450,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     scale_gate = kept_scales[(i64)blockIdx.y * R + top + at.lane];
     scale_up = kept_scales[(i64)(gridDim.y + blockIdx.y) * R + top + at.lane];
   }
-  uint2* waiting = reinterpret_cast<uint2*>(shared.lines) + threadIdx.x;
+  uint2* waiting = shared.lines + threadIdx.x;
   float out_gate = 1.f, out_up = 1.f, part = 0.f, sums[4];
 #pragma unroll 4
   for (int r = 0; r < ROWS; r++) {
@@ -494,9 +489,9 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       of_gate[half] = pack(dg[0], dg[1]);
       of_up[half] = pack(du[0], du[1]);
     }
-    waiting[r * 256] = make_uint2(hidden[0], hidden[1]);
-    waiting[(ROWS + r) * 256] = make_uint2(of_gate[0], of_gate[1]);
-    waiting[(2 * ROWS + r) * 256] = make_uint2(of_up[0], of_up[1]);
+    waiting[r * THREADS] = make_uint2(hidden[0], hidden[1]);
+    waiting[(ROWS + r) * THREADS] = make_uint2(of_gate[0], of_gate[1]);
+    waiting[(2 * ROWS + r) * THREADS] = make_uint2(of_up[0], of_up[1]);
     if (r % 4 == 3) {
       const float four = sum_of_four(at, sums);
       if (at.lane / 4 == r / 4) part = four;
@@ -519,14 +514,14 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const i64 its_scales = (i64)blockIdx.x * 2 * F + line;
   u32 tile[ROWS][2];
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) take(waiting[r * 256], tile[r]);
+  for (int r = 0; r < ROWS; r++) take(waiting[r * THREADS], tile[r]);
   store_columns<false>(shared, at, tile, t_hidden + to, t_hidden_scales + (i64)blockIdx.x * F + line,
                        pitch, 128);
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) take(waiting[(ROWS + r) * 256], tile[r]);
+  for (int r = 0; r < ROWS; r++) take(waiting[(ROWS + r) * THREADS], tile[r]);
   store_columns<E5M2>(shared, at, tile, t_grad + to, t_grad_scales + its_scales, pitch, 128);
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) take(waiting[(2 * ROWS + r) * 256], tile[r]);
+  for (int r = 0; r < ROWS; r++) take(waiting[(2 * ROWS + r) * THREADS], tile[r]);
   store_columns<E5M2>(shared, at, tile, t_grad + to + F * pitch, t_grad_scales + its_scales + F, pitch,
                       128);
 }
