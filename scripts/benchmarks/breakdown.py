@@ -174,16 +174,29 @@ class StepProfile:
 
     def _part_of_gemm(self, event: FunctionEvent) -> str | None:
         all_shapes: Any = event.input_shapes  # declared as a number
-        shapes = [shape for shape in all_shapes or [] if len(shape) == 2]
-        if len(shapes) < 2:
-            return None
-        (rows, inner), (_, columns) = shapes[-2:]
-        sizes = [rows, inner, columns]
+        sizes = gemm_sizes(all_shapes or [])
         if self.tokens in sizes:
             sizes.remove(self.tokens)
         pairs = itertools.combinations(sizes, 2)
         found = {self.part_of_sizes.get(frozenset(pair)) for pair in pairs} - {None}
         return found.pop() if len(found) == 1 else None
+
+
+def gemm_sizes(shapes: list[list[int]]) -> list[int]:
+    """Return rows, reduced size and columns of a product, from the shapes of an operator's inputs;
+    nothing where no two of them can be multiplied.
+
+    Beside the factors there may be a bias before them, and the output behind. A stack of one weight
+    (FP8 products) counts as a matrix.
+    """
+    matrices = [s[1:] if len(s) == 3 and s[0] == 1 else s for s in shapes]
+    matrices = [s for s in matrices if len(s) == 2]
+    for (rows, inner), (first, second) in itertools.pairwise(matrices):
+        if inner == first:
+            return [rows, inner, second]
+        if inner == second:  # linear's weight
+            return [rows, inner, first]
+    return []
 
 
 def weight_sizes(model: nn.Module) -> dict[frozenset[int], str]:
@@ -249,7 +262,7 @@ def _named_part(name: str, names: str, scope: str | None) -> str | None:
         return "optimizer"
     if _LOSS.search(names) and "attention" not in names:
         return "head + loss"
-    if _GROUPED.search(names):
+    if _GROUPED.search(names) or (name == "fp8_gemm" and "expert" in names):
         return "expert GEMMs"
     core = _ATTENTION.search(names) and not _FUSED.match(name)
     if core and scope in (None, "attention"):

@@ -51,6 +51,6 @@ def test_layouts_train_like_one_process(ranks, alone, name, tmp_path):
     plain, fp8 = alone[False], alone[True]
     for result in ranks(world_size).run(train_on_this_rank, [*options, *FLOAT8], str(tmp_path)):
         assert result["losses"] == pytest.approx(fp8["losses"], rel=1e-3)
-        assert result["norms"] == pytest.approx(fp8["norms"], rel=1e-2)
+        assert result["norms"] == pytest.approx(fp8["norms"], rel=3e-2)
         assert result["losses"] != pytest.approx(plain["losses"], rel=1e-6)
         assert distance(result, fp8) < distance(plain, fp8)

@@ -128,6 +128,26 @@ def test_operators_find_their_parts(script):
     }
 
 
+def test_products_are_known_by_their_factors_not_by_their_output():
+    """Compiled layers multiply into a given output, whose shape the profiler lists with the
+    factors': square weights were taken for others, or for none."""
+    from benchmarks.breakdown import gemm_sizes
+    from torch.profiler import ProfilerActivity, profile
+
+    x, w, bias = torch.randn(40, 6), torch.randn(6, 8), torch.randn(8)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        torch.mm(x, w, out=torch.empty(40, 8))
+        torch.addmm(torch.randn(40, 8), x, w, out=torch.empty(40, 8))
+        torch.addmm(bias, x, w)
+    names = ("aten::mm", "aten::addmm")
+    events = [e for e in profiler.events() if e.name in names and e.input_shapes]
+    assert len(events) == 3
+    assert all(gemm_sizes(e.input_shapes) == [40, 6, 8] for e in events)
+    assert gemm_sizes([[40, 6], [1, 8, 6], [1], [], []]) == [40, 6, 8]  # in FP8
+    assert gemm_sizes([[40, 6], [8, 6]]) == [40, 6, 8]  # aten::linear
+    assert gemm_sizes([[40, 6], []]) == gemm_sizes([[40, 6], [7, 8]]) == []
+
+
 def test_weights_of_equal_sizes_in_two_parts_are_not_guessed(script):
     from benchmarks.breakdown import weight_sizes
 

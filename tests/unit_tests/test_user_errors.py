@@ -149,7 +149,10 @@ MISTAKES = {
     ),
     "FP8": (
         ["--model.converters=quantize.linear.float8"],
-        ["not supported yet, but model.converters = ", "set it to [] or"],
+        [
+            "needs a Hopper GPU, but this run is on cpu; set quantize.linear.float8.emulate to ",
+            "true to compute the same numbers slowly, or model.converters to [].",
+        ],
     ),
     "missing file": (
         ["--job.config_file={tmp}/missing.toml"],

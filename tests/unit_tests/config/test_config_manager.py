@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchtitan.config import Chat, ConfigManager, JobConfig, LoRA, Optimizer, Schedule, to_dict
+from torchtitan.config import (
+    Chat,
+    ConfigManager,
+    JobConfig,
+    LoRA,
+    Optimizer,
+    Quantize,
+    Schedule,
+    to_dict,
+)
 from torchtitan.config.manager import deep_merge
 from torchtitan.config.schema import KEYS, alternatives, row_type
 from torchtitan.tools.errors import UserError
@@ -156,7 +165,7 @@ def test_help_lists_every_key_with_its_sentence(capsys):
 
 
 def test_every_key_has_a_sentence():
-    modules = {kind.__module__ for kind in (Chat, JobConfig, LoRA, Optimizer, Schedule)}
+    modules = {kind.__module__ for kind in (Chat, JobConfig, LoRA, Optimizer, Quantize, Schedule)}
     source = "".join(Path(sys.modules[name].__file__).read_text() for name in modules)
     names = [key.rpartition(".")[2] for key in KEYS]
     rows = [row for key in KEYS.values() if (row := row_type(key.type))]

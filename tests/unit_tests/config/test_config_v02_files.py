@@ -36,6 +36,7 @@ OURS = {
     "lora.rank",
     "lora.save_merged",
     "model.args",
+    "quantize.linear.float8.gradient_dtype",
     "optimizer.group",
     "optimizer.muon_adjust",
     "optimizer.muon_momentum",

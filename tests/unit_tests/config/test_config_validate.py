@@ -33,11 +33,6 @@ def test_defaults_are_fine_for_any_number_of_processes(world_size):
     "key, value, sentence",
     [
         (
-            "model.converters",
-            ["quantize.linear.float8"],
-            'converting the model (FP8); ["quantize.linear.float8"]; [] or ["lora"]',
-        ),
-        (
             "comm.mode",
             "local_tensor",
             'the local-tensor mode; "local_tensor"; "default" or "fake_backend"',
