@@ -41,6 +41,8 @@ class Float8GroupedMM:
 
     fqns: list[str] | str = field(default_factory=list)
     """Modules to convert, by parts of their names; empty with the converter "float8": all."""
+    dispatch: bool = False
+    """Send tokens to their experts, and gradients back to them, in FP8: the same results (ours)."""
 
 
 @dataclass(frozen=True)

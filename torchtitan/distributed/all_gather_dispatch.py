@@ -24,7 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtitan.distributed.exchange import Wire
 from torchtitan.distributed.overlap import yield_turn
+from torchtitan.distributed.token_dispatch import NO_WIRES, Wires
 from torchtitan.ops.permute import RowOrder, sort_slots, sum_copies
 from torchtitan.protocols.layers import MoELayer
 from torchtitan.tools.utils import eager
@@ -85,9 +87,15 @@ class AllGatherDispatcher:
     """
 
     def __init__(
-        self, exact: Any, group: dist.ProcessGroup, num_experts: int, capacity: RowCapacity
+        self,
+        exact: Any,
+        group: dist.ProcessGroup,
+        num_experts: int,
+        capacity: RowCapacity,
+        wires: Wires = NO_WIRES,
     ):
         self.exact = exact
+        self.wire, self.gradient_wire = wires
         self.group = group
         self.local_experts = num_experts // group.size()
         self.capacity = capacity
@@ -116,7 +124,7 @@ class AllGatherDispatcher:
         # One message for both: expert ids are exact in fp32.
         slots = torch.cat((weights_TK, ids_TK.to(weights_TK.dtype)), dim=1)
         weights_PK, ids_PK = gather_rows(slots, self.group).split(K, dim=1)
-        x_PD = gather_rows(x_TD, self.group)
+        x_PD = gather_rows(x_TD, self.group, self.wire)
         first = self.group.rank() * self.local_experts
         ids_PK = ids_PK.detach().long() - first
         here_PK = (ids_PK >= 0) & (ids_PK < self.local_experts)
@@ -131,7 +139,7 @@ class AllGatherDispatcher:
     @eager
     def return_sums(self, sums_PD: Tensor, record: GatherRecord) -> Tensor:
         """Add up the partial sums of all ranks, in fp32, at the tokens' own ranks: (T, D)."""
-        return sum_rows(sums_PD, self.group)
+        return sum_rows(sums_PD, self.group, self.gradient_wire)
 
     def _traffic(self, ids_TK: Tensor) -> Tensor:
         """(2, 3) int64: rows sent, and rows that one copy per expert would have sent."""
@@ -143,47 +151,57 @@ class AllGatherDispatcher:
         return rows
 
 
-def gather_rows(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The rows of all ranks, in order of the ranks: (P, D). Backward: `sum_rows`."""
-    return _GatherRows.apply(x_TD, group)
+def gather_rows(x_TD: Tensor, group: dist.ProcessGroup, wire: Wire | None = None) -> Tensor:
+    """The rows of all ranks, in order of the ranks: (P, D). Backward: `sum_rows`.
+
+    wire: how they travel; None = as they are.
+    """
+    return _GatherRows.apply(x_TD, group, wire)
 
 
-def sum_rows(x_PD: Tensor, group: dist.ProcessGroup) -> Tensor:
+def sum_rows(x_PD: Tensor, group: dist.ProcessGroup, gradient_wire: Wire | None = None) -> Tensor:
     """Add up in fp32 what all ranks hold for this rank's rows: (T, D) in the dtype of x. Backward:
-    `gather_rows`."""
-    return _SumRows.apply(x_PD, group)
+    `gather_rows`.
+
+    gradient_wire: how gradients travel; None = as they are.
+    """
+    return _SumRows.apply(x_PD, group, gradient_wire)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, group: dist.ProcessGroup, wire: Wire | None) -> Tensor:
         ctx.group = group
-        return _gather_rows(x_TD, group)
+        return _gather_rows(x_TD, group, wire)
 
     @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None]:
-        return _sum_rows(grad_PD, ctx.group), None
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
+        return _sum_rows(grad_PD, ctx.group), None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(
+        ctx: Any, x_PD: Tensor, group: dist.ProcessGroup, gradient_wire: Wire | None
+    ) -> Tensor:
+        ctx.group, ctx.wire = group, gradient_wire
         return _sum_rows(x_PD, group)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return _gather_rows(grad_TD, ctx.group), None
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        return _gather_rows(grad_TD, ctx.group, ctx.wire), None, None
 
 
 # Functional collectives, whose results recomputation by operation can keep.
 
 
-def _gather_rows(x_TD: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _gather_rows(x_TD: Tensor, group: dist.ProcessGroup, wire: Wire | None) -> Tensor:
     ops = torch.ops._c10d_functional
-    gathered = ops.all_gather_into_tensor(x_TD.contiguous(), group.size(), group.group_name)
+    rows = x_TD.contiguous() if wire is None else wire.pack(x_TD)
+    gathered = ops.all_gather_into_tensor(rows, group.size(), group.group_name)
     yield_turn()
-    return ops.wait_tensor(gathered)
+    x_PD = ops.wait_tensor(gathered)
+    return x_PD if wire is None else wire.unpack(x_PD, x_TD.size(1), x_TD.dtype)
 
 
 def _sum_rows(x_PD: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -15,12 +15,16 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchtitan.config import Parallelism
 from torchtitan.distributed.all_gather_dispatch import AllGatherDispatcher, RowCapacity
+from torchtitan.distributed.exchange import Wire
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.token_dispatch import (
+    NO_WIRES,
     AllToAllDispatcher,
     NodeLimitedDispatcher,
     SplitExpertsDispatcher,
+    Wires,
 )
+from torchtitan.ops.fp8.quantize import E4M3
 from torchtitan.protocols.layers import ExpertWeights, MoELayer
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
@@ -93,20 +97,39 @@ def _give_dispatchers(
         return
     num_experts = next(iter(moes.values())).experts.w1.size(0)
     group, capacity = mesh.get_group(), RowCapacity(parallelism.expert_parallel_capacity)
+    in_fp8 = False
     for moe in moes.values():
+        wires = _wires(moe)
+        in_fp8 |= wires != NO_WIRES
         if groups is not None:
-            moe.dispatcher = NodeLimitedDispatcher(*groups, num_experts)
+            moe.dispatcher = NodeLimitedDispatcher(*groups, num_experts, wires)
             continue
         ranks_per_node = dims.ep // dims.nodes_per_ep_group
-        moe.dispatcher = AllToAllDispatcher(group, num_experts, ranks_per_node)
+        moe.dispatcher = AllToAllDispatcher(group, num_experts, ranks_per_node, wires)
         if dispatch == "all_gather":
-            moe.dispatcher = AllGatherDispatcher(moe.dispatcher, group, num_experts, capacity)
+            exact = moe.dispatcher
+            moe.dispatcher = AllGatherDispatcher(exact, group, num_experts, capacity, wires)
     logger.info(
-        "Expert parallel: %d ranks of %d experts each, %s",
+        "Expert parallel: %d ranks of %d experts each, %s%s",
         dims.ep,
         num_experts // dims.ep,
         _HOW[dispatch],
+        ", in FP8" if in_fp8 else "",
     )
+
+
+def _wires(moe: MoELayer) -> Wires:
+    """How a layer's tokens, and the gradients of its outputs, travel."""
+    fp8 = moe.experts.fp8
+    if fp8 is None or not fp8.dispatch:
+        return NO_WIRES
+    if moe.score_before_experts:
+        raise UserError(
+            "quantize.grouped_mm.float8.dispatch = true sends tokens as the experts quantise them, "
+            "but moe_args.score_before_experts = true multiplies them by their weights first; set "
+            "either to false."
+        )
+    return Wire(E4M3, fp8.emulate), Wire(fp8.gradient_kind, fp8.emulate)
 
 
 _HOW = {

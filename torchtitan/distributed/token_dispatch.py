@@ -25,12 +25,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single
 
-from torchtitan.distributed.exchange import Exchange, on_host
+from torchtitan.distributed.exchange import Exchange, Wire, on_host
 from torchtitan.distributed.overlap import yield_turn
 from torchtitan.distributed.side_stream import SideStream
 from torchtitan.distributed.tensor_parallel import gather, reduce_scatter
+from torchtitan.ops.fp8.wire import packed_bytes
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
 from torchtitan.tools.utils import eager, local_device
+
+# Of hidden states on their way out, and of gradients of those that came back.
+Wires = tuple[Wire | None, Wire | None]
+NO_WIRES: Wires = (None, None)
 
 
 class Rows(NamedTuple):
@@ -76,10 +81,15 @@ class Record(NamedTuple):
 
 class Hop:
     """Sends rows to the ranks of a group, each of which is responsible for `num_experts / size`
-    experts."""
+    experts.
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int):
+    wires: how hidden states travel there, and the gradients of those that come back; None = as
+        they are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, num_experts: int, wires: Wires = NO_WIRES):
         self.group = group
+        self.wire, self.gradient_wire = wires
         self.size = group.size()
         self.experts_per_rank = num_experts // self.size
 
@@ -108,29 +118,34 @@ class Hop:
         weights_RK = expand_rows(rows.weights_PK, order)
         # One message for both: expert ids are exact in fp32.
         slots = torch.cat((weights_RK, ids_RK.to(weights_RK.dtype)), dim=1)
-        slots, x = self._exchange([slots, expand_rows(rows.x_PD, order)], received, sent)
+        exchanges = [
+            Exchange(received, sent, self.group),
+            Exchange(received, sent, self.group, wire=self.wire),
+        ]
+        slots, x = _run(exchanges, [slots, expand_rows(rows.x_PD, order)])
         weights, ids = slots.chunk(2, dim=1)
         arrived = Rows(x, ids.detach().long(), weights)
         return arrived, HopRecord(order, sent, received)
 
     def send_back(self, x_PD: Tensor, record: HopRecord) -> Tensor:
         """Return the rows that came with `send` to their senders, which sum each row's copies."""
-        (x_RD,) = self._exchange([x_PD], record.sent, record.received)
+        exchange = Exchange(
+            record.sent, record.received, self.group, gradient_wire=self.gradient_wire
+        )
+        (x_RD,) = _run([exchange], [x_PD])
         return reduce_rows(x_RD, record.order)
-
-    def _exchange(
-        self, tensors: list[Tensor], received: list[int], sent: list[int]
-    ) -> list[Tensor]:
-        """Exchange all tensors at the same time; another pass may run meanwhile (overlap.py)."""
-        exchanges = [Exchange(received, sent, self.group) for _ in tensors]
-        travelling = [each.start(x) for each, x in zip(exchanges, tensors, strict=True)]
-        yield_turn()
-        return [each.finish(x) for each, x in zip(exchanges, travelling, strict=True)]
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         """Send line r of counts (size, …), int64, to rank r; return the lines received, by rank."""
         # The functional collective: activation checkpointing by operation can keep its result.
         return all_to_all_single(counts.contiguous(), None, None, self.group)
+
+
+def _run(exchanges: list[Exchange], tensors: list[Tensor]) -> list[Tensor]:
+    """Exchange all tensors at the same time; another pass may run meanwhile (overlap.py)."""
+    travelling = [each.start(x) for each, x in zip(exchanges, tensors, strict=True)]
+    yield_turn()
+    return [each.finish(x) for each, x in zip(exchanges, travelling, strict=True)]
 
 
 def count_destinations(destination_PK: Tensor, num_destinations: int) -> Tensor:
@@ -149,8 +164,14 @@ class AllToAllDispatcher:
 
     gathers = False
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int, ranks_per_node: int):
-        self.hop = Hop(group, num_experts)
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        num_experts: int,
+        ranks_per_node: int,
+        wires: Wires = NO_WIRES,
+    ):
+        self.hop = Hop(group, num_experts, wires)
         self.local_experts = num_experts // group.size()
         self.tier_of_rank = _tiers(group, ranks_per_node)
         self.side_stream = SideStream()
@@ -193,9 +214,15 @@ class NodeLimitedDispatcher:
 
     gathers = False
 
-    def __init__(self, between: dist.ProcessGroup, within: dist.ProcessGroup, num_experts: int):
-        self.between = Hop(between, num_experts)
-        self.within = Hop(within, self.between.experts_per_rank)
+    def __init__(
+        self,
+        between: dist.ProcessGroup,
+        within: dist.ProcessGroup,
+        num_experts: int,
+        wires: Wires = NO_WIRES,
+    ):
+        self.between = Hop(between, num_experts, wires)
+        self.within = Hop(within, self.between.experts_per_rank, wires)
         self.local_experts = self.within.experts_per_rank
         self.tier_of_node = _tiers(between, 1)
         self.tier_of_rank = _tiers(within, within.size())
@@ -324,11 +351,15 @@ def _split_list(numbers: list[int], sizes: list[int]) -> list[list[int]]:
     return [list(islice(rest, size)) for size in sizes]
 
 
-def bytes_per_row(dim: int, top_k: int, dtype: torch.dtype) -> int:
+def bytes_per_row(dim: int, top_k: int, dtype: torch.dtype, *, fp8: bool = False) -> int:
     """Bytes that one row sent to another rank costs, forward and backward.
 
     Dispatch and combine, and the gradients of both: four times a hidden state, and twice (dispatch
     and its gradients) the slots: K routing weights and K expert ids in fp32. A layer that is
     recomputed sends the forward half once more. (Counts are sent once a layer and are left out.)
+
+    fp8: hidden states go out in FP8, as do the gradients of those that come back.
     """
-    return 4 * dim * dtype.itemsize + 2 * 2 * top_k * torch.float32.itemsize
+    whole = dim * dtype.itemsize
+    out = packed_bytes(dim) if fp8 else whole
+    return 2 * out + 2 * whole + 2 * 2 * top_k * torch.float32.itemsize

@@ -7,6 +7,7 @@ the experts' exchange from the routing. Each of n ranks that gather a tensor in 
 
 from dataclasses import dataclass
 
+from torchtitan.components.quantize.float8 import dispatches_float8
 from torchtitan.distributed.token_dispatch import bytes_per_row
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.routing import Routing, copies, route, without_limit
@@ -138,7 +139,8 @@ def rows_as_bytes(run: PlannedRun, routing: Routing, way: str) -> Bytes:
     way: one copy of a token for each "expert", "rank" or "node" of it.
     """
     args, size = run.model_args, TORCH_DTYPES[run.compute_dtype]
-    each = bytes_per_row(args.dim, args.moe_args.top_k, size) / run.degrees.ep
+    fp8 = dispatches_float8(run.config)
+    each = bytes_per_row(args.dim, args.moe_args.top_k, size, fp8=fp8) / run.degrees.ep
     return Bytes(routing.rows[way, "node"] * each, routing.rows[way, "remote"] * each)
 
 

@@ -19,6 +19,7 @@ from torchtitan.components.metrics.expert_load import (
 )
 from torchtitan.components.metrics.expert_traffic import traffic_line, traffic_numbers
 from torchtitan.components.metrics.loss_guard import LossGuard, Verdict
+from torchtitan.components.quantize.float8 import dispatches_float8
 from torchtitan.config import JobConfig
 from torchtitan.config.phases import StepSettings
 from torchtitan.data import data_numbers
@@ -211,20 +212,21 @@ class StepLog:
         if not isinstance(model_args, DecoderArgs):
             return traffic, balance
         if self.dims.ep > 1:
-            dtype = TORCH_DTYPES[self.config.training.mixed_precision_param]
-            traffic = traffic_of(result, model_args, dtype)
+            traffic = traffic_of(result, model_args, self.config)
         if result.loads:
             groups = model_args.moe_args.num_expert_groups
             balance = balance_of(result, biases, traffic, groups)
         return traffic, balance
 
 
-def traffic_of(result: StepResult, model_args: DecoderArgs, dtype: torch.dtype) -> Numbers:
-    """Numbers about expert parallelism's traffic in this step, over all ranks.
-
-    dtype: of the hidden states that are sent.
-    """
-    row = bytes_per_row(model_args.dim, model_args.moe_args.top_k, dtype)
+def traffic_of(result: StepResult, model_args: DecoderArgs, config: JobConfig) -> Numbers:
+    """Numbers about expert parallelism's traffic in this step, over all ranks."""
+    row = bytes_per_row(
+        model_args.dim,
+        model_args.moe_args.top_k,
+        TORCH_DTYPES[config.training.mixed_precision_param],
+        fp8=dispatches_float8(config),
+    )
     return traffic_numbers(result.traffic, row)
 
 

@@ -36,6 +36,7 @@ OURS = {
     "lora.rank",
     "lora.save_merged",
     "model.args",
+    "quantize.grouped_mm.float8.dispatch",
     "quantize.linear.float8.gradient_dtype",
     "optimizer.group",
     "optimizer.muon_adjust",

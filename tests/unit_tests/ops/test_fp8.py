@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torchtitan.ops import block_fp8
 from torchtitan.ops.expert_ffn import expert_ffn_chain
-from torchtitan.ops.fp8 import quantize
+from torchtitan.ops.fp8 import quantize, wire
 from torchtitan.ops.fp8.linear import (
     Fp8Recipe,
     fp8_expert_ffn,
@@ -195,6 +195,23 @@ def test_experts_are_those_of_the_plain_chain_within_rounding(rows):
     for ours, twin in zip(*results, strict=True):
         assert ours.shape == twin.shape
         assert (ours - twin).norm() <= 0.1 * twin.norm()
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_rows_arrive_as_they_were_quantised_in_half_the_bytes(dtype, kind):
+    """Also where rounding has made the largest of a block smaller than half of what fits."""
+    x = numbers(40, 208).to(dtype)
+    x[5, :128] = torch.linspace(1e-3, 225.0, 128)
+    packed = wire.pack(x, kind, emulate=False)
+    assert packed.nbytes == 40 * wire.packed_bytes(208)
+    assert wire.packed_bytes(2048) / (2048 * 2) < 0.52
+    arrived = wire.unpack(packed, 208, kind, dtype)
+    made = quantize.by_rows(x, kind)
+    assert torch.equal(arrived.float(), quantize.rows_to_float(made))
+    again = quantize.by_rows(arrived, kind)
+    assert torch.equal(quantize.rows_to_float(again), quantize.rows_to_float(made))
+    assert wire.unpack(wire.pack(x[:0], kind, emulate=False), 208, kind, dtype).shape == (0, 208)
 
 
 def test_frozen_weights_get_no_gradient():

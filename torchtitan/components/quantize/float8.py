@@ -29,6 +29,12 @@ def uses_float8(config: JobConfig) -> bool:
     return any(name in FLOAT8 for name in config.model.converters)
 
 
+def dispatches_float8(config: JobConfig) -> bool:
+    """Whether tokens travel to their experts in FP8."""
+    experts = {"float8", EXPERTS} & set(config.model.converters)
+    return bool(experts) and config.quantize.grouped_mm.float8.dispatch
+
+
 def check_float8_device(config: JobConfig, device: torch.device) -> None:
     """Raise `UserError` where FP8 is to run on a GPU that has no kernels for it."""
     float8 = config.quantize.linear.float8
@@ -86,7 +92,11 @@ def log_float8(model: nn.Module, config: JobConfig) -> None:
 
 def _recipe(config: JobConfig) -> Fp8Recipe:
     float8 = config.quantize.linear.float8
-    return Fp8Recipe(wide_gradients=float8.gradient_dtype == "e5m2", emulate=float8.emulate)
+    return Fp8Recipe(
+        wide_gradients=float8.gradient_dtype == "e5m2",
+        emulate=float8.emulate,
+        dispatch=config.quantize.grouped_mm.float8.dispatch,
+    )
 
 
 def _choose(model: nn.Module, config: JobConfig) -> Conversion:

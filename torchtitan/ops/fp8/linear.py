@@ -28,10 +28,12 @@ class Fp8Recipe(NamedTuple):
 
     wide_gradients: gradients in e5m2 instead of e4m3.
     emulate: in plain torch, on any device.
+    dispatch: experts' tokens, and the gradients of their outputs, travel in FP8 (wire.py).
     """
 
     wide_gradients: bool = False
     emulate: bool = False
+    dispatch: bool = False
 
     @property
     def gradient_kind(self) -> torch.dtype:
@@ -67,7 +69,7 @@ def fp8_grouped_linear(
 
     ends_E: int32, rows up to the end of each group; the last is R.
     """
-    return _linear(x_RK.contiguous(), weight_ENK.contiguous(), ends_E, *recipe)[0]
+    return _linear(x_RK.contiguous(), weight_ENK.contiguous(), ends_E, *recipe[:2])[0]
 
 
 def fp8_expert_ffn(
@@ -83,10 +85,11 @@ def fp8_expert_ffn(
     Kept for the backward pass are tokens, and gate and up in FP8, of which the activation is
     computed again.
     """
-    return _experts(x_TD, w13_E2FD.contiguous(), w2_EDF, weights_TK, *order, *recipe)[0]
+    return _experts(x_TD, w13_E2FD.contiguous(), w2_EDF, weights_TK, *order, *recipe[:2])[0]
 
 
-def _functions(x: Tensor, emulate: bool) -> ModuleType:
+def functions(x: Tensor, emulate: bool) -> ModuleType:
+    """Return the kernels, or their emulation."""
     if emulate or not x.is_cuda:
         return emulation
     from torchtitan.ops.fp8 import kernels
@@ -110,7 +113,7 @@ def _linear(
     x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, wide_gradients: bool, emulate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the product, and x in FP8, which the backward pass needs."""
-    do = _functions(x_RK, emulate)
+    do = functions(x_RK, emulate)
     x = do.by_rows(x_RK)
     return do.rows_by_blocks(x, do.by_blocks(w_ENK), ends_E, x_RK.dtype), *x
 
@@ -139,7 +142,7 @@ def _linear_backward(
     needs_w: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the weights; of what needs none, of no size."""
-    do, kind = _functions(grad_RN, emulate), Fp8Recipe(wide_gradients).gradient_kind
+    do, kind = functions(grad_RN, emulate), Fp8Recipe(wide_gradients).gradient_kind
     R, dtype = grad_RN.size(0), grad_RN.dtype
     grad = do.by_rows(grad_RN, kind)
     grad_x, grad_w = grad_RN.new_empty(0, 0), grad_RN.new_empty(0, 0, 0)
@@ -195,7 +198,7 @@ def _experts(
     emulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output (T, D), and gate and up in FP8, which the backward pass needs."""
-    do, dtype, K = _functions(x_TD, emulate), x_TD.dtype, weights_TK.size(1)
+    do, dtype, K = functions(x_TD, emulate), x_TD.dtype, weights_TK.size(1)
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
     rows = do.gather(do.by_rows(x_TD), slot_of_row_R, ends_E, K)
     gate_up_R2F = do.rows_by_blocks(rows, do.by_blocks(w13_E2FD), ends_E, dtype)
@@ -233,7 +236,7 @@ def _experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the tokens, w13, w2 and the routing weights; that of a frozen weight
     has no size."""
-    do, kind = _functions(x_TD, emulate), Fp8Recipe(wide_gradients).gradient_kind
+    do, kind = functions(x_TD, emulate), Fp8Recipe(wide_gradients).gradient_kind
     dtype, K, R = x_TD.dtype, weights_TK.size(1), slot_of_row_R.size(0)
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
     padded = _padded(ends_E)
