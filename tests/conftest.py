@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests.helpers import Ranks
+from tests.helpers import Ranks, compile_cheaply
 from torchtitan.tools.logging import logger
 
+compile_cheaply()
 # Nothing here may reach out for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
