@@ -20,6 +20,16 @@ for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", 
     del os.environ[name]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: two workers on two cores, as many tests wait (for a rank, a disk, a clock); beyond
+    that half of the cores, as most distributed tests start two to eight processes. On GPUs one,
+    which has them to itself."""
+    if torch.cuda.is_available():
+        return 0
+    return max(2, len(os.sched_getaffinity(0)) // 2)
+
+
 def pytest_collection_finish() -> None:
     """Keep what all tests have imported: every trainer collects garbage when it starts, and would
     look through all of it (tests/helpers.py does the same in its processes)."""
