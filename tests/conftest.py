@@ -1,4 +1,19 @@
-"""Settings of all tests, and the pools of processes that they share."""
+"""Settings of all tests, and the pools of processes that they share.
+
+How to write a fast test (the whole suite has 15 minutes on two cores):
+
+- A start of Python with torch takes four seconds of a core, with a launcher and two ranks sixteen.
+  Call `main([...])` in this process; `subprocess` only for what it alone shows (signals to a
+  launcher, what a shell script says, exit codes), and then several checks on one start.
+- Ranks come from `ranks(n).run(fn, ...)`, whose processes live on between tests. A run costs each
+  rank half a second of a core, so 8 ranks are for what 4 can't hold; several checks share a visit.
+- The reference of several rows is a fixture of scope "module".
+- Two steps show an update; each more costs a sixth of the run. A pipeline needs four micro-batches.
+- Each graph costs a second of every rank to compile, also with `backend=aot_eager`. Rows that
+  compile equal layers share them within a pool; inductor only where it is what is tested.
+- Tests run in several workers at once (`-n auto`): no fixed port, no file outside of tmp_path, and
+  parameters whose order and ids are the same in each process.
+"""
 
 import gc
 import logging

@@ -1,4 +1,4 @@
-"""Every layout trains like one process: loss, gradient norm, weights and bias of three steps.
+"""Every layout trains like one process: loss, gradient norm, weights and bias of two steps.
 
 One row of LAYOUTS is a layout. Refused combinations: test_layout_refusals.py.
 """
