@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit_tests.components.optimizer import settings
 from tests.tiny_run import losses, tiny
+from tests.unit_tests.components.optimizer import settings
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.optimizer.muon import orthogonalise, step_size
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
