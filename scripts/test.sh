@@ -9,7 +9,7 @@ cd "$repo"
 "$PYTHON" -m ruff format --check .
 if (($# == 0)); then # half a minute, which a single test need not wait for
   "$PYTHON" -m basedpyright --pythonpath "$(command -v "$PYTHON")"
-  set -- -n auto --dist worksteal # side by side (tests/conftest.py says how many); a few tests start sooner alone
+  set -- -n auto --dist worksteal # workers side by side: tests/conftest.py says how many
 fi
 # One thread a process: the suite starts several processes, and tiny tensors gain nothing from more.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
