@@ -1,4 +1,17 @@
-"""Settings of all tests, and the pools of processes that they share."""
+"""Settings of all tests, and the pools of processes that they share.
+
+How to write a fast test (the goal for the whole suite is 15 minutes on two cores):
+
+- A start of Python with torch takes four seconds of a core, with a launcher and two ranks sixteen.
+  Call `main([...])` in this process; `subprocess` only for what it alone shows (signals to a
+  launcher, what a shell script says, exit codes), and then several checks on one start.
+- Ranks come from `ranks(n).run(fn, ...)`, whose processes live on between tests. A run costs each
+  rank half a second of a core, so 8 ranks are for what 4 can't hold; several checks share a visit.
+- The reference of several rows is a fixture of scope "module".
+- Two steps show an update; each more costs a sixth of the run. A pipeline needs four micro-batches.
+- Each graph costs a second of every rank to compile, also with `backend=aot_eager`. Rows that
+  compile equal layers share them within a pool; inductor only where it is what is tested.
+"""
 
 import gc
 import logging
@@ -8,9 +21,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests.helpers import Ranks
+from tests.helpers import Ranks, compile_cheaply
 from torchtitan.tools.logging import logger
 
+compile_cheaply()
 # Nothing here may reach out for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

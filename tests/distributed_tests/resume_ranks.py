@@ -66,6 +66,7 @@ def losses_after_loading(
     changes = changes | {
         "checkpoint__initial_load_path": folder / f"checkpoint/step-{step}",
         "checkpoint__initial_load_model_only": False,
+        "checkpoint__load_only": True,  # a save at its end would tell nothing
     }
     trainer = Trainer(ConfigManager().parse_args(options(out, changes)))
     trainer.train()

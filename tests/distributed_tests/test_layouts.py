@@ -1,6 +1,6 @@
-"""Every layout trains like one process: loss, gradient norm, weights and bias of three steps.
+"""Every layout trains like one process: loss, gradient norm, weights and bias of two steps.
 
-One row of LAYOUTS is a layout; one of REFUSALS is a combination that can't run and its sentence.
+One row of LAYOUTS is a layout. Refused combinations: test_layout_refusals.py.
 """
 
 import json
@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from tests.distributed_tests.training_ranks import (
     FP32,
     SEQUENCES,
     assert_trained_alike,
-    config_of,
     evaluated_and_trained,
     first_gradients,
     one_process,  # noqa: F401 (a fixture)
@@ -25,8 +23,6 @@ from tests.distributed_tests.training_ranks import (
     train_on_this_rank,
 )
 from torchtitan.distributed import overlap
-from torchtitan.tools.errors import UserError
-from torchtitan.trainer.preflight import check_config
 
 DEGREES = {
     "replicate": "data_parallel_replicate_degree",
@@ -37,6 +33,7 @@ DEGREES = {
     "ep": "expert_parallel_degree",
     "etp": "expert_tensor_parallel_degree",
 }
+PIPELINE_SIZE = "--parallelism.pipeline_parallel_microbatch_size"
 
 
 def layout(
@@ -46,9 +43,12 @@ def layout(
     not_data = [degrees.get(name, 1) for name in ("tp", "cp", "pp")]
     dp = world_size // (not_data[0] * not_data[1] * not_data[2])
     size = max(1, SEQUENCES // dp // accumulation)
+    # Four micro-batches fill every schedule; each more costs a pass.
+    micro = [f"{PIPELINE_SIZE}={max(1, size // 4)}"] if degrees.get("pp", 1) > 1 else []
     return world_size, [
         FP32,
         f"--training.local_batch_size={size}",
+        *micro,
         f"--activation_checkpoint.mode={ac}",
         *(f"--parallelism.{DEGREES[name]}={degree}" for name, degree in degrees.items()),
         *more,
@@ -82,7 +82,8 @@ PARTS = [["tok_embeddings"], ["layers.0"], ["layers.1"], ["norm", "output"]]
 FOUR_STAGES = f"--parallelism.module_fqns_per_model_part={json.dumps(PARTS)}"
 SCHEDULE_FILE = Path(__file__).parents[1] / "assets/schedule.csv"  # of two micro-batches
 FROM_FILE = f"--parallelism.pipeline_parallel_schedule_csv={SCHEDULE_FILE}"
-PAIRS_OF_SEQUENCES = "--parallelism.pipeline_parallel_microbatch_size=2"
+PAIRS_OF_SEQUENCES = f"{PIPELINE_SIZE}=2"
+ONE_BY_ONE = f"{PIPELINE_SIZE}=1"
 
 
 def pipeline(schedule: str, stages: int = 2) -> tuple[str, ...]:
@@ -205,6 +206,7 @@ DUAL = pipeline("DualPipeV", 4)
 LAYOUTS |= {
     "PP 2, DualPipeV interleaved, EP 2": layout(4, *DUAL, INTERLEAVED, pp=2, ep=2),
     "PP 2, accumulation": layout(2, pp=2, accumulation=2),
+    "PP 2, eight micro-batches": layout(2, *ZERO_BUBBLE, ONE_BY_ONE, pp=2),
     # In pairs of sequences: each weight's part of a backward pass recomputes its layer.
     "PP 2, recomputed": layout(2, *ZERO_BUBBLE, PAIRS_OF_SEQUENCES, pp=2, ac="full"),
     "PP 2, DDP 2": layout(4, pp=2, replicate=2, shard=1),
@@ -351,118 +353,3 @@ def test_a_combined_layout_repeats_bit_for_bit(ranks, tmp_path) -> None:
     assert first["losses"] == again["losses"] and first["norms"] == again["norms"]
     for name, tensor in first["state"].items():
         assert torch.equal(tensor, again["state"][name]), name
-
-
-# ---------------------------------------------------------------------------------------------
-# What can't run says so
-# ---------------------------------------------------------------------------------------------
-
-ONE_OPERATOR = (
-    'parallelism.expert_parallel_dispatch = "all_gather" makes one operator of the experts, but '
-)
-AUTO = 'set it to "auto".'
-REFUSALS = {
-    "heads": (
-        layout(3, "--training.seq_len=24", tp=3),
-        "parallelism.tensor_parallel_degree = 3 must divide model.args.n_heads (4); set it to 2 or "
-        "4.",
-    ),
-    "vocabulary": (
-        layout(2, "--model.args.vocab_size=2049", tp=2),
-        "parallelism.tensor_parallel_degree = 2 must divide model.args.vocab_size (2049); set it "
-        "to 1 or 3.",
-    ),
-    "hidden channels": (
-        layout(4, "--model.args.inter_dim=50", tp=4),
-        "parallelism.tensor_parallel_degree = 4 must divide model.args.inter_dim (50); set it to 2 "
-        "or 5.",
-    ),
-    "shared experts": (
-        layout(4, "--model.args.moe_inter_dim=15", tp=4),
-        "parallelism.tensor_parallel_degree = 4 must divide model.args.moe_inter_dim x "
-        "model.args.moe_args.num_shared_experts (30); set it to 3 or 5.",
-    ),
-    "experts' channels": (
-        layout(2, "--model.args.moe_inter_dim=15", tp=2, etp=2),
-        "parallelism.expert_tensor_parallel_degree = 2 must divide model.args.moe_inter_dim (15); "
-        "set it to 1 or 3.",
-    ),
-    "etp": (
-        layout(4, tp=4, etp=2),
-        "parallelism.expert_tensor_parallel_degree = 2 must be 1 or "
-        "parallelism.tensor_parallel_degree (4); set it to 1 or 4.",
-    ),
-    "gathered, split experts": (
-        layout(2, ALL_GATHER, tp=2, ep=1, etp=2),
-        f"{ONE_OPERATOR}parallelism.expert_tensor_parallel_degree = 2 splits each of them; {AUTO}",
-    ),
-    "gathered, weighted inputs": (
-        layout(2, ALL_GATHER, "--model.args.moe_args.score_before_experts=true", ep=2),
-        f"{ONE_OPERATOR}model.args.moe_args.score_before_experts = true weights their inputs; "
-        f"{AUTO}",
-    ),
-    "gathered, experts one by one": (
-        layout(2, ALL_GATHER, "--model.args.moe_args.use_grouped_mm=false", ep=2),
-        f"{ONE_OPERATOR}model.args.moe_args.use_grouped_mm = false computes one after the other; "
-        f"{AUTO}",
-    ),
-    "sequence, TP": (
-        layout(2, "--training.seq_len=15", tp=2),
-        "training.seq_len = 15 must be a multiple of 2, so that parallelism.tensor_parallel_degree "
-        "(2) splits it evenly; set it to 14 or 16.",
-    ),
-    "sequence, CP": (
-        layout(2, "--training.seq_len=18", cp=2),
-        "training.seq_len = 18 must be a multiple of 4, so that "
-        "parallelism.context_parallel_degree (2) splits it evenly; set it to 16 or 20.",
-    ),
-    "sequence, both": (
-        layout(8, "--training.seq_len=12", cp=2, tp=4),
-        "training.seq_len = 12 must be a multiple of 8, so that "
-        "parallelism.context_parallel_degree (2) and parallelism.tensor_parallel_degree (4) split "
-        "it evenly; set it to 8 or 16.",
-    ),
-    "heads, CP": (
-        layout(8, BY_HEADS, cp=8),
-        'parallelism.context_parallel_rotate_method = "alltoall" distributes whole heads: '
-        "parallelism.context_parallel_degree = 8 must divide model.args.n_heads (4); use "
-        '"allgather", which distributes positions only.',
-    ),
-    "heads, CP and TP": (
-        layout(8, BY_HEADS, cp=4, tp=2),
-        'parallelism.context_parallel_rotate_method = "alltoall" distributes whole heads: '
-        "parallelism.context_parallel_degree = 4 must divide model.args.n_heads over "
-        'parallelism.tensor_parallel_degree (2); use "allgather", which distributes positions '
-        "only.",
-    ),
-    "asynchronous without TP": (
-        layout(2, ASYNC),
-        "parallelism.enable_async_tensor_parallel = true needs parallelism.tensor_parallel_degree "
-        "of 2 or more; set it to false.",
-    ),
-    "asynchronous on CPU": (
-        layout(2, ASYNC, tp=2),
-        "parallelism.enable_async_tensor_parallel = true needs CUDA GPUs, but this run is on cpu; "
-        "set it to false.",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_what_cannot_run_is_refused_before_anything_starts(name, monkeypatch, tmp_path) -> None:
-    if name == "asynchronous on CPU" and torch.cuda.is_available():
-        pytest.skip("needs a machine without GPUs")
-    (world_size, options), sentence = REFUSALS[name]
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    with pytest.raises(UserError) as error:
-        check_config(config_of(*options, f"--job.dump_folder={tmp_path}"))
-    assert str(error.value) == sentence
-
-
-def test_compiled_layers_with_split_backward_passes_need_torch_2_13(monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
-    options = [*COMPILED, f"--job.dump_folder={tmp_path}"]
-    check_config(config_of(*layout(2, *pipeline("1F1B"), pp=2)[1], *options))
-    with pytest.raises(UserError, match="'DualPipeV' on torch 2.11.0.*install torch 2.13 or"):
-        check_config(config_of(*layout(2, *DUAL, pp=2)[1], *options))

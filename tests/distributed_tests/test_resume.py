@@ -25,7 +25,7 @@ BLEND = {
 }
 
 # Name: processes, settings. STEPS in one go against CUT, and the rest by a new start.
-STEPS, CUT = 5, 2
+STEPS, CUT = 4, 2
 EXACT = {
     "one process": (1, {}),
     "FSDP 2": (2, {}),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed_tests.test_layouts import COMPILED, layout, pipeline
+from tests.distributed_tests.test_layouts import COMPILED, ONE_BY_ONE, layout, pipeline
 from tests.fault_tests.test_non_finite import poisoned_loss
 from tests.tiny_run import as_option, losses, records, tiny
 from torchtitan.config import ConfigManager
@@ -135,8 +135,12 @@ LAYOUTS = {
     "EP 2, compiled": (2, 2, [*layout(2, *COMPILED, ep=2)[1], "--training.steps=4"]),
     "CP 2": (2, 1, layout(2, cp=2)[1]),
     "CP 2, TP 2": (4, 1, layout(4, cp=2, tp=2)[1]),
-    "PP 2": (2, 1, layout(2, pp=2)[1]),
-    "PP 2, CP 2, ZBVZeroBubble": (4, 1, layout(4, *pipeline("ZBVZeroBubble", 4), pp=2, cp=2)[1]),
+    "PP 2": (2, 1, layout(2, ONE_BY_ONE, pp=2)[1]),
+    "PP 2, CP 2, ZBVZeroBubble": (
+        4,
+        1,
+        layout(4, *pipeline("ZBVZeroBubble", 4), ONE_BY_ONE, pp=2, cp=2)[1],
+    ),
 }
 # Of another length and another batch than training has.
 VALIDATION = {
@@ -219,6 +223,7 @@ def test_what_a_phase_can_not_have_is_one_sentence(tmp_path, capsys, phase, more
 )
 def test_each_phase_must_fit_the_layout(monkeypatch, tmp_path, phase, degrees, sentence):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    arguments = [*options(tmp_path, [{"tokens": 1000} | phase]), *layout(2, **degrees)[1]]
+    arguments = options(tmp_path, [{"tokens": 1000} | phase])
+    arguments += layout(2, ONE_BY_ONE, **degrees)[1]
     with pytest.raises(UserError, match=sentence):
         check_config(ConfigManager().parse_args(arguments))

@@ -20,7 +20,10 @@ from torchtitan.trainer import Trainer
 from torchtitan.trainer.preflight import check_config
 
 # 32 documents of very different lengths: ranks run out of them at different times.
-TEXTS = [f"Document {n}. " + "The quick brown fox jumps over the lazy dog. " * n for n in range(32)]
+TEXTS = [
+    f"Document {n}. " + "The quick brown fox jumps over the lazy dog. " * (n // 4)
+    for n in range(32)
+]
 
 
 @pytest.fixture(scope="module")

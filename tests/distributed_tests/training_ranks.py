@@ -19,7 +19,8 @@ from torchtitan.trainer import Trainer
 from torchtitan.trainer.forward_backward import StepCounts
 from torchtitan.trainer.step_log import Interval
 
-STEPS, SEQUENCES, SEQ_LEN = 3, 8, 16
+# The second step shows all that the first has updated; after it the state is compared.
+STEPS, SEQUENCES, SEQ_LEN = 2, 8, 16
 EOS = load_tokenizer(JobConfig().model.hf_assets_path).eos_id
 LR, MAX_NORM, WEIGHT_DECAY = 2e-3, 0.5, 0.1
 FP32 = "--training.mixed_precision_param=float32"

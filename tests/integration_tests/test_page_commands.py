@@ -73,7 +73,7 @@ RUN_HERE = {
 }
 
 _SCRIPT = "tests/integration_tests/test_run_train.py::"
-_NODES = "test_the_debug_model_with_experts_on_two_nodes_trains_like_one_process"
+_NODES = "test_the_debug_model_with_everything_a_toml_offers_trains_like_one_process"
 _EXPERTS = "--parallelism.expert_parallel_degree 4 --parallelism.expert_parallel_node_size 1"
 _PLAN = "tests/unit_tests/planning/test_plan.py::test_report_page_and_data_say_the_same"
 _REPORT = "tests/unit_tests/report/test_report.py::"
@@ -85,9 +85,7 @@ _ADAPTERS = (
 _CONTRACT = "tests/distributed_tests/test_loss_contract.py::"
 RUN_BY_ANOTHER_TEST = {
     "./run_train.sh": f"{_SCRIPT}test_a_file_written_for_torchtitan_v02_runs_at_once",
-    "LOG_RANK=0,1 ./run_train.sh": (
-        f"{_SCRIPT}test_two_processes_train_with_everything_a_toml_offers"
-    ),
+    "LOG_RANK=0,1 ./run_train.sh": _SCRIPT + _NODES,
     "COMM_MODE=fake_backend NGPU=256 ./run_train.sh --training.steps 1": (
         f"{_SCRIPT}test_the_fake_backend_is_a_dry_run_of_one_of_64_ranks"
     ),

@@ -70,34 +70,18 @@ def run_train(tmp_path):
     return call
 
 
-def test_two_processes_train_with_everything_a_toml_offers(run_train, tmp_path):
-    """Accumulation, document masks, loader processes; the ranks of LOG_RANK speak."""
-    options = {
-        "training__steps": 3,
-        "training__global_batch_size": 16,
-        "training__dataset_num_workers": 1,
-        "model__args.attn_mask_type": "block_causal",
-    }
-    done = run_train(*tiny(tmp_path / "out", **options), NGPU="2", LOG_RANK="0,1")
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output
-    assert [record["tokens_seen"] for record in records(tmp_path / "out")] == [512, 1024, 1536]
-    assert all(math.isfinite(loss) for loss in losses(tmp_path / "out"))
-    assert "3 steps of 16 sequences of 32 tokens" in output
-    assert "FSDP: weights split over 2 ranks" in output
-    assert re.search(r"^\[rank0\]:\[titan\] \S+ I step: ", output, re.MULTILINE)
-    assert re.search(r"^\[rank1\]:\[titan rank 1\] \S+ I Training: ", output, re.MULTILINE)
-
-
-def test_the_debug_model_with_experts_on_two_nodes_trains_like_one_process(run_train, tmp_path):
-    """The flavor's own sizes."""
+def test_the_debug_model_with_everything_a_toml_offers_trains_like_one_process(run_train, tmp_path):
+    """Experts on two nodes, accumulation, document masks, loader processes, the flavor's own
+    sizes; the ranks of LOG_RANK speak."""
     settings = {
         "job.config_file": REPO / "train_configs/debug_model.toml",
         "model.flavor": "debugmodel_node_limited",
+        "model.args.attn_mask_type": "block_causal",
         "training.seq_len": 32,
         "training.steps": 3,
-        "training.global_batch_size": 8,
+        "training.global_batch_size": 16,
         "training.mixed_precision_param": "float32",
+        "training.dataset_num_workers": 1,
         "lr_scheduler.warmup_steps": 0,
         "metrics.log_freq": 1,
         "debug.seed": 7,
@@ -105,14 +89,20 @@ def test_the_debug_model_with_experts_on_two_nodes_trains_like_one_process(run_t
     options = [f"--{key}={value}" for key, value in settings.items()]
     out = "--job.dump_folder=" + str(tmp_path / "out")
     spread = ["--parallelism.expert_parallel_degree=2", "--parallelism.expert_parallel_node_size=1"]
-    done = run_train(*options, *spread, out, "--training.local_batch_size=4", NGPU="2")
+    size = "--training.local_batch_size="
+    done = run_train(*options, *spread, out, f"{size}4", NGPU="2", LOG_RANK="0,1")
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
+    assert [record["tokens_seen"] for record in records(tmp_path / "out")] == [512, 1024, 1536]
+    assert "3 steps of 16 sequences of 32 tokens" in output
+    assert "FSDP: weights split over 2 ranks" in output
+    assert re.search(r"^\[rank0\]:\[titan\] \S+ I step: ", output, re.MULTILINE)
+    assert re.search(r"^\[rank1\]:\[titan rank 1\] \S+ I Training: ", output, re.MULTILINE)
     assert "2 ranks of 4 experts each, one copy of a token per destination node" in output
     assert "Expert layout: 8 experts over 2 ranks on 2 nodes; a token meets" in output
     alone = "--job.dump_folder=" + str(tmp_path / "alone")
-    assert main([*options, alone, "--training.local_batch_size=8"]) == 0
-    assert len(losses(tmp_path / "out")) == 3
+    assert main([*options, alone, f"{size}16"]) == 0
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "out"))
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 

@@ -15,11 +15,9 @@ from torchtitan.config.job_config import (
     Job,
     JobConfig,
     LRScheduler,
-    Metrics,
     Model,
     Optimizer,
     Parallelism,
-    Profiling,
     Quantize,
     Training,
     Validation,
@@ -27,6 +25,7 @@ from torchtitan.config.job_config import (
 )
 from torchtitan.config.lora_tables import LoRA, LoRAOverride
 from torchtitan.config.manager import ConfigManager
+from torchtitan.config.metrics_tables import Metrics, Profiling
 from torchtitan.config.optimizer_tables import EMA, ParamGroup
 from torchtitan.config.phases import resolve_global_batch_size, run_schedule
 from torchtitan.config.rules import validate

@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-from torchtitan.components.checkpoint.adapters import AdapterFiles, adapter_files
+from torchtitan.components.checkpoint.adapters import AdapterFiles
 from torchtitan.components.checkpoint.dcp_storage import (
     CheckpointReader,
     CheckpointWriter,
@@ -40,12 +39,10 @@ from torchtitan.components.checkpoint.folder import (
     step_folder,
     steps_with_folder,
 )
-from torchtitan.components.checkpoint.hf_rules import initial_hf_folder
 from torchtitan.components.checkpoint.meta import (
     EVERYTHING,
     WEIGHTS,
     Identity,
-    make_identity,
     make_meta,
 )
 from torchtitan.components.checkpoint.resume import (
@@ -64,12 +61,11 @@ from torchtitan.components.checkpoint.trained_parts import (
 from torchtitan.components.huggingface.folder import plan_layout
 from torchtitan.components.huggingface.load_save import load_hf, save_hf
 from torchtitan.components.optimizer.ema import has_average
-from torchtitan.config import CHECKPOINT_PARTS, Checkpoint, JobConfig
+from torchtitan.config import CHECKPOINT_PARTS, Checkpoint
 from torchtitan.distributed.groups import group_of
 from torchtitan.distributed.utils import ObjectCollectives
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
-from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.disk import reason
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.logging import logger
@@ -408,27 +404,3 @@ class CheckpointManager:
                 self._failed,
                 self.settings.interval,
             )
-
-
-def build_checkpoint_manager(
-    config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs, layout: dict[str, Any]
-) -> CheckpointManager:
-    """Build the manager of a run. Every rank must call it: it may make a process group.
-
-    layout: degrees of parallelism, by name.
-    """
-    identity = make_identity(config, model_args, layout)
-    settings = config.checkpoint
-    adapter = spec.state_dict_adapter and spec.state_dict_adapter(
-        model_args, config.model.hf_assets_path
-    )
-    if settings.initial_load_in_hf:
-        settings = replace(settings, initial_load_path=initial_hf_folder(config))
-    return CheckpointManager(
-        settings,
-        folder=Path(config.job.dump_folder, settings.folder),
-        total_steps=config.training.steps,
-        identity=identity,
-        adapter=adapter,
-        lora=adapter_files(config, spec, model_args),
-    )

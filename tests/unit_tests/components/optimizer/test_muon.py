@@ -5,21 +5,13 @@ import torch
 from torch import nn
 
 from tests.tiny_run import losses, tiny
+from tests.unit_tests.components.optimizer import settings
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.optimizer.muon import orthogonalise, step_size
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.train import main
 
-SETTINGS = dict(
-    name="Muon",
-    lr=0.02,
-    beta1=0.9,
-    beta2=0.95,
-    eps=1e-8,
-    weight_decay=0.1,
-    weight_decay_on="matrices",
-    implementation="fused",
-)
+SETTINGS = settings.SETTINGS | {"name": "Muon", "implementation": "fused"}
 
 
 class Parts(nn.Module):

@@ -7,19 +7,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from tests.unit_tests.components.optimizer import settings
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.tools.errors import UserError
 
-SETTINGS = dict(
-    name="AdamW",
-    lr=0.02,
-    beta1=0.9,
-    beta2=0.95,
-    eps=1e-8,
-    weight_decay=0.1,
-    weight_decay_on="matrices",
-    implementation="for-loop",
-)
+SETTINGS = settings.SETTINGS | {"name": "AdamW", "implementation": "for-loop"}
 IMPLEMENTATIONS = ["fused", "foreach", "for-loop"]
 
 
