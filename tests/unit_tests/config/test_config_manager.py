@@ -17,6 +17,7 @@ from torchtitan.config import (
     ConfigManager,
     JobConfig,
     LoRA,
+    Metrics,
     Optimizer,
     Quantize,
     Schedule,
@@ -165,7 +166,9 @@ def test_help_lists_every_key_with_its_sentence(capsys):
 
 
 def test_every_key_has_a_sentence():
-    modules = {kind.__module__ for kind in (Chat, JobConfig, LoRA, Optimizer, Quantize, Schedule)}
+    modules = {
+        kind.__module__ for kind in (Chat, JobConfig, LoRA, Metrics, Optimizer, Quantize, Schedule)
+    }
     source = "".join(Path(sys.modules[name].__file__).read_text() for name in modules)
     names = [key.rpartition(".")[2] for key in KEYS]
     rows = [row for key in KEYS.values() if (row := row_type(key.type))]
