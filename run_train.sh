@@ -12,6 +12,7 @@
 #     MASTER_ADDR    name or address of machine 0
 #     MASTER_PORT    a free port there (default: 29500)
 #     NODES_TIMEOUT  seconds to wait for the last machine (default: 600)
+#     NODE_NAMES     names by number, with blanks between, for messages about machines that never came (default: none)
 #   arguments    overrides of the TOML, such as --training.steps 20; --help lists them
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -57,6 +58,7 @@ done
 
 # A signal counts from here on. bash takes note of it when its child is done; the launcher listens itself.
 ended=
+# shellcheck disable=SC2064  # each trap has its own words
 for each in TERM:"$STOP_CODE" USR1:"$STOP_CODE" HUP:129 INT:130 QUIT:131; do trap "ended=$each" "${each%:*}"; done
 end_if_asked() {
   if [ -z "$ended" ]; then return; fi

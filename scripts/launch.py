@@ -4,9 +4,9 @@
 
 The exit code is that of `python -m torchtitan.train` itself: 2 for user errors, else 1. It runs
 torchrun in its own process. On several nodes (--nnodes, --node-rank, --master-addr, --master-port)
-the launchers meet first, and the message names nodes (torchtitan/distributed/nodes.py). Signals that
-ask for an end are forwarded to the ranks, which end after
-their step with a checkpoint; a second one ends everything at once (table: docs/checkpoint.md).
+the launchers meet first, and the message names nodes (torchtitan/distributed/nodes.py). Signals
+that ask for an end are forwarded to the ranks, which end after their step with a checkpoint; a
+second one ends everything at once (table: docs/checkpoint.md).
 """
 
 import contextlib

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -267,7 +268,13 @@ def _record(place: Place) -> Record:
     """What this node tells the others, when MASTER_ADDR resolves."""
     address = address_of(place.address) if place.rank == 0 else own_address(place.address)
     host = socket.gethostname()
-    return {"rank": place.rank, "host": host, "address": address, "settings": place.settings}
+    return {
+        "rank": place.rank,
+        "host": host,
+        "address": address,
+        "process": secrets.token_hex(8),  # tells a launcher from one that the same node had before
+        "settings": place.settings,
+    }
 
 
 def _where(record: Record) -> str:
