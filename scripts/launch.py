@@ -157,7 +157,8 @@ def _explain(launch: Launch, error: Any) -> RankError | None:
     error: torch's ChildFailedError.
     """
     reported = read_first_error(launch.error_file)
-    killed = _killed(*error.get_first_failure(), launch.explain_dumps())
+    rank, failure = error.get_first_failure()
+    killed = _killed(rank, failure, launch.explain_dumps())
     if killed is None:
         return reported
     sentence, exit_code, _ = reported or RankError("no other rank reported an error", 1)

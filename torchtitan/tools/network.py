@@ -11,7 +11,7 @@ _GET_ADDRESS = 0x8915  # Linux's SIOCGIFADDR
 
 def address_of(host: str) -> str:
     """Numeric address of a host. Raises OSError."""
-    return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
 
 
 def own_address(towards: str) -> str:
