@@ -21,6 +21,7 @@ from tests.fault_tests.test_kills import SAVES, losses_by_step
 from tests.fault_tests.test_launcher import until
 from tests.helpers import processes
 from tests.tiny_run import losses, tiny
+from torchtitan.distributed import nodes
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main
 
@@ -37,11 +38,11 @@ A, B = "node 0 (host-a, 10.99.0.1)", "node 1 (host-b, 10.99.0.2)"
 def two_nodes() -> Iterator[EmulatedNodes]:
     try:
         check_can_emulate()
-        nodes = EmulatedNodes(2, rate_mbit=0).__enter__()
+        emulated = EmulatedNodes(2, rate_mbit=0).__enter__()
     except UserError as error:
         pytest.skip(str(error))
-    yield nodes
-    nodes.__exit__()
+    yield emulated
+    emulated.__exit__()
 
 
 class Launchers:
@@ -50,8 +51,8 @@ class Launchers:
     log: `log.0` and `log.1` have what the nodes say.
     """
 
-    def __init__(self, nodes: EmulatedNodes, folder: Path) -> None:
-        self._nodes = nodes
+    def __init__(self, emulated: EmulatedNodes, folder: Path) -> None:
+        self._nodes = emulated
         self._folder = folder
         self.port = 29500
         self.processes: dict[int, Any] = {}
@@ -90,6 +91,7 @@ def _launch(namespace: str, host: str, log: Path, arguments: list[str]) -> None:
     socket.sethostname(host)
     os.environ.pop("GLOO_SOCKET_IFNAME", None)  # the launcher finds it
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    nodes.REPORT_SECONDS = 2.0  # to wait for the word of a node that is dead
     sys.exit(launch.main(arguments))
 
 
