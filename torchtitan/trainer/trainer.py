@@ -332,7 +332,7 @@ class Trainer(BuiltRun):
         if self.average is not None:
             self.average.before_update()
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, Any]:
         """Validate where it is due after this step; return its numbers, else none."""
         validator = self.validator
         if validator is None or not validator.is_due(self.step, self.config.training.steps):
@@ -341,7 +341,7 @@ class Trainer(BuiltRun):
         self.metrics.log_texts(validator.samples(self.model, self.step), self.step)
         return numbers
 
-    def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> Action:
+    def _log(self, result: StepResult, interval: Interval, validation: dict[str, Any]) -> Action:
         return self.step_log.log(
             result,
             interval,

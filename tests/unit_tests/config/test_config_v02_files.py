@@ -70,6 +70,7 @@ OURS = {
     "compile.cuda_graph",
     "validation.dataset_text_key",
     "validation.format",
+    "validation.sets",
     "validation.sample_prompts",
     "validation.sample_tokens",
     "parallelism.expert_parallel_dispatch",

@@ -29,7 +29,8 @@ _TORCHTITAN = {
 _GROUPS = {
     "loss_metrics": "skipped_steps rewinds",
     "validation_metrics": (
-        "validation_perplexity validation_accuracy validation_tokens validation_seconds"
+        "validation_perplexity validation_accuracy validation_tokens validation_seconds "
+        "validation_set_loss validation_set_accuracy"
     ),
     "time_metrics": (
         "max_step_seconds waited_ms waited_for_rank waited_for_host_ms waited_for_device_ms "

@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torchtitan.config.job_config import JobConfig
+from torchtitan.config.blend import check_names
+from torchtitan.config.job_config import JobConfig, Validation
 from torchtitan.config.schema import as_text, value_of
 from torchtitan.tools.errors import UserError, suggest
 
@@ -154,6 +155,7 @@ def check_validation(config: JobConfig) -> None:
         raise UserError(
             f"validation.steps = {validation.steps} must be 1 or more, or -1 for the whole dataset."
         )
+    _check_sets(validation)
     if "" in validation.sample_prompts:
         raise UserError(
             "validation.sample_prompts holds an empty text; write one, or leave it out."
@@ -166,3 +168,14 @@ def check_validation(config: JobConfig) -> None:
             f"{split[0]} = {value_of(config, split[0])} can't split; leave it out, and use "
             "scripts/generate.py with a checkpoint."
         )
+
+
+def _check_sets(validation: Validation) -> None:
+    check_names("validation.sets", [each.name for each in validation.sets])
+    for key in ("dataset", "dataset_path", "dataset_text_key", "format"):
+        value = getattr(validation, key)
+        if validation.sets and value != getattr(Validation(), key):
+            raise UserError(
+                f"validation.{key} = {as_text(value)} and [[validation.sets]] both set the data to "
+                "read; leave one out (on the command line with --validation.sets=[])."
+            )
