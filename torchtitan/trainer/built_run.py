@@ -11,6 +11,7 @@ from torchtitan.components.checkpoint import build_checkpoint_manager
 from torchtitan.components.checkpoint.resume import Start
 from torchtitan.components.checkpoint.run_state import RunState
 from torchtitan.components.dump_folder import alone_in_folders, save_config
+from torchtitan.components.finetuning.routing_watch import RoutingWatch
 from torchtitan.components.finetuning.trained import log_trained, make_whole_model
 from torchtitan.components.metrics.loss_guard import LossGuard
 from torchtitan.components.metrics.waiting import WaitProfile
@@ -266,6 +267,9 @@ class BuiltRun:
             moes=self.moes,
             pipeline=self.passes.pipeline,
             loss_guard=self.loss_guard,
+        )
+        self.routing_watch = RoutingWatch(
+            config, self.tokenizer, self.model_args.max_seq_len, self.device
         )
         self.warming_up = True  # the next step may compile
 

@@ -61,6 +61,7 @@ OURS = {
     "metrics.alarm",
     "metrics.enable_report",
     "metrics.log_routing",
+    "metrics.routing_moved_freq",
     "training.loss_spike",
     "training.loss_spike_factor",
     "training.trainable_fqns",

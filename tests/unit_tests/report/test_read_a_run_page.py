@@ -33,6 +33,7 @@ def written(tmp_path_factory) -> set[str]:
         folder,
         training__steps=2,
         metrics__log_routing="true",
+        metrics__routing_moved_freq=2,
         validation__enable="true",
         validation__seq_len=64,
         training__seq_len=64,

@@ -39,7 +39,7 @@ _GROUPS = {
     "balance": (
         "max_violation mean_max_violation min_load dead_experts load_entropy bias_range "
         "max_group_load router_balance_loss router_z_loss router_entropy limited_percent "
-        "router_global_balance_loss expert_load"
+        "router_global_balance_loss routing_moved_percent expert_load"
     ),
     "traffic": (
         "rows_sent_self rows_sent_node rows_sent_remote bytes_sent_node bytes_sent_remote "

@@ -65,8 +65,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "0 or more",
         lambda value: value >= 0,
-        "metrics.waiting_freq lr_scheduler.warmup_steps training.dataset_num_workers "
-        "profiling.profiler_warmup "
+        "metrics.waiting_freq metrics.routing_moved_freq lr_scheduler.warmup_steps "
+        "training.dataset_num_workers profiling.profiler_warmup "
         "comm.trace_buf_size checkpoint.keep_latest_k ema.start_step",
     ),
     (
@@ -160,14 +160,26 @@ def check_validation(config: JobConfig) -> None:
         raise UserError(
             "validation.sample_prompts holds an empty text; write one, or leave it out."
         )
-    split = [f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline")]
-    split = [key for key in split if value_of(config, key) > 1]
+    split = _splits_sequences_or_layers(config)
     if validation.sample_prompts and split:
         raise UserError(
             f"validation.sample_prompts is set, but text is generated token by token, which "
-            f"{split[0]} = {value_of(config, split[0])} can't split; leave it out, and use "
-            "scripts/generate.py with a checkpoint."
+            f"{split} can't split; leave it out, and use scripts/generate.py with a checkpoint."
         )
+
+
+def check_routing_moved(config: JobConfig) -> None:
+    split = _splits_sequences_or_layers(config)
+    if config.metrics.routing_moved_freq and split:
+        raise UserError(
+            f"metrics.routing_moved_freq = {config.metrics.routing_moved_freq} routes a text on "
+            f"every rank, which {split} splits; set it to 0."
+        )
+
+
+def _splits_sequences_or_layers(config: JobConfig) -> str | None:
+    keys = [f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline")]
+    return next((f"{k} = {value_of(config, k)}" for k in keys if value_of(config, k) > 1), None)
 
 
 def _check_sets(validation: Validation) -> None:
