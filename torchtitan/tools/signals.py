@@ -35,11 +35,12 @@ _SAME_REQUEST_SECONDS = 2.0
 def stop_code(number: int) -> int:
     """Exit code of a run that this signal has ended well.
 
-    For signals that schedulers send (the job is to resume later, not to count as failed) that of
-    run_train.sh's STOP_CODE, 0 where it is unset; else 128 + number, as in a shell.
+    For signals that schedulers send (the job is to resume later, not to count as failed) it is 0,
+    or run_train.sh's STOP_CODE; else 128 + number, as in a shell.
     """
     if number in (signal.SIGTERM, signal.SIGUSR1):
-        return int(os.environ.get(_STOP_CODE, 0))
+        wanted = os.environ.get(_STOP_CODE, "")
+        return int(wanted) if wanted.isdecimal() else 0
     return 128 + number
 
 
