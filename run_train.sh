@@ -7,7 +7,7 @@
 #   MAX_RESTARTS times that a failed run begins anew by itself, from its newest checkpoint (default: 0)
 #   STOP_CODE    exit code of a run that SIGTERM or SIGUSR1 has ended, for schedulers that start it again (default: 0)
 #   COMM_MODE    fake_backend: a dry run of rank 0 of NGPU in one process, without any communication
-#   NNODES       machines (default: 1); with several, the same on each (docs/cluster.md):
+#   NNODES       machines, the nodes of the run (default: 1); with several, the same on each (docs/cluster.md):
 #     NODE_RANK      number of this machine, from 0
 #     MASTER_ADDR    name or address of machine 0
 #     MASTER_PORT    a free port there (default: 29500)

@@ -110,8 +110,8 @@ class Nodes:
         text = f"{self.describe(self.rank)}: {sentence}"
         causes = [each for each in reports if not each["follows"]] if follows else []
         if causes and causes[0]["node"] != self.rank:
-            cause = causes[0]
-            return f"{self.describe(cause['node'])}: {cause['sentence']}; {text}", cause["code"]
+            node, why = causes[0]["node"], causes[0]["sentence"].rstrip(".")
+            return f"{self.describe(node)}: {why}; {text}", causes[0]["code"]
         if not reports and self.rank:
             text = f"{text.rstrip('.')}; {self.describe(0)}, at which the nodes met, has ended."
         return text, code
@@ -265,7 +265,7 @@ def _linger(place: Place, store: dist.Store, came: int) -> None:
 
 
 def _record(place: Place) -> Record:
-    """What this node tells the others, when MASTER_ADDR resolves."""
+    """Describe this node for the others; MASTER_ADDR must resolve by now."""
     address = address_of(place.address) if place.rank == 0 else own_address(place.address)
     host = socket.gethostname()
     return {

@@ -148,10 +148,10 @@ def test_the_cause_is_reported_on_every_node(monkeypatch):
         lambda: Nodes(2, store, RECORDS).end("rank 5: the disk is full.", 2, follows=False),
     ]
     of_0, of_1, of_2 = in_threads(ends)
-    cause = "node 2 (gpu-2, 10.0.0.2): rank 5: the disk is full."
+    cause = "node 2 (gpu-2, 10.0.0.2): rank 5: the disk is full"
     assert of_0 == (f"{cause}; node 0 (gpu-0, 10.0.0.0): rank 0: rank 5 has gone.", 2)
     assert of_1 == (f"{cause}; node 1 (gpu-1, 10.0.0.1): rank 2: rank 5 has gone.", 2)
-    assert of_2 == (cause, 2)
+    assert of_2 == (f"{cause}.", 2)
 
 
 def test_a_node_that_says_nothing_is_not_waited_for_for_ever(monkeypatch):
