@@ -186,7 +186,7 @@ class _Pipelined(_Walk):
     def moments(self) -> Iterator[Moment]:
         every = [one for stage in self.stages.values() for one in stage]
         gathered = sum(one.gathered for one in every)
-        whole_grads = FP32 * sum(one.gathered_elements for one in every)
+        whole_grads = FP32 * sum(one.trained.gathered for one in every)
         grads = self.state.gradients if self.run.passes > 1 else 0
         whole = 0
         in_flight: dict[tuple[int, int], int] = {}
