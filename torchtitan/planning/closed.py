@@ -26,14 +26,13 @@ def closed_state(run: PlannedRun, traces: Traces, place: int) -> State:
     fp32_grads = run.sums_gradients or in_bf16 or config.optimizer.implementation != "fused"
     early = config.optimizer.early_step_in_backward
     wider = FP32 - size  # of adapters
-    of_alone = FP32 if fp32_grads else computes
-    gradients = trained[0] * size + adapters[0] * wider
-    gradients += trained[1] * of_alone + adapters[1] * (FP32 - of_alone)
+    of_split = trained[0] * size + adapters[0] * wider
+    of_alone = trained[1] * (FP32 if fp32_grads else computes)
     means = sum(trained) * (2 if in_bf16 else size) + sum(adapters) * (0 if in_bf16 else wider)
     return State(
         parameters=sum(weights) * size + sum(adapters) * wider,
         trained=sum(trained) * size + sum(adapters) * wider,
-        gradients=0 if early else gradients,
+        gradients=0 if early else of_split + of_alone,
         optimizer=means * _MEANS[config.optimizer.name],
         copies=copied * computes,
         buffers=0,
