@@ -177,39 +177,48 @@ def meet_nodes(place: Place) -> Nodes:
 
 
 def _join(place: Place) -> dist.Store:
-    """Write this node's record to the store of a meeting that has not ended."""
-    deadline, key, warned = time.monotonic() + place.seconds, f"node/{place.rank}", False
+    """Write this node's record to the store of a meeting that has not ended.
+
+    Where the last attempt of this run has not ended yet, because the scheduler starts a dead node
+    again before the others have noticed, wait for its end.
+    """
+    deadline, warned = time.monotonic() + place.seconds, False
     while True:
         left = max(1.0, deadline - time.monotonic())
         opened = open_store(place.address, place.port, place.rank == 0, left, left, _WORDS)
         store = dist.PrefixStore("nodes", opened)
-        own = _record(place)
-        text = json.dumps(own)
-        first = json.loads(store.compare_set(key, "", text))
-        if first["host"] != own["host"]:
-            raise UserError(
-                f"NODE_RANK is {place.rank} on two machines, {_where(first)} and {_where(own)}: "
-                "give each a number of its own, and each run a MASTER_PORT of its own."
+        try:
+            if _write_record(place, store):
+                return store
+        except (dist.DistError, RuntimeError):  # the last attempt is just ending
+            pass
+        if time.monotonic() > deadline:
+            raise NotFound(
+                f"node {place.rank} has been started again, but the last attempt of this run "
+                f"did not end within NODES_TIMEOUT ({place.seconds:g}): end it on node 0."
             )
-        if first == own or not store.check(["verdict"]):
-            store.set(key, text)
-            return store
-        # The scheduler has started this node again, while the others still run.
         if not warned:
             logger.warning("The last attempt of this run still runs on node 0: waiting for its end")
             warned = True
-        _wait_for_end(store, deadline, place)
+        del store, opened  # a new one each time: this one may be of a server that has ended
+        time.sleep(0.5)
 
 
-def _wait_for_end(store: dist.Store, deadline: float, place: Place) -> None:
-    with contextlib.suppress(dist.DistError, RuntimeError):
-        while store.check(["verdict"]):
-            if time.monotonic() > deadline:
-                raise NotFound(
-                    f"node {place.rank} has been started again, but the last attempt of this run "
-                    f"did not end within NODES_TIMEOUT ({place.seconds:g}): end it on node 0."
-                )
-            time.sleep(0.5)
+def _write_record(place: Place, store: dist.Store) -> bool:
+    """Write this node's record, unless the meeting has ended. Raises `UserError` for a node rank
+    that two machines have."""
+    key, own = f"node/{place.rank}", _record(place)
+    text = json.dumps(own)
+    first = json.loads(store.compare_set(key, "", text))
+    if first["host"] != own["host"]:
+        raise UserError(
+            f"NODE_RANK is {place.rank} on two machines, {_where(first)} and {_where(own)}: "
+            "give each a number of its own, and each run a MASTER_PORT of its own."
+        )
+    if first != own and store.check(["verdict"]):
+        return False
+    store.set(key, text)
+    return True
 
 
 def _judge(place: Place, store: dist.Store) -> Record:
