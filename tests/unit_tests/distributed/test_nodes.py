@@ -119,9 +119,9 @@ def test_a_node_that_is_started_again_waits_for_the_end_of_the_last_attempt(port
     time.sleep(0.5)
     assert thread.is_alive()
     first.clear()  # the server of the first attempt ends with its process
-    in_threads([joining(port, 0)])
+    second = in_threads([joining(port, 0)])  # kept: it serves the store
     thread.join(20)
-    assert again and again[0].rank == 1
+    assert again and again[0].rank == 1 and second[0].rank == 0
 
 
 def test_a_node_that_waits_for_the_last_attempt_gives_up(port):
