@@ -57,7 +57,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", help="again for several")
     parser.add_argument("--chat", action="store_true", help="a conversation: prompts are turns")
     parser.add_argument("--system", help="with --chat: the system's message")
-    parser.add_argument("--chat_template", help="Jinja file (default: the tokenizer folder's)")
+    parser.add_argument(
+        "--chat_template", help="Jinja file (default: the run's, else the tokenizer folder's)"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="at most (default: 128)")
     parser.add_argument(
         "--temperature",
@@ -84,12 +86,32 @@ def find_tokenizer(source: Path, named: str | None) -> tuple[Tokenizer, str]:
     Returns its path, too.
     """
     if named is None and is_complete(source):
-        settings = source.absolute().parent.parent / "config.json"
+        settings = _settings_of_run(source)
         named = _tokenizer_of_run(settings) if os.path.lexists(settings) else DEFAULT_PATH
     try:
         return load_tokenizer(named or str(source)), named or str(source)
     except UserError as error:
         raise UserError(f"{error} (Or name another tokenizer with --tokenizer.)") from None
+
+
+def find_chat(source: Path, named: str | None) -> Chat:
+    """Take the named template, else the template and its variables of the run that wrote the
+    checkpoint, else the tokenizer folder's."""
+    settings = _settings_of_run(source)
+    if named is not None or not is_complete(source) or not os.path.lexists(settings):
+        return Chat(template=named)
+    table = read_json(settings).get("chat", {})  # earlier versions had no such table
+    template, variables = table.get("template"), table.get("template_kwargs", {})
+    if not isinstance(template, str | None) or not isinstance(variables, dict):
+        raise UserError(
+            f"{settings}, the config of the run, has a damaged table chat; name the template with "
+            "--chat_template."
+        )
+    return Chat(template=template, template_kwargs=variables)
+
+
+def _settings_of_run(checkpoint: Path) -> Path:
+    return checkpoint.absolute().parent.parent / "config.json"
 
 
 def _tokenizer_of_run(settings: Path) -> str:
@@ -213,7 +235,8 @@ def run(args: argparse.Namespace) -> None:
     found = detect_model(args.source)
     spec, model_args = found.spec, found.args
     tokenizer, assets_path = find_tokenizer(args.source, args.tokenizer)
-    renderer = ChatRenderer(tokenizer, assets_path, Chat(template=args.chat_template))
+    chat = find_chat(args.source, args.chat_template) if args.chat else Chat()
+    renderer = ChatRenderer(tokenizer, assets_path, chat)
     prompts = [] if args.chat else encode_prompts(tokenizer, args.prompt)
     if max(map(max, filter(None, prompts)), default=0) >= model_args.vocab_size:
         raise UserError(

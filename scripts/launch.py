@@ -3,8 +3,10 @@
     launch.py [options of torchrun] -m torchtitan.train [...]
 
 The exit code is that of `python -m torchtitan.train` itself: 2 for user errors, else 1. It runs
-torchrun in its own process. Signals that ask for an end are forwarded to the ranks, which end after
-their step with a checkpoint; a second one ends everything at once (table: docs/checkpoint.md).
+torchrun in its own process. On several nodes (--nnodes, --node-rank, --master-addr, --master-port)
+the launchers meet first, and the message names nodes (torchtitan/distributed/nodes.py). Signals
+that ask for an end are forwarded to the ranks, which end after their step with a checkpoint; a
+second one ends everything at once (table: docs/checkpoint.md).
 """
 
 import contextlib
@@ -24,11 +26,13 @@ from scripts import entry
 # isort: split
 from torchtitan.tools.error_file import (
     ERROR_FILE,
+    RankError,
     have_steps_begun,
     read_dumps_prefix,
     read_first_error,
     read_stop_code,
 )
+from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.flight_recorder import explain
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.progress_bar import share_terminal
@@ -85,8 +89,8 @@ class Launch:
         ending."""
         while _children() <= ranks:
             time.sleep(0.1)
-        sentence, code = read_first_error(self.error_file) or ("a rank failed at the end", 1)
-        self._end(code, sentence)
+        error = read_first_error(self.error_file) or RankError("a rank failed at the end", 1)
+        self._end(error.exit_code, error.sentence)
 
     def _end(self, code: int, sentence: str) -> None:
         _kill(_children(), signal.SIGKILL)
@@ -123,19 +127,42 @@ def main(arguments: list[str] | None = None) -> int:
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+        from torchtitan.distributed.nodes import meet_nodes, read_place
+
+        nodes = None
         try:
+            if place := read_place(run.parse_args(arguments)):
+                nodes = meet_nodes(place)
             run.main(arguments)
+        except (UserError, RunError) as error:
+            logger.error("%s", error)
+            return 2 if isinstance(error, UserError) else 1
         except ChildFailedError as error:
-            reported = read_first_error(launch.error_file)
-            killed = _killed(*error.get_first_failure(), launch.explain_dumps())
-            if reported is None and killed is None:  # only torchrun's report exists
+            known = _explain(launch, error)
+            sentence, exit_code, follows = known or RankError("a rank failed with a traceback", 1)
+            if nodes is not None:
+                sentence, exit_code = nodes.end(sentence, exit_code, follows=follows)
+            if known is None:
                 raise
-            sentence, exit_code = reported or ("no other rank reported an error", 1)
-            logger.error("%s", f"{killed}; {sentence}" if killed else sentence)
+            logger.error("%s", sentence)
             return exit_code
         return launch.exit_code()
     finally:
         launch.close()
+
+
+def _explain(launch: Launch, error: Any) -> RankError | None:
+    """How the ranks of this machine failed; None where only torchrun's report exists.
+
+    error: torch's ChildFailedError.
+    """
+    reported = read_first_error(launch.error_file)
+    rank, failure = error.get_first_failure()
+    killed = _killed(rank, failure, launch.explain_dumps())
+    if killed is None:
+        return reported
+    sentence, exit_code, _ = reported or RankError("no other rank reported an error", 1)
+    return RankError(f"{killed}; {sentence}", exit_code)
 
 
 def _killed(rank: int, failure: Any, dumps: str | None = None) -> str | None:

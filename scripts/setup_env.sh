@@ -49,6 +49,11 @@ has_torch() { # interpreter
 
 fill_venv() { # extras
   local base site info packages log=$repo/.venv/pip.log
+  # The machines of a run may share this folder, and would write to it at once.
+  if [ "${NNODES:-1}" -gt 1 ]; then
+    echo "$repo/.venv lacks packages; run $repo/run_train.sh --help once before a run on several machines" >&2
+    exit 2
+  fi
   if ! "$PYTHON" -c 'import tomllib' 2>/dev/null || ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
     base=$(find_python) || exit 2
     "$base" -m venv --clear "$repo/.venv"

@@ -92,7 +92,9 @@ def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
         return exit_code
     except Exception as error:
         stop.end_steps()
-        sentence = out_of_memory(error) or explain_lost_peer(error, trainer.step if trainer else 0)
+        no_memory = out_of_memory(error)
+        lost = None if no_memory else explain_lost_peer(error, trainer.step if trainer else 0)
+        sentence = no_memory or lost
         if sentence is None:
             if planned_processes()[0] == 1:
                 raise
@@ -101,7 +103,7 @@ def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
             logger.exception("This rank failed")
         else:
             logger.error("%s", sentence)
-        write_error(sentence, 1)
+        write_error(sentence, 1, follows=lost is not None)
         if trainer is not None:
             trainer.metrics.event(trainer.step, "end", how=f"failed: {sentence}")
         logging.shutdown()

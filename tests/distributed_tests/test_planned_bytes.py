@@ -21,6 +21,7 @@ OPTIONS = (
     "--training.local_batch_size=2",
     "--training.mixed_precision_param=float32",
 )
+LORA = ['--model.converters=["lora"]', "--lora.rank=8"]
 LAYOUTS = {
     "FSDP 2": (2, []),
     "FSDP 2 x EP 2": (2, ["--parallelism.expert_parallel_degree=2"]),
@@ -31,6 +32,20 @@ LAYOUTS = {
     ),
     "TP 2": (2, ["--parallelism.tensor_parallel_degree=2"]),
     "PP 2": (2, ["--parallelism.pipeline_parallel_degree=2"]),
+    "FSDP 2, frozen parts": (
+        2,
+        ['--training.frozen_fqns=["tok_embeddings.*", "layers.1.*", "layers.*.moe.router.*"]'],
+    ),
+    "FSDP 2, adapters": (2, LORA),
+    "FSDP 2 x EP 2, adapters on bf16": (
+        2,
+        [
+            *LORA,
+            "--parallelism.expert_parallel_degree=2",
+            "--training.dtype=bfloat16",
+            "--training.mixed_precision_param=bfloat16",
+        ],
+    ),
     "HSDP 2 x 2": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
 }
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.tiny_run import losses, records, tiny
+from tests.tiny_run import as_option, losses, records, tiny
 from torchtitan.config import ConfigManager
 from torchtitan.config.rules.values import check_validation
-from torchtitan.data.validation import build_validation_dataloader
+from torchtitan.data.validation import open_validation_sets
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.tools.errors import UserError
@@ -120,9 +120,9 @@ def test_the_loss_is_the_mean_over_all_tokens(texts, tmp_path):
     model.load_state_dict(trainer.model.state_dict())
     trainer.close()
 
-    whole = build_validation_dataloader(config, tokenizer, dp_rank=0, dp_degree=1)
+    (whole,) = open_validation_sets(config, tokenizer, dp_rank=0, dp_degree=1)
     loss = tokens = 0
-    for inputs, labels in whole:
+    for inputs, labels in whole.loader:
         logits = model(inputs["input"]).double()
         flat = labels.flatten()
         loss += F.cross_entropy(
@@ -136,6 +136,48 @@ def test_the_loss_is_the_mean_over_all_tokens(texts, tmp_path):
     assert numbers["validation_tokens"] == tokens
     assert numbers["validation_loss"] == pytest.approx(loss / tokens, rel=1e-6)
     assert numbers["validation_perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-5)
+
+
+SETS = [
+    {"name": "fox", "dataset_path": ""},
+    {"name": "chat", "dataset": "chat_sample", "format": "chat"},
+]
+
+
+def with_sets(folder: Path, texts: Path, **changes) -> list[str]:
+    alone = options(folder, texts, model__args__attn_mask_type="block_causal", **changes)
+    of_one = ("--validation.dataset", "--validation.sample_prompts")
+    rest = [option for option in alone if not option.startswith(of_one)]
+    return [*rest, as_option([SETS[0] | {"dataset_path": str(texts)}, SETS[1]], "validation.sets")]
+
+
+def test_each_set_has_the_loss_that_it_has_alone(ranks, texts, tmp_path, caplog):
+    """In one process and in two; the whole is the mean over the tokens of both."""
+    assert main(with_sets(tmp_path / "one", texts)) == 0
+    assert ranks(2).run(trained, with_sets(tmp_path / "two", texts)) == [0, 0]
+    block = {"model__args__attn_mask_type": "block_causal", "validation__sample_prompts": "[]"}
+    assert main(options(tmp_path / "fox", texts, **block)) == 0
+    chat = {"validation__dataset": "chat_sample", "validation__format": "chat"}
+    of_chat = options(tmp_path / "chat", texts, **block, **chat)
+    assert main([o for o in of_chat if "validation.dataset_path" not in o]) == 0
+    alone = {name: records(tmp_path / name) for name in ("fox", "chat")}
+    for n, (one, two) in enumerate(
+        zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True)
+    ):
+        if "validation_loss" not in one:
+            continue
+        fox, talk = alone["fox"][n], alone["chat"][n]
+        assert one["validation_set_loss"] == {
+            "fox": fox["validation_loss"],
+            "chat": talk["validation_loss"],
+        }
+        assert one["validation_set_accuracy"] == {"chat": talk["validation_accuracy"]}
+        assert "validation_accuracy" not in one, "of texts it is not known"
+        tokens = fox["validation_tokens"], talk["validation_tokens"]
+        assert one["validation_tokens"] == sum(tokens)
+        whole = fox["validation_loss"] * tokens[0] + talk["validation_loss"] * tokens[1]
+        assert one["validation_loss"] == pytest.approx(whole / sum(tokens), rel=1e-12)
+        assert two["validation_set_loss"] == pytest.approx(one["validation_set_loss"], rel=1e-6)
 
 
 def test_a_run_does_not_notice_that_it_is_validated(texts, tmp_path):
@@ -174,6 +216,14 @@ def test_steps_limits_the_batches(texts, tmp_path):
         ({"validation__steps": 0}, "validation.steps = 0 must be 1 or more, or -1"),
         ({"validation__seq_len": 64}, "validation.seq_len = 64 must be at most the model's max"),
         ({"validation__dataset_path": "no/such"}, "validation.dataset_path"),
+        (
+            {"validation__sets": '[{name = "a"}]'},
+            'validation.dataset = "text" and [[validation.sets]] both set the data to read; leave',
+        ),
+        (
+            {"validation__sets": '[{name = "a"}, {name = "a"}]'},
+            "validation.sets 2: the name 'a' is already taken; choose another one.",
+        ),
         (
             {"validation__sample_tokens": 32},
             "validation.sample_prompts, sample_tokens: the longest prompt and max_new_tokens make",

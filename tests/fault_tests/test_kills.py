@@ -100,6 +100,21 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_a_checkpoint(
     assert losses(tmp_path) == list(undisturbed.values())
 
 
+def with_stop_code(rank: int, argv: list[str]) -> None:
+    os.environ["STOP_CODE"] = "75"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_schedulers_may_ask_for_a_code_of_their_own(tmp_path, number, code):
+    options = tiny(tmp_path, training__steps=10_000)
+    with Run(options, 1, tmp_path / "log", with_stop_code) as run:
+        run.wait_for_words(" step: ")
+        run.kill(0, number)
+        assert run.exit_codes() == [code], run.log.read_text()
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGHUP, 129), (signal.SIGQUIT, 131)],

@@ -8,9 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scripts.generate import find_chat
 from scripts.generate import main as generate
 from scripts.show_batch import main as show_batch
 from tests.pages import REPO
+from torchtitan.config import Chat
+from torchtitan.tools.errors import UserError
 from torchtitan.train import main
 
 TOML = str(REPO / "train_configs/chat_debug_model.toml")
@@ -70,6 +73,26 @@ def test_transformers_says_the_same_from_the_export(run, tmp_path):
         out = model.generate(**prompt, max_new_tokens=40, do_sample=False)
         text = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         assert text == answer["content"]
+
+
+def test_the_runs_own_template_and_its_variables_are_used(run, tmp_path):
+    """Without its weights: what config.json above the checkpoints says is what counts."""
+    checkpoint = tmp_path / "run/checkpoint/step-120"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.symlink_to(run / "checkpoint/step-120")
+    settings = json.loads((run / "config.json").read_text())
+    settings["chat"] |= {"template": "deepseek_v32", "template_kwargs": {"thinking": True}}
+    saved = tmp_path / "run/config.json"
+    saved.write_text(json.dumps(settings))
+    chat = find_chat(checkpoint, None)
+    assert (chat.template, chat.template_kwargs) == ("deepseek_v32", {"thinking": True})
+    assert find_chat(checkpoint, "other.jinja") == Chat(template="other.jinja")
+    saved.write_text(json.dumps(settings | {"chat": {"template": 3}}))
+    with pytest.raises(UserError, match="has a damaged table chat; name the template with --chat_"):
+        find_chat(checkpoint, None)
+    del settings["chat"]  # of an earlier version
+    saved.write_text(json.dumps(settings))
+    assert find_chat(checkpoint, None) == Chat()
 
 
 def test_show_batch_marks_what_is_trained(tmp_path, capsys):

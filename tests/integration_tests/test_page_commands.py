@@ -22,6 +22,7 @@ TRAIN = "python -m torchtitan.train"
 BENCH = "python scripts/bench.py"
 CONVERSION = "python scripts/checkpoint_conversion"
 DEBUG_TOML = str(REPO / "train_configs/debug_model.toml")
+SCHEDULERS = ("sbatch", "kubectl", "sky", "torchx")
 TOY = [f"--{key}={value}" for key, value in TINY.items()]
 EAGER = ["--compile.enable=false"]
 
@@ -126,6 +127,21 @@ RUN_BY_ANOTHER_TEST = {
     ),
 }
 
+_CLUSTER = "tests/integration_tests/test_cluster_files.py::test_"
+_OF_16B = "train_configs/deepseek_v3_16b.toml"
+RUN_BY_ANOTHER_TEST |= {
+    f"CONFIG_FILE={_OF_16B} sbatch --nodes 4 scripts/multinode_trainer.slurm "
+    "--training.steps 1000": f"{_CLUSTER}slurm_starts_one_launcher_on_each_node",
+    "kubectl apply -f scripts/kubernetes/train.yaml": (
+        f"{_CLUSTER}kubernetes_pods_call_run_train_with_variables_that_it_reads"
+    ),
+    "sky jobs launch --num-nodes 4 scripts/skypilot.yaml": (
+        f"{_CLUSTER}skypilot_calls_run_train_on_each_node"
+    ),
+    f"torchx run -s slurm scripts/torchx_train.py:train --nodes 4 --config {_OF_16B} -- "
+    "--training.steps 1000": f"{_CLUSTER}torchx_calls_run_train_on_each_node",
+}
+
 _GPUS = "needs GPUs"
 _NETWORK = "needs the network"
 NOT_RUN_BECAUSE = {
@@ -172,7 +188,7 @@ def split(line: str) -> tuple[dict[str, str], Path | None, list[str]]:
     words = shlex.split(line.replace("[", "").replace("]", ""))
     count = next(n for n, word in enumerate(words) if "=" not in word)
     variables = dict(word.split("=", 1) for word in words[:count])
-    if words[count] == "pip":
+    if words[count] in ("pip", *SCHEDULERS):
         return variables, None, words[count:]
     if words[count : count + 3] == TRAIN.split():
         return variables, REPO / "torchtitan/train.py", words[count + 3 :]
@@ -184,6 +200,8 @@ def split(line: str) -> tuple[dict[str, str], Path | None, list[str]]:
 def test_what_does_not_run_here_names_programs_files_and_options_that_exist(line):
     variables, program, words = split(line)
     if program is None:
+        files = [word.partition(":")[0] for word in words if word.startswith("scripts/")]
+        assert all((REPO / file).exists() for file in files)
         return
     assert program.exists()
     if program.name != "run_train.sh":

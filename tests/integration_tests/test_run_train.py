@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ V02_TOML = REPO / "tests/unit_tests/config/v02/debug_model.toml"
 
 # The script's own settings, and what it is to find out itself.
 NOT_INHERITED = (
-    "NGPU CONFIG_FILE LOG_RANK MAX_RESTARTS COMM_MODE PYTHONPATH "
+    "NGPU CONFIG_FILE LOG_RANK MAX_RESTARTS COMM_MODE PYTHONPATH NNODES NODE_RANK STOP_CODE "
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
 ).split()
 
@@ -187,6 +188,8 @@ def test_a_crash_is_reported_by_torchrun(tmp_path):
         ("LOG_RANK", "one"),
         ("MAX_RESTARTS", "-1"),
         ("COMM_MODE", "fake"),
+        ("STOP_CODE", "256"),
+        ("NNODES", "two"),
     ],
 )
 def test_a_wrong_variable_is_one_sentence_and_nothing_is_started(run_train, variable, value):
@@ -195,6 +198,42 @@ def test_a_wrong_variable_is_one_sentence_and_nothing_is_started(run_train, vari
     (sentence,) = done.stderr.splitlines()
     assert sentence.startswith(f"{variable} is '{value}': ")
     assert not run_train.calls.exists()
+
+
+@pytest.mark.parametrize(
+    "variables, sentence",
+    [
+        (
+            {},
+            "NODE_RANK is '': it is the number of this machine, from 0 to 1, because NNODES is 2.",
+        ),
+        ({"NODE_RANK": "2"}, "NODE_RANK is '2': "),
+        ({"NODE_RANK": "1"}, "MASTER_ADDR is not set: "),
+        ({"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a", "NODES_TIMEOUT": "0"}, "NODES_TIMEOUT is '0'"),
+    ],
+)
+def test_a_wrong_place_among_nodes_is_one_sentence(run_train, variables, sentence):
+    done = run_train(PET_NNODES="2", **variables)
+    assert done.returncode == 2 and done.stdout == ""
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(sentence)
+
+
+def test_nodes_do_not_install_packages_at_once(run_train, tmp_path):
+    """A python without torch stands for a machine that was not set up."""
+    place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "VIRTUAL_ENV": ""}
+    run_train.install("python3", "exit 1")
+    copy = tmp_path / "copy"
+    (copy / "scripts").mkdir(parents=True)
+    for name in ("run_train.sh", "scripts/setup_env.sh", "scripts/check_dependencies.py"):
+        shutil.copy(REPO / name, copy / name)
+    shutil.copy(REPO / "pyproject.toml", copy)
+    env = os.environ | place | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run([copy / "run_train.sh"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "run_train.sh --help once before a run on several machines" in done.stderr
+    assert not (copy / ".venv").exists()
 
 
 def test_help_is_shown_once_by_one_process(run_train):

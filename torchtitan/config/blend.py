@@ -103,17 +103,22 @@ def _check_datasets(training: Training) -> None:
                 f"training.{key} = {as_text(value)} and [[training.blend]] both set the data to "
                 "read; leave one out (on the command line with --training.blend=[])."
             )
-    names = [dataset.name for dataset in training.blend]
+    check_names("training.blend", [dataset.name for dataset in training.blend])
+
+
+def check_names(key: str, names: list[str]) -> None:
+    """Raise `UserError` for a name of a dataset that can't be used, or is used twice.
+
+    key: of the list of tables, for the error message.
+    """
     for n, name in enumerate(names, start=1):
         if not name.replace("_", "").replace("-", "").isalnum():
             raise UserError(
-                f"training.blend {n}: name = {as_text(name)} must be a word of letters, digits, "
-                "'_' and '-', for the log and for phases."
+                f"{key} {n}: name = {as_text(name)} must be a word of letters, digits, '_' and "
+                "'-', for the log."
             )
         if name in names[: n - 1]:
-            raise UserError(
-                f"training.blend {n}: the name '{name}' is already taken; choose another one."
-            )
+            raise UserError(f"{key} {n}: the name '{name}' is already taken; choose another one.")
 
 
 def _check_no_phase_blends(config: JobConfig) -> None:

@@ -1,4 +1,4 @@
-"""Tables about data: [[training.blend]] and [chat]."""
+"""Tables about data: [[training.blend]], [[validation.sets]] and [chat]."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +14,22 @@ class Dataset:
     """Name of the dataset in phases and in the log."""
     weight: float | None = None
     """Share of the sequences, over the sum of weights; unset: not read until a phase names it."""
+    dataset: str = "text"
+    """Name of the dataset."""
+    dataset_path: str | None = None
+    """File, folder or glob to read the dataset from, for local data."""
+    dataset_text_key: str = "text"
+    """Field of jsonl and parquet records that holds the text."""
+    format: Format = "text"
+    """Rows are texts, conversations (chat), or pairs of prompt and completion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSet:
+    """A data set of the validation. The keys are those of [validation]."""
+
+    name: str
+    """Name of the data set in the log and in the metrics."""
     dataset: str = "text"
     """Name of the dataset."""
     dataset_path: str | None = None

@@ -7,7 +7,7 @@ Names, types and defaults are torchtitan v0.2's, so that its files load; other k
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from torchtitan.config.data_tables import Chat, Dataset, Format
+from torchtitan.config.data_tables import Chat, Dataset, Format, ValidationSet
 from torchtitan.config.lora_tables import LoRA
 from torchtitan.config.metrics_tables import Metrics, Profiling
 from torchtitan.config.optimizer_tables import EMA, LRScheduler, Optimizer
@@ -289,6 +289,8 @@ class Validation:
     """Field of jsonl and parquet records that holds the text (ours)."""
     format: Format = "text"
     """Rows are texts, conversations (chat), or pairs of prompt and completion (ours)."""
+    sets: list[ValidationSet] = _listing()
+    """Several data sets, each with its own loss, [[validation.sets]]: docs/config.md (ours)."""
     sample_prompts: list[str] = _listing()
     """Texts that the model continues at each validation, for TensorBoard and the log (ours)."""
     sample_tokens: int = 64

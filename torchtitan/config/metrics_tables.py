@@ -43,6 +43,8 @@ class Metrics:
     """With expert parallelism, log the traffic between ranks in a second console line (ours)."""
     log_routing: bool = False
     """Also log router statistics: entropy, effect of the group limit, load by expert (ours)."""
+    routing_moved_freq: int = 0
+    """Steps between measurements of how far routing has moved since the start; 0: none (ours)."""
     waiting_freq: int = 1000
     """Steps from one search for the rank that others wait for to the next (ours; 0 = none)."""
     alarm: list[Alarm] = field(default_factory=list)

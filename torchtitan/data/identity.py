@@ -102,8 +102,8 @@ def tell_other_validation_data(saved: dict[str, Any], ours: dict[str, Any]) -> N
     name = names[0]
     before, now = saved.get(name), ours.get(name)
     what = f"{name.replace('training.', 'validation.')} was {before} and is {now}"
-    if name == CONTENTS:
-        what = first_difference(before or [], now or [])
+    if name.endswith(CONTENTS):
+        what = name.removesuffix(CONTENTS) + first_difference(before or [], now or [])
     logger.warning(
         f"The validation data is not what it was when the checkpoint was saved: {what}; losses "
         "from here on can't be compared with earlier ones"

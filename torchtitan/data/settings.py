@@ -16,7 +16,7 @@ from torchtitan.data.documents import Rows, TextRows
 class DatasetSettings:
     """One dataset, as a table of the TOML names it.
 
-    key: the table; "training", "training.blend.web" or "validation"
+    key: the table; "training", "training.blend.web", "validation" or "validation.sets.web"
     name: value of `dataset`
     path: value of `dataset_path`; file, folder or glob of local documents
     text_key: value of `dataset_text_key`
@@ -123,21 +123,26 @@ def training_data(training: Training, chat: Chat, seed: int) -> DataSettings:
     )
 
 
-def validation_dataset(validation: Validation) -> DatasetSettings:
-    """The dataset of [validation]."""
-    return DatasetSettings(
-        "validation",
-        validation.dataset,
-        validation.dataset_path,
-        validation.dataset_text_key,
-        format=validation.format,
-    )
+def validation_datasets(validation: Validation) -> dict[str, DatasetSettings]:
+    """The datasets of [[validation.sets]] by name, or that of [validation] under ""."""
+    tables = {each.name: each for each in validation.sets} or {"": validation}
+    return {
+        name: DatasetSettings(
+            f"validation.sets.{name}" if name else "validation",
+            table.dataset,
+            table.dataset_path,
+            table.dataset_text_key,
+            label=name,
+            format=table.format,
+        )
+        for name, table in tables.items()
+    }
 
 
-def validation_data(validation: Validation, chat: Chat) -> DataSettings:
-    """Data of [validation]: one pass, in the same order for any seed of the run."""
+def validation_data(dataset: DatasetSettings, validation: Validation, chat: Chat) -> DataSettings:
+    """Data of a validation set: one pass, in the same order for any seed of the run."""
     return DataSettings(
-        datasets=(validation_dataset(validation),),
+        datasets=(dataset,),
         blended=False,
         seq_len=validation.seq_len,
         batch_size=validation.local_batch_size,

@@ -10,7 +10,7 @@ from torchtitan.data.catalog import check_dataset
 from torchtitan.data.chat import ChatRenderer
 from torchtitan.data.dataloader import ParallelAwareDataLoader
 from torchtitan.data.fim import FillInTheMiddle, check_fim_tokens
-from torchtitan.data.settings import training_data, training_datasets, validation_dataset
+from torchtitan.data.settings import training_data, training_datasets, validation_datasets
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.distributed.utils import sum_over_ranks
 from torchtitan.protocols.model import BaseModelArgs
@@ -36,7 +36,7 @@ def check_chat(config: JobConfig, tokenizer: Tokenizer, model_args: BaseModelArg
     """Raise `UserError` where the conversations of training or validation can't be used."""
     datasets = [*training_datasets(config.training)]
     if config.validation.enable:
-        datasets.append(validation_dataset(config.validation))
+        datasets += validation_datasets(config.validation).values()
     conversations = [dataset for dataset in datasets if dataset.format != "text"]
     if not conversations:
         if config.chat.loss_weight != "token":

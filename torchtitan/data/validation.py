@@ -1,12 +1,27 @@
-"""The validation set: another dataset, read once from beginning to end each time."""
+"""The validation sets: other datasets, read once from beginning to end each time."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torchtitan.config import JobConfig, Validation
+from torchtitan.config.data_tables import Format
 from torchtitan.data.build import build_text_dataloader
 from torchtitan.data.catalog import check_dataset
 from torchtitan.data.dataloader import ParallelAwareDataLoader
-from torchtitan.data.settings import validation_data, validation_dataset
+from torchtitan.data.settings import validation_data, validation_datasets
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.tools.errors import UserError
+
+
+class ValidationSet(NamedTuple):
+    """A set and its loader; each iteration is one pass over this rank's part.
+
+    name: "" for that of [validation] alone.
+    """
+
+    name: str
+    format: Format
+    loader: ParallelAwareDataLoader
 
 
 def check_validation_data(settings: Validation, max_seq_len: int) -> None:
@@ -19,17 +34,31 @@ def check_validation_data(settings: Validation, max_seq_len: int) -> None:
             f"({max_seq_len}; it follows seq_len of [training], or of the phase with the shortest "
             "sequences); lower it, or set model.args.max_seq_len."
         )
-    check_dataset(validation_dataset(settings))
+    for dataset in validation_datasets(settings).values():
+        check_dataset(dataset)
 
 
-def build_validation_dataloader(
+def open_validation_sets(
     config: JobConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_degree: int
-) -> ParallelAwareDataLoader:
-    """Loader of the same examples in any layout, and for any seed of the run."""
-    return build_text_dataloader(
-        validation_data(config.validation, config.chat),
-        tokenizer,
-        dp_rank=dp_rank,
-        dp_degree=dp_degree,
-        assets_path=config.model.hf_assets_path,
-    )
+) -> list[ValidationSet]:
+    """Open loaders of the same examples in any layout, and for any seed of the run."""
+    sets = []
+    for name, dataset in validation_datasets(config.validation).items():
+        loader = build_text_dataloader(
+            validation_data(dataset, config.validation, config.chat),
+            tokenizer,
+            dp_rank=dp_rank,
+            dp_degree=dp_degree,
+            assets_path=config.model.hf_assets_path,
+        )
+        sets.append(ValidationSet(name, dataset.format, loader))
+    return sets
+
+
+def identity_of_sets(sets: Sequence[ValidationSet]) -> dict[str, Any]:
+    """Identities of all sets, with their names before the keys of each."""
+    return {
+        f"{each.name}: {key}" if each.name else key: value
+        for each in sets
+        for key, value in each.loader.identity().items()
+    }

@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.node_names import nodes_of
 
 Settings = Mapping[str, Any]  # by name; values that JSON holds
 
@@ -230,7 +231,7 @@ def _short(text: str) -> str:
 
 
 def ranks_text(ranks: list[int]) -> str:
-    """Sorted ranks in few words: "rank 3" or "ranks 0-2, 5"."""
+    """Sorted ranks in few words, "rank 3" or "ranks 0-2, 5", and the nodes of a run on several."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and spans[-1][1] == rank - 1:
@@ -239,7 +240,7 @@ def ranks_text(ranks: list[int]) -> str:
             spans.append([rank, rank])
     shown = [f"{a}" if a == b else f"{a}-{b}" for a, b in spans[:8]]
     more = ", ..." if len(spans) > 8 else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(shown)}{more}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(shown)}{more}{nodes_of(ranks)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from torchtitan.tools.flight_recorder import explain_last_dumps
+from torchtitan.tools.node_names import nodes_of
 
 _OF_COMMUNICATION = re.compile(r"gloo|NCCL|by peer|Timed out waiting|Broken pipe", re.IGNORECASE)
 _HANGS = re.compile(r"time[d ]*out", re.IGNORECASE)
@@ -34,7 +35,7 @@ def explain_lost_peer(error: BaseException, step: int) -> str | None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     fate = "does not answer" if _HANGS.search(str(error)) else "has gone"
     fate, missing = _who_does_not_sign(fate)
-    who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
+    who = f"rank {', '.join(map(str, missing))}{nodes_of(missing)}" if missing else "another rank"
     recorder = ""
     if dist.get_backend() == "nccl":
         recorder = explain_last_dumps() or (

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 
@@ -23,6 +24,22 @@ _RESOLVE_SECONDS = 10.0
 _rounds = 0  # meetings of this process
 
 
+class NotFound(UserError):
+    """No store answered at the address in time."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """Names in the error messages of a meeting.
+
+    server: who serves the store.
+    limit: the setting that says how long to wait.
+    """
+
+    server: str = "rank 0"
+    limit: str = "comm.init_timeout_seconds"
+
+
 def meet(launch: Launch, seconds: float) -> Meeting:
     """Join the store of a run of several ranks. Raises `UserError` where that fails.
 
@@ -34,12 +51,13 @@ def meet(launch: Launch, seconds: float) -> Meeting:
     # would read the addresses of the last attempt, or of the last run of this process.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     keeps_store = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = _store(launch.master_addr, launch.master_port, keeps_store, seconds)
+    store = _kept_store(launch.master_addr, launch.master_port, keeps_store, seconds)
     store = dist.PrefixStore(f"attempt_{attempt}_{_rounds}", store)
     try:
         taken = store.add(f"here/{launch.rank}", 1) > 1
     except (dist.DistError, RuntimeError) as error:
-        raise _not_found(launch.master_addr, launch.master_port, seconds, str(error)) from None
+        address = f"{launch.master_addr}:{launch.master_port}"
+        raise _not_found(address, seconds, str(error), Words()) from None
     if taken:
         raise UserError(
             f"the environment variable RANK is {launch.rank}, which another process at "
@@ -63,14 +81,31 @@ def refuse(launch: Launch, sentence: str) -> bool:
 
 
 @cache  # the server stops when the object is freed
-def _store(address: str, port: int, keeps_store: bool, seconds: float) -> dist.Store:
+def _kept_store(address: str, port: int, keeps_store: bool, seconds: float) -> dist.Store:
+    return open_store(address, port, keeps_store, seconds, min(seconds, _RESOLVE_SECONDS))
+
+
+def open_store(
+    address: str,
+    port: int,
+    keeps_store: bool,
+    seconds: float,
+    resolve_seconds: float,
+    words: Words = Words(),
+) -> dist.TCPStore:
+    """Open the store at this address. Raises `UserError`: `NotFound` where a later try may succeed.
+
+    keeps_store: whether this process serves it.
+    seconds: how long to wait for the server.
+    resolve_seconds: how long to wait until the address's name resolves.
+    """
     deadline = time.monotonic() + seconds
-    _resolve(address, port, min(deadline, time.monotonic() + _RESOLVE_SECONDS))
+    _resolve(address, port, time.monotonic() + resolve_seconds, words)
     if keeps_store:
         _check_port(port)
     else:
-        _wait_for_server(address, port, deadline, seconds)
-    made: list[dist.Store | Exception] = []
+        _wait_for_server(address, port, deadline, seconds, words)
+    made: list[dist.TCPStore | Exception] = []
 
     def make() -> None:
         try:
@@ -91,23 +126,24 @@ def _store(address: str, port: int, keeps_store: bool, seconds: float) -> dist.S
     thread = threading.Thread(target=make, daemon=True)
     thread.start()
     thread.join(max(1.0, deadline - time.monotonic()))
-    if made and isinstance(made[0], dist.Store):
+    if made and isinstance(made[0], dist.TCPStore):
         return made[0]
     reason = str(made[0]) if made else "another kind of server answers"
-    raise _not_found(address, port, seconds, reason)
+    raise _not_found(f"{address}:{port}", seconds, reason, words)
 
 
-def _resolve(address: str, port: int, deadline: float) -> None:
+def _resolve(address: str, port: int, deadline: float, words: Words) -> None:
     while True:
         try:
             socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
             return
         except (OSError, UnicodeError) as error:  # UnicodeError: no valid host name
             if isinstance(error, UnicodeError) or time.monotonic() > deadline:
-                raise UserError(
+                kind = UserError if isinstance(error, UnicodeError) else NotFound
+                raise kind(
                     f"the environment variable MASTER_ADDR is '{address[:80]}', which does not "
                     f"resolve to an address on this machine ({error}): set it to the name or "
-                    "address of the machine of rank 0."
+                    f"address of the machine of {words.server}."
                 ) from None
         time.sleep(0.2)
 
@@ -129,21 +165,24 @@ def _check_port(port: int) -> None:
             ) from None
 
 
-def _wait_for_server(address: str, port: int, deadline: float, seconds: float) -> None:
+def _wait_for_server(
+    address: str, port: int, deadline: float, seconds: float, words: Words
+) -> None:
     while True:
         try:
             socket.create_connection((address, port), timeout=5).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise _not_found(address, port, seconds, error.strerror or str(error)) from None
+                reason = error.strerror or str(error)
+                raise _not_found(f"{address}:{port}", seconds, reason, words) from None
         time.sleep(0.1)
 
 
-def _not_found(address: str, port: int, seconds: float, reason: str) -> UserError:
+def _not_found(address: str, seconds: float, reason: str, words: Words) -> NotFound:
     first_line = reason.strip().partition("\n")[0][:200]
-    return UserError(
-        f"rank 0 was not found at MASTER_ADDR:MASTER_PORT ({address}:{port}) within "
-        f"comm.init_timeout_seconds ({seconds:g}; {first_line}): check that all processes were "
-        "started, with the same address (torchrun: --rdzv-endpoint) of a machine that all reach."
+    return NotFound(
+        f"{words.server} was not found at MASTER_ADDR:MASTER_PORT ({address}) within "
+        f"{words.limit} ({seconds:g}; {first_line}): check that all processes were started, with "
+        "the same address (torchrun: --rdzv-endpoint) of a machine that all reach."
     )

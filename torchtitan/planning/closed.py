@@ -3,10 +3,11 @@
 It takes rows of a weight to come out even between ranks.
 """
 
+from torchtitan.planning.elements import Elements
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.state import State
 from torchtitan.planning.trace import Traces, names_at
-from torchtitan.planning.traffic import groups
+from torchtitan.planning.traffic import FP32, groups
 from torchtitan.tools.utils import TORCH_DTYPES
 
 # Running means that the optimizer keeps of a weight.
@@ -18,21 +19,38 @@ def closed_state(run: PlannedRun, traces: Traces, place: int) -> State:
     size = TORCH_DTYPES[config.training.dtype].itemsize
     computes = TORCH_DTYPES[run.compute_dtype].itemsize
     in_bf16 = config.optimizer.name == "AdamW" and config.optimizer.state_dtype == "bfloat16"
-    split = alone = 0
-    for name in names_at(run, traces, place):
-        one = traces.of_layer[name]
-        dense = one.gathered_elements - one.gathered_experts
-        split += -(-dense // groups(run)["fsdp"].size)
-        split += -(-one.gathered_experts // groups(run)["expert fsdp"].size)
-        alone += one.alone_elements
-    copied = alone if size != computes else 0
+    weights, trained, adapters = (
+        _held(run, traces, place, kind) for kind in ("weights", "trained", "adapters")
+    )
+    copied = weights[1] if size != computes else 0
     fp32_grads = run.sums_gradients or in_bf16 or config.optimizer.implementation != "fused"
     early = config.optimizer.early_step_in_backward
+    wider = FP32 - size  # of adapters
+    of_split = trained[0] * size + adapters[0] * wider
+    of_alone = trained[1] * (FP32 if fp32_grads else computes)
+    means = sum(trained) * (2 if in_bf16 else size) + sum(adapters) * (0 if in_bf16 else wider)
     return State(
-        parameters=(split + alone) * size,
-        gradients=0 if early else split * size + alone * (4 if fp32_grads else computes),
-        optimizer=(split + alone) * _MEANS[config.optimizer.name] * (2 if in_bf16 else size),
+        parameters=sum(weights) * size + sum(adapters) * wider,
+        trained=sum(trained) * size + sum(adapters) * wider,
+        gradients=0 if early else of_split + of_alone,
+        optimizer=means * _MEANS[config.optimizer.name],
         copies=copied * computes,
         buffers=0,
         step_peak=0,
     )
+
+
+def _held(run: PlannedRun, traces: Traces, place: int, kind: str) -> tuple[int, int]:
+    """Elements of weights that a rank keeps.
+
+    kind: a field of `Traced`: "weights", "trained" or "adapters".
+
+    Returns those of weights that FSDP splits, and those of the others.
+    """
+    split = alone = 0
+    for name in names_at(run, traces, place):
+        elements: Elements = getattr(traces.of_layer[name], kind)
+        split += -(-elements.dense // groups(run)["fsdp"].size)
+        split += -(-elements.experts // groups(run)["expert fsdp"].size)
+        alone += elements.alone
+    return split, alone

@@ -123,8 +123,8 @@ class _Walk:
             )
             grads += self._new_gradients(one)
             # The whole gradients and their fp32 copy, the input of the sum over ranks.
-            summing = FP32 * one.gathered_elements
-            whole = one.gathered + summing + self._output(i - 1)
+            summing = FP32 * one.trained.gathered
+            whole = one.gathered_gradients + summing + self._output(i - 1)
             yield self._moment(f"sum of gradients, {self._title(i)}", kept, whole, grads, gathered)
         yield self._moment("optimizer step", 0, self.state.step_peak, self.state.gradients, 0)
 
@@ -186,7 +186,7 @@ class _Pipelined(_Walk):
     def moments(self) -> Iterator[Moment]:
         every = [one for stage in self.stages.values() for one in stage]
         gathered = sum(one.gathered for one in every)
-        whole_grads = FP32 * sum(one.gathered_elements for one in every)
+        whole_grads = FP32 * sum(one.trained.gathered for one in every)
         grads = self.state.gradients if self.run.passes > 1 else 0
         whole = 0
         in_flight: dict[tuple[int, int], int] = {}
@@ -204,7 +204,7 @@ class _Pipelined(_Walk):
                     f"forward pass of {where}", held + kept, passing, grads + whole, gathered
                 )
             elif action.kind in "BI":
-                whole = max(whole, sum(FP32 * one.gathered_elements for one in stage))
+                whole = max(whole, sum(FP32 * one.trained.gathered for one in stage))
                 whole = min(whole_grads, whole if len(self.stages) == 1 else whole_grads)
                 passing = max(one.backward_peak - one.kept for one in stage)
                 yield self._moment(
@@ -212,7 +212,7 @@ class _Pipelined(_Walk):
                 )
             if action.kind in "BW":
                 in_flight.pop(here, None)
-        largest = max(FP32 * one.gathered_elements for one in every)
+        largest = max(FP32 * one.trained.gathered for one in every)
         yield self._moment("sum of gradients", 0, largest, grads + whole_grads, gathered)
         yield self._moment(
             "optimizer step", 0, self.state.step_peak, self.state.gradients, gathered

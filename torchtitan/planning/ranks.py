@@ -10,7 +10,6 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 
-from torchtitan.components.finetuning.trained import is_finetuning
 from torchtitan.config import JobConfig, resolve_degrees, run_schedule, validate
 from torchtitan.config.degrees import Degrees
 from torchtitan.config.phases import StepSettings
@@ -152,12 +151,6 @@ def plan_run(
             f"--world-size {world_size} must be from 1 to {MOST_RANKS:,}, the most that is planned."
         )
     validate(config, world_size, device_type)
-    if is_finetuning(config):
-        raise UserError(
-            "model.converters, training.trainable_fqns or training.frozen_fqns leave parameters "
-            "untrained, which is not planned yet; leave them out to plan the training of all "
-            "parameters, which takes more memory and time."
-        )
     degrees = resolve_degrees(config.parallelism, world_size)
     now = _at_phase(config, degrees, phase)
     training = replace(config.training, local_batch_size=now.local_batch_size, seq_len=now.seq_len)

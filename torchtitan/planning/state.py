@@ -26,10 +26,12 @@ from torchtitan.planning.ranks import BuiltRank, PlannedRun
 class State:
     """Bytes of a rank.
 
+    trained: of the parameters, those that are trained.
     step_peak: allocated by the optimizer beside the rest while it steps.
     """
 
     parameters: int
+    trained: int
     gradients: int
     optimizer: int
     copies: int
@@ -48,6 +50,7 @@ def state_of(run: PlannedRun, rank: BuiltRank) -> State:
     model.zero_grad()
     return State(
         parameters=bytes_of(model.parameters()),
+        trained=bytes_of(p for p in model.parameters() if p.requires_grad),
         gradients=0 if run.config.optimizer.early_step_in_backward else gradients,
         optimizer=bytes_of(_tensors(optimizer.state)),
         copies=_bytes_of_copies(weights),
@@ -89,15 +92,17 @@ def _build_optimizer(
 
 def _hold_local_parts(model: nn.Module) -> None:
     """Replace DTensors, whose every operation costs milliseconds, by this rank's parts, and give
-    each its gradient. Good for an optimizer, not for a pass."""
+    each that is trained its gradient. Good for an optimizer, not for a pass."""
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
-            local = nn.Parameter(local_part(param.detach()))
+            local = nn.Parameter(local_part(param.detach()), requires_grad=param.requires_grad)
+            module.register_parameter(name, local)
+            if not param.requires_grad:
+                continue
             dtype = getattr(param, "grad_dtype", None) or param.dtype
             if dtype != param.dtype:
                 local.grad_dtype = dtype
             local.grad = torch.empty_like(local, dtype=dtype, requires_grad=False)
-            module.register_parameter(name, local)
 
 
 def _take_step(optimizer: Optimizer) -> int:

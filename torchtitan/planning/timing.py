@@ -157,7 +157,7 @@ class _Clock:
         run = self.run
         if not run.sums_gradients or (run.world_size > 1 and run.pipeline is None):
             return 0.0  # FSDP adds up what a rank keeps, which is little
-        elements = one.gathered_elements if run.pipeline else one.alone_elements
+        elements = one.trained.gathered if run.pipeline else one.trained.alone
         return 2 * FP32 * elements / self.hardware.bytes_per_second
 
     def _stage_times(self, stage: int) -> tuple[Seconds, Seconds]:
@@ -202,9 +202,9 @@ class _Clock:
         return max(sent.inside / (h.nvlink_gb_s * 1e9), sent.between / (h.network_gb_s * 1e9))
 
     def optimizer(self, state: State) -> float:
-        """Seconds to read everything once, gradients once more for the norm, and to write all but
-        gradients."""
-        moved = 2 * (state.parameters + state.optimizer) + state.copies + 2 * state.gradients
+        """Seconds to read all that is trained once, gradients once more for the norm, and to write
+        all but gradients."""
+        moved = 2 * (state.trained + state.optimizer) + state.copies + 2 * state.gradients
         return moved / self.hardware.bytes_per_second
 
 

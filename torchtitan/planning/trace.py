@@ -21,12 +21,13 @@ from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.fsdp import experts_outside_fsdp
 from torchtitan.ops.attention import AttentionMask, Documents
 from torchtitan.ops.grouped_mm import local_part
+from torchtitan.ops.lora import is_adapter
+from torchtitan.planning.elements import Elements, count_elements
 from torchtitan.planning.ledger import Ledger, Work
 from torchtitan.planning.ranks import BuiltRank, PlannedRun, built_rank
 from torchtitan.planning.routing import Routing, copies, planned_routing
 from torchtitan.planning.stand_ins import compiled_loss, gpu_kernels, without_data_parallel
 from torchtitan.planning.state import bytes_of, make_compute_weights, weights_under_fsdp
-from torchtitan.protocols.layers import ExpertWeights
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.utils import TORCH_DTYPES
 
@@ -42,9 +43,10 @@ class Traced:
     forward_peak: most at a time in the forward pass, `kept` included.
     backward_peak: the same in the backward pass, gradients of its weights included.
     gathered: weights that FSDP gathers for it.
-    gathered_elements: number of their elements.
-    gathered_experts: those of experts among them.
-    alone_elements: elements of its other weights.
+    gathered_gradients: their gradients, before they are summed over ranks; frozen ones have none.
+    weights: all of them.
+    trained: those that are trained.
+    adapters: those of LoRA among them, which are kept in fp32 whatever the others are.
     gradients_kept: gradients of its weights, once they are summed over ranks and split.
     output: hidden state that it hands on.
     """
@@ -53,9 +55,10 @@ class Traced:
     forward_peak: int
     backward_peak: int
     gathered: int
-    gathered_elements: int
-    gathered_experts: int
-    alone_elements: int
+    gathered_gradients: int
+    weights: Elements
+    trained: Elements
+    adapters: Elements
     gradients_kept: int
     output: int
     forward: Work
@@ -231,8 +234,13 @@ class _Tracer:
         if run.world_size > 1:
             kept = TORCH_DTYPES[run.config.training.dtype]
             for experts in experts_outside_fsdp(built.model, built.dims, run.config.training):
-                for name, param in list(experts.named_parameters()):
-                    experts.register_parameter(name, nn.Parameter(param.detach().to(kept)))
+                for name in [name for name, _ in experts.named_parameters()]:
+                    _cast(experts, name, torch.float32 if is_adapter(name) else kept)
+            under_fsdp = {id(p) for p in weights_under_fsdp(run, built, built.model)}
+            for module in built.model.modules():
+                for name, param in list(module.named_parameters(recurse=False)):
+                    if is_adapter(name) and id(param) in under_fsdp:
+                        _cast(module, name, self.dtype)
         self.weights = make_compute_weights(run, built)
 
     def trace(self, kinds: dict[Any, Traced]) -> dict[str, Traced]:
@@ -333,50 +341,54 @@ class _Tracer:
             ledger.between.pop(out.untyped_storage()._cdata, None)
             between = sum(ledger.between.values())
             ledger.start()
-            gradient = torch.empty_like(out) if out.dim() else None
             output = out.nbytes
-            if out.dim():
-                out.backward(gradient)
-            else:
-                out.backward()
+            if out.requires_grad:  # a frozen embedding's does not
+                out.backward(torch.empty_like(out) if out.dim() else None)
             backward_peak, backward_work = ledger.peak, ledger.work
-        gradients = bytes_of(p.grad for p in module.parameters() if p.grad is not None)
-        for p in module.parameters():
-            p.grad = None
         gathered = weights_under_fsdp(self.run, self.built, module)
-        elements = sum(local_part(p).numel() for p in gathered)
-        experts = _count_experts(module, gathered)
         traced = Traced(
             kept=kept,
             forward_peak=forward_peak,
             backward_peak=backward_peak,
             gathered=bytes_of(gathered),
-            gathered_elements=elements,
-            gathered_experts=experts,
-            alone_elements=sum(local_part(p).numel() for p in module.parameters()) - elements,
-            gradients_kept=self._gradients_kept(gradients, bytes_of(gathered), elements, experts),
+            gathered_gradients=bytes_of(p for p in gathered if p.requires_grad),
+            **count_elements(module, gathered),
+            gradients_kept=self._gradients_kept(module, gathered),
             output=output if out.dim() else 0,
             forward=forward_work,
             backward=backward_work,
         )
+        for p in module.parameters():
+            p.grad = None
         return traced.after_compiling(between) if self.run.compiles else traced
 
-    def _gradients_kept(self, gradients: int, gathered: int, elements: int, experts: int) -> int:
+    def _gradients_kept(self, module: nn.Module, gathered: list[nn.Parameter]) -> int:
+        under_fsdp = {id(p) for p in gathered}
+        grads = (p.grad for p in module.parameters() if p.grad is not None)
         if self.run.world_size == 1:
-            return gradients
-        dims, size = self.built.dims, TORCH_DTYPES[self.run.config.training.dtype].itemsize
-        split = size * ((elements - experts) // dims.fsdp + experts // dims.expert_fsdp)
-        return split + gradients - gathered  # experts that FSDP leaves alone
+            return bytes_of(grads)
+        alone = [p for p in module.parameters() if id(p) not in under_fsdp]
+        found = count_elements(module, gathered)
+        trained, adapters = found["trained"], found["adapters"]
+        size = TORCH_DTYPES[self.run.config.training.dtype].itemsize
+        wider = torch.float32.itemsize - size  # of adapters
+        split = size * self._split(trained) + wider * self._split(adapters)
+        return split + bytes_of(p.grad for p in alone if p.grad is not None)
+
+    def _split(self, elements: Elements) -> int:
+        """Elements of gathered weights that this rank keeps."""
+        dims = self.built.dims
+        return elements.dense // dims.fsdp + elements.experts // dims.expert_fsdp
 
 
-def _count_experts(module: nn.Module, gathered: list[nn.Parameter]) -> int:
-    """Count the elements of experts among gathered weights."""
-    experts = [each for each in module.modules() if isinstance(each, ExpertWeights)]
-    own = {id(p) for each in experts for p in each.parameters()}
-    return sum(local_part(p).numel() for p in gathered if id(p) in own)
+def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    param = module.get_parameter(name)
+    cast = nn.Parameter(param.detach().to(dtype), requires_grad=param.requires_grad)
+    module.register_parameter(name, cast)
 
 
 def _kind(layer: nn.Module) -> tuple:
-    """Return what is equal for equal layers: their weights' sizes, and how they are recomputed."""
-    shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+    """Return what is equal for equal layers: their weights' sizes, which of them are trained, and
+    how they are recomputed."""
+    shapes = tuple((n, tuple(p.shape), p.requires_grad) for n, p in layer.named_parameters())
     return shapes, getattr(layer.forward, "__func__", layer.forward).__qualname__

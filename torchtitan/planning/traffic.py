@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torchtitan.components.quantize.float8 import dispatches_float8
 from torchtitan.distributed.token_dispatch import bytes_per_row
+from torchtitan.planning.elements import Elements
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.routing import Routing, copies, route, without_limit
 from torchtitan.planning.trace import Traced, Traces, names_at
@@ -79,28 +80,27 @@ def groups(run: PlannedRun) -> dict[str, Group]:
 def gather_bytes(run: PlannedRun, one: Traced) -> Bytes:
     """Return the bytes to gather the weights of a layer once."""
     size = TORCH_DTYPES[run.compute_dtype].itemsize
-    return _over_shards(run, one, size)
+    return _over_shards(run, one.weights, size)
 
 
 def reduce_bytes(run: PlannedRun, one: Traced) -> Bytes:
     """Return the bytes to sum the gradients of a layer once, in fp32."""
-    return _over_shards(run, one, FP32)
+    return _over_shards(run, one.trained, FP32)
 
 
-def _over_shards(run: PlannedRun, one: Traced, size: int) -> Bytes:
-    dense, experts = one.gathered_elements - one.gathered_experts, one.gathered_experts
+def _over_shards(run: PlannedRun, elements: Elements, size: int) -> Bytes:
     found = Bytes()
-    for name, elements in (("fsdp", dense), ("expert fsdp", experts)):
+    for name, count in (("fsdp", elements.dense), ("expert fsdp", elements.experts)):
         group = groups(run)[name]
-        found += group.spread(run, elements * size * (group.size - 1) / group.size)
+        found += group.spread(run, count * size * (group.size - 1) / group.size)
     return found
 
 
 def replica_bytes(run: PlannedRun, one: Traced) -> Bytes:
     """Return the bytes to sum a layer's split gradients over replicas."""
-    d = run.degrees
-    dense, experts = one.gathered_elements - one.gathered_experts, one.gathered_experts
-    split = dense / groups(run)["fsdp"].size + experts / groups(run)["expert fsdp"].size
+    d, trained = run.degrees, one.trained
+    split = trained.dense / groups(run)["fsdp"].size
+    split += trained.experts / groups(run)["expert fsdp"].size
     group = groups(run)["replicas"]
     return group.spread(run, 2 * FP32 * split * (d.dp_replicate - 1) / d.dp_replicate)
 

@@ -121,11 +121,33 @@ CHARTS = [
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
-    """List the charts, with the one of the datasets that these runs blend."""
-    prefix = "blend_tokens/"
+    """List the charts, with those of the datasets that these runs validate on and blend."""
+    return [
+        CHARTS[0],
+        Chart(
+            "Validation loss of each data set",
+            "nats per token",
+            _by_dataset(runs, "validation_set_loss/", how="points"),
+        ),
+        Chart(
+            "Validation accuracy of each data set",
+            "share of the answers' tokens",
+            _by_dataset(runs, "validation_set_accuracy/", how="points"),
+        ),
+        *CHARTS[1:],
+        Chart(
+            "Tokens read from each dataset",
+            "millions",
+            _by_dataset(runs, "blend_tokens/", factor=1e-6),
+        ),
+    ]
+
+
+def _by_dataset(
+    runs: Sequence[Run], prefix: str, factor: float = 1.0, how: str = "line"
+) -> list[Line]:
     names = dict.fromkeys(name for run in runs for name in run.curves if name.startswith(prefix))
-    lines = [Line(name, name.removeprefix(prefix), 1e-6) for name in names]
-    return [*CHARTS, Chart("Tokens read from each dataset", "millions", lines)]
+    return [Line(name, name.removeprefix(prefix), factor, how) for name in names]
 
 
 def figure(chart: Chart, runs: Sequence[Run]) -> Any | None:

@@ -15,6 +15,7 @@ from torchtitan.tools.errors import UserError
 METRICS, CONFIG, MODEL_ARGS = "metrics.jsonl", "config.json", "model_args.json"
 # Numbers by layer are most of a record's bytes, and the report takes them from expert_load.jsonl.
 _BY_LAYER = re.compile(rb', "layer_\w+": \{[^}]*\}')
+_BY_DATASET = ("blend_tokens", "validation_set_loss", "validation_set_accuracy")
 _GIVE_A_RUN = "give the job.dump_folder of a run, or a metrics.N.jsonl of an earlier run in it"
 
 
@@ -34,7 +35,7 @@ class Curve:
 class Run:
     """One run.
 
-    curves: by name in the record; blend_tokens by dataset, as `blend_tokens/name`.
+    curves: by name in the record; of tables by dataset, as `blend_tokens/name`.
     events: in order; see `History.event`.
     load_steps: (records,) of `loads`.
     loads: uint16 (records, E), percent of the layer's mean, by layer.
@@ -129,8 +130,9 @@ def _curves(records: Iterator[dict[str, Any]]) -> dict[str, Curve]:
         step = record.pop("step")
         if not isinstance(step, int):
             continue
-        if isinstance(blend := record.pop("blend_tokens", None), dict):
-            record |= {f"blend_tokens/{name}": tokens for name, tokens in blend.items()}
+        for table in _BY_DATASET:
+            if isinstance(numbers := record.pop(table, None), dict):
+                record |= {f"{table}/{name}": number for name, number in numbers.items()}
         for name, value in record.items():
             if type(value) is not float and (value := _number(value)) is None:
                 continue

@@ -12,24 +12,37 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 # Environment variable with the path of the error file; unset without scripts/launch.py.
 ERROR_FILE = "TITAN_ERROR_FILE"
 
 
-def write_error(sentence: str, exit_code: int) -> None:
+class RankError(NamedTuple):
+    """A rank's error message, "rank 1: ...", with the run's exit code.
+
+    follows: whether the cause is another rank that is gone.
+    """
+
+    sentence: str
+    exit_code: int
+    follows: bool = False
+
+
+def write_error(sentence: str, exit_code: int, *, follows: bool = False) -> None:
     """Append this rank's error message, if a launcher reads the file."""
     if ERROR_FILE in os.environ:
         rank = int(os.environ.get("RANK", 0))
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         record = {"rank": rank, "attempt": attempt, "exit_code": exit_code, "sentence": sentence}
+        record["follows"] = follows
         # On a full disk the message is only in the log.
         with contextlib.suppress(OSError), open(os.environ[ERROR_FILE], "a") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def read_first_error(path: Path) -> tuple[str, int] | None:
-    """Read the first failing rank's message "rank 1: ..." and exit code; None where there is none.
+def read_first_error(path: Path) -> RankError | None:
+    """Read the first failing rank's message; None where there is none.
 
     The first one is the cause; the later ones may follow from it. Of several attempts (restarts by
     torchrun) the last one counts.
@@ -44,7 +57,8 @@ def read_first_error(path: Path) -> tuple[str, int] | None:
         return None
     last = max(each["attempt"] for each in records)
     first = next(each for each in records if each["attempt"] == last)
-    return f"rank {first['rank']}: {first['sentence']}", first["exit_code"]
+    sentence = f"rank {first['rank']}: {first['sentence']}"
+    return RankError(sentence, first["exit_code"], first["follows"])
 
 
 def mark_steps_begun() -> None:

@@ -24,6 +24,8 @@ _LISTENED = (*POLITE, TRACE)
 # Environment variable, set by a launcher that was started with nohup. Its ranks can't see that
 # SIGHUP is ignored: torchrun installs handlers of its own.
 _NOHUP = "TITAN_NOHUP"
+# Environment variable with a scheduler's exit code for runs that are to be started again.
+_STOP_CODE = "STOP_CODE"
 # `timeout` sends its signal to the process and to its group: twice, one right after the other.
 _SAME_SIGNAL_SECONDS = 0.25
 # A signal to the process group reaches the ranks twice: directly, and forwarded by the launcher.
@@ -33,10 +35,13 @@ _SAME_REQUEST_SECONDS = 2.0
 def stop_code(number: int) -> int:
     """Exit code of a run that this signal has ended well.
 
-    0 for signals that schedulers send (the job is to resume later, not to count as failed), else
-    128 + number, as in a shell.
+    For signals that schedulers send (the job is to resume later, not to count as failed) it is 0,
+    or run_train.sh's STOP_CODE; else 128 + number, as in a shell.
     """
-    return 0 if number in (signal.SIGTERM, signal.SIGUSR1) else 128 + number
+    if number in (signal.SIGTERM, signal.SIGUSR1):
+        wanted = os.environ.get(_STOP_CODE, "")
+        return int(wanted) if wanted.isdecimal() else 0
+    return 128 + number
 
 
 class SignalListener:

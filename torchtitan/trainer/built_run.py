@@ -11,6 +11,7 @@ from torchtitan.components.checkpoint import build_checkpoint_manager
 from torchtitan.components.checkpoint.resume import Start
 from torchtitan.components.checkpoint.run_state import RunState
 from torchtitan.components.dump_folder import alone_in_folders, save_config
+from torchtitan.components.finetuning.routing_watch import RoutingWatch
 from torchtitan.components.finetuning.trained import log_trained, make_whole_model
 from torchtitan.components.metrics.loss_guard import LossGuard
 from torchtitan.components.metrics.waiting import WaitProfile
@@ -23,7 +24,7 @@ from torchtitan.config import JobConfig
 from torchtitan.config.dry_run import without_checkpoints
 from torchtitan.config.phases import largest_coefficients
 from torchtitan.data import build_training_dataloader
-from torchtitan.data.validation import build_validation_dataloader
+from torchtitan.data.validation import identity_of_sets, open_validation_sets
 from torchtitan.distributed.agreement import Settings
 from torchtitan.distributed.all_gather_dispatch import row_capacity
 from torchtitan.distributed.pipeline_plan import PipelinePlan
@@ -154,9 +155,9 @@ class BuiltRun:
         self.dataloader = build_training_dataloader(config, self.tokenizer, seed=seed, **ranks)
         found = self.dataloader.identity() | identity_of_start(start.path)
         if config.validation.enable:
-            data = build_validation_dataloader(config, self.tokenizer, **ranks)
-            self.validation_data = data
-            found |= {f"validation: {name}": value for name, value in data.identity().items()}
+            self.validation_sets = open_validation_sets(config, self.tokenizer, **ranks)
+            identity = identity_of_sets(self.validation_sets)
+            found |= {f"validation: {name}": value for name, value in identity.items()}
         return found
 
     def _keep_context(self, start: Start) -> None:
@@ -208,7 +209,7 @@ class BuiltRun:
         self.validator = None
         if config.validation.enable:
             self.validator = Validator(
-                config, self.tokenizer, self.validation_data, self.loss_sum, device=self.device
+                config, self.tokenizer, self.validation_sets, self.loss_sum, device=self.device
             )
         self.progress = Progress(
             schedule=self.phases.schedule,
@@ -269,6 +270,9 @@ class BuiltRun:
             pipeline=self.passes.pipeline,
             loss_guard=self.loss_guard,
         )
+        self.routing_watch = RoutingWatch(
+            config, self.tokenizer, self.model_args.max_seq_len, self.device
+        )
         self.warming_up = True  # the next step may compile
 
     @property
@@ -300,9 +304,9 @@ class BuiltRun:
         return clip_gradients(self.optimizer, self.model.parameters(), max_norm)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """As `ForwardBackward.loss_sum`, of the validation set; the numbers add up over ranks."""
-        hits = self.config.validation.format != "text"
-        loss, count, found = self.passes.loss_sum(batch, hits=hits)
+        """As `ForwardBackward.loss_sum`, of a validation set; the numbers add up over ranks."""
+        of_answers = "documents" in batch[0]
+        loss, count, found = self.passes.loss_sum(batch, hits=of_answers)
         return self._counted_once(loss), self._counted_once(count), self._counted_once(found)
 
     def _counted_once(self, of_tokens: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ MAY_DIFFER = {
     "training.dataset_path",
     "training.blend.dataset_path",
     "validation.dataset_path",
+    "validation.sets.dataset_path",
     "parallelism.pipeline_parallel_schedule_csv",
 }
 # Where nothing is saved, ranks share no folder (and benchmarks give each its own).

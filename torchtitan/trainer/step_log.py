@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ class StepLog:
         progress: Progress,
         now: StepSettings,
         model_args: BaseModelArgs,
-        more: Mapping[str, float],
+        more: Mapping[str, Any],
     ) -> Action:
         """Write one record. Returns the action that the alarms ask for; called on all ranks.
 

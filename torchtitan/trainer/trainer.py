@@ -66,6 +66,7 @@ class Trainer(BuiltRun):
             first.batch_size,
             first.seq_len,
         )
+        self.routing_watch.begin(self.model, self.step, is_first=self.rank == 0)
         batches, interval = iter(self.dataloader), Interval()
         bar = StepBar(steps, self.step, self.tokens_seen)
         with self._profilers() as profile_step, self.stop, closing(bar):
@@ -332,16 +333,20 @@ class Trainer(BuiltRun):
         if self.average is not None:
             self.average.before_update()
 
-    def _validate(self) -> dict[str, float]:
-        """Validate where it is due after this step; return its numbers, else none."""
-        validator = self.validator
-        if validator is None or not validator.is_due(self.step, self.config.training.steps):
-            return {}
-        numbers = validator.run(self.model, self.step)
+    def _validate(self) -> dict[str, Any]:
+        """Validate, and measure how far routing has moved, where that is due after this step.
+
+        Returns their numbers, none where nothing is due.
+        """
+        last_step, validator = self.config.training.steps, self.validator
+        moved = self.routing_watch.numbers(self.model, self.step, last_step)
+        if validator is None or not validator.is_due(self.step, last_step):
+            return moved
+        numbers = moved | validator.run(self.model, self.step)
         self.metrics.log_texts(validator.samples(self.model, self.step), self.step)
         return numbers
 
-    def _log(self, result: StepResult, interval: Interval, validation: dict[str, float]) -> Action:
+    def _log(self, result: StepResult, interval: Interval, validation: dict[str, Any]) -> Action:
         return self.step_log.log(
             result,
             interval,

@@ -6,34 +6,39 @@ import pytest
 
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
 from torchtitan.config import JobConfig, Training, Validation
-from torchtitan.config.data_tables import Dataset
+from torchtitan.config.data_tables import Dataset, ValidationSet
 from torchtitan.data import build_training_dataloader, check_training_data
-from torchtitan.data.validation import build_validation_dataloader, check_validation_data
+from torchtitan.data.validation import check_validation_data, open_validation_sets
 from torchtitan.tools.errors import UserError
 
 RANK = dict(dp_rank=0, dp_degree=1)
 
 
 class Table:
-    """Checks and opens a dataset that stands in one of the three tables."""
+    """Checks and opens a dataset that stands in one of the four tables."""
 
     def __init__(self, key):
         self.key = key
 
     def check(self, **keys):
-        if self.key == "validation":
-            check_validation_data(Validation(enable=True, **keys), max_seq_len=10**6)
+        if self.key.startswith("validation"):
+            check_validation_data(self._validation(keys), max_seq_len=10**6)
         else:
             check_training_data(self._training(keys), OneTokenAByte())
 
     def open(self, **keys):
-        if self.key == "validation":
-            build_validation_dataloader(
-                JobConfig(validation=Validation(**keys)), OneTokenAByte(), **RANK
-            )
+        if self.key.startswith("validation"):
+            config = JobConfig(validation=self._validation(keys))
+            open_validation_sets(config, OneTokenAByte(), **RANK)
         else:
             config = JobConfig(training=self._training(keys))
             build_training_dataloader(config, OneTokenAByte(), seed=0, **RANK)
+
+    def _validation(self, keys):
+        if self.key == "validation":
+            return Validation(enable=True, **keys)
+        good = ValidationSet(name="good", dataset="sample")
+        return Validation(enable=True, sets=[good, ValidationSet(name="code", **keys)])
 
     def _training(self, keys):
         if self.key == "training":
@@ -42,7 +47,7 @@ class Table:
         return Training(blend=[good, Dataset(name="code", weight=1, **keys)])
 
 
-@pytest.fixture(params=["training", "training.blend.code", "validation"])
+@pytest.fixture(params=["training", "training.blend.code", "validation", "validation.sets.code"])
 def table(request):
     return Table(request.param)
 

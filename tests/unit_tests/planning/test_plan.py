@@ -16,9 +16,10 @@ from torchtitan.planning.hardware import TABLE, find_hardware
 from torchtitan.planning.page import page
 from torchtitan.planning.pipeline import actions_of, idle, length, play
 from torchtitan.planning.plan import Plan, make_plan
-from torchtitan.planning.ranks import plan_run
+from torchtitan.planning.ranks import built_rank, plan_run
 from torchtitan.planning.report import as_data, table
 from torchtitan.planning.routing import route
+from torchtitan.planning.state import state_of
 from torchtitan.planning.trace import trace_run
 
 presets = script("benchmarks/presets.py")
@@ -113,6 +114,42 @@ def test_arithmetic_agrees_with_the_count_of_the_real_model(pipelined: Plan) -> 
         closed = closed_state(pipelined.run, pipelined.traces, place)
         for name in ("parameters", "gradients", "optimizer"):
             assert getattr(closed, name) == pytest.approx(getattr(rank.state, name), rel=0.01)
+
+
+MOONLIGHT_LORA = f"--job.config_file={SCRIPTS.parent}/train_configs/moonlight_16b_a3b_lora.toml"
+
+
+def test_state_of_adapters_is_that_of_the_page() -> None:
+    """docs/finetuning.md: 2 P + 16 a bytes."""
+    run = plan_run(ConfigManager().parse_args([MOONLIGHT_LORA]), 1, gpus_per_node=8)
+    with built_rank(run, 0) as built:
+        state = state_of(run, built)
+    base, adapters = 15_960_108_544, 289_852_416
+    assert state.parameters == 2 * base + 4 * adapters
+    assert state.trained == state.gradients == 4 * adapters
+    assert state.optimizer == pytest.approx(8 * adapters, rel=1e-4), "and the number of steps"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ['--model.converters=["lora"]', "--lora.rank=8", "--training.dtype=bfloat16"],
+        ['--training.frozen_fqns=["tok_embeddings.*", "layers.1.*"]'],
+    ],
+    ids=["adapters", "frozen"],
+)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_part_that_is_trained_costs_less_than_all(options: list[str], world_size: int) -> None:
+    whole = plan(*DEBUG, world_size=world_size)
+    part = plan(*DEBUG, *options, world_size=world_size)
+    (closed,) = [closed_state(part.run, part.traces, place) for place in part.run.places()]
+    for name in ("parameters", "trained", "gradients", "optimizer"):
+        exact = getattr(part.memory[0].state, name)
+        assert getattr(closed, name) == pytest.approx(exact, rel=0.02), name
+    assert part.worst.peak.total < whole.worst.peak.total
+    assert part.time.seconds < whole.time.seconds
+    if world_size > 1:
+        assert part.traffic[0]["fsdp"].inside < whole.traffic[0]["fsdp"].inside
 
 
 def test_earlier_stages_hold_more_micro_batches(pipelined: Plan) -> None:

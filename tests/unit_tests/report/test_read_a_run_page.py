@@ -33,9 +33,8 @@ def written(tmp_path_factory) -> set[str]:
         folder,
         training__steps=2,
         metrics__log_routing="true",
+        metrics__routing_moved_freq=2,
         validation__enable="true",
-        validation__dataset="chat_sample",
-        validation__format="chat",
         validation__seq_len=64,
         training__seq_len=64,
         model__args__attn_mask_type="block_causal",
@@ -45,6 +44,8 @@ def written(tmp_path_factory) -> set[str]:
         model__args__moe_args__num_limited_groups=2,
     )
     options.remove("--training.dataset=sample")  # the blend replaces it
+    sets = [{"name": "talk", "dataset": "chat_sample", "format": "chat"}]
+    options.append(as_option(sets, "validation.sets"))
     assert main([*options, as_option(blend, "training.blend"), as_option(phases)]) == 0
     names = {name for record in records(folder) for name in record}
     names |= set(traffic_numbers({1: torch.ones(2, 3, dtype=torch.int64)}, 1))
@@ -65,6 +66,6 @@ def test_every_number_of_the_page_is_one_that_a_run_writes(written):
 
 def test_the_page_names_the_curves_as_they_are():
     found = {name: shown for name, shown in ON_THE_PAGE.items() if name != "layer_expert_load"}
-    found["blend_tokens"] = found["blend_tokens"].removesuffix("/<dataset>")
+    found = {name: re.sub(r"/<(dataset|set)>$", "", shown) for name, shown in found.items()}
     assert found == {name: curve(name) for name in found}
     assert set(CURVES) - set(found) == {"expert_load"}

@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
         for step in range(1, 9)
     ]
     steps[5] |= {"waited_ms": 900.0, "waited_for_rank": 3.0, "waited_for_host_ms": 800.0}
-    steps[7] |= {"validation_loss": 1.25}
+    steps[7] |= {"validation_loss": 1.25, "validation_set_loss": {"chat": 1.0, "web": 1.5}}
     write_lines(folder / "metrics.jsonl", steps)
     events = [
         event(0, "start", steps=8, devices=4, device="H100", layout="FSDP"),
@@ -104,6 +104,7 @@ def test_the_page_has_everything_that_was_recorded(folder):
         "Load of each expert",
         "Traffic of dispatch and combine",
         "Tokens read from each dataset",
+        "Validation loss of each data set",
         "Learning rate",
     ):
         assert part in page, part

@@ -29,7 +29,8 @@ _TORCHTITAN = {
 _GROUPS = {
     "loss_metrics": "skipped_steps rewinds",
     "validation_metrics": (
-        "validation_perplexity validation_accuracy validation_tokens validation_seconds"
+        "validation_perplexity validation_accuracy validation_tokens validation_seconds "
+        "validation_set_loss validation_set_accuracy"
     ),
     "time_metrics": (
         "max_step_seconds waited_ms waited_for_rank waited_for_host_ms waited_for_device_ms "
@@ -38,7 +39,7 @@ _GROUPS = {
     "balance": (
         "max_violation mean_max_violation min_load dead_experts load_entropy bias_range "
         "max_group_load router_balance_loss router_z_loss router_entropy limited_percent "
-        "router_global_balance_loss expert_load"
+        "router_global_balance_loss routing_moved_percent expert_load"
     ),
     "traffic": (
         "rows_sent_self rows_sent_node rows_sent_remote bytes_sent_node bytes_sent_remote "

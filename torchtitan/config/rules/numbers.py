@@ -32,7 +32,7 @@ _LARGEST = {
     # "Never" may be written as a huge number of steps.
     2**53: "training.steps training.gc_freq lr_scheduler.warmup_steps checkpoint.interval "
     "checkpoint.load_step ema.start_step ema.interval metrics.log_freq profiling.profile_freq "
-    "validation.freq validation.steps",
+    "metrics.routing_moved_freq validation.freq validation.steps",
     2**63 - 1: "debug.seed",
 }
 _LARGEST_OF = {key: most for most, keys in _LARGEST.items() for key in keys.split()}

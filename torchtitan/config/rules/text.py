@@ -14,14 +14,20 @@ PATHS = frozenset(
         "job.config_file job.dump_folder job.save_config_file profiling.save_traces_folder "
         "profiling.save_memory_snapshot_folder metrics.save_tb_folder model.hf_assets_path "
         "model.tokenizer_path training.dataset_path training.blend.dataset_path "
-        "validation.dataset_path chat.template parallelism.pipeline_parallel_schedule_csv "
+        "validation.dataset_path validation.sets.dataset_path chat.template "
+        "parallelism.pipeline_parallel_schedule_csv "
         "checkpoint.folder checkpoint.initial_load_path comm.save_traces_folder "
         "comm.save_traces_file_prefix lora.initial_load_path"
     ).split()
 )
 _MAY_BE_EMPTY = ("parallelism.pipeline_parallel_schedule_csv", "comm.save_traces_file_prefix")
 # Names that may also be paths on disk.
-_PERHAPS_PATHS = ("training.dataset", "training.blend.dataset", "validation.dataset")
+_PERHAPS_PATHS = (
+    "training.dataset",
+    "training.blend.dataset",
+    "validation.dataset",
+    "validation.sets.dataset",
+)
 # Limits of Linux's file systems: bytes of a name, and of a whole path.
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")

@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torchtitan.config.job_config import JobConfig
+from torchtitan.config.blend import check_names
+from torchtitan.config.job_config import JobConfig, Validation
 from torchtitan.config.schema import as_text, value_of
 from torchtitan.tools.errors import UserError, suggest
 
@@ -63,8 +64,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "0 or more",
         lambda value: value >= 0,
-        "metrics.waiting_freq lr_scheduler.warmup_steps training.dataset_num_workers "
-        "profiling.profiler_warmup "
+        "metrics.waiting_freq metrics.routing_moved_freq lr_scheduler.warmup_steps "
+        "training.dataset_num_workers profiling.profiler_warmup "
         "comm.trace_buf_size checkpoint.keep_latest_k ema.start_step",
     ),
     (
@@ -153,15 +154,39 @@ def check_validation(config: JobConfig) -> None:
         raise UserError(
             f"validation.steps = {validation.steps} must be 1 or more, or -1 for the whole dataset."
         )
+    _check_sets(validation)
     if "" in validation.sample_prompts:
         raise UserError(
             "validation.sample_prompts holds an empty text; write one, or leave it out."
         )
-    split = [f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline")]
-    split = [key for key in split if value_of(config, key) > 1]
+    split = _splits_sequences_or_layers(config)
     if validation.sample_prompts and split:
         raise UserError(
             f"validation.sample_prompts is set, but text is generated token by token, which "
-            f"{split[0]} = {value_of(config, split[0])} can't split; leave it out, and use "
-            "scripts/generate.py with a checkpoint."
+            f"{split} can't split; leave it out, and use scripts/generate.py with a checkpoint."
         )
+
+
+def check_routing_moved(config: JobConfig) -> None:
+    split = _splits_sequences_or_layers(config)
+    if config.metrics.routing_moved_freq and split:
+        raise UserError(
+            f"metrics.routing_moved_freq = {config.metrics.routing_moved_freq} routes a text on "
+            f"every rank, which {split} splits; set it to 0."
+        )
+
+
+def _splits_sequences_or_layers(config: JobConfig) -> str | None:
+    keys = [f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline")]
+    return next((f"{k} = {value_of(config, k)}" for k in keys if value_of(config, k) > 1), None)
+
+
+def _check_sets(validation: Validation) -> None:
+    check_names("validation.sets", [each.name for each in validation.sets])
+    for key in ("dataset", "dataset_path", "dataset_text_key", "format"):
+        value = getattr(validation, key)
+        if validation.sets and value != getattr(Validation(), key):
+            raise UserError(
+                f"validation.{key} = {as_text(value)} and [[validation.sets]] both set the data to "
+                "read; leave one out (on the command line with --validation.sets=[])."
+            )
