@@ -92,7 +92,7 @@ class Model:
     name: str = "deepseek_v3"
     """Family of the model, a folder of torchtitan/models."""
     flavor: str = "debugmodel"
-    """Size within the family, such as debugmodel, 16B or 671B."""
+    """Size within the family, such as 16B; from_hf: that of config.json in hf_assets_path."""
     hf_assets_path: str = "./tests/assets/tokenizer"
     """Folder with the tokenizer (and the Hugging Face config) of the model."""
     tokenizer_path: str | None = None

@@ -28,9 +28,9 @@ def check_sizes(folder: HFFolder, adapter: StateDictAdapter) -> None:
     ]
     if differing:
         raise UserError(
-            f"{folder.path / CONFIG} describes a model of other sizes: {', '.join(differing)}; set "
-            "these in [model.args], choose the model.flavor that has them, or name the folder of "
-            "this run's model."
+            f"{folder.path / CONFIG} describes a model of other sizes: {some(differing, ', ')}; "
+            'set these in [model.args], choose the model.flavor that has them ("from_hf" always '
+            "does), or name the folder of this run's model."
         )
 
 
