@@ -234,7 +234,7 @@ class Checkpoint:
     initial_load_in_hf: bool = False
     """Read initial_load_path in the Hugging Face format."""
     initial_load_in_hf_quantized: bool = False
-    """Read initial_load_path in the Hugging Face format with FP8 weights."""
+    """Read initial_load_path in the Hugging Face format with FP8 or MXFP4 weights."""
     last_save_model_only: bool = True
     """Save only the weights in the last checkpoint."""
     last_save_in_hf: bool = False
