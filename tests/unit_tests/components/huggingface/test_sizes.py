@@ -7,17 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts.cards.official import PUBLISHED, QWEN3, QWEN3_MOE, V2, V3, YARN
 from tests.pages import REPO
-from tests.unit_tests.models.test_hf_configs import (
-    FLAVORS,
-    PUBLISHED,
-    QWEN3,
-    QWEN3_MOE,
-    V2,
-    V3,
-    YARN,
-    adapter_of,
-)
+from tests.unit_tests.models.test_hf_configs import FLAVORS, adapter_of
 from torchtitan.components.huggingface.sizes import flavor_of, without_folder
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
@@ -53,9 +45,6 @@ def test_a_published_folder_gives_the_flavor_of_that_name(flavor, tmp_path):
     args = flavor_of(config, get_train_spec(name))
     ours = FLAVORS[flavor]
     free = {"max_seq_len": ours.max_seq_len, "init_std": ours.init_std}
-    # Of 236B the file says 0.707, the official inference configuration 1.0.
-    if flavor == "236B":
-        free["mscale"] = ours.mscale
     # What is without effect: YaRN's numbers without YaRN, a dense model's experts.
     if not published["rope_scaling"] and name == "deepseek_v3":
         free |= {key: getattr(ours, key) for key in ours.yarn_numbers}
