@@ -132,9 +132,7 @@ def _round_trip(subject: Subject) -> Iterator[Check]:
     differing |= {n for n in before.keys() & after.keys() if not torch.equal(before[n], after[n])}
     configs = [json.loads((folder / n / "config.json").read_text()) for n in ("hf", "again")]
     unequal = len(differing) + (configs[0] != configs[1])
-    text = (
     text = f"folder → checkpoint → folder, bf16: {len(before)} tensors and config.json, bitwise"
-    )
     yield Check("import and export", unequal, 0, text)
     audits = [json.loads((folder / f"{n}.audit.json").read_text()) for n in ("ours", "again")]
     lost = sum(len(before) - audit["totals"]["read_back"] for audit in audits)
@@ -153,8 +151,8 @@ def _routing(subject: Subject) -> Iterator[Check]:
     before, after = (_choices(model) for model in (subject.model, rounded))
     share = (before != after).any(dim=-1).float().mean().item()
     text = (
-        f"share of {before[..., 0].numel():,} choices (tokens × layers) with other experts when the "
-        "stand-in's fp32 weights become bf16"
+        f"share of {before[..., 0].numel():,} choices (tokens × layers) with other experts when "
+        "fp32 weights become bf16"
     )
     yield Check("changed top-k", round(share, 4), 0.1, text)
 

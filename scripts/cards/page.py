@@ -9,8 +9,8 @@ Written by `python scripts/card.py {flavor}` from {flavor}.json beside it; do no
 Family `{family}`, [{repo}](https://huggingface.co/{repo}) on the Hugging Face hub.
 """
 STAND_IN = """\
-All but the sizes is checked on a stand-in for the CPU: the flavor's computation with small sizes and
-random weights. A test repeats it and fails where a figure is worse. Versions: {versions}.
+All but the sizes is checked on a stand-in for the CPU: the flavor's computation with small sizes
+and random weights. A test repeats it and fails where a figure is worse. Versions: {versions}.
 """
 
 
