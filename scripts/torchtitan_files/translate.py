@@ -11,15 +11,15 @@ from typing import Any
 
 from scripts.torchtitan_files.names import LEFT_OUT, REFUSED
 from scripts.torchtitan_files.read import Setting, Source
-from torchtitan.config import JobConfig
+from torchtitan.config import JobConfig, validate
 from torchtitan.config.moved_keys import MOVED, MOVED_TABLES
-from torchtitan.config.rules.values import check_supported
 from torchtitan.config.schema import KEYS, as_text, build, matches, requirement, row_type
 from torchtitan.config.schema import unknown as unknown_key
 from torchtitan.protocols.train_spec import get_flavor, get_train_spec
 from torchtitan.tools.errors import UserError, suggest
 
 _MODEL_ARGS = "model.args"
+_LINEAR_FP8, _EXPERTS_FP8 = "quantize.linear.float8", "quantize.grouped_mm.float8"
 # Flavors of torchtitan whose attention keeps documents apart, and v0.3's tables: it always does.
 _MASKED = ("16B", "236B", "671B")
 _OF_V03 = {"model_spec", "dataloader", "profiler", "validator", "hf_assets_path"}
@@ -162,20 +162,32 @@ def _tokenizer(setting: Setting, result: Translation) -> list[Setting]:
 
 def _converters(setting: Setting, result: Translation) -> list[Setting]:
     """Keep the converters that we have, and name the others."""
-    kept, lacking = [], []
-    for name in setting.value:
-        try:
-            check_supported(build({"model.converters": [*kept, name]}))
-            kept.append(name)
-        except UserError:
-            lacking.append(name)
-    if lacking:
+    kept = [name for name in setting.value if _converts(name)]
+    if lacking := [name for name in setting.value if name not in kept]:
         result.notes.append(
-            f"model.converters: {', '.join(lacking)} has no counterpart here yet and is left out, "
-            "so these layers compute in training.mixed_precision_param"
+            f"model.converters: {', '.join(lacking)} has no counterpart here and is left out, so "
+            "these layers compute in training.mixed_precision_param"
         )
         return [replace(setting, value=kept, text=None)]
     return [setting]
+
+
+def _converts(name: str) -> bool:
+    """Whether a run on a GPU may name this converter."""
+    settings = {"model.converters": [name], f"{_EXPERTS_FP8}.fqns": ["experts"]}
+    try:
+        validate(build(settings), 1, "cuda")
+    except UserError:
+        return False
+    return True
+
+
+def _float8(setting: Setting, result: Translation) -> list[Setting]:
+    """Leave out what only torchtitan's FP8 has: scales of whole tensors and rows."""
+    reason = "FP8 has scales of blocks here, which need no maximum over ranks"
+    if setting.value not in (False, None, "blockwise"):
+        result.left_out[reason].append(setting.key)
+    return []
 
 
 def _split_points(setting: Setting, result: Translation) -> list[Setting]:
@@ -234,6 +246,9 @@ def _sources(setting: Setting, result: Translation) -> list[Setting]:
     )
 
 
+_SCALES = (
+    "recipe_name enable_fsdp_float8_all_gather precompute_float8_dynamic_scale_for_fsdp".split()
+)
 _HANDLERS: dict[str, Callable[[Setting, Translation], list[Setting]]] = {
     "model.name": _model_name,
     "model_spec.name": _model_name,
@@ -246,6 +261,7 @@ _HANDLERS: dict[str, Callable[[Setting, Translation], list[Setting]]] = {
     "optimizer.implementation": _implementation,
     "optimizer.param_groups": _param_groups,
     "dataloader.sources": _sources,
+    **{f"{table}.{key}": _float8 for table in ("float8", _LINEAR_FP8) for key in _SCALES},
 }
 
 

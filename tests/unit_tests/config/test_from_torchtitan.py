@@ -9,8 +9,10 @@ from scripts.torchtitan_files.names import LEFT_OUT, REFUSED
 from scripts.torchtitan_files.read import flat
 from tests.pages import REPO, blocks
 from tests.scripts import script
+from torchtitan.config import validate
 from torchtitan.config.moved_keys import MOVED, MOVED_TABLES
-from torchtitan.config.schema import FOREIGN_TABLES, KEYS, TABLES
+from torchtitan.config.schema import FOREIGN_TABLES, KEYS, TABLES, build
+from torchtitan.tools.errors import UserError
 from torchtitan.train import main as train
 
 FILES = Path(__file__).parent / "torchtitan_files"
@@ -60,7 +62,7 @@ def test_v01(tmp_path, capsys):
     assert {key: new[key] for key in wanted} == wanted
     said = capsys.readouterr().err
     assert "moved     training.seed -> debug.seed\n" in said
-    assert "model.converters: float8 has no counterpart" in said
+    assert "model.converters: mx has no counterpart" in said
     assert "left out  fault_tolerance.enable: " in said
     assert "weight_decay_on" in said and "norm_eps is 1e-6" in said
 
@@ -176,6 +178,19 @@ def test_the_tables_of_names_fit_our_keys():
     assert ours == {"model.tokenizer_path"}  # which is refused there
     unknown = set(FOREIGN_TABLES) - LEFT_OUT.keys() - {"quantize"} - REFUSED.keys()
     assert unknown == set()
+
+
+@pytest.mark.parametrize("name", ["float8", "quantize.linear.float8"])
+def test_a_converter_stays_where_a_run_on_a_gpu_may_name_it(name, tmp_path):
+    old = tmp_path / "old.toml"
+    old.write_text(f'{MODEL}converters = ["{name}"]\n')
+    new = translated(tmp_path, old)
+    config = build({"model.converters": [name]})
+    try:
+        validate(config, 1, "cuda")
+    except UserError:
+        config = build({})
+    assert new["model.converters"] == config.model.converters
 
 
 def test_the_page_lists_the_keys_that_moved():
