@@ -349,9 +349,10 @@ def _write_piece(
     tensor = tensor if box is None else tensor[0]
     form = str(tensor.dtype).removeprefix("torch.")
     if not (fp8 and piece.fp8):
-        written = piece.written(tensor).to(writer.layout.places[piece.name].dtype)
+        exact = piece.written(tensor)
+        written = exact.to(writer.layout.places[piece.name].dtype)
         writer.write(piece.name, written)
-        return [make_record(piece.name, piece, form, tensor, written)]
+        return [make_record(piece.name, piece, form, exact, written)]
     if not tensor.isfinite().all():
         raise UserError(f"{piece.ours} is not finite, which FP8 can't express; use --dtype.")
     values, scale_inv = quantize_blocks(tensor)
