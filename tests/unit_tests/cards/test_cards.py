@@ -21,44 +21,52 @@ def card_of(flavor: str) -> dict:
     return json.loads((CARDS / f"{flavor}.json").read_text())
 
 
-def test_every_published_flavor_has_a_card_and_every_flavor_is_published_or_a_debug_one():
+WITH_CARD = sorted(file.stem for file in CARDS.glob("*.json"))
+
+
+def test_every_flavor_is_a_published_or_a_debug_one_and_cards_are_of_published_ones():
     flavors = {flavor for name in tool.FAMILIES for flavor in get_train_spec(name).model_args}
     assert {flavor for flavor in flavors if "debug" not in flavor} == PUBLISHED.keys()
     assert PARAMETERS.keys() == PUBLISHED.keys()
-    for ending in ("md", "json"):
-        assert {file.stem for file in CARDS.glob(f"*.{ending}")} == PUBLISHED.keys()
+    assert WITH_CARD and set(WITH_CARD) <= PUBLISHED.keys()
+    assert sorted(file.stem for file in CARDS.glob("*.md")) == WITH_CARD
 
 
 @pytest.mark.parametrize("flavor", PUBLISHED)
-def test_no_figure_of_a_card_got_worse(flavor, tmp_path):
-    card = card_of(flavor)
-    subject = subject_of(card["family"], flavor, tmp_path)
-    recorded = {check["name"]: check for check in card["checks"]}
+def test_all_checks_pass_and_no_figure_of_a_card_got_worse(flavor, tmp_path):
+    subject = subject_of(tool.family_of(flavor), flavor, tmp_path)
     found = run_checks(subject)
+    assert [check for check in found if not check.passed] == []
+    if flavor not in WITH_CARD:
+        return
+    card = card_of(flavor)
+    recorded = {check["name"]: check for check in card["checks"]}
     assert [check.name for check in found] == list(recorded)
     for check in found:
         before = recorded[check.name]
-        assert check.passed, check
         assert check.limit <= before["limit"], check
         # Rounding differs from one machine to the next.
         assert check.figure <= 4 * before["figure"] + 1e-6, (check, before)
     assert card["arguments"] == {key: ours for key, (ours, _) in sizes(subject).items()}
 
 
-@pytest.mark.parametrize("flavor", PUBLISHED)
+@pytest.mark.parametrize("flavor", WITH_CARD)
 def test_a_page_is_made_from_its_json_and_quotes_measured_rows(flavor):
     card = card_of(flavor)
     assert (CARDS / f"{flavor}.md").read_text() == render(card)
     performance = (REPO / "docs/performance.md").read_text()
     names = [flavor, *tool.ALSO.get(flavor, [])]
-    assert card["throughput"] == rows_of(performance, names), "run scripts/card.py again"
+    there = [row for table in rows_of(performance, names) for row in table["rows"]]
+    quoted = [row for table in card["throughput"] for row in table["rows"]]
+    assert [row for row in quoted if row not in there] == [], "run scripts/card.py again"
     assert all(proof["result"].startswith("PROVED") for proof in card["proofs"])
 
 
 def test_the_script_writes_the_card_and_fails_with_a_check(tmp_path, monkeypatch, capsys):
     assert tool.main(["16b", "--out", str(tmp_path)]) == 2
     assert "did you mean '16B'?" in capsys.readouterr().err
-    monkeypatch.setattr(card_checks, "_PARTS", (card_checks._sizes,))
+    monkeypatch.setattr(card_checks, "_OF_STAND_IN", ())
+    monkeypatch.setattr(card_checks, "_checked", {})
     assert tool.main(["16B", "--out", str(tmp_path)]) == 0
     assert "passed  sizes" in capsys.readouterr().out
     card = json.loads((tmp_path / "16B.json").read_text())
