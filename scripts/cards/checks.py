@@ -200,8 +200,9 @@ def _transformers(subject: Subject) -> Iterator[Check]:
     with torch.no_grad():
         ours, expected = model(_tokens()), theirs(_tokens()).logits
     assert expected.std() > 0.1, "logits that are all alike prove nothing"
-    error = (ours - expected).abs().max().item()
-    yield Check("logits", float(f"{error:.1e}"), 1e-5, f"against transformers, fp32{note}")
+    error = ((ours - expected).abs().max() / expected.abs().max()).item()
+    text = f"largest difference from transformers over the largest logit, fp32{note}"
+    yield Check("logits", float(f"{error:.1e}"), 1e-5, text)
     prompts = [_tokens()[row, : 5 + 4 * row].tolist() for row in range(2)]
     new = 16
     texts = generate(
