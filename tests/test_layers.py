@@ -27,6 +27,7 @@ ROOMS = {
     "config": {
         "data_tables": 0,
         "lora_tables": 0,
+        "moved_keys": 0,
         "optimizer_tables": 0,
         "quantize_tables": 0,
         "router_stats": 0,

@@ -1,9 +1,11 @@
-"""Convert a Hugging Face folder (FP8 ones too) to a checkpoint for use as initial_load_path.
+"""Convert a Hugging Face folder (FP8 and MXFP4 too) to a checkpoint for use as initial_load_path.
 
     python scripts/checkpoint_conversion/convert_from_hf.py assets/hf/DeepSeek-V3 outputs/v3
 
 Needs memory for about one of the folder's files. Interrupted (Ctrl-C), it resumes when run again. A
 run can also load the folder directly: checkpoint.initial_load_in_hf.
+
+Every tensor is accounted for in CHECKPOINT.audit.json and .txt, beside the checkpoint.
 
 The layer of multi-token prediction is included with `--model_arg n_mtp_layers=1`.
 """
@@ -33,7 +35,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("hf_folder", type=Path, help="with *.safetensors and config.json")
     parser.add_argument("checkpoint", type=Path, help="folder to make")
     parser.add_argument(
-        "--dtype", choices=TORCH_DTYPES, help="of the weights (default: unchanged; FP8 as bf16)"
+        "--dtype",
+        choices=TORCH_DTYPES,
+        help="of the weights (default: unchanged; quantized as bf16)",
     )
     parser.add_argument(
         "--model_arg",
@@ -41,6 +45,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         metavar="NAME=VALUE",
         help="argument of the run ([model.args]) that overrides config.json; again for several",
+    )
+    parser.add_argument(
+        "--no_read_back", action="store_true", help="don't read the checkpoint again to check it"
     )
     return parser.parse_args(argv)
 
@@ -70,6 +77,7 @@ def convert(args: argparse.Namespace) -> None:
         model=model.name,
         flavor=model.flavor,
         dtype=TORCH_DTYPES[args.dtype] if args.dtype else None,
+        read_back=not args.no_read_back,
     )
     logger.info("Made %s: set checkpoint.initial_load_path to it", args.checkpoint)
 

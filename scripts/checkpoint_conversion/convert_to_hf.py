@@ -6,6 +6,8 @@
 Needs memory for about one of the checkpoint's files. Interrupted (Ctrl-C), it resumes when run
 again. A run can also write the folder itself: checkpoint.last_save_in_hf.
 
+Every tensor is accounted for in HF_FOLDER.audit.json and .txt, beside the folder.
+
 Of a checkpoint with adapters (LoRA) it writes these alone, in PEFT's format; with --merged the
 weights with the adapters in them.
 """
@@ -22,10 +24,11 @@ from scripts import entry
 # isort: split
 import torch
 
-from torchtitan.components.checkpoint.convert import StoredTensors, checkpoint_to_hf
+from torchtitan.components.checkpoint.convert import checkpoint_to_hf
 from torchtitan.components.checkpoint.convert_adapters import MergedTensors, checkpoint_to_peft
 from torchtitan.components.checkpoint.detect import detect_model
 from torchtitan.components.checkpoint.folder import require_checkpoint
+from torchtitan.components.checkpoint.stored_tensors import StoredTensors
 from torchtitan.components.finetuning.lora import adapter_sizes
 from torchtitan.components.huggingface.folder import MAX_FILE_BYTES
 from torchtitan.tools.errors import UserError
@@ -55,6 +58,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max_file_gb", type=float, default=MAX_FILE_BYTES / 1e9, help="size of a file in 10^9 B"
+    )
+    parser.add_argument(
+        "--no_read_back", action="store_true", help="don't read the folder again to check it"
     )
     return parser.parse_args(argv)
 
@@ -93,6 +99,7 @@ def convert(args: argparse.Namespace) -> None:
         assets_path=args.assets,
         max_file_bytes=int(args.max_file_gb * 1e9),
         reader=reader,
+        read_back=not args.no_read_back,
     )
     logger.info("Made %s", args.hf_folder)
 

@@ -93,6 +93,13 @@ RUN_BY_ANOTHER_TEST = {
     f"NGPU=4 ./run_train.sh --model.flavor debugmodel_node_limited {_EXPERTS}": _SCRIPT + _NODES,
     "NGPU=4 ./run_train.sh --model.flavor debugmodel_node_limited --metrics.log_traffic "
     f"{_EXPERTS}": _SCRIPT + _NODES,
+    "python scripts/card.py 16B": (
+        "tests/unit_tests/cards/test_cards.py::"
+        "test_the_script_writes_the_card_and_fails_with_a_check"
+    ),
+    "python scripts/from_torchtitan.py OLD.toml -o NEW.toml": (
+        "tests/unit_tests/config/test_from_torchtitan.py::test_v01"
+    ),
     "python scripts/plan.py train_configs/deepseek_v3_671b.toml --world-size 2048 --hardware "
     "h800": _PLAN,
     "python scripts/plan.py X.toml --world-size 2048 --hardware h800": _PLAN,

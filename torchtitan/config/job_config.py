@@ -46,7 +46,7 @@ class Model:
     name: str = "deepseek_v3"
     """Family of the model, a folder of torchtitan/models."""
     flavor: str = "debugmodel"
-    """Size within the family, such as debugmodel, 16B or 671B."""
+    """Size within the family, such as 16B; from_hf: that of config.json in hf_assets_path."""
     hf_assets_path: str = "./tests/assets/tokenizer"
     """Folder with the tokenizer (and the Hugging Face config) of the model."""
     tokenizer_path: str | None = None
@@ -188,7 +188,7 @@ class Checkpoint:
     initial_load_in_hf: bool = False
     """Read initial_load_path in the Hugging Face format."""
     initial_load_in_hf_quantized: bool = False
-    """Read initial_load_path in the Hugging Face format with FP8 weights."""
+    """Read initial_load_path in the Hugging Face format with FP8 or MXFP4 weights."""
     last_save_model_only: bool = True
     """Save only the weights in the last checkpoint."""
     last_save_in_hf: bool = False

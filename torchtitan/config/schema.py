@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.moved_keys import MOVED
 from torchtitan.tools.errors import UserError, suggest
 
 # Tables of torchtitan v0.2 that are not supported here, with torchtitan's defaults: a file may
@@ -207,6 +208,11 @@ def unknown(path: str, *, is_table: bool = False) -> str:
     if is_key and homes:
         where = f"[{table}]" if table else "the top level"
         return f"'{name}' is not a key of {where}; it belongs to {' or '.join(homes)}."
+    if path in MOVED:
+        return (
+            f"{path} is {MOVED[path]} here; python scripts/from_torchtitan.py translates a whole "
+            "file of torchtitan."
+        )
     tables, keys = _children(table, TABLES), _children(table, KEYS)
     inside = f" in [{table}]" if table else ""
     if is_key and table:

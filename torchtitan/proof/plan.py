@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchtitan.components.finetuning.trained import make_whole_model
+from torchtitan.components.huggingface.sizes import without_folder
 from torchtitan.components.optimizer.param_groups import check_groups
 from torchtitan.config import JobConfig, validate
 from torchtitan.config.phases import coefficients_set
@@ -67,6 +68,7 @@ def make_plan(
     validate(config, whole.size, "cuda")
     spec = get_train_spec(config.model.name)
     args = model_args_of(config, spec, config.training.seq_len)
+    config = without_folder(config, spec, args)
     if not isinstance(args, DecoderArgs):
         raise UserError(
             f"model.name '{config.model.name}' is no decoder of models/decoder, the only kind that "

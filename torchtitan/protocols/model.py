@@ -61,6 +61,11 @@ class BaseModelArgs:
             )
         return args.with_forced_load_balance() if force_load_balance else args
 
+    def as_flavor(self) -> Self:
+        """Copy of the arguments of published weights for use as a flavor: their length becomes
+        `context_len`."""
+        return dataclasses.replace(self, context_len=self.max_seq_len)
+
     def weights_identity(self) -> dict[str, Any]:
         """Arguments that must be equal for weights to compute the same, in JSON's types.
 

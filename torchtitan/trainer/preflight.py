@@ -8,6 +8,7 @@ import torch
 from torchtitan.components.checkpoint.hf_rules import check_hf
 from torchtitan.components.dump_folder import check_folders
 from torchtitan.components.finetuning.trained import is_finetuning, make_whole_model
+from torchtitan.components.huggingface.sizes import flavor_of
 from torchtitan.components.metrics.wandb_writer import check_wandb
 from torchtitan.components.optimizer.param_groups import check_groups
 from torchtitan.components.quantize.float8 import check_float8_device, uses_float8
@@ -23,7 +24,7 @@ from torchtitan.distributed.activation_checkpoint import check_memory_budget
 from torchtitan.distributed.compile import check_compile_backend
 from torchtitan.distributed.pipeline_plan import PipelinePlan, plan_pipeline
 from torchtitan.protocols.model import BaseModelArgs
-from torchtitan.protocols.train_spec import TrainSpec, get_flavor, get_train_spec
+from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools.disk import check_readable
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.launcher import planned_processes
@@ -87,7 +88,7 @@ def model_args_of(
     kept: arguments of the weights that the run began from (`BaseModelArgs.keep_from`); with yarn
         "auto" their YaRN is kept.
     """
-    flavor = get_flavor(spec, config.model.name, config.model.flavor)
+    flavor = flavor_of(config, spec)
 
     def args_for(overrides: dict[str, Any]) -> BaseModelArgs:
         overrides = overrides | dict(kept or {})

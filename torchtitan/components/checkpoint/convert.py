@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -29,13 +28,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.utils import _create_file_view
 
-from torchtitan.components.checkpoint.dcp_storage import (
-    HashingStream,
-    raising_write_errors,
-    read_tensor_index,
+from torchtitan.components.checkpoint.audit import (
+    Record,
+    audit_checkpoint,
+    audit_folder,
+    make_record,
 )
+from torchtitan.components.checkpoint.dcp_storage import HashingStream, raising_write_errors
 from torchtitan.components.checkpoint.folder import (
     MANIFEST,
     META,
@@ -48,11 +48,13 @@ from torchtitan.components.checkpoint.folder import (
 )
 from torchtitan.components.checkpoint.meta import WEIGHTS, Identity, make_meta
 from torchtitan.components.checkpoint.progress import ConversionProgress
+from torchtitan.components.checkpoint.stored_tensors import PREFIX, StoredTensors
 from torchtitan.components.huggingface.assets import write_assets
 from torchtitan.components.huggingface.checks import check_shapes, copies_that_differ
 from torchtitan.components.huggingface.folder import (
     INDEX,
     MAX_FILE_BYTES,
+    QUANTIZED,
     SCALE,
     HFFolder,
     HFWriter,
@@ -66,19 +68,13 @@ from torchtitan.components.huggingface.load_save import (
     log_routing_changes,
     read_rows,
     replace_folder,
-    routing_changes,
 )
-from torchtitan.components.optimizer.ema import PREFIX as EMA_PREFIX
-from torchtitan.components.optimizer.ema import check_has_average
-from torchtitan.ops.block_fp8 import quantize_blocks
+from torchtitan.ops.block_fp8 import dequantize_blocks, quantize_blocks
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter, warn_of_copies
 from torchtitan.tools.disk import reason, whole_or_none
 from torchtitan.tools.errors import UserError, some
 from torchtitan.tools.folder_lock import FolderLock
 from torchtitan.tools.progress_bar import progress_bar
-
-PREFIX = "model."  # of weights among the tensors of a checkpoint
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
 
 
 def _work_folder(target: Path) -> Path:
@@ -118,13 +114,15 @@ def hf_to_checkpoint(
     model: str,
     flavor: str,
     dtype: torch.dtype | None = None,
+    read_back: bool = True,
 ) -> None:
     """Make a checkpoint with weights only, for use as `checkpoint.initial_load_path`.
 
     Raises `UserError` that names the reason, or missing, surplus and misshapen tensors.
 
     model, flavor: names for meta.json.
-    dtype: of the weights; None = unchanged, FP8 as bf16 (as in DeepSeek's own conversion).
+    dtype: of the weights; None = unchanged, quantized ones as bf16 (as DeepSeek's own conversion).
+    read_back: read the checkpoint again and compare checksums, before it gets its name.
     """
     check_folder(source, adapter, quantized=source.quantized)
     log_differences(source, adapter)
@@ -136,23 +134,15 @@ def hf_to_checkpoint(
     warn_of_copies(source.path, copies_that_differ(source, adapter))
     tmp = _work_folder(target)
     sizes = {file: (source.path / file).stat().st_size for file in sorted(by_file)}
-    progress = ConversionProgress(
-        tmp, {"files": sizes, "dtype": str(dtype), "args": asdict(adapter.model_args)}
-    )
-    finished = sum(sizes[file] for file in progress.done)
-    with progress_bar(sum(sizes.values()), "converting", "B", finished) as bar:
-        for number, file in enumerate(sorted(by_file)):
-            if file not in progress.done:
-                out = tmp / f"__0_{number}.distcp"
-                with whole_or_none(out):
-                    written = _write_chunks(out, source, adapter, by_file[file], dtype)
-                progress.add(file, written)
-                bar.update(sizes[file])
-            source.close()
+    key = {"files": sizes, "dtype": str(dtype), "args": asdict(adapter.model_args), "audit": 1}
+    progress = ConversionProgress(tmp, key)
+    _convert_files(source, tmp, adapter, by_file, dtype, progress, sizes)
     checksums = {info["file"]: FileChecksum(*info["sum"]) for info in progress.done.values()}
     index = pickle.dumps(_tensor_index(progress, adapter))
     (tmp / TENSOR_INDEX).write_bytes(index)
     checksums[TENSOR_INDEX] = FileChecksum(len(index), hashlib.sha256(index).hexdigest())
+    records = [record for info in progress.done.values() for record in info["audit"]]
+    audit_checkpoint(source, tmp, target, adapter, records, read_back=read_back)
     identity = Identity(
         model=model,
         flavor=flavor,
@@ -166,6 +156,31 @@ def hf_to_checkpoint(
     publish(tmp, {META: json.dumps(meta, indent=2) + "\n", NUMBERS: "{}\n"}, checksums)
 
 
+def _convert_files(
+    source: HFFolder,
+    tmp: Path,
+    adapter: StateDictAdapter,
+    by_file: dict[str, list[Piece]],
+    dtype: torch.dtype | None,
+    progress: ConversionProgress,
+    sizes: dict[str, int],
+) -> None:
+    """Make a file of ours of each of theirs that is not finished yet.
+
+    sizes: bytes by file.
+    """
+    finished = sum(sizes[file] for file in progress.done)
+    with progress_bar(sum(sizes.values()), "converting", "B", finished) as bar:
+        for number, file in enumerate(sorted(by_file)):
+            if file not in progress.done:
+                out = tmp / f"__0_{number}.distcp"
+                with whole_or_none(out):
+                    written = _write_chunks(out, source, adapter, by_file[file], dtype)
+                progress.add(file, written)
+                bar.update(sizes[file])
+            source.close()
+
+
 def _write_chunks(
     path: Path,
     source: HFFolder,
@@ -175,13 +190,14 @@ def _write_chunks(
 ) -> dict[str, Any]:
     """Write the tensors of one of their files to one of ours; return its checksum and the position
     of each chunk."""
-    chunks = []
+    chunks, audit = [], []
     with path.open("wb") as opened, raising_write_errors(file := HashingStream(opened)):
         for piece in pieces:
-            tensor = read_rows(source, adapter, piece, (0,) * len(piece.shape), piece.shape)
-            quantized = piece.name + SCALE in source.file_of
-            unchanged = torch.bfloat16 if quantized else tensor.dtype
-            tensor = tensor.to(torch.float32 if piece.fp32 else dtype or unchanged)
+            read = read_rows(source, adapter, piece, (0,) * len(piece.shape), piece.shape)
+            form = source.form(piece.name)
+            unchanged = torch.bfloat16 if form in QUANTIZED else read.dtype
+            tensor = read.to(torch.float32 if piece.fp32 else dtype or unchanged)
+            audit.append(make_record(piece.name, piece, form, read, tensor))
             offset = [0] * len(piece.shape)
             if piece.index is not None:
                 tensor, offset = tensor.unsqueeze(0), [piece.index, *offset]
@@ -196,6 +212,7 @@ def _write_chunks(
         "file": path.name,
         "sum": [file.size, file.digest.hexdigest()],
         "chunks": chunks,
+        "audit": audit,
     }
 
 
@@ -226,66 +243,6 @@ def _tensor_index(progress: ConversionProgress, adapter: StateDictAdapter) -> Me
 # ------------------------------------------------------------------ to Hugging Face
 
 
-class StoredTensors:
-    """Reads the weights of a checkpoint, whole or in parts.
-
-    Chunks of the last read stay in memory: neighbouring experts are in the same chunk. Raises
-    `UserError` where the average is asked for and the checkpoint has none.
-
-    averaged: read the parameters' average (components/optimizer/ema.py); buffers have none.
-    """
-
-    def __init__(self, checkpoint: Path, *, averaged: bool = False) -> None:
-        self.checkpoint = checkpoint
-        self.index = read_tensor_index(checkpoint)
-        self._chunks: dict[MetadataIndex, Tensor] = {}
-        self._averaged = averaged
-        if averaged:
-            check_has_average(checkpoint, self.index)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            name.removeprefix(PREFIX): tuple(info.size)
-            for name, info in self.index.state_dict_metadata.items()
-            if name.startswith(PREFIX) and isinstance(info, TensorStorageMetadata)
-        }
-
-    def read(self, ours: str, box: Box | None = None) -> Tensor:
-        """Read a tensor, or a part of it, in the dtype in which it was saved."""
-        name = self._name(ours)
-        info = cast(TensorStorageMetadata, self.index.state_dict_metadata[name])  # see `shapes`
-        offset, shape = box or ((0,) * len(info.size), tuple(info.size))
-        out = torch.empty(shape, dtype=info.properties.dtype)
-        used = {}
-        for chunk in info.chunks:
-            begin = [max(o, c) for o, c in zip(offset, chunk.offsets, strict=True)]
-            ends = zip(offset, shape, chunk.offsets, chunk.sizes, strict=True)
-            size = [min(o + n, c + m) - b for (o, n, c, m), b in zip(ends, begin, strict=True)]
-            if any(n <= 0 for n in size):
-                continue
-            key = MetadataIndex(name, chunk.offsets)
-            used[key] = self._chunks[key] if key in self._chunks else self._load(key)
-            in_chunk = _slices(begin, chunk.offsets, size)
-            out[_slices(begin, offset, size)] = used[key][in_chunk]
-        self._chunks = used
-        return out
-
-    def _name(self, ours: str) -> str:
-        average = EMA_PREFIX + ours
-        use_it = self._averaged and average in self.index.state_dict_metadata
-        return average if use_it else PREFIX + ours
-
-    def _load(self, key: MetadataIndex) -> Tensor:
-        place = self.index.storage_data[key]
-        with (self.checkpoint / place.relative_path).open("rb") as file:
-            view = _create_file_view(file, place.offset, place.length)
-            return torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
-
-
-def _slices(begin: list[int], origin: Any, size: list[int]) -> tuple[slice, ...]:
-    return tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, origin, size, strict=True))
-
-
 @_explaining_disk_errors
 def checkpoint_to_hf(
     checkpoint: Path,
@@ -298,6 +255,7 @@ def checkpoint_to_hf(
     assets_path: str | Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     reader: Callable[..., StoredTensors] = StoredTensors,
+    read_back: bool = True,
 ) -> None:
     """Write the weights of a checkpoint as a Hugging Face folder; see `load_save.save_hf`.
 
@@ -308,6 +266,7 @@ def checkpoint_to_hf(
     averaged: write the moving average of the parameters; the expert bias is that of the step.
     assets_path: folder of the tokenizer's files, which are copied.
     reader: called as `StoredTensors`, reads the checkpoint.
+    read_back: read the folder again and compare checksums, before it gets its name.
     """
     adapter.check_export()
     log_notes(target, adapter.notes())
@@ -319,6 +278,7 @@ def checkpoint_to_hf(
     layout = plan_layout(pieces, dtype, fp8=fp8, max_file_bytes=max_file_bytes)
     manifest = (checkpoint / MANIFEST).read_text()
     key = {"from": manifest, "layout": layout.index(), "dtype": str(dtype), "averaged": averaged}
+    key["audit"] = 1
     progress = ConversionProgress(tmp, key)
     if not progress.continues and (problem := damage(checkpoint)):
         shutil.rmtree(tmp)
@@ -329,11 +289,12 @@ def checkpoint_to_hf(
         progress.add("files")
     for unit in _units_with_progress(pieces, layout, progress):
         with closing(writer):
-            for piece in unit:
-                _write_piece(writer, piece, stored, fp8=fp8)
-        progress.add(unit[0].ours)
-    _report_routing(adapter, stored, dtype)
+            records = [r for piece in unit for r in _write_piece(writer, piece, stored, fp8=fp8)]
+        progress.add(unit[0].ours, records)
     (tmp / INDEX).write_text(layout.index() + "\n", encoding="utf-8")
+    records = [record for unit in progress.done.values() for record in unit or ()]
+    audit = audit_folder(stored, tmp, target, adapter, records, dtype, read_back=read_back)
+    log_routing_changes(audit.routing, dtype)
     write_assets(adapter.hf_config(), tmp, assets_path=assets_path, dtype=dtype, fp8=fp8)
     progress.remove()
     replace_folder(tmp, target)
@@ -377,26 +338,26 @@ def _units_with_progress(
                 bar.update(size(unit))
 
 
-def _write_piece(writer: HFWriter, piece: Piece, stored: StoredTensors, *, fp8: bool) -> None:
+def _write_piece(
+    writer: HFWriter, piece: Piece, stored: StoredTensors, *, fp8: bool
+) -> list[Record]:
     box = None
     if piece.index is not None:
         start = (piece.index, *(0 for _ in piece.shape))
         box = start, (1, *piece.shape)
     tensor = stored.read(piece.ours, box)
     tensor = tensor if box is None else tensor[0]
-    if fp8 and piece.fp8:
-        if not tensor.isfinite().all():
-            raise UserError(f"{piece.ours} is not finite, which FP8 can't express; use --dtype.")
-        values, scale_inv = quantize_blocks(tensor)
-        writer.write(piece.name, values)
-        writer.write(piece.name + SCALE, scale_inv)
-    else:
-        writer.write(piece.name, piece.written(tensor))
-
-
-def _report_routing(adapter: StateDictAdapter, stored: StoredTensors, dtype: torch.dtype) -> None:
-    changes = {}
-    by_layer = itertools.groupby(adapter.router_names(), key=lambda name: name.split(".")[:2])
-    for _, names in by_layer:  # one layer in memory at a time
-        changes |= routing_changes(adapter, {name: stored.read(name) for name in names}, dtype)
-    log_routing_changes(changes, dtype)
+    form = str(tensor.dtype).removeprefix("torch.")
+    if not (fp8 and piece.fp8):
+        exact = piece.written(tensor)
+        written = exact.to(writer.layout.places[piece.name].dtype)
+        writer.write(piece.name, written)
+        return [make_record(piece.name, piece, form, exact, written)]
+    if not tensor.isfinite().all():
+        raise UserError(f"{piece.ours} is not finite, which FP8 can't express; use --dtype.")
+    values, scale_inv = quantize_blocks(tensor)
+    writer.write(piece.name, values)
+    writer.write(piece.name + SCALE, scale_inv)
+    meaning = dequantize_blocks(values, scale_inv)
+    scales = make_record(piece.name + SCALE, piece, "computed", scale_inv, scale_inv)
+    return [make_record(piece.name, piece, form, tensor, values, meaning), scales]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchtitan.components.checkpoint.adapters import refuse_other_rows, write_peft_config
-from torchtitan.components.checkpoint.convert import Box, StoredTensors
 from torchtitan.components.checkpoint.folder import require_checkpoint
+from torchtitan.components.checkpoint.stored_tensors import Box, StoredTensors
 from torchtitan.components.finetuning import peft
 from torchtitan.components.finetuning.lora import AdapterSize
 from torchtitan.components.huggingface.folder import HFWriter, plan_layout

@@ -10,6 +10,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,7 +134,8 @@ def _share_moved(start_TK: np.ndarray, now_TK: np.ndarray) -> float:
 
 def _write(path: Path, choices: Choices) -> None:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{str(layer): ids for layer, ids in choices.items()})
+    arrays: dict[str, Any] = {str(layer): ids for layer, ids in choices.items()}
+    np.savez_compressed(buffer, **arrays)
     lost = "after a restart, what has moved is counted from there"
     with SideOutput(FILE, path, lost).attempt():
         path.parent.mkdir(parents=True, exist_ok=True)

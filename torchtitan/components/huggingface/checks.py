@@ -6,6 +6,7 @@ import torch
 
 from torchtitan.components.huggingface.folder import CONFIG, SCALE, HFFolder
 from torchtitan.ops.block_fp8 import BLOCK, scale_shape
+from torchtitan.ops.mxfp4 import is_mxfp4
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
 from torchtitan.tools.errors import UserError, some
 
@@ -28,9 +29,9 @@ def check_sizes(folder: HFFolder, adapter: StateDictAdapter) -> None:
     ]
     if differing:
         raise UserError(
-            f"{folder.path / CONFIG} describes a model of other sizes: {', '.join(differing)}; set "
-            "these in [model.args], choose the model.flavor that has them, or name the folder of "
-            "this run's model."
+            f"{folder.path / CONFIG} describes a model of other sizes: {some(differing, ', ')}; "
+            'set these in [model.args], choose the model.flavor that has them ("from_hf" always '
+            "does), or name the folder of this run's model."
         )
 
 
@@ -46,10 +47,13 @@ def check_names(folder: HFFolder, adapter: StateDictAdapter) -> None:
 
 
 def check_shapes(folder: HFFolder, adapter: StateDictAdapter, pieces: list[Piece]) -> None:
-    """Raise `UserError` for tensors of other shapes than the model's, and for FP8 tensors without
-    their scales."""
+    """Raise `UserError` for tensors of other shapes than the model's, and for quantized tensors
+    without fitting scales."""
     lacking, wrong = [], []
     for piece in pieces:
+        if piece.name in folder.packed and (problem := folder.packing_problem(piece.name)):
+            wrong.append(problem)
+            continue
         expected = {piece.name: piece.shape}
         if folder.is_fp8(piece.name):
             expected[piece.name + SCALE] = scale_shape(piece.shape)
@@ -84,12 +88,12 @@ def _quantization(folder: HFFolder) -> str | None:
     if not isinstance(settings, dict):
         return None
     method, block = settings.get("quant_method"), settings.get("weight_block_size")
-    if method == "fp8" and block == [BLOCK, BLOCK]:
+    if (method == "fp8" and block == [BLOCK, BLOCK]) or is_mxfp4(settings):
         return None
     return (
         f"its {CONFIG} has a quantization_config with quant_method = {method!r} and "
         f"weight_block_size = {block!r}, while quantized weights are read as 'fp8' with "
-        f"[{BLOCK}, {BLOCK}] only; name the folder of weights that are not quantized"
+        f"[{BLOCK}, {BLOCK}] or as MXFP4 only; name the folder of weights that are not quantized"
     )
 
 

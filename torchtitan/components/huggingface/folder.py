@@ -20,13 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from torchtitan.components.huggingface.packed import Packed, find_packed, unpacked_shape
 from torchtitan.ops.block_fp8 import FP8, dequantize_blocks, scale_shape
+from torchtitan.ops.mxfp4 import GROUP, dequantize_mxfp4
 from torchtitan.protocols.state_dict_adapter import Piece
 from torchtitan.tools.disk import check_readable
 from torchtitan.tools.errors import UserError, some
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 SCALE = "_scale_inv"
+QUANTIZED = ("fp8", "mxfp4")  # see `HFFolder.form`
 MAX_FILE_BYTES = 5 * 10**9  # Hugging Face's own default
 _TYPE_NAMES = {
     torch.float32: "F32",
@@ -41,6 +44,8 @@ _TYPE_NAMES = {
 class HFFolder:
     """Tensors of a folder, by name. Raises `UserError` where the folder has none.
 
+    A weight in MXFP4 counts as one tensor, under the name of the whole weight.
+
     repo: the model's name on the Hugging Face hub, for the error message.
     """
 
@@ -49,7 +54,11 @@ class HFFolder:
         check_readable("Hugging Face folder", path)
         self._repo = repo
         self._open: tuple[str, Any] | None = None
-        self.file_of = self._list_tensors()
+        self._stored = self._list_tensors()
+        self.packed = find_packed(self._stored)
+        parts = {name for pair in self.packed.values() for name in pair}
+        self.file_of = {name: file for name, file in self._stored.items() if name not in parts}
+        self.file_of |= {name: self._stored[pair.values] for name, pair in self.packed.items()}
 
     def _list_tensors(self) -> dict[str, str]:
         """Map each tensor to its file."""
@@ -84,16 +93,40 @@ class HFFolder:
 
     @property
     def quantized(self) -> bool:
-        return any(name.endswith(SCALE) for name in self.file_of)
+        return bool(self.packed) or any(name.endswith(SCALE) for name in self.file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if pair := self.packed.get(name):
+            return unpacked_shape(tuple(self._slice(pair.values).get_shape()))
         return tuple(self._slice(name).get_shape())
 
     def is_fp8(self, name: str) -> bool:
-        return self._slice(name).get_dtype() == _TYPE_NAMES[FP8]
+        return name not in self.packed and self._slice(name).get_dtype() == _TYPE_NAMES[FP8]
+
+    def form(self, name: str) -> str:
+        """Name the form in which a tensor is stored: fp8, mxfp4, or safetensors' type."""
+        if name in self.packed:
+            return "mxfp4"
+        return "fp8" if self.is_fp8(name) else str(self._slice(name).get_dtype()).lower()
+
+    def packing_problem(self, name: str) -> str | None:
+        """Describe what is wrong with the tensors of an MXFP4 weight; None = nothing."""
+        pair = self.packed[name]
+        values, scales = (self._slice(each) for each in pair)
+        if values.get_dtype() not in ("U8", "I8"):
+            return (
+                f"{pair.values} of type {values.get_dtype()} instead of bytes beside {pair.scales}"
+            )
+        rows, columns = self.shape(name)
+        wanted, found = [rows, columns // GROUP], list(scales.get_shape())
+        if columns % GROUP or found != wanted or scales.get_dtype() not in ("U8", "I8", "F8_E8M0"):
+            return f"{pair.scales} {found} of type {scales.get_dtype()} instead of {wanted}, bytes"
+        return None
 
     def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Read a part of a tensor; block-wise FP8 is dequantised to fp32."""
+        """Read a part of a tensor; block-wise FP8 and MXFP4 are dequantised to fp32."""
+        if pair := self.packed.get(name):
+            return self._read_packed(pair, offset, shape)
         part = self._slice(name)
         if len(shape) == 0:
             return self._handle(self.file_of[name]).get_tensor(name)
@@ -104,12 +137,29 @@ class HFFolder:
         row, column = offset
         return dequantize_blocks(tensor, scale, (row, column))
 
+    def read_stored(self, name: str) -> Tensor:
+        """Read a whole tensor of the files as it is, FP8 and scales too."""
+        self._slice(name)  # refuses a name that its file lacks
+        return self._handle(self._stored[name]).get_tensor(name)
+
+    def _read_packed(self, pair: Packed, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        (row, column), (rows, columns) = offset, shape
+        first, last = column // GROUP, -(-(column + columns) // GROUP)
+        scales = self._slice(pair.scales)[row : row + rows, first:last]
+        values = self._slice(pair.values)
+        if len(values.get_shape()) == 3:
+            packed = values[row : row + rows, first:last].flatten(1)
+        else:
+            packed = values[row : row + rows, first * GROUP // 2 : last * GROUP // 2]
+        whole = dequantize_mxfp4(packed, scales)
+        return whole[:, column - first * GROUP :][:, :columns]
+
     def close(self) -> None:
         """Close the file that was read last; its pages count as this process's memory."""
         self._open = None
 
     def _slice(self, name: str) -> Any:
-        file = self.file_of[name]
+        file = self._stored[name]
         try:
             return self._handle(file).get_slice(name)
         except SafetensorError:

@@ -59,7 +59,7 @@ def load_hf(
     Raises `UserError` that names the reason, or missing, surplus and misshapen tensors; the model
     is then unchanged. Warns of copies in the layers of multi-token prediction that differ.
 
-    quantized: the folder has block-wise FP8 weights (`weight_scale_inv`).
+    quantized: the folder has weights in block-wise FP8 (`weight_scale_inv`) or MXFP4.
     group: all ranks.
     """
     state = tensors_of(model)
@@ -94,8 +94,9 @@ def check_folder(folder: HFFolder, adapter: StateDictAdapter, *, quantized: bool
     check_sizes(folder, adapter)
     if quantized != folder.quantized:
         have, way_out = ("has", "true") if folder.quantized else ("has no", "false")
+        form = "MXFP4 weights" if folder.packed else "FP8 weights (weight_scale_inv)"
         raise UserError(
-            f"{folder.path} {have} FP8 weights (weight_scale_inv); set "
+            f"{folder.path} {have} {form}; set "
             f"checkpoint.initial_load_in_hf_quantized to {way_out}."
         )
     check_names(folder, adapter)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from torchtitan.ops.block_fp8 import BLOCK
+from torchtitan.ops.mxfp4 import is_mxfp4
 from torchtitan.tools.errors import UserError
 
 # Keys that change what a model computes, of other architectures or as options of ours, with the
@@ -272,10 +273,13 @@ def _scaling(table: ConfigReader) -> dict[str, Any]:
 
 
 def check_quantization(config: ConfigReader) -> None:
-    """Raise `UserError` for quantised weights of another form than DeepSeek's block-wise FP8."""
+    """Raise `UserError` for quantised weights of another form than DeepSeek's block-wise FP8 and
+    MXFP4."""
     if not config.get("quantization_config"):
         return
     settings = config.table("quantization_config")
+    if is_mxfp4(settings.plain()):
+        return
     expect("quantization_config.quant_method", settings.get("quant_method"), "fp8")
     settings.only("fmt", "e4m3")
     blocks = settings.get("weight_block_size")

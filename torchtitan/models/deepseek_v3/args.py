@@ -1,7 +1,7 @@
 """Arguments of the DeepSeek-V2/V3 architecture, its rules, and its FLOPs."""
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from torchtitan.models.decoder import DecoderArgs
@@ -151,6 +151,13 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         if self.use_yarn:
             return round(self.rope_factor * self.original_seq_len)
         return super().max_positions
+
+    def as_flavor(self) -> Self:
+        """With "auto" YaRN stays on in runs that load the weights, and is off in runs that begin
+        anew at a length without need of it, as with the flavors."""
+        if self.yarn == "off":
+            return super().as_flavor()
+        return replace(self, context_len=self.original_seq_len, yarn="auto")
 
     def keep_from(self, stored: Self) -> tuple[dict[str, Any], list[str]]:
         if not stored.use_yarn:

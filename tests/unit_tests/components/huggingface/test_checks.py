@@ -187,8 +187,8 @@ def test_other_sizes_are_one_short_sentence_with_the_values_to_set(tmp_path):
     assert refusal(other, folder) == (
         f"{folder}/config.json describes a model of other sizes: dim = 16 (the run has 32), "
         "n_layers = 3 (the run has 6), moe_args.num_experts = 4 (the run has 8); set these in "
-        "[model.args], choose the model.flavor that has them, or name the folder of this run's "
-        "model."
+        '[model.args], choose the model.flavor that has them ("from_hf" always does), or name the '
+        "folder of this run's model."
     )
 
 

@@ -1,0 +1,1 @@
+"""Model cards: what is checked of each published flavor, and its page."""

@@ -1,0 +1,1 @@
+"""Settings files of torchtitan v0.1 to v0.3, and their translation into ours."""
