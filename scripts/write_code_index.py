@@ -24,13 +24,15 @@ PACKAGE = entry.REPO / "torchtitan"
 HEAD = """\
 # Index of keys and files
 
-Written by `python scripts/write_code_index.py` from the source; do not edit it. What a key means: [config.md](config.md). Reading order,
-tree and where to change what: [CONTRIBUTING.md](../CONTRIBUTING.md).
+Written by `python scripts/write_code_index.py` from the source; do not edit it. What a key means:
+[config.md](config.md). Reading order, tree, where to change what:
+[CONTRIBUTING.md](../CONTRIBUTING.md).
 
 ## Keys
 
-The files of `torchtitan/` that name a key, in code or in a sentence, as `table.key` or, where no other table has a key of that name, as `.key`. Its definition
-in `config/` is left out. A key without a file is read through a whole table, or has no effect (`docs/config.md` says so).
+The files of `torchtitan/` that name a key, in code or in a sentence, as `table.key` or, where no
+other table has a key of that name, as `.key`; its definition in `config/` is left out. A key
+without a file is read through a whole table, or only with another one ([config.md](config.md)).
 """
 # They define keys.
 DEFINITIONS = re.compile(r"config/(job_config|\w+_tables)\.py")

@@ -23,26 +23,28 @@ SCRIPTS = entry.REPO / "scripts"
 HEAD = """\
 # Every command
 
-Written by `python scripts/write_command_docs.py` from the scripts and their parsers; do not edit it. All of them take `--help` and
-`--version`, run from any folder, and end with a sentence instead of a traceback: exit code 0 done, 1 failed, 2 the caller's mistake, 130 Ctrl-C.
+Written by `python scripts/write_command_docs.py` from the scripts and their parsers; do not edit
+it. All of them take `--help` and `--version`, run from any folder, and end with a sentence instead
+of a traceback: exit code 0 done, 1 failed, 2 the caller's mistake, 130 Ctrl-C.
 
 ## Training
 
 ```bash
-./run_train.sh                                     # the debug model, on all GPUs or two CPU processes
+./run_train.sh                            # the debug model, on all GPUs or two CPU processes
 NGPU=8 CONFIG_FILE=train_configs/deepseek_v3_16b.toml ./run_train.sh --training.steps 100
-LOG_RANK=0,1 ./run_train.sh                        # show the log lines of two ranks
-COMM_MODE=fake_backend NGPU=256 ./run_train.sh --training.steps 1   # dry run of rank 0 of 256
-python -m torchtitan.train --job.config_file X.toml --section.key value   # without the script
-python -m torchtitan.train --job.config_file X.toml --job.check_config      # only says whether it fits
-python -m torchtitan.train --help                  # every key with its sentence, as in docs/config.md
+LOG_RANK=0,1 ./run_train.sh               # shows the log lines of two ranks
+COMM_MODE=fake_backend NGPU=256 ./run_train.sh --training.steps 1      # dry run of rank 0 of 256
+python -m torchtitan.train --job.config_file X.toml --section.key value      # without the script
+python -m torchtitan.train --job.config_file X.toml --job.check_config       # only: does it fit?
+python -m torchtitan.train --help         # every key with its sentence, as in docs/config.md
 ```
 
-The command line overrides the TOML file, which overrides the defaults ([config.md](config.md)). Any model argument can be set in either:
+The command line overrides the TOML file, which overrides the defaults ([config.md](config.md)). Any
+model argument can be set in either:
 
 ```toml
 [model]
-flavor = "debugmodel"       # debugmodel, debugmodel_node_limited, 16B, 236B, 671B, Moonlight-16B-A3B, Kimi-K2
+flavor = "debugmodel"       # 16B, 236B, 671B, Moonlight-16B-A3B, Kimi-K2; of qwen3 30B-A3B, ...
 
 [model.args]
 n_layers = 4
@@ -54,16 +56,18 @@ num_expert_groups = 4       # node-limited routing: experts of a token's
 num_limited_groups = 2      # two best groups only
 ```
 
-A wrong key, value or combination ends the run at once, with one sentence and exit code 2. When training itself fails (a loss that
-is not finite), the exit code is 1. Signals and their exit codes: [checkpoint.md](checkpoint.md).
+A wrong key, value or combination ends the run at once, with one sentence and exit code 2. When
+training itself fails (a loss that is not finite), the exit code is 1. Signals and their exit codes:
+[checkpoint.md](checkpoint.md).
 
-**Completion.** `source <(python scripts/completion.py bash)` completes every key of `run_train.sh`, and its values where they are choices (`zsh` instead
-of `bash` for zsh; the output can be kept in a file).
+**Completion.** `source <(python scripts/completion.py bash)` completes every key of `run_train.sh`,
+and its values where they are choices (or `zsh`; the output can be kept in a file).
 """
 # For users of the package, in the order of a project; all others are for work on it.
 FOR_USERS = """\
-run_train.sh plan.py prove.py download_hf_assets.py show_batch.py report.py generate.py explain_hang.py
-checkpoint_conversion/convert_from_hf.py checkpoint_conversion/convert_to_hf.py completion.py launch.py
+run_train.sh plan.py prove.py download_hf_assets.py show_batch.py report.py generate.py
+explain_hang.py checkpoint_conversion/convert_from_hf.py checkpoint_conversion/convert_to_hf.py
+completion.py launch.py
 """.split()
 # Called by other scripts only.
 INTERNAL = {"check_dependencies.py", "node_traffic_rank.py", "benchmarks/peer_step.py"}
