@@ -119,7 +119,7 @@ def test_the_sdist_holds_the_repository_and_nothing_else(sdist):
 
 
 def test_the_version_has_one_home(wheel):
-    (info,) = zipfile.Path(wheel).glob("*.dist-info")
+    (info,) = [p for p in zipfile.Path(wheel).iterdir() if p.name.endswith(".dist-info")]
     named = PathDistribution(info)
     assert named.version == torchtitan.__version__
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]

@@ -222,7 +222,7 @@ class Checkpoint:
     enable: bool = False
     """Save checkpoints, and resume from the latest one."""
     enable_ft_dataloader_checkpoints: bool = True
-    """Save the position in the data per replica for fault-tolerant training."""
+    """Known from v0.2's files, without effect: [fault_tolerance] is not supported."""
     folder: str = "checkpoint"
     """Folder for checkpoints, inside job.dump_folder."""
     interval: int = 500
@@ -297,7 +297,7 @@ class Compile:
 
 @dataclass(frozen=True)
 class Float8Linear:
-    """FP8 for linear layers; takes effect through model.converters only."""
+    """FP8 for linear layers: known from v0.2's files, without effect (converters refuse FP8)."""
 
     enable_fsdp_float8_all_gather: bool = False
     """Cast to FP8 before the all-gather of FSDP."""
@@ -321,7 +321,7 @@ class QuantizeLinear:
 
 @dataclass(frozen=True)
 class Float8GroupedMM:
-    """FP8 for the grouped matrix multiplications of experts; through model.converters only."""
+    """FP8 for experts: known from v0.2's files, without effect (converters refuse FP8)."""
 
     fqns: list[str] | str = _listing()
     """Modules to convert, by parts of their names."""
@@ -360,7 +360,7 @@ class Comm:
     save_traces_file_prefix: str = "rank_"
     """Start of the names of these files."""
     mode: Literal["default", "fake_backend", "local_tensor"] = "default"
-    """Real collectives, or a dry run of many ranks in one process, without collectives."""
+    """Real collectives, or a dry run of one of many ranks; local_tensor is refused."""
 
 
 @dataclass(frozen=True)
