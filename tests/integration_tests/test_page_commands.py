@@ -250,9 +250,11 @@ def split(line: str) -> tuple[dict[str, str], Path | None, list[str]]:
     words = shlex.split(line.replace("[", "").replace("]", ""))
     count = next(n for n, word in enumerate(words) if "=" not in word)
     variables = dict(word.split("=", 1) for word in words[:count])
+    if words[count] == "pip":
+        return variables, None, words[count:]
     if words[count : count + 3] == TRAIN.split():
         return variables, REPO / "torchtitan/train.py", words[count + 3 :]
-    if words[count] in ("pip", "vllm") or words[count + 1 : count + 2] == ["-m"]:
+    if words[count] == "vllm" or words[count + 1 : count + 2] == ["-m"]:
         return variables, None, words[count:]
     at = next(n for n in range(count, len(words)) if words[n].endswith((".py", ".sh")))
     return variables, REPO / words[at], words[at + 1 :]
