@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
@@ -24,7 +24,7 @@ HEAD = """\
 # Every command
 
 Written by `python scripts/write_command_docs.py` from the scripts and their parsers; do not edit
-it. All of them take `--help` and `--version`, run from any folder, and end with a sentence instead
+it. The scripts take `--help` and `--version`, run from any folder, and end with a sentence instead
 of a traceback: exit code 0 done, 1 failed, 2 the caller's mistake, 130 Ctrl-C.
 
 ## Training
@@ -88,18 +88,17 @@ def parser_of(script: Path) -> argparse.ArgumentParser | None:
         raise _Found(parser)
 
     kept = sys.argv, sys.path[:], signal.getsignal(signal.SIGINT)
-    parse = argparse.ArgumentParser.parse_known_args
-    argparse.ArgumentParser.parse_known_args = stop  # parse_args calls it, too
     sys.argv = [str(script), "--help"]
     sys.path.insert(0, str(script.parent))  # as for a script that is called
     stand_ins = {name: MagicMock() for name in OPTIONAL if name not in sys.modules}
     sys.modules.update(stand_ins)
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        # parse_args calls it, too
+        with patch.object(argparse.ArgumentParser, "parse_known_args", stop):
+            runpy.run_path(str(script), run_name="__main__")
     except _Found as found:
         return found.args[0]
     finally:
-        argparse.ArgumentParser.parse_known_args = parse
         for name in stand_ins:
             del sys.modules[name]
         sys.argv, sys.path[:] = kept[:2]
