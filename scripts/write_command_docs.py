@@ -81,8 +81,8 @@ class _Found(BaseException):
     """Carries the parser of a script out of it."""
 
 
-def parser_of(script: Path) -> argparse.ArgumentParser | None:
-    """Run a script up to the point where it parses its options; None for one without a parser."""
+def parser_of(script: Path) -> argparse.ArgumentParser:
+    """Run a script up to the point where it parses its options."""
 
     def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         raise _Found(parser)
@@ -166,8 +166,8 @@ def section(name: str) -> Iterator[str]:
     is_shell = script.suffix == ".sh"
     about = comment_at_the_top(script) if is_shell else docstring(script)
     yield from ("", f"### {shown}", "", "```text", about, "```")
-    if not is_shell and name not in WITHOUT_PARSER and (parser := parser_of(script)):
-        yield from rows(parser)
+    if not is_shell and name not in WITHOUT_PARSER:
+        yield from rows(parser_of(script))
 
 
 def names() -> list[str]:
