@@ -20,7 +20,8 @@ _IN_REPO = ("torchtitan", "tests", "scripts", "docs", "train_configs", ".ci")
 _IN_PACKAGE = [path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] != "_"]
 _PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join([*_IN_REPO, *_IN_PACKAGE])})/[\w./<>*-]*")
 _BARE = re.compile(r"[\w.]*\w\.(?:py|toml|sh)")
-EXAMPLES = {"X.toml", "CONFIG.toml", "my_text.toml"}  # files that a reader makes
+# Files that a reader makes.
+EXAMPLES = {"X.toml", "CONFIG.toml", "OLD.toml", "NEW.toml", "my_text.toml"}
 NOT_OF_A_CONFIG = ("section.key", "table.key", "model.layers.")  # the last: Hugging Face's tensors
 
 
