@@ -53,7 +53,7 @@ set_up
 train=(-m torchtitan.train --job.config_file "${CONFIG_FILE:-$repo/train_configs/debug_model.toml}" "$@")
 export LOG_RANK STOP_CODE PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
 for argument in "$@"; do
-  case $argument in -h | --help) exec "$PYTHON" "${train[@]}" ;; esac
+  case $argument in -h | --help | --version) exec "$PYTHON" "${train[@]}" ;; esac
 done
 
 # A signal counts from here on. bash takes note of it when its child is done; the launcher listens itself.

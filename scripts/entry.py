@@ -74,5 +74,10 @@ def _is_in_charge() -> bool:
 
 
 if _is_in_charge():
+    if sys.argv[1:] == ["--version"]:
+        import torchtitan
+
+        print(f"torchtitan-moe {torchtitan.__version__}")
+        sys.exit(0)
     signal.signal(signal.SIGINT, _interrupted)  # no import is left half-way with a traceback
     sys.excepthook = _tell

@@ -40,10 +40,10 @@ COLOURS = {"plain": "#b9c6d6", "all_to_all": "#5b8db8", "node_limited": "#1f4e79
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=entry.about(__doc__))
-    parser.add_argument("--nodes", type=positive, default=4)
-    parser.add_argument("--ranks_per_node", type=positive, default=2)
-    parser.add_argument("--num_experts", type=positive, default=64)
-    parser.add_argument("--top_k", type=positive, default=8)
+    parser.add_argument("--nodes", type=positive, default=4, help="emulated ones")
+    parser.add_argument("--ranks_per_node", type=positive, default=2, help="processes of each")
+    parser.add_argument("--num_experts", type=positive, default=64, help="of the layer")
+    parser.add_argument("--top_k", type=positive, default=8, help="experts of a token")
     parser.add_argument(
         "--routings",
         nargs="+",
@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[(0, 0), (8, 4), (8, 2), (4, 2)],
         help="num_expert_groups:num_limited_groups of each measurement; 0:0 = no groups",
     )
-    parser.add_argument("--dim", type=positive, default=512)
+    parser.add_argument("--dim", type=positive, default=512, help="channels of a token")
     parser.add_argument("--hidden_dim", type=positive, default=16, help="small: links matter here")
     parser.add_argument("--tokens", type=positive, default=512, help="of each rank")
     parser.add_argument("--steps", type=positive, default=5, help="measured, after one to warm up")

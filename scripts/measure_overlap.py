@@ -1,4 +1,4 @@
-"""Measure what interleaved passes save (`pipeline_parallel_expert_parallel_overlap`).
+r"""Measure what interleaved passes save (`pipeline_parallel_expert_parallel_overlap`).
 
     torchrun --nproc_per_node 2 scripts/measure_overlap.py --model.flavor 16B \
         --model.args.n_layers 4 --parallelism.expert_parallel_degree 2 [any option of a run]
@@ -6,7 +6,7 @@
 Each rank has two models, as it has two stages in DualPipeV, and repeats that schedule's pair: the
 forward pass of a micro-batch through one, the backward pass of another through the other. Pairs are
 timed sequentially and interleaved, alternately in one process; the time of the all-to-all kernels
-of a pair is measured, too. `--pairs`: of each measurement.
+of a pair is measured, too.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def _wait() -> None:
 def main(argv: list[str] | None = None) -> int:
     init_logger()
     parser = argparse.ArgumentParser(description=entry.about(__doc__), add_help=False)
-    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=10, help="of each measurement")
     options, others = parser.parse_known_args(argv)
     try:
         device = local_device()

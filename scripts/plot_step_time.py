@@ -16,9 +16,9 @@ from scripts import entry
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=entry.about(__doc__))
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--whole", nargs="*", default=[], metavar="NAME: MS")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("rows", type=Path, help="JSON of bench.py step")
+    parser.add_argument("--whole", nargs="*", default=[], metavar="NAME: MS", help="only totals")
+    parser.add_argument("--out", type=Path, required=True, help="the file to draw into")
     return parser.parse_args(argv)
 
 

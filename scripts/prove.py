@@ -35,7 +35,7 @@ from torchtitan.tools.logging import init_logger, logger
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=entry.about(__doc__))
-    parser.add_argument("config", metavar="CONFIG.toml")
+    parser.add_argument("config", metavar="CONFIG.toml", help="the run to prove")
     parser.add_argument("--world-size", help="processes of the run; default: the fewest")
     parser.add_argument("--node-size", default="8", help="processes of a machine (8)")
     parser.add_argument("--processes", default="16", help="most to start at once (16)")

@@ -156,8 +156,8 @@ def _complete(folder: Path) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=entry.about(__doc__))
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=30, help="how many")
+    parser.add_argument("--ranks", type=int, default=2, help="of the run")
     parser.add_argument("--steps", type=int, default=None, help="default: 10 for each kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args, args.options = parser.parse_known_args()

@@ -128,9 +128,9 @@ def page() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=entry.about(__doc__)).parse_args()
     PAGE.write_text(page())
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=entry.about(__doc__)).parse_args()
     entry.run(main)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 REPO = Path(__file__).parents[1]
 # History stays as it was written.
 HISTORY = {"LOG.md"}
-PAGES = [REPO / "README.md"] + [
+PAGES = [REPO / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")] + [
     page for page in sorted(REPO.glob("docs/*.md")) if page.name not in HISTORY
 ]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -28,6 +28,12 @@ def blocks(page: Path, *languages: str) -> list[str]:
 def prose(page: Path) -> str:
     """The page without its fenced blocks."""
     return _FENCE.sub("", page.read_text())
+
+
+def paragraphs(page: Path) -> list[list[str]]:
+    """The lines of each block of prose: no headings, tables, lists or pictures."""
+    found = [text.strip().splitlines() for text in prose(page).split("\n\n")]
+    return [lines for lines in found if lines and lines[0][0] not in "#|-!"]
 
 
 def inline_code(page: Path) -> list[str]:

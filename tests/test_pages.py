@@ -1,4 +1,4 @@
-"""README and docs name files, folders and keys that exist; the README's tree is the package's."""
+"""Pages name files, folders and keys that exist; the tree in CONTRIBUTING is the package's."""
 
 import re
 from dataclasses import fields
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import PAGES, REPO, blocks, inline_code, prose
+from tests.pages import PAGES, REPO, blocks, inline_code, paragraphs, prose
 from torchtitan.config import ConfigManager
 from torchtitan.config.schema import KEYS, TABLES, row_type
 
 PACKAGE = REPO / "torchtitan"
 README = REPO / "README.md"
+CONTRIBUTING = REPO / "CONTRIBUTING.md"
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 # A path begins with a folder of the repository or of the package, or is the bare name of a file.
@@ -19,7 +20,8 @@ _IN_REPO = ("torchtitan", "tests", "scripts", "docs", "train_configs", ".ci")
 _IN_PACKAGE = [path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] != "_"]
 _PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join([*_IN_REPO, *_IN_PACKAGE])})/[\w./<>*-]*")
 _BARE = re.compile(r"[\w.]*\w\.(?:py|toml|sh)")
-EXAMPLES = {"X.toml"}  # a file that a reader makes
+# Files that a reader makes.
+EXAMPLES = {"X.toml", "CONFIG.toml", "OLD.toml", "NEW.toml", "my_text.toml"}
 NOT_OF_A_CONFIG = ("section.key", "table.key", "model.layers.")  # the last: Hugging Face's tensors
 
 
@@ -72,8 +74,8 @@ def test_every_toml_block_is_one_that_a_run_reads(page: Path, tmp_path: Path) ->
 
 
 def tree() -> list[str]:
-    """The paths of the README's tree, relative to the repository."""
-    (block,) = [text for text in blocks(README, "") if text.startswith("torchtitan/")]
+    """The paths of the tree in CONTRIBUTING, relative to the repository."""
+    (block,) = [text for text in blocks(CONTRIBUTING, "") if text.startswith("torchtitan/")]
     paths, above = [], {}
     for line in block.splitlines():
         depth, name = len(line) - len(line.lstrip()), line.split()[0]
@@ -83,7 +85,7 @@ def tree() -> list[str]:
     return paths
 
 
-def test_the_readmes_tree_is_that_of_the_package() -> None:
+def test_the_tree_is_that_of_the_package() -> None:
     listed = tree()
     assert [path for path in listed if not (REPO / path).exists()] == []
     folders = {f"{init.parent.relative_to(REPO)}/" for init in PACKAGE.rglob("__init__.py")}
@@ -91,7 +93,7 @@ def test_the_readmes_tree_is_that_of_the_package() -> None:
 
 
 def test_the_reading_list_is_short_and_there() -> None:
-    text = prose(README)
+    text = prose(CONTRIBUTING)
     start = text.index("tell the story")
     files = re.findall(r"`([\w/]+\.\w+)`", text[start : text.index("\n\n", start)])
     assert len(files) == 12
@@ -99,9 +101,21 @@ def test_the_reading_list_is_short_and_there() -> None:
 
 
 def test_where_would_i_change_is_short_and_there() -> None:
-    text = prose(README)
+    text = prose(CONTRIBUTING)
     section = text[text.index("**Where would I change") :].split("\n\n")[1]
     assert len(section.splitlines()) <= 20
     named = [name for name in re.findall(r"`([\w./]+)`", section) if "/" in name or "." in name]
     named = [name for name in named if name != "__init__.py"]
     assert [name for name in named if not any((r / name).exists() for r in (REPO, PACKAGE))] == []
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    assert [lines for lines in paragraphs(README) if len(lines) > 4] == []
+    assert max(map(len, README.read_text().splitlines())) <= 160
+
+
+def test_the_readmes_speeds_are_those_of_the_performance_page() -> None:
+    (table,) = [text for text in prose(README).split("\n\n") if text.startswith("| `--preset`")]
+    speeds = re.findall(r"\d+,\d{3}|\d+\.\d %", table)
+    measured = (REPO / "docs/performance.md").read_text()
+    assert len(speeds) == 16 and [speed for speed in speeds if speed not in measured] == []

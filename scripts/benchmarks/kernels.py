@@ -32,9 +32,11 @@ NAMES = ("moe", "core", "head", "router", "norm", "rope", "optimizer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--widths", nargs="+", default=["16B", "671B"], metavar="FLAVOR")
-    parser.add_argument("--kernels", nargs="+", default=list(NAMES), choices=NAMES, metavar="NAME")
-    parser.add_argument("--tokens", type=int, default=16384)
+    flavors = {"nargs": "+", "default": ["16B", "671B"], "metavar": "FLAVOR"}
+    parser.add_argument("--widths", **flavors, help="flavors whose sizes are timed")
+    names = {"nargs": "+", "default": list(NAMES), "choices": NAMES, "metavar": "NAME"}
+    parser.add_argument("--kernels", **names, help="which to time")
+    parser.add_argument("--tokens", type=int, default=16384, help="of a pass")
     parser.add_argument("--seq_len", type=int, default=4096, help="of the core's sequences")
     parser.add_argument("--reps", type=int, default=20, help="timed, after three to warm up")
     parser.add_argument("--vocab", type=int, default=129280, help="of linear + cross-entropy")

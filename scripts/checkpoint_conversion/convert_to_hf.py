@@ -44,7 +44,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--assets", type=Path, help="folder with the tokenizer (and a config.json to complete)"
     )
-    parser.add_argument("--dtype", choices=TORCH_DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=TORCH_DTYPES, default="bfloat16", help="of the files (default: bfloat16)"
+    )
     parser.add_argument(
         "--fp8",
         action="store_true",

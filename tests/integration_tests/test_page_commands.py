@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.pages import PAGES, REPO, commands
+from tests.pages import PAGES, REPO, blocks, commands
 from tests.tiny_run import TINY, tiny
 from torchtitan.config import ConfigManager, validate
 from torchtitan.config.schema import KEYS
@@ -25,6 +25,22 @@ DEBUG_TOML = str(REPO / "train_configs/debug_model.toml")
 SCHEDULERS = ("sbatch", "kubectl", "sky", "torchx")
 TOY = [f"--{key}={value}" for key, value in TINY.items()]
 EAGER = ["--compile.enable=false"]
+# A shipped TOML for eight GPUs, on one process without its tokenizer, data and vocabulary.
+ONE_PROCESS = [
+    *TOY,
+    *EAGER,
+    "--training.steps=2",
+    "--training.dataset_num_workers=0",
+    "--training.global_batch_size=8",
+    "--parallelism.expert_parallel_degree=1",
+    "--model.hf_assets_path=./tests/assets/tokenizer",
+    "--model.args.vocab_size=2048",
+]
+
+
+def without(*keys: str) -> list[str]:
+    """The options of a toy run but these."""
+    return [option for option in TOY if option[2:].partition("=")[0] not in keys]
 
 
 class Shrunk(NamedTuple):
@@ -34,8 +50,52 @@ class Shrunk(NamedTuple):
     add: list[str]
 
 
-# In the order in which they run, each page in a folder of its own.
+# In the order in which they run, each page in a folder of its own. ./run_train.sh: one process.
 RUN_HERE = {
+    "./run_train.sh --training.dataset text --training.dataset_path my_text --checkpoint.enable "
+    "--checkpoint.last_save_model_only=false": Shrunk(
+        {}, [*without("training.dataset"), "--training.steps=2", "--validation.no_enable"]
+    ),
+    "CONFIG_FILE=my_text.toml ./run_train.sh --training.steps 400": Shrunk(  # it goes on
+        {"400": "4"}, [*without("training.dataset", "training.steps")]
+    ),
+    'python scripts/generate.py outputs/checkpoint/step-280 --prompt "Once upon a time"': Shrunk(
+        {"step-280": "step-4"}, ["--max_new_tokens=2"]
+    ),
+    "./run_train.sh --training.steps 20 --job.dump_folder /tmp/out": Shrunk(
+        {"20": "2", "/tmp/out": "outputs"}, [*without("training.steps"), "--validation.no_enable"]
+    ),
+    "NGPU=8 CONFIG_FILE=train_configs/deepseek_v3_16b.toml ./run_train.sh --checkpoint.enable": (
+        Shrunk({}, ONE_PROCESS)
+    ),
+    "NGPU=1 CONFIG_FILE=train_configs/deepseek_v3_16b.toml ./run_train.sh "
+    "--parallelism.expert_parallel_degree 1 --training.global_batch_size -1 "
+    "--training.dtype bfloat16 --optimizer.early_step_in_backward --training.max_norm inf "
+    "--activation_checkpoint.mode none": Shrunk(
+        {},
+        [
+            *ONE_PROCESS,
+            "--training.mixed_precision_param=bfloat16",
+            "--training.global_batch_size=-1",
+            "--job.dump_folder=one_card",
+        ],
+    ),
+    "NGPU=8 CONFIG_FILE=train_configs/moonlight_16b_a3b.toml ./run_train.sh": Shrunk(
+        {}, [*ONE_PROCESS, "--checkpoint.initial_load_path=published", "--job.dump_folder=run"]
+    ),
+    'python scripts/generate.py assets/hf/Moonlight-16B-A3B --prompt "Once upon a time" '
+    "--temperature 0": Shrunk({"assets/hf/Moonlight-16B-A3B": "published"}, ["--max_new_tokens=2"]),
+    f"{CONVERSION}/convert_to_hf.py outputs/checkpoint/step-1000 my-model "
+    "--assets assets/hf/Moonlight-16B-A3B": Shrunk(
+        {
+            "step-1000": "step-1",
+            "assets/hf/Moonlight-16B-A3B": str(REPO / "tests/assets/tokenizer"),
+        },
+        [],
+    ),
+    'python scripts/generate.py my-model --prompt "Once upon a time" --temperature 0': Shrunk(
+        {}, ["--max_new_tokens=2"]
+    ),
     f"{TRAIN} --job.config_file X.toml --section.key value": Shrunk(
         {"X.toml": DEBUG_TOML, "--section.key": "--job.description", "value": "toy"},
         [*TOY, "--training.steps=2"],
@@ -83,6 +143,7 @@ _ADAPTERS = (
     "tests/distributed_tests/test_finetuning_runs.py::"
     "test_a_run_writes_what_its_checkpoint_converts_to"
 )
+_WRITTEN = "tests/integration_tests/test_written_pages.py::"
 _CONTRACT = "tests/distributed_tests/test_loss_contract.py::"
 RUN_BY_ANOTHER_TEST = {
     "./run_train.sh": f"{_SCRIPT}test_a_file_written_for_torchtitan_v02_runs_at_once",
@@ -90,7 +151,6 @@ RUN_BY_ANOTHER_TEST = {
     "COMM_MODE=fake_backend NGPU=256 ./run_train.sh --training.steps 1": (
         f"{_SCRIPT}test_the_fake_backend_is_a_dry_run_of_one_of_64_ranks"
     ),
-    f"NGPU=4 ./run_train.sh --model.flavor debugmodel_node_limited {_EXPERTS}": _SCRIPT + _NODES,
     "NGPU=4 ./run_train.sh --model.flavor debugmodel_node_limited --metrics.log_traffic "
     f"{_EXPERTS}": _SCRIPT + _NODES,
     "python scripts/card.py 16B": (
@@ -102,7 +162,9 @@ RUN_BY_ANOTHER_TEST = {
     ),
     "python scripts/plan.py train_configs/deepseek_v3_671b.toml --world-size 2048 --hardware "
     "h800": _PLAN,
-    "python scripts/plan.py X.toml --world-size 2048 --hardware h800": _PLAN,
+    "python scripts/plan.py train_configs/deepseek_v3_16b.toml --world-size 8 --hardware h200": (
+        _PLAN
+    ),
     "python scripts/plan.py X.toml --world-size 64 --hardware h200 --sweep --html plan.html "
     "--json plan.json --tokens 1e12 --activation_checkpoint.mode full": _PLAN,
     "python scripts/prove.py train_configs/deepseek_v3_671b.toml --world-size 2048": (
@@ -129,6 +191,11 @@ RUN_BY_ANOTHER_TEST = {
     "--assets assets/hf/Moonlight-16B-A3B": _ADAPTERS,
     f"{CONVERSION}/convert_to_hf.py outputs/checkpoint/step-1000 my-model --merged "
     "--assets assets/hf/Moonlight-16B-A3B": _ADAPTERS,
+    "python scripts/write_command_docs.py": f"{_WRITTEN}test_the_page_is_written_from_the_code",
+    "python scripts/write_code_index.py": f"{_WRITTEN}test_the_page_is_written_from_the_code",
+    "python scripts/write_config_docs.py": (
+        "tests/unit_tests/config/test_config_docs.py::test_the_page_is_written_from_the_dataclasses"
+    ),
     "NGPU=2 ./run_train.sh --metrics.log_freq 1": (
         f"{_CONTRACT}test_the_debug_model_repeats_its_committed_losses"
     ),
@@ -151,10 +218,19 @@ RUN_BY_ANOTHER_TEST |= {
 
 _GPUS = "needs GPUs"
 _NETWORK = "needs the network"
+_THIS = "is what runs this test"
+_SERVER = "needs a server of its own, and a GPU"
 NOT_RUN_BECAUSE = {
-    "./scripts/test.sh": "is what runs this test",
+    "./scripts/test.sh": _THIS,
+    "./scripts/test.sh tests/unit_tests/models -x -q": _THIS,
+    "./scripts/test.sh tests/unit_tests/config -x -q": _THIS,
     "NGPU=8 CONFIG_FILE=train_configs/deepseek_v3_16b.toml ./run_train.sh "
     "--training.steps 100": _GPUS,
+    "NGPU=8 CONFIG_FILE=train_configs/deepseek_v3_16b.toml ./run_train.sh --checkpoint.enable "
+    "--training.local_batch_size 2": _GPUS,
+    "vllm serve my-model": _SERVER,
+    "python -m sglang.launch_server --model-path my-model": _SERVER,
+    "python scripts/download_hf_assets.py deepseek-ai/DeepSeek-V2-Lite": _NETWORK,
     "python scripts/download_hf_assets.py moonshotai/Moonlight-16B-A3B": _NETWORK,
     "python scripts/download_hf_assets.py moonshotai/Moonlight-16B-A3B --weights": _NETWORK,
     "torchrun --nproc-per-node 8 scripts/generate.py assets/hf/DeepSeek-V3 "
@@ -199,6 +275,8 @@ def split(line: str) -> tuple[dict[str, str], Path | None, list[str]]:
         return variables, None, words[count:]
     if words[count : count + 3] == TRAIN.split():
         return variables, REPO / "torchtitan/train.py", words[count + 3 :]
+    if words[count] == "vllm" or words[count + 1 : count + 2] == ["-m"]:
+        return variables, None, words[count:]
     at = next(n for n in range(count, len(words)) if words[n].endswith((".py", ".sh")))
     return variables, REPO / words[at], words[at + 1 :]
 
@@ -233,11 +311,15 @@ def run(line: str, monkeypatch) -> int:
     for old, new in shrunk.replace.items():
         assert old in line
         line = line.replace(old, new)
-    _, program, words = split(line)
+    variables, program, words = split(line)
     words += shrunk.add
     try:
         if line.startswith(TRAIN):
             return main(words)
+        if program.name == "run_train.sh":
+            file = variables.get("CONFIG_FILE", DEBUG_TOML)
+            file = str(REPO / file) if file.startswith("train_configs/") else file
+            return main(["--job.config_file", file, *words])
         monkeypatch.setattr(sys, "argv", [str(program), *words])
         monkeypatch.syspath_prepend(program.parent)
         runpy.run_path(str(program), run_name="__main__")
@@ -256,11 +338,45 @@ def folder(tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, interrupt)
 
 
+def make_checkpoint(**settings):
+    assert (
+        main(tiny(Path("outputs"), training__steps=1, checkpoint__enable="true", **settings)) == 0
+    )
+
+
+def make_published_weights():
+    """A folder as one has downloaded it."""
+    sizes = {"model__flavor": "Moonlight-16B-A3B", "model__args.vocab_size": 2048}
+    make_checkpoint(**sizes, checkpoint__last_save_in_hf="true")
+    Path("outputs/checkpoint/step-1-hf").rename("published")
+
+
+def make_texts():
+    Path("my_text").mkdir()
+    for n in range(8):
+        Path(f"my_text/{n}.txt").write_text(f"The text of file {n}. " * 50)
+    (block,) = blocks(REPO / "docs/your_text.md", "toml")
+    Path("my_text.toml").write_text(block)
+
+
+# What is there before a page's commands.
+BEFORE = {
+    "docs/huggingface.md": make_checkpoint,
+    "docs/export.md": make_checkpoint,
+    "docs/continue_training.md": make_published_weights,
+    "docs/your_text.md": make_texts,
+}
+# Their Python blocks run after the commands.
+PYTHON_RUNS = {"docs/export.md"}
+
+
 @pytest.mark.parametrize("page", [str(page.relative_to(REPO)) for page in PAGES])
 def test_the_commands_of_a_page_run(page, folder, monkeypatch):
     lines = {command.line for command in commands() if command.page == page}
-    if page == "docs/huggingface.md":  # begins with a run that has saved a checkpoint
-        assert main(tiny(Path("outputs"), training__steps=1, checkpoint__enable="true")) == 0
+    if page in BEFORE:
+        BEFORE[page]()
     for line in RUN_HERE:
         if line in lines:
             assert run(line, monkeypatch) == 0, line
+    for block in blocks(REPO / page, "python") if page in PYTHON_RUNS else []:
+        exec(compile(block, page, "exec"), {})

@@ -176,7 +176,7 @@ class Checkpoint:
     enable: bool = False
     """Save checkpoints, and resume from the latest one."""
     enable_ft_dataloader_checkpoints: bool = True
-    """Save the position in the data per replica for fault-tolerant training."""
+    """Known from v0.2's files, without effect: [fault_tolerance] is not supported."""
     folder: str = "checkpoint"
     """Folder for checkpoints, inside job.dump_folder."""
     interval: int = 500
@@ -264,7 +264,7 @@ class Comm:
     save_traces_file_prefix: str = "rank_"
     """Start of the names of these files."""
     mode: Literal["default", "fake_backend", "local_tensor"] = "default"
-    """Real collectives, or a dry run of many ranks in one process, without collectives."""
+    """Real collectives, or a dry run of one of many ranks; local_tensor is refused."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import tomli
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+import torchtitan
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.rules.text import check_path, with_home
 from torchtitan.config.schema import (
@@ -55,14 +56,17 @@ class ConfigManager:
     def parse_args(self, argv: list[str] | None = None) -> JobConfig:
         """Read the config for these options.
 
-        Raises UserError for the first mistake; `--help` prints all keys and exits with code 0.
+        Raises UserError for the first mistake; `--help` prints all keys, `--version` the version,
+        and both exit with code 0.
 
         argv: options; None = those of this process.
         """
         argv = sys.argv[1:] if argv is None else argv
+        if "--version" in argv:
+            print(f"torchtitan-moe {torchtitan.__version__}")
+            sys.exit(0)
         if "-h" in argv or "--help" in argv:
-            prog = "python -m torchtitan.train"
-            _run_tyro(JobConfig, ["--help"], default=JobConfig(), prog=prog, description=_ABOUT)
+            _run_all_keys("python -m torchtitan.train", ["--help"])
         options = _read_options(argv)
         flat: dict[str, Any] = {}
         if (file := options.pop("job.config_file", None)) is not None:
@@ -268,6 +272,26 @@ def _values(options: dict[str, str]) -> dict[str, Any] | None:
 def _run_tyro(table: type, args: list[str], **how: Any) -> Any:
     """Call tyro. Raises SystemExit: with 0 after `--help`, with 2 for a value that tyro refuses."""
     return tyro.cli(table, args=args, use_underscores=True, registry=_REGISTRY, **how)
+
+
+def _run_all_keys(prog: str, args: list[str]) -> None:
+    """Call tyro's parser of all keys, which takes seconds. Raises SystemExit once it has printed.
+
+    prog: the command whose options they are
+    """
+    _run_tyro(JobConfig, args, default=JobConfig(), prog=prog, description=_ABOUT)
+
+
+def completion(prog: str, shell: str) -> str:
+    """Return the completion of all keys as a script.
+
+    prog: the command to complete
+    shell: "bash" or "zsh"
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        _run_all_keys(prog, ["--tyro-print-completion", shell])
+    return printed.getvalue()
 
 
 _REGISTRY = ConstructorRegistry()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torchtitan
 from torchtitan.planning.memory import PARTS, RankMemory
 from torchtitan.planning.plan import Plan
 from torchtitan.planning.timing import gpu_hours
@@ -37,7 +38,7 @@ def head_lines(plan: Plan) -> list[str]:
             f"Routing: the busiest expert has {routing.skew:.2f} times the mean, the busiest EP "
             f"rank {routing.rank_skew:.2f} times"
         )
-    return lines
+    return [*lines, f"Planned by torchtitan-moe {torchtitan.__version__}"]
 
 
 def verdict(plan: Plan) -> str:
@@ -122,6 +123,7 @@ def as_data(plan: Plan, tokens: float | None) -> dict[str, Any]:
     """Return all numbers of the table, for JSON, in bytes and seconds."""
     run, speed = plan.run, plan.speed
     return {
+        "version": torchtitan.__version__,
         "model": f"{run.config.model.name} {run.config.model.flavor}",
         "hardware": plan.hardware.name,
         "world_size": run.world_size,

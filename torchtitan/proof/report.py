@@ -5,6 +5,7 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
+import torchtitan
 from torchtitan.config import JobConfig, to_dict
 from torchtitan.proof.compare import TOLERANCES
 from torchtitan.proof.plan import Plan, Run
@@ -30,6 +31,7 @@ _OWN = ("training.dataset", "training.blend")
 def opening(plan: Plan) -> Iterator[str]:
     """Yield the lines that are known before anything runs."""
     yield f"Proof of {plan.config.job.config_file} for {plan.whole.describe()}"
+    yield f"Compared by torchtitan-moe {torchtitan.__version__}"
     yield ""
     yield "Shrunk (never a degree below 2, nor what is computed):"
     for key, (before, after) in changes(plan, plan.runs[0]).items():

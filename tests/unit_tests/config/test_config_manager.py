@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import torchtitan
 from torchtitan.config import (
     Chat,
     ConfigManager,
@@ -163,6 +164,13 @@ def test_help_lists_every_key_with_its_sentence(capsys):
     words = " ".join(re.sub("[│\n]", " ", text).split())
     assert "Peak learning rate, before the factor of lr_scheduler. (default: 0.0008)" in words
     assert "--model.args.moe_args.num_experts 8" in words
+
+
+def test_the_version_is_printed_and_ends_the_program(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--training.steps", "3", "--version")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"torchtitan-moe {torchtitan.__version__}\n"
 
 
 def test_every_key_has_a_sentence():
