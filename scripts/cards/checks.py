@@ -196,7 +196,8 @@ def _transformers(subject: Subject) -> Iterator[Check]:
     model = build(subject.spec, args)
     folder = subject.folder / "fp32"
     save_hf(model, subject.adapter(args), folder, dtype=torch.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    theirs.eval()
     with torch.no_grad():
         ours, expected = model(_tokens()), theirs(_tokens()).logits
     assert expected.std() > 0.1, "logits that are all alike prove nothing"

@@ -185,8 +185,9 @@ def _converts(name: str) -> bool:
 def _float8(setting: Setting, result: Translation) -> list[Setting]:
     """Leave out what only torchtitan's FP8 has: scales of whole tensors and rows."""
     reason = "FP8 has scales of blocks here, which need no maximum over ranks"
-    if setting.value not in (False, None, "blockwise"):
-        result.left_out[reason].append(setting.key)
+    if setting.value in (False, None, "blockwise"):
+        return [replace(setting, key=f"{_LINEAR_FP8}.{setting.key.rpartition('.')[2]}")]
+    result.left_out[reason].append(setting.key)
     return []
 
 
