@@ -48,7 +48,7 @@ def check_float8_device(config: JobConfig, device: torch.device) -> None:
             f"({capability[0]}.{capability[1]}); set quantize.linear.float8.emulate to true to "
             "compute the same numbers slowly, or model.converters to []."
         )
-    if find_spec("cuda.bindings") is None:
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         raise UserError(
             f"model.converters = {as_text(config.model.converters)} compiles its kernels through "
             "the package cuda-bindings, which is not installed; run: pip install cuda-bindings"

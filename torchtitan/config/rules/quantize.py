@@ -62,6 +62,12 @@ def _check_float8(config: JobConfig, device_type: str) -> None:
             f'model.converters names "{EXPERTS}", but {EXPERTS}.fqns is empty, so that nothing is '
             'converted; set it to ["experts"].'
         )
+    if config.quantize.grouped_mm.float8.dispatch and not {"float8", EXPERTS} & set(converters):
+        raise UserError(
+            f"{EXPERTS}.dispatch = true sends tokens as experts in FP8 take them, but "
+            f"model.converters = {as_text(converters)} converts no experts; add "
+            f'"{EXPERTS}", or set it to false.'
+        )
     if not float8.emulate:
         _check_machine(config, device_type)
 

@@ -1,8 +1,8 @@
 """Products of activations with weights in FP8, forward and backward (DeepSeek-V3's recipe).
 
-    output       activations 1 × 128 by weights 128 × 128
-    their gradient  gradients 1 × 128 by the transposed weights
-    weights' gradient  gradients by activations, both 1 × 128 along tokens
+    output              activations 1 × 128 by weights 128 × 128
+    gradient of inputs  gradients 1 × 128 by the transposed weights
+    of weights          gradients by activations, both 1 × 128 along tokens
 
 Kept for the backward pass are activations in FP8. Weights are quantised in each pass from what the
 module holds (bf16 copies, or what FSDP has gathered), so nothing of them is kept.

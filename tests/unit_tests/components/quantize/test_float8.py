@@ -114,6 +114,13 @@ REFUSED = {
         {"model__converters": '["quantize.grouped_mm.float8"]'},
         'quantize.grouped_mm.float8.fqns is empty, so that nothing is converted; set it to ["exper',
     ),
+    "dispatch without experts": (
+        {
+            "model__converters": '["quantize.linear.float8"]',
+            "quantize__grouped_mm__float8__dispatch": True,
+        },
+        "converts no experts; add",
+    ),
     "a filter that names nothing": (
         {"quantize__linear__float8__filter_fqns": '["atention"]'},
         'quantize.linear.float8.filter_fqns: "atention" is part of no module\'s name',
