@@ -90,7 +90,7 @@ def test_split_sequences_tensors_and_layers_find_the_same_losses(ranks, kinds, t
     """Also those of multi-token prediction, which is for training only. The last batch of the set
     is not full."""
     few = tmp_path / "few.jsonl"
-    few.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:9]))
+    few.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:10]))
     same = {
         "training__seq_len": 24,
         "training__steps": 2,
