@@ -173,7 +173,7 @@ def _converters(setting: Setting, result: Translation) -> list[Setting]:
 
 
 def _converts(name: str) -> bool:
-    """Whether a run on a GPU may name this converter."""
+    """Return whether a run on a GPU may name this converter."""
     settings = {"model.converters": [name], f"{_EXPERTS_FP8}.fqns": ["experts"]}
     try:
         validate(build(settings), 1, "cuda")

@@ -48,7 +48,7 @@ def alone(ranks, tmp_path_factory) -> dict[bool, dict]:
 
 
 def distance(result: dict, other: dict) -> float:
-    """Of all weights' changes, relative to what FP8 changes."""
+    """Euclidean distance of all weights after the last step."""
     pairs = ((result["state"][n], tensor) for n, tensor in other["state"].items())
     return sum((a - b).double().square().sum().item() for a, b in pairs) ** 0.5
 

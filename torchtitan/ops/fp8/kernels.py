@@ -13,6 +13,8 @@ from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8
 _THREADS = 512  # of a quantising block
 # Of `swiglu_backward`: maxima of columns, and three tiles of bf16.
 _WAITING = 4 * 16 * BLOCK + 3 * 2 * BLOCK * BLOCK
+# Tiles of 256 rows: faster than of 128 nearly everywhere (docs/LOG.md, 2026-11-27).
+_HALVES = 2
 _SHARED_MEMORY = 227 * 1024  # of a block on Hopper
 
 
@@ -142,7 +144,7 @@ def rows_by_blocks(x: Fp8, weight: Fp8, ends: Tensor, dtype: torch.dtype) -> Ten
     """
     assert dtype == torch.bfloat16
     out_RN = _new(ends, x.values.size(0), weight.values.size(1), kind=dtype)
-    _gemm(0, x, weight, ends, out_RN, halves=2)
+    _gemm(0, x, weight, ends, out_RN)
     return out_RN
 
 
@@ -155,25 +157,25 @@ def rows_by_rows(a: Fp8, b: Fp8, padded_ends: Tensor, dtype: torch.dtype) -> Ten
     assert dtype == torch.bfloat16
     M, N = a.values.size(0), b.values.size(0)
     out_EMN = _new(padded_ends, padded_ends.numel(), M, N, kind=dtype)
-    _gemm(1, a, b, padded_ends, out_EMN, halves=2)
+    _gemm(1, a, b, padded_ends, out_EMN)
     return out_EMN
 
 
-def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor, halves: int) -> None:
+def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor) -> None:
     rows, K = a.values.shape
     if out.numel() == 0 or K == 0:
         out.zero_()
         return
     b_NK = b.values.flatten(0, -2)
     N = b.values.size(-2)
-    stage = BLOCK * BLOCK * (halves + 1) + 4 * BLOCK * kind
+    stage = BLOCK * BLOCK * (_HALVES + 1) + 4 * BLOCK * kind
     stages = min(8, (_SHARED_MEMORY - 2048) // (stage + 16))
     kernel = Kernel(
         "gemm.cu",
         "fp8_gemm",
         (
             f"-DKIND={kind}",
-            f"-DHALVES={halves}",
+            f"-DHALVES={_HALVES}",
             f"-DSTAGES={stages}",
             f'-DTYPE_A="{"e5m2" if a.values.dtype == E5M2 else "e4m3"}"',
         ),
@@ -181,6 +183,6 @@ def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor, halves: int) -> 
     )
     device = out.device
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
-    maps = tensor_map(a.values, BLOCK * halves, BLOCK), tensor_map(b_NK, BLOCK, BLOCK)
+    maps = tensor_map(a.values, BLOCK * _HALVES, BLOCK), tensor_map(b_NK, BLOCK, BLOCK)
     scales = a.scales, b.scales
     kernel.launch(device, (blocks,), 384, (*maps, *scales, out, ends, ends.numel(), rows, N, K))
