@@ -55,7 +55,7 @@ def test_the_saved_config_starts_the_same_run_again(run, tmp_path):
 
 
 def test_a_saved_config_takes_another_flavor_and_sequence_length(run, tmp_path):
-    """What an earlier flavor or length led to must not come back with the file."""
+    """Values derived from an earlier flavor or length must not come back with the file."""
     config = f"--job.config_file={run / 'config.json'}"
     other = ["--model.flavor=debugmodel_node_limited", "--training.seq_len=16"]
     assert main([config, *other, f"--job.dump_folder={tmp_path}", "--training.steps=1"]) == 0

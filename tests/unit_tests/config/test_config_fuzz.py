@@ -176,7 +176,7 @@ def mutate(rng: random.Random) -> Case:
 
 
 def play(case: Case, folder: Path) -> str | None:
-    """What is wrong with how the front door met it; None where nothing is."""
+    """Run the case, and describe what is wrong with the program's answer; None where nothing is."""
     file = folder / "any.toml"
     file.write_bytes(case.file)
     argv = [f"--job.config_file={file}", *case.options]

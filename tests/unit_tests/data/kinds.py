@@ -69,5 +69,5 @@ def pack(texts, tokenizer, seq_len):
 
 
 def lists(examples):
-    """Of examples or batches: (input, labels) as lists."""
+    """Convert examples or batches to pairs of lists: (input, labels)."""
     return [(example["input"].tolist(), labels.tolist()) for example, labels in examples]

@@ -133,7 +133,7 @@ CHAIN = [
 
 
 def test_a_chain_of_layouts_is_one_run(sources):
-    """What all ranks saw is the one order, part by part, however many ranks and workers."""
+    """All ranks together see the one order, part by part, however many ranks and workers."""
     order, state, seen = expected_order(sources, 110), None, 0
     for batches, dp_degree, batch_size, workers in CHAIN:
         slices = [RankSlice(rank, dp_degree, batch_size, workers) for rank in range(dp_degree)]

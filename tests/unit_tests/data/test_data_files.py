@@ -138,7 +138,7 @@ def test_bad_documents_are_counted_and_only_the_first_and_some_milestones_are_na
 
 
 def test_skipped_documents_are_reported_though_the_epoch_never_ends(jsonl, tokenizer, log):
-    """What is reported grows with the data read, over many epochs, and the log stays short."""
+    """The count grows with the data read, over many epochs, and the log stays short."""
     source = opened("mine", str(jsonl("a.jsonl", ["good"] * 2 + [""] * 18)), "text")
     log.clear()
     for _ in zip(

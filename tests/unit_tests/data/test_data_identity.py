@@ -40,7 +40,7 @@ def write(path, texts):
 
 
 def identity(path):
-    """As a checkpoint has it."""
+    """Return the data's identity as a checkpoint stores it."""
     return json.loads(json.dumps(opened("text", str(path), "text").identity()))
 
 

@@ -122,7 +122,7 @@ def comparable(state):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chain_of_layouts_is_one_run(tmp_path, small_windows, kind):
-    """What was seen is the uninterrupted order, no example twice and none left out, over an epoch
+    """The ranks see the uninterrupted order, no example twice and none left out, over an epoch
     border; and each position equals the one of a single process that never stopped."""
     source = make_source(kind, tmp_path, DOCUMENTS)
     alone, state, seen = Run(source), None, []

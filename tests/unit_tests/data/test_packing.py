@@ -146,7 +146,7 @@ def test_a_window_is_shuffled_within_itself_only(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_loader_knows_the_skipped_documents_of_the_run(jsonl, num_workers):
-    """Those before the last batch, whatever its workers have prepared beyond it."""
+    """Documents before the last batch count, whatever its workers have prepared beyond it."""
     texts = [TEXTS[n] if n % 3 else "" for n in range(30)]
     source = opened("mine", str(jsonl("a.jsonl", texts + ["last"])), "text")
     counts, rank_slice = [], RankSlice(batch_size=2, num_workers=num_workers)

@@ -153,7 +153,7 @@ def test_what_another_conversion_left_is_not_gone_on_with(folders, monkeypatch, 
 
 
 def test_a_tensor_that_was_saved_in_parts_is_put_together(folders, tmp_path):
-    """As ranks of a sharded run leave it: parts of rows and columns in one tensor."""
+    """Ranks of a sharded run leave parts of rows and columns, which make one tensor."""
     stored = hf_convert.StoredTensors(folders[1])
     expected = load_file(next(folders[0].glob("model-00001*")))["model.embed_tokens.weight"]
     part = stored.read("tok_embeddings.weight", ((3, 2), (5, 4)))

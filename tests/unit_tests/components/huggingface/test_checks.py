@@ -157,7 +157,7 @@ def test_one_different_row_is_seen_whoever_compares_it(tmp_path, monkeypatch):
 
 
 def test_prediction_layers_that_are_missing_are_told_with_their_number(tmp_path):
-    """Of a folder whose config.json promises more than it holds, too."""
+    """The config.json promises more layers than the folder holds."""
     folder = export(build(dataclasses.replace(ARGS, n_mtp_layers=1)), tmp_path / "hf")
     set_config(folder, num_nextn_predict_layers=2)
     with pytest.raises(UserError) as caught:
