@@ -14,7 +14,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,13 +42,15 @@ from torchtitan.data.chat import ChatProblem, ChatRenderer
 from torchtitan.data.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
 from torchtitan.distributed.utils import init_distributed
 from torchtitan.models.decoder.args import DecoderArgs
-from torchtitan.protocols.model import BaseModel
+from torchtitan.protocols.model import BaseModel, BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.launcher import read_launch
 from torchtitan.tools.script import run_script
 from torchtitan.tools.utils import device_type, local_device
 from torchtitan.trainer.build import build_model, build_parallel_dims
+
+_NEW_TOKENS = 128
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -60,7 +62,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--chat_template", help="Jinja file (default: the run's, else the tokenizer folder's)"
     )
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="at most (default: 128)")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        help=f"at most (default: {_NEW_TOKENS}, or what the model has positions for)",
+    )
     parser.add_argument(
         "--temperature",
         type=float,
@@ -229,15 +235,26 @@ def converse(
             print(printable(f"user: {turn}\nassistant: {text}\n"))
 
 
+def sampling_for(
+    prompts: Sequence[list[int]], args: argparse.Namespace, model_args: BaseModelArgs
+) -> Sampling:
+    """Settings for these prompts. Raises `UserError` for impossible values."""
+    most = args.max_new_tokens
+    if most is None:
+        left = model_args.max_seq_len - max(map(len, prompts))
+        most = max(1, min(_NEW_TOKENS, left))
+    return Sampling(most, args.temperature, args.top_p, args.seed)
+
+
 def run(args: argparse.Namespace) -> None:
     check_options(args)
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     found = detect_model(args.source)
     spec, model_args = found.spec, found.args
     tokenizer, assets_path = find_tokenizer(args.source, args.tokenizer)
     chat = find_chat(args.source, args.chat_template) if args.chat else Chat()
     renderer = ChatRenderer(tokenizer, assets_path, chat)
     prompts = [] if args.chat else encode_prompts(tokenizer, args.prompt)
+    sampling = sampling_for(prompts or [[]], args, model_args)
     if max(map(max, filter(None, prompts)), default=0) >= model_args.vocab_size:
         raise UserError(
             f"the tokenizer has more entries than the model's {model_args.vocab_size}; name the "
@@ -256,7 +273,8 @@ def run(args: argparse.Namespace) -> None:
         if args.chat:
 
             def answer(prompt: list[int], stop_ids: Collection[int]) -> str:
-                ids = generate(model, [prompt], sampling, stop_ids=stop_ids, device=device)
+                settings = sampling_for([prompt], args, model_args)
+                ids = generate(model, [prompt], settings, stop_ids=stop_ids, device=device)
                 return tokenizer.decode(ids[0])
 
             return converse(args, renderer, answer)

@@ -51,6 +51,27 @@ def test_text_goes_out_in_any_encoding(encoding, start, generate, run, monkeypat
     assert written_to(encoding, monkeypatch, lambda: generate(options)).startswith(start)
 
 
+def test_as_many_tokens_come_as_there_are_positions(generate, run, capsys):
+    """The model has 32; asked for by nobody, 128 tokens are too many for no prompt."""
+    told = [str(run / STEP), "--prompt", "Once upon a time", "--temperature", "0"]
+    assert generate(told) == 0
+    assert len(capsys.readouterr().out) > len("Once upon a time\n")
+    assert generate([*told, "--max_new_tokens", "32"]) == 2
+    assert "lower max_new_tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "source, sentence",
+    [
+        ("", "checkpoint is not a checkpoint; did you mean"),
+        ("nothing", "/nothing does not exist; correct the"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_told(source, sentence, generate, run, capsys):
+    assert generate([str(run / source), "--prompt", "a"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("prompt", ["a\udcff", "\ud800"])
 def test_a_prompt_that_is_no_text_is_refused(prompt, generate, run, capsys):
     assert generate([str(run / STEP), "--prompt", "fine", "--prompt", prompt]) == 2

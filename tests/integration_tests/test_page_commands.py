@@ -60,7 +60,7 @@ RUN_HERE = {
         {"400": "4"}, [*without("training.dataset", "training.steps")]
     ),
     'python scripts/generate.py outputs/checkpoint/step-280 --prompt "Once upon a time"': Shrunk(
-        {"step-280": "step-4"}, ["--max_new_tokens=2"]
+        {"step-280": "step-4"}, []
     ),
     "./run_train.sh --training.steps 20 --job.dump_folder /tmp/out": Shrunk(
         {"20": "2", "/tmp/out": "outputs"}, [*without("training.steps"), "--validation.no_enable"]
@@ -84,7 +84,7 @@ RUN_HERE = {
         {}, [*ONE_PROCESS, "--checkpoint.initial_load_path=published", "--job.dump_folder=run"]
     ),
     'python scripts/generate.py assets/hf/Moonlight-16B-A3B --prompt "Once upon a time" '
-    "--temperature 0": Shrunk({"assets/hf/Moonlight-16B-A3B": "published"}, ["--max_new_tokens=2"]),
+    "--temperature 0": Shrunk({"assets/hf/Moonlight-16B-A3B": "published"}, []),
     f"{CONVERSION}/convert_to_hf.py outputs/checkpoint/step-1000 my-model "
     "--assets assets/hf/Moonlight-16B-A3B": Shrunk(
         {
@@ -94,7 +94,7 @@ RUN_HERE = {
         [],
     ),
     'python scripts/generate.py my-model --prompt "Once upon a time" --temperature 0': Shrunk(
-        {}, ["--max_new_tokens=2"]
+        {}, []
     ),
     f"{TRAIN} --job.config_file X.toml --section.key value": Shrunk(
         {"X.toml": DEBUG_TOML, "--section.key": "--job.description", "value": "toy"},
@@ -115,7 +115,7 @@ RUN_HERE = {
         {"assets/hf/DeepSeek-V3": "my-model"}, []
     ),
     'python scripts/generate.py outputs/checkpoint/step-1000 --prompt "Once upon a time" '
-    '--prompt "2 + 2 ="': Shrunk({"step-1000": "step-1"}, ["--max_new_tokens=2"]),
+    '--prompt "2 + 2 ="': Shrunk({"step-1000": "step-1"}, []),
     f"{TRAIN} --model.flavor 16B --model.args.n_layers 8 --training.seq_len 4096 "
     "--training.local_batch_size 4 --training.steps 14 --lr_scheduler.warmup_steps 2 "
     "--metrics.log_freq 1 --activation_checkpoint.mode none "

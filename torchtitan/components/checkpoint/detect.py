@@ -41,8 +41,9 @@ def detect_model(source: Path) -> DetectedModel:
     Hugging Face folder, or where no family supports its model."""
     if is_complete(source):
         return _of_checkpoint(source)
-    if any(steps_with_folder(source).values()):
-        require_checkpoint(source)  # names one of the steps
+    for folder in (source, source / "checkpoint"):  # of checkpoints, of a run
+        if any(steps_with_folder(folder).values()):
+            require_checkpoint(folder)  # names one of the steps
     config = HFFolder(source).config
     if not config:
         raise UserError(f"{source} has no {CONFIG}, which describes the model; add it.")

@@ -78,6 +78,8 @@ class HFFolder:
                     "download them (scripts/download_hf_assets.py resumes where it stopped)."
                 )
             return file_of
+        if not self.path.exists():
+            raise UserError(f"{self.path} does not exist; correct the path.")
         if not files:
             script = f"python scripts/download_hf_assets.py {self._repo} --weights"
             fetch = f"fetch them with `{script}`, or " if self._repo else ""
