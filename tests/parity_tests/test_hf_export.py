@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3MoeConfig
 
 from tests.parity_tests.test_deepseek_hf import Case, batch, v3
 from torchtitan.components.huggingface.load_save import load_hf, save_hf
+from torchtitan.data.tokenizer import DEFAULT_PATH, load_tokenizer
 from torchtitan.models.deepseek_v3 import (
     DeepSeekV3Model,
     DeepSeekV3ModelArgs,
@@ -210,6 +211,21 @@ def test_further_ends_and_sampling_stay_and_the_rest_goes(assets, tmp_path):
         "eos_token_id": [37, 11],
         "pad_token_id": 2,
     }
+
+
+@pytest.mark.parametrize("says", [None, False])
+def test_texts_begin_for_transformers_as_in_training(tmp_path, says):
+    """The shipped folder doesn't say how texts begin; one that does is left alone."""
+    source = Path(shutil.copytree(DEFAULT_PATH, tmp_path / "assets"))
+    if says is not None:
+        file = source / "tokenizer_config.json"
+        file.write_text(json.dumps(read(file) | {"add_bos_token": says}))
+    folder = export(model_of(args_of(v3(yarn=False))), tmp_path / "hf", assets_path=source)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = load_tokenizer(str(folder)).encode("Once upon", add_bos=says is None)
+    assert theirs("Once upon")["input_ids"] == ours
+    same = (folder / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert same == (says is not None)
 
 
 def test_without_a_tokenizer_no_class_default_stands_in(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer, processors
 
 from torchtitan.components.huggingface.folder import CONFIG, read_json
 from torchtitan.data.tokenizer import load_tokenizer, locate
@@ -83,6 +84,7 @@ def write_assets(
     if assets is not None:
         _copy(assets.folder, folder)
         theirs, generation, known = assets.config, assets.generation, _known_ids(assets.path)
+        _begin_texts(folder, known.get("bos"))
     # null: unknown. For a missing key readers would take an id of the family's published model.
     unknown = {f"{role}_token_id": None for role in ROLES}
     vocab_size = model["vocab_size"]
@@ -111,6 +113,25 @@ def _known_ids(path: Path) -> dict[str, int | None]:
         logger.warning("Ids of special tokens come from %s alone: %s", CONFIG, error)
         return {}
     return {role: getattr(tokenizer, f"{role}_id") for role in ROLES}
+
+
+def _begin_texts(folder: Path, bos_id: int | None) -> None:
+    """Let an exported tokenizer.json begin texts with the begin token, as training does, where
+    neither it nor tokenizer_config.json says how texts begin."""
+    file = folder / "tokenizer.json"
+    says = "add_bos_token" in read_json(folder / "tokenizer_config.json")
+    if bos_id is None or says or not file.exists():
+        return
+    tokenizer = Tokenizer.from_file(str(file))
+    token = tokenizer.id_to_token(bos_id)
+    if token is None or bos_id in tokenizer.encode("a").ids:
+        return
+    begin = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A $B:1", special_tokens=[(token, bos_id)]
+    )
+    before = tokenizer.post_processor
+    tokenizer.post_processor = begin if before is None else processors.Sequence([before, begin])
+    tokenizer.save(str(file))
 
 
 def _token_ids(
