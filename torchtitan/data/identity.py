@@ -16,7 +16,8 @@ REVISION = "data revision"
 FINGERPRINTS = (CONTENTS, REVISION)
 
 START_ANEW = (
-    'or begin the data anew with checkpoint.exclude_from_loading = ["dataloader"] and keep the rest'
+    "give a new run another job.dump_folder, or begin the data anew with "
+    'checkpoint.exclude_from_loading = ["dataloader"] and keep the rest'
 )
 _SIZES = ("data bytes", "data files", "data documents")
 

@@ -175,7 +175,8 @@ def refuse_other_model(path: Path, meta: dict[str, Any], identity: Identity) -> 
         raise UserError(
             f"checkpoint {path} is of model {meta['model']['name']} {meta['model']['flavor']}, and "
             f"this run's ({identity.model} {identity.flavor}) differs in {_first_few(differing)}; "
-            "set model.flavor and model.args as in the checkpoint, or take another one."
+            "set model.flavor and model.args as in the checkpoint, or take another one (for a new "
+            "run: another job.dump_folder)."
         )
 
 
@@ -192,7 +193,8 @@ def refuse_other_tensors(
     if problems:
         raise UserError(
             f"checkpoint {path} does not fit this run: {_first_few(sorted(problems))}; take one of "
-            "the same model and optimizer, or leave parts out with checkpoint.exclude_from_loading."
+            "the same model and optimizer (for a new run: another job.dump_folder), or leave parts "
+            "out with checkpoint.exclude_from_loading."
         )
 
 
