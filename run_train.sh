@@ -22,6 +22,7 @@ refuse() { # sentence
   echo "$1" >&2
   exit 2
 }
+[[ ${1:-} != *.toml ]] || refuse "'$1' is not an option; name a settings file so: CONFIG_FILE=$1 ./run_train.sh"
 [[ ${NGPU:-1} =~ ^[1-9][0-9]{0,5}$ ]] ||
   refuse "NGPU is '$NGPU': it is the number of processes, from 1; leave it out for one a GPU (without a GPU, 2)."
 [[ ${LOG_RANK:=0} =~ ^[0-9]+(,[0-9]+)*$ ]] ||
@@ -53,7 +54,13 @@ set_up
 train=(-m torchtitan.train --job.config_file "${CONFIG_FILE:-$repo/train_configs/debug_model.toml}" "$@")
 export LOG_RANK STOP_CODE PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
 for argument in "$@"; do
-  case $argument in -h | --help | --version) exec "$PYTHON" "${train[@]}" ;; esac
+  case $argument in
+    -h | --help)
+      sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+      exec "$PYTHON" "${train[@]}"
+      ;;
+    --version) exec "$PYTHON" "${train[@]}" ;;
+  esac
 done
 
 # A signal counts from here on. bash takes note of it when its child is done; the launcher listens itself.

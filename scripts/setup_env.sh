@@ -56,6 +56,7 @@ fill_venv() { # extras
   fi
   if ! "$PYTHON" -c 'import tomllib' 2>/dev/null || ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
     base=$(find_python) || exit 2
+    echo "Making $repo/.venv" >&2
     "$base" -m venv --clear "$repo/.venv"
   fi
   site=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -64,14 +65,25 @@ fill_venv() { # extras
     [ -e "$info/RECORD" ] || rm -rf "$info"
   done
   mapfile -t packages < <(lacking "$PYTHON" "$1" "$repo/constraints.txt")
-  echo "Installing into $repo/.venv (a few minutes the first time): ${packages[*]}" >&2
-  if ! "$PYTHON" -m pip install --quiet --retries 1 --constraint "$repo/constraints.txt" "${packages[@]}" \
-    2>"$log"; then
+  echo "Installing into $repo/.venv (some 1.5 GB, minutes the first time): ${packages[*]}" >&2
+  if ! "$PYTHON" -m pip install --retries 1 --constraint "$repo/constraints.txt" "${packages[@]}" \
+    2>"$log" | name_packages; then
     echo "pip could not install that: $(reason_in "$log") (all it said: $log)" >&2
     exit 2
   fi
   # The repository itself, as an editable install has it, but without building it: that needs a network.
   echo "$repo" >"$site/torchtitan-moe.pth"
+}
+
+name_packages() { # pip's words as it goes: in a terminal, one changing line with the package at hand
+  local word name line=
+  while read -r word name _; do
+    [ -t 2 ] || continue
+    case $word in
+      Collecting | Downloading | Installing) printf '\r\033[K  %s %.60s' "$word" "${name##*/}" >&2; line=1 ;;
+    esac
+  done
+  [ -z "$line" ] || printf '\r\033[K' >&2
 }
 
 reason_in() { # pip's words: prints why it failed, and the way out

@@ -123,7 +123,9 @@ def test_the_first_call_makes_an_environment_with_the_pinned_versions(filled):
     repository, first = filled
     assert first.returncode == 0, first.stderr
     assert first.stdout.strip() == str(repository.python)
-    assert first.stderr.startswith(f"Installing into {repository.root}/.venv")
+    made, installing = first.stderr.splitlines()
+    assert made == f"Making {repository.root}/.venv"
+    assert installing.startswith(f"Installing into {repository.root}/.venv")
     assert repository.installed("tool_a") == "1.0", "2.0 is there too, but not pinned"
 
 
