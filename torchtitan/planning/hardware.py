@@ -61,7 +61,10 @@ def find_hardware(name: str) -> Hardware:
         raise UserError(f"{TABLE} can't be read ({error}); mend it, or restore it.") from None
     wanted = name.lower().replace("-", "_")
     if wanted not in rows:
-        raise UserError(f"--hardware '{name}' is not in {TABLE.name}{suggest(wanted, rows)}")
+        raise UserError(
+            f"--hardware '{name}' is not in {TABLE.name}, which has {', '.join(rows)}: name one of "
+            "them, or add a row for it."
+        )
     return _checked(wanted, rows[wanted])
 
 

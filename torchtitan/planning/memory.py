@@ -24,7 +24,7 @@ PARTS = (
     "gradients",
     "gathered weights",
     "activations",
-    "passing",
+    "temporaries",
     "buffers",
 )
 FP32 = 4

@@ -38,6 +38,7 @@ class PlannedRun:
     device_type: of the machines that will run it, "cuda" or "cpu".
     node_size: consecutive ranks that share a node.
     now: batch and sequences of the planned steps.
+    phase: number of the schedule's phase whose last step is planned; 0: the run's first step.
     """
 
     config: JobConfig
@@ -49,6 +50,7 @@ class PlannedRun:
     degrees: Degrees
     pipeline: PipelinePlan | None
     now: StepSettings
+    phase: int = 0
 
     @property
     def passes(self) -> int:
@@ -180,6 +182,7 @@ def plan_run(
         degrees=degrees,
         pipeline=pipeline,
         now=now,
+        phase=phase,
     )
 
 

@@ -32,6 +32,10 @@ def head_lines(plan: Plan) -> list[str]:
         f"A step: {now.batch_size:,} sequences of {now.seq_len:,} tokens, {now.local_batch_size} a "
         f"data-parallel rank and pass, {run.passes} pass{'es' if run.passes > 1 else ''}",
     ]
+    phases = len(run.config.schedule.phase)
+    if phases:
+        which = f"the last step of phase {run.phase}" if run.phase else "the run's first step"
+        lines.append(f"This is {which}; --phase 1 to {phases} plans the last step of another phase")
     routing = plan.traces.routing
     if routing is not None:
         lines.append(
