@@ -111,10 +111,13 @@ def _check_experts(degrees: Degrees, stage: int) -> None:
         processes += " of a pipeline stage"
     if degrees.etp > 1:
         processes += " over expert_tensor_parallel_degree"
+    way_out = nearest(degrees.ep, legal)
+    if most < degrees.ep and stage == replica:
+        way_out += f", or start a multiple of {degrees.ep} processes"
     raise UserError(
         f"parallelism.expert_parallel_degree = {degrees.ep} must divide the "
         f"{' x '.join(shown)} degree ({replica}), or be a multiple of it that divides "
-        f"{processes} ({most}); set it to {nearest(degrees.ep, legal)}."
+        f"{processes} ({most}); set it to {way_out}."
     )
 
 

@@ -185,9 +185,10 @@ def _read_options(argv: list[str]) -> dict[str, str | bool]:
     while position < len(argv):
         token = argv[position]
         if not token.startswith("--"):
-            raise UserError(
-                f"command line: '{token}' is not an option; options look like --training.steps 100."
-            )
+            way_out = "options look like --training.steps 100"
+            if token.endswith(".toml"):
+                way_out = f"name a settings file so: CONFIG_FILE={token} ./run_train.sh"
+            raise UserError(f"command line: '{token}' is not an option; {way_out}.")
         name, has_value, value = token[2:].partition("=")
         values = [value] if has_value else []
         position += 1

@@ -129,7 +129,7 @@ def describe(config: JobConfig, checked: Checked) -> str:
         f"The config fits: {processes} process{'es' if processes > 1 else ''}"
         f"{f' ({layout})' if layout else ''}, {config.model.name} {config.model.flavor} with "
         f"{_short(model_args.num_weights)} parameters, {config.training.steps:,} steps of "
-        f"{first.batch_size} sequences of {first.seq_len} tokens."
+        f"{first.batch_size} sequences of {first.seq_len} tokens. Its data was not read."
     )
 
 

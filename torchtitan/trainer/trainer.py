@@ -54,7 +54,8 @@ class Trainer(BuiltRun):
             self._end(f"failed: {error}")
             raise
         self._end(how)
-        logger.info("Training %s after step %d", how, self.step)
+        unsaved = "" if self.checkpoint.saves else "; nothing is saved without checkpoint.enable"
+        logger.info("Training %s after step %d%s", how, self.step, unsaved)
 
     def _run_steps(self) -> str:
         """Run all steps. Returns how the run ended."""

@@ -73,7 +73,12 @@ def names_in(table) -> str:
             "--job.description two words takes one value, not 2; put quotes around a value with "
             "spaces.",
         ),
-        ("train.toml", "'train.toml' is not an option; options look like --training.steps 100."),
+        ("training", "'training' is not an option; options look like --training.steps 100."),
+        (
+            "train.toml",
+            "'train.toml' is not an option; name a settings file so: CONFIG_FILE=train.toml "
+            "./run_train.sh.",
+        ),
         (
             "--model.args 3",
             "--model.args 3 must be a table of numbers, strings, booleans and lists, for example "

@@ -290,7 +290,7 @@ def test_a_config_that_fits_is_told_what_it_comes_to(capfd, tmp_path):
     out, err = capfd.readouterr()
     assert re.fullmatch(
         r"The config fits: 1 process, deepseek_v3 debugmodel with \d+ k parameters, 7 steps of "
-        r"4 sequences of 32 tokens\.\n",
+        r"4 sequences of 32 tokens\. Its data was not read\.\n",
         out,
     )
     assert err == ""
