@@ -187,10 +187,10 @@ RUN_BY_ANOTHER_TEST = {
     '--prompt "Tell me about memory." --prompt "And disks?"': (
         f"{_CHAT}test_it_answers_word_for_word_in_several_turns"
     ),
-    f"{CONVERSION}/convert_to_hf.py outputs/moonlight_16b_a3b_lora/checkpoint/step-1000 my-adapter "
-    "--assets assets/hf/Moonlight-16B-A3B": _ADAPTERS,
-    f"{CONVERSION}/convert_to_hf.py outputs/moonlight_16b_a3b_lora/checkpoint/step-1000 my-model --merged "
-    "--assets assets/hf/Moonlight-16B-A3B": _ADAPTERS,
+    f"{CONVERSION}/convert_to_hf.py outputs/moonlight_16b_a3b_lora/checkpoint/step-1000 "
+    "my-adapter --assets assets/hf/Moonlight-16B-A3B": _ADAPTERS,
+    f"{CONVERSION}/convert_to_hf.py outputs/moonlight_16b_a3b_lora/checkpoint/step-1000 "
+    "my-model --merged --assets assets/hf/Moonlight-16B-A3B": _ADAPTERS,
     "python scripts/write_command_docs.py": f"{_WRITTEN}test_the_page_is_written_from_the_code",
     "python scripts/write_code_index.py": f"{_WRITTEN}test_the_page_is_written_from_the_code",
     "python scripts/write_config_docs.py": (
