@@ -1,6 +1,7 @@
 """A layer whose experts live on other ranks computes what it computes with all of them at home."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -25,24 +26,25 @@ GROUPS = {"num_expert_groups": 8, "num_limited_groups": 4}
 
 
 def layer_cases(world_size: int, dtype: torch.dtype) -> list[MoEArgs]:
-    """All on four CPU processes in fp32; elsewhere a third, with every value of every option."""
+    """Two complementary sets of options for each top-k, so that any two options meet with each of
+    their values; on four CPU processes in fp32 both, elsewhere every second one."""
+    options = list(product((False, True), repeat=3))
     cases = [
         MoEArgs(
             num_experts=EXPERTS,
-            num_shared_experts=shared,
+            num_shared_experts=int(shared),
             top_k=top_k,
             score_before_experts=before,
             route_norm=top_k > 1,  # alone it makes the weight a constant, without a gradient
-            **groups,
+            **(GROUPS if in_groups else {}),
         )
         for top_k in range(1, 9)
-        for groups in ({}, GROUPS)
-        for before in (False, True)
-        for shared in (0, 1)
+        for in_groups, before, shared in (options[top_k % 4], options[7 - top_k % 4])
     ]
     if (world_size, dtype) == (4, torch.float32) and not torch.cuda.is_available():
         return cases
-    return cases[{2: 1, 4: 2, 8: 0}[world_size] :: 3]
+    # Every top-k, with the two sets in turn.
+    return [cases[2 * i + (i // 4 + world_size // 4) % 2] for i in range(8)]
 
 
 def make_layer(args: MoEArgs, dtype: torch.dtype) -> MoE:

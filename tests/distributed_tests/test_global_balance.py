@@ -60,7 +60,7 @@ def plain() -> dict:
 LAYOUTS = {
     "one process": layout(1),
     "one process, a sequence at a time": layout(1, accumulation=8),
-    "FSDP 2, compiled, recomputed, accumulation": layout(2, *COMPILED, ac="full", accumulation=2),
+    "FSDP 2, recomputed, accumulation": layout(2, ac="full", accumulation=2),
     # Tokens travel, so the layers are compiled in pieces, inside of what is recomputed.
     "EP 2, compiled, recomputed": layout(2, *COMPILED, ac="full", ep=2),
     "PP 2, recomputed": layout(2, *pipeline("1F1B"), ac="full", pp=2),

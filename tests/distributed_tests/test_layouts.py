@@ -17,7 +17,6 @@ from tests.distributed_tests.training_ranks import (
     SEQUENCES,
     assert_trained_alike,
     evaluated_and_trained,
-    first_gradients,
     one_process,  # noqa: F401 (a fixture)
     one_process_with_documents,  # noqa: F401 (a fixture)
     train_on_this_rank,
@@ -242,11 +241,56 @@ def test_the_table_has_each_pair_of_parallelisms_and_many_of_four() -> None:
     assert len(rows) >= 40
 
 
+# AdamW hides a wrong factor, and the norm a small gradient: here each is compared.
+EACH_GRADIENT = [
+    "EP 2",
+    "EP 2, HSDP 2 x 2, recomputed",
+    "EP 4, nodes of 1",
+    "EP 4 from DDP 4",
+    "EP 8",
+    "EP 4, FSDP 2, nodes of 2",
+    "TP 2",
+    "TP 4",
+    "TP 2, split experts",
+    "TP 2, FSDP 2, EP 2, by operation",
+    "CP 2",
+    "CP 2, by heads",
+    "CP 4",
+    "CP 2, TP 2, EP 2 of split experts",
+    "FSDP 2, CP 2, TP 2, EP 4, nodes of 2",
+    "PP 2, 1F1B",
+    "PP 2, TP 2",
+    "PP 2, DualPipeV interleaved, EP 2",
+]
+
+
+@pytest.fixture(scope="module")
+def gradients_of_one_process(ranks, tmp_path_factory) -> dict[str, Tensor]:
+    folder = str(tmp_path_factory.mktemp("one"))
+    return ranks(1).run(train_on_this_rank, layout(1)[1], folder, True)[0]["gradients"]
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_trains_like_one_process(ranks, one_process, name, tmp_path):  # noqa: F811
+def test_every_layout_trains_like_one_process(
+    ranks,
+    one_process,  # noqa: F811
+    gradients_of_one_process,
+    name,
+    tmp_path,
+):
     world_size, options = LAYOUTS[name]
-    for result in ranks(world_size).run(train_on_this_rank, options, str(tmp_path)):
+    told = options, str(tmp_path), name in EACH_GRADIENT
+    for result in ranks(world_size).run(train_on_this_rank, *told):
         assert_trained_alike(result, one_process)
+        if name in EACH_GRADIENT:
+            assert_equal_gradients(result["gradients"], gradients_of_one_process)
+
+
+def assert_equal_gradients(gradients: dict, expected: dict) -> None:
+    assert gradients.keys() == expected.keys()
+    for name, one in expected.items():
+        error = ((gradients[name] - one).norm() / one.norm()).item()
+        assert error <= 1e-6, f"the gradient of {name} is off by {error:.1e}"
 
 
 # Attention ends where a document does.
@@ -264,45 +308,6 @@ def test_packed_documents_train_like_one_process(
     world_size, options = LAYOUTS[name]
     for result in ranks(world_size).run(train_on_this_rank, [*options, DOCUMENTS], str(tmp_path)):
         assert_trained_alike(result, one_process_with_documents)
-
-
-@pytest.fixture(scope="module")
-def gradients_of_one_process(ranks, tmp_path_factory) -> dict[str, Tensor]:
-    folder = str(tmp_path_factory.mktemp("one"))
-    return ranks(1).run(first_gradients, layout(1)[1], folder)[0]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "EP 2",
-        "EP 2, HSDP 2 x 2, recomputed",
-        "EP 4, nodes of 1",
-        "EP 4 from DDP 4",
-        "EP 8",
-        "EP 4, FSDP 2, nodes of 2",
-        "TP 2",
-        "TP 4",
-        "TP 2, split experts",
-        "TP 2, FSDP 2, EP 2, by operation",
-        "CP 2",
-        "CP 2, by heads",
-        "CP 4",
-        "CP 2, TP 2, EP 2 of split experts",
-        "FSDP 2, CP 2, TP 2, EP 4, nodes of 2",
-        "PP 2, 1F1B",
-        "PP 2, TP 2",
-        "PP 2, DualPipeV interleaved, EP 2",
-    ],
-)
-def test_every_gradient_is_that_of_one_process(ranks, gradients_of_one_process, name, tmp_path):
-    """AdamW hides a wrong factor, and a small weight's gradient hides in the norm: each alone."""
-    world_size, options = LAYOUTS[name]
-    for gradients in ranks(world_size).run(first_gradients, options, str(tmp_path)):
-        assert gradients.keys() == gradients_of_one_process.keys()
-        for name, expected in gradients_of_one_process.items():
-            error = ((gradients[name] - expected).norm() / expected.norm()).item()
-            assert error <= 1e-6, f"{name} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,12 @@ def test_a_rewind_takes_the_sequences_back(tmp_path, monkeypatch):
 # Processes, the degree of data parallelism, options.
 LAYOUTS = {
     "FSDP 2": (2, 2, []),
-    "EP 2, compiled": (2, 2, [*layout(2, *COMPILED, ep=2)[1], "--training.steps=4"]),
+    # Validation, of a third length, would be compiled anew behind each change.
+    "EP 2, compiled": (
+        2,
+        2,
+        [*layout(2, *COMPILED, ep=2)[1], "--training.steps=4", "--validation.no-enable"],
+    ),
     "CP 2": (2, 1, layout(2, cp=2)[1]),
     "CP 2, TP 2": (4, 1, layout(4, cp=2, tp=2)[1]),
     "PP 2": (2, 1, layout(2, ONE_BY_ONE, pp=2)[1]),
@@ -179,7 +184,7 @@ def test_every_layout_changes_them_alike(ranks, validated, tmp_path, name):
     ranks(world_size).run(train_here, tmp_path, phases, more)
     steps = 4 if "compiled" in name else STEPS
     assert losses(tmp_path) == pytest.approx(losses(validated)[:steps], rel=1e-6)
-    expected = validation_losses(validated)[: 1 + steps // 2]
+    expected = [] if "compiled" in name else validation_losses(validated)
     assert validation_losses(tmp_path) == pytest.approx(expected, rel=1e-6)
 
 

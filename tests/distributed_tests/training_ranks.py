@@ -77,13 +77,16 @@ def global_batches() -> list[tuple[Tensor, Tensor]]:
     return steps
 
 
-def train_on_this_rank(options: list[str], dump_folder: str) -> dict:
-    """Run the trainer on this rank's share of the global batches."""
-    return train_with(config_of(*options, f"--job.dump_folder={dump_folder}"))
+def train_on_this_rank(options: list[str], dump_folder: str, gradients: bool = False) -> dict:
+    """Run the trainer on this rank's share of the global batches.
+
+    gradients: return those of the first step, too, before clipping.
+    """
+    return train_with(config_of(*options, f"--job.dump_folder={dump_folder}"), gradients)
 
 
-def train_with(config: JobConfig) -> dict:
-    trainer = Trainer(config)
+def train_with(config: JobConfig, gradients: bool = False) -> dict:
+    trainer, first_gradients = Trainer(config), {}
     size = trainer.config.training.local_batch_size
     share = SEQUENCES // trainer.dims.dp_degree
     first = trainer.dims.dp_rank(trainer.rank) * share
@@ -96,6 +99,8 @@ def train_with(config: JobConfig) -> dict:
     for _ in range(STEPS):
         trainer.step += 1
         results.append(trainer.train_step(batches, Interval()))
+        if gradients and not first_gradients:
+            first_gradients = gradients_of(trainer, results[0].grad_norm)
     state = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     state = of_all_stages(state, trainer)
     trainer.close()
@@ -104,7 +109,18 @@ def train_with(config: JobConfig) -> dict:
         "norms": [result.grad_norm for result in results],
         "side_losses": [result.side_losses for result in results],
         "state": state,
+        "gradients": first_gradients,
     }
+
+
+def gradients_of(trainer: Trainer, norm: float) -> dict[str, Tensor]:
+    """Gradients of the step that has just ended, before clipping; whole tensors on every rank.
+
+    norm: of all gradients.
+    """
+    clipped = min(1, MAX_NORM / norm)
+    found = {n: whole(p.grad) / clipped for n, p in trainer.model.named_parameters()}
+    return of_all_stages(found, trainer)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -136,21 +152,6 @@ def assert_trained_alike(result: dict, expected: dict) -> None:
 def counts_of(labels: Tensor | int) -> StepCounts:
     """Counts of a step of text: each token has a label of weight 1."""
     return StepCounts(*torch.as_tensor(labels).expand(3))
-
-
-def first_gradients(options: list[str], dump_folder: str) -> dict[str, Tensor]:
-    """Gradients of the first global batch, before clipping; whole tensors on every rank."""
-    trainer = Trainer(config_of(FP32, *options, f"--job.dump_folder={dump_folder}"))
-    tokens, labels = global_batches()[0]
-    share = SEQUENCES // trainer.dims.dp_degree
-    first = trainer.dims.dp_rank(trainer.rank) * share
-    mine = slice(first, first + share)
-    counts = counts_of((labels != IGNORE_INDEX).sum())
-    trainer.forward_backward(({"input": tokens[mine]}, labels[mine]), counts)
-    gradients = {n: whole(p.grad) for n, p in trainer.model.named_parameters()}
-    gradients = of_all_stages(gradients, trainer)
-    trainer.close()
-    return gradients
 
 
 def evaluated_and_trained(options: list[str], dump_folder: str) -> list[float]:
