@@ -10,11 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tokenizers
 import torch
-from tokenizers import Tokenizer, processors
+from tokenizers import processors
 
 from torchtitan.components.huggingface.folder import CONFIG, read_json
-from torchtitan.data.tokenizer import load_tokenizer, locate
+from torchtitan.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, locate
 from torchtitan.ops.block_fp8 import BLOCK
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
@@ -83,8 +84,11 @@ def write_assets(
     theirs, generation, known = ({}, {}, {})
     if assets is not None:
         _copy(assets.folder, folder)
-        theirs, generation, known = assets.config, assets.generation, _known_ids(assets.path)
-        _begin_texts(folder, known.get("bos"))
+        theirs, generation, tokenizer = assets.config, assets.generation, _load(assets.path)
+        if tokenizer is not None:
+            known = {role: getattr(tokenizer, f"{role}_id") for role in ROLES}
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            _begin_texts(folder, tokenizer.bos_id)
     # null: unknown. For a missing key readers would take an id of the family's published model.
     unknown = {f"{role}_token_id": None for role in ROLES}
     vocab_size = model["vocab_size"]
@@ -105,14 +109,13 @@ def write_assets(
         _write(folder / GENERATION, settings)
 
 
-def _known_ids(path: Path) -> dict[str, int | None]:
-    """Read the tokenizer's special ids by role; empty where it can't be loaded."""
+def _load(path: Path) -> Tokenizer | None:
+    """Load the tokenizer, which knows the special ids; None where it can't be loaded."""
     try:
-        tokenizer = load_tokenizer(str(path))
+        return load_tokenizer(str(path))
     except UserError as error:
         logger.warning("Ids of special tokens come from %s alone: %s", CONFIG, error)
-        return {}
-    return {role: getattr(tokenizer, f"{role}_id") for role in ROLES}
+        return None
 
 
 def _begin_texts(folder: Path, bos_id: int | None) -> None:
@@ -122,7 +125,7 @@ def _begin_texts(folder: Path, bos_id: int | None) -> None:
     says = "add_bos_token" in read_json(folder / "tokenizer_config.json")
     if bos_id is None or says or not file.exists():
         return
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
     token = tokenizer.id_to_token(bos_id)
     if token is None or bos_id in tokenizer.encode("a").ids:
         return
