@@ -81,7 +81,8 @@ def report_streams(
     settable: whether a key of the TOML sets the number; validation has none
     """
     if settable:
-        logger.info(f"{heading}: read as {num_streams} streams (training.dataset_lanes)")
+        streams = f"{num_streams} stream{'s' if num_streams > 1 else ''}"
+        logger.info(f"{heading}: read as {streams} (training.dataset_lanes)")
     times = rank_slice.times_made(num_streams)
     if times < 2:
         return
