@@ -21,7 +21,7 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 # Number of allocations and frees that a snapshot holds, each with its Python stack: tens of MB, of
-# deep stacks hundreds. C++ frames are left out: looking up their names can take minutes, in which
+# deep stacks hundreds. C++ frames are left out: looking up their names takes long, and meanwhile
 # the other ranks wait.
 _HISTORY: dict[str, Any] = {"max_entries": 100_000, "stacks": "python"}
 
