@@ -29,6 +29,7 @@ from scripts.cards.checks import Check, run_checks, sizes, subject_of
 from scripts.cards.official import PUBLISHED
 from scripts.cards.page import render
 from scripts.cards.throughput import rows_of
+from torchtitan.config import Model
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.errors import UserError, suggest
 from torchtitan.tools.script import run_script
@@ -86,7 +87,7 @@ def prove(flavor: str, family: str) -> list[dict[str, Any]]:
     found = []
     for file in sorted((entry.REPO / "train_configs").glob("*.toml")):
         model = tomli.loads(file.read_text(encoding="utf-8")).get("model", {})
-        if (model.get("name"), model.get("flavor")) != (family, flavor):
+        if (model.get("name", Model().name), model.get("flavor")) != (family, flavor):
             continue
         command = [sys.executable, str(entry.REPO / "scripts/prove.py"), str(file)]
         env = os.environ | {"PYTHONPATH": str(entry.REPO)}

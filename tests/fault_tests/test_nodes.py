@@ -177,6 +177,36 @@ def test_settings_that_differ_between_nodes(launchers, tmp_path):
         assert "0.01 on rank 0 (node 0: host-a, 10.99.0.1); start all" in last
 
 
+def test_sigterm_to_one_launcher_ends_all_nodes_with_a_checkpoint(launchers, tmp_path):
+    _start_long_run(launchers, tmp_path)
+    os.kill(launchers.processes[1].pid, signal.SIGTERM)
+    for node in range(2):
+        code, last = launchers.end(node)
+        assert code == 0, last
+    newest = max(losses_by_step(tmp_path))
+    assert (tmp_path / "checkpoint" / f"step-{newest}").exists()
+
+
+def test_when_node_0_dies_the_others_end_and_name_it(launchers, tmp_path):
+    """Its launcher too, at which the nodes met."""
+    _start_long_run(launchers, tmp_path)
+    (rank,) = ranks_of(launchers.processes[0].pid)
+    launchers.processes[0].kill()
+    os.kill(rank, signal.SIGKILL)
+    code, last = launchers.end(1)
+    assert code == 1
+    assert re.search(rf"E {re.escape(B)}: rank 1: step \d+: .* has gone \(", last), last
+    assert last.endswith(f"; {A}, at which the nodes met, has ended.")
+
+
+def _start_long_run(launchers: Launchers, folder: Path) -> None:
+    """Start both nodes, and return when steps have been done."""
+    options = tiny(folder, **SAVES | {"training__steps": 100_000})
+    for node in range(2):
+        launchers.start(node, *options)
+    until(lambda: (folder / "checkpoint" / "step-3").exists(), launchers.log(0))
+
+
 def test_a_rank_that_dies_is_replaced_and_a_node_that_dies_is_named(launchers, tmp_path):
     options = tiny(tmp_path, **SAVES | {"training__steps": 100_000})
     for node in range(2):

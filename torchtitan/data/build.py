@@ -53,41 +53,42 @@ def build_text_dataloader(
         else ChatDataset(source, tokenizer, settings, rank_slice, renderer)
         for source in sources
     ]
-    name = sources[0].name
+    heading = sources[0].settings.heading
     dataset: StreamDataset = datasets[0]
     if settings.blended:
         names = [each.label for each in settings.datasets]
         by_name = dict(zip(names, datasets, strict=True))
-        name, dataset = "blend", BlendedDataset(by_name, BlendOrder(segments))
+        heading, dataset = "Data blend", BlendedDataset(by_name, BlendOrder(segments))
     loader = build_dataloader(dataset)
-    report_streams(name, num_streams, rank_slice, sources, settable=settings.infinite)
+    report_streams(heading, num_streams, rank_slice, sources, settable=settings.infinite)
     return loader
 
 
 def report_streams(
-    name: str,
+    heading: str,
     num_streams: int,
     rank_slice: RankSlice,
     sources: Sequence[Source] = (),
     settable: bool = True,
 ) -> None:
-    """Log how many streams there are and, where this layout makes them several times, which number
-    a new run could have instead.
+    """Log how many streams there are, if a key sets it, and where this layout makes them several
+    times, which number a new run could have instead.
 
-    name: of the data, for the log
+    heading: beginning of the log lines
     num_streams: number of streams
     rank_slice: layout of the loaders
     sources: the advised number is one that these accept
     settable: whether a key of the TOML sets the number; validation has none
     """
-    key = " (training.dataset_lanes)" if settable else ""
-    logger.info(f"Data {name}: its documents form {num_streams} streams{key}")
+    if settable:
+        streams = f"{num_streams} stream{'s' if num_streams > 1 else ''}"
+        logger.info(f"{heading}: read as {streams} (training.dataset_lanes)")
     times = rank_slice.times_made(num_streams)
     if times < 2:
         return
     advice = _advice(num_streams, rank_slice, sources) if settable else ""
     logger.warning(
-        f"Data {name}: {rank_slice.processes} processes read {num_streams} streams, so each "
+        f"{heading}: {rank_slice.processes} processes read {num_streams} streams, so each "
         f"document is tokenized {times:.1f} times, which costs time and changes no number{advice}"
     )
 

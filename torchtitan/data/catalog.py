@@ -26,6 +26,7 @@ from torchtitan.data.whole_files import (
 )
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.progress_bar import track
 
 SAMPLE = Path(__file__).parent / "sample/sample.jsonl"
 # torchtitan's TOMLs name a small excerpt of C4 that its repository carries; ours carries this.
@@ -139,12 +140,13 @@ def _unknown(settings: DatasetSettings) -> UserError:
 def _open_files(settings: DatasetSettings, found: Found) -> Source:
     name = settings.label or settings.name
     if found.left_out:
-        logger.warning(f"Data {name}: not read: {', '.join(found.left_out)}")
+        logger.warning(f"{settings.heading}: not read: {', '.join(found.left_out)}")
     files: list[DocumentFile] = []
     empty: list[Path] = []
     broken: list[str] = []
     with ThreadPoolExecutor(16) as threads:  # most of it is waiting for the disk
-        opened = list(threads.map(lambda path: _open(path, settings.rows), found.files))
+        opening = threads.map(lambda path: _open(path, settings.rows), found.files)
+        opened = list(track(opening, len(found.files), "opening the data", "file"))
     for path, file in zip(found.files, opened, strict=True):
         if isinstance(file, str):
             broken.append(f"{path}: {file}")
@@ -181,19 +183,19 @@ def _open(path: Path, rows: Rows) -> DocumentFile | str:
 
 
 def _source_of(settings: DatasetSettings, files: list[DocumentFile]) -> Source:
-    name = settings.label or settings.name
     size = sum(file.size for file in files)
+    number = f"{len(files):,} file{'s' if len(files) > 1 else ''}"
     grouped = [file for file in files if isinstance(file, GroupedFile)]
     indexed = [file for file in files if isinstance(file, IndexedFile)]
     if len(grouped) < len(files):
-        logger.info(f"Data {name}: {len(files)} files, {size:,} bytes, read as a stream (gzip)")
+        logger.info(f"{settings.heading}: {number}, {size:,} bytes, read as a stream (gzip)")
         return StreamedFiles(settings, files)
     all_indexed = len(indexed) == len(files)
     source = IndexedFiles(settings, indexed) if all_indexed else GroupedFiles(settings, grouped)
     texts = sum(isinstance(file, TextFile) for file in files)
-    counts = f"{len(source):,} documents, {len(files)} files, {size:,} bytes"
+    counts = f"{len(source):,} documents, {number}, {size:,} bytes"
     as_one = f" (each of the {texts} .txt files is one document)" if texts else ""
-    logger.info(f"Data {name}: {counts}{as_one}")
+    logger.info(f"{settings.heading}: {counts}{as_one}")
     return source
 
 

@@ -41,6 +41,12 @@ class DatasetSettings:
         """Key that must fit the rows, for errors."""
         return "dataset_text_key" if self.format == "text" else "format"
 
+    @property
+    def heading(self) -> str:
+        """Beginning of its log lines: "Data web", "Validation data web"."""
+        what = "Validation data" if self.key.startswith("validation") else "Data"
+        return f"{what} {self.label or self.name}"
+
     def identity(self) -> dict[str, str]:
         """Settings that the meaning of a position depends on."""
         if self.format == "text":

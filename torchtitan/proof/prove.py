@@ -20,11 +20,13 @@ from torchtitan.proof.ranks import (
 )
 from torchtitan.proof.record import Key
 from torchtitan.tools.errors import RunError
+from torchtitan.tools.progress_bar import track
 
 # Checks of a world.
 AGAINST, RESUMED = "against one process", "resumed in the same layout"
 FROM_ONE = "resumed from one process's checkpoint"
 ON_ONE = "its checkpoint resumed on one process"
+CHECKS = (AGAINST, RESUMED, FROM_ONE, ON_ONE)
 # A token whose two best experts tie within rounding may go to either, and all after it differs: a
 # difference counts where it shows with both seeds.
 SEEDS = (7, 11)
@@ -67,7 +69,8 @@ def prove(
     """Return the checks of one world, up to the first that fails, and the number of seeds used."""
     checks: list[Check] = []
     for n, seed in enumerate(seeds, start=1):
-        found = list(_checks(run, start, folder / f"seed-{seed}", seed))
+        checking = _checks(run, start, folder / f"seed-{seed}", seed)
+        found = list(track(checking, len(CHECKS), f"proving {run.world.size} ranks", "check"))
         checks = checks or found
         if all(check.passed for check in found):
             return found, n

@@ -1,6 +1,5 @@
 """Heat map of each expert's load over time: an overview by layer, and a map of each layer."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -8,8 +7,6 @@ import numpy as np
 from torchtitan.report.charts import base_layout
 from torchtitan.report.read import Run
 
-# Fewer records of the largest models, so that the page stays below some megabytes.
-_CELLS = 1_000_000
 _MOST = 400  # percent; what is above has the colour of this
 # Dark blue (idle) over teal (a fair share, 100 %) to pale yellow (overloaded); its brightness only
 # rises. Positions are logarithmic in the load: 25, 50, 100, 200 and 400 %.
@@ -29,10 +26,7 @@ def load_figure(run: Run) -> Any | None:
 
     if not run.loads:
         return None
-    cells = sum(loads.size for loads in run.loads.values())
-    every = math.ceil(cells / _CELLS)
-    steps = run.load_steps[::every]
-    layers = {layer: loads[::every] for layer, loads in run.loads.items()}
+    steps, layers = run.load_steps, run.loads
     fullest = np.stack([loads.max(axis=1) for loads in layers.values()])
     names = [f"layer {layer}" for layer in layers]
     hover = "layer %{y}, step %{x}: fullest expert %{z} %<extra></extra>"

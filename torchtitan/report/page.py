@@ -10,9 +10,11 @@ from torchtitan.report.load_map import load_figure
 from torchtitan.report.read import Run
 
 # Plotly draws SVG, whose texts take the page's colours: they follow light and dark mode.
+# A chart takes its width when the browser reads it, before the sections after it and the scroll bar
+# are there: auto-fill, unlike auto-fit, and the stable gutter keep that width the final one.
 _STYLE = """
-:root { color-scheme: light dark; --text: #1c2430; --page: #f6f7f9; --card: #ffffff;
-  --line: #d5dae1; --soft: #5b6675; }
+:root { color-scheme: light dark; scrollbar-gutter: stable; --text: #1c2430; --page: #f6f7f9;
+  --card: #ffffff; --line: #d5dae1; --soft: #5b6675; }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e8ee; --page: #14181e; --card: #1d232b;
   --line: #39424e; --soft: #a3adba; } }
 * { box-sizing: border-box; }
@@ -21,7 +23,7 @@ body { margin: 0 auto; max-width: 1320px; padding: 12px; background: var(--page)
 h1 { font-size: 1.35rem; margin: 0 0 .5rem; } h2 { font-size: 1rem; margin: 0 0 .5rem; }
 h3 { font-size: .9rem; margin: .8rem 0 .2rem; color: var(--soft); } p { margin: .2rem 0; }
 main { display: grid; gap: 12px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 12px; min-width: 0; }
 .wide { grid-column: 1 / -1; } .note { font-size: .85rem; color: var(--soft); }
@@ -31,7 +33,7 @@ dt { font-size: .8rem; color: var(--soft); } dd { margin: 0; font-weight: 600; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 3px 10px 3px 0;
   border-bottom: 1px solid var(--line); overflow-wrap: normal; }
-.sample { white-space: pre-wrap; }
+.sample { white-space: pre-wrap; max-height: 12em; overflow-y: auto; }
 details { margin-top: .6rem; } summary { cursor: pointer; }
 .js-plotly-plot text { fill: var(--text) !important; }
 .js-plotly-plot .hoverlayer text { fill: #1c2430 !important; }

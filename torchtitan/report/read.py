@@ -1,6 +1,7 @@
 """What a run has written in its dump folder, read for its report."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from torchtitan.tools.errors import UserError
 METRICS, CONFIG, MODEL_ARGS = "metrics.jsonl", "config.json", "model_args.json"
 # Numbers by layer are most of a record's bytes, and the report takes them from expert_load.jsonl.
 _BY_LAYER = re.compile(rb', "layer_\w+": \{[^}]*\}')
+# Of the largest models fewer records of loads are read: it takes less than half a second and keeps
+# the page below some megabytes.
+_MOST_LOADS = 1_000_000
 _BY_DATASET = ("blend_tokens", "validation_set_loss", "validation_set_accuracy")
 _GIVE_A_RUN = "give the job.dump_folder of a run, or a metrics.N.jsonl of an earlier run in it"
 
@@ -38,7 +42,8 @@ class Run:
     curves: by name in the record; of tables by dataset, as `blend_tokens/name`.
     events: in order; see `History.event`.
     load_steps: (records,) of `loads`.
-    loads: uint16 (records, E), percent of the layer's mean, by layer.
+    loads: uint16 (records, E), percent of the layer's mean, by layer; of the largest models every
+        second record or fewer.
     settings: by key, "optimizer.lr"; empty where they were not found.
     broken: lines that are no records, by file.
     """
@@ -75,7 +80,8 @@ def read_run(path: Path) -> Run:
     events = list(_records(path / EVENTS, broken, needs=("step", "time", "event")))
     starts = [event for event in events if event["event"] == "start"]
     settings_file = starts[-1].get("settings_file", CONFIG) if starts else CONFIG
-    load_steps, loads = _loads(_records(path / EXPERT_LOAD, broken, needs=("percent_of_mean",)))
+    records = _records(path / EXPERT_LOAD, broken, needs=("percent_of_mean",), most=_MOST_LOADS)
+    load_steps, loads = _loads(records)
     return Run(
         name=path.resolve().name,
         path=path,
@@ -100,11 +106,15 @@ def flat(table: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _records(
-    path: Path, broken: dict[str, int], needs: tuple[str, ...] = ("step",)
+    path: Path,
+    broken: dict[str, int],
+    needs: tuple[str, ...] = ("step",),
+    most: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the records of a file; count lines that are none. A missing file has no records.
 
     needs: keys without which a line is no record.
+    most: values to read, about; of a longer file every second line is read, or fewer.
     """
     try:
         content = path.read_bytes()
@@ -112,7 +122,9 @@ def _records(
         return
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}); {_GIVE_A_RUN}.") from None
-    for line in _BY_LAYER.sub(b"", content).splitlines():
+    lines = _BY_LAYER.sub(b"", content).splitlines()
+    values = sum(line.count(b",") for line in lines) if most else 0
+    for line in lines[:: max(1, math.ceil(values / (most or 1)))]:
         try:
             record = json.loads(line)
             whole = isinstance(record, dict) and all(name in record for name in needs)

@@ -130,15 +130,13 @@ def _stragglers(run: Run) -> list[tuple[int, str, str, str]]:
     if waited is None or rank is None or step is None or clock is None:
         return []
     host, found = run.curve("waited_for_host_ms"), []
-    for i, (at, milliseconds) in enumerate(zip(waited.steps, waited.values, strict=True)):
-        k = np.searchsorted(step.steps, at)
-        if k >= len(step.values) or milliseconds < 100 * step.values[k]:
-            continue
+    rows = np.searchsorted(step.steps, waited.steps).clip(max=len(step.steps) - 1)
+    for i in np.flatnonzero(waited.values >= 100 * step.values[rows]):
+        at, milliseconds = waited.steps[i], waited.values[i]
         its = "host" if host is not None and host.values[i] > milliseconds / 2 else "device"
         why = f"the others waited {milliseconds:.0f} ms for its {its}"
-        found.append(
-            (int(at), _when(float(clock.values[int(k)])), f"rank {rank.values[i]:.0f} is late", why)
-        )
+        when = _when(float(clock.values[rows[i]]))
+        found.append((int(at), when, f"rank {rank.values[i]:.0f} is late", why))
     return found
 
 

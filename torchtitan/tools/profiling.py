@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -20,8 +20,10 @@ from torchtitan.tools.disk import SideOutput, free_bytes, whole_or_none
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
-# Number of allocations and frees that a snapshot holds; at some 100 bytes each, tens of MB.
-_MEMORY_EVENTS = 100_000
+# Number of allocations and frees that a snapshot holds, each with its Python stack: tens of MB, of
+# deep stacks hundreds. C++ frames are left out: looking up their names takes long, and meanwhile
+# the other ranks wait.
+_HISTORY: dict[str, Any] = {"max_entries": 100_000, "stacks": "python"}
 
 
 class Stepper(Protocol):
@@ -114,14 +116,14 @@ def maybe_memory_snapshot(
     snapshots = _MemorySnapshots(
         Path(dump_folder, save_memory_snapshot_folder), profile_freq, start_step, rank
     )
-    torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+    snapshots.begin()
     try:
         yield snapshots
     except torch.OutOfMemoryError:
         snapshots.save(f"iteration_{snapshots.steps_done + 1}_out_of_memory")
         raise
     finally:
-        torch.cuda.memory._record_memory_history(enabled=None)
+        snapshots.end()
 
 
 class _MemorySnapshots:
@@ -133,6 +135,15 @@ class _MemorySnapshots:
         self._output = SideOutput(
             f"The memory snapshot for {folder}", folder, "later ones are tried"
         )
+
+    def begin(self) -> None:
+        """Let the allocator keep its history, which cudaMallocAsync can't."""
+        with self._output.attempt(Exception):
+            torch.cuda.memory._record_memory_history(**_HISTORY)
+
+    def end(self) -> None:
+        with self._output.attempt(Exception):
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def step(self) -> None:
         self.steps_done += 1
@@ -277,7 +288,7 @@ class RequestedTraces:
             f"{self._until}/rank{self.rank}_trace.json"
         )
         if self._snapshots is not None and not self._keeps_history:
-            torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+            self._snapshots.begin()
         self._profiler = torch.profiler.profile(
             activities=_activities(),
             schedule=torch.profiler.schedule(
@@ -300,4 +311,4 @@ class RequestedTraces:
 
     def _end_history(self) -> None:
         if self._snapshots is not None and not self._keeps_history:
-            torch.cuda.memory._record_memory_history(enabled=None)
+            self._snapshots.end()

@@ -37,8 +37,11 @@ def progress_bar(total: int, what: str, unit: str, done: int = 0) -> Any:
     """
     from tqdm import tqdm
 
+    class Bar(tqdm):
+        monitor_interval = 0  # no thread: scripts/prove.py forks its ranks meanwhile
+
     stream = _terminal()
-    return tqdm(
+    return Bar(
         total=total,
         desc=what,
         unit=unit,
@@ -47,6 +50,7 @@ def progress_bar(total: int, what: str, unit: str, done: int = 0) -> Any:
         file=_AtLineStart(stream) if stream is not None else None,
         dynamic_ncols=True,
         leave=False,
+        miniters=1,  # each unit may take minutes, so none waits for others to be shown
         smoothing=0.1,
         unit_scale=unit == "B",
         unit_divisor=1024,

@@ -1,6 +1,7 @@
 """The cards of all published flavors: checked again, no figure worse, pages as their JSON says."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -77,6 +78,19 @@ def test_the_script_writes_the_card_and_fails_with_a_check(tmp_path, monkeypatch
     said = capsys.readouterr().out
     assert "FAILED  sizes: " in said and said.splitlines()[0].endswith(": dim")
     assert "**FAILED**" in (tmp_path / "16B.md").read_text()
+
+
+def test_the_files_of_a_flavor_are_proven_also_those_that_leave_out_the_name(monkeypatch):
+    said = "Proof of a.toml for 8 ranks\n\nPROVED: this layout computes (9 tensors), 12 s\n"
+
+    def proves(command, **_):
+        return subprocess.CompletedProcess(command, 0, said, "")
+
+    monkeypatch.setattr(tool.subprocess, "run", proves)
+    result = {"layout": "8 ranks", "result": "PROVED: this layout computes (9 tensors)"}
+    assert tool.prove("16B", "deepseek_v3") == [{"config": "deepseek_v3_16b.toml", **result}]
+    files = [proof["config"] for proof in tool.prove("30B-A3B", "qwen3")]
+    assert files == ["qwen3_30b_a3b_chat.toml", "qwen3_30b_a3b_lora.toml"]
 
 
 def test_rows_are_those_that_name_the_size_and_what_is_the_same_as_them():

@@ -287,8 +287,8 @@ def test_a_position_of_other_readers_is_damaged(tmp_path):
     ],
 )
 def test_a_layout_that_reads_streams_twice_is_told_which_number_does_not(rank_slice, line, log):
-    report_streams("mine", 64, rank_slice)
-    assert log[0] == "Data mine: its documents form 64 streams (training.dataset_lanes)"
+    report_streams("Data mine", 64, rank_slice)
+    assert log[0] == "Data mine: read as 64 streams (training.dataset_lanes)"
     if line is None:
         assert len(log) == 1
     else:
@@ -301,9 +301,9 @@ def test_a_layout_that_reads_streams_twice_is_told_which_number_does_not(rank_sl
 def test_no_number_of_streams_is_advised_that_the_data_has_not(tmp_path, log):
     source = make_source("plain", tmp_path)  # 41 documents
     log.clear()
-    report_streams("mine", 2, RankSlice(0, 64), [source])
+    report_streams("Data mine", 2, RankSlice(0, 64), [source])
     assert "64 processes read 2 streams" in log[1] and "a new run" not in log[1]
-    report_streams("mine", 2, RankSlice(0, 3), [source])
+    report_streams("Data mine", 2, RankSlice(0, 3), [source])
     assert "a new run avoids it with training.dataset_lanes = 3;" in log[3]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.scripts import script
 from tests.tiny_run import tiny
-from torchtitan.report import report_at_end
+from torchtitan.report import read, report_at_end
 from torchtitan.report.charts import thinned
 from torchtitan.report.read import Curve, read_run
 from torchtitan.tools.errors import UserError
@@ -173,6 +173,16 @@ def test_an_earlier_run_has_its_curves(folder):
     (folder / "metrics.jsonl").rename(folder / "metrics.1.jsonl")
     assert report([str(folder / "metrics.1.jsonl"), "--out", str(folder / "report.html")]) == 0
     assert "Throughput" in text_of(folder / "report.html")
+
+
+def test_of_many_loads_records_at_regular_distances_are_read(folder, monkeypatch):
+    monkeypatch.setattr(read, "_MOST_LOADS", 25)
+    loads = {"1": [50, 150], "2": [100, 100]}
+    lines = [{"step": step, "percent_of_mean": loads} for step in range(1, 11)]
+    write_lines(folder / "expert_load.jsonl", lines)
+    run = read_run(folder)
+    assert list(run.load_steps) == [1, 3, 5, 7, 9]
+    assert run.loads[2].tolist() == [[100, 100]] * 5
 
 
 def test_a_thinned_curve_keeps_means_peaks_and_the_end():

@@ -154,6 +154,15 @@ def test_a_snapshot_that_can_not_be_written_does_not_hide_that_memory_ran_out(
     assert caplog.text.count("can't be written (") == 1
 
 
+def test_an_allocator_without_history_ends_no_run(tmp_path, allocator_calls, caplog, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("cudaMallocAsync does not yet support recordHistory")
+
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", refuse)
+    snapshot(tmp_path, steps=3)
+    assert caplog.text.count("does not yet support recordHistory") == 1
+
+
 @needs_cuda
 def test_a_real_snapshot_can_be_read(tmp_path):
     snapshot(tmp_path, steps=4)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import termios
+import threading
 
 import pytest
 
@@ -88,3 +89,15 @@ def test_a_rank_behind_a_launcher_draws_on_its_terminal(monkeypatch):
         bar.update()
         assert b"training" in os.read(ours, 4096)
     assert progress_bar.beside_a_bar()
+
+
+def test_a_bar_starts_no_thread_which_a_fork_would_lose(monkeypatch):
+    ours, theirs = open_terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(progress_bar.TERMINAL, os.ttyname(theirs))
+    before = threading.active_count()
+    with progress_bar.progress_bar(2, "proving", "check") as bar:
+        bar.update()
+        assert threading.active_count() == before
+    os.close(ours)
+    os.close(theirs)
