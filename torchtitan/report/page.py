@@ -48,7 +48,7 @@ def page(runs: Sequence[Run]) -> str:
     from plotly.offline import get_plotlyjs
 
     title = " and ".join(run.name for run in runs)
-    sections = _charts(runs)
+    sections = [_health(run, len(runs)) for run in runs] + _charts(runs)
     sections += _tables_of_one(runs[0]) if len(runs) == 1 else _tables_of_several(runs)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -72,6 +72,12 @@ def _head(run: Run, of: int) -> str:
         for file, count in run.broken.items()
     )
     return f"{name}<dl>{facts}</dl>{broken}"
+
+
+def _health(run: Run, of: int) -> str:
+    title = "Is it healthy?" + (f" {run.name}" if of > 1 else "")
+    note = "A first look; docs/read_a_run.md explains every number."
+    return _section(title, tables.checks(run), note, wide=True)
 
 
 def _section(title: str, inside: str, note: str = "", *, wide: bool = False) -> str:

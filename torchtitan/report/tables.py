@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.config import JobConfig, to_dict
+from torchtitan.report.health import health
 from torchtitan.report.read import Run, flat
 
 _MOST_ROWS = 200
@@ -38,7 +39,7 @@ def facts(run: Run) -> dict[str, str]:
         last = starts[-1]
         found["devices"] = f"{last.get('devices', '?')} x {last.get('device', '?')}"
         found["layout"] = str(last.get("layout", "?"))
-        found["versions"] = f"torch {last.get('torch')}, torchtitan {last.get('version')}"
+        found["versions"] = f"torch {last.get('torch')}, torchtitan-moe {last.get('version')}"
     if run.settings:
         names = [run.settings.get("model.name"), run.settings.get("model.flavor")]
         found["model"] = " ".join(map(str, names))
@@ -56,9 +57,13 @@ def _state(run: Run) -> str:
 
 
 def _steps_done(run: Run) -> str:
-    done = max(int(curve.steps[-1]) for curve in run.curves.values())
+    done = _last_step(run)
     whole = run.settings.get("training.steps")
     return f"{done:,} of {whole:,}" if isinstance(whole, int) else f"{done:,}"
+
+
+def _last_step(run: Run) -> int:
+    return max(int(curve.steps[-1]) for curve in run.curves.values())
 
 
 def _lasts(run: Run) -> dict[str, str]:
@@ -74,6 +79,8 @@ def _lasts(run: Run) -> dict[str, str]:
     for name, (label, form) in shown.items():
         if (curve := run.curve(name)) is not None:
             found[label] = form.format(curve.last)
+            if curve.steps[-1] < _last_step(run):
+                found[label] += f" (step {curve.steps[-1]:,})"
     for name, form in (("tps", "{:,.0f} tokens/s/device"), ("mfu_percent", "{:.1f} % MFU")):
         if (curve := run.curve(name)) is not None:
             newest = curve.values[-max(1, len(curve.values) // 4) :]
@@ -84,6 +91,12 @@ def _lasts(run: Run) -> dict[str, str]:
 
 def _when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def checks(run: Run) -> str:
+    marks = {True: "usual", False: "look at it", None: "too early"}
+    rows = [(c.what, c.value, c.usual, marks[c.fine]) for c in health(run)]
+    return table(("number", "this run", "usual is", ""), rows) if rows else ""
 
 
 # ------------------------------------------------------------------ events
@@ -110,7 +123,8 @@ def _incident(run: Run, n: int, event: dict[str, Any]) -> tuple[str, str] | None
     kind = event["event"]
     why = str(event.get("why", ""))
     if kind == "start" and any(before["event"] == "start" for before in run.events[:n]):
-        return "restart", f"goes on after step {event['step']}"
+        devices = f"{event.get('devices', '?')} x {event.get('device', '?')}"
+        return "restart", f"goes on after step {event['step']}, on {devices}"
     if kind == "end" and event.get("how") != "finished":
         return "end", str(event.get("how"))
     if kind in ("skip", "rewind"):

@@ -94,7 +94,7 @@ def test_the_page_has_everything_that_was_recorded(folder):
         "skipped loss nan",
         "rewind to the last checkpoint loss 99.0",
         "alarm loss = 9 is above 5",
-        "restart goes on after step 4",
+        "restart goes on after step 4, on 4 x H100",
         "rank 3 is late the others waited 900 ms for its host",
         "1 saved, the last after step 4",
         "checkpoint/step-4",
