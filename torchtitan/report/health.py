@@ -89,8 +89,8 @@ def _balance(run: Run) -> Check | None:
         return None
     now = _newest(curve)
     fine = _in_time(curve, now < 1)
-    usual = "below 1 after some hundred steps"
-    return Check("largest load of an expert over the mean, - 1", f"{now:.2f}", usual, fine)
+    usual = "below 1 after some hundred steps (largest load over the mean, minus 1)"
+    return Check("max-violation", f"{now:.2f}", usual, fine)
 
 
 def _in_time(curve: Curve, fine: bool) -> bool | None:

@@ -94,7 +94,7 @@ def _when(seconds: float) -> str:
 
 
 def checks(run: Run) -> str:
-    marks = {True: "usual", False: "look at it", None: "too early"}
+    marks = {True: "fine", False: "look at it", None: "too early"}
     rows = [(c.what, c.value, c.usual, marks[c.fine]) for c in health(run)]
     return table(("number", "this run", "usual is", ""), rows) if rows else ""
 

@@ -43,7 +43,7 @@ def test_each_number_that_is_not_usual_is_marked_and_no_other():
         "validation_loss": ("validation loss", (4.4, 4.6)),
         "rewinds": ("steps skipped, rewinds", (0, 1)),
         "grad_norm": ("gradient norm", (1.5, 40)),
-        "max_violation": ("largest load of an expert over the mean, - 1", (5, 4)),
+        "max_violation": ("max-violation", (5, 4)),
         "dead_experts": ("experts without a token", (9, 3)),
         "data_percent": ("waiting for data", (1, 30)),
         "memory_percent": ("memory of the device", (60, 97)),
