@@ -28,6 +28,8 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.progress_bar import track
 
+# Fewer documents are hardly an order to shuffle.
+_FEW_DOCUMENTS = 32
 SAMPLE = Path(__file__).parent / "sample/sample.jsonl"
 # torchtitan's TOMLs name a small excerpt of C4 that its repository carries; ours carries this.
 SAMPLE_ALIASES = ("c4_test", "c4_validation_test")
@@ -196,6 +198,11 @@ def _source_of(settings: DatasetSettings, files: list[DocumentFile]) -> Source:
     counts = f"{len(source):,} documents, {number}, {size:,} bytes"
     as_one = f" (each of the {texts} .txt files is one document)" if texts else ""
     logger.info(f"{settings.heading}: {counts}{as_one}")
+    if texts and len(source) < _FEW_DOCUMENTS and settings.key.startswith("training"):
+        logger.warning(
+            f"{settings.heading}: the order is shuffled by document, and {len(source)} are few: "
+            "cut the files into more of them, or training sees one text after the other"
+        )
     return source
 
 
