@@ -117,6 +117,6 @@ def test_a_text_file_is_said_to_be_one_document(tmp_path, jsonl, log):
         and line.endswith("(each of the 2 .txt files is one document)")
         for line in log
     )
-    assert any(
+    assert any("and 4 are few: cut the files into more of them" in line for line in log)
         "shuffled by document, and 4 are few: cut the files into more" in line for line in log
     )
