@@ -118,5 +118,3 @@ def test_a_text_file_is_said_to_be_one_document(tmp_path, jsonl, log):
         for line in log
     )
     assert any("and 4 are few: cut the files into more of them" in line for line in log)
-        "shuffled by document, and 4 are few: cut the files into more" in line for line in log
-    )
