@@ -51,6 +51,7 @@ class MTPInputs(NamedTuple):
     weights_BKS: Tensor | None = None
 
     def at(self, positions_Q: Tensor) -> "MTPInputs":
+        """Keep these positions."""
         return MTPInputs(*(None if each is None else each[..., positions_Q] for each in self))
 
 
