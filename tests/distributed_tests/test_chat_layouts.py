@@ -95,28 +95,47 @@ def test_conversations_weigh_the_same_where_asked(ranks, layout, tmp_path):
     changes = changes | {"chat__loss_weight": "conversation", "training__steps": 1}
     arguments = options(tmp_path, **changes, validation__enable="false")
     assert ranks(world_size).run(trained, arguments) == [0] * world_size
-    assert records(tmp_path)[0]["loss"] == pytest.approx(mean_of_means(), rel=1e-5)
+    loss, further = mean_of_means()
+    assert records(tmp_path)[0]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert records(tmp_path)[0]["mtp_loss_1"] == pytest.approx(further, rel=1e-5)
 
 
 @functools.cache
-def mean_of_means() -> float:
+def mean_of_means() -> tuple[float, float]:
+    """Of the next token, and of the one after it: there, too, over the conversation's labels."""
     trainer = Trainer(
         ConfigManager().parse_args(options(Path("unused"), validation__enable="false"))
     )
     try:
-        batches, means = iter(trainer.dataloader), []
+        batches, means, further = iter(trainer.dataloader), [], []
         for _ in range(2):
             inputs, labels = next(batches)
             documents = inputs["documents"]
-            logits = trainer.model(inputs["input"], document_mask(documents)).detach()
+            mask = document_mask(documents)
+            logits = trainer.model(inputs["input"], mask).detach()
+            extra = trainer.model.extra_inputs(inputs["input"], labels, documents)
+            shifted = extra["mtp"].labels_BKS[:, 0]
             for row in range(len(labels)):
                 for number in range(int(documents[row].max()) + 1):
                     here = (documents[row] == number) & (labels[row] != -100)
                     sums = cross_entropy_sum(logits[row, here][None], labels[row, here][None])
                     means.append(float(sums / here.sum()))
-        return sum(means) / len(means)
+                    other = (documents[row] != number) | (shifted[row] == -100)
+                    further.append(
+                        further_sum(trainer.model, inputs, mask, extra, row, other) / here.sum()
+                    )
+        return sum(means) / len(means), float(sum(further) / len(further))
     finally:
         trainer.close()
+
+
+def further_sum(model, inputs, mask, extra, row: int, other) -> float:
+    """Sum of the losses of multi-token prediction over one conversation's labels."""
+    labels = torch.full_like(extra["mtp"].labels_BKS, -100)
+    labels[row, 0] = extra["mtp"].labels_BKS[row, 0].masked_fill(other, -100)
+    model.take_side_losses()
+    model(inputs["input"], mask, mtp=extra["mtp"]._replace(labels_BKS=labels))
+    return model.take_side_losses()["mtp_loss_1"].item()
 
 
 def test_a_resumed_run_has_the_same_bits(ranks, one_process, tmp_path):

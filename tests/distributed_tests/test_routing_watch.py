@@ -1,17 +1,18 @@
 """How far routing has moved: the same in any layout and after a restart, and no step notices it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from tests.tiny_run import losses, records, tiny
-from torchtitan.components.finetuning.routing_watch import FILE, _share_moved
+from torchtitan.components.finetuning.routing_watch import FILE, _lengths, _share_moved
 from torchtitan.config import ConfigManager
 from torchtitan.models.moe import MoE
-from torchtitan.tools.errors import UserError
 from torchtitan.train import main
 from torchtitan.trainer import Trainer
-from torchtitan.trainer.preflight import check_config
 
+ONE = 100 / (32 * 2)  # a choice that rounding has turned, of 32 tokens in a layer
 SAVES = {
     "checkpoint__enable": "true",
     "checkpoint__interval": 2,
@@ -83,8 +84,25 @@ def test_it_is_the_share_of_the_routers_own_choices(tmp_path, monkeypatch):
 def test_two_ranks_find_the_same(ranks, whole, tmp_path, ep):
     arguments = options(tmp_path, training__steps=5, parallelism__expert_parallel_degree=ep)
     assert ranks(2).run(main, arguments) == [0, 0]
-    one = 100 / (32 * 2)  # a choice that rounding has turned, of 32 tokens in a layer
-    assert moved(tmp_path) == pytest.approx(moved(whole), abs=one)
+    assert moved(tmp_path) == pytest.approx(moved(whole), abs=ONE)
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
+def test_ranks_that_split_the_text_or_the_layers_find_the_same(ranks, whole, tmp_path, axis):
+    split = {f"parallelism__{axis}_parallel_degree": 2, "training__local_batch_size": 4}
+    assert ranks(2).run(main, options(tmp_path, training__steps=5, **split)) == [0, 0]
+    assert moved(tmp_path) == pytest.approx(moved(whole), abs=ONE)
+    with np.load(tmp_path / FILE) as here, np.load(whole / FILE) as there:
+        assert here.files == there.files
+        equal = [np.mean(here[layer] == there[layer]) for layer in here.files]
+    assert min(equal) > 0.99
+
+
+def test_a_text_is_padded_to_what_ranks_split():
+    dims = SimpleNamespace(cp=3, tp=2)
+    assert _lengths(4096, dims) == (512, 516)
+    assert _lengths(512, dims) == (504, 504)
+    assert _lengths(100, SimpleNamespace(cp=1, tp=1)) == (100, 100)
 
 
 def test_a_resumed_run_compares_with_the_first_start(whole, tmp_path):
@@ -102,10 +120,3 @@ def test_a_lost_start_is_told(tmp_path, capfd):
     said = capfd.readouterr().err
     assert "what has moved is counted from step 2 on" in said
     assert "are not those of step 2 (mean over" in said
-
-
-def test_split_sequences_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    arguments = options(tmp_path, parallelism__tensor_parallel_degree=2)
-    with pytest.raises(UserError, match="routing_moved_freq = 2 .*tensor_parallel_degree = 2 spl"):
-        check_config(ConfigManager().parse_args(arguments))

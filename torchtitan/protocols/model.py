@@ -268,6 +268,7 @@ class BaseModel(nn.Module):
         labels_BS: Tensor,
         documents_BS: Tensor,
         queries_Q: Tensor | None = None,
+        weights_BS: Tensor | None = None,
     ) -> dict[str, Any]:
         """Make the further arguments of `forward` in training, by name: tensors (B, …) made from
         whole sequences, or tuples of such.
@@ -275,6 +276,7 @@ class BaseModel(nn.Module):
         tokens_BS, labels_BS: int64, of whole sequences.
         documents_BS: int64, the document of each token; −1 = padding.
         queries_Q: positions for which to make them, as in `get_attention_masks`.
+        weights_BS: fp32, of the labels; None = 1.
         """
         return {}
 
@@ -289,7 +291,7 @@ class BaseModel(nn.Module):
         """Set the divisors of losses that arise inside of layers; call before each forward pass.
 
         tokens: scalar, tokens of the optimizer step over all ranks, without padding.
-        labels: scalar, labels that count in the loss.
+        labels: scalar, labels that count in the loss, or the sum of their weights.
         """
 
     def moe_layers(self) -> Mapping[int, MoELayer]:

@@ -270,8 +270,15 @@ class BuiltRun:
             pipeline=self.passes.pipeline,
             loss_guard=self.loss_guard,
         )
+        pipeline = self.passes.pipeline
         self.routing_watch = RoutingWatch(
-            config, self.tokenizer, self.model_args.max_seq_len, self.device
+            config,
+            self.tokenizer,
+            self.model_args.max_seq_len,
+            dims=self.dims,
+            device=self.device,
+            forward=self.passes.loss_sum,
+            gather=None if pipeline is None else pipeline.gather,
         )
         self.warming_up = True  # the next step may compile
 

@@ -94,7 +94,7 @@ class ForwardBackward:
 
     def forward_backward(self, batch: Batch, counts: StepCounts) -> Tensor:
         """Add to the gradients; return this micro-batch's part of the step's loss."""
-        self.model.set_tokens_in_step(counts.tokens, counts.labels)
+        self.model.set_tokens_in_step(counts.tokens, counts.weight)
         inputs = self.inputs(batch)
         if self.pipeline is not None:
             return self.pipeline.step(inputs, counts.weight)
@@ -135,8 +135,8 @@ class ForwardBackward:
         tokens, labels = batch[0]["input"].to(self.device), batch[1].to(self.device)
         documents = self.documents(batch).to(self.device)
         here, token_mask, positions = self._positions_in(tokens), documents >= 0, None
-        extra = self.model.extra_inputs(tokens, labels, documents, here)
         weights = weights_by_document(labels, documents) if self._by_document else None
+        extra = self.model.extra_inputs(tokens, labels, documents, here, weights)
         if here is not None:
             tokens, labels, token_mask = tokens[:, here], labels[:, here], token_mask[:, here]
             weights = None if weights is None else weights[:, here]

@@ -48,7 +48,7 @@ class StepResult:
     loads: tokens per expert (E,), by layer.
     traffic: see `TokenDispatcher.dispatch`, by layer.
     router_stats: sums in the order of `ROUTER_STATS`, by layer; empty without metrics.log_routing.
-    side_losses: means over the labels, by name.
+    side_losses: means over the labels (or conversations), by name.
     labels, tokens: see `StepCounts`.
     verdict: whether the step was applied, skipped, or leads to a rewind.
     asked_by: number of the signal that asked some rank to end the run, 0 for none.
@@ -74,7 +74,7 @@ class Outcome(NamedTuple):
     load: of the step; None without experts.
     rank_losses: each rank's part of the loss, of those that have one.
     grad_norm: before clipping.
-    labels, tokens: see `StepCounts`.
+    labels, tokens, weight: see `StepCounts`.
     asked_by: see `StepResult`.
     overflow: rows over the mean that some rank's experts needed, if that was more than they had
         room for, else 0.
@@ -85,6 +85,7 @@ class Outcome(NamedTuple):
     grad_norm: float
     labels: float
     tokens: float
+    weight: float
     asked_by: int
     overflow: float
 

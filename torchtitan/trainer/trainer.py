@@ -280,7 +280,7 @@ class Trainer(BuiltRun):
         # host sync: a non-finite step must be known before the weights change
         # fp64: fp32 counts to 2**24 only
         last = torch.stack([each.double() for each in (*counts, grad_norm)])
-        *sent, labels, tokens, _, norm = torch.cat((gathered.double(), last)).tolist()
+        *sent, labels, tokens, weight, norm = torch.cat((gathered.double(), last)).tolist()
         losses, asked_by, overflows = sent[::3], sent[1::3], sent[2::3]
         return Outcome(
             load=load,
@@ -288,6 +288,7 @@ class Trainer(BuiltRun):
             grad_norm=norm,
             labels=labels,
             tokens=tokens,
+            weight=weight,
             asked_by=int(max(asked_by)),
             overflow=max(overflows),
         )
@@ -318,7 +319,7 @@ class Trainer(BuiltRun):
             loads=self._by_layer(load and load.tokens_E),
             traffic=self._by_layer(load and load.traffic),
             router_stats=self._by_layer(load and load.stats),
-            side_losses={name: x.item() / outcome.labels for name, x in side.items()},
+            side_losses={name: x.item() / outcome.weight for name, x in side.items()},
             labels=int(outcome.labels),
             tokens=int(outcome.tokens),
             verdict=verdict,

@@ -3,12 +3,15 @@ did not have at the start.
 
 The text is the beginning of the shipped sample, the same in every run and layout. Its experts at
 the start are kept in a file of job.dump_folder, so that a resumed run compares with the same start.
+
+With tensor or context parallelism each rank routes a part of the text, with pipelines each stage
+some of the layers; the parts are put together.
 """
 
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,10 @@ from torch import Tensor
 from torchtitan.config import JobConfig
 from torchtitan.data.catalog import SAMPLE
 from torchtitan.data.tokenizer import Tokenizer
+from torchtitan.distributed.context_parallel import positions_of_this_rank
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.utils import sum_over_ranks
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.disk import SideOutput, write_whole
 from torchtitan.tools.logging import logger
@@ -28,22 +34,44 @@ FILE = "routing_start.npz"
 LONGEST = 512  # tokens of the text: with 26 layers of 6 experts, 80,000 choices
 
 Choices = Mapping[int, np.ndarray]  # by layer: experts of each token, (T, K)
+ByLayer = dict[int, Tensor]
+Gather = Callable[[tuple[ByLayer]], tuple[ByLayer]]
 
 
 class RoutingWatch:
     """Measures at steps that are multiples of metrics.routing_moved_freq, and at the last one.
 
     Every rank must call `begin` and `numbers`; rank 0 compares.
+
+    forward: runs the model over a batch, in the layout of this run, without gradients.
+    gather: merges the layers of a pipeline's stages; None without pipelines.
     """
 
     def __init__(
-        self, config: JobConfig, tokenizer: Tokenizer, max_seq_len: int, device: torch.device
+        self,
+        config: JobConfig,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        *,
+        dims: ParallelDims,
+        device: torch.device,
+        forward: Callable[[tuple[dict[str, Tensor], Tensor]], Any],
+        gather: Gather | None,
     ) -> None:
         self._freq = config.metrics.routing_moved_freq
         self._path = Path(config.job.dump_folder) / FILE
-        self._device = device
+        self._device, self._dims = device, dims
+        self._forward, self._gather = forward, gather
         if self._freq:
-            self._tokens = torch.tensor([_text(tokenizer, min(LONGEST, max_seq_len))])
+            self._length, padded = _lengths(max_seq_len, dims)
+            # A pipeline needs full batches; the further sequences are the same text.
+            rows = 1 if gather is None else config.training.local_batch_size
+            text = torch.zeros(padded, dtype=torch.int64)
+            text[: self._length] = torch.tensor(_text(tokenizer, self._length))
+            documents = torch.where(torch.arange(padded) < self._length, 0, -1)
+            inputs = {"input": text.repeat(rows, 1), "documents": documents.repeat(rows, 1)}
+            self._batch = inputs, torch.full((rows, padded), IGNORE_INDEX)
+            self._here = _positions_here(padded, dims)
         self._start: Choices = {}
         self._start_step = 0
 
@@ -96,13 +124,13 @@ class RoutingWatch:
     @torch.no_grad()
     def _choices(self, model: BaseModel) -> Choices:
         """Route the text, without the compiler: it would compile again for this length."""
-        found: dict[int, np.ndarray] = {}
-
-        def note(layer: int, output: tuple[Tensor, ...]) -> None:
-            found[layer] = output[1].to("cpu", torch.int16).numpy()
+        found: ByLayer = {}
 
         def hook(layer: int):
-            return lambda _module, _inputs, output: note(layer, output)
+            def note(_module: Any, _inputs: Any, output: tuple[Tensor, ...]) -> None:
+                found.setdefault(layer, output[1][: len(self._here)])  # of the first sequence
+
+            return note
 
         layers = model.moe_layers().items()
         handles = [moe.router.register_forward_hook(hook(layer)) for layer, moe in layers]
@@ -110,12 +138,40 @@ class RoutingWatch:
         model.eval()
         try:
             with torch.compiler.set_stance("force_eager"):
-                model(self._tokens.to(self._device))
+                self._forward(self._batch)
         finally:
             model.train(was_training)
             for handle in handles:
                 handle.remove()
-        return found
+        whole = {layer: self._whole(ids_PK) for layer, ids_PK in sorted(found.items())}
+        if self._gather is not None:
+            (whole,) = self._gather((whole,))
+        return {layer: ids_TK.to("cpu", torch.int16).numpy() for layer, ids_TK in whole.items()}
+
+    def _whole(self, ids_PK: Tensor) -> Tensor:
+        """Experts of the whole text, (T, K), from those of the positions of this rank."""
+        if self._dims.cp * self._dims.tp > 1:
+            ids_SK = ids_PK.new_zeros(self._batch[1].size(1), ids_PK.size(1))
+            ids_SK[self._here.to(ids_PK.device)] = ids_PK
+            ids_PK = sum_over_ranks(ids_SK, self._dims.sequence_group)
+        return ids_PK[: self._length]
+
+
+def _lengths(max_seq_len: int, dims: ParallelDims) -> tuple[int, int]:
+    """Tokens of the text, and of the sequence that holds it: a multiple of what the ranks split."""
+    parts = 2 * dims.cp * dims.tp if dims.cp > 1 else dims.tp
+    length = min(LONGEST, max_seq_len)
+    padded = -(-length // parts) * parts
+    if padded > max_seq_len:
+        length = padded = max_seq_len // parts * parts
+    return length, padded
+
+
+def _positions_here(seq_len: int, dims: ParallelDims) -> Tensor:
+    """Positions of a sequence that this rank routes."""
+    here = positions_of_this_rank(dims, seq_len, torch.device("cpu"))
+    here = torch.arange(seq_len) if here is None else here
+    return here.chunk(dims.tp)[dims.data_mesh["tp"].get_local_rank()] if dims.tp > 1 else here
 
 
 def _text(tokenizer: Tokenizer, length: int) -> list[int]:

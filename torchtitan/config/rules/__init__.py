@@ -30,7 +30,6 @@ from torchtitan.config.rules.values import (
     check_profiling,
     check_ranges,
     check_renamed,
-    check_routing_moved,
     check_supported,
     check_validation,
 )
@@ -53,7 +52,6 @@ def validate(config: JobConfig, world_size: int, device_type: str = "cpu") -> No
     check_finetuning(config)
     check_profiling(config, device_type)
     check_validation(config)
-    check_routing_moved(config)
     check_checkpoint(config, world_size)
     check_alarms(config)
     degrees = resolve_degrees(config.parallelism, world_size)

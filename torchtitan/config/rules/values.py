@@ -167,15 +167,6 @@ def check_validation(config: JobConfig) -> None:
         )
 
 
-def check_routing_moved(config: JobConfig) -> None:
-    split = _splits_sequences_or_layers(config)
-    if config.metrics.routing_moved_freq and split:
-        raise UserError(
-            f"metrics.routing_moved_freq = {config.metrics.routing_moved_freq} routes a text on "
-            f"every rank, which {split} splits; set it to 0."
-        )
-
-
 def _splits_sequences_or_layers(config: JobConfig) -> str | None:
     keys = [f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline")]
     return next((f"{k} = {value_of(config, k)}" for k in keys if value_of(config, k) > 1), None)

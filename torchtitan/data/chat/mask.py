@@ -80,6 +80,7 @@ def _mark_turn(messages: Sequence[dict], render: Render, ending: Ending, setting
     `ChatProblem` where the prompt is no beginning of the text."""
     *history, message = messages
     through = render(messages, "plain")
+    _check_calls(messages, render, through)
     start = _prompt_end(history, render, through)
     if start is None:
         # K2-Thinking: with the answer in place, the reasoning before calls is emptied. In use it
@@ -92,9 +93,25 @@ def _mark_turn(messages: Sequence[dict], render: Render, ending: Ending, setting
             raise ChatProblem(problems.PROMPT_DIFFERS, f"it ends in {prompt[-30:]!r}")
         through, start = prompt + through[said_at:], len(prompt)
     text, end = ending.close(through, message)
-    said = _without_empty_tags(text, start, message)
+    empty = _empty_tags(text, start)
+    said = empty.end() if empty else start
     trained = _parts(text, (said, end), message, settings)
     return Marked(text, [span for span in trained if span[0] < span[1]], [(start, end)])
+
+
+def _check_calls(messages: Sequence[dict], render: Render, through: str) -> None:
+    """Raise `ChatProblem` where the text of the last turn is the same without its calls: the model
+    would learn to stop instead of calling."""
+    *history, message = messages
+    if "tool_calls" not in message:
+        return
+    without = {key: value for key, value in message.items() if key != "tool_calls"}
+    try:
+        dropped = render([*history, without], "plain") == through
+    except ChatProblem:
+        return  # the template asks for the calls
+    if dropped:
+        raise ChatProblem(problems.CALLS_DROPPED)
 
 
 def _prompt_end(history: list[dict], render: Render, through: str) -> int | None:
@@ -102,7 +119,7 @@ def _prompt_end(history: list[dict], render: Render, through: str) -> int | None
     that fit it, for the prompt without thinking may hold empty tags. None where none fits."""
     prompt = render(history, "prompt")
     fits = through.startswith(prompt)
-    if fits and not _EMPTY_PAIR.match(through, len(prompt)):
+    if fits and _empty_tags(through, len(prompt)) is None:
         return len(prompt)
     quiet = render(history, "quiet")
     if through.startswith(quiet) and not (fits and len(quiet) < len(prompt)):
@@ -110,13 +127,11 @@ def _prompt_end(history: list[dict], render: Render, through: str) -> int | None
     return len(prompt) if fits else None
 
 
-def _without_empty_tags(text: str, start: int, message: dict) -> int:
-    """Index behind tags without reasoning at the start of a turn: in use they'd be the prompt's."""
-    if empty := _EMPTY_PAIR.match(text, start):
-        return empty.end()
+def _empty_tags(text: str, start: int) -> re.Match | None:
+    """Tags without reasoning at the start of a turn, of which the prompt may hold the first: in
+    use the prompt without thinking would hold them."""
     opened = text[:start].rstrip().endswith(THINK)
-    rest = _EMPTY_REST.match(text, start) if opened else None
-    return rest.end() if rest and "reasoning_content" not in message else start
+    return (_EMPTY_REST if opened else _EMPTY_PAIR).match(text, start)
 
 
 def _parts(text: str, said: Span, message: dict, settings: Chat) -> Iterator[Span]:

@@ -20,6 +20,7 @@ TEMPLATE_ENDLESS = "the template ran too long"
 PROMPT_DIFFERS = "the template writes the prompt otherwise than the answered turn"
 NO_END = "no end token after an assistant turn"
 END_INSIDE = "end token inside an assistant turn"
+CALLS_DROPPED = "the template does not write the tool calls of a turn"
 PARTS_UNKNOWN = "reasoning or calls can't be told apart from the answer"
 
 

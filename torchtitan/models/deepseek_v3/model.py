@@ -180,7 +180,7 @@ class DeepSeekV3Model(Decoder):
         hidden = self.mtp(h_BSD, further, mtp.counted_BKS, self.rope, attention_masks, positions)
         # One call for all, as in `_embed`, because FSDP gathers the weights for each call.
         logits, *predicted = self.output(torch.stack((h_BSD, *hidden)))
-        return self.mtp.attach_losses(logits, predicted, mtp.labels_BKS)
+        return self.mtp.attach_losses(logits, predicted, mtp)
 
     def _embed(self, tokens: Tensor, mtp: MTPInputs | None) -> list[Tensor]:
         """Embed the tokens, and those that each layer of multi-token prediction predicts from."""
@@ -199,15 +199,15 @@ class DeepSeekV3Model(Decoder):
         labels_BS: Tensor,
         documents_BS: Tensor,
         queries_Q: Tensor | None = None,
+        weights_BS: Tensor | None = None,
     ) -> dict[str, Any]:
         depth = self.model_args.n_mtp_layers
         if depth == 0 or not self.training:
             return {}
         apart = self.model_args.keeps_documents_apart
-        inputs = mtp_inputs(tokens_BS, labels_BS, documents_BS, depth, apart=apart)
-        if queries_Q is not None:
-            inputs = MTPInputs(*(each[..., queries_Q] for each in inputs))
-        return {"mtp": inputs}
+        how: Any = {"apart": apart, "weights_BS": weights_BS}
+        inputs = mtp_inputs(tokens_BS, labels_BS, documents_BS, depth, **how)
+        return {"mtp": inputs if queries_Q is None else inputs.at(queries_Q)}
 
     def blocks(self) -> dict[str, nn.Module]:
         return super().blocks() | {f"mtp.{k}": layer for k, layer in self._mtp_layers()}

@@ -11,10 +11,10 @@ Embedding and head are the model's. The order in `eh_proj`, and the use of h aft
 those of the published weights. The loss is lambda / K · the sum over layers, divided by the step's
 valid tokens as the main loss is, and joins the backward pass at the logits (`attach_loss`).
 
-The same labels count as in the main loss, except the last k of a sequence, which are beyond its
-end. Where documents are kept apart (attn_mask_type "block_causal"), token i + k must also belong to
-the document of token i, so that nothing is predicted from another document's tokens; the label may
-be the first token of the next document, as in the main loss.
+The same labels count as in the main loss, with the same weights, except the last k of a sequence,
+which are beyond its end. Where documents are kept apart (attn_mask_type "block_causal"), token
+i + k must also belong to the document of token i, so that nothing is predicted from another
+document's tokens; the label may be the first token of the next document, as in the main loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,21 +42,34 @@ class MTPInputs(NamedTuple):
     labels_BKS: int64, the label of layer k at position i, or −100.
     counted_BKS: bool, whether token i + k is there and of the document of token i; other positions
         are left out of the load of layer k's experts.
+    weights_BKS: fp32, of the labels; None = 1.
     """
 
     tokens_BKS: Tensor
     labels_BKS: Tensor
     counted_BKS: Tensor
+    weights_BKS: Tensor | None = None
+
+    def at(self, positions_Q: Tensor) -> "MTPInputs":
+        """Keep these positions."""
+        return MTPInputs(*(None if each is None else each[..., positions_Q] for each in self))
 
 
 def mtp_inputs(
-    tokens_BS: Tensor, labels_BS: Tensor, documents_BS: Tensor, num_layers: int, *, apart: bool
+    tokens_BS: Tensor,
+    labels_BS: Tensor,
+    documents_BS: Tensor,
+    num_layers: int,
+    *,
+    apart: bool,
+    weights_BS: Tensor | None = None,
 ) -> MTPInputs:
     """Make the inputs from whole sequences, before context parallelism splits them.
 
     tokens_BS, labels_BS: int64.
     documents_BS: int64, the document of each token; −1 = padding.
     apart: whether nothing is predicted from tokens of another document.
+    weights_BS: fp32, of the labels; None = 1.
     """
     following_BS = torch.where(labels_BS == IGNORE_INDEX, 0, labels_BS)
     following_BS[:, :-1] = tokens_BS[:, 1:]
@@ -68,7 +81,11 @@ def mtp_inputs(
         tokens.append(_further(following_BS, k - 1, 0))
         labels.append(_further(labels_BS, k, IGNORE_INDEX).where(counted_BS, IGNORE_INDEX))
         counted.append(counted_BS)
-    return MTPInputs(*(torch.stack(each, dim=1) for each in (tokens, labels, counted)))
+    inputs = MTPInputs(*(torch.stack(each, dim=1) for each in (tokens, labels, counted)))
+    if weights_BS is None:
+        return inputs
+    weights = [_further(weights_BS, k, 0) for k in range(1, num_layers + 1)]
+    return inputs._replace(weights_BKS=torch.stack(weights, dim=1))
 
 
 def _further(x_BS: Tensor, by: int, fill: int) -> Tensor:
@@ -109,11 +126,11 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
     """All layers, by number from "0" on, and their losses.
 
     loss_weight: lambda.
-    loss_fn: sum of the losses of logits (B, S, V) and labels (B, S); replaced where the logits are
-        split over ranks.
+    loss_fn: sum of the losses of logits (B, S, V) and labels (B, S), and of weights (B, S) where
+        labels have some; replaced where the logits are split over ranks.
 
     Buffers, at least fp32:
-    labels_in_step: (), divisor of the losses.
+    labels_in_step: (), divisor of the losses: labels, or the sum of their weights.
     loss_sums: (K,), sums of the step's losses, without lambda and the divisor.
     """
 
@@ -123,7 +140,7 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
     def __init__(self, args: DeepSeekV3ModelArgs, blocks: Sequence[TransformerBlock]):
         super().__init__({str(k): MTPLayer(args, block) for k, block in enumerate(blocks)})
         self.loss_weight = args.mtp_loss_weight
-        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
+        self.loss_fn: Callable[..., Tensor] = cross_entropy_sum
         for name, value in (
             ("labels_in_step", torch.ones(())),
             ("loss_sums", torch.zeros(len(blocks))),
@@ -163,17 +180,17 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
         return hidden
 
     def attach_losses(
-        self, logits: Tensor, predicted: Sequence[Tensor], labels_BKS: Tensor
+        self, logits: Tensor, predicted: Sequence[Tensor], inputs: MTPInputs
     ) -> Tensor:
         """Return the model's `logits` with the layers' losses attached to their backward pass.
 
         predicted: logits of each layer, (B, S, V) or a rank's part of it.
         """
+        columns = [inputs.labels_BKS.unbind(1)]
+        if inputs.weights_BKS is not None:
+            columns.append(inputs.weights_BKS.unbind(1))
         losses = torch.stack(
-            [
-                self.loss_fn(each, labels_BS)
-                for each, labels_BS in zip(predicted, labels_BKS.unbind(1), strict=True)
-            ]
+            [self.loss_fn(*each) for each in zip(predicted, *columns, strict=True)]
         )
         self.loss_sums += losses.detach()
         weight = self.loss_weight / len(self)

@@ -102,7 +102,15 @@ def trl_template(name: str) -> str:
     return str(Path(spec.origin).parent / f"chat_templates/{name}.jinja")
 
 
-@pytest.mark.parametrize(("name", "form"), [("qwen3", "given"), ("glm4moe", "object")])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("qwen3", "given"),
+        ("glm4moe", "object"),
+        ("qwen3_instruct_2507", "given"),
+        ("qwen3_5_think", "object"),
+    ],
+)
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=["one", "reasoning", "calls"])
 def test_published_templates_give_the_text_of_transformers(folder, name, form, messages):
     check_text(folder, trl_template(name), form, messages, TOOLS)

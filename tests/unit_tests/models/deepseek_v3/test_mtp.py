@@ -209,3 +209,32 @@ def test_a_model_without_it_leaves_the_extra_layer_out():
     plain = make_model(0)
     again = DeepSeekV3StateDictAdapter(plain.model_args).from_hf(theirs)
     assert again.keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_each_label_has_the_weight_that_it_has_in_the_main_loss(depth):
+    """The loss is linear in the weights: halves of them are the halves of the loss, and those of
+    one document alone are that document's part."""
+    tokens, labels = tokens_and_labels()
+    model = make_model(depth, attn_mask_type="block_causal")
+    documents = documents_of(tokens, labels)
+    mask = model.get_attention_masks(number_documents(tokens, EOS))
+
+    def losses(weights: Tensor | None) -> float:
+        extra = model.extra_inputs(tokens, labels, documents, None, weights)
+        model(tokens, mask, **extra)
+        return sum(model.take_side_losses().values()).item()
+
+    plain, ones = losses(None), torch.ones(labels.shape)
+    assert losses(ones) == pytest.approx(plain, rel=1e-6)
+    assert losses(ones / 2) == pytest.approx(plain / 2, rel=1e-6)
+    # A label of layer k at position i is the main loss's at i + k.
+    first = losses(torch.where(documents == 0, 1.0, 0.0))
+    only = torch.where(documents == 0, labels, -100)
+    extra = model.extra_inputs(tokens, only, documents)
+    extra["mtp"] = extra["mtp"]._replace(
+        tokens_BKS=model.extra_inputs(tokens, labels, documents)["mtp"].tokens_BKS
+    )
+    model(tokens, mask, **extra)
+    assert first == pytest.approx(sum(model.take_side_losses().values()).item(), rel=1e-6)
+    assert 0 < first < plain
