@@ -5,7 +5,7 @@ whose gradient is one, and the operators of linear.py find the values and scales
 are quantised where they are written or sent, and not in every pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Fp8Weight(Tensor):
     turned_values: Tensor | None
     turned_scales: Tensor | None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(
@@ -217,7 +217,7 @@ def _dims_of_outputs(weight: Fp8Weight, dim: int) -> tuple[int, int, int, int]:
     return outputs, outputs, outputs + 1, outputs + 1
 
 
-def _cat_bytes(tensors: Sequence[Tensor], dim: int) -> Tensor:
+def _cat_bytes(tensors: tuple[Tensor, ...], dim: int) -> Tensor:
     """Concatenate, FP8 as bytes, which every device and version of torch can."""
     if tensors[0].dtype == torch.float32:
         return torch.cat(tensors, dim)
