@@ -16,6 +16,7 @@ from tests.distributed_tests.test_layouts import (
     pipeline,
 )
 from tests.distributed_tests.training_ranks import train_on_this_rank
+from torchtitan.distributed import float8_gather
 
 FLOAT8 = (
     '--model.converters=["float8"]',
@@ -62,6 +63,82 @@ def test_layouts_train_like_one_process(ranks, alone, name, tmp_path):
         assert result["norms"] == pytest.approx(fp8["norms"], rel=3e-2)
         assert result["losses"] != pytest.approx(plain["losses"], rel=1e-6)
         assert distance(result, fp8) < distance(plain, fp8)
+
+
+WIDE = ("--model.args.inter_dim=256", "--model.args.v_head_dim=48")
+GATHERS = {
+    "FSDP 2, recomputed": (layout(2, ac="full"), "float32"),
+    "FSDP 2, compiled": (layout(2, *COMPILED), "bfloat16"),
+    "HSDP 2 x 2, EP 2": (layout(4, replicate=2, shard=2, ep=2, accumulation=2), "bfloat16"),
+    "TP 2, FSDP 2": (layout(4, tp=2), "float32"),
+    "PP 2, InterleavedZeroBubble": (
+        layout(4, *pipeline("InterleavedZeroBubble", 4), pp=2),
+        "float32",
+    ),
+}
+
+
+def train_and_count(options: list[str], folder: str) -> dict:
+    """Result of a run, with the shapes of the weights that have arrived in FP8."""
+    shapes, arrived = set(), float8_gather._Gather.after
+
+    def counted(self, outputs, *others, **how):
+        shapes.add(tuple(outputs[0].shape))
+        return arrived(self, outputs, *others, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(float8_gather._Gather, "after", counted)
+        return train_on_this_rank(options, folder) | {"arrived": shapes}
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_weights_that_are_gathered_in_fp8_give_the_same_bits(ranks, name, tmp_path):
+    """Shards have the compute dtype. Experts, wkv_b, the dense layer's gate and up travel in FP8;
+    the rest has no whole blocks."""
+    (world_size, options), dtype = GATHERS[name]
+    options = [*options, *FLOAT8, *WIDE, f"--training.dtype={dtype}"]
+    options.append(f"--training.mixed_precision_param={dtype}")
+    pool = ranks(world_size)
+    whole = pool.run(train_and_count, options, str(tmp_path))
+    gathered = [*options, "--quantize.linear.float8.enable_fsdp_float8_all_gather"]
+    for ours, twin in zip(pool.run(train_and_count, gathered, str(tmp_path)), whole, strict=True):
+        assert ours["losses"] == twin["losses"] and ours["norms"] == twin["norms"]
+        assert ours["arrived"] and not twin["arrived"]
+        assert all(len(shape) == 3 or shape[0] == 256 for shape in ours["arrived"])
+        for tensor, expected in zip(ours["state"].values(), twin["state"].values(), strict=True):
+            assert torch.equal(tensor, expected)
+
+
+def test_shards_in_fp32_become_the_weights_that_one_process_has(ranks, tmp_path):
+    """Both quantise the masters; without the key, their bf16 copies are quantised."""
+    stay = '["wq", "wkv_a", "attention.wo", "shared_experts", "feed_forward.w2"]'
+    more = [*FLOAT8, *WIDE, f"--quantize.linear.float8.filter_fqns={stay}"]
+    more.append("--training.mixed_precision_param=bfloat16")
+    key = "--quantize.linear.float8.enable_fsdp_float8_all_gather"
+    runs = {1: [layout(1)[1]], 2: [[*layout(2)[1], key], layout(2)[1]]}
+    alone, gathered, rounded = (
+        ranks(size).run(train_on_this_rank, [*options, *more], str(tmp_path))[0]["losses"][0]
+        for size, several in runs.items()
+        for options in several
+    )
+    assert gathered == pytest.approx(alone, rel=1e-5)
+    assert abs(rounded - alone) > 2 * abs(gathered - alone)
+
+
+def test_adapters_beside_frozen_weights_in_fp8_train_like_one_process(ranks, tmp_path):
+    adapted = [*FLOAT8[1:], '--model.converters=["lora", "float8"]', "--lora.rank=8"]
+    adapted.append("--quantize.linear.float8.enable_fsdp_float8_all_gather")
+    alone, *together = (
+        result
+        for size, options in (layout(1), layout(2, ALL_GATHER, ep=2))
+        for result in ranks(size).run(train_on_this_rank, [*options, *adapted], str(tmp_path))
+    )
+    for result in together:
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+        assert result["norms"] == pytest.approx(alone["norms"], rel=3e-2)
+        for name, tensor in alone["state"].items():
+            frozen = "lora" not in name and "expert_bias" not in name
+            assert torch.equal(result["state"][name], tensor) or not frozen
 
 
 DISPATCHES = {

@@ -14,7 +14,7 @@ class Float8Linear:
     """FP8 for linear layers; takes effect through model.converters only."""
 
     enable_fsdp_float8_all_gather: bool = False
-    """Cast to FP8 before the all-gather of FSDP."""
+    """Quantise weights before FSDP gathers them, experts' too: half the bytes."""
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Compute all scales for FSDP in one go after the optimizer step."""
     recipe_name: Literal["blockwise", "tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard
 
 from torchtitan.config import Parallelism, Training
+from torchtitan.distributed.float8_gather import attach_float8_gathers, choose_float8_gathers
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.ops.lora import has_dim
 from torchtitan.protocols.model import BaseModel
@@ -41,6 +42,7 @@ def apply_data_parallel(
     one process the model is left as it is: see components/optimizer/compute_weights.py.
     """
     param_dtype = TORCH_DTYPES[training.mixed_precision_param]
+    choose_float8_gathers(model, dims)
     if dims.world_size == 1:
         logger.info("Data parallel: %s, %s", dims.describe(), training.mixed_precision_param)
         return
@@ -94,6 +96,7 @@ def experts_outside_fsdp(
 def materialize(model: nn.Module, device: torch.device, *, offload: bool) -> None:
     """Allocate a meta-device model: on the device; with offload, its weights on the host."""
     model.to_empty(device="cpu" if offload else device)
+    attach_float8_gathers(model)
     if offload:  # buffers are read where the layers compute
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):

@@ -7,7 +7,7 @@ gathered rows and the activation, no GEMM). Elsewhere, and as the reference in t
 computed operation by operation; experts with low-rank adapters always are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,20 +50,25 @@ def expert_ffn_chain(
     weights_TK: Tensor,
     order: RowOrder,
     adapters: Adapters = (None, None, None),
+    *,
+    product: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_linear,
 ) -> Tensor:
-    """Compute `expert_ffn` operation by operation. With empty slots this has a host sync."""
+    """Compute `expert_ffn` operation by operation. With empty slots this has a host sync.
+
+    product: of rows with the experts' weights; adapters have their own.
+    """
     if order.some_empty:  # leave out the rows behind the last copy
         slot_of_row_R = order.slot_of_row_R[: int(order.counts.sum())]
         order = order._replace(slot_of_row_R=slot_of_row_R)
     weights_R = weights_TK.flatten()[order.slot_of_row_R]
     rows_RD = expand_rows(x_TD, order)
-    gate_up_R2F = grouped_linear(rows_RD, w13_E2FD, order.counts)
+    gate_up_R2F = product(rows_RD, w13_E2FD, order.counts)
     of_gate, of_up, of_down = adapters
     gate_RF, up_RF = gate_up_R2F.chunk(2, dim=1)
     gate_RF = add_grouped_low_rank(gate_RF, rows_RD, of_gate, order.counts)
     up_RF = add_grouped_low_rank(up_RF, rows_RD, of_up, order.counts)
     hidden_RF = swiglu(gate_RF, up_RF, weights_R)
-    out_RD = grouped_linear(hidden_RF, w2_EDF, order.counts)
+    out_RD = product(hidden_RF, w2_EDF, order.counts)
     return reduce_rows(add_grouped_low_rank(out_RD, hidden_RF, of_down, order.counts), order)
 
 

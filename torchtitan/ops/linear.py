@@ -16,13 +16,14 @@ Letters: T tokens, R rows sorted by expert, E experts, D model dim, F hidden dim
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.ops import grouped_mm
-from torchtitan.ops.expert_ffn import expert_ffn
+from torchtitan.ops.expert_ffn import expert_ffn, expert_ffn_chain
 from torchtitan.ops.fp8.linear import (
     Fp8Recipe,
     fp8_expert_ffn,
@@ -30,6 +31,7 @@ from torchtitan.ops.fp8.linear import (
     fp8_linear,
 )
 from torchtitan.ops.fp8.quantize import BLOCK
+from torchtitan.ops.fp8.weight import Fp8Weight
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan.ops.lora import (
@@ -49,6 +51,7 @@ __all__ = [
     "Joint",
     "Linear",
     "Output",
+    "fp8_weights",
     "grouped_ffn",
     "grouped_linear",
     "grouped_linear_joint",
@@ -103,10 +106,10 @@ class Linear(nn.Linear):
 
         Call it inside of a forward pass, where FSDP has gathered the weight.
         """
-        lora = self.lora
-        if lora is None:
-            return self.weight.to(dtype)
-        return (self.weight.float() + product(lora)).to(dtype)
+        lora, weight = self.lora, self.weight
+        if isinstance(weight, Fp8Weight):
+            weight = weight.dense()
+        return (weight if lora is None else weight.float() + product(lora)).to(dtype)
 
 
 def _product(x: Tensor, weight: Tensor, fp8: Fp8Recipe | None) -> Tensor:
@@ -148,6 +151,13 @@ class Joint:
 def joints(module: nn.Module) -> list[Joint]:
     """List the joints that the module declares as attributes."""
     return [value for value in vars(module).values() if isinstance(value, Joint)]
+
+
+def fp8_weights(module: nn.Module) -> tuple[str, ...]:
+    """List the parameters of a module, experts included, whose products are in FP8."""
+    if getattr(module, "fp8", None) is None:
+        return ()
+    return ("weight",) if isinstance(module, Linear) else ("w1", "w2", "w3")
 
 
 def linear_joint(x: Tensor, joint: Joint, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
@@ -233,14 +243,16 @@ def grouped_ffn(
     """Compute `expert_ffn` with gate and up from `joint`, or of `gate_up` where it has no tensor.
 
     gate_up, down: w1 and w3, (E, F, D) each; w2, (E, D, F).
-    fp8: see `Linear`; not with adapters.
+    fp8: see `Linear`. With adapters each product is an operator of its own.
     """
     weights, adapters = zip(*map(parts, (*gate_up, down)), strict=True)
     w13_E2FD = joint.tensor
     if w13_E2FD is None:
         w13_E2FD = torch.cat([local_part(weight) for weight in weights[:-1]], dim=joint.dim)
     w2_EDF = local_part(weights[-1])
-    if fp8 is not None:
-        assert not any(adapters), "adapters beside FP8 weights are refused"
+    if fp8 is None:
+        return expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, order, adapters)
+    if not any(adapters):
         return fp8_expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, order, fp8)
-    return expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, order, adapters)
+    in_fp8 = partial(_grouped_product, loop=False, fp8=fp8)
+    return expert_ffn_chain(x_TD, w13_E2FD, w2_EDF, weights_TK, order, adapters, product=in_fp8)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from torchtitan.ops.fp8.weight import Fp8Weight
+
 Kind = str  # "gemm", "grouped", "attention", or "" for everything else
 
 
@@ -60,8 +62,8 @@ def _fp8_linear(args: Any, outputs: list[Tensor]) -> int:
 
 
 def _fp8_linear_backward(args: Any, outputs: list[Tensor]) -> int:
-    *_, needs_x, needs_w = args
-    return 2 * args[0].numel() * args[3].size(2) * (needs_x + needs_w)
+    needs_x, needs_w = args[7:9]
+    return 2 * args[0].numel() * args[1].size(1) * (needs_x + needs_w)
 
 
 def _core(q_rows: int, keys: int, heads: int, channels: int) -> float:
@@ -161,19 +163,25 @@ def _inside_latent_backward(args: Any) -> int:
 
 
 def _inside_fp8_experts(args: Any) -> int:
-    """Weights and rows in FP8, gate and up, then the activation and the rows of the outputs."""
+    """Weights, unless they come in FP8, and rows in FP8, gate and up, then the activation and the
+    rows of the outputs."""
     x, w13, w2, R = args[0], args[1], args[2], args[4].size(0)
     D, F, size = x.size(1), w2.size(2), x.element_size()
-    first = w13.numel() + R * D + R * 2 * F * size
-    return max(first, w2.numel() + R * F + R * D * size)
+    first = _made_in_fp8(w13) + R * D + R * 2 * F * size
+    return max(first, _made_in_fp8(w2) + R * F + R * D * size)
 
 
 def _inside_fp8_experts_backward(args: Any) -> int:
     """The gradient of gate and up by rows and by columns, the activation, the rows of the tokens,
-    and weights in FP8."""
-    x, w13, R, F = args[1], args[4], args[7].size(0), args[5].size(2)
+    and weights in FP8, unless they come so."""
+    x, w13, R, F = args[1], args[4], args[7].size(0), args[2].size(1) // 2
     D = x.size(1)
-    return R * (2 * F * 2 + F + D) + max(w13.numel(), R * F * x.element_size())
+    return R * (2 * F * 2 + F + D) + max(_made_in_fp8(w13), R * F * x.element_size())
+
+
+def _made_in_fp8(weight: Tensor) -> int:
+    """Bytes of a weight that the operator quantises."""
+    return 0 if isinstance(weight, Fp8Weight) else weight.numel()
 
 
 _WORKSPACE: dict[str, Callable[[Any], float]] = {

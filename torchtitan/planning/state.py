@@ -17,6 +17,7 @@ from torchtitan.components.optimizer.compute_weights import ComputeWeights, buil
 from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.components.optimizer.muon import Muon
 from torchtitan.distributed.fsdp import experts_outside_fsdp
+from torchtitan.ops.fp8.weight import parts_of
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.planning.ledger import Ledger
 from torchtitan.planning.ranks import BuiltRank, PlannedRun
@@ -140,9 +141,10 @@ def _bytes_of_copies(weights: ComputeWeights | None) -> int:
     if weights is None:
         return 0
     return sum(
-        fused.tensor.nbytes
+        part.nbytes
         for fused in weights._fused
         if fused.params[0].dtype != fused.tensor.dtype  # otherwise they are the parameters
+        for part in parts_of(fused.tensor)
     )
 
 

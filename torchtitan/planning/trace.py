@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torchtitan.components.loss import build_loss
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import positions_of_this_rank
+from torchtitan.distributed.float8_gather import choose_float8_gathers
 from torchtitan.distributed.fsdp import experts_outside_fsdp
 from torchtitan.ops.attention import AttentionMask, Documents
+from torchtitan.ops.fp8.weight import parts_of
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.ops.lora import is_adapter
-from torchtitan.planning.elements import Elements, count_elements
+from torchtitan.planning.elements import Elements, count_elements, saved_in_fp8
 from torchtitan.planning.ledger import Ledger, Work
 from torchtitan.planning.ranks import BuiltRank, PlannedRun, built_rank
 from torchtitan.planning.routing import Routing, copies, planned_routing
@@ -43,6 +45,7 @@ class Traced:
     forward_peak: most at a time in the forward pass, `kept` included.
     backward_peak: the same in the backward pass, gradients of its weights included.
     gathered: weights that FSDP gathers for it.
+    saved: bytes of them that gathering in FP8 saves.
     gathered_gradients: their gradients, before they are summed over ranks; frozen ones have none.
     weights: all of them.
     trained: those that are trained.
@@ -55,6 +58,7 @@ class Traced:
     forward_peak: int
     backward_peak: int
     gathered: int
+    saved: Elements
     gathered_gradients: int
     weights: Elements
     trained: Elements
@@ -231,6 +235,7 @@ class _Tracer:
         that the run keeps.
         """
         run, built = self.run, self.built
+        choose_float8_gathers(built.model, built.dims)
         if run.world_size > 1:
             kept = TORCH_DTYPES[run.config.training.dtype]
             for experts in experts_outside_fsdp(built.model, built.dims, run.config.training):
@@ -333,7 +338,7 @@ class _Tracer:
         ledger.ignore(self.model.buffers())
         ledger.ignore(local_part(p) for p in module.parameters())
         if self.weights is not None:
-            ledger.ignore(fused.tensor for fused in self.weights._fused)
+            ledger.ignore(part for each in self.weights._fused for part in parts_of(each.tensor))
         with ledger:
             ledger.start()
             out = forward()
@@ -346,11 +351,13 @@ class _Tracer:
                 out.backward(torch.empty_like(out) if out.dim() else None)
             backward_peak, backward_work = ledger.peak, ledger.work
         gathered = weights_under_fsdp(self.run, self.built, module)
+        saved = saved_in_fp8(module, gathered)
         traced = Traced(
             kept=kept,
             forward_peak=forward_peak,
             backward_peak=backward_peak,
-            gathered=bytes_of(gathered),
+            gathered=bytes_of(gathered) - saved.gathered,
+            saved=saved,
             gathered_gradients=bytes_of(p for p in gathered if p.requires_grad),
             **count_elements(module, gathered),
             gradients_kept=self._gradients_kept(module, gathered),

@@ -80,19 +80,20 @@ def groups(run: PlannedRun) -> dict[str, Group]:
 def gather_bytes(run: PlannedRun, one: Traced) -> Bytes:
     """Return the bytes to gather the weights of a layer once."""
     size = TORCH_DTYPES[run.compute_dtype].itemsize
-    return _over_shards(run, one.weights, size)
+    return _over_shards(run, one.weights.times(size) - one.saved)
 
 
 def reduce_bytes(run: PlannedRun, one: Traced) -> Bytes:
     """Return the bytes to sum the gradients of a layer once, in fp32."""
-    return _over_shards(run, one.trained, FP32)
+    return _over_shards(run, one.trained.times(FP32))
 
 
-def _over_shards(run: PlannedRun, elements: Elements, size: int) -> Bytes:
+def _over_shards(run: PlannedRun, whole: Elements) -> Bytes:
+    """Bytes to gather, or to sum, so many bytes of weights once."""
     found = Bytes()
-    for name, count in (("fsdp", elements.dense), ("expert fsdp", elements.experts)):
+    for name, count in (("fsdp", whole.dense), ("expert fsdp", whole.experts)):
         group = groups(run)[name]
-        found += group.spread(run, count * size * (group.size - 1) / group.size)
+        found += group.spread(run, count * (group.size - 1) / group.size)
     return found
 
 

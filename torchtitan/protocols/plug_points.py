@@ -35,8 +35,8 @@ PLUG_POINTS = (
     PlugPoint(
         "fp8",
         "a linear layer; experts",
-        ("components/quantize/float8.py",),
-        "products with the weights in FP8, in the whole model",
+        ("components/quantize/float8.py", "distributed/float8_gather.py"),
+        "products with the weights in FP8, in the whole model; gathers in FP8 where shards allow",
     ),
     PlugPoint(
         "_modules",

@@ -16,6 +16,9 @@ from torchtitan.ops.fp8.linear import (
     why_not_linear,
 )
 from torchtitan.ops.fp8.quantize import E4M3, E5M2
+from torchtitan.ops.fp8.weight import quantised
+from torchtitan.ops.linear import Joint, grouped_ffn
+from torchtitan.ops.lora import Adapted, LowRank
 from torchtitan.ops.permute import sort_slots
 
 KINDS = pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
@@ -213,6 +216,84 @@ def test_rows_arrive_as_they_were_quantised_in_half_the_bytes(dtype, kind):
     again = quantize.by_rows(arrived, kind)
     assert torch.equal(quantize.rows_to_float(again), quantize.rows_to_float(made))
     assert wire.unpack(wire.pack(x[:0], kind, emulate=False), 208, kind, dtype).shape == (0, 208)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["one way", "both ways"])
+def test_weights_that_come_in_fp8_give_the_same_bits(turned):
+    """In linear layers, in parts of a joint one, in experts; eager and compiled."""
+    torch.manual_seed(3)
+    ids = torch.stack([torch.randperm(3)[:2] for _ in range(40)])
+    order, ends = sort_slots(ids, 3), torch.tensor([10, 10, 40], dtype=torch.int32)
+    factors, recipe = torch.rand(40, 2), Fp8Recipe(emulate=True)
+
+    def linear(x, w):
+        first, second = w.split([128, 80])
+        return fp8_linear(x, w, recipe), fp8_linear(x, first, recipe), fp8_linear(x, second, recipe)
+
+    def groups(x, w):
+        return [fp8_grouped_linear(x, part, ends, recipe) for part in w.chunk(2, dim=1)]
+
+    def experts(x, w1, w3, w2):
+        return [fp8_expert_ffn(x, torch.cat([w1, w3], 1), w2, factors, order, recipe)]
+
+    shapes = {linear: [(208, 96)], groups: [(3, 256, 96)], experts: 2 * [(3, 128, 96)]}
+    shapes[experts].append((3, 96, 128))
+    for function, sizes in shapes.items():
+        x, *whole = (torch.randn(size, requires_grad=True) for size in [(40, 96), *sizes])
+        made = [quantised(w.detach(), w.dtype, emulate=True, turned=turned) for w in whole]
+        results = []
+        for run, weights in (
+            (function, whole),
+            (function, [w.requires_grad_() for w in made]),
+            (torch.compile(function, backend="aot_eager", fullgraph=True), made),
+        ):
+            outputs = run(x, *weights)
+            total = sum(y.square().sum() for y in outputs)
+            results.append([*outputs, *torch.autograd.grad(total, (x, *weights))])
+        for ours, *twins in zip(*results, strict=True):
+            assert all(type(twin) is Tensor and torch.equal(ours, twin) for twin in twins)
+        stack = whole[0].detach().view(-1, *whole[0].shape[-2:])
+        numbers_of = quantize.blocks_to_float(quantize.by_blocks(stack))
+        assert torch.equal(made[0].dense(), numbers_of.view_as(whole[0]))
+
+
+def test_adapters_of_experts_stay_exact_beside_frozen_weights_in_fp8():
+    """The oracle: FP8 products, and the adapters' in fp32, expert by expert."""
+    torch.manual_seed(4)
+    T, D, F, E, K = 40, 64, 128, 3, 2
+    order = sort_slots(torch.stack([torch.randperm(E)[:K] for _ in range(T)]), E)
+    x, factors = torch.randn(T, D, requires_grad=True), torch.rand(T, K)
+    w1, w3, w2 = (torch.randn(E, *size) / 8 for size in ((F, D), (F, D), (D, F)))
+    adapters = [
+        LowRank(
+            torch.randn(E, 4, w.size(2)).div(8).requires_grad_(),
+            torch.randn(E, w.size(1), 4).requires_grad_(),
+            0.5,
+        )
+        for w in (w1, w3, w2)
+    ]
+    stacks = [Adapted(w, a) for w, a in zip((w1, w3, w2), adapters, strict=True)]
+    recipe = Fp8Recipe(emulate=True)
+    out = grouped_ffn(x, Joint("w1", "w3", dim=1), stacks[:2], stacks[2], factors, order, recipe)
+
+    def product(rows, e, weight, adapter):
+        low = rows @ adapter.A[e].t() @ adapter.B[e].t()
+        return fp8_linear(rows, weight[e], recipe) + adapter.scale * low
+
+    expected, begin = torch.zeros(T, D), 0
+    for e, count in enumerate(order.counts.tolist()):
+        slots = order.slot_of_row_R[begin : begin + count].long()
+        begin += count
+        rows = x[slots // K]
+        gate, up = (product(rows, e, *pair) for pair in ((w1, adapters[0]), (w3, adapters[1])))
+        hidden = torch.nn.functional.silu(gate) * up * factors.flatten()[slots].unsqueeze(1)
+        expected = expected.index_add(0, slots // K, product(hidden, e, w2, adapters[2]))
+    trained = [x, *(factor for adapter in adapters for factor in adapter[:2])]
+    grad = torch.randn(T, D)
+    pairs = [(out, expected)]
+    pairs += zip(*(torch.autograd.grad(y, trained, grad) for y in (out, expected)), strict=True)
+    for ours, twin in pairs:
+        assert (ours - twin).norm() < 1e-2 * twin.norm()  # a tie may round the other way
 
 
 def test_frozen_weights_get_no_gradient():

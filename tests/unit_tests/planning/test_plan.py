@@ -21,6 +21,7 @@ from torchtitan.planning.report import as_data, table
 from torchtitan.planning.routing import route
 from torchtitan.planning.state import state_of
 from torchtitan.planning.trace import trace_run
+from torchtitan.planning.traffic import gather_bytes
 
 presets = script("benchmarks/presets.py")
 GIB = 2**30
@@ -150,6 +151,23 @@ def test_a_part_that_is_trained_costs_less_than_all(options: list[str], world_si
     assert part.time.seconds < whole.time.seconds
     if world_size > 1:
         assert part.traffic[0]["fsdp"].inside < whole.traffic[0]["fsdp"].inside
+
+
+def test_gathers_in_fp8_send_half_the_bytes_and_hold_half() -> None:
+    options = [*DEBUG, '--model.converters=["float8"]', "--model.args.moe_inter_dim=128"]
+    whole = plan(*options, world_size=2)
+    key = "--quantize.linear.float8.enable_fsdp_float8_all_gather"
+    half = plan(*options, key, world_size=2)
+    pairs = zip(whole.traces.of_layer.values(), half.traces.of_layer.values(), strict=True)
+    sent = []
+    for before, after in pairs:
+        saved = after.saved.gathered
+        assert after.gathered == before.gathered - saved
+        assert 0 <= saved < 0.5 * before.gathered
+        sent.append(gather_bytes(half.run, after).inside / gather_bytes(whole.run, before).inside)
+    assert 0.5 < min(sent) < 0.6 and max(sent) == 1.0, "experts' layers, and the ends"
+    assert half.traffic[0]["fsdp"].inside < whole.traffic[0]["fsdp"].inside
+    assert half.worst.peak.total < whole.worst.peak.total
 
 
 def test_earlier_stages_hold_more_micro_batches(pipelined: Plan) -> None:

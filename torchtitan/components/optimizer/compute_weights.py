@@ -5,6 +5,10 @@ the optimizer. Each has a bf16 copy, with which the module computes: the copy is
 `__dict__`, where Python looks before it asks nn.Module for the parameter of that name. Without
 copies, every forward pass of every micro-batch would cast all weights again.
 
+Of a weight that only FP8's products read the copy is in FP8 (ops/fp8/weight.py), both ways round,
+quantised from the master weight once a step. Where the parameter has the compute dtype itself there
+is no copy, and each pass quantises it.
+
 A frozen parameter has a copy, too, where its dtype differs (training.dtype = "bfloat16" saves it),
 but no gradient.
 
@@ -28,8 +32,11 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.fsdp import experts_outside_fsdp
+from torchtitan.ops.fp8.linear import Fp8Recipe
+from torchtitan.ops.fp8.quantize import BLOCK
+from torchtitan.ops.fp8.weight import Fp8Weight, quantised
 from torchtitan.ops.grouped_mm import local_part
-from torchtitan.ops.linear import joints
+from torchtitan.ops.linear import fp8_weights, joints
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.utils import TORCH_DTYPES
 
@@ -47,6 +54,8 @@ class _Fused:
     dim: int
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        if len(self.params) == 1:
+            return (tensor,)
         return tensor.split([local_part(p).size(self.dim) for p in self.params], self.dim)
 
 
@@ -72,14 +81,34 @@ class ComputeWeights:
         self._copy_of: dict[nn.Parameter, Tensor] = {}
         self._seen_version: dict[nn.Parameter, int] = {}
         modules = list(modules)
+        self._fp8_of: dict[nn.Parameter, Fp8Recipe] = {
+            param: cast(Any, module).fp8
+            for module in modules
+            for param in map(module.get_parameter, fp8_weights(module))
+            if param.dtype != dtype
+        }
         for module in modules:
             for joint in joints(module):
                 params = [module.get_parameter(name) for name in joint.names]
-                joint.tensor = self._add(params, joint.dim, dtype)
+                if self._can_join(params, joint.dim):
+                    joint.tensor = self._add(params, joint.dim, dtype)
         for module in modules:
             for name, param in module.named_parameters(recurse=False):
                 self._add_single(module, name, param, dtype)
         root.register_forward_pre_hook(lambda *_: self.refresh())
+
+    def _can_join(self, params: list[nn.Parameter], dim: int) -> bool:
+        """Whether the copies are all in FP8, in blocks of their own, or none is."""
+        in_fp8 = [p in self._fp8_of for p in params]
+        fits = not any(local_part(p).size(dim) % BLOCK for p in params[:-1])
+        return not any(in_fp8) or (all(in_fp8) and fits)
+
+    def _copied(self, param: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """Return a fresh copy of a parameter's local part."""
+        local, recipe = local_part(param.detach()), self._fp8_of.get(param)
+        if recipe is None:
+            return local.to(dtype)
+        return quantised(local, dtype, emulate=recipe.emulate, turned=True)
 
     def _add(
         self,
@@ -87,7 +116,8 @@ class ComputeWeights:
         dim: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        tensor = torch.cat([local_part(p.detach()).to(dtype) for p in params], dim)
+        copies = [self._copied(p, dtype) for p in params]
+        tensor = torch.cat(copies, dim) if len(copies) > 1 else copies[0]
         trained = any(p.requires_grad for p in params)
         fused = _Fused(tensor.requires_grad_(trained), params, dim)
         for p, part in zip(params, fused.parts(tensor.detach()), strict=True):
@@ -147,9 +177,10 @@ class ComputeWeights:
             self.after_grad(param)
 
     def copy_of(self, param: nn.Parameter) -> Tensor | None:
-        """The copy to which an optimizer should write the new weight as well; None = none."""
+        """The copy to which an optimizer should write the new weight as well; None = none, or one
+        in FP8, which `refresh` makes."""
         copy = self._copy_of.get(param)
-        if copy is None or copy.data_ptr() == local_part(param).data_ptr():
+        if copy is None or param in self._fp8_of or copy.data_ptr() == local_part(param).data_ptr():
             return None
         return copy
 
@@ -163,15 +194,23 @@ class ComputeWeights:
         `_version`."""
         self._seen_version = dict.fromkeys(self._copy_of, -1)
 
+    def outdate_fp8(self) -> None:
+        """Mark copies in FP8 as stale, after a step of an optimizer that writes the others."""
+        self._seen_version |= dict.fromkeys((p for p in self._fp8_of if p.requires_grad), -1)
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy weights that have changed: by loading, or by an optimizer that writes no copies."""
         for param, seen in self._seen_version.items():
-            if _version(param) != seen:
-                copy = self.copy_of(param)
-                if copy is not None:
-                    copy.copy_(local_part(param))
-                self.written(param)
+            if _version(param) == seen:
+                continue
+            copy = self.copy_of(param)
+            if param in self._fp8_of:
+                held = cast(Fp8Weight, self._copy_of[param])
+                held.fill(cast(Fp8Weight, self._copied(param, held.dtype)))
+            elif copy is not None:
+                copy.copy_(local_part(param))
+            self.written(param)
 
 
 def _version(param: Tensor) -> int:

@@ -20,6 +20,7 @@ from torchtitan.ops.linear import Linear
 from torchtitan.protocols.layers import ExpertWeights
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.names import listed
 
 # DeepSeek's published weights hold it in bf16.
 _NEVER = ("eh_proj",)
@@ -80,9 +81,9 @@ def log_float8(model: nn.Module, config: JobConfig) -> None:
         return
     chosen, recipe = _choose(model, config), _recipe(config)
     gradients = "e5m2" if recipe.wide_gradients else "e4m3"
-    logger.info("FP8 (blockwise, gradients %s): %s", gradients, _listed(chosen.layers))
+    logger.info("FP8 (blockwise, gradients %s): %s", gradients, listed(chosen.layers))
     for reason, names in chosen.kept.items():
-        logger.info("Not in FP8 (%s): %s", reason, _listed(names))
+        logger.info("Not in FP8 (%s): %s", reason, listed(names))
     if recipe.emulate:
         logger.warning(
             "FP8 is emulated in plain torch (quantize.linear.float8.emulate): the numbers of a "
@@ -96,6 +97,7 @@ def _recipe(config: JobConfig) -> Fp8Recipe:
         wide_gradients=float8.gradient_dtype == "e5m2",
         emulate=float8.emulate,
         dispatch=config.quantize.grouped_mm.float8.dispatch,
+        gather=float8.enable_fsdp_float8_all_gather,
     )
 
 
@@ -118,7 +120,7 @@ def _choose(model: nn.Module, config: JobConfig) -> Conversion:
                 reason = why_not_experts(layer.w1.size(2), layer.w1.size(1))
                 _sort_in(chosen, name, layer, reason)
     if not chosen.layers:
-        reasons = (f"{_listed(names)}: {reason}" for reason, names in chosen.kept.items())
+        reasons = (f"{listed(names)}: {reason}" for reason, names in chosen.kept.items())
         raise UserError(
             f"model.converters = {as_text(converters)} converts no layer of this model "
             f"({'; '.join(reasons)}); correct the names, or set it to []."
@@ -153,12 +155,3 @@ def _check_names(key: str, parts: Iterable[str], model: nn.Module) -> None:
                 f"{key}: {as_text(part)} is part of no module's name; correct it, or leave it out "
                 '(names look like "layers.3.attention.wo", "layers.3.moe.experts").'
             )
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Names without numbers of layers, each kind once: "layers.*.attention.wo (5), ..."."""
-    counts: dict[str, int] = {}
-    for name in names:
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        counts[kind] = counts.get(kind, 0) + 1
-    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items())

@@ -32,20 +32,15 @@ def check_converters(config: JobConfig, device_type: str) -> None:
 
 def _check_float8(config: JobConfig, device_type: str) -> None:
     converters, float8 = config.model.converters, config.quantize.linear.float8
-    if "lora" in converters:
-        raise UserError(
-            f"model.converters = {as_text(converters)}: adapters beside FP8 weights are not "
-            'supported yet; keep "lora" or "float8".'
-        )
     if float8.recipe_name not in (None, "blockwise"):
         raise UserError(
             f"{_PREFIX}recipe_name = {as_text(float8.recipe_name)} is not supported yet; set it to "
             '"blockwise", which scales finer, or leave it out.'
         )
-    if float8.enable_fsdp_float8_all_gather:
+    if float8.enable_fsdp_float8_all_gather and config.training.enable_cpu_offload:
         raise UserError(
-            f"{_PREFIX}enable_fsdp_float8_all_gather = true is not supported yet: FSDP gathers "
-            "bfloat16, and each rank quantises what it got; set it to false."
+            f"{_PREFIX}enable_fsdp_float8_all_gather = true quantises weights where they are kept, "
+            "but training.enable_cpu_offload = true keeps them on the host; set either to false."
         )
     if float8.precompute_float8_dynamic_scale_for_fsdp:
         raise UserError(

@@ -4,8 +4,8 @@
     gradient of inputs  gradients 1 × 128 by the transposed weights
     of weights          gradients by activations, both 1 × 128 along tokens
 
-Kept for the backward pass are activations in FP8. Weights are quantised in each pass from what the
-module holds (bf16 copies, or what FSDP has gathered), so nothing of them is kept.
+Kept for the backward pass are activations in FP8. Weights in bf16 or fp32 are quantised in each
+pass, so nothing of them is kept; an `Fp8Weight` (weight.py) comes quantised.
 
 Letters: R rows sorted by group, K inputs, N outputs, E groups, T tokens, D model dim, F hidden dim.
 """
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan.ops.fp8 import emulation
+from torchtitan.ops.fp8.choice import functions
 from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8
+from torchtitan.ops.fp8.weight import Fp8Weight, takes_fp8_weights
 from torchtitan.ops.permute import RowOrder, sum_copies
 
 _MULTIPLE = 16  # bytes: what the tensor memory accelerator fetches begins and ends there
@@ -29,11 +30,13 @@ class Fp8Recipe(NamedTuple):
     wide_gradients: gradients in e5m2 instead of e4m3.
     emulate: in plain torch, on any device.
     dispatch: experts' tokens, and the gradients of their outputs, travel in FP8 (wire.py).
+    gather: FSDP gathers the weights in FP8 (distributed/float8_gather.py).
     """
 
     wide_gradients: bool = False
     emulate: bool = False
     dispatch: bool = False
+    gather: bool = False
 
     @property
     def gradient_kind(self) -> torch.dtype:
@@ -88,19 +91,17 @@ def fp8_expert_ffn(
     return _experts(x_TD, w13_E2FD.contiguous(), w2_EDF, weights_TK, *order, *recipe[:2])[0]
 
 
-def functions(x: Tensor, emulate: bool) -> ModuleType:
-    """Return the kernels, or their emulation."""
-    if emulate or not x.is_cuda:
-        return emulation
-    from torchtitan.ops.fp8 import kernels
-
-    return kernels
-
-
 def _padded(ends_E: Tensor) -> Tensor:
     """Ends of the groups, each padded to a multiple of 128."""
     counts = ends_E.diff(prepend=ends_E.new_zeros(1))
     return ((counts + BLOCK - 1) // BLOCK * BLOCK).cumsum(0, dtype=torch.int32)
+
+
+def _by_blocks(
+    do: ModuleType, w_ENK: Tensor, scales: Tensor | None, *, transposed: bool = False
+) -> Fp8:
+    """Quantise weights, unless they come with their scales (and are transposed, then)."""
+    return do.by_blocks(w_ENK, transposed=transposed) if scales is None else Fp8(w_ENK, scales)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -110,16 +111,24 @@ def _padded(ends_E: Tensor) -> Tensor:
 
 @torch.library.custom_op("torchtitan::fp8_linear", mutates_args=())
 def _linear(
-    x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, wide_gradients: bool, emulate: bool
+    x_RK: Tensor,
+    w_ENK: Tensor,
+    ends_E: Tensor,
+    wide_gradients: bool,
+    emulate: bool,
+    w_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the product, and x in FP8, which the backward pass needs."""
+    """Return the product, and x in FP8, which the backward pass needs.
+
+    w_scales: of weights that are in FP8.
+    """
     do = functions(x_RK, emulate)
-    x = do.by_rows(x_RK)
-    return do.rows_by_blocks(x, do.by_blocks(w_ENK), ends_E, x_RK.dtype), *x
+    x, weight = do.by_rows(x_RK), _by_blocks(do, w_ENK, w_scales)
+    return do.rows_by_blocks(x, weight, ends_E, x_RK.dtype), *x
 
 
 @_linear.register_fake
-def _(x_RK, w_ENK, ends_E, wide_gradients, emulate):
+def _(x_RK, w_ENK, ends_E, wide_gradients, emulate, w_scales=None):
     return x_RK.new_empty(x_RK.size(0), w_ENK.size(1)), *_fake_rows(x_RK)
 
 
@@ -140,14 +149,19 @@ def _linear_backward(
     emulate: bool,
     needs_x: bool,
     needs_w: bool,
+    w_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and of the weights; of what needs none, of no size."""
+    """Return the gradients of x and of the weights; of what needs none, of no size.
+
+    w_scales: of weights that are in FP8; these are transposed, (E, K, N).
+    """
     do, kind = functions(grad_RN, emulate), Fp8Recipe(wide_gradients).gradient_kind
     R, dtype = grad_RN.size(0), grad_RN.dtype
     grad = do.by_rows(grad_RN, kind)
     grad_x, grad_w = grad_RN.new_empty(0, 0), grad_RN.new_empty(0, 0, 0)
     if needs_x:
-        grad_x = do.rows_by_blocks(grad, do.by_blocks(w_ENK, transposed=True), ends_E, dtype)
+        turned = _by_blocks(do, w_ENK, w_scales, transposed=True)
+        grad_x = do.rows_by_blocks(grad, turned, ends_E, dtype)
     if needs_w:
         padded = _padded(ends_E)
         t_grad = do.by_columns(grad, ends_E, padded, R)
@@ -157,13 +171,14 @@ def _linear_backward(
 
 
 @_linear_backward.register_fake
-def _(grad_RN, x_values, x_scales, w_ENK, ends_E, wide_gradients, emulate, needs_x, needs_w):
+def _(grad_RN, x_values, x_scales, w_ENK, ends_E, wide, emulate, needs_x, needs_w, w_scales=None):
     grad_x = grad_RN.new_empty(x_values.shape if needs_x else (0, 0))
-    return grad_x, grad_RN.new_empty(w_ENK.shape if needs_w else (0, 0, 0))
+    shape = ends_E.size(0), grad_RN.size(1), x_values.size(1)
+    return grad_x, grad_RN.new_empty(shape if needs_w else (0, 0, 0))
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, w_ENK, ends_E, *ctx.recipe = inputs
+    _, w_ENK, ends_E, *ctx.recipe, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], w_ENK, ends_E)
 
@@ -173,10 +188,23 @@ def _differentiate_linear(ctx: Any, grad_RN: Tensor, *_: None) -> tuple[Tensor |
     grad_x, grad_w = _linear_backward(
         grad_RN.contiguous(), *ctx.saved_tensors, *ctx.recipe, needs_x, needs_w
     )
-    return grad_x if needs_x else None, grad_w if needs_w else None, None, None, None
+    return grad_x if needs_x else None, grad_w if needs_w else None, *[None] * 4
 
 
 _linear.register_autograd(_differentiate_linear, setup_context=_save_linear)
+
+
+@takes_fp8_weights(torch.ops.torchtitan.fp8_linear.default)
+def _linear_in_fp8(x_RK: Tensor, weight: Fp8Weight, *others: Any) -> tuple[Tensor, ...]:
+    values, scales = weight.by_blocks()
+    return _linear(x_RK, values, *others[:3], scales)
+
+
+@takes_fp8_weights(torch.ops.torchtitan.fp8_linear_backward.default)
+def _linear_backward_in_fp8(*args: Any) -> tuple[Tensor, Tensor]:
+    grad_RN, x_values, x_scales, weight, *others = args
+    values, scales = weight.turned()
+    return _linear_backward(grad_RN, x_values, x_scales, values, *others[:5], scales)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -196,21 +224,30 @@ def _experts(
     some_empty: bool,
     wide_gradients: bool,
     emulate: bool,
+    w13_scales: Tensor | None = None,
+    w2_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output (T, D), and gate and up in FP8, which the backward pass needs."""
+    """Return the output (T, D), and gate and up in FP8, which the backward pass needs.
+
+    w13_scales, w2_scales: of weights that are in FP8.
+    """
     do, dtype, K = functions(x_TD, emulate), x_TD.dtype, weights_TK.size(1)
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
     rows = do.gather(do.by_rows(x_TD), slot_of_row_R, ends_E, K)
-    gate_up_R2F = do.rows_by_blocks(rows, do.by_blocks(w13_E2FD), ends_E, dtype)
-    del rows
+    w13 = _by_blocks(do, w13_E2FD, w13_scales)
+    gate_up_R2F = do.rows_by_blocks(rows, w13, ends_E, dtype)
+    del rows, w13
     hidden, kept = do.swiglu(gate_up_R2F, weights_TK.flatten(), slot_of_row_R, ends_E)
     del gate_up_R2F
-    out_RD = do.rows_by_blocks(hidden, do.by_blocks(w2_EDF), ends_E, dtype)
+    out_RD = do.rows_by_blocks(hidden, _by_blocks(do, w2_EDF, w2_scales), ends_E, dtype)
     return sum_copies(out_RD, row_of_slot_TK, some_empty=some_empty), *kept
 
 
 @_experts.register_fake
-def _(x_TD, w13_E2FD, w2_EDF, weights_TK, slot, row, counts_E, some_empty, wide, emulate):
+def _(
+    x_TD, w13_E2FD, w2_EDF, weights_TK, slot, row, counts_E, some_empty, wide, emulate,
+    w13_scales=None, w2_scales=None,
+):  # fmt: skip
     R = slot.size(0)
     gate_up_R2F = x_TD.new_empty(R, w13_E2FD.size(1))
     return torch.empty_like(x_TD), *_fake_rows(gate_up_R2F)
@@ -233,9 +270,14 @@ def _experts_backward(
     emulate: bool,
     trains_w13: bool,
     trains_w2: bool,
+    w13_scales: Tensor | None = None,
+    w2_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the tokens, w13, w2 and the routing weights; that of a frozen weight
-    has no size."""
+    has no size.
+
+    w13_scales, w2_scales: of weights that are in FP8; these are transposed, (E, D, 2F), (E, F, D).
+    """
     do, kind = functions(x_TD, emulate), Fp8Recipe(wide_gradients).gradient_kind
     dtype, K, R = x_TD.dtype, weights_TK.size(1), slot_of_row_R.size(0)
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
@@ -243,8 +285,9 @@ def _experts_backward(
     groups = ends_E, padded
     grad = do.by_rows(grad_TD, kind)
     rows = do.gather(grad, slot_of_row_R, ends_E, K)
-    grad_RF = do.rows_by_blocks(rows, do.by_blocks(w2_EDF, transposed=True), ends_E, dtype)
-    del rows
+    w2 = _by_blocks(do, w2_EDF, w2_scales, transposed=True)
+    grad_RF = do.rows_by_blocks(rows, w2, ends_E, dtype)
+    del rows, w2
     of_rows, t_both, t_hidden, grad_weights_R = do.swiglu_backward(
         grad_RF,
         Fp8(kept_values, kept_scales),
@@ -254,7 +297,7 @@ def _experts_backward(
         kind,
     )
     del grad_RF
-    grad_w13, grad_w2 = w13_E2FD.new_empty(0), w2_EDF.new_empty(0)
+    grad_w13, grad_w2 = x_TD.new_empty(0), x_TD.new_empty(0)
     if trains_w2:
         t_grad = do.by_columns(grad, *groups, R, slot_of_row_R, K)
         grad_w2 = do.rows_by_rows(t_grad, t_hidden, padded, dtype)
@@ -265,7 +308,7 @@ def _experts_backward(
         grad_w13 = do.rows_by_rows(t_both, t_x, padded, dtype)
         del t_x
     del t_both
-    w13 = do.by_blocks(w13_E2FD, transposed=True)
+    w13 = _by_blocks(do, w13_E2FD, w13_scales, transposed=True)
     grad_rows_RD = do.rows_by_blocks(of_rows, w13, ends_E, dtype)
     grad_x_TD = sum_copies(grad_rows_RD, row_of_slot_TK, some_empty=some_empty)
     return grad_x_TD, grad_w13, grad_w2, _of_slots(grad_weights_R, row_of_slot_TK)
@@ -281,15 +324,16 @@ def _of_slots(x_R: Tensor, row_of_slot_TK: Tensor) -> Tensor:
 @_experts_backward.register_fake
 def _(
     grad, x_TD, kept_values, kept_scales, w13, w2, weights_TK, slot, row, counts, some_empty, wide,
-    emulate, trains_w13, trains_w2,
+    emulate, trains_w13, trains_w2, w13_scales=None, w2_scales=None,
 ):  # fmt: skip
-    grad_w13 = torch.empty_like(w13) if trains_w13 else w13.new_empty(0)
-    grad_w2 = torch.empty_like(w2) if trains_w2 else w2.new_empty(0)
+    E, D, F2 = counts.size(0), x_TD.size(1), kept_values.size(1)
+    grad_w13 = x_TD.new_empty((E, F2, D) if trains_w13 else 0)
+    grad_w2 = x_TD.new_empty((E, D, F2 // 2) if trains_w2 else 0)
     return torch.empty_like(x_TD), grad_w13, grad_w2, torch.empty_like(weights_TK)
 
 
 def _save_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, *others, some_empty, wide, emulate = inputs
+    x_TD, *others, some_empty, wide, emulate, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.settings = some_empty, wide, emulate
     ctx.save_for_backward(x_TD, *output[1:], *others)
@@ -301,7 +345,23 @@ def _differentiate_experts(ctx: Any, grad_TD: Tensor, *_: None) -> tuple[Tensor 
         grad_TD.contiguous(), *ctx.saved_tensors, *ctx.settings, *trains
     )
     of_weights = [g if t else None for g, t in zip((grad_w13, grad_w2), trains, strict=True)]
-    return grad_x, *of_weights, grad_weights, *[None] * 6
+    return grad_x, *of_weights, grad_weights, *[None] * 8
 
 
 _experts.register_autograd(_differentiate_experts, setup_context=_save_experts)
+
+
+@takes_fp8_weights(torch.ops.torchtitan.fp8_expert_ffn.default)
+def _experts_in_fp8(
+    x_TD: Tensor, w13: Fp8Weight, w2: Fp8Weight, *others: Any
+) -> tuple[Tensor, ...]:
+    first, second = w13.by_blocks(), w2.by_blocks()
+    return _experts(x_TD, first.values, second.values, *others[:7], first.scales, second.scales)
+
+
+@takes_fp8_weights(torch.ops.torchtitan.fp8_expert_ffn_backward.default)
+def _experts_backward_in_fp8(*args: Any) -> tuple[Tensor, ...]:
+    *before, w13, w2 = args[:6]
+    first, second = w13.turned(), w2.turned()
+    scales = first.scales, second.scales
+    return _experts_backward(*before, first.values, second.values, *args[6:15], *scales)

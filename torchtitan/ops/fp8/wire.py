@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.ops.fp8 import quantize
-from torchtitan.ops.fp8.linear import functions
+from torchtitan.ops.fp8.choice import functions
 from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8
 
 

@@ -184,7 +184,6 @@ MISTAKES = {
     "router": (LORA | {"lora__fqns": '["*.router.gate"]'}, "router.gate, which can't"),
     "dropout": (LORA | {"lora__dropout": 0.1}, "unknown key 'dropout'"),
     "no converter": ({"lora__rank": 8}, '[lora] is set, but model.converters does not name "lora"'),
-    "FP8": ({"model__converters": '["lora", "float8"]'}, 'keep "lora" or "float8".'),
     "Muon": (LORA | {"optimizer__name": "Muon"}, 'optimizer.name = "Muon" with model.converters'),
     "graph": (LORA | {"compile__cuda_graph": "true"}, "compile.cuda_graph = true"),
     "two types": (

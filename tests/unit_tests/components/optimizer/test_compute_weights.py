@@ -7,14 +7,20 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.optimizer import build_optimizer, compute_weights
 from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.distributed.grad_norm import clip_factor
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
+from torchtitan.ops import block_fp8
+from torchtitan.ops.fp8 import emulation
+from torchtitan.ops.fp8.linear import Fp8Recipe
+from torchtitan.ops.fp8.weight import Fp8Weight
+from torchtitan.ops.linear import Joint, Linear, fp8_weights
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
+from torchtitan.protocols.layers import ExpertWeights
 
 SIZES = {"n_layers": 2, "dim": 32, "n_heads": 2, "inter_dim": 48, "moe_inter_dim": 16}
 SIZES |= {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
@@ -215,6 +221,79 @@ def test_a_learning_rate_set_after_loading_counts():
     loss_of(model).backward()
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+FP8 = {"moe_inter_dim": 128, "inter_dim": 128}
+
+
+def fp8_model(**changes) -> nn.Module:
+    """With master weights that bf16 copies hold exactly."""
+    model = make_model(**FP8 | changes)
+    for module in model.modules():
+        converted = type(module) is Linear and not module.out_features % 16
+        if converted or isinstance(module, ExpertWeights):
+            module.fp8 = Fp8Recipe(emulate=True)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    return model
+
+
+def copies_in_fp8(model: nn.Module) -> list[tuple[Fp8Weight, Tensor]]:
+    """With their master weights."""
+    found = []
+    for module in model.modules():
+        params = dict(module.named_parameters())
+        for name, value in vars(module).items():
+            if isinstance(value, Fp8Weight):
+                found.append((value, params[name]))
+            if isinstance(value, Joint) and isinstance(value.tensor, Fp8Weight):
+                masters = [params[part] for part in value.names]
+                found.append((value.tensor, torch.cat(masters, value.dim)))
+    return found
+
+
+@pytest.mark.parametrize("fp32_grads", [True, False])
+def test_copies_in_fp8_are_what_each_pass_would_make_of_bf16_ones(fp32_grads, monkeypatch):
+    results = []
+    for quantised_in_passes in (False, True):
+        if quantised_in_passes:
+            monkeypatch.setattr(compute_weights, "fp8_weights", lambda module: ())
+        model = fp8_model()
+        ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=fp32_grads)
+        assert bool(copies_in_fp8(model)) != quantised_in_passes
+        loss = loss_of(model)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    for ours, twin in zip(*results, strict=True):
+        assert ours.dtype == twin.dtype and torch.equal(ours, twin)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_a_step_quantises_each_master_weight_once_as_the_published_format(
+    implementation, monkeypatch
+):
+    """However many passes it has."""
+    calls, by_blocks = [], emulation.by_blocks
+
+    def counted(*args, **how):
+        calls.append(1)
+        return by_blocks(*args, **how)
+
+    monkeypatch.setattr(emulation, "by_blocks", counted)
+    losses, model = train(fp8_model(), 3, passes=2, implementation=implementation)
+    assert losses[2] < losses[0]
+    matrices = sum(len(fp8_weights(module)) for module in model.modules())
+    assert len(calls) == 2 * matrices * 3  # both ways; made with the copies, and after two steps
+    loss_of(model)
+    for copy_of_weight, master in copies_in_fp8(model):
+        for turned in (False, True):
+            ours = copy_of_weight.turned() if turned else copy_of_weight.by_blocks()
+            matrices = (each.view(-1, *each.shape[-2:]) for each in (*ours, master.detach()))
+            for values, scales, matrix in zip(*matrices, strict=True):
+                published = block_fp8.quantize_blocks(matrix)
+                for part, expected in zip((values, scales), published, strict=True):
+                    assert torch.equal(part.float(), (expected.mT if turned else expected).float())
 
 
 def test_a_model_with_copies_is_freed():

@@ -87,20 +87,34 @@ def test_a_run_trains_says_what_is_converted_and_goes_on_without_fp8(tmp_path, c
     assert len(losses(half)) == 5
 
 
+def test_adapters_train_beside_weights_in_fp8(tmp_path, capsys):
+    """Adapters begin at zero, so the first loss is that of FP8 alone, to the bit."""
+    plain, adapted = tmp_path / "plain", tmp_path / "adapted"
+    both = FLOAT8 | {"model__converters": '["lora", "float8"]', "lora__rank": 4}
+    main(tiny(plain, **FLOAT8 | {"training__steps": 1}))
+    capsys.readouterr()
+    main(tiny(adapted, **both))
+    said = capsys.readouterr().err
+    assert "FP8 (blockwise, gradients e4m3): layers.*.attention.wq (2)" in said and "LoRA:" in said
+    assert losses(adapted)[0] == losses(plain)[0] and losses(adapted)[-1] < losses(adapted)[0]
+
+
 REFUSED = {
     "a name that does not exist": (
         {"model__converters": '["float88"]'},
         "model.converters names \"float88\", which does not exist; did you mean 'float8'?",
     ),
     "MXFP8": ({"model__converters": '["quantize.linear.mx"]'}, "which is for Blackwell GPUs"),
-    "adapters": ({"model__converters": '["lora", "float8"]'}, 'keep "lora" or "float8".'),
     "other scales": (
         {"quantize__linear__float8__recipe_name": "rowwise"},
         'recipe_name = "rowwise" is not supported yet; set it to "blockwise"',
     ),
-    "all-gather": (
-        {"quantize__linear__float8__enable_fsdp_float8_all_gather": True},
-        "enable_fsdp_float8_all_gather = true is not supported yet",
+    "all-gather from the host": (
+        {
+            "quantize__linear__float8__enable_fsdp_float8_all_gather": True,
+            "training__enable_cpu_offload": True,
+        },
+        "but training.enable_cpu_offload = true keeps them on the host; set either to false.",
     ),
     "scales of a whole tensor": (
         {"quantize__linear__float8__precompute_float8_dynamic_scale_for_fsdp": True},
