@@ -35,7 +35,7 @@ LONGEST = 512  # tokens of the text: with 26 layers of 6 experts, 80,000 choices
 
 Choices = Mapping[int, np.ndarray]  # by layer: experts of each token, (T, K)
 ByLayer = dict[int, Tensor]
-Gather = Callable[[tuple[ByLayer]], tuple[ByLayer]]
+Gather = Callable[[tuple[dict[int, Any], ...]], tuple[dict[int, Any], ...]]
 
 
 class RoutingWatch:

@@ -52,7 +52,13 @@ class MTPInputs(NamedTuple):
 
     def at(self, positions_Q: Tensor) -> "MTPInputs":
         """Keep these positions."""
-        return MTPInputs(*(None if each is None else each[..., positions_Q] for each in self))
+        tokens, labels, counted, weights = self
+        return MTPInputs(
+            tokens[..., positions_Q],
+            labels[..., positions_Q],
+            counted[..., positions_Q],
+            None if weights is None else weights[..., positions_Q],
+        )
 
 
 def mtp_inputs(
