@@ -15,8 +15,15 @@ from tests.distributed_tests.test_layouts import (
     nodes_of,
     pipeline,
 )
-from tests.distributed_tests.training_ranks import train_on_this_rank
+from tests.distributed_tests.training_ranks import (
+    config_of,
+    global_batches,
+    train_on_this_rank,
+    whole,
+)
 from torchtitan.distributed import float8_gather
+from torchtitan.ops.block_fp8 import quantize_blocks
+from torchtitan.trainer import Trainer
 
 FLOAT8 = (
     '--model.converters=["float8"]',
@@ -109,20 +116,42 @@ def test_weights_that_are_gathered_in_fp8_give_the_same_bits(ranks, name, tmp_pa
             assert torch.equal(tensor, expected)
 
 
-def test_shards_in_fp32_become_the_weights_that_one_process_has(ranks, tmp_path):
-    """Both quantise the masters; without the key, their bf16 copies are quantised."""
-    stay = '["wq", "wkv_a", "attention.wo", "shared_experts", "feed_forward.w2"]'
-    more = [*FLOAT8, *WIDE, f"--quantize.linear.float8.filter_fqns={stay}"]
-    more.append("--training.mixed_precision_param=bfloat16")
-    key = "--quantize.linear.float8.enable_fsdp_float8_all_gather"
-    runs = {1: [layout(1)[1]], 2: [[*layout(2)[1], key], layout(2)[1]]}
-    alone, gathered, rounded = (
-        ranks(size).run(train_on_this_rank, [*options, *more], str(tmp_path))[0]["losses"][0]
-        for size, several in runs.items()
-        for options in several
-    )
-    assert gathered == pytest.approx(alone, rel=1e-5)
-    assert abs(rounded - alone) > 2 * abs(gathered - alone)
+def quantize_stack(weight: torch.Tensor) -> list[torch.Tensor]:
+    """Values and scales of a matrix, or of a stack of them, by the rule of exports."""
+    if weight.ndim == 2:
+        return list(quantize_blocks(weight))
+    return [torch.stack(each) for each in zip(*map(quantize_blocks, weight), strict=True)]
+
+
+def weights_that_arrive(options: list[str], folder: str) -> tuple[int, int]:
+    """Numbers of weights that arrive in FP8 in a forward pass, and of those among them that are the
+    blocks of an fp32 parameter."""
+    arrived, real = [], float8_gather._Gather.after
+
+    def noted(self, outputs, *others, **how):
+        arrived.append([part.clone() for part in outputs])
+        return real(self, outputs, *others, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(float8_gather._Gather, "after", noted)
+        trainer = Trainer(config_of(*options, f"--job.dump_folder={folder}"))
+        masters = [whole(param.detach()) for param in trainer.model.parameters() if param.ndim > 1]
+        tokens, labels = global_batches()[0]
+        with torch.no_grad():
+            trainer.loss_sum(({"input": tokens[:4]}, labels[:4]))
+        trainer.close()
+    assert all(master.dtype == torch.float32 for master in masters)
+    blocks = [quantize_stack(master) for master in masters]
+    exact = [any(all(map(torch.equal, each, parts)) for each in blocks) for parts in arrived]
+    return len(arrived), sum(exact)
+
+
+def test_what_arrives_of_fp32_shards_are_the_blocks_of_the_masters(ranks, tmp_path):
+    """To the bit, the numbers of an export with --fp8. (Without the key, bf16 is quantised.)"""
+    options = [*layout(2)[1], *FLOAT8, *WIDE, "--training.mixed_precision_param=bfloat16"]
+    options.append("--quantize.linear.float8.enable_fsdp_float8_all_gather")
+    for arrived, exact in ranks(2).run(weights_that_arrive, options, str(tmp_path)):
+        assert arrived == exact >= 3
 
 
 def test_adapters_beside_frozen_weights_in_fp8_train_like_one_process(ranks, tmp_path):
