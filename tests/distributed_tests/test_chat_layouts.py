@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -103,9 +104,8 @@ def test_conversations_weigh_the_same_where_asked(ranks, layout, tmp_path):
 @functools.cache
 def mean_of_means() -> tuple[float, float]:
     """Of the next token, and of the one after it: there, too, over the conversation's labels."""
-    trainer = Trainer(
-        ConfigManager().parse_args(options(Path("unused"), validation__enable="false"))
-    )
+    folder = Path(tempfile.mkdtemp())
+    trainer = Trainer(ConfigManager().parse_args(options(folder, validation__enable="false")))
     try:
         batches, means, further = iter(trainer.dataloader), [], []
         for _ in range(2):
