@@ -53,7 +53,7 @@ class Shrunk(NamedTuple):
 # In the order in which they run, each page in a folder of its own. ./run_train.sh: one process.
 RUN_HERE = {
     "./run_train.sh --training.dataset text --training.dataset_path my_text --checkpoint.enable "
-    "--checkpoint.last_save_model_only=false": Shrunk(
+    "--checkpoint.interval 100 --checkpoint.last_save_model_only=false": Shrunk(
         {}, [*without("training.dataset"), "--training.steps=2", "--validation.no_enable"]
     ),
     "CONFIG_FILE=my_text.toml ./run_train.sh --training.steps 400": Shrunk(  # it goes on
