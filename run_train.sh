@@ -103,7 +103,9 @@ for argument in "$@"; do
   case $argument in --job.check_config | --job.check-config) exec "${check[@]}" ;; esac
 done
 # On several machines the ranks tell it to those of machines that have another config.
-[ "$NNODES" -gt 1 ] || "${check[@]}" --job.check_config >/dev/null || exit
+code=0
+[ "$NNODES" -gt 1 ] || "${check[@]}" --job.check_config >/dev/null || code=$?
 end_if_asked
+[ "$code" -eq 0 ] || exit "$code"
 exec "$PYTHON" "$repo/scripts/launch.py" "${meet[@]}" --nproc-per-node "$NGPU" --max-restarts "$MAX_RESTARTS" \
   --local-ranks-filter "$LOG_RANK" --role rank --tee 3 "${train[@]}"

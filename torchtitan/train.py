@@ -53,7 +53,7 @@ def check_and_run(argv: list[str] | None, stop: StopRequest) -> int:
     if config.job.check_config:
         if os.environ.get("RANK", "0") == "0":
             print(describe(config, checked))
-        return 0
+        return 128 + stop.number if stop.number else 0  # run_train.sh must not go on
     return run(config, checked, stop)
 
 

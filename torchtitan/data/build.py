@@ -80,15 +80,15 @@ def report_streams(
     sources: the advised number is one that these accept
     settable: whether a key of the TOML sets the number; validation has none
     """
+    streams = f"{num_streams} stream{'s' if num_streams > 1 else ''}"
     if settable:
-        streams = f"{num_streams} stream{'s' if num_streams > 1 else ''}"
         logger.info(f"{heading}: read as {streams} (training.dataset_lanes)")
     times = rank_slice.times_made(num_streams)
     if times < 2:
         return
     advice = _advice(num_streams, rank_slice, sources) if settable else ""
     logger.warning(
-        f"{heading}: {rank_slice.processes} processes read {num_streams} streams, so each "
+        f"{heading}: {rank_slice.processes} processes read {streams}, so each "
         f"document is tokenized {times:.1f} times, which costs time and changes no number{advice}"
     )
 

@@ -27,7 +27,7 @@ body { margin: 0 auto; max-width: 1200px; padding: 16px; background: var(--page)
 h1 { font-size: 1.35rem; margin: 0 0 .5rem; } h2 { font-size: 1rem; margin: 0 0 .6rem; }
 p { margin: .2rem 0; } .verdict { font-weight: 600; margin: .8rem 0; }
 main { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px;
   min-width: 0; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }

@@ -54,8 +54,11 @@ class Trainer(BuiltRun):
             self._end(f"failed: {error}")
             raise
         self._end(how)
-        unsaved = "" if self.checkpoint.saves else "; nothing is saved without checkpoint.enable"
-        logger.info("Training %s after step %d%s", how, self.step, unsaved)
+        next_step = "; nothing is saved without checkpoint.enable"
+        if self.checkpoint.saves:
+            ended = self.step < self.config.training.steps
+            next_step = "; the same command goes on from there" if ended else ""
+        logger.info("Training %s after step %d%s", how, self.step, next_step)
 
     def _run_steps(self) -> str:
         """Run all steps. Returns how the run ended."""
