@@ -6,7 +6,7 @@ the optimizer. Each has a bf16 copy, with which the module computes: the copy is
 copies, every forward pass of every micro-batch would cast all weights again.
 
 Of a weight that only FP8's products read the copy is in FP8 (ops/fp8/weight.py), both ways round,
-quantised from the master weight once a step. Where the parameter has the compute dtype itself there
+quantised from the master weight once a step; on a CPU so far. Where the parameter has the compute dtype itself there
 is no copy, and each pass quantises it.
 
 A frozen parameter has a copy, too, where its dtype differs (training.dtype = "bfloat16" saves it),
@@ -85,7 +85,9 @@ class ComputeWeights:
             param: cast(Any, module).fp8
             for module in modules
             for param in map(module.get_parameter, fp8_weights(module))
-            if param.dtype != dtype
+            # On a GPU copies in FP8 have never run: there each pass quantises the bf16 copies,
+            # which has.
+            if param.dtype != dtype and param.device.type == "cpu"
         }
         for module in modules:
             for joint in joints(module):
