@@ -6,8 +6,8 @@ the optimizer. Each has a bf16 copy, with which the module computes: the copy is
 copies, every forward pass of every micro-batch would cast all weights again.
 
 Of a weight that only FP8's products read the copy is in FP8 (ops/fp8/weight.py), both ways round,
-quantised from the master weight once a step; on a CPU so far. Where the parameter has the compute dtype itself there
-is no copy, and each pass quantises it.
+quantised from the master weight once a step; on a CPU so far. Where the parameter has the compute
+dtype itself there is no copy, and each pass quantises it.
 
 A frozen parameter has a copy, too, where its dtype differs (training.dtype = "bfloat16" saves it),
 but no gradient.
