@@ -132,7 +132,7 @@ def test_an_fp8_folder_goes_into_a_run(run, tmp_path):
 @pytest.mark.parametrize(
     "name, arguments, sentence",
     [
-        ("generate.py", ["no/where", "--prompt", "x"], "is not a Hugging Face folder"),
+        ("generate.py", ["no/where", "--prompt", "x"], "no/where does not exist; correct"),
         ("generate.py", ["HF", "--prompt", "x", "--top_p", "2"], "top_p = 2.0 must be above 0"),
         (
             "generate.py",
@@ -140,7 +140,7 @@ def test_an_fp8_folder_goes_into_a_run(run, tmp_path):
             "but the model has positions for 32",
         ),
         ("generate.py", ["RUN/checkpoint", "--prompt", "x"], "did you mean RUN/checkpoint/step-1?"),
-        ("checkpoint_conversion/convert_from_hf.py", ["no/where", "out"], "is not a Hugging Face"),
+        ("checkpoint_conversion/convert_from_hf.py", ["no/where", "out"], "no/where does not exist"),
         (
             "checkpoint_conversion/convert_from_hf.py",
             ["ODD", "out"],
