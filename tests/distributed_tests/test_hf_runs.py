@@ -140,7 +140,7 @@ def test_an_fp8_folder_goes_into_a_run(run, tmp_path):
             "but the model has positions for 32",
         ),
         ("generate.py", ["RUN/checkpoint", "--prompt", "x"], "did you mean RUN/checkpoint/step-1?"),
-        ("checkpoint_conversion/convert_from_hf.py", ["no/where", "out"], "no/where does not exist"),
+        ("checkpoint_conversion/convert_from_hf.py", ["no/where", "out"], "does not exist"),
         (
             "checkpoint_conversion/convert_from_hf.py",
             ["ODD", "out"],
