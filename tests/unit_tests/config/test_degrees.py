@@ -182,13 +182,13 @@ def test_expert_parallel_degree_takes_part_of_a_replica_or_whole_replicas(replic
     "world_size, replicate, degree, sentence_end",
     [
         (8, 1, 3, "shard degree (8), {rule} (8); set it to 2 or 4."),
-        (8, 1, 16, "shard degree (8), {rule} (8); set it to 8."),
+        (8, 1, 16, "shard degree (8), {rule} (8); set it to 8, or start a multiple of 16 {more}."),
         (8, 1, 0, "shard degree (8), {rule} (8); set it to 1."),
         (8, 2, 6, "shard degree (4), {rule} (8); set it to 4 or 8."),
         # 4 ranks would be two thirds of a replica, 9 one and a half.
         (36, 6, 4, "shard degree (6), {rule} (36); set it to 3 or 6."),
         (36, 6, 9, "shard degree (6), {rule} (36); set it to 6 or 12."),
-        (1, 1, 2, "shard degree (1), {rule} (1); set it to 1."),
+        (1, 1, 2, "shard degree (1), {rule} (1); set it to 1, or start a multiple of 2 {more}."),
     ],
 )
 def test_expert_parallel_degree_that_does_not_fit_names_the_nearest_that_do(
@@ -202,7 +202,7 @@ def test_expert_parallel_degree_that_does_not_fit_names_the_nearest_that_do(
     rule = "or be a multiple of it that divides the number of processes"
     assert sentence == (
         f"parallelism.expert_parallel_degree = {degree} must divide the data-parallel "
-        + sentence_end.format(rule=rule)
+        + sentence_end.format(rule=rule, more="processes")
     )
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -61,8 +62,13 @@ def source_of(kind: str, folder, rows=ROWS):
 @pytest.mark.parametrize("kind", ["jsonl", "gzip", "parquet", "hub"])
 def test_every_kind_of_file_gives_the_same_examples(kind, tmp_path):
     """Tables fill the fields that other rows have with null: it changes no token."""
-    renderer = ChatRenderer(load_tokenizer(ASSETS), ASSETS, Chat())
-    records = list(source_of(kind, tmp_path).open(0, 0, Shard()))
+    template = tmp_path / "with_calls.jinja"
+    plain = Path(ASSETS, "chat_template.jinja").read_text()
+    calls = "(message.tool_calls | tojson if message.tool_calls else '')"
+    template.write_text(plain.replace("message.content + eos", f"message.content + {calls} + eos"))
+    renderer = ChatRenderer(load_tokenizer(ASSETS), ASSETS, Chat(template=str(template)))
+    (tmp_path / "rows").mkdir()
+    records = list(source_of(kind, tmp_path / "rows").open(0, 0, Shard()))
     assert [record.problem for record in records] == [""] * len(ROWS)
     found = [renderer.examples(record.row, "chat") for record in records]
     expected = [renderer.examples(row, "chat") for row in ROWS]
