@@ -22,7 +22,7 @@ refuse() { # sentence
   echo "$1" >&2
   exit 2
 }
-[[ ${1:-} != *.toml ]] || refuse "'$1' is not an option; name a settings file so: CONFIG_FILE=$1 ./run_train.sh"
+[[ ${1:-} = -* || ${1:-} != *.toml ]] || refuse "'$1' is not an option; name a settings file so: CONFIG_FILE=$1 ./run_train.sh"
 [[ ${NGPU:-1} =~ ^[1-9][0-9]{0,5}$ ]] ||
   refuse "NGPU is '$NGPU': it is the number of processes, from 1; leave it out for one a GPU (without a GPU, 2)."
 [[ ${LOG_RANK:=0} =~ ^[0-9]+(,[0-9]+)*$ ]] ||
