@@ -103,7 +103,8 @@ def test_conversations_weigh_the_same_where_asked(ranks, layout, tmp_path):
 
 @functools.cache
 def mean_of_means() -> tuple[float, float]:
-    """Of the next token, and of the one after it: there, too, over the conversation's labels."""
+    """Compute the loss by hand, of the next token and of the one after it: each conversation's mean
+    over its labels, then the mean of these."""
     folder = Path(tempfile.mkdtemp())
     trainer = Trainer(ConfigManager().parse_args(options(folder, validation__enable="false")))
     try:

@@ -21,7 +21,7 @@ OPTIONS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def script():
-    """As `python scripts/bench.py` sees the imports."""
+    """Import the script as `python scripts/bench.py` does."""
     sys.path.insert(0, str(SCRIPTS))
     yield
     sys.path.remove(str(SCRIPTS))

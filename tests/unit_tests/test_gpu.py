@@ -192,7 +192,7 @@ def moe_layer(**changes) -> MoE:
 
 @pytest.fixture
 def group() -> Iterator[dist.ProcessGroup]:
-    """Of this process alone."""
+    """Process group of this process alone."""
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()

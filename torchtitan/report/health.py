@@ -94,7 +94,8 @@ def _balance(run: Run) -> Check | None:
 
 
 def _in_time(curve: Curve, fine: bool) -> bool | None:
-    return True if fine else None if curve.steps[-1] < EARLY else False
+    """Judge a number that is not usual only after the first steps."""
+    return None if not fine and curve.steps[-1] < EARLY else fine
 
 
 def _data(run: Run) -> Check | None:

@@ -171,7 +171,7 @@ class _Counted(TorchDispatchMode):
 
 
 def operations(**settings: Any) -> Counter[str]:
-    """Of a forward and backward pass."""
+    """Count the operations of a forward and backward pass."""
     tokens = torch.randint(0, 2048, (2, 32), generator=torch.Generator().manual_seed(2))
     settings |= {"per_op_sac_force_recompute_mm_shapes_by_fqns": []}
     model = model_with(**settings)

@@ -18,7 +18,7 @@ from torchtitan.trainer.preflight import check_config
 
 
 def meet(finds: list[Callable], seconds: float = 30, world_size: int | None = None) -> list:
-    """What `agree` raised on each rank, None where it went on."""
+    """Return the error that `agree` raised on each rank, None where it went on."""
     store, results = dist.HashStore(), [None] * len(finds)
 
     def be(rank: int, find: Callable) -> None:

@@ -111,7 +111,7 @@ def test_a_node_rank_on_two_machines(port, monkeypatch):
 
 
 def test_a_node_that_is_started_again_waits_for_the_end_of_the_last_attempt(port):
-    """As a scheduler does with a dead one, before the others have noticed."""
+    """A scheduler starts a dead node again before the others have noticed."""
     first = in_threads([joining(port, 0), joining(port, 1)])
     again: list[Any] = []
     thread = threading.Thread(target=lambda: again.append(joining(port, 1)()))

@@ -79,7 +79,7 @@ def test_weights_are_quantised_by_blocks_and_transposed(dtype):
 
 
 def without_margin(x: Fp8, rows: int, columns: int) -> Fp8:
-    """Of a matrix by columns: only the tiles and columns that exist."""
+    """Keep the tiles and columns that exist, of a matrix by columns."""
     tiles = -(-rows // 128)
     return Fp8(x.values[:, : tiles * 128], x.scales[:tiles, :columns])
 
@@ -136,7 +136,7 @@ def test_swiglu_writes_what_the_definition_says(kind):
 
 
 def close(ours: Tensor, expected: Tensor) -> bool:
-    """Whether numbers are equal but for some roundings: sigmoids differ in the last bits."""
+    """Compare numbers but for some roundings: sigmoids differ in the last bits."""
     differ = ours != expected
     error = (ours.double() - expected.double()).norm() / expected.double().norm()
     return bool(differ.float().mean() < 0.02) and float(error) < 0.01

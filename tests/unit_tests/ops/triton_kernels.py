@@ -84,7 +84,7 @@ def test_tokens_are_copied_to_as_many_rows_as_the_device_says():
 
 @pytest.mark.parametrize("rows", [450, 300])
 def test_swiglu_with_routing_weights_forward_and_backward(rows):
-    """Of all rows, and of the first 300, behind which none may count."""
+    """Compare all rows, and the first 300, behind which none may count."""
     _, (slots, *_) = sorted_slots()
     gate_up, weights = torch.randn(450, 96), torch.rand(150, 3)
     num_rows = None if rows == 450 else torch.tensor([rows], dtype=torch.int32)

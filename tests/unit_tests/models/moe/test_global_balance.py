@@ -27,7 +27,7 @@ def make_model(alpha: float) -> DeepSeekV3Model:
 
 
 def micro_batches() -> list[tuple[Tensor, Tensor]]:
-    """Of three sequences; one has padding, one is nothing else."""
+    """Make micro-batches of three sequences; one has padding, one is nothing else."""
     mask = torch.ones(3, 7, dtype=torch.bool)
     mask[1, 4:] = False
     mask[2] = False
@@ -52,7 +52,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def by_the_formula() -> list[tuple[dict[str, Tensor], list[float]]]:
-    """Of two steps of two micro-batches: gradients, and each layer's loss, the mean over tokens."""
+    """Gradients, and each layer's loss as a mean over tokens, of two steps of two micro-batches."""
     model, seen = make_model(0.0), []
     for layer, moe in model.moe_layers().items():
 

@@ -51,7 +51,7 @@ def test_expectation_leaves_the_random_state_alone():
 
 @pytest.fixture
 def said(caplog):
-    """What is logged for a layout: informative lines, warnings."""
+    """Log lines for a layout: informative ones, warnings."""
     caplog.set_level(logging.INFO)
 
     def say(args: MoEArgs, ep: int, nodes: int) -> tuple[list[str], list[str]]:
