@@ -46,6 +46,7 @@ _KEPT = _ROUTING | {
     "torchtitan::document_attention",
     "torchtitan::expert_ffn",
     "torchtitan::fp8_expert_ffn",
+    "torchtitan::fp8_feed_forward",
     "torchtitan::fp8_linear",
     "torchtitan::mla_attention",
     # The operators inside the differentiable collectives: policies see those below autograd.

@@ -6,6 +6,7 @@ made here, and reaches all of them (FP8: ops/fp8):
 
     Linear                 attention's projections, feed-forwards, the projection of MTP
     linear_joint           several of those on one input
+    feed_forward           three of those with SwiGLU between them
     Gate                   the router's logits, to fp32 precision
     Output                 the head: logits, or the loss without holding them
     grouped_linear(_joint) experts, on rows that are sorted by expert
@@ -24,12 +25,9 @@ from torch import Tensor, nn
 
 from torchtitan.ops import grouped_mm
 from torchtitan.ops.expert_ffn import expert_ffn, expert_ffn_chain
-from torchtitan.ops.fp8.linear import (
-    Fp8Recipe,
-    fp8_expert_ffn,
-    fp8_grouped_linear,
-    fp8_linear,
-)
+from torchtitan.ops.fp8.experts import fp8_expert_ffn
+from torchtitan.ops.fp8.feed_forward import fp8_feed_forward
+from torchtitan.ops.fp8.linear import Fp8Recipe, fp8_grouped_linear, fp8_linear
 from torchtitan.ops.fp8.quantize import BLOCK
 from torchtitan.ops.fp8.weight import Fp8Weight
 from torchtitan.ops.grouped_mm import local_part
@@ -45,12 +43,14 @@ from torchtitan.ops.lora import (
 )
 from torchtitan.ops.permute import RowOrder
 from torchtitan.ops.router_logits import router_logits
+from torchtitan.ops.swiglu import swiglu
 
 __all__ = [
     "Gate",
     "Joint",
     "Linear",
     "Output",
+    "feed_forward",
     "fp8_weights",
     "grouped_ffn",
     "grouped_linear",
@@ -174,6 +174,19 @@ def linear_joint(x: Tensor, joint: Joint, layers: Sequence[Linear]) -> tuple[Ten
         pairs = zip(weights, layers, strict=True)
         outputs = [_product(x, weight, layer.fp8) for weight, layer in pairs]
     return tuple(layer.adapted(y, x) for layer, y in zip(layers, outputs, strict=True))
+
+
+def feed_forward(x: Tensor, joint: Joint, gate_up: Sequence[Linear], down: Linear) -> Tensor:
+    """Compute w2(silu(w1 x) · w3 x), (..., D) to (..., D); in FP8 as one operator.
+
+    gate_up, down: w1 and w3, whose weights are those of `joint`; w2.
+    """
+    layers, fp8 = (*gate_up, down), down.fp8
+    in_fp8 = all(layer.fp8 is not None and layer.lora is None for layer in layers)
+    if fp8 is None or not in_fp8 or down.weight.size(1) % BLOCK:
+        return down(swiglu(*linear_joint(x, joint, gate_up)))
+    weights = tuple(layer.weight for layer in gate_up) if joint.tensor is None else (joint.tensor,)
+    return fp8_feed_forward(x, weights, down.weight, fp8)
 
 
 def grouped_linear(

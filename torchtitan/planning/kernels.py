@@ -117,6 +117,16 @@ def _fp8_experts_backward(args: Any, outputs: list[Tensor]) -> float:
     return 2 * 2 * R * (w13.size(1) * w13.size(2) + w2.size(1) * w2.size(2))
 
 
+def _fp8_feed_forward(args: Any, outputs: list[Tensor]) -> int:
+    x, w2 = args[0], args[3]
+    return 2 * 3 * x.size(0) * w2.numel()
+
+
+def _fp8_feed_forward_backward(args: Any, outputs: list[Tensor]) -> int:
+    grad, w2, (trains_w13, trains_w2) = args[0], args[7], args[10:12]
+    return 2 * grad.size(0) * w2.numel() * (3 + 2 * trains_w13 + trains_w2)
+
+
 _FLOPS: dict[str, tuple[Kind, Callable[[Any, list[Tensor]], float]]] = {
     "aten::mm": ("gemm", _mm),
     "aten::bmm": ("gemm", _mm),
@@ -135,6 +145,8 @@ _FLOPS: dict[str, tuple[Kind, Callable[[Any, list[Tensor]], float]]] = {
     # Timed as in bf16: no rates of FP8 products are in the table of hardware.
     "torchtitan::fp8_linear": ("gemm", _fp8_linear),
     "torchtitan::fp8_linear_backward": ("gemm", _fp8_linear_backward),
+    "torchtitan::fp8_feed_forward": ("gemm", _fp8_feed_forward),
+    "torchtitan::fp8_feed_forward_backward": ("gemm", _fp8_feed_forward_backward),
     "torchtitan::fp8_expert_ffn": ("grouped", _experts),
     "torchtitan::fp8_expert_ffn_backward": ("grouped", _fp8_experts_backward),
 }
@@ -173,10 +185,10 @@ def _inside_fp8_experts(args: Any) -> int:
 
 def _inside_fp8_experts_backward(args: Any) -> int:
     """The gradient of gate and up by rows and by columns, the activation, the rows of the tokens,
-    and weights in FP8, unless they come so."""
+    and transposed weights in FP8."""
     x, w13, R, F = args[1], args[4], args[7].size(0), args[2].size(1) // 2
     D = x.size(1)
-    return R * (2 * F * 2 + F + D) + max(_made_in_fp8(w13), R * F * x.element_size())
+    return R * (2 * F * 2 + F + D) + max(w13.numel(), R * F * x.element_size())
 
 
 def _made_in_fp8(weight: Tensor) -> int:
@@ -184,9 +196,27 @@ def _made_in_fp8(weight: Tensor) -> int:
     return 0 if isinstance(weight, Fp8Weight) else weight.numel()
 
 
+def _inside_fp8_feed_forward(args: Any) -> int:
+    """Weights, unless they come in FP8, the input in FP8, gate and up, then the activation."""
+    x, w2 = args[0], args[3]
+    T, (D, F) = x.size(0), w2.shape
+    first = 2 * _made_in_fp8(w2) + T * D + T * 2 * F * x.element_size()
+    return max(first, _made_in_fp8(w2) + T * F)
+
+
+def _inside_fp8_feed_forward_backward(args: Any) -> int:
+    """The gradient of outputs by columns, that of gate and up by rows and by columns, the
+    activation, and its gradient; or, at the end, transposed weights."""
+    grad, w2 = args[0], args[7]
+    T, (D, F) = grad.size(0), w2.shape
+    return max(T * (D + 2 * F * 2 + F + F * grad.element_size()), T * 2 * F + 2 * w2.numel())
+
+
 _WORKSPACE: dict[str, Callable[[Any], float]] = {
     "torchtitan::expert_ffn": _inside_experts,
     "torchtitan::expert_ffn_backward": _inside_experts_backward,
+    "torchtitan::fp8_feed_forward": _inside_fp8_feed_forward,
+    "torchtitan::fp8_feed_forward_backward": _inside_fp8_feed_forward_backward,
     "torchtitan::fp8_expert_ffn": _inside_fp8_experts,
     "torchtitan::fp8_expert_ffn_backward": _inside_fp8_experts_backward,
     "torchtitan::mla_attention_backward": _inside_latent_backward,

@@ -7,9 +7,10 @@ from torch import Tensor
 from torchtitan.ops import block_fp8
 from torchtitan.ops.expert_ffn import expert_ffn_chain
 from torchtitan.ops.fp8 import quantize, wire
+from torchtitan.ops.fp8.experts import fp8_expert_ffn
+from torchtitan.ops.fp8.feed_forward import fp8_feed_forward
 from torchtitan.ops.fp8.linear import (
     Fp8Recipe,
-    fp8_expert_ffn,
     fp8_grouped_linear,
     fp8_linear,
     why_not_experts,
@@ -218,9 +219,37 @@ def test_rows_arrive_as_they_were_quantised_in_half_the_bytes(dtype, kind):
     assert wire.unpack(wire.pack(x[:0], kind, emulate=False), 208, kind, dtype).shape == (0, 208)
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["one way", "both ways"])
-def test_weights_that_come_in_fp8_give_the_same_bits(turned):
-    """In linear layers, in parts of a joint one, in experts; eager and compiled."""
+@KINDS
+@pytest.mark.parametrize("frozen", [(), (1, 2), (3,)], ids=["all", "w2 alone", "gate and up"])
+def test_a_dense_feed_forward_layer_is_a_single_expert_that_has_all_tokens(frozen, kind):
+    torch.manual_seed(5)
+    x, w1, w3, w2 = (torch.randn(size) for size in ((150, 96), *2 * [(256, 96)], (96, 256)))
+    recipe = Fp8Recipe(wide_gradients=kind == E5M2, emulate=True)
+    order, ones = sort_slots(torch.zeros(150, 1, dtype=torch.long), 1), torch.ones(150, 1)
+    tensors = [t.requires_grad_(i not in frozen) for i, t in enumerate((x, w1, w3, w2))]
+    trained, grad = [t for t in tensors if t.requires_grad], torch.randn(150, 96)
+
+    def expert(x, w1, w3, w2):
+        w13 = torch.cat((w1, w3)).unsqueeze(0)
+        return fp8_expert_ffn(x, w13, w2.unsqueeze(0), ones, order, recipe)
+
+    def joint(x, w1, w3, w2):
+        return fp8_feed_forward(x, (torch.cat((w1, w3)),), w2, recipe)
+
+    def separate(x, w1, w3, w2):
+        return fp8_feed_forward(x.view(3, 50, 96), (w1, w3), w2, recipe).view(150, 96)
+
+    compiled = torch.compile(separate, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (expert, joint, separate, compiled):
+        out = function(*tensors)
+        results.append([out, *torch.autograd.grad(out, trained, grad)])
+    for ours, *twins in zip(*results, strict=True):
+        assert all(torch.equal(ours, twin) for twin in twins)
+
+
+def test_weights_that_come_in_fp8_give_the_same_bits():
+    """In linear layers, in parts of a joint one, in experts and dense ones; eager and compiled."""
     torch.manual_seed(3)
     ids = torch.stack([torch.randperm(3)[:2] for _ in range(40)])
     order, ends = sort_slots(ids, 3), torch.tensor([10, 10, 40], dtype=torch.int32)
@@ -236,11 +265,18 @@ def test_weights_that_come_in_fp8_give_the_same_bits(turned):
     def experts(x, w1, w3, w2):
         return [fp8_expert_ffn(x, torch.cat([w1, w3], 1), w2, factors, order, recipe)]
 
+    def dense(x, w1, w3, w2):
+        return [
+            fp8_feed_forward(x, gate_up, w2, recipe)
+            for gate_up in ((w1, w3), (torch.cat((w1, w3)),))
+        ]
+
     shapes = {linear: [(208, 96)], groups: [(3, 256, 96)], experts: 2 * [(3, 128, 96)]}
     shapes[experts].append((3, 96, 128))
+    shapes[dense] = [*2 * [(128, 96)], (96, 128)]
     for function, sizes in shapes.items():
         x, *whole = (torch.randn(size, requires_grad=True) for size in [(40, 96), *sizes])
-        made = [quantised(w.detach(), w.dtype, emulate=True, turned=turned) for w in whole]
+        made = [quantised(w.detach(), w.dtype, emulate=True) for w in whole]
         results = []
         for run, weights in (
             (function, whole),

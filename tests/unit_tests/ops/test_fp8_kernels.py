@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from torchtitan.ops.fp8 import quantize as plain
-from torchtitan.ops.fp8.linear import Fp8Recipe, fp8_expert_ffn, fp8_linear
+from torchtitan.ops.fp8.experts import fp8_expert_ffn
+from torchtitan.ops.fp8.linear import Fp8Recipe, fp8_linear
 from torchtitan.ops.fp8.quantize import E4M3, E5M2, Fp8
 from torchtitan.ops.permute import RowOrder, sort_slots
 
@@ -76,6 +77,7 @@ def test_weights_are_quantised_by_blocks_and_transposed(dtype):
     assert same(kernels().by_blocks(w), expected)
     transposed = plain.transposed_blocks(expected)
     assert same(kernels().by_blocks(w, transposed=True), transposed)
+    assert same(kernels().transposed_blocks(expected), transposed)
 
 
 def without_margin(x: Fp8, rows: int, columns: int) -> Fp8:
@@ -112,21 +114,35 @@ def test_transposing_pads_each_group_and_keeps_what_fits(gathered):
 
 
 @pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
-def test_swiglu_writes_what_the_definition_says(kind):
+def test_one_pass_quantises_by_rows_and_by_columns(kind):
+    rows = sum(COUNTS)
+    x, (ends, padded) = numbers(rows + 20, 208), ends_of(COUNTS)
+    (values, scales), columns = kernels().by_both(x, ends, padded, kind)
+    expected = plain.by_rows(x[:rows], kind)
+    assert same(Fp8(values[:rows], scales[:, :rows]), expected)
+    expected = plain.by_columns(plain.rows_to_float(expected), COUNTS, kind)
+    P = expected.values.size(1)
+    assert same(without_margin(columns, P, 208), without_margin(expected, P, 208))
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "without weights"])
+@pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+def test_swiglu_writes_what_the_definition_says(kind, weighted):
     rows, hidden = sum(COUNTS), 256
     gate_up = numbers(rows, 2 * hidden).nan_to_num(0.0, 1.0)
     gate_up[1] = 1.0
-    weights = torch.rand(2 * rows)
-    slots = torch.randperm(2 * rows)[:rows].int()
+    weights = torch.rand(2 * rows) if weighted else None
+    slots = torch.randperm(2 * rows)[:rows].int() if weighted else None
+    of_rows = weights[slots] if weighted else None
     ends, padded = ends_of(COUNTS)
     of_hidden, kept = kernels().swiglu(gate_up, weights, slots, ends)
-    expected, expected_kept = plain.swiglu(gate_up, weights[slots])
+    expected, expected_kept = plain.swiglu(gate_up, of_rows)
     assert same(kept, expected_kept)
     assert close(plain.rows_to_float(of_hidden), plain.rows_to_float(expected))
     grad = numbers(rows, hidden).nan_to_num(0.0, 1.0)
     grad[1] = 1.0
     ours = kernels().swiglu_backward(grad, kept, weights, slots, ends, padded, kind)
-    expected = plain.swiglu_backward(grad, kept, weights[slots], COUNTS, kind)
+    expected = plain.swiglu_backward(grad, kept, of_rows, COUNTS, kind)
     P = int(padded[-1])
     assert close(plain.rows_to_float(ours[0]), plain.rows_to_float(expected[0]))
     for x, twin in zip(ours[1:3], expected[1:3], strict=True):
@@ -192,3 +208,28 @@ def test_layers_compute_what_the_emulation_does(wide):
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def test_adamw_writes_its_weight_in_fp8_as_well():
+    """Whole blocks and ragged ones, a part of a wider tensor, zeros, NaN and infinity."""
+    from torchtitan.ops.adamw import adamw_update, step_numbers
+    from torchtitan.ops.fp8.weight import quantised
+
+    numbers, settings = step_numbers(3, 0.01, (0.9, 0.95), 0.1), {"betas": (0.9, 0.95), "eps": 1e-8}
+    for N, K in ((256, 128), (304, 208)):
+        param, mean, square = torch.randn(3, N, K), torch.randn(3, N, K), torch.rand(3, N, K)
+        grads, factor = torch.randn(3, 128 + N, K), torch.tensor(0.5)
+        for each in (param, mean, grads):
+            each[:, -N:][0, :128, :128] = 0.0
+        param[1, 3, 5], param[2, 7, 9] = float("nan"), float("inf")
+        param[2, 100] *= 1e4
+        twin = [t.clone() for t in (param, grads[:, 128:], mean, square)]
+        wide = quantised(torch.ones_like(grads), torch.bfloat16, emulate=False)
+        copy = wide.split([128, N], 1)[1]
+        adamw_update(*twin, numbers, factor=factor, **settings)
+        args = (param, grads[:, 128:], mean, square, numbers)
+        adamw_update(*args, copy=copy, factor=factor, **settings)
+        for ours, expected in zip((param, mean, square), (twin[0], *twin[2:]), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+        assert same(copy.by_blocks(), plain.by_blocks(param))
+        assert bool((wide.dense()[:, :128] == 1.0).all())

@@ -93,16 +93,13 @@ def build_optimizer(
     in_bf16 = name == "AdamW" and state_dtype == "bfloat16"
     own_kernel = implementation == "fused" and (on_gpu or compute_weights is not None)
     if name in _OPTIMIZERS and own_kernel and not in_bf16:
-        fused = FusedAdam(
+        return FusedAdam(
             groups,
             decoupled=name == "AdamW",
             compute_weights=compute_weights,
             early_step=early_step_in_backward,
             **settings,
         )
-        if compute_weights is not None:
-            fused.register_step_post_hook(lambda *_: compute_weights.outdate_fp8())
-        return fused
     kernels = {"fused": implementation == "fused", "foreach": implementation == "foreach"}
     optimizer: Optimizer
     if name == "Muon":

@@ -5,9 +5,9 @@ the optimizer. Each has a bf16 copy, with which the module computes: the copy is
 `__dict__`, where Python looks before it asks nn.Module for the parameter of that name. Without
 copies, every forward pass of every micro-batch would cast all weights again.
 
-Of a weight that only FP8's products read the copy is in FP8 (ops/fp8/weight.py), both ways round,
-quantised from the master weight once a step; on a CPU so far. Where the parameter has the compute
-dtype itself there is no copy, and each pass quantises it.
+Of a weight that only FP8's products read the copy is in FP8 (ops/fp8/weight.py), quantised from the
+master weight when the optimizer writes it. Where the parameter has the compute dtype itself there
+is no copy, and each pass quantises it.
 
 A frozen parameter has a copy, too, where its dtype differs (training.dtype = "bfloat16" saves it),
 but no gradient.
@@ -34,7 +34,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.fsdp import experts_outside_fsdp
 from torchtitan.ops.fp8.linear import Fp8Recipe
 from torchtitan.ops.fp8.quantize import BLOCK
-from torchtitan.ops.fp8.weight import Fp8Weight, quantised
+from torchtitan.ops.fp8.weight import quantised
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.ops.linear import fp8_weights, joints
 from torchtitan.protocols.model import BaseModel
@@ -85,9 +85,8 @@ class ComputeWeights:
             param: cast(Any, module).fp8
             for module in modules
             for param in map(module.get_parameter, fp8_weights(module))
-            # On a GPU copies in FP8 have never run: there each pass quantises the bf16 copies,
-            # which has.
-            if param.dtype != dtype and param.device.type == "cpu"
+            # A GPU that emulates may have no FP8 to write: there each pass quantises.
+            if param.dtype != dtype and not (param.is_cuda and cast(Any, module).fp8.emulate)
         }
         for module in modules:
             for joint in joints(module):
@@ -110,7 +109,7 @@ class ComputeWeights:
         local, recipe = local_part(param.detach()), self._fp8_of.get(param)
         if recipe is None:
             return local.to(dtype)
-        return quantised(local, dtype, emulate=recipe.emulate, turned=True)
+        return quantised(local, dtype, emulate=recipe.emulate)
 
     def _add(
         self,
@@ -179,12 +178,10 @@ class ComputeWeights:
             self.after_grad(param)
 
     def copy_of(self, param: nn.Parameter) -> Tensor | None:
-        """The copy to which an optimizer should write the new weight as well; None = none, or one
-        in FP8, which `refresh` makes."""
+        """The copy to which an optimizer should write the new weight as well; None = none."""
         copy = self._copy_of.get(param)
-        if copy is None or param in self._fp8_of or copy.data_ptr() == local_part(param).data_ptr():
-            return None
-        return copy
+        is_copy = copy is not None and copy.dtype != param.dtype
+        return copy if is_copy else None
 
     def written(self, param: nn.Parameter) -> None:
         """Mark the copy of a parameter, if it has one, as up to date."""
@@ -196,10 +193,6 @@ class ComputeWeights:
         `_version`."""
         self._seen_version = dict.fromkeys(self._copy_of, -1)
 
-    def outdate_fp8(self) -> None:
-        """Mark copies in FP8 as stale, after a step of an optimizer that writes the others."""
-        self._seen_version |= dict.fromkeys((p for p in self._fp8_of if p.requires_grad), -1)
-
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy weights that have changed: by loading, or by an optimizer that writes no copies."""
@@ -207,10 +200,7 @@ class ComputeWeights:
             if _version(param) == seen:
                 continue
             copy = self.copy_of(param)
-            if param in self._fp8_of:
-                held = cast(Fp8Weight, self._copy_of[param])
-                held.fill(cast(Fp8Weight, self._copied(param, held.dtype)))
-            elif copy is not None:
+            if copy is not None:
                 copy.copy_(local_part(param))
             self.written(param)
 

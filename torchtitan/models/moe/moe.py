@@ -33,10 +33,10 @@ from torchtitan.ops.init import init_parameters
 from torchtitan.ops.linear import (
     Joint,
     Linear,
+    feed_forward,
     grouped_ffn,
     grouped_linear,
     grouped_linear_joint,
-    linear_joint,
 )
 from torchtitan.ops.permute import RowOrder
 from torchtitan.ops.swiglu import swiglu
@@ -56,7 +56,7 @@ class FeedForward(nn.Module):
         self.w13 = Joint("w1.weight", "w3.weight", dim=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(*linear_joint(x, self.w13, (self.w1, self.w3))))
+        return feed_forward(x, self.w13, (self.w1, self.w3), self.w2)
 
 
 class GroupedExperts(ExpertWeights):

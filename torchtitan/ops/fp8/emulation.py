@@ -5,13 +5,15 @@ host. Slow: for tests, and for runs that ask for it (`quantize.linear.float8.emu
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan.ops.fp8 import quantize
-from torchtitan.ops.fp8.quantize import Fp8, by_rows
+from torchtitan.ops.fp8.quantize import BLOCK, E4M3, Fp8, by_rows, transposed_blocks
 
 __all__ = [
     "by_blocks",
+    "by_both",
     "by_columns",
     "by_rows",
     "gather",
@@ -19,6 +21,7 @@ __all__ = [
     "rows_by_rows",
     "swiglu",
     "swiglu_backward",
+    "transposed_blocks",
 ]
 
 
@@ -28,7 +31,14 @@ def _counts(ends: Tensor) -> list[int]:
 
 def by_blocks(w_ENK: Tensor, *, transposed: bool = False) -> Fp8:
     weight = quantize.by_blocks(w_ENK)
-    return quantize.transposed_blocks(weight) if transposed else weight
+    return transposed_blocks(weight) if transposed else weight
+
+
+def by_both(
+    x_RK: Tensor, ends: Tensor, padded_ends: Tensor, kind: torch.dtype = E4M3
+) -> tuple[Fp8, Fp8]:
+    rows = by_rows(x_RK, kind)
+    return rows, by_columns(rows, ends, padded_ends, x_RK.size(0))
 
 
 def by_columns(
@@ -43,7 +53,11 @@ def by_columns(
     x_RK = quantize.rows_to_float(x)
     if slot_of_row is not None:
         x_RK = x_RK[slot_of_row[: sum(counts)] // top_k]
-    return quantize.by_columns(x_RK, counts, x.values.dtype)
+    made = quantize.by_columns(x_RK, counts, x.values.dtype)
+    # As wide as the kernels make it, who don't know the sizes of groups.
+    missing = quantize.padded_tiles(rows, len(counts)) - len(made.scales)
+    values = F.pad(made.values.view(torch.uint8), (0, missing * BLOCK)).view(made.values.dtype)
+    return Fp8(values, F.pad(made.scales, (0, 0, 0, missing)))
 
 
 def gather(x: Fp8, slot_of_row_R: Tensor, ends: Tensor, top_k: int) -> Fp8:
@@ -51,23 +65,29 @@ def gather(x: Fp8, slot_of_row_R: Tensor, ends: Tensor, top_k: int) -> Fp8:
     return Fp8(x.values.view(torch.uint8)[tokens].view(x.values.dtype), x.scales[:, tokens])
 
 
+def _of_rows(weights_N: Tensor | None, slot_of_row_R: Tensor | None, rows: int) -> Tensor | None:
+    if weights_N is None or slot_of_row_R is None:
+        return None
+    return weights_N[slot_of_row_R[:rows]]
+
+
 def swiglu(
-    gate_up_R2F: Tensor, weights_N: Tensor, slot_of_row_R: Tensor, ends: Tensor
+    gate_up_R2F: Tensor, weights_N: Tensor | None, slot_of_row_R: Tensor | None, ends: Tensor
 ) -> tuple[Fp8, Fp8]:
-    return quantize.swiglu(gate_up_R2F, weights_N[slot_of_row_R[: int(ends[-1])]])
+    return quantize.swiglu(gate_up_R2F, _of_rows(weights_N, slot_of_row_R, int(ends[-1])))
 
 
 def swiglu_backward(
     grad_RF: Tensor,
     kept: Fp8,
-    weights_N: Tensor,
-    slot_of_row_R: Tensor,
+    weights_N: Tensor | None,
+    slot_of_row_R: Tensor | None,
     ends: Tensor,
     padded_ends: Tensor,
     kind: torch.dtype,
 ) -> tuple[Fp8, Fp8, Fp8, Tensor]:
     counts = _counts(ends)
-    weights_R = weights_N[slot_of_row_R[: sum(counts)]]
+    weights_R = _of_rows(weights_N, slot_of_row_R, sum(counts))
     return quantize.swiglu_backward(grad_RF, kept, weights_R, counts, kind)
 
 
@@ -81,5 +101,6 @@ def rows_by_blocks(x: Fp8, weight: Fp8, ends: Tensor, dtype: torch.dtype) -> Ten
 
 def rows_by_rows(a: Fp8, b: Fp8, padded_ends: Tensor, dtype: torch.dtype) -> Tensor:
     counts = _counts(padded_ends)
-    parts = [quantize.columns_to_float(each).split(counts) for each in (a, b)]
+    wholes = [quantize.columns_to_float(each)[: sum(counts)] for each in (a, b)]
+    parts = [whole.split(counts) for whole in wholes]
     return torch.stack([a_e.t() @ b_e for a_e, b_e in zip(*parts, strict=True)]).to(dtype)

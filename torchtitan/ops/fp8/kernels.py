@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.ops.fp8.cuda import Kernel, tensor_map
-from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8
+from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8, padded_tiles
 
 _THREADS = 512  # of a quantising block
 # Of `swiglu_backward`: maxima of columns, and three tiles of bf16.
@@ -20,11 +20,6 @@ _SHARED_MEMORY = 227 * 1024  # of a block on Hopper
 
 def _ceil(size: int) -> int:
     return -(-size // BLOCK)
-
-
-def padded_tiles(rows: int, groups: int) -> int:
-    """Most tiles of 128 that `rows` rows of `groups` groups fill."""
-    return rows // BLOCK + min(rows, groups)
 
 
 def _launch(
@@ -63,6 +58,34 @@ def by_blocks(w_ENK: Tensor, *, transposed: bool = False) -> Fp8:
     return out
 
 
+def transposed_blocks(weight: Fp8) -> Fp8:
+    """Compute `quantize.transposed_blocks`, N and K multiples of 16."""
+    E, N, K = weight.values.shape
+    n, k = _ceil(N), _ceil(K)
+    out = Fp8(_new(weight.values, E, K, N, kind=E4M3), _new(weight.values, E, k, n))
+    _launch("transpose_blocks", E4M3, (k, n, E), *weight, *out, N, K)
+    return out
+
+
+def by_both(
+    x_RK: Tensor, ends: Tensor, padded_ends: Tensor, kind: torch.dtype = E4M3
+) -> tuple[Fp8, Fp8]:
+    """Return a bf16 matrix by rows, and these by columns (`by_columns`), in one pass; of rows
+    behind the last group nothing is defined. K is a multiple of 16."""
+    R, K = x_RK.shape
+    tiles, blocks = padded_tiles(R, ends.numel()), _ceil(K)
+    rows = Fp8(_new(x_RK, R, K, kind=kind), _new(x_RK, blocks, R))
+    columns = _new_columns(ends, K, tiles, kind)
+    grid = (tiles, blocks)
+    _launch("quantize_both", kind, grid, x_RK, ends, padded_ends, *rows, *columns, R, K, len(ends))
+    return rows, columns
+
+
+def _new_columns(like: Tensor, K: int, tiles: int, kind: torch.dtype) -> Fp8:
+    scales = _new(like, tiles, _ceil(K) * BLOCK)
+    return Fp8(_new(like, K, tiles * BLOCK, kind=kind), scales)
+
+
 def by_columns(
     x: Fp8,
     ends: Tensor,
@@ -78,12 +101,10 @@ def by_columns(
     """
     T, K = x.values.shape
     groups, kind = ends.numel(), x.values.dtype
-    tiles, blocks = padded_tiles(rows, groups), _ceil(K)
-    out = Fp8(_new(ends, K, tiles * BLOCK, kind=kind), _new(ends, tiles, blocks * BLOCK))
-    _launch(
-        "transpose", kind, (tiles, blocks), *x, slot_of_row, ends, padded_ends, *out, T, K, groups,
-        top_k,
-    )  # fmt: skip
+    tiles = padded_tiles(rows, groups)
+    out = _new_columns(ends, K, tiles, kind)
+    lists = slot_of_row, ends, padded_ends
+    _launch("transpose", kind, (tiles, _ceil(K)), *x, *lists, *out, T, K, groups, top_k)
     return out
 
 
@@ -97,11 +118,11 @@ def gather(x: Fp8, slot_of_row_R: Tensor, ends: Tensor, top_k: int) -> Fp8:
 
 
 def swiglu(
-    gate_up_R2F: Tensor, weights_N: Tensor, slot_of_row_R: Tensor, ends: Tensor
+    gate_up_R2F: Tensor, weights_N: Tensor | None, slot_of_row_R: Tensor | None, ends: Tensor
 ) -> tuple[Fp8, Fp8]:
     """Compute `quantize.swiglu`. F is a multiple of 128.
 
-    weights_N: fp32, of each slot.
+    weights_N: fp32, of each slot; None = 1, and there are no slots.
     """
     R, F = gate_up_R2F.size(0), gate_up_R2F.size(1) // 2
     blocks = _ceil(F)
@@ -117,19 +138,21 @@ def swiglu(
 def swiglu_backward(
     grad_RF: Tensor,
     kept: Fp8,
-    weights_N: Tensor,
-    slot_of_row_R: Tensor,
+    weights_N: Tensor | None,
+    slot_of_row_R: Tensor | None,
     ends: Tensor,
     padded_ends: Tensor,
     kind: torch.dtype,
 ) -> tuple[Fp8, Fp8, Fp8, Tensor]:
-    """Compute `quantize.swiglu_backward`; of rows behind the last group nothing is defined."""
+    """Compute `quantize.swiglu_backward`; of rows behind the last group nothing is defined.
+
+    weights_N: as in `swiglu`; without weights their gradient has no elements.
+    """
     R, F = grad_RF.shape
     tiles, blocks = padded_tiles(R, ends.numel()), F // BLOCK
     grad = Fp8(_new(ends, R, 2 * F, kind=kind), _new(ends, 2 * blocks, R))
-    t_grad = Fp8(_new(ends, 2 * F, tiles * BLOCK, kind=kind), _new(ends, tiles, 2 * F))
-    t_hidden = Fp8(_new(ends, F, tiles * BLOCK, kind=E4M3), _new(ends, tiles, F))
-    parts = _new(ends, blocks, R)
+    t_grad, t_hidden = _new_columns(ends, 2 * F, tiles, kind), _new_columns(ends, F, tiles, E4M3)
+    parts = _new(ends, blocks, 0 if weights_N is None else R)
     _launch(
         "swiglu_backward", kind, (tiles, blocks), grad_RF, *kept, weights_N, slot_of_row_R, ends,
         padded_ends, *grad, *t_grad, *t_hidden, parts, R, F, ends.numel(), shared=_WAITING,

@@ -155,17 +155,26 @@ __device__ __forceinline__ void store_columns(Shared& shared, const Place& at,
   write_lines(shared, out, pitch, columns, 128);
 }
 
-// Quantise a row's 4 elements; lane `slot` keeps the scale.
+// Quantise a row's 4 elements, for all of which `scale` is the row's.
 template <bool WIDE>
-__device__ __forceinline__ u32 quantize_row(const Place& at, u32 first, u32 second, int slot,
-                                            float& kept_scale) {
+__device__ __forceinline__ u32 quantize_row(u32 first, u32 second, float& scale) {
   u32 largest = max(magnitude(low(first)), magnitude(high(first)));
   largest = max(largest, max(magnitude(low(second)), magnitude(high(second))));
   largest = __reduce_max_sync(ALL, largest);
-  const float scale = power_of_two_scale<WIDE>(largest), inverse = inverse_of_power(scale);
-  if (at.lane == slot) kept_scale = scale;
+  scale = power_of_two_scale<WIDE>(largest);
+  const float inverse = inverse_of_power(scale);
   return to_fp8<WIDE>(low(first) * inverse, high(first) * inverse, low(second) * inverse,
                       high(second) * inverse);
+}
+
+// The same; lane `slot` keeps the scale.
+template <bool WIDE>
+__device__ __forceinline__ u32 quantize_row(const Place& at, u32 first, u32 second, int slot,
+                                            float& kept_scale) {
+  float scale;
+  const u32 quantized = quantize_row<WIDE>(first, second, scale);
+  if (at.lane == slot) kept_scale = scale;
+  return quantized;
 }
 
 // x (R, K) bf16; grid (tiles of rows, blocks of columns).
@@ -267,6 +276,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
               N - of_n * 128);
 }
 
+// Four rows of four bytes to four columns.
+__device__ __forceinline__ void turn(const u32 (&rows)[4], u32 (&columns)[4]) {
+  const u32 a = __byte_perm(rows[0], rows[1], 0x5140), b = __byte_perm(rows[2], rows[3], 0x5140);
+  const u32 c = __byte_perm(rows[0], rows[1], 0x7362), d = __byte_perm(rows[2], rows[3], 0x7362);
+  columns[0] = __byte_perm(a, b, 0x5410), columns[1] = __byte_perm(a, b, 0x7632);
+  columns[2] = __byte_perm(c, d, 0x5410), columns[3] = __byte_perm(c, d, 0x7632);
+}
+
+// values (E, N, K) by blocks to (E, K, N), and their scales. Grid (blocks of K, blocks of N, E).
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
+    transpose_blocks(const u8* __restrict__ values, const float* __restrict__ scales,
+                     u8* __restrict__ out, float* __restrict__ out_scales, int N, int K) {
+  __shared__ Shared shared;
+  const Place at;
+  const int of_n = blockIdx.y, of_k = blockIdx.x;
+  const int k = of_k * 128 + at.column, first = of_n * 128 + at.warp * ROWS;
+  const i64 matrix = (i64)blockIdx.z * N * K, blocks = (i64)blockIdx.z * gridDim.x * gridDim.y;
+  u32 rows[2][4], columns[2][4];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    rows[r / 4][r % 4] = 0;
+    if (first + r < N && k < K)
+      rows[r / 4][r % 4] = *reinterpret_cast<const u32*>(values + matrix + (i64)(first + r) * K + k);
+  }
+  if (threadIdx.x == 0)
+    out_scales[blocks + of_k * gridDim.y + of_n] = scales[blocks + of_n * gridDim.x + of_k];
+  turn(rows[0], columns[0]), turn(rows[1], columns[1]);
+#pragma unroll
+  for (int j = 0; j < 4; j++)
+    piece_of(shared, at.column + j, at.warp) = make_uint2(columns[0][j], columns[1][j]);
+  write_lines(shared, out + matrix + (i64)of_k * 128 * N + of_n * 128, N, K - of_k * 128,
+              N - of_n * 128);
+}
+
 // The rows of a padded tile: the first one, and how many of the 128 exist; none = no such tile.
 __device__ __forceinline__ int rows_of_tile(int tile, const int* ends, const int* padded_ends,
                                             int groups, int& first) {
@@ -282,6 +325,44 @@ __device__ __forceinline__ int rows_of_tile(int tile, const int* ends, const int
   __syncthreads();
   first = found[0];
   return min(found[1], 128);
+}
+
+// A row's 4 elements as numbers.
+__device__ __forceinline__ void widen(u32 quantized, float scale, float (&x)[4]) {
+  const float2 a = from_fp8<E5M2>(quantized & 0xFFFF), b = from_fp8<E5M2>(quantized >> 16);
+  x[0] = a.x * scale, x[1] = a.y * scale, x[2] = b.x * scale, x[3] = b.y * scale;
+}
+
+// Quantise a tile by columns and write it transposed. Grid (tiles, blocks of columns).
+__device__ __forceinline__ void write_columns(Shared& shared, const Place& at,
+                                              const float (&x)[ROWS][4], int K, u8* out,
+                                              float* out_scales) {
+  u32 largest[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int r = 0; r < ROWS; r++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) largest[j] = max(largest[j], magnitude(x[r][j]));
+  combine_columns(shared, at, largest);
+  float new_scale[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) new_scale[j] = power_of_two_scale<E5M2>(largest[j]);
+  const int columns = min(128, K - blockIdx.y * 128);
+  if (at.warp == 0 && at.column < columns)
+    *reinterpret_cast<float4*>(out_scales + ((i64)blockIdx.x * gridDim.y + blockIdx.y) * 128 +
+                               at.column) =
+        make_float4(new_scale[0], new_scale[1], new_scale[2], new_scale[3]);
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const float inverse = inverse_of_power(new_scale[j]);
+    u32 quads[2];
+#pragma unroll
+    for (int q = 0; q < 2; q++)
+      quads[q] = to_fp8<E5M2>(x[q * 4][j] * inverse, x[q * 4 + 1][j] * inverse,
+                              x[q * 4 + 2][j] * inverse, x[q * 4 + 3][j] * inverse);
+    piece_of(shared, at.column + j, at.warp) = make_uint2(quads[0], quads[1]);
+  }
+  const i64 pitch = (i64)gridDim.x * 128;
+  write_lines(shared, out + (i64)blockIdx.y * 128 * pitch + blockIdx.x * 128, pitch, columns, 128);
 }
 
 // Transposes rows quantised by rows. slot_of_row: rows are tokens slot / top_k; null = as they come.
@@ -305,7 +386,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     scale = scales[(i64)blockIdx.y * T + source];
   }
   u32 tile[ROWS];
-  u32 largest[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const i64 row = __shfl_sync(ALL, source, r);
@@ -315,34 +395,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   }
   float x[ROWS][4];
 #pragma unroll
+  for (int r = 0; r < ROWS; r++) widen(tile[r], __shfl_sync(ALL, scale, r), x[r]);
+  write_columns(shared, at, x, K, out, out_scales);
+}
+
+// x (R, K) bf16 by rows, and these transposed as by `transpose`. Grid (tiles, blocks of columns).
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    quantize_both(const u16* __restrict__ source, const int* __restrict__ ends,
+                  const int* __restrict__ padded_ends, u8* __restrict__ values,
+                  float* __restrict__ scales, u8* __restrict__ out, float* __restrict__ out_scales,
+                  int R, int K, int groups) {
+  __shared__ Shared shared;
+  const Place at;
+  int begin;
+  const int exist = rows_of_tile(blockIdx.x, ends, padded_ends, groups, begin);
+  if (exist <= 0) return;
+  const int column = blockIdx.y * 128 + at.column, first = at.warp * ROWS;
+  const i64 top = begin + first;
+  uint2 pairs[ROWS];
+#pragma unroll
   for (int r = 0; r < ROWS; r++) {
-    const float factor = __shfl_sync(ALL, scale, r);
-    const float2 a = from_fp8<E5M2>(tile[r] & 0xFFFF), b = from_fp8<E5M2>(tile[r] >> 16);
-    x[r][0] = a.x * factor, x[r][1] = a.y * factor, x[r][2] = b.x * factor, x[r][3] = b.y * factor;
-#pragma unroll
-    for (int j = 0; j < 4; j++) largest[j] = max(largest[j], magnitude(x[r][j]));
+    pairs[r] = make_uint2(0, 0);
+    if (first + r < exist && column < K)
+      pairs[r] = *reinterpret_cast<const uint2*>(source + (top + r) * K + column);
   }
-  combine_columns(shared, at, largest);
-  float new_scale[4];
+  float x[ROWS][4], kept_scale = 1.f;
 #pragma unroll
-  for (int j = 0; j < 4; j++) new_scale[j] = power_of_two_scale<E5M2>(largest[j]);
-  const int columns = min(128, K - blockIdx.y * 128);
-  if (at.warp == 0 && at.column < columns)
-    *reinterpret_cast<float4*>(out_scales + ((i64)blockIdx.x * gridDim.y + blockIdx.y) * 128 +
-                               at.column) =
-        make_float4(new_scale[0], new_scale[1], new_scale[2], new_scale[3]);
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    const float inverse = inverse_of_power(new_scale[j]);
-    u32 quads[2];
-#pragma unroll
-    for (int q = 0; q < 2; q++)
-      quads[q] = to_fp8<E5M2>(x[q * 4][j] * inverse, x[q * 4 + 1][j] * inverse,
-                              x[q * 4 + 2][j] * inverse, x[q * 4 + 3][j] * inverse);
-    piece_of(shared, at.column + j, at.warp) = make_uint2(quads[0], quads[1]);
+  for (int r = 0; r < ROWS; r++) {
+    float scale;
+    const u32 q = quantize_row<E5M2>(pairs[r].x, pairs[r].y, scale);
+    if (at.lane == r) kept_scale = scale;
+    widen(q, scale, x[r]);
+    if (first + r < exist && column < K)
+      *reinterpret_cast<u32*>(values + (top + r) * K + column) = q;
   }
-  const i64 pitch = (i64)gridDim.x * 128;
-  write_lines(shared, out + (i64)blockIdx.y * 128 * pitch + blockIdx.x * 128, pitch, columns, 128);
+  if (at.lane < ROWS && first + at.lane < exist)
+    scales[(i64)blockIdx.y * R + top + at.lane] = kept_scale;
+  write_columns(shared, at, x, K, out, out_scales);
 }
 
 // Copies every row's token and its scales. A warp a row; grid (⌈R / 16⌉). K is a multiple of 16.
@@ -376,8 +465,8 @@ __device__ __forceinline__ float sum_of_four(const Place& at, const float (&x)[4
   return sum;
 }
 
-// gate_up (R, 2F) bf16. Writes the weighted activation, and gate and up to keep. Grid (tiles of
-// rows, blocks of F).
+// gate_up (R, 2F) bf16. Writes the weighted activation, and gate and up to keep. weights: null = 1.
+// Grid (tiles of rows, blocks of F).
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     swiglu(const u16* __restrict__ gate_up, const float* __restrict__ weights,
            const int* __restrict__ slot_of_row, const int* __restrict__ ends,
@@ -388,7 +477,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const int rows = ends[groups - 1];
   if (first >= rows) return;
   float weight = 0.f, of_hidden = 1.f, of_gate = 1.f, of_up = 1.f;
-  if (at.lane < ROWS && first + at.lane < rows) weight = weights[slot_of_row[first + at.lane]];
+  if (at.lane < ROWS && first + at.lane < rows)
+    weight = weights ? weights[slot_of_row[first + at.lane]] : 1.f;
 #pragma unroll 4
   for (int r = 0; r < ROWS; r++) {
     const i64 row = first + r;
@@ -423,8 +513,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   }
 }
 
-// The gradient of gate and up by rows and by columns, the weighted activation by columns, and this
-// block's part of the weights' gradient. F is a multiple of 128. Grid (padded tiles, blocks of F).
+// The gradient of gate and up by rows and by columns, the weighted activation by columns, and, with
+// weights, this block's part of their gradient. F is a multiple of 128. Grid (padded tiles, blocks of
+// F).
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     swiglu_backward(const u16* __restrict__ grad_hidden, const u8* __restrict__ kept,
                     const float* __restrict__ kept_scales, const float* __restrict__ weights,
@@ -446,7 +537,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const i64 top = begin + first;
   float weight = 0.f, scale_gate = 0.f, scale_up = 0.f;
   if (at.lane < ROWS && first + at.lane < exist) {
-    weight = weights[slot_of_row[top + at.lane]];
+    weight = weights ? weights[slot_of_row[top + at.lane]] : 1.f;
     scale_gate = kept_scales[(i64)blockIdx.y * R + top + at.lane];
     scale_up = kept_scales[(i64)(gridDim.y + blockIdx.y) * R + top + at.lane];
   }
@@ -507,7 +598,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const i64 row = top + at.lane;
     grad_scales[(i64)blockIdx.y * R + row] = out_gate;
     grad_scales[(i64)(gridDim.y + blockIdx.y) * R + row] = out_up;
-    parts[(i64)blockIdx.y * R + row] = part;
+    if (weights) parts[(i64)blockIdx.y * R + row] = part;
   }
   const i64 pitch = (i64)gridDim.x * 128, line = blockIdx.y * 128;
   const i64 to = line * pitch + blockIdx.x * 128;

@@ -77,6 +77,11 @@ def by_columns(x_RK: Tensor, counts: list[int], kind: torch.dtype = E4M3) -> Fp8
     return Fp8(values.contiguous(), F.pad(scales, (0, -scales.size(1) % BLOCK)))
 
 
+def padded_tiles(rows: int, groups: int) -> int:
+    """Most tiles of 128 that `rows` rows of `groups` groups, each padded, can fill."""
+    return (rows + (BLOCK - 1) * groups) // BLOCK
+
+
 def by_blocks(w_ENK: Tensor) -> Fp8:
     """Equal, expert by expert, to `block_fp8.quantize_blocks`."""
     E, N, K = w_ENK.shape
@@ -115,25 +120,26 @@ def blocks_to_float(w: Fp8) -> Tensor:
     return w.values.float() * spread[:, :N, :K]
 
 
-def swiglu(gate_up_R2F: Tensor, weights_R: Tensor) -> tuple[Fp8, Fp8]:
+def swiglu(gate_up_R2F: Tensor, weights_R: Tensor | None) -> tuple[Fp8, Fp8]:
     """Return the weighted activation (R, F) and gate and up (R, 2F), by rows. The activation is
     rounded to their dtype first.
 
-    weights_R: fp32 factors of the rows.
+    weights_R: fp32 factors of the rows; None = 1.
     """
     gate, up = gate_up_R2F.float().chunk(2, 1)
-    hidden = by_rows((plain_swiglu(gate, up) * weights_R.unsqueeze(1)).to(gate_up_R2F.dtype))
+    weights = 1.0 if weights_R is None else weights_R.unsqueeze(1)
+    hidden = by_rows((plain_swiglu(gate, up) * weights).to(gate_up_R2F.dtype))
     halves = by_rows(gate), by_rows(up)
     kept = Fp8(torch.cat([h.values for h in halves], 1), torch.cat([h.scales for h in halves]))
     return hidden, kept
 
 
 def swiglu_backward(
-    grad_RF: Tensor, kept: Fp8, weights_R: Tensor, counts: list[int], kind: torch.dtype
+    grad_RF: Tensor, kept: Fp8, weights_R: Tensor | None, counts: list[int], kind: torch.dtype
 ) -> tuple[Fp8, Fp8, Fp8, Tensor]:
     """Return the gradient of gate and up by rows (R, 2F) and by columns (2F, P), the weighted
-    activation by columns (F, P), and the weights' gradient (R,) fp32. All but the last are rounded
-    to the dtype of `grad_RF` first.
+    activation by columns (F, P), and the weights' gradient (R,) fp32, without weights (0,). All but
+    the last are rounded to the dtype of `grad_RF` first.
 
     kept: gate and up from `swiglu`, of which the activation is computed again.
     """
@@ -142,8 +148,9 @@ def swiglu_backward(
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
     hidden = silu * up
-    grad_weights_R = (grad * hidden).sum(1)
-    weights = weights_R.unsqueeze(1)
+    weights, grad_weights_R = 1.0, grad.new_empty(0)
+    if weights_R is not None:
+        weights, grad_weights_R = weights_R.unsqueeze(1), (grad * hidden).sum(1)
     grad = grad * weights
     grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
     both = torch.cat((grad_gate, grad * silu), 1).to(grad_RF.dtype)

@@ -23,58 +23,31 @@ class Fp8Weight(Tensor):
     """A weight (N, K), or a stack (E, N, K), by blocks (quantize.py).
 
     values, scales: e4m3 (…, N, K), and fp32 (…, ⌈N/128⌉, ⌈K/128⌉).
-    turned_values, turned_scales: the same of the transposed weight, for the gradient of inputs;
-        None = transposed in each backward pass.
     dtype: of the gradient.
     """
 
     values: Tensor
     scales: Tensor
-    turned_values: Tensor | None
-    turned_scales: Tensor | None
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(
-        cls,
-        values: Tensor,
-        scales: Tensor,
-        turned_values: Tensor | None = None,
-        turned_scales: Tensor | None = None,
-        *,
-        dtype: torch.dtype,
-    ):
+    def __new__(cls, values: Tensor, scales: Tensor, *, dtype: torch.dtype):
         like = {"dtype": dtype, "device": values.device}
         return Tensor._make_wrapper_subclass(cls, values.shape, **like)
 
-    def __init__(
-        self,
-        values: Tensor,
-        scales: Tensor,
-        turned_values: Tensor | None = None,
-        turned_scales: Tensor | None = None,
-        *,
-        dtype: torch.dtype,
-    ):
+    def __init__(self, values: Tensor, scales: Tensor, *, dtype: torch.dtype):
         self.values, self.scales = values, scales
-        self.turned_values, self.turned_scales = turned_values, turned_scales
 
     def __repr__(self) -> str:
         return f"Fp8Weight{tuple(self.shape)}"
 
     def parts(self) -> list[Tensor]:
         """The tensors that it consists of."""
-        return [getattr(self, name) for name in self._names()]
+        return [self.values, self.scales]
 
     def by_blocks(self) -> Fp8:
         return Fp8(self.values.contiguous(), self.scales.contiguous())
-
-    def turned(self) -> Fp8:
-        """Return the transposed weight, (…, K, N)."""
-        if self.turned_values is None or self.turned_scales is None:
-            return quantize.transposed_blocks(Fp8(self.values, self.scales))
-        return Fp8(self.turned_values.contiguous(), self.turned_scales.contiguous())
 
     def dense(self) -> Tensor:
         """Return the numbers that it stands for, fp32."""
@@ -83,23 +56,14 @@ class Fp8Weight(Tensor):
             return quantize.blocks_to_float(Fp8(values, scales))
         return quantize.blocks_to_float(Fp8(values.unsqueeze(0), scales.unsqueeze(0)))[0]
 
-    def fill(self, other: "Fp8Weight") -> None:
-        """Take over another weight's values and scales."""
-        for part, new in zip(self.parts(), other.parts(), strict=True):
-            part.copy_(new)
-
     def each(self, function: Callable[[Tensor], Tensor]) -> "Fp8Weight":
         """Return the weight of which each part went through `function`."""
         return Fp8Weight(*map(function, self.parts()), dtype=self.dtype)
 
-    def _names(self) -> list[str]:
-        names = ["values", "scales", "turned_values", "turned_scales"]
-        return names if self.turned_values is not None else names[:2]
-
     # What torch.compile needs to take it apart and to put it together.
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return self._names(), self.dtype
+        return ["values", "scales"], self.dtype
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], dtype: torch.dtype, *_: Any) -> "Fp8Weight":
@@ -116,37 +80,29 @@ class Fp8Weight(Tensor):
         return handler(*args, **(kwargs or {}))
 
 
-def quantised(
-    weight: Tensor, dtype: torch.dtype, *, emulate: bool, turned: bool = False
-) -> Fp8Weight:
+def quantised(weight: Tensor, dtype: torch.dtype, *, emulate: bool) -> Fp8Weight:
     """Quantise a weight (N, K) or a stack (E, N, K).
 
     dtype: of its gradient.
-    turned: transposed, too.
     """
-    w_ENK = weight if weight.ndim == 3 else weight.unsqueeze(0)
-    parts = [
-        *_quantise(w_ENK, False, emulate),
-        *(_quantise(w_ENK, True, emulate) if turned else ()),
-    ]
+    stack = weight if weight.ndim == 3 else weight.unsqueeze(0)
+    parts = _quantise(stack, emulate)
     if weight.ndim == 2:
         parts = [part.squeeze(0) for part in parts]
     return Fp8Weight(*parts, dtype=dtype)
 
 
 @torch.library.custom_op("torchtitan::fp8_by_blocks", mutates_args=())
-def _quantise(w_ENK: Tensor, transposed: bool, emulate: bool) -> tuple[Tensor, Tensor]:
-    values, scales = functions(w_ENK, emulate).by_blocks(w_ENK, transposed=transposed)
+def _quantise(w_ENK: Tensor, emulate: bool) -> tuple[Tensor, Tensor]:
+    values, scales = functions(w_ENK, emulate).by_blocks(w_ENK)
     return values, scales
 
 
 @_quantise.register_fake
-def _(w_ENK, transposed, emulate):
-    E, *sizes = w_ENK.shape
-    rows, columns = reversed(sizes) if transposed else sizes
-    blocks = [-(-size // BLOCK) for size in (rows, columns)]
-    scales = w_ENK.new_empty(E, *blocks, dtype=torch.float32)
-    return w_ENK.new_empty(E, rows, columns, dtype=E4M3), scales
+def _(w_ENK, emulate):
+    E, N, K = w_ENK.shape
+    scales = w_ENK.new_empty(E, -(-N // BLOCK), -(-K // BLOCK), dtype=torch.float32)
+    return torch.empty_like(w_ENK, dtype=E4M3), scales
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
@@ -194,10 +150,10 @@ def _split(weight: Fp8Weight, size: int, dim: int = 0) -> list[Fp8Weight]:
 @takes_fp8_weights(_aten.split_with_sizes.default)
 def _split_with_sizes(weight: Fp8Weight, sizes: list[int], dim: int = 0) -> list[Fp8Weight]:
     assert not any(size % BLOCK for size in sizes[:-1])
-    of_blocks = [-(-size // BLOCK) for size in sizes]
-    how = zip((sizes, of_blocks) * 2, _dims_of_outputs(weight, dim), strict=True)
-    pieces = [part.split(n, d) for part, (n, d) in zip(weight.parts(), how, strict=False)]
-    return [Fp8Weight(*each, dtype=weight.dtype) for each in zip(*pieces, strict=True)]
+    outputs = _outputs(weight, dim)
+    values = weight.values.split(sizes, outputs)
+    scales = weight.scales.split([-(-size // BLOCK) for size in sizes], outputs)
+    return [Fp8Weight(*each, dtype=weight.dtype) for each in zip(values, scales, strict=True)]
 
 
 @takes_fp8_weights(_aten.cat.default)
@@ -205,23 +161,31 @@ def _cat(weights: list[Fp8Weight], dim: int = 0) -> Fp8Weight:
     """Concatenate outputs, between blocks."""
     first = weights[0]
     assert not any(weight.size(-2) % BLOCK for weight in weights[:-1])
-    columns = zip(*(weight.parts() for weight in weights), strict=True)
-    parts = zip(columns, _dims_of_outputs(first, dim), strict=False)
-    return Fp8Weight(*(_cat_bytes(column, d) for column, d in parts), dtype=first.dtype)
+    outputs = _outputs(first, dim)
+    values = _cat_bytes([weight.values for weight in weights], outputs)
+    scales = torch.cat([weight.scales for weight in weights], outputs)
+    return Fp8Weight(values, scales, dtype=first.dtype)
 
 
-def _dims_of_outputs(weight: Fp8Weight, dim: int) -> tuple[int, int, int, int]:
-    """Return the dim of outputs in each part of the weight."""
+def _outputs(weight: Fp8Weight, dim: int) -> int:
+    """Return the dim of outputs, which alone is split and joined."""
     outputs = weight.ndim - 2
     assert dim % weight.ndim == outputs, "only outputs are split and joined"
-    return outputs, outputs, outputs + 1, outputs + 1
+    return outputs
 
 
-def _cat_bytes(tensors: tuple[Tensor, ...], dim: int) -> Tensor:
-    """Concatenate, FP8 as bytes, which every device and version of torch can."""
-    if tensors[0].dtype == torch.float32:
-        return torch.cat(tensors, dim)
+def _cat_bytes(tensors: list[Tensor], dim: int) -> Tensor:
+    """Concatenate FP8 as bytes, which every device and version of torch can."""
     return torch.cat([t.view(torch.uint8) for t in tensors], dim).view(tensors[0].dtype)
+
+
+@takes_fp8_weights(_aten.copy_.default)
+def _copy_(weight: Fp8Weight, source: Tensor, *_: Any) -> Fp8Weight:
+    """Quantise another tensor's numbers into this weight."""
+    new = quantised(source, weight.dtype, emulate=False)
+    for part, its in zip(weight.parts(), new.parts(), strict=True):
+        part.copy_(its)
+    return weight
 
 
 @takes_fp8_weights(_aten.zeros_like.default)

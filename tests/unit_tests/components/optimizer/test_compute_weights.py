@@ -284,16 +284,18 @@ def test_a_step_quantises_each_master_weight_once_as_the_published_format(
     losses, model = train(fp8_model(), 3, passes=2, implementation=implementation)
     assert losses[2] < losses[0]
     matrices = sum(len(fp8_weights(module)) for module in model.modules())
-    assert len(calls) == 2 * matrices * 3  # both ways; made with the copies, and after two steps
+    # Made with the copies; then by the optimizer, or before the next forward pass.
+    assert len(calls) == matrices * (4 if implementation == "fused" else 3)
     loss_of(model)
     for copy_of_weight, master in copies_in_fp8(model):
-        for turned in (False, True):
-            ours = copy_of_weight.turned() if turned else copy_of_weight.by_blocks()
-            matrices = (each.view(-1, *each.shape[-2:]) for each in (*ours, master.detach()))
-            for values, scales, matrix in zip(*matrices, strict=True):
-                published = block_fp8.quantize_blocks(matrix)
-                for part, expected in zip((values, scales), published, strict=True):
-                    assert torch.equal(part.float(), (expected.mT if turned else expected).float())
+        matrices = (
+            each.view(-1, *each.shape[-2:])
+            for each in (*copy_of_weight.by_blocks(), master.detach())
+        )
+        for values, scales, matrix in zip(*matrices, strict=True):
+            published = block_fp8.quantize_blocks(matrix)
+            for part, expected in zip((values, scales), published, strict=True):
+                assert torch.equal(part.float(), expected.float())
 
 
 def test_a_model_with_copies_is_freed():
