@@ -90,33 +90,48 @@ def _update_by_blocks(
     l2,
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """A program has a block of 128 x 128, whose scale is its largest magnitude / 448."""
+    """A program has a block of 128 x 128, whose scale is its largest magnitude / 448.
+
+    It goes through the block a few rows at a time, twice: new weights are read again, from the
+    cache, once the largest is known. All of a block at once fills the registers, and then loads
+    wait for nothing but themselves (docs/LOG.md, 2026-11-27).
+    """
     of_k, of_n = tl.program_id(0), tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
-    n, k = of_n * BLOCK + tl.arange(0, BLOCK), of_k * BLOCK + tl.arange(0, BLOCK)
-    inside = (n[:, None] < N) & (k[None, :] < K)
-    within = n[:, None] * K + k[None, :]
+    k = of_k * BLOCK + tl.arange(0, BLOCK)
     param += e * param_stride
     grad += e * grad_stride
     mean += e * N * K
     square += e * N * K
-    p = tl.load(param + within, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(grad + within, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(mean + within, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(square + within, mask=inside, other=0.0).to(tl.float32)
-    p, m, v = _adamw(p, g, m, v, numbers, factor, beta1, beta2, eps, l2, SCALE)
-    tl.store(mean + within, m.to(mean.dtype.element_ty), mask=inside)
-    tl.store(square + within, v.to(square.dtype.element_ty), mask=inside)
-    tl.store(param + within, p.to(param.dtype.element_ty), mask=inside)
-    # As integers, so that NaN is larger than every number.
-    p = tl.where(inside, p, 0.0)
-    magnitudes = p.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = tl.max(tl.max(magnitudes, axis=1), axis=0).to(tl.float32, bitcast=True)
-    scale = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, 448.0))
-    quotients = tl.div_rn(p, tl.zeros_like(p) + scale)
-    tl.store(values + e * values_stride + within, quotients.to(tl.float8e4nv), mask=inside)
+    values += e * values_stride
+    largest = tl.zeros((ROWS, BLOCK), tl.int32)  # as integers, so that NaN is above every number
+    for begin in range(0, BLOCK, ROWS):
+        n = of_n * BLOCK + begin + tl.arange(0, ROWS)
+        inside = (n[:, None] < N) & (k[None, :] < K)
+        within = n[:, None] * K + k[None, :]
+        p = tl.load(param + within, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + within, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(mean + within, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(square + within, mask=inside, other=0.0).to(tl.float32)
+        p, m, v = _adamw(p, g, m, v, numbers, factor, beta1, beta2, eps, l2, SCALE)
+        tl.store(mean + within, m.to(mean.dtype.element_ty), mask=inside)
+        tl.store(square + within, v.to(square.dtype.element_ty), mask=inside)
+        tl.store(param + within, p.to(param.dtype.element_ty), mask=inside)
+        magnitudes = tl.where(inside, p, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.maximum(largest, magnitudes)
+    top = tl.max(tl.max(largest, axis=1), axis=0).to(tl.float32, bitcast=True)
+    scale = tl.where(top == 0.0, 1.0, tl.div_rn(top, 448.0))
     tl.store(scales + e * scales_stride + of_n * tl.cdiv(K, BLOCK) + of_k, scale)
+    tl.debug_barrier()
+    for begin in range(0, BLOCK, ROWS):
+        n = of_n * BLOCK + begin + tl.arange(0, ROWS)
+        inside = (n[:, None] < N) & (k[None, :] < K)
+        within = n[:, None] * K + k[None, :]
+        p = tl.load(param + within, mask=inside, other=0.0).to(tl.float32)
+        quotients = tl.div_rn(p, tl.zeros_like(p) + scale)
+        tl.store(values + within, quotients.to(tl.float8e4nv), mask=inside)
 
 
 def update(
@@ -193,5 +208,6 @@ def _by_blocks(
         l2,
         SCALE=factor is not None,
         BLOCK=BLOCK,
+        ROWS=16,
         num_warps=16,
     )

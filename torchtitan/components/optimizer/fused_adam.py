@@ -71,9 +71,7 @@ class FusedAdam(AdamW):
         params = self._recorded or [p for p in self._group_of if p.grad is not None]
         if not params:
             return
-        rows = torch.zeros(len(self._row_of), 4)
-        for p in params:
-            rows[self._row_of[p]] = self._count_step(p)
+        rows = self._count_step(params)
         self._static_numbers(params[0].device).copy_(rows, non_blocking=True)
         if not self.as_graph:
             self._update_all(params)
@@ -106,7 +104,7 @@ class FusedAdam(AdamW):
         grad = cast(Tensor, param.grad)  # set just before this hook
         self._early_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
         numbers = self._static_numbers(param.device)[self._row_of[param]]
-        numbers.copy_(self._count_step(param), non_blocking=True)
+        numbers.copy_(self._count_step([param])[self._row_of[param]], non_blocking=True)
         self._update(param, grad)
         param.grad = None
 
@@ -115,12 +113,23 @@ class FusedAdam(AdamW):
             self._numbers = torch.zeros(len(self._row_of), 4, device=device)
         return self._numbers
 
-    def _count_step(self, param: nn.Parameter) -> Tensor:
-        """Count a step of this parameter; return its `step_numbers`."""
-        state, group = self.state[param], self.param_groups[self._group_of[param]]
-        state["step"] += 1
-        decay = group["weight_decay"] if self._decoupled else 0.0
-        return step_numbers(int(state["step"]), group["lr"], group["betas"], decay)
+    def _count_step(self, params: list[nn.Parameter]) -> Tensor:
+        """Count a step of these parameters; return `step_numbers` for every row.
+
+        The GPU waits for them, and nearly all parameters have the same: each are made once.
+        """
+        steps = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(steps, 1)
+        made: dict[tuple[int, int], Tensor] = {}
+        rows = [torch.zeros(4)] * len(self._row_of)
+        for p, step in zip(params, steps, strict=True):
+            key = index, count = self._group_of[p], int(step)
+            if key not in made:
+                group = self.param_groups[index]
+                decay = group["weight_decay"] if self._decoupled else 0.0
+                made[key] = step_numbers(count, group["lr"], group["betas"], decay)
+            rows[self._row_of[p]] = made[key]
+        return torch.stack(rows)
 
     def _update_all(self, params: list[nn.Parameter]) -> None:
         for p in params:

@@ -12,7 +12,7 @@ from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8, padded_tiles
 
 _THREADS = 512  # of a quantising block
 # Of `swiglu_backward`: maxima of columns, and three tiles of bf16.
-_WAITING = 4 * 16 * BLOCK + 3 * 2 * BLOCK * BLOCK
+_WAITING = 3 * 4 * BLOCK + 3 * 2 * BLOCK * BLOCK
 # Tiles of 256 rows: faster than of 128 nearly everywhere (docs/LOG.md, 2026-11-27).
 _HALVES = 2
 _SHARED_MEMORY = 227 * 1024  # of a block on Hopper

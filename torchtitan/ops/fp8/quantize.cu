@@ -21,7 +21,7 @@ constexpr int ROWS = 8;  // of a warp
 constexpr u32 ALL = 0xFFFFFFFF;
 
 struct Shared {
-  uint4 largest[WARPS * 32];  // of each column in each warp
+  u32 largest[3][128];        // of each column, for up to three tiles; 0 at first
   uint2 lines[128 * WARPS];   // a transposed tile, bytes; 8-byte pieces of a line are permuted
 };
 
@@ -86,17 +86,20 @@ struct Place {
   __device__ Place() : warp(threadIdx.x / 32), lane(threadIdx.x % 32), column(lane * 4) {}
 };
 
+// Before the first barrier.
+__device__ __forceinline__ void clear(Shared& shared) {
+  if (threadIdx.x < 3 * 128) shared.largest[0][threadIdx.x] = 0;
+}
+
 // The columns' largest magnitudes over all warps, from those over this warp's rows.
-__device__ __forceinline__ void combine_columns(Shared& shared, const Place& at, u32 (&largest)[4]) {
-  uint4* lines = shared.largest;
-  lines[at.warp * 32 + at.lane] = make_uint4(largest[0], largest[1], largest[2], largest[3]);
+__device__ __forceinline__ void combine_columns(Shared& shared, const Place& at, int tile,
+                                                u32 (&largest)[4]) {
+  u32* line = shared.largest[tile] + at.lane;  // of column 4 l + j at l + 32 j: a bank for each lane
+#pragma unroll
+  for (int j = 0; j < 4; j++) atomicMax(line + 32 * j, largest[j]);
   __syncthreads();
 #pragma unroll
-  for (int w = 0; w < WARPS; w++) {
-    const uint4 other = lines[w * 32 + at.lane];
-    largest[0] = max(largest[0], other.x), largest[1] = max(largest[1], other.y);
-    largest[2] = max(largest[2], other.z), largest[3] = max(largest[3], other.w);
-  }
+  for (int j = 0; j < 4; j++) largest[j] = line[32 * j];
 }
 
 __device__ __forceinline__ uint2& piece_of(Shared& shared, int column, int piece) {
@@ -120,7 +123,7 @@ __device__ __forceinline__ void write_lines(Shared& shared, u8* out, i64 pitch, 
 
 // Store a tile of bf16 pairs by columns.
 template <bool WIDE>
-__device__ __forceinline__ void store_columns(Shared& shared, const Place& at,
+__device__ __forceinline__ void store_columns(Shared& shared, const Place& at, int which,
                                               const u32 (&x)[ROWS][2], u8* out, float* scales,
                                               i64 pitch, int columns) {
   u32 largest[4] = {0, 0, 0, 0};
@@ -129,7 +132,7 @@ __device__ __forceinline__ void store_columns(Shared& shared, const Place& at,
 #pragma unroll
     for (int j = 0; j < 4; j++)
       largest[j] = max(largest[j], magnitude(j % 2 ? high(x[r][j / 2]) : low(x[r][j / 2])));
-  combine_columns(shared, at, largest);
+  combine_columns(shared, at, which, largest);
   float scale[4];
 #pragma unroll
   for (int j = 0; j < 4; j++) scale[j] = power_of_two_scale<WIDE>(largest[j]);
@@ -229,10 +232,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     for (int j = 0; j < 4; j++) largest = max(largest, magnitude(tile[r][j]));
   }
   largest = __reduce_max_sync(ALL, largest);
-  if (at.lane == 0) shared.largest[at.warp].x = largest;
+  if (at.lane == 0) shared.largest[0][at.warp] = largest;
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < WARPS; i++) largest = max(largest, shared.largest[i].x);
+  for (int i = 0; i < WARPS; i++) largest = max(largest, shared.largest[0][i]);
   const float scale = largest == 0 ? 1.f : __fdiv_rn(__uint_as_float(largest), 448.f);
   const float inverse = __frcp_rn(scale);
   if (scale > 1e-30f && scale < 1e30f) {
@@ -342,7 +345,7 @@ __device__ __forceinline__ void write_columns(Shared& shared, const Place& at,
   for (int r = 0; r < ROWS; r++)
 #pragma unroll
     for (int j = 0; j < 4; j++) largest[j] = max(largest[j], magnitude(x[r][j]));
-  combine_columns(shared, at, largest);
+  combine_columns(shared, at, 0, largest);
   float new_scale[4];
 #pragma unroll
   for (int j = 0; j < 4; j++) new_scale[j] = power_of_two_scale<E5M2>(largest[j]);
@@ -374,6 +377,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
               float* __restrict__ out_scales, int T, int K, int groups, int top_k) {
   __shared__ Shared shared;
   const Place at;
+  clear(shared);
   int begin;
   const int exist = rows_of_tile(blockIdx.x, ends, padded_ends, groups, begin);
   if (exist <= 0) return;
@@ -407,6 +411,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                   int R, int K, int groups) {
   __shared__ Shared shared;
   const Place at;
+  clear(shared);
   int begin;
   const int exist = rows_of_tile(blockIdx.x, ends, padded_ends, groups, begin);
   if (exist <= 0) return;
@@ -530,6 +535,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   extern __shared__ uint4 raw[];
   Shared& shared = *reinterpret_cast<Shared*>(raw);
   const Place at;
+  clear(shared);
   int begin;
   const int exist = rows_of_tile(blockIdx.x, ends, padded_ends, groups, begin);
   if (exist <= 0) return;
@@ -606,13 +612,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   u32 tile[ROWS][2];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) take(waiting[r * THREADS], tile[r]);
-  store_columns<false>(shared, at, tile, t_hidden + to, t_hidden_scales + (i64)blockIdx.x * F + line,
+  store_columns<false>(shared, at, 0, tile, t_hidden + to, t_hidden_scales + (i64)blockIdx.x * F + line,
                        pitch, 128);
 #pragma unroll
   for (int r = 0; r < ROWS; r++) take(waiting[(ROWS + r) * THREADS], tile[r]);
-  store_columns<E5M2>(shared, at, tile, t_grad + to, t_grad_scales + its_scales, pitch, 128);
+  store_columns<E5M2>(shared, at, 1, tile, t_grad + to, t_grad_scales + its_scales, pitch, 128);
 #pragma unroll
   for (int r = 0; r < ROWS; r++) take(waiting[(2 * ROWS + r) * THREADS], tile[r]);
-  store_columns<E5M2>(shared, at, tile, t_grad + to + F * pitch, t_grad_scales + its_scales + F, pitch,
+  store_columns<E5M2>(shared, at, 2, tile, t_grad + to + F * pitch, t_grad_scales + its_scales + F, pitch,
                       128);
 }
