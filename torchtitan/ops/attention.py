@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchtitan.ops.document_attention import document_attention
 
@@ -29,6 +29,7 @@ class Documents(NamedTuple):
     longest: int
 
 
+_BLOCK = 128  # of a flex `BlockMask`
 AttentionMask = Tensor | Documents | BlockMask | None
 
 # Fastest first. cuDNN leads: on an H200 at qk 192 / v 128 it runs 540 / 400 TFLOP/s forward /
@@ -107,16 +108,47 @@ def _mask(queries_Q: Tensor, document_BK: Tensor) -> Tensor | BlockMask:
     """Mask for some queries: on the CPU bool (B, 1, Q, K), True = may be seen, because flex
     attention has no CPU backward; on accelerators a flex `BlockMask`.
     """
-    B, K = document_BK.shape
     if queries_Q.device.type == "cpu":
         return _may_see(queries_Q, document_BK)
+    return _block_mask(queries_Q, document_BK)
+
+
+def _block_mask(queries_Q: Tensor, document_BK: Tensor) -> BlockMask:
+    """The same mask by blocks of 128 x 128: none seen, some, all.
+
+    A query sees the keys from its document's first to itself, so the first and last of a block's
+    queries tell of the block. torch's `create_block_mask` looks at every pair instead, in a kernel
+    whose compilation took minutes (16,384 keys, torch 2.11, docs/LOG.md).
+    """
+    B, K = document_BK.shape
+    Q, block = len(queries_Q), _BLOCK
+    begins_BK = torch.ones_like(document_BK, dtype=torch.bool)
+    begins_BK[:, 1:] = document_BK[:, 1:] != document_BK[:, :-1]
+    keys_K = torch.arange(K, device=queries_Q.device)
+    first_BK = torch.where(begins_BK, keys_K, 0).cummax(dim=1).values
+    first_BQ, last_Q = first_BK[:, queries_Q], queries_Q
 
     def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (queries_Q[q] >= k) & (document_BK[b, queries_Q[q]] == document_BK[b, k])
+        return (first_BQ[b, q] <= k) & (k <= last_Q[q])
 
-    return _compiled(create_block_mask)(
-        may_see, B, None, len(queries_Q), K, device=queries_Q.device
+    # The last block repeats its last query. Positions grow, and so do their documents' first keys.
+    padded_Q = torch.arange(-(-Q // block) * block, device=queries_Q.device).clamp(max=Q - 1)
+    first, last = (t[..., padded_Q].unflatten(-1, (-1, block)) for t in (first_BQ, last_Q))
+    begin_k = keys_K[::block]
+    end_k = begin_k + block - 1
+    seen = (first[:, :, :1] <= end_k) & (last[:, -1:] >= begin_k)
+    whole = (first[:, :, -1:] <= begin_k) & (last[:, :1] >= end_k)
+    whole[:, -1] &= Q % block == 0  # as torch's: a block that isn't full of queries hides some
+    lists = [_listed(blocks.unsqueeze(1)) for blocks in (seen & ~whole, whole)]
+    return BlockMask.from_kv_blocks(
+        *lists[0], *lists[1], BLOCK_SIZE=block, mask_mod=may_see, seq_lengths=(Q, K)
     )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many blocks are marked in each row, int32, and all blocks, marked ones first."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.int()
 
 
 def _may_see(queries_Q: Tensor, document_BK: Tensor) -> Tensor:

@@ -2,9 +2,16 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.reference.mla import attend
-from torchtitan.ops.attention import attention, document_mask, number_documents
+from torchtitan.ops.attention import (
+    _block_mask,
+    _may_see,
+    attention,
+    document_mask,
+    number_documents,
+)
 
 B, S, H = 2, 11, 3
 
@@ -87,3 +94,58 @@ def test_document_mask_by_hand():
 def test_without_an_end_of_text_the_document_mask_is_causal():
     mask = document_mask(number_documents(torch.ones(B, S, dtype=torch.int64), 0))
     assert torch.equal(mask, torch.ones(B, 1, S, S, dtype=torch.bool).tril())
+
+
+@pytest.mark.parametrize(
+    "queries",
+    [
+        torch.arange(700),
+        torch.cat((torch.arange(128, 256), torch.arange(640, 768))),  # a rank of two, balanced
+        torch.cat((torch.arange(40, 100), torch.arange(500, 560))),  # a jump inside of a block
+        torch.arange(300, 301),
+    ],
+    ids=["all", "two chunks", "a jump in a block", "one query"],
+)
+@pytest.mark.parametrize("mean", [None, 17, 300], ids=["causal", "short documents", "long ones"])
+def test_a_mask_by_blocks_is_the_dense_one(queries, mean):
+    """Blocks told to be whole are, others hide nothing; no more are looked at than torch looks at
+    (where positions have no jump inside of a block)."""
+    torch.manual_seed(1)
+    K = int(queries[-1]) + 1
+    ends = torch.zeros(2, K) if mean is None else (torch.rand(2, K) < 1 / mean)
+    documents = ends.long().cumsum(1)
+    mask = _block_mask(queries, documents)
+    dense = _may_see(queries, documents)[:, 0]
+    ranges = torch.arange(2), torch.arange(len(queries)), torch.arange(K)
+    b, q, k = torch.meshgrid(*ranges, indexing="ij")
+    assert torch.equal(mask.mask_mod(b, None, q, k), dense)
+    padded = torch.nn.functional.pad(dense, (0, -K % 128, 0, -len(queries) % 128))
+    blocks = padded.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).permute(0, 1, 3, 2, 4)
+    seen, whole = blocks.any(-1).any(-1), blocks.all(-1).all(-1)
+    listed = []
+    for counts, indices in (
+        (mask.kv_num_blocks, mask.kv_indices),
+        (mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        marked = torch.arange(indices.size(-1)) < counts.unsqueeze(-1)
+        listed.append(torch.zeros_like(marked).scatter(-1, indices.long(), marked)[:, 0])
+    some, all_of_it = listed
+    assert not (some & all_of_it).any() and (all_of_it <= whole).all()
+    assert (seen <= (some | all_of_it)).all()
+    if len(queries) == 120:
+        return  # a few more are looked at
+    theirs = create_block_mask(
+        lambda b, h, q, k: dense[b, q, k], 2, None, len(queries), K, device="cpu"
+    )
+    assert torch.equal(all_of_it, whole) and torch.equal(mask.to_dense(), theirs.to_dense())
+    for ours, its in zip(
+        (mask.kv_num_blocks, mask.full_kv_num_blocks, mask.q_num_blocks, mask.full_q_num_blocks),
+        (
+            theirs.kv_num_blocks,
+            theirs.full_kv_num_blocks,
+            theirs.q_num_blocks,
+            theirs.full_q_num_blocks,
+        ),
+        strict=True,
+    ):
+        assert torch.equal(ours, its)
