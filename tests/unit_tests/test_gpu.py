@@ -15,7 +15,7 @@ from torchtitan.distributed.token_dispatch import AllToAllDispatcher
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.models.moe import MoE, MoEArgs, TokenChoiceTopKRouter
 from torchtitan.models.moe import router as router_module
-from torchtitan.ops.attention import attention, document_mask, number_documents
+from torchtitan.ops.attention import attention, causal_mask, document_mask, number_documents
 from torchtitan.ops.expert_ffn import expert_ffn, expert_ffn_chain
 from torchtitan.ops.grouped_mm import grouped_linear, grouped_mm_loop
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
@@ -82,6 +82,30 @@ def test_attention_at_mla_sizes_equals_fp64(documents: bool) -> None:
     expected.backward(grad.double())
     for ours, theirs in zip(inputs, exact, strict=True):
         assert relative_error(ours.grad, theirs.grad) < 1e-2
+
+
+@pytest.mark.parametrize("ranks_chunk", [0, 1])
+def test_attention_of_a_rank_of_context_parallelism_equals_fp64(ranks_chunk: int) -> None:
+    """Two chunks of 128 of a sequence of 512, by cuDNN, and by flex attention."""
+    B, H, C, scale = 2, 4, 128, 192**-0.5
+    late = 3 - ranks_chunk
+    chunks = (ranks_chunk, late)
+    queries = torch.cat([torch.arange(C * i, C * (i + 1), device="cuda") for i in chunks])
+    inputs = leaves((B, 2 * C, H, 192), (B, C * (late + 1), H, 192), (B, C * (late + 1), H, 128))
+    exact = doubles(inputs)
+    mask = causal_mask(queries)
+    assert mask.borders == (*(C * (ranks_chunk + i) for i in (0, 1)), C * late, C * (late + 1))
+    q, k, v = (t.transpose(1, 2) for t in exact)
+    hidden = queries[:, None] < torch.arange(k.size(2), device="cuda")
+    expected = (q @ k.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    expected = expected.transpose(1, 2)
+    grad = torch.randn(expected.shape, device="cuda", dtype=torch.bfloat16)
+    theirs = torch.autograd.grad(expected, exact, grad.double())
+    for used in (mask, mask.blocks):
+        out = attention(*inputs, scale=scale, mask=used)
+        ours = torch.autograd.grad(out, inputs, grad)
+        for a, b in zip((out, *ours), (expected, *theirs), strict=True):
+            assert relative_error(a, b) < 1e-2
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 100, 23], [0, 0, 128, 0], [1, 1, 1, 125]], ids=str)

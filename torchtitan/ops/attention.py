@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from torchtitan.ops.causal_runs import can_use_runs, causal_runs
 from torchtitan.ops.document_attention import document_attention
 
 
@@ -29,8 +30,19 @@ class Documents(NamedTuple):
     longest: int
 
 
+class CausalRuns(NamedTuple):
+    """Causal attention of some runs of neighbouring queries.
+
+    borders: position at which each run begins, and at which it ends.
+    blocks: the same mask for kernels that take any.
+    """
+
+    borders: tuple[int, ...]
+    blocks: BlockMask
+
+
 _BLOCK = 128  # of a flex `BlockMask`
-AttentionMask = Tensor | Documents | BlockMask | None
+AttentionMask = Tensor | Documents | CausalRuns | BlockMask | None
 
 # Fastest first. cuDNN leads: on an H200 at qk 192 / v 128 it runs 540 / 400 TFLOP/s forward /
 # backward, flash (V padded) 290 / 235, memory-efficient 139 / 50 (docs/performance.md).
@@ -95,13 +107,23 @@ def document_mask(
     return Documents(starts.to(device, non_blocking=True), longest)
 
 
-def causal_mask(queries_Q: Tensor) -> Tensor | BlockMask:
+def causal_mask(queries_Q: Tensor) -> Tensor | CausalRuns:
     """Causal mask for some positions of a sequence, whose keys begin at position 0.
 
     queries_Q: int64 positions of the queries, in order; keys are all positions to the last of them.
+
+    Returns on the CPU bool (B, 1, Q, K), True = may be seen.
     """
-    num_keys = int(queries_Q[-1]) + 1  # host sync: once a batch
-    return _mask(queries_Q, queries_Q.new_zeros(1, num_keys))
+    positions = queries_Q.tolist()  # host sync: once a batch
+    mask = _mask(queries_Q, queries_Q.new_zeros(1, positions[-1] + 1))
+    return CausalRuns(_borders(positions), mask) if isinstance(mask, BlockMask) else mask
+
+
+def _borders(positions: list[int]) -> tuple[int, ...]:
+    """Return where each run of neighbouring positions begins, and where it ends."""
+    jumps = [i for i in range(1, len(positions)) if positions[i] != positions[i - 1] + 1]
+    pairs = zip([0, *jumps], [*jumps, len(positions)], strict=True)
+    return tuple(x for first, after in pairs for x in (positions[first], positions[after - 1] + 1))
 
 
 def _mask(queries_Q: Tensor, document_BK: Tensor) -> Tensor | BlockMask:
@@ -168,6 +190,10 @@ def attention(
     if (group := q_BSHC.size(2) // k_BSHC.size(2)) > 1:
         k_BSHC, v_BSHC = (t.repeat_interleave(group, dim=2) for t in (k_BSHC, v_BSHC))
     v_channels = v_BSHC.size(-1)
+    if isinstance(mask, CausalRuns):
+        if can_use_runs(q_BSHC.device.type, q_BSHC.dtype, q_BSHC.size(-1), v_channels):
+            return causal_runs(q_BSHC, k_BSHC, v_BSHC, mask.borders, scale)
+        mask = mask.blocks
     if isinstance(mask, Documents):
         if q_BSHC.dtype in (torch.bfloat16, torch.float16):
             return document_attention(q_BSHC, k_BSHC, v_BSHC, *mask, scale)

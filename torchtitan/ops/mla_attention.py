@@ -6,13 +6,11 @@ kernel (causal) or flash attention's (packed documents). Each tensor in between 
 the layout that the next kernel reads. Reference: the plain lines of `Attention.forward`.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from torchtitan.ops.attention import Documents
+from torchtitan.ops.causal_runs import cudnn_takes
 
 
 @torch.compiler.assume_constant_result
@@ -26,16 +24,7 @@ def can_fuse(device_type: str, dtype: torch.dtype, nope: int, rope: int, v: int)
     half = dtype in (torch.bfloat16, torch.float16)
     if device_type != "cuda" or not (powers_of_two and fits and half):
         return False
-    return not torch.are_deterministic_algorithms_enabled() and _cudnn_takes(dtype, nope + rope, v)
-
-
-@lru_cache
-def _cudnn_takes(dtype: torch.dtype, qk: int, v: int) -> bool:
-    qk_1HSC, v_1HSC = (
-        torch.empty(1, 128, 1, c, dtype=dtype, device="cuda").transpose(1, 2).requires_grad_()
-        for c in (qk, v)
-    )
-    return can_use_cudnn_attention(SDPAParams(qk_1HSC, qk_1HSC, v_1HSC, None, 0.0, True, False))
+    return not torch.are_deterministic_algorithms_enabled() and cudnn_takes(dtype, nope + rope, v)
 
 
 def mla_attention(
