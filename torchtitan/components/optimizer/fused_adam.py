@@ -71,8 +71,10 @@ class FusedAdam(AdamW):
         params = self._recorded or [p for p in self._group_of if p.grad is not None]
         if not params:
             return
-        rows = self._count_step(params)
-        self._static_numbers(params[0].device).copy_(rows, non_blocking=True)
+        rows = [torch.zeros(4)] * len(self._row_of)
+        for p, numbers in zip(params, self._count_step(params), strict=True):
+            rows[self._row_of[p]] = numbers
+        self._static_numbers(params[0].device).copy_(torch.stack(rows), non_blocking=True)
         if not self.as_graph:
             self._update_all(params)
             return
@@ -104,7 +106,7 @@ class FusedAdam(AdamW):
         grad = cast(Tensor, param.grad)  # set just before this hook
         self._early_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
         numbers = self._static_numbers(param.device)[self._row_of[param]]
-        numbers.copy_(self._count_step([param])[self._row_of[param]], non_blocking=True)
+        numbers.copy_(self._count_step([param])[0], non_blocking=True)
         self._update(param, grad)
         param.grad = None
 
@@ -113,23 +115,20 @@ class FusedAdam(AdamW):
             self._numbers = torch.zeros(len(self._row_of), 4, device=device)
         return self._numbers
 
-    def _count_step(self, params: list[nn.Parameter]) -> Tensor:
-        """Count a step of these parameters; return `step_numbers` for every row.
+    def _count_step(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """Count a step of these parameters; return the `step_numbers` of each.
 
-        The GPU waits for them, and nearly all parameters have the same: each are made once.
+        The GPU waits for them, and most parameters have the same, so that each are made once.
         """
         steps = [self.state[p]["step"] for p in params]
         torch._foreach_add_(steps, 1)
         made: dict[tuple[int, int], Tensor] = {}
-        rows = [torch.zeros(4)] * len(self._row_of)
-        for p, step in zip(params, steps, strict=True):
-            key = index, count = self._group_of[p], int(step)
-            if key not in made:
-                group = self.param_groups[index]
-                decay = group["weight_decay"] if self._decoupled else 0.0
-                made[key] = step_numbers(count, group["lr"], group["betas"], decay)
-            rows[self._row_of[p]] = made[key]
-        return torch.stack(rows)
+        keys = [(self._group_of[p], int(step)) for p, step in zip(params, steps, strict=True)]
+        for index, step in set(keys):
+            group = self.param_groups[index]
+            decay = group["weight_decay"] if self._decoupled else 0.0
+            made[index, step] = step_numbers(step, group["lr"], group["betas"], decay)
+        return [made[key] for key in keys]
 
     def _update_all(self, params: list[nn.Parameter]) -> None:
         for p in params:
