@@ -33,7 +33,8 @@ def fp8_feed_forward(
     gate_up: w1 and w3 (F, D), or one tensor of both (2F, D). F is a multiple of 128.
     """
     x_TD = x.flatten(0, -2).contiguous()
-    trains = [torch.is_grad_enabled() and w.requires_grad for w in (gate_up[0], w2_DF)]
+    sides = gate_up, (w2_DF,)
+    trains = [torch.is_grad_enabled() and any(w.requires_grad for w in side) for side in sides]
     w1, w3 = (*gate_up, None)[:2]
     return _feed_forward(x_TD, w1, w3, w2_DF, *recipe[:2], *trains)[0].view_as(x)
 
