@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
 # isort: split
-import torch
-from benchmarks import kernels, our_step, peers
-from benchmarks.breakdown import PARTS
+from torchtitan.config import ConfigManager
+from torchtitan.tools.errors import RunError, UserError, suggest
+
+# isort: split
 from benchmarks.presets import NO_FILES, PRESETS
 
-from torchtitan.tools.errors import RunError, UserError, suggest
-from torchtitan.tools.logging import init_logger, logger
+KERNELS = ("moe", "core", "head", "router", "norm", "rope", "optimizer")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     step.add_argument("--peer_seconds", type=float, default=300, help="after which a peer is ended")
     step.add_argument("--no_breakdown", action="store_true", help="leave torch.profiler out")
     kernels_parser = commands.add_parser("kernels", help="single operations", allow_abbrev=False)
-    kernels.add_arguments(kernels_parser)
+    _add_kernel_arguments(kernels_parser)
     commands.add_parser("presets", help="list the cases of docs/performance.md")
     for command in (step, kernels_parser):
         command.add_argument("--out", type=Path, help="JSON file for all rows")
@@ -64,16 +64,52 @@ def _positive(text: str) -> int:
     return number
 
 
+def _add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
+    flavors = {"nargs": "+", "default": ["16B", "671B"], "metavar": "FLAVOR"}
+    parser.add_argument("--widths", **flavors, help="flavors whose sizes are timed")
+    names = {"nargs": "+", "default": list(KERNELS), "choices": KERNELS, "metavar": "NAME"}
+    parser.add_argument("--kernels", **names, help="which to time")
+    parser.add_argument("--tokens", type=int, default=16384, help="of a pass")
+    parser.add_argument("--seq_len", type=int, default=4096, help="of the core's sequences")
+    parser.add_argument("--reps", type=int, default=20, help="timed, after three to warm up")
+    parser.add_argument("--vocab", type=int, default=129280, help="of linear + cross-entropy")
+    parser.add_argument("--params", type=float, default=0.5, help="of the optimizer, in 1e9")
+    parser.add_argument("--eager", action="store_true", help="don't compile what a run compiles")
+
+
+def check(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return what `parse` does. Raises `UserError` for impossible options, the training run's
+    included."""
+    options, rest = parse(argv)
+    if options.command == "step":
+        for name in options.preset:
+            if name not in PRESETS:
+                raise UserError(f"--preset: '{name}' is not a preset{suggest(name, PRESETS)}")
+        ConfigManager().parse_args([*rest, *NO_FILES])
+    if options.command != "presets" and options.out and not options.out.absolute().parent.is_dir():
+        raise UserError(f"--out {options.out}: make its folder first, or name another file.")
+    return options, rest
+
+
+if __name__ == "__main__":
+    entry.check_first(check, "--torchtitan_site")
+
+# isort: split
+import torch
+from benchmarks import kernels, our_step, peers
+from benchmarks.breakdown import PARTS
+
+from torchtitan.tools.logging import init_logger, logger
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the script. Returns the exit code: 0 done, 1 the run failed, 2 user error."""
     init_logger()
-    options, rest = parse(argv)
     try:
+        options, rest = check(argv)
         if options.command == "presets":
             print("\n".join(f"{name}: {' '.join(args)}" for name, args in PRESETS.items()))
             return 0
-        if options.out and not options.out.absolute().parent.is_dir():
-            raise UserError(f"--out {options.out}: make its folder first, or name another file.")
         if options.command == "kernels":
             rows = kernels.run(options)
             text = kernels.table(rows)
@@ -97,9 +133,6 @@ def main(argv: list[str] | None = None) -> int:
 def steps(options: argparse.Namespace, rest: list[str]) -> list[dict]:
     """Measure the rows of all presets, ours, then the peers'; several presets in a process each."""
     peers.check_peers(options.peers, options.torchtitan_site)
-    for name in options.preset:
-        if name not in PRESETS:
-            raise UserError(f"--preset: '{name}' is not a preset{suggest(name, PRESETS)}")
     if len(options.preset) > 1:
         if "RANK" in os.environ:
             raise UserError(

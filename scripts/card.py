@@ -20,23 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
 # isort: split
-import tomli
-import torch
-import transformers
-
-import torchtitan
-from scripts.cards.checks import Check, run_checks, sizes, subject_of
 from scripts.cards.official import PUBLISHED
-from scripts.cards.page import render
-from scripts.cards.throughput import rows_of
-from torchtitan.config import Model
-from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.errors import UserError, suggest
-from torchtitan.tools.script import run_script
-
-FAMILIES = ("deepseek_v3", "qwen3")
-# Other words for a flavor in docs/performance.md.
-ALSO = {"671B": ["671B widths"], "Moonlight-16B-A3B": ["Moonlight"], "30B-A3B": ["Qwen3-30B-A3B"]}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -49,9 +34,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options. Raises `UserError` for a flavor that isn't published."""
+    args = parse(argv)
+    if args.flavor not in PUBLISHED:
+        raise UserError(
+            f"FLAVOR '{args.flavor}' is no published one{suggest(args.flavor, PUBLISHED)}"
+        )
+    return args
+
+
+if __name__ == "__main__":
+    entry.check_first(check)
+
+# isort: split
+import tomli
+import torch
+import transformers
+
+import torchtitan
+from scripts.cards.checks import Check, run_checks, sizes, subject_of
+from scripts.cards.page import render
+from scripts.cards.throughput import rows_of
+from torchtitan.config import Model
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.script import run_script
+
+FAMILIES = ("deepseek_v3", "qwen3")
+# Other words for a flavor in docs/performance.md.
+ALSO = {"671B": ["671B widths"], "Moonlight-16B-A3B": ["Moonlight"], "30B-A3B": ["Qwen3-30B-A3B"]}
+
+
 def family_of(flavor: str) -> str:
-    if flavor not in PUBLISHED:
-        raise UserError(f"FLAVOR '{flavor}' is no published one{suggest(flavor, PUBLISHED)}")
     return next(name for name in FAMILIES if flavor in get_train_spec(name).model_args)
 
 
@@ -117,8 +131,8 @@ def run(args: argparse.Namespace, failed: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, failed = parse(argv), list[str]()
-    return run_script(lambda: run(args, failed)) or int(bool(failed))
+    failed = list[str]()
+    return run_script(lambda: run(check(argv), failed)) or int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
+    parser.add_argument("repo_id", help="such as deepseek-ai/DeepSeek-V3")
+    parser.add_argument("--weights", action="store_true", help="the safetensors files too")
+    parser.add_argument("--revision", help="branch, tag or commit (default: main)")
+    parser.add_argument("--folder", type=Path, default=Path("assets/hf"), help="parent folder")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    entry.check_first(parse)
+
 # isort: split
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -27,15 +40,6 @@ from torchtitan.components.huggingface.folder import CONFIG, INDEX
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.script import run_script
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=entry.about(__doc__))
-    parser.add_argument("repo_id", help="such as deepseek-ai/DeepSeek-V3")
-    parser.add_argument("--weights", action="store_true", help="the safetensors files too")
-    parser.add_argument("--revision", help="branch, tag or commit (default: main)")
-    parser.add_argument("--folder", type=Path, default=Path("assets/hf"), help="parent folder")
-    return parser.parse_args(argv)
 
 
 def download(args: argparse.Namespace) -> None:

@@ -1,17 +1,20 @@
 """Start and end of every script: it finds the package, and ends with a sentence, not a traceback.
 
 Each script puts the repository into sys.path, so that nothing must be installed and any working
-folder works, and imports this before modules that take seconds or may be missing. It ends with
-`run(main)`.
+folder works, and imports this before modules that take seconds or may be missing. Before those it
+calls `check_first`. It ends with `run(main)`.
 """
 
+import argparse
+import importlib.util
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 if sys.version_info < (3, 11):  # noqa: UP036
     print(f"{sys.argv[0]} needs Python 3.11; {sys.executable} is older.", file=sys.stderr)
@@ -25,6 +28,43 @@ INTERRUPTED = 128 + signal.SIGINT
 def about(doc: str | None) -> str:
     """Return the first line of a script's docstring, for --help."""
     return (doc or "").partition("\n")[0]
+
+
+def check_first(check: Callable[[list[str]], Any], *paths: str) -> None:
+    """Check the command line before imports that take seconds; exit with a sentence and 2.
+
+    check: the script's parser of the command line; returns its options, alone or first of a tuple,
+        and may raise `UserError`.
+    paths: options whose files or folders must exist, spelled as `config` or `--routing-skew-from`.
+    """
+    if importlib.util.find_spec("torch") is None:  # nothing else helps then
+        raise ModuleNotFoundError(name="torch")
+    from torchtitan.tools.errors import UserError
+    from torchtitan.tools.script import run_script
+
+    def work() -> None:
+        checked = check(sys.argv[1:])
+        options = checked[0] if isinstance(checked, tuple) else checked
+        for name in paths:
+            if path := _lacking(options, name):
+                shown = f"{name} {path}" if name.startswith("-") else path
+                raise UserError(f"{shown} does not exist; correct the path.")
+
+    logging.disable(logging.WARNING)  # the script itself repeats the warnings
+    try:
+        code = run_script(work)
+    finally:
+        logging.disable(logging.NOTSET)
+    if code:
+        sys.exit(code)
+
+
+def _lacking(options: argparse.Namespace, name: str) -> Path | None:
+    """Return the first path of an option that doesn't exist; None if all do, or none is given."""
+    given = getattr(options, name.lstrip("-").replace("-", "_"), None)  # of another command
+    paths = given if isinstance(given, list) else [given]
+    there = os.path.expanduser
+    return next((Path(path) for path in paths if path and not os.path.exists(there(path))), None)
 
 
 def run(main: Callable[..., int | None], *arguments: object) -> NoReturn:

@@ -13,6 +13,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=entry.about(__doc__), allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="comm.save_traces_folder of the run")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    entry.check_first(parse, "folder")
+
 # isort: split
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.flight_recorder import explain
@@ -20,9 +30,7 @@ from torchtitan.tools.script import run_script
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=entry.about(__doc__), allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="comm.save_traces_folder of the run")
-    args = parser.parse_args(argv)
+    args = parse(argv)
 
     def work() -> None:
         sentence = explain(args.folder)

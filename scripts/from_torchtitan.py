@@ -14,6 +14,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
+    parser.add_argument("old", type=Path, metavar="OLD.toml", help="of torchtitan; or v0.3's .json")
+    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: standard output")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    entry.check_first(parse, "old")
+
 # isort: split
 import tomli
 
@@ -22,13 +33,6 @@ from scripts.torchtitan_files.translate import Translation, translate
 from torchtitan.config.schema import flatten
 from torchtitan.tools.errors import UserError, some
 from torchtitan.tools.script import run_script
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=entry.about(__doc__))
-    parser.add_argument("old", type=Path, metavar="OLD.toml", help="of torchtitan; or v0.3's .json")
-    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: standard output")
-    return parser.parse_args(argv)
 
 
 def tell(done: Translation) -> None:

@@ -22,35 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
 # isort: split
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-
-from torchtitan.components.checkpoint.dcp_storage import (
-    CheckpointReader,
-    read_tensor_index,
-    reason_of_failure,
-)
-from torchtitan.components.checkpoint.detect import DetectedModel, detect_model
-from torchtitan.components.checkpoint.folder import is_complete
-from torchtitan.components.generation import Sampling, check_prompts, encode_prompts, generate
-from torchtitan.components.huggingface.folder import HFFolder, read_json
-from torchtitan.components.huggingface.load_save import load_hf
-from torchtitan.components.optimizer.ema import check_has_average
-from torchtitan.config import Chat, ConfigManager, JobConfig
-from torchtitan.data.chat import ChatProblem, ChatRenderer
-from torchtitan.data.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
-from torchtitan.distributed.utils import init_distributed
-from torchtitan.models.decoder.args import DecoderArgs
-from torchtitan.protocols.model import BaseModel, BaseModelArgs
-from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.launcher import read_launch
-from torchtitan.tools.script import run_script
-from torchtitan.tools.utils import device_type, local_device
-from torchtitan.trainer.build import build_model, build_parallel_dims
 
 _NEW_TOKENS = 128
+_NO_PROMPT = "--prompt must be given (in one process, --chat reads turns without it)."
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -84,6 +59,49 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bf16 on GPUs")
     parser.add_argument("--tokenizer", help="folder or file (default: what the source came with)")
     return parser.parse_args(argv)
+
+
+def check(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options. Raises `UserError` where some don't go together."""
+    args = parse(argv)
+    for name in ("system", "chat_template"):
+        if getattr(args, name) is not None and not args.chat:
+            raise UserError(f"--{name} needs --chat; add it, or leave --{name} out.")
+    if not args.prompt and not args.chat:
+        raise UserError(_NO_PROMPT)
+    return args
+
+
+if __name__ == "__main__":
+    entry.check_first(check, "source", "--chat_template", "--tokenizer")
+
+# isort: split
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from torchtitan.components.checkpoint.dcp_storage import (
+    CheckpointReader,
+    read_tensor_index,
+    reason_of_failure,
+)
+from torchtitan.components.checkpoint.detect import DetectedModel, detect_model
+from torchtitan.components.checkpoint.folder import is_complete
+from torchtitan.components.generation import Sampling, check_prompts, encode_prompts, generate
+from torchtitan.components.huggingface.folder import HFFolder, read_json
+from torchtitan.components.huggingface.load_save import load_hf
+from torchtitan.components.optimizer.ema import check_has_average
+from torchtitan.config import Chat, ConfigManager, JobConfig
+from torchtitan.data.chat import ChatProblem, ChatRenderer
+from torchtitan.data.tokenizer import DEFAULT_PATH, Tokenizer, load_tokenizer
+from torchtitan.distributed.utils import init_distributed
+from torchtitan.models.decoder.args import DecoderArgs
+from torchtitan.protocols.model import BaseModel, BaseModelArgs
+from torchtitan.protocols.train_spec import TrainSpec
+from torchtitan.tools.launcher import read_launch
+from torchtitan.tools.script import run_script
+from torchtitan.tools.utils import device_type, local_device
+from torchtitan.trainer.build import build_model, build_parallel_dims
 
 
 def find_tokenizer(source: Path, named: str | None) -> tuple[Tokenizer, str]:
@@ -192,14 +210,6 @@ def load_weights(model: BaseModel, spec: TrainSpec, source: Path, *, averaged: b
         load_hf(model, adapter, source, quantized=HFFolder(source).quantized)
 
 
-def check_options(args: argparse.Namespace) -> None:
-    for name in ("system", "chat_template"):
-        if getattr(args, name) is not None and not args.chat:
-            raise UserError(f"--{name} needs --chat; add it, or leave --{name} out.")
-    if not args.prompt and (not args.chat or read_launch().world_size > 1):
-        raise UserError("--prompt must be given (in one process, --chat reads turns without it).")
-
-
 def turns_of(args: argparse.Namespace) -> Iterator[str]:
     """Yield the user's turns: the prompts, else the lines of the terminal."""
     if args.prompt:
@@ -247,7 +257,8 @@ def sampling_for(
 
 
 def run(args: argparse.Namespace) -> None:
-    check_options(args)
+    if not args.prompt and read_launch().world_size > 1:
+        raise UserError(_NO_PROMPT)
     found = detect_model(args.source)
     spec, model_args = found.spec, found.args
     tokenizer, assets_path = find_tokenizer(args.source, args.tokenizer)
@@ -288,8 +299,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    return run_script(lambda: run(args))
+    return run_script(lambda: run(check(argv)))
 
 
 if __name__ == "__main__":

@@ -24,19 +24,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
-# isort: split
-import torch
-from emulated_nodes import LINK, EmulatedNodes, check_can_emulate
-
-from torchtitan.distributed.token_dispatch import bytes_per_row
-from torchtitan.models.moe.args import RoutingRule
-from torchtitan.tools.errors import RunError, UserError
-from torchtitan.tools.logging import init_logger, logger
-
-REPO = Path(__file__).parents[1]
-TITLES = {"plain": "plain", "all_to_all": "all-to-all", "node_limited": "node-limited"}
-COLOURS = {"plain": "#b9c6d6", "all_to_all": "#5b8db8", "node_limited": "#1f4e79"}
-
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=entry.about(__doc__))
@@ -73,6 +60,23 @@ def positive(text: str) -> int:
 def routing(text: str) -> tuple[int, int]:
     groups, limited = text.split(":")
     return int(groups), int(limited)
+
+
+if __name__ == "__main__":
+    entry.check_first(parse)
+
+# isort: split
+import torch
+from emulated_nodes import LINK, EmulatedNodes, check_can_emulate
+
+from torchtitan.distributed.token_dispatch import bytes_per_row
+from torchtitan.models.moe.args import RoutingRule
+from torchtitan.tools.errors import RunError, UserError
+from torchtitan.tools.logging import init_logger, logger
+
+REPO = Path(__file__).parents[1]
+TITLES = {"plain": "plain", "all_to_all": "all-to-all", "node_limited": "node-limited"}
+COLOURS = {"plain": "#b9c6d6", "all_to_all": "#5b8db8", "node_limited": "#1f4e79"}
 
 
 def check(options: argparse.Namespace) -> None:

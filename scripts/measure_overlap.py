@@ -22,16 +22,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
 # isort: split
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.tools.errors import UserError
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=entry.about(__doc__), add_help=False)
+    parser.add_argument("--pairs", type=int, default=10, help="of each measurement")
+    return parser.parse_known_args(argv)
+
+
+def check(argv: list[str] | None) -> tuple[argparse.Namespace, JobConfig]:
+    """Return our own options and the run's settings. Raises `UserError` for impossible ones."""
+    options, others = parse(argv)
+    if options.pairs < 1:
+        raise UserError(f"--pairs = {options.pairs} must be 1 or more.")
+    config = ConfigManager().parse_args([*others, "--activation_checkpoint.mode=none"])
+    if config.parallelism.expert_parallel_degree < 2:
+        raise UserError(
+            "parallelism.expert_parallel_degree = 1, so nothing is exchanged; start this with "
+            "torchrun on two or more processes and set it to their number."
+        )
+    return options, config
+
+
+if __name__ == "__main__":
+    entry.check_first(check)
+
+# isort: split
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
 from torchtitan.components.optimizer.compute_weights import build_compute_weights
-from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed.overlap import interleave
 from torchtitan.distributed.utils import init_distributed
-from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.utils import local_device
 from torchtitan.trainer.build import build_model, build_parallel_dims
@@ -109,19 +135,9 @@ def _wait() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     init_logger()
-    parser = argparse.ArgumentParser(description=entry.about(__doc__), add_help=False)
-    parser.add_argument("--pairs", type=int, default=10, help="of each measurement")
-    options, others = parser.parse_known_args(argv)
     try:
         device = local_device()
-        if options.pairs < 1:
-            raise UserError(f"--pairs = {options.pairs} must be 1 or more.")
-        config = ConfigManager().parse_args([*others, "--activation_checkpoint.mode=none"])
-        if config.parallelism.expert_parallel_degree < 2:
-            raise UserError(
-                "parallelism.expert_parallel_degree = 1, so nothing is exchanged; start this with "
-                "torchrun on two or more processes and set it to their number."
-            )
+        options, config = check(argv)
         leave = init_distributed(config.comm, device, config.job.dump_folder)
         pairs = Pairs(config, device)
     except UserError as error:

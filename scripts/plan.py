@@ -18,16 +18,8 @@ from scripts import entry
 
 # isort: split
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.planning.advice import nearest_fit
 from torchtitan.planning.hardware import find_hardware
-from torchtitan.planning.page import page
-from torchtitan.planning.plan import make_plan
-from torchtitan.planning.report import as_data, table
-from torchtitan.planning.skew import read_skew
-from torchtitan.planning.sweep import sweep, sweep_table
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.out_of_memory import host_is_full
-from torchtitan.tools.script import run_script
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -48,7 +40,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def check(options: argparse.Namespace) -> None:
+def check(argv: list[str] | None) -> tuple[argparse.Namespace, JobConfig]:
+    """Return our own options and the run's settings. Raises `UserError` for impossible ones."""
+    options, rest = parse(argv)
     if options.routing_skew is not None and options.routing_skew_from:
         raise UserError("--routing-skew and --routing-skew-from say the same: leave one out.")
     if options.routing_skew is not None and not 1 <= options.routing_skew <= 1000:
@@ -61,12 +55,27 @@ def check(options: argparse.Namespace) -> None:
         path: Path | None = getattr(options, name)
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise UserError(f"--{name} {path}: make its folder first, or name another file.")
-
-
-def work(options: argparse.Namespace, rest: list[str]) -> None:
-    check(options)
-    hardware = find_hardware(options.hardware)
+    options.hardware = find_hardware(options.hardware)
     config: JobConfig = ConfigManager().parse_args(["--job.config_file", options.config, *rest])
+    return options, config
+
+
+if __name__ == "__main__":
+    entry.check_first(check, "--routing-skew-from")
+
+# isort: split
+from torchtitan.planning.advice import nearest_fit
+from torchtitan.planning.page import page
+from torchtitan.planning.plan import make_plan
+from torchtitan.planning.report import as_data, table
+from torchtitan.planning.skew import read_skew
+from torchtitan.planning.sweep import sweep, sweep_table
+from torchtitan.tools.out_of_memory import host_is_full
+from torchtitan.tools.script import run_script
+
+
+def work(options: argparse.Namespace, config: JobConfig) -> None:
+    hardware = options.hardware
     skew = options.routing_skew or 1.0
     if options.routing_skew_from:
         skew = read_skew(options.routing_skew_from)
@@ -87,9 +96,9 @@ def work(options: argparse.Namespace, rest: list[str]) -> None:
         options.html.write_text(page(planned, rows, options.tokens), encoding="utf-8")
 
 
-def plan(options: argparse.Namespace, rest: list[str]) -> None:
+def plan(argv: list[str] | None) -> None:
     try:
-        work(options, rest)
+        work(*check(argv))
     except (MemoryError, RuntimeError) as error:
         if not host_is_full(error):
             raise
@@ -100,8 +109,7 @@ def plan(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options, rest = parse(argv)
-    return run_script(lambda: plan(options, rest))
+    return run_script(lambda: plan(argv))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
+    parser.add_argument("picture", help="the file to draw into, such as picture.png")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    entry.check_first(parse)
+
 # isort: split
 import matplotlib
 import torch
@@ -20,8 +30,8 @@ import torch
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 NODES, RANKS_PER_NODE, EXPERTS, HOME = 4, 2, 64, 2
 RANKS = NODES * RANKS_PER_NODE
@@ -97,6 +107,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=entry.about(__doc__))
-    parser.add_argument("picture", help="the file to draw into, such as picture.png")
-    entry.run(main, parser.parse_args().picture)
+    entry.run(main, parse(None).picture)

@@ -16,6 +16,16 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
+    parser.add_argument("picture", help="the file to draw into, such as picture.png")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    entry.check_first(parse)
+
 # isort: split
 import matplotlib
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
@@ -23,8 +33,8 @@ from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 from torchtitan.distributed.pipeline_plan import SCHEDULES, SINGLE
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 RANKS, MICROBATCHES = 4, 8
 # By the letter of torch's actions: how many forward passes of a stage each takes.
@@ -130,6 +140,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=entry.about(__doc__))
-    parser.add_argument("picture", help="the file to draw into, such as picture.png")
-    entry.run(main, parser.parse_args().picture)
+    entry.run(main, parse(None).picture)

@@ -22,6 +22,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+if __name__ == "__main__":
+    entry.check_first(parse, "rows")
+
+
 def bars(options: argparse.Namespace) -> list[tuple[str, dict[str, float]]]:
     """List name and milliseconds by part of every bar."""
     known = []
@@ -34,9 +38,9 @@ def bars(options: argparse.Namespace) -> list[tuple[str, dict[str, float]]]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
     import matplotlib.pyplot as plt
 
-    options = parse(argv)
     everything = bars(options)
     parts = list(dict.fromkeys(part for _, times in everything for part in times))
     colors = dict(zip(parts, plt.colormaps["tab20"].colors * 2, strict=False))

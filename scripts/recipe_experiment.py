@@ -6,6 +6,7 @@ Trains six variants with the same data and seed, prints their last losses and ma
 draws docs/recipe_balance.png (extra 'docs'). A variant whose records exist is not run again.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,8 +14,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
+    parser.add_argument("folder", type=Path, help="for the runs, such as outputs/recipe")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    entry.check_first(parse)
+
 # isort: split
-from plot_losses import import_pyplot, refuse
+from plot_losses import import_pyplot
 
 from torchtitan.train import main as train
 
@@ -61,13 +72,9 @@ VARIANTS = {
 }
 
 
-def main(arguments: list[str]) -> None:
-    if arguments in (["-h"], ["--help"]):
-        print(__doc__)
-        return
-    if len(arguments) != 1:
-        refuse("Give the folder for the runs, for example outputs/recipe.")
-    runs = {name: run(Path(arguments[0]), name) for name in VARIANTS}
+def main(argv: list[str] | None = None) -> None:
+    folder = parse(argv).folder
+    runs = {name: run(folder, name) for name in VARIANTS}
     print(f"{'':20} loss   max-violation (means of the last {LAST} steps; worst layer)")
     for name, records in runs.items():
         print(f"{name:20} {last(records, 'loss'):.4f} {last(records, 'max_violation'):.3f}")
@@ -115,4 +122,4 @@ def draw(runs: dict[str, list[dict]], window: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, sys.argv[1:])
+    entry.run(main)

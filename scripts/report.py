@@ -14,6 +14,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=entry.about(__doc__), allow_abbrev=False)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a job.dump_folder")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the page to write")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    entry.check_first(parse, "runs")
+
 # isort: split
 from torchtitan.report import write_report
 from torchtitan.report.write import NAME
@@ -22,10 +33,7 @@ from torchtitan.tools.script import run_script
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=entry.about(__doc__), allow_abbrev=False)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a job.dump_folder")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="the page to write")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     alone = args.runs[0] if len(args.runs) == 1 and args.runs[0].is_dir() else Path()
     path = args.out or alone / NAME
 

@@ -10,27 +10,15 @@ import argparse
 import html
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
 # isort: split
-from collections.abc import Iterator
-
-import torch
-
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.data.tokenizer import Tokenizer
-from torchtitan.data.training import build_training_dataloader
-from torchtitan.ops.attention import number_documents
-from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.script import run_script
-from torchtitan.trainer.preflight import check_config
-
-# A run of tokens of one document: (text, whether the model must say it).
-Piece = tuple[str, bool]
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -39,6 +27,31 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--batches", type=int, default=1, help="batches to show (default: 1)")
     parser.add_argument("--html", type=Path, help="also write them to this file")
     return parser.parse_known_args(argv)
+
+
+def check(argv: list[str] | None) -> tuple[argparse.Namespace, JobConfig]:
+    """Return our own options and the run's settings. Raises `UserError` for impossible ones."""
+    args, options = parse(argv)
+    if args.batches < 1:
+        raise UserError(f"--batches = {args.batches} must be at least 1.")
+    return args, ConfigManager().parse_args(["--job.config_file", args.config, *options])
+
+
+if __name__ == "__main__":
+    entry.check_first(check)
+
+# isort: split
+import torch
+
+from torchtitan.data.tokenizer import Tokenizer
+from torchtitan.data.training import build_training_dataloader
+from torchtitan.ops.attention import number_documents
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
+from torchtitan.tools.script import run_script
+from torchtitan.trainer.preflight import check_config
+
+# A run of tokens of one document: (text, whether the model must say it).
+Piece = tuple[str, bool]
 
 
 def documents_of(example: dict[str, list[int]], tokenizer: Tokenizer) -> Iterator[list[Piece]]:
@@ -100,12 +113,11 @@ def examples_of(config: JobConfig, tokenizer: Tokenizer, batches: int) -> Iterat
             yield dict(zip(("input", "labels", "documents"), row, strict=True))
 
 
-def run(args: argparse.Namespace, options: list[str]) -> None:
-    if args.batches < 1:
-        raise UserError(f"--batches = {args.batches} must be at least 1.")
-    config = ConfigManager().parse_args(["--job.config_file", args.config, *options])
+def run(args: argparse.Namespace, config: JobConfig) -> None:
     _, _, tokenizer = check_config(config)
     colour, body = sys.stdout.isatty(), []
+    marks = "are green" if colour else "stand in doubled square brackets"
+    print(f"Trained tokens {marks}; --- begins a document.")
     for number, example in enumerate(examples_of(config, tokenizer, args.batches), start=1):
         title = describe(number, example)
         documents = list(documents_of(example, tokenizer))
@@ -121,8 +133,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, options = parse(argv)
-    return run_script(lambda: run(args, options))
+    return run_script(lambda: run(*check(argv)))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=entry.about(__doc__))
+    parser.add_argument("--kills", type=int, default=30, help="how many")
+    parser.add_argument("--ranks", type=int, default=2, help="of the run")
+    parser.add_argument("--steps", type=int, default=None, help="default: 10 for each kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args, args.options = parser.parse_known_args(argv)
+    return args
+
+
+if __name__ == "__main__":
+    entry.check_first(parse)
+
 # isort: split
 from torchtitan.components.checkpoint.folder import damage, step_folder, steps_with_folder
 
@@ -155,12 +169,7 @@ def _complete(folder: Path) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=entry.about(__doc__))
-    parser.add_argument("--kills", type=int, default=30, help="how many")
-    parser.add_argument("--ranks", type=int, default=2, help="of the run")
-    parser.add_argument("--steps", type=int, default=None, help="default: 10 for each kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    args, args.options = parser.parse_known_args()
+    args = parse(None)
     args.steps = args.steps or 10 * args.kills
     with tempfile.TemporaryDirectory(prefix="soak-") as name, contextlib.ExitStack() as args.runs:
         calm, disturbed = Path(name, "calm"), Path(name, "disturbed")

@@ -71,8 +71,8 @@ completion.py launch.py
 """.split()
 # Called by other scripts only.
 INTERNAL = {"check_dependencies.py", "node_traffic_rank.py", "benchmarks/peer_step.py"}
-# The first one's options are torchrun's; the others take one path.
-WITHOUT_PARSER = {"launch.py", "plot_losses.py", "recipe_experiment.py"}
+# The first one's options are torchrun's; the other takes one path.
+WITHOUT_PARSER = {"launch.py", "plot_losses.py"}
 # What only pictures need; the parsers are there without it.
 OPTIONAL = ("matplotlib", "matplotlib.pyplot", "matplotlib.axes")
 

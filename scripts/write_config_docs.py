@@ -18,6 +18,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
 
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    return argparse.ArgumentParser(description=entry.about(__doc__)).parse_args(argv)
+
+
+if __name__ == "__main__":
+    entry.check_first(parse)
+
 # isort: split
 from torchtitan.config import JobConfig
 from torchtitan.config.schema import alternatives, as_text, describe, row_type
@@ -128,7 +136,7 @@ def page() -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=entry.about(__doc__)).parse_args()
+    parse(None)
     PAGE.write_text(page())
 
 

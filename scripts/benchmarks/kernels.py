@@ -28,20 +28,6 @@ from torchtitan.ops.rope import apply_rope, rope_table
 from torchtitan.tools.errors import UserError, suggest
 
 Row = dict[str, Any]
-NAMES = ("moe", "core", "head", "router", "norm", "rope", "optimizer")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flavors = {"nargs": "+", "default": ["16B", "671B"], "metavar": "FLAVOR"}
-    parser.add_argument("--widths", **flavors, help="flavors whose sizes are timed")
-    names = {"nargs": "+", "default": list(NAMES), "choices": NAMES, "metavar": "NAME"}
-    parser.add_argument("--kernels", **names, help="which to time")
-    parser.add_argument("--tokens", type=int, default=16384, help="of a pass")
-    parser.add_argument("--seq_len", type=int, default=4096, help="of the core's sequences")
-    parser.add_argument("--reps", type=int, default=20, help="timed, after three to warm up")
-    parser.add_argument("--vocab", type=int, default=129280, help="of linear + cross-entropy")
-    parser.add_argument("--params", type=float, default=0.5, help="of the optimizer, in 1e9")
-    parser.add_argument("--eager", action="store_true", help="don't compile what a run compiles")
 
 
 def run(options: argparse.Namespace) -> list[Row]:

@@ -13,21 +13,15 @@ The layer of multi-token prediction is included with `--model_arg n_mtp_layers=1
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts import entry
 
 # isort: split
-from torchtitan.components.checkpoint.convert import hf_to_checkpoint
-from torchtitan.components.checkpoint.detect import detect_model
-from torchtitan.components.huggingface.folder import HFFolder
-from torchtitan.config.manager import parse_value
-from torchtitan.protocols.model import override_fields
-from torchtitan.tools.errors import UserError
-from torchtitan.tools.logging import logger
-from torchtitan.tools.script import run_script
-from torchtitan.tools.utils import TORCH_DTYPES
+from torchtitan.config.schema import KEYS
+
+DTYPES = get_args(KEYS["checkpoint.export_dtype"].type)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -36,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="folder to make")
     parser.add_argument(
         "--dtype",
-        choices=TORCH_DTYPES,
+        choices=DTYPES,
         help="of the weights (default: unchanged; quantized as bf16)",
     )
     parser.add_argument(
@@ -50,6 +44,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--no_read_back", action="store_true", help="don't read the checkpoint again to check it"
     )
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    entry.check_first(parse, "hf_folder")
+
+# isort: split
+from torchtitan.components.checkpoint.convert import hf_to_checkpoint
+from torchtitan.components.checkpoint.detect import detect_model
+from torchtitan.components.huggingface.folder import HFFolder
+from torchtitan.config.manager import parse_value
+from torchtitan.protocols.model import override_fields
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
+from torchtitan.tools.script import run_script
+from torchtitan.tools.utils import TORCH_DTYPES
 
 
 def model_arg(text: str) -> dict[str, Any]:

@@ -17,24 +17,16 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts import entry
 
 # isort: split
-import torch
-
-from torchtitan.components.checkpoint.convert import checkpoint_to_hf
-from torchtitan.components.checkpoint.convert_adapters import MergedTensors, checkpoint_to_peft
-from torchtitan.components.checkpoint.detect import detect_model
-from torchtitan.components.checkpoint.folder import require_checkpoint
-from torchtitan.components.checkpoint.stored_tensors import StoredTensors
-from torchtitan.components.finetuning.lora import adapter_sizes
-from torchtitan.components.huggingface.folder import MAX_FILE_BYTES
+from torchtitan.config.schema import KEYS
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.logging import logger
-from torchtitan.tools.script import run_script
-from torchtitan.tools.utils import TORCH_DTYPES
+
+DTYPES = get_args(KEYS["checkpoint.export_dtype"].type)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -45,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--assets", type=Path, help="folder with the tokenizer (and a config.json to complete)"
     )
     parser.add_argument(
-        "--dtype", choices=TORCH_DTYPES, default="bfloat16", help="of the files (default: bfloat16)"
+        "--dtype", choices=DTYPES, default="bfloat16", help="of the files (default: bfloat16)"
     )
     parser.add_argument(
         "--fp8",
@@ -58,18 +50,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--merged", action="store_true", help="of a LoRA run: weights with the adapters in them"
     )
-    parser.add_argument(
-        "--max_file_gb", type=float, default=MAX_FILE_BYTES / 1e9, help="size of a file in 10^9 B"
-    )
+    parser.add_argument("--max_file_gb", type=float, default=5.0, help="size of a file in 10^9 B")
     parser.add_argument(
         "--no_read_back", action="store_true", help="don't read the folder again to check it"
     )
     return parser.parse_args(argv)
 
 
-def convert(args: argparse.Namespace) -> None:
+def check(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options. Raises `UserError` for an impossible size."""
+    args = parse(argv)
     if not 0 < args.max_file_gb < math.inf:
         raise UserError(f"--max_file_gb {args.max_file_gb} must be a finite number above 0.")
+    return args
+
+
+if __name__ == "__main__":
+    entry.check_first(check, "checkpoint", "--assets")
+
+# isort: split
+import torch
+
+from torchtitan.components.checkpoint.convert import checkpoint_to_hf
+from torchtitan.components.checkpoint.convert_adapters import MergedTensors, checkpoint_to_peft
+from torchtitan.components.checkpoint.detect import detect_model
+from torchtitan.components.checkpoint.folder import require_checkpoint
+from torchtitan.components.checkpoint.stored_tensors import StoredTensors
+from torchtitan.components.finetuning.lora import adapter_sizes
+from torchtitan.tools.logging import logger
+from torchtitan.tools.script import run_script
+from torchtitan.tools.utils import TORCH_DTYPES
+
+
+def convert(args: argparse.Namespace) -> None:
     if args.assets is not None and not args.assets.exists():
         raise UserError(
             f"--assets {args.assets} does not exist; name the folder with the tokenizer, or leave "
@@ -107,8 +120,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    return run_script(lambda: convert(args), resumable=True)
+    return run_script(lambda: convert(check(argv)), resumable=True)
 
 
 if __name__ == "__main__":

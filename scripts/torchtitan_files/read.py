@@ -45,11 +45,13 @@ class Source:
     """A file.
 
     headers: comment lines before the header of each table.
+    beside: comment on the line of each table's header, with #.
     ending: comment lines after the last setting.
     """
 
     settings: list[Setting]
     headers: dict[str, list[str]] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
     ending: list[str] = field(default_factory=list)
 
 
@@ -94,7 +96,8 @@ def _scan(text: str) -> Source:
             above.append(stripped)
         elif match := _HEADER.fullmatch(stripped):
             table = "".join(match[1].split())
-            source.headers.setdefault(table, []).extend([*above, *filter(None, [match[2]])])
+            source.headers.setdefault(table, []).extend(above)
+            source.beside |= {table: match[2]} if match[2] else {}
             above = []
         elif _ROWS.fullmatch(stripped):
             table, above = "[]", []
@@ -125,6 +128,23 @@ def _setting(line: str, table: str, above: list[str]) -> list[Setting]:
     ]
 
 
+def keep_items(text: str | None, kept: list[str]) -> str | None:
+    """Leave the strings of `kept` in the text of an array, one a line with its comments; None (to
+    write it anew) without comments."""
+    if "#" not in (text or ""):
+        return None
+    lines, keeps = list[str](), True
+    for break_, found in re.findall(r"""(\n\s*)?("[^"\n]*"|'[^'\n]*'|#[^\n]*)""", text or ""):
+        if not found.startswith("#"):
+            keeps = found[1:-1] in kept
+            lines += [f"    {found},"] if keeps else []
+        elif break_ or not lines:
+            lines.append(f"    {found}")
+        elif keeps:
+            lines[-1] += f"  {found}"
+    return "\n".join(["[", *lines, "]"])
+
+
 def _value(line: str) -> dict[str, Any] | None:
     try:
         return tomli.loads(line)
@@ -145,8 +165,8 @@ def write(source: Source) -> str:
     parts = []
     for table, settings in tables.items():
         plain = [each for each in settings if not _is_rows(each.value)]
-        lines = list(source.headers.get(table, []))
-        lines += [f"[{table}]"] if plain else []
+        lines, beside = list(source.headers.get(table, [])), source.beside.get(table, "")
+        lines += [f"[{table}]  {beside}".rstrip()] if plain else filter(None, [beside])
         for each in plain:
             beside = f"  {each.beside}" if each.beside else ""
             lines += [*each.above, f"{each.name} = {each.text or as_toml(each.value)}{beside}"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scripts.torchtitan_files.names import LEFT_OUT, REFUSED
-from scripts.torchtitan_files.read import Setting, Source
+from scripts.torchtitan_files.read import Setting, Source, keep_items
 from torchtitan.config import JobConfig, validate
 from torchtitan.config.moved_keys import MOVED, MOVED_TABLES
 from torchtitan.config.schema import KEYS, as_text, build, matches, requirement, row_type
@@ -55,9 +55,13 @@ class Translation:
 
 def translate(theirs: Source) -> Translation:
     """Translate a file; see `Translation.refused`."""
-    result = Translation(Source([], {}, theirs.ending))
+    result = Translation(Source([], ending=theirs.ending))
     for table, comments in theirs.headers.items():
         result.source.headers.setdefault(_new_table(table), []).extend(comments)
+    for table, comment in theirs.beside.items():
+        new = _new_table(table)
+        if result.source.beside.setdefault(new, comment) != comment:  # two tables become one
+            result.source.headers[new].append(comment)
     for setting in theirs.settings:
         try:
             result.source.settings += _translate_one(setting, result)
@@ -168,7 +172,7 @@ def _converters(setting: Setting, result: Translation) -> list[Setting]:
             f"model.converters: {', '.join(lacking)} has no counterpart here and is left out, so "
             "these layers compute in training.mixed_precision_param"
         )
-        return [replace(setting, value=kept, text=None)]
+        return [replace(setting, value=kept, text=keep_items(setting.text, kept))]
     return [setting]
 
 

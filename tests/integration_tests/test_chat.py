@@ -99,6 +99,7 @@ def test_show_batch_marks_what_is_trained(tmp_path, capsys):
     page = tmp_path / "batch.html"
     assert show_batch([TOML, "--html", str(page), "--job.dump_folder", str(tmp_path)]) == 0
     out = capsys.readouterr().out
+    assert out.startswith("Trained tokens stand in doubled square brackets; --- begins a document.")
     assert re.search(r"Answer:\n\[\[[A-Z].*<\|end_of_text\|>\]\]", out)
     trained = re.findall(r"\[\[(.*?)\]\]", out)
     answers = {m["content"] for messages in ROWS for m in messages if m["role"] == "assistant"}

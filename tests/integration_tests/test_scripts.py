@@ -54,6 +54,46 @@ def test_a_script_finds_the_package_before_it_imports_what_may_be_missing(path):
     assert "entry.run(main" in ast.unparse(body[-1])
 
 
+GONE = "gone/away"
+# By script: a wrong command line, and what the last line says. Of the others: an unknown option.
+WRONG = {
+    "bench.py": (["step", "--trainin.steps", "3"], "trainin"),
+    "card.py": (["16b"], "did you mean '16B'"),
+    "checkpoint_conversion/convert_from_hf.py": ([GONE, "new"], f"{GONE} does not exist"),
+    "checkpoint_conversion/convert_to_hf.py": (
+        [".", "new", "--assets", GONE],
+        f"--assets {GONE} does not exist",
+    ),
+    "explain_hang.py": ([GONE], f"{GONE} does not exist"),
+    "from_torchtitan.py": ([GONE], f"{GONE} does not exist"),
+    "generate.py": ([".", "--prompt", "a", "--tokenizer", GONE], f"--tokenizer {GONE} does not "),
+    "measure_overlap.py": ([], "expert_parallel_degree = 1"),
+    "plan.py": ([GONE, "--world-size", "8"], f"job.config_file {GONE} does not exist"),
+    "plot_losses.py": ([GONE], f"{GONE} cannot be read"),
+    "plot_step_time.py": ([GONE, "--out", "x.png"], f"{GONE} does not exist"),
+    "prove.py": ([GONE], f"job.config_file {GONE} does not exist"),
+    "report.py": ([".", GONE], f"{GONE} does not exist"),
+    "show_batch.py": ([GONE], f"job.config_file {GONE} does not exist"),
+    "soak.py": (["--kills", "many"], "--kills: invalid int value: 'many'"),
+}
+# Their command line is torchrun's, or another script's.
+NOT_BY_HAND = {"launch.py", "node_traffic_rank.py"}
+BY_HAND = {str(path.relative_to(SCRIPTS)) for path in set(CALLED) - APART} - NOT_BY_HAND
+
+
+@pytest.mark.parametrize("name", sorted(BY_HAND))
+def test_a_wrong_command_line_is_told_before_imports_that_take_seconds(name, tmp_path):
+    stand_in = tmp_path / "torch/__init__.py"
+    stand_in.parent.mkdir()
+    stand_in.write_text("raise SystemExit('torch is imported')")
+    arguments, sentence = WRONG.get(name, (["--no_such_option"], "error: "))
+    env = {name: os.environ[name] for name in WITHOUT_OURS} | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, SCRIPTS / name, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sentence in done.stderr.splitlines()[-1]
+
+
 def test_a_script_runs_from_any_folder(tmp_path):
     done = call(tmp_path, SCRIPTS / "checkpoint_conversion/convert_to_hf.py", "--help")
     assert (done.returncode, done.stderr) == (0, "")

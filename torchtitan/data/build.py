@@ -71,8 +71,8 @@ def report_streams(
     sources: Sequence[Source] = (),
     settable: bool = True,
 ) -> None:
-    """Log how many streams there are, if a key sets it, and where this layout makes them several
-    times, which number a new run could have instead.
+    """Log how many streams there are, if a key sets it, and (on the first rank) where this layout
+    makes them several times, which number a new run could have instead.
 
     heading: beginning of the log lines
     num_streams: number of streams
@@ -84,10 +84,11 @@ def report_streams(
     if settable:
         logger.info(f"{heading}: read as {streams} (training.dataset_lanes)")
     times = rank_slice.times_made(num_streams)
-    if times < 2:
+    if times < 2 or rank_slice.dp_rank > 0:
         return
     advice = _advice(num_streams, rank_slice, sources) if settable else ""
-    logger.warning(
+    tell = logger.warning if settable else logger.info  # only a warning where a key can help
+    tell(
         f"{heading}: {rank_slice.processes} processes read {streams}, so each "
         f"document is tokenized {times:.1f} times, which costs time and changes no number{advice}"
     )

@@ -78,6 +78,33 @@ def test_comments_and_spelling_stay(tmp_path):
     assert "lr = 6e-4  # half of what exploded\n" in text
 
 
+COMMENTED = """\
+[model]  # which one
+name = "deepseek_v3"
+converters = [
+    # of GPUs
+    "float8",  # eight bits
+    "mx",  # micro
+]
+
+# soon
+[training]  # how long
+steps = 3
+"""
+
+
+def test_a_comment_beside_a_header_or_behind_a_comma_stays_there(tmp_path):
+    old = tmp_path / "old.toml"
+    old.write_text(COMMENTED)
+    translated(tmp_path, old)
+    text = (tmp_path / "new.toml").read_text()
+    assert "[model]  # which one\nname" in text and "# soon\n[training]  # how long\nsteps" in text
+    assert (
+        'converters = [\n    # of GPUs\n    "float8",  # eight bits\n]\n' in text
+        and "micro" not in text
+    )
+
+
 def test_v01_saved_the_optimizer_at_the_end_by_default(tmp_path):
     old = tmp_path / "old.toml"
     lines = (FILES / "v01.toml").read_text().splitlines()

@@ -8,8 +8,10 @@ from itertools import islice
 import pyarrow.parquet as pq
 import pytest
 
+from tests.pages import REPO
 from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
 from tests.unit_tests.data.kinds import KINDS, TEXTS, lists, make_source, opened, pack, text_dataset
+from torchtitan.config import ConfigManager
 from torchtitan.data import parquet as row_groups
 from torchtitan.data import sources as sources_module
 from torchtitan.data.build import report_streams
@@ -19,6 +21,7 @@ from torchtitan.data.sources import Shard, streams_of_documents, streams_of_file
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.tools.errors import UserError
 
+CHAT = REPO / "train_configs/chat_debug_model.toml"
 SEQ_LEN, STREAMS, SEED = 20, 3, 1
 # Every fourth document is unusable; the others fill some 33 windows an epoch.
 DOCUMENTS = [text if n % 4 else "" for n, text in enumerate(TEXTS[:31])]
@@ -296,6 +299,24 @@ def test_a_layout_that_reads_streams_twice_is_told_which_number_does_not(rank_sl
         assert log[1].endswith("a run that resumes from a checkpoint keeps its streams")
         good = int(line.rpartition(" ")[2])
         assert rank_slice.times_made(good) == 1
+
+
+def test_only_the_first_rank_tells_that_streams_are_read_twice(log):
+    report_streams("Data mine", 64, RankSlice(1, 128))
+    assert len(log) == 1
+
+
+def test_streams_that_no_key_changes_are_no_warning(log, caplog):
+    with caplog.at_level("INFO", logger="torchtitan"):
+        report_streams("Validation data mine", 64, RankSlice(0, 128), settable=False)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_shipped_chat_run_tokenizes_no_conversation_twice(processes):
+    training = ConfigManager().parse_args([f"--job.config_file={CHAT}"]).training
+    rank_slice = RankSlice(0, processes, training.local_batch_size, training.dataset_num_workers)
+    assert rank_slice.times_made(training.dataset_lanes) == 1
 
 
 def test_no_number_of_streams_is_advised_that_the_data_has_not(tmp_path, log):

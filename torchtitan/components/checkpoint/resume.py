@@ -70,7 +70,7 @@ class CheckpointChoice:
 
         Logs which ones it skips. Raises `UserError` where checkpoints exist, but none is usable.
         """
-        unusable = []
+        unusable, of_weights = [], list[int]()
         found = self._ranks.from_rank_0(lambda: steps_with_folder(self.folder))
         for step, complete in sorted(found.items(), reverse=True):
             path = step_folder(self.folder, step)
@@ -80,15 +80,24 @@ class CheckpointChoice:
             problem = self._damage(path)
             if problem is None and not self._is_resumable(path):
                 problem = "it holds only weights, and its step is not the run's last one"
+                of_weights.append(step)
             if problem is None:
                 return path
             unusable.append(f"{path} ({problem})")
             self._warn("Checkpoint %s is skipped: %s", path, problem)
         if unusable:
+            way_out = (
+                "start from weights with checkpoint.initial_load_path and another checkpoint.folder"
+            )
+            if of_weights:
+                way_out = (
+                    f"for one start set checkpoint.load_step = {of_weights[0]}, which goes on from "
+                    "its weights with a new optimizer state (checkpoint.last_save_model_only = "
+                    "false saves that, too)"
+                )
             raise UserError(
-                f"no checkpoint in {self.folder} can be resumed from: {'; '.join(unusable)}; start "
-                "from weights with checkpoint.initial_load_path and another checkpoint.folder, or "
-                "move these away to start a new run."
+                f"no checkpoint in {self.folder} can be resumed from: {'; '.join(unusable)}; "
+                f"{way_out}, or move these away to start a new run."
             )
         return None
 

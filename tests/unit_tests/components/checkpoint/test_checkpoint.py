@@ -114,6 +114,16 @@ def test_a_run_that_is_prolonged_goes_on_from_the_last_full_checkpoint(tmp_path,
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_saved_only_weights_is_told_how_it_goes_on_and_does(tmp_path, capfd):
+    rare = {"checkpoint__enable": True, "checkpoint__interval": 100}
+    run(tmp_path, **rare, training__steps=4)
+    assert main(tiny(tmp_path, **rare, training__steps=6)) == 2
+    said = capfd.readouterr().err
+    assert "set checkpoint.load_step = 4, which" in said and "last_save_model_only = false" in said
+    run(tmp_path, **rare, training__steps=6, checkpoint__load_step=4)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_rank_of_its_own_reads_what_dcp_wrote(tmp_path):
     """The format is DCP's: its own reader understands it."""
     run(tmp_path, **FULL)
