@@ -17,6 +17,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,58 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # A shell on a cluster may have more tasks; the tests start theirs themselves.
 for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_"))]:
     del os.environ[name]
+
+
+# Files that take long, the longest first: one that begins last is waited for. The others follow.
+LONG = (
+    "distributed_tests/test_layouts.py",
+    "distributed_tests/test_resume.py",
+    "fault_tests/test_kills.py",
+    "distributed_tests/test_sequence_phases.py",
+    "distributed_tests/test_finetuning_layouts.py",
+    "integration_tests/test_run_train.py",
+    "fault_tests/test_nodes.py",
+    "distributed_tests/test_prove.py",
+    "distributed_tests/test_validation.py",
+    "distributed_tests/test_float8_layouts.py",
+    "distributed_tests/test_finetuning_runs.py",
+    "distributed_tests/test_dispatchers.py",
+    "integration_tests/test_setup.py",
+    "fault_tests/test_launcher.py",
+    "distributed_tests/test_chat_layouts.py",
+    "integration_tests/test_wheel.py",
+    "distributed_tests/test_recipe_layouts.py",
+    "unit_tests/components/checkpoint/test_convert.py",
+    "unit_tests/data/test_dataloader.py",
+)
+# By file, the one behind which it runs, on the same ranks: they have compiled its layers already.
+BEHIND = {"distributed_tests/test_global_balance.py": "distributed_tests/test_layouts.py"}
+
+
+def _unit(nodeid: str) -> str:
+    """The file in whose place a test runs, inside of tests/."""
+    file = nodeid.partition("::")[0].removeprefix("tests/")
+    return BEHIND.get(file, file)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # one process: in the order of folders
+    place = {file: n for n, file in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(_unit(item.nodeid), len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Units(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(nodeid)
+
+    return Units(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -19,6 +19,7 @@ from scripts.emulated_nodes import EmulatedNodes, check_can_emulate
 from scripts.soak import ranks_of
 from tests.fault_tests.test_kills import SAVES, losses_by_step
 from tests.fault_tests.test_launcher import until
+from tests.forks import fork_ranks
 from tests.helpers import processes
 from tests.tiny_run import losses, tiny
 from torchtitan.distributed import nodes
@@ -46,7 +47,7 @@ def two_nodes() -> Iterator[EmulatedNodes]:
 
 
 class Launchers:
-    """scripts/launch.py on each node, forked from a process that has imported torch.
+    """scripts/launch.py on each node, and its ranks, as forks of a process that has imported torch.
 
     log: `log.0` and `log.1` have what the nodes say.
     """
@@ -91,6 +92,7 @@ def _launch(namespace: str, host: str, log: Path, arguments: list[str]) -> None:
     socket.sethostname(host)
     os.environ.pop("GLOO_SOCKET_IFNAME", None)  # the launcher finds it
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    fork_ranks()
     nodes.REPORT_SECONDS = 2.0  # to wait for the word of a node that is dead
     sys.exit(launch.main(arguments))
 

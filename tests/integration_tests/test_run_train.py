@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.forks import Forked, forking_python
 from tests.tiny_run import losses, records, tiny
 from torchtitan.data.permutation import order
 from torchtitan.train import main
@@ -27,14 +29,20 @@ NOT_INHERITED = (
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
 ).split()
 
-# What the `python` that the script finds does after it has noted its call: work, or nothing but
-# count GPUs as torch would.
-WORKS = f'exec {sys.executable} "$@"'
+# What the `python` that the script finds does after it has noted its call: be a real one, or
+# nothing but count GPUs as torch would. (The default is a fork that has imported torch.)
+IS_REAL = f'exec {sys.executable} "$@"'
 COUNTS_GPUS = '[ "$1" != -c ] || echo "$GPUS"'
 
 
+@pytest.fixture(scope="module")
+def forks() -> Iterator[str]:
+    with forking_python() as command:
+        yield f'exec {command} "$@"'
+
+
 @pytest.fixture
-def run_train(tmp_path):
+def run_train(tmp_path, forks):
     """Calls the script from an empty folder, in this interpreter's environment.
 
     The `python` that it finds notes the processes asked for and the arguments, a line a call, in
@@ -49,7 +57,7 @@ def run_train(tmp_path):
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
 
-    def call(*options: str, python: str = WORKS, **variables: str) -> subprocess.CompletedProcess:
+    def call(*options: str, python: str = forks, **variables: str) -> subprocess.CompletedProcess:
         install("python", f'echo "${{WORLD_SIZE:-no}} processes: $*" >> {calls}\n{python}')
         env = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         env |= {
@@ -72,8 +80,8 @@ def run_train(tmp_path):
 
 
 def test_the_debug_model_with_everything_a_toml_offers_trains_like_one_process(run_train, tmp_path):
-    """Experts on two nodes, accumulation, document masks, loader processes, the flavor's own
-    sizes; the ranks of LOG_RANK speak."""
+    """With real processes. Experts on two nodes, accumulation, document masks, loader processes, the
+    flavor's own sizes; the ranks of LOG_RANK speak."""
     settings = {
         "job.config_file": REPO / "train_configs/debug_model.toml",
         "model.flavor": "debugmodel_node_limited",
@@ -91,7 +99,9 @@ def test_the_debug_model_with_everything_a_toml_offers_trains_like_one_process(r
     out = "--job.dump_folder=" + str(tmp_path / "out")
     spread = ["--parallelism.expert_parallel_degree=2", "--parallelism.expert_parallel_node_size=1"]
     size = "--training.local_batch_size="
-    done = run_train(*options, *spread, out, f"{size}4", NGPU="2", LOG_RANK="0,1")
+    done = run_train(
+        *options, *spread, out, f"{size}4", python=IS_REAL, NGPU="2", LOG_RANK="0,1"
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert [record["tokens_seen"] for record in records(tmp_path / "out")] == [512, 1024, 1536]
@@ -169,14 +179,11 @@ def test_a_crash_is_reported_by_torchrun(tmp_path):
     """Nothing is known about it: the launcher hides no traceback."""
     script = tmp_path / "crash.py"
     script.write_text("1 / 0\n")
-    done = subprocess.run(
-        [sys.executable, REPO / "scripts/launch.py", "--standalone", script],
-        env=os.environ | {"PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "ZeroDivisionError" in done.stderr and "ChildFailedError" in done.stderr
+    log, env = tmp_path / "log", os.environ | {"PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo"}
+    run = Forked(log, [str(REPO / "scripts/launch.py"), "--standalone", str(script)], env)
+    assert run.wait(60) == 1
+    said = log.read_text()
+    assert "ZeroDivisionError" in said and "ChildFailedError" in said
 
 
 @pytest.mark.parametrize(

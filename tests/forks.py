@@ -1,0 +1,211 @@
+"""`python FILE ...` and `python -m MODULE ...` as forks of a process that has imported everything.
+
+A start costs a tenth of a second instead of the 4 (torch) to 9 (torchtitan.train) of a core that
+the imports take. Parents, sessions, signals, environment, folder and output are those of a real
+start. The imports themselves, and what happens during them, need a real one: test_launcher.py,
+test_run_train.py and test_nodes.py keep one each.
+"""
+
+import array
+import atexit
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, process, resource_tracker, util
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+from tests.helpers import processes
+
+_CLIENT = Path(__file__).with_name("forks_client.py")
+
+
+def be_python(
+    arguments: list[str], env: dict[str, str], folder: str, stdout: int, stderr: int
+) -> NoReturn:
+    """Become the process of a Python command. Call it in a fork.
+
+    arguments: of `python`: options, -m and a module or a script, and what they are given.
+    stdout, stderr: file descriptors.
+    """
+    code: Any = 1
+    try:
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):  # as exec does; those ignored stay ignored
+                signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _forget_parent()
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+        os.environ.clear()
+        os.environ.update(env)
+        os.chdir(folder)
+        _run([each for each in arguments if each != "-u"])
+        code = 0
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    finally:  # as the interpreter ends, without the parent's objects
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code or 0)
+
+
+def _forget_parent() -> None:
+    """multiprocessing would go on with its parent's helpers, whose files are closed here."""
+    resource_tracker._resource_tracker.__init__()  # type: ignore[misc]
+    forkserver._forkserver.__init__()  # type: ignore[misc]
+    process.current_process()._config["daemon"] = False  # daemons may not have children
+    process._children.clear()  # type: ignore[attr-defined]
+    util._finalizer_registry.clear()  # type: ignore[attr-defined]
+    atexit._clear()
+    atexit.register(util._exit_function)
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments[0] == "-m":
+        _, module, *rest = arguments
+        sys.argv = [module, *rest]
+        sys.modules.pop(module, None)  # runpy would warn that it runs twice
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
+    sys.argv = list(arguments)
+    sys.path.insert(0, str(Path(arguments[0]).parent))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+class Fork:
+    """What torchrun needs of a `subprocess.Popen`: a rank, forked from its launcher."""
+
+    def __init__(
+        self, arguments: list[str], env: dict[str, str], stdout: int = 1, stderr: int = 2
+    ) -> None:
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            be_python(arguments, env, os.getcwd(), stdout, stderr)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("rank", timeout or 0)
+            time.sleep(0.01)
+        return code
+
+
+def fork_ranks() -> None:
+    """From now on the ranks of a launcher that runs in this process are forks of it."""
+
+    def forked(self: SubprocessHandler, args: tuple[str, ...], env: dict[str, str]) -> Fork:
+        outputs = [
+            number if file is None else file.fileno()
+            for number, file in ((1, self._stdout), (2, self._stderr))
+        ]
+        return Fork(list(args[1:]), env, *outputs)
+
+    SubprocessHandler._popen = forked  # type: ignore[method-assign]
+
+
+class Forked:
+    """`python ARGUMENTS` in a session of its own; what it says is added to `log`."""
+
+    def __init__(self, log: Path, arguments: list[str], env: dict[str, str]) -> None:
+        log.touch()
+        self._process = processes.Process(target=_start, args=(log, arguments, env))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float) -> int | None:
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _start(log: Path, arguments: list[str], env: dict[str, str]) -> NoReturn:
+    os.setsid()
+    fork_ranks()
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    be_python(arguments, env, os.getcwd(), handle, handle)
+
+
+# ---------------------------------------------------------------------------------------------
+# For shell scripts
+# ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def forking_python() -> Iterator[str]:
+    """Give the command, for a shell, of a `python` whose processes are forks."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        path = f"{folder}/socket"  # pytest's folders may be too long for one
+        listener.bind(path)
+        listener.listen()
+        server = processes.Process(target=_serve, args=(listener,), daemon=True)
+        server.start()
+        yield f"{sys.executable} -I -S {_CLIENT} {path}"
+        server.kill()
+        server.join()
+
+
+def _serve(listener: socket.socket) -> None:
+    """One command after the other, as a shell gives them."""
+    fork_ranks()
+    while True:
+        connection, _ = listener.accept()
+        size = int.from_bytes(connection.recv(8), "big")
+        _, [(_, _, data)], _, _ = connection.recvmsg(1, socket.CMSG_SPACE(8))
+        handles = array.array("i", data)
+        text = b""
+        while len(text) < size:
+            text += connection.recv(size - len(text))
+        told = json.loads(text)
+        pid = os.fork()
+        if pid == 0:
+            be_python(told["arguments"], told["env"], told["folder"], *handles)
+        for handle in handles:
+            os.close(handle)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        connection.sendall(str(code).encode())
+        connection.close()
