@@ -2,12 +2,12 @@
 
 A start costs a tenth of a second instead of the 4 (torch) to 9 (torchtitan.train) of a core that
 the imports take. Parents, sessions, signals, environment, folder and output are those of a real
-start. The imports themselves, and what happens during them, need a real one: test_launcher.py,
-test_run_train.py and test_nodes.py keep one each.
+start. The imports themselves, and what happens during them, need a real one: test_launcher.py and
+test_run_train.py keep one each.
 """
 
-import array
 import atexit
+import ctypes
 import json
 import os
 import runpy
@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 
 from tests.helpers import processes
 
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET of linux/sched.h
 _CLIENT = Path(__file__).with_name("forks_client.py")
 
 
@@ -190,22 +191,37 @@ def forking_python() -> Iterator[str]:
 
 
 def _serve(listener: socket.socket) -> None:
-    """One command after the other, as a shell gives them."""
     fork_ranks()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who answer
     while True:
         connection, _ = listener.accept()
-        size = int.from_bytes(connection.recv(8), "big")
-        _, [(_, _, data)], _, _ = connection.recvmsg(1, socket.CMSG_SPACE(8))
-        handles = array.array("i", data)
-        text = b""
-        while len(text) < size:
-            text += connection.recv(size - len(text))
-        told = json.loads(text)
-        pid = os.fork()
-        if pid == 0:
-            be_python(told["arguments"], told["env"], told["folder"], *handles)
-        for handle in handles:
-            os.close(handle)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        connection.sendall(str(code).encode())
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _answer(connection)
+            os._exit(0)
         connection.close()
+
+
+def _answer(connection: socket.socket) -> None:
+    """Run a client's command, and tell it the exit code."""
+    size = int.from_bytes(connection.recv(8), "big")
+    _, handles, _, _ = socket.recv_fds(connection, 1, 3)
+    text = b""
+    while len(text) < size:
+        text += connection.recv(size - len(text))
+    told = json.loads(text)
+    pid = os.fork()
+    if pid == 0:
+        stdout, stderr, network = handles
+        enter_network(network)
+        be_python(told["arguments"], told["env"], told["folder"], stdout, stderr)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    connection.sendall(str(code).encode())
+
+
+def enter_network(namespace: int) -> None:
+    """Enter the network namespace of a file descriptor, where this process is in another."""
+    if os.path.sameopenfile(namespace, os.open("/proc/self/ns/net", os.O_RDONLY)):
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.setns(namespace, _NEW_NETWORK) == 0, os.strerror(ctypes.get_errno())

@@ -80,8 +80,8 @@ def run_train(tmp_path, forks):
 
 
 def test_the_debug_model_with_everything_a_toml_offers_trains_like_one_process(run_train, tmp_path):
-    """With real processes. Experts on two nodes, accumulation, document masks, loader processes, the
-    flavor's own sizes; the ranks of LOG_RANK speak."""
+    """Experts on two nodes, accumulation, document masks, loader processes, the flavor's own
+    sizes; the ranks of LOG_RANK speak."""
     settings = {
         "job.config_file": REPO / "train_configs/debug_model.toml",
         "model.flavor": "debugmodel_node_limited",
@@ -99,9 +99,7 @@ def test_the_debug_model_with_everything_a_toml_offers_trains_like_one_process(r
     out = "--job.dump_folder=" + str(tmp_path / "out")
     spread = ["--parallelism.expert_parallel_degree=2", "--parallelism.expert_parallel_node_size=1"]
     size = "--training.local_batch_size="
-    done = run_train(
-        *options, *spread, out, f"{size}4", python=IS_REAL, NGPU="2", LOG_RANK="0,1"
-    )
+    done = run_train(*options, *spread, out, f"{size}4", NGPU="2", LOG_RANK="0,1")
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert [record["tokens_seen"] for record in records(tmp_path / "out")] == [512, 1024, 1536]
@@ -118,10 +116,11 @@ def test_the_debug_model_with_everything_a_toml_offers_trains_like_one_process(r
 
 
 def test_a_file_written_for_torchtitan_v02_runs_at_once(run_train):
-    """Its data set and tokenizer are there; rank 0 alone speaks; files land where it says."""
+    """With real processes. Its data set and tokenizer are there; rank 0 alone speaks; files land
+    where it says."""
     sizes = [option for option in tiny(Path("outputs")) if "model.args" in option]
     options = ["--training.seq_len=32", "--training.steps=2"]
-    done = run_train(*sizes, *options, CONFIG_FILE=str(V02_TOML))
+    done = run_train(*sizes, *options, python=IS_REAL, CONFIG_FILE=str(V02_TOML))
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert "training.dataset 'c4_test' is read from the shipped sample" in output
