@@ -26,16 +26,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # GPUs they start anew: among the imports is one that touches CUDA, which then bears no fork.)
 processes = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 if not torch.cuda.is_available():
-    processes.set_forkserver_preload(
-        [
-            "torchtitan.train",
-            # What a run and a launcher import late; inductor is for compiled runs.
-            "torch._inductor.compile_fx",
-            "torch.distributed.run",
-            "torchtitan.distributed.nodes",
-            "tests.distributed_tests.training_ranks",
-        ]
-    )
+    processes.set_forkserver_preload(["tests.warm"])
 
 
 class Ranks:
