@@ -17,7 +17,6 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -56,34 +55,13 @@ LONG = (
     "unit_tests/components/checkpoint/test_convert.py",
     "unit_tests/data/test_dataloader.py",
 )
-# By file, the one behind which it runs, on the same ranks: they have compiled its layers already.
-BEHIND = {"distributed_tests/test_global_balance.py": "distributed_tests/test_layouts.py"}
-
-
-def _unit(nodeid: str) -> str:
-    """The file in whose place a test runs, inside of tests/."""
-    file = nodeid.partition("::")[0].removeprefix("tests/")
-    return BEHIND.get(file, file)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return  # one process: in the order of folders
-    place = {file: n for n, file in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(_unit(item.nodeid), len(LONG)))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    if config.getoption("dist") != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class Units(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return _unit(nodeid)
-
-    return Units(config, log)
+    place = {f"tests/{file}": n for n, file in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONG)))
 
 
 def pytest_collection_finish() -> None:
