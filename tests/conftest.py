@@ -3,8 +3,10 @@
 How to write a fast test (the goal for the whole suite is 15 minutes on two cores):
 
 - A start of Python with torch takes four seconds of a core, with a launcher and two ranks sixteen.
-  Call `main([...])` in this process; `subprocess` only for what it alone shows (signals to a
-  launcher, what a shell script says, exit codes), and then several checks on one start.
+  Call `main([...])` in this process. For what needs a process (signals, sessions, exit codes, what
+  a shell script says) tests/forks.py makes one in a tenth of a second. `subprocess` with torch is
+  for the start itself.
+- `./scripts/test.sh` runs two files at a time: a file that takes a minute belongs into LONG below.
 - Ranks come from `ranks(n).run(fn, ...)`, whose processes live on between tests. A run costs each
   rank half a second of a core, so 8 ranks are for what 4 can't hold; several checks share a visit.
 - The reference of several rows is a fixture of scope "module".
@@ -58,7 +60,7 @@ LONG = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+    if not hasattr(config, "workerinput"):
         return  # one process: in the order of folders
     place = {f"tests/{file}": n for n, file in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONG)))
