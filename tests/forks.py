@@ -3,7 +3,7 @@
 A start costs a tenth of a second instead of the 4 (torch) to 9 (torchtitan.train) of a core that
 the imports take. Parents, sessions, signals, environment, folder and output are those of a real
 start. The imports themselves, and what happens during them, need a real one: test_launcher.py and
-test_run_train.py keep one each.
+test_run_train.py keep one each. With GPUs all starts are real, for CUDA bears no fork.
 """
 
 import atexit
@@ -24,6 +24,7 @@ from multiprocessing import forkserver, process, resource_tracker, util
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from tests.helpers import processes
@@ -125,6 +126,8 @@ class Fork:
 
 def fork_ranks() -> None:
     """From now on the ranks of a launcher that runs in this process are forks of it."""
+    if torch.cuda.is_available():
+        return
 
     def forked(self: SubprocessHandler, args: tuple[str, ...], env: dict[str, str]) -> Fork:
         outputs = [
@@ -168,6 +171,10 @@ def _start(log: Path, arguments: list[str], env: dict[str, str]) -> NoReturn:
     os.setsid()
     fork_ranks()
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if torch.cuda.is_available():
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.execve(sys.executable, [sys.executable, *arguments], env)
     be_python(arguments, env, os.getcwd(), handle, handle)
 
 
@@ -179,6 +186,9 @@ def _start(log: Path, arguments: list[str], env: dict[str, str]) -> NoReturn:
 @contextmanager
 def forking_python() -> Iterator[str]:
     """Give the command, for a shell, of a `python` whose processes are forks."""
+    if torch.cuda.is_available():
+        yield sys.executable
+        return
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         path = f"{folder}/socket"  # pytest's folders may be too long for one
         listener.bind(path)
