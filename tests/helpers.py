@@ -26,8 +26,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # GPUs they start anew: among the imports is one that touches CUDA, which then bears no fork.)
 processes = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 if not torch.cuda.is_available():
-    # Compiled runs need inductor, which torchtitan imports late.
-    processes.set_forkserver_preload(["torchtitan.train", "torch._inductor.compile_fx"])
+    processes.set_forkserver_preload(["tests.warm"])
 
 
 class Ranks:
@@ -48,7 +47,7 @@ class Ranks:
         # At exit multiprocessing would wait for daemons to take SIGTERM, which stopped ones can't.
         atexit.register(self.close)
 
-    def run(self, fn: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
+    def run(self, fn: Callable[..., Any], *args: Any, seconds: float = 220) -> list[Any]:
         """Return the results of `fn(*args)` by rank. `fn` is a module's function."""
         if not self._processes:
             self._start()

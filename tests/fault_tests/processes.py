@@ -52,18 +52,18 @@ class Run:
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         os.kill(self.ranks[rank].pid, number)
 
-    def exit_codes(self, seconds: float = 60) -> list[int | None]:
+    def exit_codes(self, seconds: float = 120) -> list[int | None]:
         """Exit codes of all ranks, when they have ended; None for one that has not."""
         deadline = time.monotonic() + seconds
         for process in self.ranks:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.ranks]
 
-    def wait_for(self, path: Path, seconds: float = 60) -> None:
+    def wait_for(self, path: Path, seconds: float = 120) -> None:
         """Until a file is there."""
         self.wait_until(path.exists, f"{path} did not come", seconds)
 
-    def wait_until(self, happens: Callable[[], bool], else_: str, seconds: float = 60) -> None:
+    def wait_until(self, happens: Callable[[], bool], else_: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not happens():
             assert time.monotonic() < deadline, f"{else_}:\n{self.log.read_text()}"

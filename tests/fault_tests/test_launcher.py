@@ -12,6 +12,7 @@ import pytest
 from scripts.soak import ranks_of
 from tests.fault_tests.processes import Run
 from tests.fault_tests.test_kills import SAVES, losses_by_step
+from tests.forks import Forked
 from tests.tiny_run import tiny
 from torchtitan.trainer import built_run
 
@@ -21,12 +22,16 @@ pytestmark = pytest.mark.timeout(240)
 REPO = Path(__file__).parents[2]
 
 
-def launch(log: Path, *arguments: object) -> subprocess.Popen:
+def launch(log: Path, *arguments: object) -> Forked:
+    return Forked(log, [*LAUNCH, *map(str, arguments)], environment())
+
+
+LAUNCH = [str(REPO / "scripts/launch.py"), "--standalone"]
+
+
+def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
-    env = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, REPO / "scripts/launch.py", "--standalone", *map(str, arguments)]
-    with log.open("a") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
+    return os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
 def test_a_killed_rank_makes_the_run_go_on_by_itself_and_a_signal_ends_it_well(tmp_path):
@@ -99,8 +104,17 @@ def test_a_second_signal_to_the_launcher_ends_all_at_once(tmp_path):
 
 
 def test_a_signal_before_the_first_step_ends_all_at_once(tmp_path):
+    """A real start: the signal comes while the ranks import torch."""
     log = tmp_path / "log"
-    run = launch(log, "--nproc-per-node", 2, "-m", "torchtitan.train", *tiny(tmp_path))
+    command = [*LAUNCH, "--nproc-per-node", "2", "-m", "torchtitan.train", *tiny(tmp_path)]
+    with log.open("a") as file:
+        run = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=file,
+            stderr=file,
+            env=environment(),
+            start_new_session=True,
+        )
     try:
         until(lambda: run.poll() is not None or ranks_of(run.pid), log)
         os.killpg(run.pid, signal.SIGINT)

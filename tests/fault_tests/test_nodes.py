@@ -19,6 +19,7 @@ from scripts.emulated_nodes import EmulatedNodes, check_can_emulate
 from scripts.soak import ranks_of
 from tests.fault_tests.test_kills import SAVES, losses_by_step
 from tests.fault_tests.test_launcher import until
+from tests.forks import enter_network, fork_ranks, forking_python
 from tests.helpers import processes
 from tests.tiny_run import losses, tiny
 from torchtitan.distributed import nodes
@@ -29,7 +30,7 @@ from torchtitan.train import main
 pytestmark = pytest.mark.timeout(300)
 
 REPO = Path(__file__).parents[2]
-_NEW_NETWORK, _NEW_HOST_NAME = 0x40000000, 0x04000000  # CLONE_NEWNET, CLONE_NEWUTS
+_NEW_HOST_NAME = 0x04000000  # CLONE_NEWUTS
 HOSTS = ("host-a", "host-b")
 A, B = "node 0 (host-a, 10.99.0.1)", "node 1 (host-b, 10.99.0.2)"
 
@@ -46,7 +47,7 @@ def two_nodes() -> Iterator[EmulatedNodes]:
 
 
 class Launchers:
-    """scripts/launch.py on each node, forked from a process that has imported torch.
+    """scripts/launch.py on each node, and its ranks, as forks of a process that has imported torch.
 
     log: `log.0` and `log.1` have what the nodes say.
     """
@@ -84,13 +85,14 @@ def _launch(namespace: str, host: str, log: Path, arguments: list[str]) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/var/run/netns/{namespace}") as network:
-        assert libc.setns(network.fileno(), _NEW_NETWORK) == 0, os.strerror(ctypes.get_errno())
+        enter_network(network.fileno())
+    libc = ctypes.CDLL(None, use_errno=True)
     assert libc.unshare(_NEW_HOST_NAME) == 0, os.strerror(ctypes.get_errno())
     socket.sethostname(host)
     os.environ.pop("GLOO_SOCKET_IFNAME", None)  # the launcher finds it
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    fork_ranks()
     nodes.REPORT_SECONDS = 2.0  # to wait for the word of a node that is dead
     sys.exit(launch.main(arguments))
 
@@ -104,12 +106,23 @@ def launchers(two_nodes, tmp_path) -> Iterator[Launchers]:
         process.join()
 
 
-def test_two_nodes_of_which_one_comes_late_train_like_one_process(two_nodes, tmp_path):
+@pytest.fixture(scope="module")
+def forks() -> Iterator[str]:
+    with forking_python() as command:
+        yield command
+
+
+def test_two_nodes_of_which_one_comes_late_train_like_one_process(two_nodes, tmp_path, forks):
     """The whole way, from ./run_train.sh on."""
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {forks} "$@"\n')
+    python.chmod(0o755)
     out = tiny(tmp_path / "out", training__global_batch_size=16)
     (tmp_path / "empty.toml").touch()
     env = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
     env |= {"NNODES": "2", "NGPU": "2", "MASTER_ADDR": two_nodes.address(0), "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{python.parent}:{env['PATH']}"
     env |= {"VIRTUAL_ENV": sys.prefix, "CONFIG_FILE": str(tmp_path / "empty.toml")}
     logs, runs = [tmp_path / "log.0", tmp_path / "log.1"], []
     for node, log in enumerate(logs):

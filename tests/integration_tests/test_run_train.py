@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.forks import Forked, forking_python
 from tests.tiny_run import losses, records, tiny
 from torchtitan.data.permutation import order
 from torchtitan.train import main
@@ -27,14 +29,20 @@ NOT_INHERITED = (
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
 ).split()
 
-# What the `python` that the script finds does after it has noted its call: work, or nothing but
-# count GPUs as torch would.
-WORKS = f'exec {sys.executable} "$@"'
+# What the `python` that the script finds does after it has noted its call: be a real one, or
+# nothing but count GPUs as torch would. (The default is a fork that has imported torch.)
+IS_REAL = f'exec {sys.executable} "$@"'
 COUNTS_GPUS = '[ "$1" != -c ] || echo "$GPUS"'
 
 
+@pytest.fixture(scope="module")
+def forks() -> Iterator[str]:
+    with forking_python() as command:
+        yield f'exec {command} "$@"'
+
+
 @pytest.fixture
-def run_train(tmp_path):
+def run_train(tmp_path, forks):
     """Calls the script from an empty folder, in this interpreter's environment.
 
     The `python` that it finds notes the processes asked for and the arguments, a line a call, in
@@ -49,7 +57,7 @@ def run_train(tmp_path):
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)
 
-    def call(*options: str, python: str = WORKS, **variables: str) -> subprocess.CompletedProcess:
+    def call(*options: str, python: str = forks, **variables: str) -> subprocess.CompletedProcess:
         install("python", f'echo "${{WORLD_SIZE:-no}} processes: $*" >> {calls}\n{python}')
         env = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         env |= {
@@ -108,10 +116,11 @@ def test_the_debug_model_with_everything_a_toml_offers_trains_like_one_process(r
 
 
 def test_a_file_written_for_torchtitan_v02_runs_at_once(run_train):
-    """Its data set and tokenizer are there; rank 0 alone speaks; files land where it says."""
+    """With real processes. Its data set and tokenizer are there; rank 0 alone speaks; files land
+    where it says."""
     sizes = [option for option in tiny(Path("outputs")) if "model.args" in option]
     options = ["--training.seq_len=32", "--training.steps=2"]
-    done = run_train(*sizes, *options, CONFIG_FILE=str(V02_TOML))
+    done = run_train(*sizes, *options, python=IS_REAL, CONFIG_FILE=str(V02_TOML))
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert "training.dataset 'c4_test' is read from the shipped sample" in output
@@ -169,14 +178,11 @@ def test_a_crash_is_reported_by_torchrun(tmp_path):
     """Nothing is known about it: the launcher hides no traceback."""
     script = tmp_path / "crash.py"
     script.write_text("1 / 0\n")
-    done = subprocess.run(
-        [sys.executable, REPO / "scripts/launch.py", "--standalone", script],
-        env=os.environ | {"PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "ZeroDivisionError" in done.stderr and "ChildFailedError" in done.stderr
+    log, env = tmp_path / "log", os.environ | {"PYTHONPATH": str(REPO), "GLOO_SOCKET_IFNAME": "lo"}
+    run = Forked(log, [str(REPO / "scripts/launch.py"), "--standalone", str(script)], env)
+    assert run.wait(60) == 1
+    said = log.read_text()
+    assert "ZeroDivisionError" in said and "ChildFailedError" in said
 
 
 @pytest.mark.parametrize(
