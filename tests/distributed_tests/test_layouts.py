@@ -127,6 +127,7 @@ LAYOUTS = {
     "EP 4, nodes of 1": layout(4, nodes_of(1), ep=4),
     "EP 2, HSDP 2 x 2, recomputed": layout(4, nodes_of(1), ep=2, replicate=2, ac="full"),
     "EP 4 from DDP 4": layout(4, nodes_of(2), ep=4, replicate=4, shard=1),
+    "EP 8": layout(8, ALL_TO_ALL, ep=8),
     "EP 8, nodes of 2": layout(8, nodes_of(2), ep=8),
     "EP 4, FSDP 2, nodes of 2": layout(8, nodes_of(2), ep=4),
     "EP 2, HSDP 2 x 4": layout(8, ep=2, replicate=2),
