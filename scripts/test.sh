@@ -13,8 +13,4 @@ fi
 # One thread a process: the suite starts several processes, and tiny tensors gain nothing from more.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
-# Two files at a time, the longest ones first (tests/conftest.py).
-if (($# == 0)) && (($(nproc) > 1)); then
-  set -- -n 2 --dist loadfile --no-loadscope-reorder
-fi
 exec "$PYTHON" -m pytest "$@"

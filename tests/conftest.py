@@ -6,7 +6,6 @@ How to write a fast test (the goal for the whole suite is 15 minutes on two core
   Call `main([...])` in this process. For what needs a process (signals, sessions, exit codes, what
   a shell script says) tests/forks.py makes one in a tenth of a second. `subprocess` with torch is
   for the start itself.
-- `./scripts/test.sh` runs two files at a time: a file that takes a minute belongs into LONG below.
 - Ranks come from `ranks(n).run(fn, ...)`, whose processes live on between tests. A run costs each
   rank half a second of a core, so 8 ranks are for what 4 can't hold; several checks share a visit.
 - The reference of several rows is a fixture of scope "module".
@@ -33,37 +32,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # A shell on a cluster may have more tasks; the tests start theirs themselves.
 for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_"))]:
     del os.environ[name]
-
-
-# Files that take long, the longest first: one that begins last is waited for. The others follow.
-LONG = (
-    "distributed_tests/test_layouts.py",
-    "distributed_tests/test_resume.py",
-    "fault_tests/test_kills.py",
-    "distributed_tests/test_sequence_phases.py",
-    "distributed_tests/test_finetuning_layouts.py",
-    "integration_tests/test_run_train.py",
-    "fault_tests/test_nodes.py",
-    "distributed_tests/test_prove.py",
-    "distributed_tests/test_validation.py",
-    "distributed_tests/test_float8_layouts.py",
-    "distributed_tests/test_finetuning_runs.py",
-    "distributed_tests/test_dispatchers.py",
-    "integration_tests/test_setup.py",
-    "fault_tests/test_launcher.py",
-    "distributed_tests/test_chat_layouts.py",
-    "integration_tests/test_wheel.py",
-    "distributed_tests/test_recipe_layouts.py",
-    "unit_tests/components/checkpoint/test_convert.py",
-    "unit_tests/data/test_dataloader.py",
-)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not hasattr(config, "workerinput"):
-        return  # one process: in the order of folders
-    place = {f"tests/{file}": n for n, file in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONG)))
 
 
 def pytest_collection_finish() -> None:
