@@ -52,14 +52,15 @@ class Shrunk(NamedTuple):
 
 # In the order in which they run, each page in a folder of its own. ./run_train.sh: one process.
 RUN_HERE = {
-    "./run_train.sh --training.dataset text --training.dataset_path my_text --checkpoint.enable "
-    "--checkpoint.interval 100 --checkpoint.last_save_model_only=false": Shrunk(
-        {}, [*without("training.dataset"), "--training.steps=2", "--validation.no_enable"]
+    "./run_train.sh --job.dump_folder my_run --training.dataset text --training.dataset_path "
+    "my_text --validation.enable false --checkpoint.enable --checkpoint.interval 100 "
+    "--checkpoint.last_save_model_only false": Shrunk(
+        {}, [*without("training.dataset"), "--training.steps=2"]
     ),
     "CONFIG_FILE=my_text.toml ./run_train.sh --training.steps 400": Shrunk(  # it goes on
         {"400": "4"}, [*without("training.dataset", "training.steps")]
     ),
-    'python scripts/generate.py outputs/checkpoint/step-280 --prompt "Once upon a time"': Shrunk(
+    'python scripts/generate.py my_run/checkpoint/step-280 --prompt "Once upon a time"': Shrunk(
         {"step-280": "step-4"}, []
     ),
     "./run_train.sh --training.steps 20 --job.dump_folder /tmp/out": Shrunk(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import entry
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CALLED = [path for path in SCRIPTS.rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
 # One runs before anything is there; one is given a peer's package in place of ours.
@@ -109,6 +111,16 @@ def test_a_script_names_the_packages_that_the_environment_lacks(tmp_path, name):
     (sentence,) = done.stderr.splitlines()
     assert sentence.startswith(f"{Path(name).name} needs torch>=2.11, datasets>=3.6, ")
     assert f"tyro>=1.0, which {sys.executable} lacks; " in sentence
+
+
+def test_a_step_that_does_not_exist_is_answered_with_those_that_do(tmp_path):
+    for step in (9, 10, 100, 20, 30, 40):
+        (tmp_path / f"step-{step}").mkdir()
+    (tmp_path / "step-x").mkdir()
+    there = "beside it are step-10, step-20, step-30, step-40, step-100"
+    assert entry._beside(tmp_path / "step-280") == there
+    for path in (tmp_path / "text", tmp_path / "gone/step-280", tmp_path / "7"):
+        assert entry._beside(path) == "correct the path"
 
 
 def test_ctrl_c_while_a_script_imports_and_while_it_works_is_a_sentence(tmp_path):

@@ -218,6 +218,8 @@ def _option_path(name: str) -> tuple[str, bool]:
 
 def _option_value(path: str, negated: bool, values: list[str]) -> str | bool:
     shown = f"command line: {' '.join([f'--{path}', *values])}"
+    if bare := next((v for v in values if v.partition("=")[0] in KEYS), None):
+        raise UserError(f"command line: {bare} is a key without dashes; write --{bare}.")
     if not _is_model_arg(path):
         kind = KEYS[path].type
         if kind is bool:

@@ -73,6 +73,10 @@ def names_in(table) -> str:
             "--job.description two words takes one value, not 2; put quotes around a value with "
             "spaces.",
         ),
+        (
+            "--job.description run training.steps=20",
+            "training.steps=20 is a key without dashes; write --training.steps=20.",
+        ),
         ("training", "'training' is not an option; options look like --training.steps 100."),
         (
             "train.toml",

@@ -163,7 +163,8 @@ def check_validation(config: JobConfig) -> None:
     if validation.sample_prompts and split:
         raise UserError(
             f"validation.sample_prompts is set, but text is generated token by token, which "
-            f"{split} can't split; leave it out, and use scripts/generate.py with a checkpoint."
+            f"{split} can't split; leave it out (on the command line: "
+            "--validation.sample_prompts=[]), and use scripts/generate.py with a checkpoint."
         )
 
 
