@@ -63,6 +63,7 @@ RUN_HERE = {
     'python scripts/generate.py my_run/checkpoint/step-280 --prompt "Once upon a time"': Shrunk(
         {"step-280": "step-4"}, []
     ),
+    "python scripts/report.py my_run": Shrunk({}, []),
     "./run_train.sh --training.steps 20 --job.dump_folder /tmp/out": Shrunk(
         {"20": "2", "/tmp/out": "outputs"}, [*without("training.steps"), "--validation.no_enable"]
     ),
