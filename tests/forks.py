@@ -95,7 +95,8 @@ def _run(arguments: list[str]) -> None:
 
 
 class Fork:
-    """What torchrun needs of a `subprocess.Popen`: a rank, forked from its launcher."""
+    """A rank, forked from its launcher, with those methods of `subprocess.Popen` that torchrun
+    calls."""
 
     def __init__(
         self, arguments: list[str], env: dict[str, str], stdout: int = 1, stderr: int = 2

@@ -114,16 +114,16 @@ def causal_mask(queries_Q: Tensor) -> Tensor | CausalRuns:
 
     Returns on the CPU bool (B, 1, Q, K), True = may be seen.
     """
-    positions = queries_Q.tolist()  # host sync: once a batch
-    mask = _mask(queries_Q, queries_Q.new_zeros(1, positions[-1] + 1))
-    return CausalRuns(_borders(positions), mask) if isinstance(mask, BlockMask) else mask
+    positions_Q = queries_Q.cpu()  # host sync: once a batch
+    mask = _mask(queries_Q, queries_Q.new_zeros(1, int(positions_Q[-1]) + 1))
+    return CausalRuns(_borders(positions_Q), mask) if isinstance(mask, BlockMask) else mask
 
 
-def _borders(positions: list[int]) -> tuple[int, ...]:
+def _borders(positions_Q: Tensor) -> tuple[int, ...]:
     """Return where each run of neighbouring positions begins, and where it ends."""
-    jumps = [i for i in range(1, len(positions)) if positions[i] != positions[i - 1] + 1]
-    pairs = zip([0, *jumps], [*jumps, len(positions)], strict=True)
-    return tuple(x for first, after in pairs for x in (positions[first], positions[after - 1] + 1))
+    jumps = (positions_Q.diff() != 1).nonzero().flatten() + 1
+    runs = positions_Q.tensor_split(jumps)
+    return tuple(border for run in runs for border in (int(run[0]), int(run[-1]) + 1))
 
 
 def _mask(queries_Q: Tensor, document_BK: Tensor) -> Tensor | BlockMask:

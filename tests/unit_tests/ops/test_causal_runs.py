@@ -33,5 +33,5 @@ def test_runs_are_rows_of_dense_attention_and_so_are_their_gradients(borders):
 
 
 def test_borders_are_where_positions_jump():
-    assert _borders([0, 1, 2, 9, 10, 30]) == (0, 3, 9, 11, 30, 31)
-    assert _borders([5]) == (5, 6)
+    assert _borders(torch.tensor([0, 1, 2, 9, 10, 30])) == (0, 3, 9, 11, 30, 31)
+    assert _borders(torch.tensor([5])) == (5, 6)
