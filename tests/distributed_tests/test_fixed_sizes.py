@@ -77,6 +77,19 @@ def test_200_replayed_steps_have_the_losses_of_the_run(ranks, tmp_path, local_ba
 
 
 @needs_gpus
+@pytest.mark.parametrize("method", ["allgather", "alltoall"])
+def test_replayed_steps_of_split_sequences_have_the_losses_of_the_run(ranks, tmp_path, method):
+    split = "--parallelism.context_parallel_degree=2"
+    rotate = f"--parallelism.context_parallel_rotate_method={method}"
+    options = (*GRAPHED, split, rotate, "--training.local_batch_size=8")
+    room = "--parallelism.expert_parallel_capacity=4"
+    eager = run(ranks, tmp_path / "eager", *options, room, steps=20)
+    graph = run(ranks, tmp_path / "graph", *options, room, GRAPH, steps=20)
+    assert graph["recorded"] and not eager["recorded"]
+    assert graph["losses"] == pytest.approx(eager["losses"], rel=1e-4)
+
+
+@needs_gpus
 def test_a_graph_without_room_is_redone_and_recorded_again(ranks, tmp_path):
     exact = run(ranks, tmp_path / "exact", *GRAPHED, ALL_TO_ALL, steps=20)
     graph = run(ranks, tmp_path / "graph", *GRAPHED, NO_ROOM, GRAPH, steps=20)

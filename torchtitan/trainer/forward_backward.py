@@ -83,6 +83,7 @@ class ForwardBackward:
             args = model.model_args
             self.pipeline = build_pipeline(config, args, dims, parts, plan, **how)
         self._positions: dict[int, Tensor | None] = {}
+        self._causal_masks: dict[int, Any] = {}
 
     def count(self, batch: Batch) -> Tensor:
         """Count what the fields of `StepCounts` count in a micro-batch: (3,) int64."""
@@ -144,9 +145,18 @@ class ForwardBackward:
         return StepInputs(tokens, labels, documents, positions, token_mask, extra, weights)
 
     def masks(self, documents: Tensor) -> Any:
-        """Attention masks of whole sequences; with gathered keys, for this rank's positions."""
+        """Make attention masks of whole sequences; with gathered keys, for this rank's positions.
+
+        Causal ones, which differ by length only, are made once: the host waits for the device.
+        """
         queries = self._positions_in(documents) if self._gathers_keys else None
-        return self.model.get_attention_masks(documents, queries, self.device)
+        if self.model.model_args.keeps_documents_apart:
+            return self.model.get_attention_masks(documents, queries, self.device)
+        seq_len = documents.size(1)
+        if seq_len not in self._causal_masks:
+            made = self.model.get_attention_masks(documents, queries, self.device)
+            self._causal_masks[seq_len] = made
+        return self._causal_masks[seq_len]
 
     def backward(self, inputs: StepInputs, masks: Any, divisor: Tensor) -> Tensor:
         """Run the backward pass, too. Returns the detached loss."""
@@ -203,6 +213,8 @@ class GraphedStep:
 
     def forget(self) -> None:
         """Drop the graphs, to record them anew: their kernels no longer fit."""
+        self._positions: Tensor | None = None
+        self._mask: Any = None
         self._one_pass = GraphedPass(self._run)
         self._whole_step = GraphedPass(self._run_and_clip)
         replay_steps(self._optimizer, grads_stay=False)
@@ -229,20 +241,22 @@ class GraphedStep:
         return loss, norm
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Tokens and labels, on the device."""
-        if self._passes.masks(self._passes.documents(batch)) is not None:
+        """Return tokens and labels, on the device; keep what is the same in every step."""
+        self._mask = self._passes.masks(self._passes.documents(batch))
+        if self._mask is not None and self._passes.model.model_args.keeps_documents_apart:
             raise UserError(
                 "compile.cuda_graph = true needs the same kernels in every step, but the documents "
                 "of model.args.attn_mask_type 'block_causal' change; set either to its default."
             )
         inputs = self._passes.inputs(batch)
+        self._positions = inputs.positions
         return inputs.tokens, inputs.labels
 
     def _run(self, tokens: Tensor, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor]:
         # Text: every token that is no padding has a label.
         self._passes.model.set_tokens_in_step(labels_in_step, labels_in_step)
-        inputs = StepInputs(tokens, labels, tokens, None, labels != IGNORE_INDEX, {})
-        return (self._passes.backward(inputs, None, labels_in_step),)
+        inputs = StepInputs(tokens, labels, tokens, self._positions, labels != IGNORE_INDEX, {})
+        return (self._passes.backward(inputs, self._mask, labels_in_step),)
 
     def _run_and_clip(
         self, tokens: Tensor, labels: Tensor, labels_in_step: Tensor

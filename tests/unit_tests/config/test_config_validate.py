@@ -251,10 +251,10 @@ def test_a_cuda_graph_is_for_gpus_and_passes_that_stay_the_same():
     accept(1, "cuda", **graph)
     accept(4, "cuda", **graph, parallelism__expert_parallel_degree=4)
     accept(1, "cuda", **graph, training__global_batch_size=16)
+    accept(2, "cuda", **graph, parallelism__context_parallel_degree=2)
     assert "this run is on cpu" in refusal(1, "cpu", **graph)
     for key, value in {
         "parallelism__pipeline_parallel_degree": 2,
-        "parallelism__context_parallel_degree": 2,
         "training__enable_cpu_offload": True,
     }.items():
         sentence = refusal(2, "cuda", **graph, **{key: value})

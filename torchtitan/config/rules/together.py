@@ -100,8 +100,6 @@ def check_cuda_graph(config: JobConfig, device_type: str) -> None:
         reason = f"this run is on {device_type}"
     elif parallelism.pipeline_parallel_degree > 1:
         reason = "parallelism.pipeline_parallel_degree cuts the passes in pieces"
-    elif parallelism.context_parallel_degree > 1:
-        reason = "parallelism.context_parallel_degree makes masks in every step"
     elif config.training.enable_cpu_offload:
         reason = "training.enable_cpu_offload waits for the host"
     elif changed := [key for key in _SHAPES if any(getattr(p, key) for p in config.schedule.phase)]:
