@@ -16,11 +16,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
+import pytest
 import torch
 import torch._dynamo.guards
 import torch.distributed as dist
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_SPLITS = "splits backward passes, which torch"  # of trainer/preflight.py's refusal
 
 # Processes are forks of one that has imported everything, which takes 4 seconds of a core. (With
 # GPUs they start anew: among the imports is one that touches CUDA, which then bears no fork.)
@@ -73,6 +75,8 @@ class Ranks:
             for pipe in wait(waiting, timeout=0.1):
                 rank = self._pipes.index(pipe)
                 ok, results[rank] = pickle.loads(pipe.recv_bytes())
+                if not ok and torch.__version__ < "2.13" and _SPLITS in results[rank]:
+                    pytest.skip(f"the schedule {_SPLITS} {torch.__version__} refuses")
                 assert ok, f"rank {rank} failed:\n{results[rank]}"
             for rank, process in enumerate(self._processes):
                 assert process.is_alive(), f"rank {rank} died (exit code {process.exitcode})"

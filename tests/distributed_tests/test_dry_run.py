@@ -114,6 +114,8 @@ def dry_run(monkeypatch, folder, world_size: int, options: list[str]) -> list[di
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_layout_has_a_dry_run(name, monkeypatch, tmp_path):
+    if name in ("zero bubble V", "DualPipeV, interleaved") and torch.__version__ < "2.13":
+        pytest.skip("schedules that split backward passes are refused")
     steps = dry_run(monkeypatch, tmp_path, *ROWS[name])
     assert [step["step"] for step in steps] == [1, 2]
     assert all(math.isfinite(step[key]) for step in steps for key in ("loss", "grad_norm"))

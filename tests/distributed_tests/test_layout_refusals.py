@@ -122,10 +122,11 @@ def test_what_cannot_run_is_refused_before_anything_starts(name, monkeypatch, tm
     assert str(error.value) == sentence
 
 
-def test_compiled_layers_with_split_backward_passes_need_torch_2_13(monkeypatch, tmp_path):
+@pytest.mark.parametrize("compiled", [(), COMPILED], ids=["eager", "compiled"])
+def test_split_backward_passes_need_torch_2_13(monkeypatch, tmp_path, compiled):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
-    options = [*COMPILED, f"--job.dump_folder={tmp_path}"]
+    options = [*compiled, f"--job.dump_folder={tmp_path}"]
     check_config(config_of(*layout(2, *pipeline("1F1B"), pp=2)[1], *options))
-    with pytest.raises(UserError, match="'DualPipeV' on torch 2.11.0.*install torch 2.13 or"):
+    with pytest.raises(UserError, match="'DualPipeV' splits .* torch 2.11.0.*torch 2.13 or later"):
         check_config(config_of(*layout(2, *DUAL, pp=2)[1], *options))

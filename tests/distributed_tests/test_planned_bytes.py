@@ -13,6 +13,7 @@ from torchtitan.ops.grouped_mm import local_part
 from torchtitan.planning.ranks import built_rank, plan_run
 from torchtitan.planning.routing import route
 from torchtitan.planning.state import State, bytes_of, state_of
+from torchtitan.tools.utils import local_device
 from torchtitan.trainer import Trainer
 
 OPTIONS = (
@@ -84,8 +85,10 @@ def test_planned_state_is_exactly_what_each_rank_holds(ranks, tmp_path: Path, la
 def send_evenly(way: Way, args: MoEArgs, num_tokens: int) -> list[list[int]]:
     """The meter's numbers of this rank, when every expert gets as many tokens."""
     router = TokenChoiceTopKRouter.of(args.routing, dim=8)
-    ids_TK = router._balanced_choice(num_tokens, torch.device("cpu"))
-    x_TD, weights_TK = torch.zeros(num_tokens, 2), torch.ones(ids_TK.shape)
+    device = local_device()
+    ids_TK = router._balanced_choice(num_tokens, device)
+    x_TD = torch.zeros(num_tokens, 2, device=device)
+    weights_TK = torch.ones(ids_TK.shape, device=device)
     dispatcher = make_dispatcher(way, args.num_experts)
     return dispatcher.dispatch(x_TD, ids_TK, weights_TK)[2].traffic.tolist()
 

@@ -59,7 +59,8 @@ def expert_ffn_chain(
     """
     if order.some_empty:  # leave out the rows behind the last copy
         slot_of_row_R = order.slot_of_row_R[: int(order.counts.sum())]
-        order = order._replace(slot_of_row_R=slot_of_row_R)
+        # Not by `_replace`: torch 2.11 can't compile what comes after it.
+        order = RowOrder(slot_of_row_R, *order[1:])
     weights_R = weights_TK.flatten()[order.slot_of_row_R]
     rows_RD = expand_rows(x_TD, order)
     gate_up_R2F = product(rows_RD, w13_E2FD, order.counts)

@@ -165,20 +165,18 @@ def pipeline_plan(config: JobConfig, model_args: BaseModelArgs) -> PipelinePlan 
 
 
 def check_pipeline(config: JobConfig, model_args: BaseModelArgs) -> None:
-    """Check that the pipeline's schedule supports each batch size of the run, and its compiled
-    layers."""
+    """Check that the pipeline's schedule supports this torch, and each batch size of the run."""
     plan = pipeline_plan(config, model_args)
     if plan is None:
         return
-    compiles = config.compile.enable and "model" in config.compile.components
-    if compiles and plan.splits_backward and torch.__version__ < "2.13":
+    if plan.splits_backward and torch.__version__ < "2.13":
         other = 'set parallelism.pipeline_parallel_schedule to "Interleaved1F1B"'
         if plan.file is not None:
-            other = "name a file without I and W"
+            other = "name a file without I and W in parallelism.pipeline_parallel_schedule_csv"
         raise UserError(
-            f"compile.enable = true is not supported with the pipeline schedule '{plan.schedule}' "
-            f"on torch {torch.__version__}, which can't split a compiled layer's backward pass; "
-            f"{other}, set compile.enable to false, or install torch 2.13 or later."
+            f"The pipeline schedule '{plan.schedule}' splits backward passes, which torch "
+            f"{torch.__version__} can't do for experts and compiled layers; {other}, or install "
+            "torch 2.13 or later."
         )
     sizes = {
         f"{phase.title(n)} local_batch_size": phase.local_batch_size

@@ -42,13 +42,14 @@ class MTPInputs(NamedTuple):
     labels_BKS: int64, the label of layer k at position i, or −100.
     counted_BKS: bool, whether token i + k is there and of the document of token i; other positions
         are left out of the load of layer k's experts.
-    weights_BKS: fp32, of the labels; None = 1.
+    weights_BKS: one tensor, fp32, of the labels; none = 1. (Pipelines of torch 2.11 ask every
+        argument of a stage for its gradient, which a None doesn't bear.)
     """
 
     tokens_BKS: Tensor
     labels_BKS: Tensor
     counted_BKS: Tensor
-    weights_BKS: Tensor | None = None
+    weights_BKS: tuple[Tensor, ...] = ()
 
     def at(self, positions_Q: Tensor) -> "MTPInputs":
         """Keep these positions."""
@@ -57,7 +58,7 @@ class MTPInputs(NamedTuple):
             tokens[..., positions_Q],
             labels[..., positions_Q],
             counted[..., positions_Q],
-            None if weights is None else weights[..., positions_Q],
+            tuple(each[..., positions_Q] for each in weights),
         )
 
 
@@ -91,7 +92,7 @@ def mtp_inputs(
     if weights_BS is None:
         return inputs
     weights = [_further(weights_BS, k, 0) for k in range(1, num_layers + 1)]
-    return inputs._replace(weights_BKS=torch.stack(weights, dim=1))
+    return inputs._replace(weights_BKS=(torch.stack(weights, dim=1),))
 
 
 def _further(x_BS: Tensor, by: int, fill: int) -> Tensor:
@@ -193,8 +194,7 @@ class MTPLayers(KeepsBufferDtypes, nn.ModuleDict):
         predicted: logits of each layer, (B, S, V) or a rank's part of it.
         """
         columns = [inputs.labels_BKS.unbind(1)]
-        if inputs.weights_BKS is not None:
-            columns.append(inputs.weights_BKS.unbind(1))
+        columns += [weights.unbind(1) for weights in inputs.weights_BKS]
         losses = torch.stack(
             [self.loss_fn(*each) for each in zip(predicted, *columns, strict=True)]
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tests.tiny_run import as_option, records, tiny
 from tests.unit_tests.models.moe.test_balancing import ARGS, RECOMPUTE, batch
@@ -134,6 +135,17 @@ def test_which_tokens_and_labels_by_hand():
         [EOS, 8, 9, -100, -100],
         [8, 9, -100, -100, -100],
     ]
+
+
+def test_a_pipeline_stage_gets_tensors_alone() -> None:
+    """torch 2.11 asks each argument of a stage for its gradient: a None ended the run."""
+    tokens, labels = tokens_and_labels()
+    documents = documents_of(tokens, labels)
+    for weights in (None, torch.ones(labels.shape)):
+        inputs = mtp_inputs(tokens, labels, documents, 2, apart=False, weights_BS=weights)
+        leaves = tree_leaves(inputs.at(torch.arange(4)))
+        assert len(leaves) == 3 + (weights is not None)
+        assert all(isinstance(leaf, Tensor) for leaf in leaves)
 
 
 @pytest.mark.parametrize("how", RECOMPUTE)
