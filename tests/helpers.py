@@ -136,6 +136,8 @@ def _serve(pipe: Connection, store: str, rank: int, world_size: int) -> None:
             # trainer's) would cost more than the runs do.
             gc.freeze()
             fn, args = pickle.loads(pipe.recv_bytes())
+            if torch.__version__ < "2.13":  # takes sizes of another run's model for variables
+                torch._dynamo.reset()
             try:
                 answer = (True, fn(*args))
             except BaseException:

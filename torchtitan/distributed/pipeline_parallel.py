@@ -151,7 +151,7 @@ class Pipeline:
         self._overlap = overlap
         self._divisor = torch.ones((), device=device)  # divides losses; set by each step
         self._group = mesh.get_group()
-        self._schedules: dict[torch.Size, Any] = {}
+        self._schedules: dict[torch.Size, tuple[Any, bool]] = {}  # and whether it has trained
         for part in parts:
             part.register_forward_pre_hook(self._make_masks, with_kwargs=True)
         if plan.splits_backward:
@@ -162,15 +162,18 @@ class Pipeline:
         """Free all schedules and the memory of their stages; for shapes that won't come again."""
         self._schedules.clear()
 
-    def _schedule(self, shape: torch.Size) -> Any:
-        if shape not in self._schedules:
+    def _schedule(self, shape: torch.Size, *, trains: bool) -> Any:
+        schedule, has_trained = self._schedules.get(shape, (None, False))
+        # The first use makes the stages' buffers: torch 2.11 has none for gradients where that
+        # was an evaluation.
+        if schedule is None or trains > has_trained:
             n = shape[0] // self._plan.microbatch_size
             stages = self._make_stages(tokens=shape[1])
             schedule = _make_schedule(stages, self._plan, n, self._loss)
             if self._overlap and isinstance(schedule, _PipelineScheduleRuntime):
                 schedule.register_custom_function(OVERLAP_F_B, _overlap)
-            self._schedules[shape] = schedule
-        return self._schedules[shape]
+            self._schedules[shape] = schedule, trains
+        return schedule
 
     def _make_stages(self, tokens: int) -> list[PipelineStage]:
         # Without example tensors, torch would find the shapes by running the parts, and experts
@@ -212,12 +215,12 @@ class Pipeline:
         divisor: scalar, of the losses.
         """
         self._divisor = divisor
-        return self._run(self._schedule(inputs.tokens.shape).step, inputs)
+        return self._run(self._schedule(inputs.tokens.shape, trains=True).step, inputs)
 
     def evaluate(self, inputs: StepInputs) -> Tensor:
         """Sum this rank's losses, without gradients: a scalar; 0 without the last stage."""
         self._divisor = torch.ones((), device=inputs.labels.device)
-        schedule = self._schedule(inputs.tokens.shape)
+        schedule = self._schedule(inputs.tokens.shape, trains=False)
         with _forward_only(schedule):
             return self._run(schedule.eval, inputs)
 
