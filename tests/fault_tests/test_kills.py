@@ -13,7 +13,7 @@ from tests.fault_tests.processes import Run
 from tests.tiny_run import losses, records, tiny
 from torchtitan.components.checkpoint.folder import damage, step_folder, steps_with_folder
 
-STEPS = 24
+STEPS = 16
 SAVES = {
     "training__steps": STEPS,
     "training__local_batch_size": 1,
@@ -52,12 +52,12 @@ def whole_checkpoints(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_killed_at_random_moments_a_run_loses_nothing(undisturbed, tmp_path, mode):
-    """Three kills a mode, of one rank or of both; a checkpoint is written after every step, so most
+    """Two kills a mode, of one rank or of both; a checkpoint is written after every step, so most
     of them hit a save. scripts/soak.py does the same with a launcher, and longer."""
     chooser = random.Random(mode)
     argv = tiny(tmp_path, **SAVES, checkpoint__async_mode=mode)
     checkpoints = tmp_path / "checkpoint"
-    for life in range(3):
+    for life in range(2):
         before = max(whole_checkpoints(checkpoints), default=0)
         with Run(argv, 2, tmp_path / "log") as run:
             run.wait_for(step_folder(checkpoints, before + 2))

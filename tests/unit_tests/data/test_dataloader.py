@@ -3,9 +3,6 @@
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -16,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.forks import Forked
 from torchtitan.data import DataSettings
 from torchtitan.data.dataloader import build_dataloader, merge_states
 from torchtitan.data.rank_slice import RankSlice
@@ -293,19 +291,26 @@ def gone(pid):
         return True
 
 
-def test_a_program_that_stops_in_the_middle_of_the_data_ends_at_once(script):
-    run = subprocess.run([sys.executable, script, "end"], capture_output=True, timeout=60)
-    pids = run.stdout.split()
-    assert (run.returncode, len(pids)) == (0, 2), run.stderr.decode()
-    assert all(gone(int(pid)) for pid in pids)
+def test_a_program_that_stops_in_the_middle_of_the_data_ends_at_once(script, tmp_path):
+    log = tmp_path / "log"
+    program = Forked(log, [script, "end"], dict(os.environ))
+    assert program.wait(60) == 0, log.read_text()
+    pids = log.read_text().split()
+    assert len(pids) == 2 and all(gone(int(pid)) for pid in pids), log.read_text()
 
 
-def test_workers_of_a_killed_program_end_themselves(script):
-    with subprocess.Popen([sys.executable, script, "stay"], stdout=subprocess.PIPE) as program:
-        pids = [int(pid) for pid in program.stdout.readline().split()]
-        assert len(pids) == 2 and not any(gone(pid) for pid in pids)
-        os.kill(program.pid, signal.SIGKILL)
+def test_workers_of_a_killed_program_end_themselves(script, tmp_path):
+    log = tmp_path / "log"
+    program = Forked(log, [script, "stay"], dict(os.environ))
+    until(lambda: log.read_text().endswith("\n"), "no word of the program")
+    pids = [int(pid) for pid in log.read_text().split()]
+    assert len(pids) == 2 and not any(gone(pid) for pid in pids)
+    program.kill()
+    until(lambda: all(gone(pid) for pid in pids), "the workers outlived their program")
+
+
+def until(condition, complaint):
     limit = time.monotonic() + 15
-    while not all(gone(pid) for pid in pids):
-        assert time.monotonic() < limit, "the workers outlived their program"
-        time.sleep(0.1)
+    while not condition():
+        assert time.monotonic() < limit, complaint
+        time.sleep(0.05)

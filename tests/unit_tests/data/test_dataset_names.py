@@ -149,9 +149,10 @@ def test_what_is_known_of_a_hub_dataset_is_part_of_its_identity(tmp_path):
         rows = datasets.load_dataset("json", data_files=paths, split="train", streaming=True)
         return HubStream(named("org/name", text_key=text_key), rows).identity()
 
-    assert identity(2) == identity(2) == json.loads(json.dumps(identity(2)))
-    assert identity(2) != identity(3) and identity(2) != identity(2, "body")
-    assert identity(2)["data split"] == "train"
+    two = identity(2)
+    assert two == identity(2) == json.loads(json.dumps(two))
+    assert two != identity(3) and two != identity(2, "body")
+    assert two["data split"] == "train"
 
 
 @pytest.mark.parametrize("kind", ["hub", "gzip"])
