@@ -104,6 +104,9 @@ for argument in "$@"; do
 done
 # On several machines the ranks tell it to those of machines that have another config.
 code=0
+plural=es
+[ "$NGPU" -gt 1 ] || plural=
+printf '[titan] %(%H:%M:%S)T I Checking the settings, then starting %s process%s\n' -1 "$NGPU" "$plural" >&2
 [ "$NNODES" -gt 1 ] || "${check[@]}" --job.check_config >/dev/null || code=$?
 end_if_asked
 [ "$code" -eq 0 ] || exit "$code"

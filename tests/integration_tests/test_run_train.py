@@ -258,7 +258,10 @@ def test_help_is_shown_once_by_one_process(run_train):
 def test_every_gpu_that_torch_sees_gets_a_process(run_train):
     run_train.install("nvidia-smi", "exit 1")  # being there is all that is asked of it
     done = run_train(python=COUNTS_GPUS, GPUS="3")
-    assert done.returncode == 0 and done.stderr == ""
+    (said,) = done.stderr.splitlines()  # at once: torch's imports are silent for some seconds
+    assert done.returncode == 0 and said.endswith(
+        "I Checking the settings, then starting 3 processes"
+    )
     *_, check, launch = run_train.calls.read_text().splitlines()
     assert check.startswith("3 processes: -m torchtitan.train")
     assert "launch.py" in launch and "--nproc-per-node 3" in launch
@@ -267,5 +270,5 @@ def test_every_gpu_that_torch_sees_gets_a_process(run_train):
 def test_a_torch_that_sees_no_gpu_of_the_machine_trains_on_the_cpu_and_says_so(run_train):
     run_train.install("nvidia-smi", "echo GPU 0: one that this torch was not built for")
     done = run_train(python=COUNTS_GPUS, GPUS="0")
-    assert done.stderr.splitlines() == ["no GPU visible to this torch: running on CPU"]
+    assert done.stderr.splitlines()[0] == "no GPU visible to this torch: running on CPU"
     assert "--nproc-per-node 2" in run_train.calls.read_text()

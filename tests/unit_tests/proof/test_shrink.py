@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from torchtitan.config import ConfigManager, JobConfig, Phase, validate
 from torchtitan.config.phases import run_schedule
@@ -118,6 +119,8 @@ def test_lengths_and_batches_of_phases_keep_their_order(tmp_path):
     "schedule", ["1F1B", "GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "DualPipeV"]
 )
 def test_pipelines_keep_schedule_and_uneven_ends(tmp_path, schedule):
+    if schedule in ("InterleavedZeroBubble", "DualPipeV") and torch.__version__ < "2.13":
+        pytest.skip("schedules that split backward passes are refused")
     options = [
         "--model.flavor=671B",
         "--parallelism.pipeline_parallel_degree=8",

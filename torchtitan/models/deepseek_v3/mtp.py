@@ -88,11 +88,14 @@ def mtp_inputs(
         tokens.append(_further(following_BS, k - 1, 0))
         labels.append(_further(labels_BS, k, IGNORE_INDEX).where(counted_BS, IGNORE_INDEX))
         counted.append(counted_BS)
-    inputs = MTPInputs(*(torch.stack(each, dim=1) for each in (tokens, labels, counted)))
-    if weights_BS is None:
-        return inputs
-    weights = [_further(weights_BS, k, 0) for k in range(1, num_layers + 1)]
-    return inputs._replace(weights_BKS=(torch.stack(weights, dim=1),))
+    weights_BKS: tuple[Tensor, ...] = ()
+    if weights_BS is not None:
+        further = [_further(weights_BS, k, 0) for k in range(1, num_layers + 1)]
+        weights_BKS = (torch.stack(further, dim=1),)
+    tokens_BKS, labels_BKS, counted_BKS = (
+        torch.stack(each, dim=1) for each in (tokens, labels, counted)
+    )
+    return MTPInputs(tokens_BKS, labels_BKS, counted_BKS, weights_BKS)
 
 
 def _further(x_BS: Tensor, by: int, fill: int) -> Tensor:
