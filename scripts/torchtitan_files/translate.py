@@ -187,10 +187,11 @@ def _converts(name: str) -> bool:
 
 
 def _float8(setting: Setting, result: Translation) -> list[Setting]:
-    """Leave out what only torchtitan's FP8 has: scales of whole tensors and rows."""
-    reason = "FP8 has scales of blocks here, which need no maximum over ranks"
-    if setting.value in (False, None, "blockwise"):
-        return [replace(setting, key=f"{_LINEAR_FP8}.{setting.key.rpartition('.')[2]}")]
+    """Leave out what only torchtitan's FP8 has: gathers with scales of whole tensors."""
+    name = setting.key.rpartition(".")[2]
+    if name == "recipe_name" or not setting.value:
+        return [replace(setting, key=f"{_LINEAR_FP8}.{name}")]
+    reason = "FSDP gathers blocks of FP8 here, whose scales need no maximum over ranks"
     result.left_out[reason].append(setting.key)
     return []
 

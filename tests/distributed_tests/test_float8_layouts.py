@@ -72,6 +72,24 @@ def test_layouts_train_like_one_process(ranks, alone, name, tmp_path):
         assert distance(result, fp8) < distance(plain, fp8)
 
 
+@pytest.mark.parametrize(
+    ("scales", "name"),
+    [
+        ("tensorwise", "FSDP 2, recomputed"),
+        ("rowwise", "TP 2, FSDP 2, EP 2"),
+        ("rowwise_with_gw_hp", "EP 2, compiled"),
+    ],
+)
+def test_layouts_with_other_scales_train_like_one_process(ranks, scales, name, tmp_path):
+    """A scale is that of a rank's part."""
+    recipe = [*FLOAT8, f"--quantize.linear.float8.recipe_name={scales}"]
+    (one,) = ranks(1).run(train_on_this_rank, [*layout(1)[1], *recipe], str(tmp_path / "one"))
+    world_size, options = LAYOUTS[name]
+    for result in ranks(world_size).run(train_on_this_rank, [*options, *recipe], str(tmp_path)):
+        assert result["losses"] == pytest.approx(one["losses"], rel=1e-3)
+        assert result["norms"] == pytest.approx(one["norms"], rel=3e-2)
+
+
 WIDE = ("--model.args.inter_dim=256", "--model.args.v_head_dim=48")
 GATHERS = {
     "FSDP 2, recomputed": (layout(2, ac="full"), "float32"),

@@ -18,13 +18,13 @@ class Float8Linear:
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Compute all scales for FSDP in one go after the optimizer step."""
     recipe_name: Literal["blockwise", "tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """Granularity of the scales; unset: blockwise, DeepSeek-V3's recipe."""
+    """Granularity of the scales; unset: blockwise, DeepSeek-V3's recipe. Experts are blockwise."""
     filter_fqns: list[str] = field(default_factory=list)
     """Modules that stay in high precision, by parts of their names."""
     emulate: bool = False
     """Compute in plain torch with FP8's rounding, for machines without FP8; experts, too."""
-    gradient_dtype: Literal["e4m3", "e5m2"] = "e4m3"
-    """FP8 format of gradients; experts', too (ours)."""
+    gradient_dtype: Literal["e4m3", "e5m2"] | None = None
+    """FP8 format of gradients, experts' too; unset: e4m3, tensor-wise e5m2 (ours)."""
 
 
 @dataclass(frozen=True)

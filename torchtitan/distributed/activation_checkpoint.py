@@ -43,6 +43,7 @@ _KEPT = _ROUTING | {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "flex_attention",
     "aten::_grouped_mm",
+    "aten::_scaled_mm",
     "torchtitan::causal_runs",
     "torchtitan::document_attention",
     "torchtitan::expert_ffn",

@@ -29,6 +29,7 @@ from torchtitan.ops.fp8.experts import fp8_expert_ffn
 from torchtitan.ops.fp8.feed_forward import fp8_feed_forward
 from torchtitan.ops.fp8.linear import Fp8Recipe, fp8_grouped_linear, fp8_linear
 from torchtitan.ops.fp8.quantize import BLOCK
+from torchtitan.ops.fp8.scaled import scaled_linear
 from torchtitan.ops.fp8.weight import Fp8Weight
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
@@ -113,7 +114,13 @@ class Linear(nn.Linear):
 
 
 def _product(x: Tensor, weight: Tensor, fp8: Fp8Recipe | None) -> Tensor:
-    return F.linear(x, weight) if fp8 is None else fp8_linear(x, weight, fp8)
+    if fp8 is None:
+        return F.linear(x, weight)
+    return fp8_linear(x, weight, fp8) if _in_blocks(fp8) else scaled_linear(x, weight, fp8)
+
+
+def _in_blocks(fp8: Fp8Recipe | None) -> bool:
+    return fp8 is not None and fp8.scales == "blockwise"
 
 
 class Gate(Linear):
@@ -154,8 +161,8 @@ def joints(module: nn.Module) -> list[Joint]:
 
 
 def fp8_weights(module: nn.Module) -> tuple[str, ...]:
-    """List the parameters of a module, experts included, whose products are in FP8."""
-    if getattr(module, "fp8", None) is None:
+    """List the parameters of a module, experts included, that products take in blocks of FP8."""
+    if not _in_blocks(getattr(module, "fp8", None)):
         return ()
     return ("weight",) if isinstance(module, Linear) else ("w1", "w2", "w3")
 
@@ -166,8 +173,9 @@ def linear_joint(x: Tensor, joint: Joint, layers: Sequence[Linear]) -> tuple[Ten
         return tuple(layer(x) for layer in layers)
     sizes = [layer.out_features for layer in layers]
     recipes = {layer.fp8 for layer in layers}
-    # Blocks of FP8 weights must not reach from one weight into the next.
-    if len(recipes) == 1 and (None in recipes or not any(size % BLOCK for size in sizes[:-1])):
+    # Scales of FP8 weights must not reach from one weight into the next.
+    apart = _in_blocks(layers[0].fp8) and not any(size % BLOCK for size in sizes[:-1])
+    if len(recipes) == 1 and (None in recipes or apart):
         outputs = _product(x, joint.tensor, layers[0].fp8).split(sizes, dim=-1)
     else:
         weights = joint.tensor.split(sizes)
@@ -182,7 +190,7 @@ def feed_forward(x: Tensor, joint: Joint, gate_up: Sequence[Linear], down: Linea
     gate_up, down: w1 and w3, whose weights are those of `joint`; w2.
     """
     layers, fp8 = (*gate_up, down), down.fp8
-    in_fp8 = all(layer.fp8 is not None and layer.lora is None for layer in layers)
+    in_fp8 = all(_in_blocks(layer.fp8) and layer.lora is None for layer in layers)
     if fp8 is None or not in_fp8 or down.weight.size(1) % BLOCK:
         return down(swiglu(*linear_joint(x, joint, gate_up)))
     weights = tuple(layer.weight for layer in gate_up) if joint.tensor is None else (joint.tensor,)

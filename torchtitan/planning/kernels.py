@@ -57,6 +57,10 @@ def _grouped_mm_backward(args: Any, outputs: list[Tensor]) -> int:
     return 2 * grad.numel() * x.size(1) * (needs_x + needs_w)
 
 
+def _scaled_mm(args: Any, outputs: list[Tensor]) -> int:
+    return 2 * args[0].numel() * args[1].size(1)
+
+
 def _fp8_linear(args: Any, outputs: list[Tensor]) -> int:
     return 2 * args[0].numel() * args[1].size(1)
 
@@ -143,6 +147,7 @@ _FLOPS: dict[str, tuple[Kind, Callable[[Any, list[Tensor]], float]]] = {
     "torchtitan::expert_ffn_backward": ("grouped", _experts_backward),
     "torchtitan::grouped_mm_backward": ("grouped", _grouped_mm_backward),
     # Timed as in bf16: no rates of FP8 products are in the table of hardware.
+    "aten::_scaled_mm": ("gemm", _scaled_mm),
     "torchtitan::fp8_linear": ("gemm", _fp8_linear),
     "torchtitan::fp8_linear_backward": ("gemm", _fp8_linear_backward),
     "torchtitan::fp8_feed_forward": ("gemm", _fp8_feed_forward),

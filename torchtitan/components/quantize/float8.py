@@ -70,34 +70,41 @@ class Conversion(NamedTuple):
 def convert_to_float8(model: nn.Module, config: JobConfig) -> None:
     """Let layers of a whole model compute in FP8. Raises `UserError` where names in the config
     match nothing, or nothing can be converted."""
-    recipe = _recipe(config)
     for layer in _choose(model, config).layers.values():
-        layer.fp8 = recipe
+        layer.fp8 = _recipe(config, layer)
 
 
 def log_float8(model: nn.Module, config: JobConfig) -> None:
     """Log which layers of a whole model are converted; nothing without FP8."""
     if not uses_float8(config):
         return
-    chosen, recipe = _choose(model, config), _recipe(config)
-    gradients = "e5m2" if recipe.wide_gradients else "e4m3"
-    logger.info("FP8 (blockwise, gradients %s): %s", gradients, listed(chosen.layers))
+    chosen = _choose(model, config)
+    by_recipe: dict[Fp8Recipe, list[str]] = {}
+    for name, layer in chosen.layers.items():
+        by_recipe.setdefault(_recipe(config, layer), []).append(name)
+    for recipe, names in by_recipe.items():
+        gradients = "e5m2" if recipe.wide_gradients else "e4m3"
+        logger.info("FP8 (%s, gradients %s): %s", recipe.scales, gradients, listed(names))
     for reason, names in chosen.kept.items():
         logger.info("Not in FP8 (%s): %s", reason, listed(names))
-    if recipe.emulate:
+    if config.quantize.linear.float8.emulate:
         logger.warning(
             "FP8 is emulated in plain torch (quantize.linear.float8.emulate): the numbers of a "
             "Hopper GPU, several times slower than without FP8"
         )
 
 
-def _recipe(config: JobConfig) -> Fp8Recipe:
+def _recipe(config: JobConfig, layer: Linear | ExpertWeights) -> Fp8Recipe:
     float8 = config.quantize.linear.float8
+    scales = (float8.recipe_name or "blockwise") if isinstance(layer, Linear) else "blockwise"
+    # One scale for all gradients needs e5m2's range: torchao's choice, too.
+    gradients = float8.gradient_dtype or ("e5m2" if scales == "tensorwise" else "e4m3")
     return Fp8Recipe(
-        wide_gradients=float8.gradient_dtype == "e5m2",
+        wide_gradients=gradients == "e5m2",
         emulate=float8.emulate,
         dispatch=config.quantize.grouped_mm.float8.dispatch,
         gather=float8.enable_fsdp_float8_all_gather,
+        scales=scales,
     )
 
 

@@ -32,10 +32,11 @@ def check_converters(config: JobConfig, device_type: str) -> None:
 
 def _check_float8(config: JobConfig, device_type: str) -> None:
     converters, float8 = config.model.converters, config.quantize.linear.float8
-    if float8.recipe_name not in (None, "blockwise"):
+    if float8.recipe_name not in (None, "blockwise") and float8.enable_fsdp_float8_all_gather:
         raise UserError(
-            f"{_PREFIX}recipe_name = {as_text(float8.recipe_name)} is not supported yet; set it to "
-            '"blockwise", which scales finer, or leave it out.'
+            f"{_PREFIX}enable_fsdp_float8_all_gather = true sends blocks with their scales, but "
+            f"{_PREFIX}recipe_name = {as_text(float8.recipe_name)} has none; set the one to false, "
+            'or the other to "blockwise".'
         )
     if float8.enable_fsdp_float8_all_gather and config.training.enable_cpu_offload:
         raise UserError(
@@ -44,13 +45,14 @@ def _check_float8(config: JobConfig, device_type: str) -> None:
         )
     if float8.precompute_float8_dynamic_scale_for_fsdp:
         raise UserError(
-            f"{_PREFIX}precompute_float8_dynamic_scale_for_fsdp = true is for tensor-wise scales, "
-            "which need a maximum over all ranks; blocks need none: set it to false."
+            f"{_PREFIX}precompute_float8_dynamic_scale_for_fsdp = true is for gathers with "
+            "tensor-wise scales, which need a maximum over all ranks; blocks, which are gathered "
+            "here, need none: set it to false."
         )
     if "auto_filter_small_kn" in float8.filter_fqns:
         raise UserError(
-            f'{_PREFIX}filter_fqns names "auto_filter_small_kn", whose limits are those of '
-            "tensor-wise and row-wise products; name the modules that shall stay in bfloat16."
+            f'{_PREFIX}filter_fqns names "auto_filter_small_kn", torchao\'s tables of sizes, '
+            "which are not here; name the modules that shall stay in bfloat16."
         )
     if EXPERTS in converters and not config.quantize.grouped_mm.float8.fqns:
         raise UserError(

@@ -12,7 +12,7 @@ Letters: R rows sorted by group, K inputs, N outputs, E groups.
 """
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from torchtitan.ops.fp8.weight import Fp8Weight, takes_fp8_weights
 _MULTIPLE = 16  # bytes: what the tensor memory accelerator fetches begins and ends there
 
 
+Scales = Literal["blockwise", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
+
+
 class Fp8Recipe(NamedTuple):
     """How a layer computes in FP8.
 
@@ -31,12 +34,14 @@ class Fp8Recipe(NamedTuple):
     emulate: in plain torch, on any device.
     dispatch: experts' tokens, and the gradients of their outputs, travel in FP8 (wire.py).
     gather: FSDP gathers the weights in FP8 (distributed/float8_gather.py).
+    scales: blockwise is this file's recipe, and the only one for experts; others: scaled.py.
     """
 
     wide_gradients: bool = False
     emulate: bool = False
     dispatch: bool = False
     gather: bool = False
+    scales: Scales = "blockwise"
 
     @property
     def gradient_kind(self) -> torch.dtype:

@@ -67,6 +67,25 @@ def test_gradients_take_the_format_that_the_key_names():
     assert set(wide.values()) == {Fp8Recipe(wide_gradients=True, emulate=True)}
 
 
+@pytest.mark.parametrize("scales", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_other_scales_are_for_linear_layers_and_train(scales, tmp_path, capsys):
+    named = {"quantize__linear__float8__recipe_name": scales}
+    recipes = converted(**named)
+    assert recipes.pop("layers.1.moe.experts") == Fp8Recipe(emulate=True)
+    wide = scales == "tensorwise"
+    assert set(recipes.values()) == {Fp8Recipe(wide, emulate=True, scales=scales)}
+    narrow = converted(**named, quantize__linear__float8__gradient_dtype="e4m3")
+    assert not any(recipe.wide_gradients for recipe in narrow.values())
+    main(tiny(tmp_path / "plain", **FLOAT8 | {"model__converters": "[]"}))
+    capsys.readouterr()
+    main(tiny(tmp_path / "ours", **FLOAT8 | named))
+    said = capsys.readouterr().err
+    assert f"FP8 ({scales}, gradients {'e5m2' if wide else 'e4m3'}): layers.*.attention.wq" in said
+    assert "FP8 (blockwise, gradients e4m3): layers.*.moe.experts" in said
+    for ours, exact in zip(losses(tmp_path / "ours"), losses(tmp_path / "plain"), strict=True):
+        assert ours != exact and ours == pytest.approx(exact, rel=0.02)
+
+
 def test_a_run_trains_says_what_is_converted_and_goes_on_without_fp8(tmp_path, capsys):
     """The checkpoint holds the weights, whatever the precision."""
     whole, half, plain = (tmp_path / name for name in ("whole", "half", "plain"))
@@ -105,9 +124,12 @@ REFUSED = {
         "model.converters names \"float88\", which does not exist; did you mean 'float8'?",
     ),
     "MXFP8": ({"model__converters": '["quantize.linear.mx"]'}, "which is for Blackwell GPUs"),
-    "other scales": (
-        {"quantize__linear__float8__recipe_name": "rowwise"},
-        'recipe_name = "rowwise" is not supported yet; set it to "blockwise"',
+    "gathers of other scales": (
+        {
+            "quantize__linear__float8__recipe_name": "rowwise",
+            "quantize__linear__float8__enable_fsdp_float8_all_gather": True,
+        },
+        'recipe_name = "rowwise" has none; set the one to false, or the other to "blockwise".',
     ),
     "all-gather from the host": (
         {
@@ -118,7 +140,7 @@ REFUSED = {
     ),
     "scales of a whole tensor": (
         {"quantize__linear__float8__precompute_float8_dynamic_scale_for_fsdp": True},
-        "is for tensor-wise scales",
+        "is for gathers with tensor-wise scales",
     ),
     "automatic filter": (
         {"quantize__linear__float8__filter_fqns": '["auto_filter_small_kn"]'},
