@@ -81,12 +81,13 @@ def test_layouts_train_like_one_process(ranks, alone, name, tmp_path):
     ],
 )
 def test_layouts_with_other_scales_train_like_one_process(ranks, scales, name, tmp_path):
-    """A scale is that of a rank's part."""
+    """A scale is that of a rank's part, which shows most where one serves a whole tensor."""
     recipe = [*FLOAT8, f"--quantize.linear.float8.recipe_name={scales}"]
     (one,) = ranks(1).run(train_on_this_rank, [*layout(1)[1], *recipe], str(tmp_path / "one"))
     world_size, options = LAYOUTS[name]
     for result in ranks(world_size).run(train_on_this_rank, [*options, *recipe], str(tmp_path)):
-        assert result["losses"] == pytest.approx(one["losses"], rel=1e-3)
+        rel = 3e-3 if scales == "tensorwise" else 1e-3
+        assert result["losses"] == pytest.approx(one["losses"], rel=rel)
         assert result["norms"] == pytest.approx(one["norms"], rel=3e-2)
 
 
