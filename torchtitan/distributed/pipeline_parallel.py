@@ -166,7 +166,7 @@ class Pipeline:
         schedule, has_trained = self._schedules.get(shape, (None, False))
         # The first use makes the stages' buffers: torch 2.11 has none for gradients where that
         # was an evaluation.
-        if schedule is None or trains > has_trained:
+        if schedule is None or (trains and not has_trained):
             n = shape[0] // self._plan.microbatch_size
             stages = self._make_stages(tokens=shape[1])
             schedule = _make_schedule(stages, self._plan, n, self._loss)

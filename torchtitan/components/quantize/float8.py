@@ -57,7 +57,7 @@ def check_float8_device(config: JobConfig, device: torch.device) -> None:
 
 
 class Conversion(NamedTuple):
-    """What is converted.
+    """The choice of layers.
 
     layers: in FP8, by name.
     kept: names of those that stay as they are, by reason.

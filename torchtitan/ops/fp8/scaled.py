@@ -73,8 +73,8 @@ def _product(
     fast: the tensor cores' own sums, of fewer digits than fp32, on a GPU.
     """
     if emulate or a.values.device.type == "cpu":
-        wholes = (values.float() * scales for values, scales in (a, b))
-        return torch.mm(next(wholes), next(wholes).t()).to(dtype)
+        whole_a, whole_b = (values.float() * scales for values, scales in (a, b))
+        return torch.mm(whole_a, whole_b.t()).to(dtype)
     values = [F.pad(x.values, (0, -x.values.size(1) % _MULTIPLE)).contiguous() for x in (a, b)]
     scales = [a.scales, b.scales]
     if any(each.numel() > 1 for each in scales):  # the kernel takes rows' scales of both or neither
