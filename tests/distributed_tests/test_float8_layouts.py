@@ -72,6 +72,17 @@ def test_layouts_train_like_one_process(ranks, alone, name, tmp_path):
         assert distance(result, fp8) < distance(plain, fp8)
 
 
+@pytest.mark.parametrize("name", ["EP 2, compiled", "TP 2, FSDP 2, EP 2"])
+def test_layouts_with_the_head_in_fp8_train_like_one_process(ranks, alone, name, tmp_path):
+    recipe = [*FLOAT8, "--quantize.linear.float8.head"]
+    (one,) = ranks(1).run(train_on_this_rank, [*layout(1)[1], *recipe], str(tmp_path / "one"))
+    world_size, options = LAYOUTS[name]
+    for result in ranks(world_size).run(train_on_this_rank, [*options, *recipe], str(tmp_path)):
+        assert result["losses"] == pytest.approx(one["losses"], rel=1e-3)
+        assert result["norms"] == pytest.approx(one["norms"], rel=3e-2)
+        assert result["losses"] != pytest.approx(alone[True]["losses"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("scales", "name"),
     [
@@ -89,6 +100,23 @@ def test_layouts_with_other_scales_train_like_one_process(ranks, scales, name, t
         rel = 3e-3 if scales == "tensorwise" else 1e-3
         assert result["losses"] == pytest.approx(one["losses"], rel=rel)
         assert result["norms"] == pytest.approx(one["norms"], rel=3e-2)
+
+
+def names_in_fp8(options: list[str], folder: str) -> list[str]:
+    trainer = Trainer(config_of(*options, f"--job.dump_folder={folder}"))
+    modules = trainer.model.named_modules()
+    trainer.close()
+    return [name for name, module in modules if getattr(module, "fp8", None) is not None]
+
+
+def test_a_part_that_fp8_cannot_take_is_computed_without(ranks, tmp_path):
+    """The dense layer has 48 hidden channels, a multiple of 16; a rank's 24 are none."""
+    options = [*layout(2, tp=2)[1], *FLOAT8, "--model.args.inter_dim=48"]
+    dense = {f"layers.0.feed_forward.w{i}" for i in (1, 2, 3)}
+    (alone,) = ranks(1).run(names_in_fp8, [*layout(1)[1], *options[-1:], *FLOAT8], str(tmp_path))
+    for split in ranks(2).run(names_in_fp8, options, str(tmp_path)):
+        assert dense <= set(alone) and set(alone) - set(split) == dense
+    ranks(2).run(train_on_this_rank, options, str(tmp_path))
 
 
 WIDE = ("--model.args.inter_dim=256", "--model.args.v_head_dim=48")

@@ -25,6 +25,8 @@ class Float8Linear:
     """Compute in plain torch with FP8's rounding, for machines without FP8; experts, too."""
     gradient_dtype: Literal["e4m3", "e5m2"] | None = None
     """FP8 format of gradients, experts' too; unset: e4m3, tensor-wise e5m2 (ours)."""
+    head: bool = False
+    """Convert the output layer, too; blockwise, like experts (ours)."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,12 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
+from torchtitan.ops.fp8.linear import why_not_linear
+from torchtitan.ops.grouped_mm import local_part
+from torchtitan.ops.linear import Linear
 from torchtitan.ops.lora import has_dim
+from torchtitan.tools.logging import logger
+from torchtitan.tools.names import listed
 
 
 class TensorParallel:
@@ -141,6 +146,20 @@ class TensorParallel:
             local = distribute_tensor(param.data, self.mesh, [own], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(local, param.requires_grad))
         module.__class__ = _with_local_weights(module.__class__)
+
+
+def keep_odd_parts_out_of_fp8(model: nn.Module) -> None:
+    """Let a layer compute without FP8 where its part of the weight has sizes that FP8 can't take;
+    log one line for each reason."""
+    kept: dict[str, list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear) and layer.fp8 is not None:
+            outputs, inputs = local_part(layer.get_parameter("weight")).shape
+            if (reason := why_not_linear(inputs, outputs)) is not None:
+                layer.fp8 = None
+                kept.setdefault(reason, []).append(name)
+    for reason, names in kept.items():
+        logger.info("Not in FP8 (split over ranks of TP, %s): %s", reason, listed(names))
 
 
 @cache

@@ -137,7 +137,8 @@ class Output(Linear):
         """Compute logits (..., V), or with labels the scalar of `linear_cross_entropy`."""
         if labels_BS is None:
             return super().forward(x_BSD)
-        return linear_cross_entropy(x_BSD.flatten(0, -2), self.weight, labels_BS.flatten())
+        x_TD, labels_T = x_BSD.flatten(0, -2), labels_BS.flatten()
+        return linear_cross_entropy(x_TD, self.weight, labels_T, self.fp8)
 
 
 class Joint:

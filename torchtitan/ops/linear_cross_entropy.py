@@ -3,6 +3,8 @@
 The logits of some thousand tokens at a time are computed, overwritten by their gradient, and
 multiplied into the gradients of the hidden states and of the weight: three GEMMs, as in the usual
 way, but all in the forward pass. The two gradients are kept, and scaled in the backward pass.
+
+Letters: T tokens, N tokens of a block, D model dim, V vocabulary.
 """
 
 import torch
@@ -10,42 +12,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
+from torchtitan.ops.fp8.linear import Fp8Recipe, linear_forward, linear_gradients
+from torchtitan.ops.fp8.quantize import Fp8
+from torchtitan.ops.fp8.weight import Fp8Weight, quantised
 
 # Large blocks make GEMMs fast and add up the weight's gradient in few roundings; 2^29 logits are
 # 1 GiB in bf16.
 _MAX_LOGITS = 2**29
 
 
-def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+def linear_cross_entropy(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, fp8: Fp8Recipe | None = None
+) -> Tensor:
     """Sum over tokens of −log softmax(weight · x)[label]: scalar fp32.
 
     x_TD, weight_VD: of one dtype; logits are rounded to it, the softmax is fp32 (fp64 stays fp64).
     labels_T: int64; tokens with `IGNORE_INDEX` don't count.
+    fp8: how the three products are computed in FP8; None = in the dtype of x.
     """
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T)
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, fp8)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weight_VD, labels_T):
-        needs_x, needs_weight, _ = ctx.needs_input_grad
+    def forward(ctx, x_TD, weight_VD, labels_T, fp8):
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
         T, V = x_TD.size(0), weight_VD.size(0)
         grad_x_TD = torch.empty_like(x_TD) if needs_x else None
-        grad_weight_VD = None
+        products = _InFp8(weight_VD, fp8, needs_weight) if fp8 else _Plain(weight_VD, needs_weight)
         loss = torch.zeros((), dtype=_loss_dtype(x_TD), device=x_TD.device)
         for start, stop in _blocks(T, V):
-            x, labels = x_TD[start:stop], labels_T[start:stop]
-            logits = x @ weight_VD.t()
-            loss += _cross_entropy_(logits, labels, with_grad=needs_x or needs_weight)
-            if grad_x_TD is not None:
-                torch.mm(logits, weight_VD, out=grad_x_TD[start:stop])
-            if needs_weight:
-                if grad_weight_VD is None:
-                    grad_weight_VD = logits.t() @ x
-                else:
-                    grad_weight_VD.addmm_(logits.t(), x)
-            del logits
-        ctx.grads = grad_x_TD, grad_weight_VD
+            logits_NV = products.logits(x_TD[start:stop])
+            loss += _cross_entropy_(
+                logits_NV, labels_T[start:stop], with_grad=needs_x or needs_weight
+            )
+            if needs_x or needs_weight:
+                products.differentiate(
+                    logits_NV, None if grad_x_TD is None else grad_x_TD[start:stop]
+                )
+            del logits_NV
+        ctx.grads = grad_x_TD, products.grad_weight_VD
         return loss
 
     @staticmethod
@@ -53,7 +59,73 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None  # scaled in place, so usable for one backward pass
         if grads is None:
             raise RuntimeError("linear_cross_entropy can be differentiated only once")
-        return *(g if g is None else _scale_(g, grad_loss) for g in grads), None
+        return *(g if g is None else _scale_(g, grad_loss) for g in grads), None, None
+
+
+class _Plain:
+    """The products of one block of tokens after the other, in the dtype of the weight.
+
+    grad_weight_VD: sum over the blocks so far; None = not needed.
+    """
+
+    grad_weight_VD: Tensor | None = None
+
+    def __init__(self, weight_VD: Tensor, needs_weight: bool):
+        self._weight_VD, self._needs_weight = weight_VD, needs_weight
+        self._x_ND: Tensor | None = None
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        self._x_ND = x_ND
+        return x_ND @ self._weight_VD.t()
+
+    def differentiate(self, grad_NV: Tensor, grad_x_ND: Tensor | None) -> None:
+        """Fill the gradient of the block, and add to that of the weight.
+
+        grad_NV: gradient of the block's logits.
+        grad_x_ND: place to fill; None = not needed.
+        """
+        assert self._x_ND is not None
+        if grad_x_ND is not None:
+            torch.mm(grad_NV, self._weight_VD, out=grad_x_ND)
+        if self._needs_weight and self.grad_weight_VD is None:
+            self.grad_weight_VD = grad_NV.t() @ self._x_ND
+        elif self.grad_weight_VD is not None:
+            self.grad_weight_VD.addmm_(grad_NV.t(), self._x_ND)
+
+
+class _InFp8:
+    """The same in FP8; the weight is quantised once for all blocks, unless it comes so."""
+
+    grad_weight_VD: Tensor | None = None
+
+    def __init__(self, weight_VD: Tensor, recipe: Fp8Recipe, needs_weight: bool):
+        if not isinstance(weight_VD, Fp8Weight):
+            weight_VD = quantised(weight_VD, weight_VD.dtype, emulate=recipe.emulate)
+        self._weight_VD, self._recipe, self._needs_weight = weight_VD, recipe, needs_weight
+        self._kept: Fp8 | None = None
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        logits_NV, self._kept = linear_forward(
+            x_ND, self._weight_VD, self._recipe, trains=self._needs_weight
+        )
+        return logits_NV
+
+    def differentiate(self, grad_NV: Tensor, grad_x_ND: Tensor | None) -> None:
+        assert self._kept is not None
+        new_x_ND, new_VD = linear_gradients(
+            grad_NV,
+            self._kept,
+            self._weight_VD,
+            self._recipe,
+            needs_x=grad_x_ND is not None,
+            needs_w=self._needs_weight,
+        )
+        if grad_x_ND is not None:
+            grad_x_ND.copy_(new_x_ND)
+        if self._needs_weight and self.grad_weight_VD is None:
+            self.grad_weight_VD = new_VD
+        elif self.grad_weight_VD is not None:
+            self.grad_weight_VD += new_VD
 
 
 def _scale_(x: Tensor, factor: Tensor) -> Tensor:

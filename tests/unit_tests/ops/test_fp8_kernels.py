@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchtitan.ops import linear_cross_entropy
 from torchtitan.ops.fp8 import quantize as plain
 from torchtitan.ops.fp8.experts import fp8_expert_ffn
 from torchtitan.ops.fp8.linear import Fp8Recipe, fp8_linear
@@ -178,6 +179,23 @@ def test_products_are_those_of_the_dequantised_numbers(sizes, kind):
     parts = [plain.columns_to_float(each).double().split(sizes) for each in (of_a, of_b)]
     truth = torch.stack([x.t() @ y for x, y in zip(*parts, strict=True)])
     assert relative_error(out, truth) < 3e-3
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_the_head_computes_what_the_emulation_does(monkeypatch, blocks):
+    monkeypatch.setattr(
+        linear_cross_entropy, "_MAX_LOGITS", 300 * 208 if blocks == 1 else 128 * 208
+    )
+    x, weight, labels = torch.randn(300, 160), torch.randn(208, 160), torch.randint(208, (300,))
+    leaves = [x.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()]
+    results = []
+    for emulate in (False, True):
+        recipe = Fp8Recipe(emulate=emulate)
+        loss = linear_cross_entropy.linear_cross_entropy(*leaves, labels, recipe)
+        results.append((loss, *torch.autograd.grad(loss / 7, leaves)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=0)
+    for ours, expected in zip(results[0][1:], results[1][1:], strict=True):
+        assert relative_error(ours, expected.double()) < 1e-2
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["e4m3", "e5m2"])

@@ -1,13 +1,14 @@
 """The converters of FP8: they choose which layers compute in FP8 (ops/fp8), and say so.
 
 In FP8 are products with the weights of attention, feed-forwards and experts, as in DeepSeek-V3. The
-embedding, the head, the router's gate, and the projection of multi-token prediction stay as they
-are. Weights do not change: a checkpoint can be continued with and without FP8.
+embedding, the router's gate, and the projection of multi-token prediction stay as they are, and so
+does the head, unless it is asked for. Weights do not change: a checkpoint can be continued with and
+without FP8.
 """
 
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torchtitan.config import JobConfig
 from torchtitan.config.quantize_tables import EXPERTS, FLOAT8, LINEAR
 from torchtitan.config.schema import as_text
 from torchtitan.ops.fp8.linear import Fp8Recipe, why_not_experts, why_not_linear
-from torchtitan.ops.linear import Linear
+from torchtitan.ops.linear import Linear, Output
 from torchtitan.protocols.layers import ExpertWeights
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
@@ -96,7 +97,8 @@ def log_float8(model: nn.Module, config: JobConfig) -> None:
 
 def _recipe(config: JobConfig, layer: Linear | ExpertWeights) -> Fp8Recipe:
     float8 = config.quantize.linear.float8
-    scales = (float8.recipe_name or "blockwise") if isinstance(layer, Linear) else "blockwise"
+    takes_others = isinstance(layer, Linear) and not isinstance(layer, Output)
+    scales = (float8.recipe_name or "blockwise") if takes_others else "blockwise"
     # One scale for all gradients needs e5m2's range: torchao's choice, too.
     gradients = float8.gradient_dtype or ("e5m2" if scales == "tensorwise" else "e4m3")
     return Fp8Recipe(
@@ -114,7 +116,7 @@ def _choose(model: nn.Module, config: JobConfig) -> Conversion:
     chosen = Conversion({}, {})
     if "float8" in converters or LINEAR in converters:
         _check_names("quantize.linear.float8.filter_fqns", float8.filter_fqns, model)
-        for name, layer in _linears(model):
+        for name, layer in _linears(model, with_head=float8.head):
             reason = why_not_linear(layer.in_features, layer.out_features)
             if _named(name, float8.filter_fqns):
                 reason = "filter_fqns"
@@ -144,10 +146,11 @@ def _sort_in(
         chosen.kept.setdefault(reason, []).append(name)
 
 
-def _linears(model: nn.Module) -> Iterable[tuple[str, Linear]]:
+def _linears(model: nn.Module, *, with_head: bool) -> Iterable[tuple[str, Linear]]:
+    kinds = (Linear, Output) if with_head else (Linear,)
     for name, layer in model.named_modules():
-        if type(layer) is Linear and not name.endswith(_NEVER):
-            yield name, layer
+        if type(layer) in kinds and not name.endswith(_NEVER):
+            yield name, cast(Linear, layer)
 
 
 def _named(name: str, parts: Sequence[str]) -> bool:

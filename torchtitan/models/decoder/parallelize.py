@@ -11,7 +11,7 @@ from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_context_parallel
 from torchtitan.distributed.expert_parallel import apply_expert_parallel
 from torchtitan.distributed.fsdp import apply_data_parallel
-from torchtitan.distributed.tensor_parallel import TensorParallel
+from torchtitan.distributed.tensor_parallel import TensorParallel, keep_odd_parts_out_of_fp8
 from torchtitan.models.decoder.model import Decoder, TransformerBlock
 from torchtitan.models.moe import MoE
 from torchtitan.models.moe.layout import log_expert_layout
@@ -52,6 +52,7 @@ def parallelize_decoder(
         _split_ends(model, tp, whole_logits=config.parallelism.disable_loss_parallel)
         if split_beside is not None:
             split_beside(model, tp)
+        keep_odd_parts_out_of_fp8(model)
         logger.info("Tensor parallel: heads, hidden channels, vocabulary over %d ranks", tp.degree)
     graphed = config.compile.cuda_graph
     apply_expert_parallel(moes, dims, config.parallelism, fixed_sizes=graphed)

@@ -80,6 +80,40 @@ def fp8_grouped_linear(
     return _linear(x_RK.contiguous(), weight_ENK.contiguous(), ends_E, *recipe[:2], trains)[0]
 
 
+def linear_forward(
+    x_RK: Tensor, weight_NK: Fp8Weight, recipe: Fp8Recipe, *, trains: bool
+) -> tuple[Tensor, Fp8]:
+    """Compute x · weightᵀ (R, N) without autograd; return it with x by columns.
+
+    trains: whether `linear_gradients` will be asked for that of the weight; otherwise nothing is
+        kept.
+    """
+    values, scales = weight_NK.unsqueeze(0).by_blocks()
+    out, *kept = _linear(x_RK, values, None, *recipe[:2], trains, scales)
+    return out, Fp8(*kept)
+
+
+def linear_gradients(
+    grad_RN: Tensor,
+    kept: Fp8,
+    weight_NK: Fp8Weight,
+    recipe: Fp8Recipe,
+    *,
+    needs_x: bool,
+    needs_w: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of `linear_forward`: (R, K) and (N, K); one that isn't needed has no
+    elements.
+
+    kept: x by columns.
+    """
+    values, scales = weight_NK.unsqueeze(0).by_blocks()
+    grad_x, grad_w = _linear_backward(
+        grad_RN, *kept, values, None, *recipe[:2], needs_x, needs_w, scales
+    )
+    return grad_x, grad_w.flatten(0, 1)
+
+
 class Groups(NamedTuple):
     """Groups of rows, int32 on the device.
 

@@ -61,6 +61,19 @@ def test_filtered_names_stay():
     }
 
 
+def test_the_head_is_converted_where_asked_for_and_trains(tmp_path, capsys):
+    asked = {"quantize__linear__float8__head": True}
+    assert set(converted(**asked)) - set(converted()) == {"output"}
+    others = converted(**asked, quantize__linear__float8__recipe_name="rowwise")
+    assert others["output"] == Fp8Recipe(emulate=True)
+    main(tiny(tmp_path / "without", **FLOAT8))
+    capsys.readouterr()
+    main(tiny(tmp_path / "with", **FLOAT8 | asked))
+    assert "layers.*.moe.shared_experts.w3, output" in capsys.readouterr().err
+    for ours, exact in zip(losses(tmp_path / "with"), losses(tmp_path / "without"), strict=True):
+        assert ours != exact and ours == pytest.approx(exact, rel=0.02)
+
+
 def test_gradients_take_the_format_that_the_key_names():
     assert set(converted().values()) == {Fp8Recipe(wide_gradients=False, emulate=True)}
     wide = converted(quantize__linear__float8__gradient_dtype="e5m2")
