@@ -293,6 +293,22 @@ def assert_equal_gradients(gradients: dict, expected: dict) -> None:
         assert error <= 1e-6, f"the gradient of {name} is off by {error:.1e}"
 
 
+@pytest.mark.parametrize("name", ["FSDP 2", "HSDP 2 x 2", "PP 2, FSDP 2, by operation"])
+def test_gradients_that_are_summed_in_bf16_are_rounded_and_no_more(
+    ranks,
+    gradients_of_one_process,
+    name,
+    tmp_path,
+):
+    """Each addend and each sum loses at most 2^-9 of itself."""
+    world_size, options = LAYOUTS[name]
+    told = [*options, "--training.mixed_precision_reduce=bfloat16"], str(tmp_path), True
+    for result in ranks(world_size).run(train_on_this_rank, *told):
+        for tensor, expected in gradients_of_one_process.items():
+            error = (result["gradients"][tensor] - expected).norm() / expected.norm()
+            assert 1e-5 < error < 1e-2, tensor
+
+
 # Attention ends where a document does.
 DOCUMENTS = "--model.args.attn_mask_type=block_causal"
 WITH_DOCUMENTS = ["one process", "TP 2", "CP 2", "CP 2, by heads", "CP 4", "CP 2, TP 2, EP 4"]

@@ -97,8 +97,8 @@ class Training:
     """Type in which parameters are kept."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """Type in which the forward and backward passes compute."""
-    mixed_precision_reduce: Literal["float32"] = "float32"
-    """Type in which gradients are summed over ranks."""
+    mixed_precision_reduce: Literal["bfloat16", "float32"] = "float32"
+    """Type in which FSDP sums gradients over ranks, and a pipeline's over micro-batches."""
     gc_freq: int = 50
     """Steps from one collection of Python garbage to the next."""
     gc_debug: bool = False

@@ -59,7 +59,12 @@ def group_of(use: str, ranks: list[int], **settings: Any) -> dist.ProcessGroup:
         use = "alone"  # nothing travels
     made = _made.setdefault(world_group(), {})
     if (use, *ranks) not in made:
-        group = dist.new_group(ranks, use_local_synchronization=True, **settings)
+        group = dist.new_group(
+            ranks,
+            use_local_synchronization=True,
+            group_desc=use,  # as the flight recorder names it
+            **settings,
+        )
         made[use, *ranks] = cast(dist.ProcessGroup, group)  # a number for other ranks only
     return made[use, *ranks]
 

@@ -4,8 +4,8 @@ State comes from state.py, layers' passes from trace.py. FSDP adds (fsdp2 of tor
 
     forward    the gathered weights of a layer and, from the moment that it is asked for, the buffer
                in which the next one's arrive
-    backward   the same, and of the layer behind it the fp32 buffer whose sum is under way
-    pipeline   weights stay gathered over the step, and gradients add up in fp32, whole
+    backward   the same, and of the layer behind it the buffer whose sum is under way
+    pipeline   weights stay gathered over the step, and gradients add up, whole
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,6 @@ PARTS = (
     "temporaries",
     "buffers",
 )
-FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,8 @@ class _Walk:
                 f"backward pass, {self._title(i)}", kept + one.kept, passing, grads, gathered
             )
             grads += self._new_gradients(one)
-            # The whole gradients and their fp32 copy, the input of the sum over ranks.
-            summing = FP32 * one.trained.gathered
+            # The whole gradients and their copy, the input of the sum over ranks.
+            summing = self.run.bytes_of_sums * one.trained.gathered
             whole = one.gathered_gradients + summing + self._output(i - 1)
             yield self._moment(f"sum of gradients, {self._title(i)}", kept, whole, grads, gathered)
         yield self._moment("optimizer step", 0, self.state.step_peak, self.state.gradients, 0)
@@ -186,7 +185,8 @@ class _Pipelined(_Walk):
     def moments(self) -> Iterator[Moment]:
         every = [one for stage in self.stages.values() for one in stage]
         gathered = sum(one.gathered for one in every)
-        whole_grads = FP32 * sum(one.trained.gathered for one in every)
+        size = self.run.bytes_of_sums
+        whole_grads = size * sum(one.trained.gathered for one in every)
         grads = self.state.gradients if self.run.passes > 1 else 0
         whole = 0
         in_flight: dict[tuple[int, int], int] = {}
@@ -204,7 +204,7 @@ class _Pipelined(_Walk):
                     f"forward pass of {where}", held + kept, passing, grads + whole, gathered
                 )
             elif action.kind in "BI":
-                whole = max(whole, sum(FP32 * one.trained.gathered for one in stage))
+                whole = max(whole, sum(size * one.trained.gathered for one in stage))
                 whole = min(whole_grads, whole if len(self.stages) == 1 else whole_grads)
                 passing = max(one.backward_peak - one.kept for one in stage)
                 yield self._moment(
@@ -212,7 +212,7 @@ class _Pipelined(_Walk):
                 )
             if action.kind in "BW":
                 in_flight.pop(here, None)
-        largest = max(FP32 * one.trained.gathered for one in every)
+        largest = max(size * one.trained.gathered for one in every)
         yield self._moment("sum of gradients", 0, largest, grads + whole_grads, gathered)
         yield self._moment(
             "optimizer step", 0, self.state.step_peak, self.state.gradients, gathered

@@ -80,6 +80,11 @@ class PlannedRun:
         return self.tokens_per_rank * self.model_args.stage_channels * size
 
     @property
+    def bytes_of_sums(self) -> int:
+        """Bytes of an element in FSDP's sums of gradients."""
+        return TORCH_DTYPES[self.config.training.mixed_precision_reduce].itemsize
+
+    @property
     def nodes_per_ep_group(self) -> int:
         return max(1, self.degrees.ep * self.degrees.etp // self.node_size)
 

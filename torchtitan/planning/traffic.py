@@ -84,8 +84,8 @@ def gather_bytes(run: PlannedRun, one: Traced) -> Bytes:
 
 
 def reduce_bytes(run: PlannedRun, one: Traced) -> Bytes:
-    """Return the bytes to sum the gradients of a layer once, in fp32."""
-    return _over_shards(run, one.trained.times(FP32))
+    """Return the bytes to sum the gradients of a layer once."""
+    return _over_shards(run, one.trained.times(run.bytes_of_sums))
 
 
 def _over_shards(run: PlannedRun, whole: Elements) -> Bytes:
@@ -103,7 +103,7 @@ def replica_bytes(run: PlannedRun, one: Traced) -> Bytes:
     split = trained.dense / groups(run)["fsdp"].size
     split += trained.experts / groups(run)["expert fsdp"].size
     group = groups(run)["replicas"]
-    return group.spread(run, 2 * FP32 * split * (d.dp_replicate - 1) / d.dp_replicate)
+    return group.spread(run, 2 * run.bytes_of_sums * split * (d.dp_replicate - 1) / d.dp_replicate)
 
 
 def layer_bytes(run: PlannedRun, traces: Traces, one: Traced) -> dict[str, tuple[Bytes, Bytes]]:

@@ -124,7 +124,9 @@ def _stuck(dumps: Mapping[int, Mapping[str, Any]]) -> list[Stuck]:
             continue
         entry = entered[0][1]
         ranks = members.get(group) or sorted(dumps)
-        name = entry["process_group"][1] or group
+        name = entry["process_group"][1]
+        if name in ("", "undefined"):  # the group was made without one
+            name = group
         found[group] = Stuck(
             group=name,
             what=entry["profiling_name"],

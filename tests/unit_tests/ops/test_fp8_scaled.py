@@ -152,3 +152,17 @@ def test_kernels_compute_what_the_emulation_does(scales, rows) -> None:
     expected = results(x, w, grad, RECIPES[scales])
     for actual, exact in zip(ours, expected, strict=True):
         assert off(actual, exact.double()) < 4e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("scales", RECIPES)
+def test_compiled_kernels_compute_what_the_eager_ones_do(scales) -> None:
+    layer = Linear(512, 1024).cuda().bfloat16()
+    layer.fp8 = RECIPES[scales]._replace(emulate=False)
+    x = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grads = []
+    for run in (layer, torch.compile(layer, fullgraph=True)):
+        y = run(x)
+        grads.append([y, *torch.autograd.grad(y.float().square().sum(), (x, layer.weight))])
+    for eager, ours in zip(*grads, strict=True):
+        assert off(ours, eager.double()) < 1e-2

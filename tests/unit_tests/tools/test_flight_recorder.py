@@ -32,6 +32,16 @@ def dump(folder, rank, entries, groups=None):
     (folder / f"rank_{rank}").write_bytes(pickle.dumps(content))
 
 
+@pytest.mark.parametrize(("desc", "shown"), [("weights", "weights"), ("undefined", "12")])
+def test_a_group_is_called_by_its_use_or_its_number(tmp_path, desc, shown):
+    """NCCL writes "undefined" where a group was made without a description."""
+    waits = entry(3, "started", group="12", desc=desc)
+    dump(tmp_path, 0, [waits], {"12": (desc, [0, 1])})
+    assert f"number 3 of the group {shown}, was not finished: rank 1 left no file" in explain(
+        tmp_path
+    )
+
+
 def test_the_rank_that_did_not_come_is_named(tmp_path):
     for rank in (0, 2):
         dump(tmp_path, rank, [entry(1, "completed"), entry(2, "started", "nccl:all_gather")])

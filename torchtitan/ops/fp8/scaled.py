@@ -74,7 +74,8 @@ def _product(
     """
     if emulate or a.values.device.type == "cpu":
         whole_a, whole_b = (values.float() * scales for values, scales in (a, b))
-        return torch.mm(whole_a, whole_b.t()).to(dtype)
+        out = torch.mm(whole_a, whole_b.t())
+        return out if dtype == torch.float32 else out.to(dtype)
     values = [F.pad(x.values, (0, -x.values.size(1) % _MULTIPLE)).contiguous() for x in (a, b)]
     scales = [a.scales, b.scales]
     if any(each.numel() > 1 for each in scales):  # the kernel takes rows' scales of both or neither
@@ -88,7 +89,8 @@ def _product(
         out_dtype=torch.bfloat16,
         use_fast_accum=fast,
     )
-    return out.to(dtype)
+    # torch 2.11 loses the gradients of a compiled function that ends with a cast to the same dtype.
+    return out if dtype == torch.bfloat16 else out.to(dtype)
 
 
 class _ScaledLinear(torch.autograd.Function):
