@@ -29,7 +29,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools.errors import RunError, UserError, suggest
 
 # isort: split
-from benchmarks.presets import NO_FILES, PRESETS
+from benchmarks.presets import MEAN_DOCUMENT, NO_FILES, PRESETS
 
 KERNELS = ("moe", "core", "head", "router", "norm", "rope", "optimizer")
 
@@ -45,6 +45,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     step.add_argument("--warmup", type=_positive, default=5, help="steps that don't count")
     step.add_argument("--steps", type=_positive, default=10, help="steps that are timed")
     step.add_argument("--peer_seconds", type=float, default=300, help="after which a peer is ended")
+    mean = {"type": _positive, "default": MEAN_DOCUMENT, "metavar": "TOKENS"}
+    step.add_argument("--document", **mean, help="mean length, where masks end at documents")
     step.add_argument("--no_breakdown", action="store_true", help="leave torch.profiler out")
     kernels_parser = commands.add_parser("kernels", help="single operations", allow_abbrev=False)
     _add_kernel_arguments(kernels_parser)
@@ -141,7 +143,9 @@ def steps(options: argparse.Namespace, rest: list[str]) -> list[dict]:
         return [row for name in options.preset for row in _apart(name, options, rest)]
     name = options.preset[0] if options.preset else "-"
     arguments = [*PRESETS.get(name, []), *rest, *NO_FILES]
-    settings = our_step.settings_of(arguments, warmup=options.warmup, steps=options.steps)
+    settings = our_step.settings_of(
+        arguments, warmup=options.warmup, steps=options.steps, document=options.document
+    )
     rows = [our_step.run(arguments, settings, profile=not options.no_breakdown)]
     if torch.cuda.is_available():  # the peers want the whole card
         torch._dynamo.reset()
@@ -164,7 +168,9 @@ def _apart(preset: str, options: argparse.Namespace, rest: list[str]) -> list[di
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "rows.json")
         command = [sys.executable, __file__, "step", "--preset", preset, "--out", str(out)]
-        command += [f"--{name}={getattr(options, name)}" for name in ("warmup", "steps")]
+        command += [
+            f"--{name}={getattr(options, name)}" for name in ("warmup", "steps", "document")
+        ]
         command += [f"--peer_seconds={options.peer_seconds}"]
         command += ["--no_breakdown"] * options.no_breakdown
         if options.torchtitan_site:

@@ -18,7 +18,7 @@ from torchtitan.trainer.preflight import check_config
 from torchtitan.trainer.step_log import Interval
 
 
-def settings_of(options: list[str], *, warmup: int, steps: int) -> dict[str, Any]:
+def settings_of(options: list[str], *, warmup: int, steps: int, document: int) -> dict[str, Any]:
     """Settings for ours and every peer. Raises `UserError` for options that don't go together."""
     config = ConfigManager().parse_args([*options, "--job.dump_folder=."])
     _, model_args, tokenizer = check_config(config)
@@ -47,6 +47,7 @@ def settings_of(options: list[str], *, warmup: int, steps: int) -> dict[str, Any
         ),
         "warmup": warmup,
         "steps": steps,
+        "mean_document": document,
     }
 
 

@@ -19,6 +19,7 @@ BASE = [
 FP32 = ["--training.dtype=float32", "--training.mixed_precision_param=bfloat16"]
 BF16 = ["--training.dtype=bfloat16", "--training.mixed_precision_param=bfloat16"]
 ALL_FP32 = ["--training.dtype=float32", "--training.mixed_precision_param=float32"]
+MEAN_DOCUMENT = 200  # tokens, about that of the text that ships with the package
 DOCUMENTS = ["--model.args.attn_mask_type=block_causal"]
 COMPILE = ["--compile.enable"]
 # 1 dense and 7 MoE layers, vocabulary 102,400: 4.6 B parameters.

@@ -10,8 +10,6 @@ import torch
 
 from benchmarks.timing import machine, quartiles
 
-MEAN_DOCUMENT = 200  # tokens, about that of the text that ships with the package
-
 
 def summary(
     name: str,
@@ -51,6 +49,6 @@ def random_batches(
     while True:
         tokens = torch.randint(args["vocab_size"], shape, generator=generator)
         if args["attn_mask_type"] == "block_causal":
-            ends = torch.rand(shape, generator=generator) < 1 / MEAN_DOCUMENT
+            ends = torch.rand(shape, generator=generator) < 1 / settings["mean_document"]
             tokens[ends] = settings["eos_id"]
         yield {"input": tokens[:, :-1].contiguous()}, tokens[:, 1:].contiguous()

@@ -59,16 +59,30 @@ def test_expert_operator_leaves_frozen_weights_alone(frozen: tuple[int, ...]) ->
         assert each.grad is None if i in frozen else torch.equal(each.grad, expected[i])
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["causal", "documents"])
-def test_attention_at_mla_sizes_equals_fp64(documents: bool) -> None:
-    B, S, H, scale = 2, 256, 4, 192**-0.5
+def packed_tokens(B: int, S: int, ends: list[int]) -> Tensor:
+    """Tokens of which 3 ends a document: at random, or at `ends` of the flattened batch."""
+    tokens = torch.randint(4, 20, (B, S)) if ends else torch.randint(0, 20, (B, S))
+    tokens.view(-1)[[end - 1 for end in ends]] = 3
+    return tokens
+
+
+# Positions of the batch at which documents end; [] = many short ones. Long ones have calls of their
+# own: one that isn't whole blocks, short ones between, one before the end.
+PACKED = {"short documents": (256, []), "long documents": (2048, [1300, 1310, 2000, 2148])}
+
+
+@pytest.mark.parametrize("documents", [None, *PACKED])
+def test_attention_at_mla_sizes_equals_fp64(documents: str | None) -> None:
+    S, ends = PACKED[documents] if documents else (256, [])
+    B, H, scale = 2, 4, 192**-0.5
     inputs = leaves((B, S, H, 192), (B, S, H, 192), (B, S, H, 128))
     exact = doubles(inputs)
-    tokens = torch.randint(0, 20, (B, S), device="cuda")
+    tokens = packed_tokens(B, S, ends).cuda()
     visible = torch.ones(S, S, dtype=torch.bool, device="cuda").tril().expand(B, 1, S, S)
     mask = None
     if documents:
         mask = document_mask(number_documents(tokens, 3))
+        assert (mask.starts_on_host is not None) == bool(ends)
         visible = document_mask(
             number_documents(tokens.cpu(), 3)
         ).cuda()  # the CPU's form: a plain matrix
@@ -144,15 +158,17 @@ def test_expert_operator_equals_the_chain_in_fp64(num_rows: int | None) -> None:
         assert relative_error(ours.grad, theirs.grad) < 1e-2
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["causal", "documents"])
-def test_mla_operator_equals_the_plain_lines_in_fp64(documents: bool) -> None:
-    B, S, H, scale = 2, 256, 4, 0.07
+@pytest.mark.parametrize("documents", [None, *PACKED])
+def test_mla_operator_equals_the_plain_lines_in_fp64(documents: str | None) -> None:
+    S, ends = PACKED[documents] if documents else (256, [])
+    B, H, scale = 2, 4, 0.07
     assert can_fuse("cuda", torch.bfloat16, 128, 64, 128)
     projected, kv = leaves((B, S, H * 192 + 64), (B, S, H, 256))
     table = rope_table(64, S, 10000.0).cuda()
-    tokens = torch.randint(0, 20, (B, S)) if documents else torch.ones(B, S, dtype=torch.int64)
+    tokens = packed_tokens(B, S, ends) if documents else torch.ones(B, S, dtype=torch.int64)
     mask = document_mask(number_documents(tokens, 3), device=torch.device("cuda"))
-    assert (mask is not None) == documents
+    assert (mask is not None) == bool(documents)
+    assert mask is None or (mask.starts_on_host is not None) == bool(ends)
     q = projected[..., : H * 192].unflatten(-1, (H, 192))
     k_rope = projected[..., -64:]
     out = mla_attention(q, kv, k_rope, table, v_channels=128, scale=scale, mask=mask)

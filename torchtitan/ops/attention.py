@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchtitan.ops.causal_runs import can_use_runs, causal_runs
 from torchtitan.ops.document_attention import document_attention
+from torchtitan.ops.packed_documents import LONG
 
 
 class Documents(NamedTuple):
@@ -24,10 +25,12 @@ class Documents(NamedTuple):
     starts: (documents + 1,) int32, position in the flattened batch at which each document begins,
         and the end of the last one.
     longest: length of the longest document, or more.
+    starts_on_host: the same as `starts`, where some document is long (ops/packed_documents.py).
     """
 
     starts: Tensor
     longest: int
+    starts_on_host: Tensor | None = None
 
 
 class CausalRuns(NamedTuple):
@@ -102,9 +105,12 @@ def document_mask(
     if ends.numel() == documents_BS.size(0):
         return None
     starts = F.pad(ends, (1, 0))
+    S, longest = documents_BS.size(1), int(starts.diff().max())
+    on_device = starts.to(device, non_blocking=True)
+    if longest >= LONG:
+        return Documents(on_device, S, starts)
     # Rounded up, so that compiled graphs see few lengths; the kernel skips the blocks beyond.
-    longest = min(documents_BS.size(1), 1 << (int(starts.diff().max()) - 1).bit_length())
-    return Documents(starts.to(device, non_blocking=True), longest)
+    return Documents(on_device, min(S, 1 << (longest - 1).bit_length()))
 
 
 def causal_mask(queries_Q: Tensor) -> Tensor | CausalRuns:

@@ -87,7 +87,8 @@ def _causal_runs(
     log_sums = q.new_empty(q.size(0), q.size(2), q.size(1), dtype=torch.float32)
     for parts in _parts(borders):
         results = [
-            _forward(q[:, p.queries], k[:, p.keys], v[:, p.keys], p.causal, scale) for p in parts
+            kernel_forward(q[:, p.queries], k[:, p.keys], v[:, p.keys], p.causal, scale)
+            for p in parts
         ]
         queries = parts[0].queries
         if len(results) == 1:
@@ -122,7 +123,7 @@ def _causal_runs_backward(
     # The last run sees every key, so that its gradients are the first in their places.
     for i, parts in enumerate(_parts(borders)):
         for queries, keys, causal in parts:
-            grads = _backward(
+            grads = kernel_backward(
                 grad[:, queries],
                 q[:, queries],
                 out[:, queries],
@@ -144,7 +145,9 @@ def _(grad, q, k, v, out, log_sums, borders, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def kernel_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     """Return the output of one call, and the logarithms of the softmax's sums (B, H, Q)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.is_cuda:
@@ -158,7 +161,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tup
     return out.transpose(1, 2), log_sums.float()
 
 
-def _backward(
+def kernel_backward(
     grad: Tensor,
     q: Tensor,
     out: Tensor,

@@ -2,15 +2,18 @@
 of queries and keys, attention.
 
 One operator leads from the projections' outputs to the heads' outputs, around cuDNN's attention
-kernel (causal) or flash attention's (packed documents). Each tensor in between is written once, in
-the layout that the next kernel reads. Reference: the plain lines of `Attention.forward`.
+kernel (causal, and long documents) or flash attention's (short ones). Each tensor in between is
+written once, in the layout that the next kernel reads. Reference: the plain lines of
+`Attention.forward`.
 """
 
 import torch
 from torch import Tensor
 
+from torchtitan.ops import packed_documents
 from torchtitan.ops.attention import Documents
 from torchtitan.ops.causal_runs import cudnn_takes
+from torchtitan.ops.packed_documents import Packed
 
 
 @torch.compiler.assume_constant_result
@@ -48,10 +51,10 @@ def mla_attention(
     mask: None = causal.
     positions_BS: int64; None = 0, 1, ….
     """
-    starts, longest = (None, 0) if mask is None else mask
+    starts, longest, on_host = (None, 0, None) if mask is None else mask
     return _mla_attention(
         q_BSHC, kv_BSHC.contiguous(), k_rope_BSC, table, positions_BS, starts, longest,
-        v_channels, scale,
+        v_channels, scale, on_host,
     )[0]  # fmt: skip
 
 
@@ -66,13 +69,16 @@ def _mla_attention(
     longest: int,
     v_channels: int,
     scale: float,
+    starts_on_host: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output, and the tensors that the backward pass needs: queries, keys, padded values
-    and the kernel's output (documents only, otherwise empty), logarithms of the softmax's sums.
+    and the kernel's output (short documents only, otherwise empty), logarithms of the softmax's
+    sums.
     """
     from torchtitan.ops import mla_triton
 
-    padded = None if starts is None else q_BSHC.size(-1)
+    by_length = starts_on_host is not None
+    padded = None if starts is None or by_length else q_BSHC.size(-1)
     q, k, v = mla_triton.assemble(
         q_BSHC, kv_BSHC, k_rope_BSC, table, positions_BS, v_channels, padded
     )
@@ -81,6 +87,12 @@ def _mla_attention(
             *(t.transpose(1, 2) for t in (q, k, v)), None, True, 0.0, True, False, scale=scale
         )
         return out.transpose(1, 2).contiguous(), q, k, q.new_empty(0), q.new_empty(0), log_sums
+    if starts_on_host is not None:
+        flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
+        out, log_sums = packed_documents.attend(
+            flat_q, flat_k, flat_v, starts, starts_on_host, scale
+        )
+        return out.view_as(v), q, k, q.new_empty(0), q.new_empty(0), log_sums
     whole, log_sums, *_ = torch.ops.aten._flash_attention_forward(
         *(t.flatten(0, 1) for t in (q, k, v)), starts, starts, longest, longest, 0.0, True, False,
         scale=scale,
@@ -90,13 +102,18 @@ def _mla_attention(
 
 
 @_mla_attention.register_fake
-def _(q_BSHC, kv_BSHC, k_rope_BSC, table, positions_BS, starts, longest, v_channels, scale):
+def _(
+    q_BSHC, kv_BSHC, k_rope_BSC, table, positions_BS, starts, longest, v_channels, scale,
+    starts_on_host=None,
+):  # fmt: skip
     B, S, H, QK = q_BSHC.shape
     new = q_BSHC.new_empty
     out, q, k = new(B, S, H, v_channels), new(B, S, H, QK), new(B, S, H, QK)
     if starts is None:
         return out, q, k, new(0), new(0), new(B, H, S, 1, dtype=torch.float32)
     log_sums = new(H, B * S, dtype=torch.float32)
+    if starts_on_host is not None:
+        return out, q, k, new(0), new(0), log_sums
     return out, q, k, new(B, S, H, QK), new(B * S, H, QK), log_sums
 
 
@@ -113,6 +130,7 @@ def _mla_attention_backward(
     table: Tensor,
     positions_BS: Tensor | None,
     starts: Tensor | None,
+    starts_on_host: Tensor | None,
     longest: int,
     rope: int,
     scale: float,
@@ -122,6 +140,11 @@ def _mla_attention_backward(
     V = grad_BSHC.size(-1)
     if starts is None:
         dq, dk, dv = _cudnn_backward(grad_BSHC, q, k, kv_BSHC[..., -V:], out_BSHC, log_sums, scale)
+    elif starts_on_host is not None:
+        tensors = (grad_BSHC, q, k, kv_BSHC[..., -V:], out_BSHC)
+        packed = Packed(*(t.flatten(0, 1) for t in tensors))
+        grads = packed_documents.attend_backward(packed, log_sums, starts, starts_on_host, scale)
+        dq, dk, dv = (grad.unflatten(0, q.shape[:2]) for grad in grads)
     else:
         grad = torch.nn.functional.pad(grad_BSHC, (0, q.size(-1) - V)).flatten(0, 1)
         no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
@@ -147,22 +170,25 @@ def _cudnn_backward(
 
 
 @_mla_attention_backward.register_fake
-def _(grad, out, q, k, v, whole, log_sums, kv_BSHC, table, positions, starts, longest, rope, scale):
+def _(
+    grad, out, q, k, v, whole, log_sums, kv_BSHC, table, positions, starts, starts_on_host, longest,
+    rope, scale,
+):  # fmt: skip
     return torch.empty_like(q), torch.empty_like(kv_BSHC), q.new_empty(*q.shape[:2], rope)
 
 
 def _save(ctx, inputs, output) -> None:
-    _, kv_BSHC, k_rope_BSC, table, positions_BS, starts, ctx.longest, _, ctx.scale = inputs
+    _, kv_BSHC, k_rope_BSC, table, positions_BS, starts, ctx.longest, _, ctx.scale, on_host = inputs
     ctx.rope = k_rope_BSC.size(-1)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, kv_BSHC, table, positions_BS, starts)
+    ctx.save_for_backward(*output, kv_BSHC, table, positions_BS, starts, on_host)
 
 
 def _backward(ctx, grad_BSHC, *_):
     grads = _mla_attention_backward(
         grad_BSHC.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.rope, ctx.scale
     )
-    return *grads, *[None] * 6
+    return *grads, *[None] * 7
 
 
 _mla_attention.register_autograd(_backward, setup_context=_save)

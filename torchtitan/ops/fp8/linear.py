@@ -88,7 +88,7 @@ def linear_forward(
     trains: whether `linear_gradients` will be asked for that of the weight; otherwise nothing is
         kept.
     """
-    values, scales = weight_NK.unsqueeze(0).by_blocks()
+    values, scales = (part.unsqueeze(0) for part in weight_NK.by_blocks())
     out, *kept = _linear(x_RK, values, None, *recipe[:2], trains, scales)
     return out, Fp8(*kept)
 
@@ -107,7 +107,7 @@ def linear_gradients(
 
     kept: x by columns.
     """
-    values, scales = weight_NK.unsqueeze(0).by_blocks()
+    values, scales = (part.unsqueeze(0) for part in weight_NK.by_blocks())
     grad_x, grad_w = _linear_backward(
         grad_RN, *kept, values, None, *recipe[:2], needs_x, needs_w, scales
     )

@@ -1,0 +1,148 @@
+"""Attention inside of packed documents by two kernels: cuDNN's once for each long document, and
+flash attention's once for neighbouring short ones.
+
+cuDNN's kernel is nearly twice as fast, but takes documents of one length at a time, and a call
+takes the host 0.1 ms. It builds a plan for each length that it meets, so a document is rounded up
+to a multiple of 128 tokens, with those that follow it. Its own queries don't see them (attention is
+causal), and in the backward pass their queries have no share of the softmax.
+
+Letters: T tokens of all documents, H heads, C channels.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchtitan.ops.causal_runs import kernel_backward, kernel_forward
+
+LONG = 1024  # tokens from which on a document has a call of its own
+_MULTIPLE = 128
+
+
+class Stretch(NamedTuple):
+    """Tokens of one call.
+
+    tokens: of one long document, or of neighbouring short ones.
+    documents: the short ones among all documents; None = the tokens are a long one's.
+    """
+
+    tokens: slice
+    documents: slice | None
+
+    @property
+    def length(self) -> int:
+        return self.tokens.stop - self.tokens.start
+
+
+def stretches(starts: list[int]) -> Iterator[Stretch]:
+    """Divide the tokens between the calls.
+
+    starts: token at which each document begins, and the end of the last one.
+    """
+    first = 0  # of the short documents before the current one
+    last = len(starts) - 1
+    for i in range(last + 1):
+        is_long = i < last and starts[i + 1] - starts[i] >= LONG
+        if first < i and (is_long or i == last):
+            yield Stretch(slice(starts[first], starts[i]), slice(first, i))
+        if is_long:
+            yield Stretch(slice(starts[i], starts[i + 1]), None)
+            first = i + 1
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, starts_on_host: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output (T, H, channels of v), and logarithms of the softmax's sums, fp32 (H, T).
+
+    q, k, v: (T, H, C), bf16 or fp16; v may have fewer channels.
+    starts: int32 (documents + 1,), on the device.
+    """
+    out = q.new_empty(*v.shape)
+    log_sums = q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+    for stretch in stretches(starts_on_host.tolist()):
+        here, length = stretch.tokens, stretch.length
+        if stretch.documents is None:
+            own_q, own_k, own_v = (_rounded_up(t, here) for t in (q, k, v))
+            its_out, its_sums = (t[0] for t in kernel_forward(own_q, own_k, own_v, True, scale))
+        else:
+            its_starts = _starts_of(stretch, starts)
+            its_out, its_sums = _flash(q[here], k[here], v[here], its_starts, scale)
+        out[here] = its_out[:length, :, : v.size(2)]
+        log_sums[:, here] = its_sums[:, :length]
+    return out, log_sums
+
+
+class Packed(NamedTuple):
+    """What a backward pass begins with: the output's gradient and `attend`'s tensors, (T, H, C)."""
+
+    grad: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+
+
+def attend_backward(
+    packed: Packed, log_sums: Tensor, starts: Tensor, starts_on_host: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v.
+
+    log_sums: from `attend`.
+    """
+    _, q, k, v, _ = packed
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    for stretch in stretches(starts_on_host.tolist()):
+        here, length = stretch.tokens, stretch.length
+        if stretch.documents is None:
+            own = Packed(*(_rounded_up(t, here) for t in packed))
+            sums = log_sums.new_full((1, q.size(1), own.q.size(1)), torch.inf)  # shares of 0
+            sums[0, :, :length] = log_sums[:, here]
+            its = kernel_backward(own.grad, own.q, own.out, sums, own.k, own.v, True, scale)
+            its = [t[0] for t in its]
+        else:
+            own = Packed(*(t[here] for t in packed))
+            its = _flash_backward(own, log_sums[:, here], _starts_of(stretch, starts), scale)
+        for whole, part in zip(grads, its, strict=True):
+            whole[here] = part[:length, :, : whole.size(2)]
+    return grads
+
+
+def _rounded_up(t: Tensor, tokens: slice) -> Tensor:
+    """Return these tokens and those that follow, (1, a multiple of 128, …); zeros behind the last
+    one of all."""
+    length = tokens.stop - tokens.start
+    size = -(-length // _MULTIPLE) * _MULTIPLE
+    found = t[tokens.start : tokens.start + size]
+    return F.pad(found, (0, 0, 0, 0, 0, size - found.size(0))).unsqueeze(0)
+
+
+def _starts_of(stretch: Stretch, starts: Tensor) -> Tensor:
+    """Return where its documents begin, from its own first token on, and where the last ends."""
+    assert stretch.documents is not None
+    first, behind = stretch.documents.start, stretch.documents.stop
+    return starts[first : behind + 1] - stretch.tokens.start
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, _as_wide(v, q), starts, starts, LONG, LONG, 0.0, True, False, scale=scale
+    )
+    return out, log_sums
+
+
+def _flash_backward(own: Packed, log_sums: Tensor, starts: Tensor, scale: float) -> list[Tensor]:
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=starts.device)
+    grad, v, out = (_as_wide(t, own.q) for t in (own.grad, own.v, own.out))
+    return torch.ops.aten._flash_attention_backward(
+        grad, own.q, own.k, v, out, log_sums.contiguous(), starts, starts, LONG, LONG, 0.0, True,
+        no_dropout, no_dropout[0], scale=scale,
+    )  # fmt: skip
+
+
+def _as_wide(t: Tensor, q: Tensor) -> Tensor:
+    """Give values as many channels as queries have, which the kernel needs; zeros add nothing."""
+    return F.pad(t, (0, q.size(-1) - t.size(-1)))
