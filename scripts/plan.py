@@ -32,6 +32,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--network-gbits",
         type=float,
         nargs="+",
+        default=[],
         metavar="N",
         help="Gbit/s of each GPU's network; the first is planned, all compare dispatchers",
     )
@@ -58,9 +59,12 @@ def check(argv: list[str] | None) -> tuple[argparse.Namespace, JobConfig]:
         )
     if options.tokens is not None and not 0 < options.tokens < float("inf"):
         raise UserError(f"--tokens {options.tokens:g} must be above 0.")
-    for gbits in options.network_gbits or ():
+    options.network_gbits = list(dict.fromkeys(options.network_gbits))
+    for gbits in options.network_gbits:
         if not 0 < gbits < float("inf"):
-            raise UserError(f"--network-gbits {gbits:g} must be above 0, in Gbit/s of each GPU.")
+            raise UserError(
+                f"--network-gbits {gbits:g} must be a number above 0, the Gbit/s of each GPU."
+            )
     for name in ("html", "json"):
         path: Path | None = getattr(options, name)
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
@@ -85,7 +89,7 @@ from torchtitan.tools.script import run_script
 
 
 def work(options: argparse.Namespace, config: JobConfig) -> None:
-    networks = [options.hardware.on_network(gbits) for gbits in options.network_gbits or ()]
+    networks = [options.hardware.on_network(gbits) for gbits in options.network_gbits]
     hardware = networks[0] if networks else options.hardware
     skew = options.routing_skew or 1.0
     if options.routing_skew_from:

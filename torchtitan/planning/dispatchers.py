@@ -40,8 +40,8 @@ def check_networks(run: PlannedRun, networks: Sequence[Hardware]) -> None:
         )
     if len(networks) > 1 and run.nodes_per_ep_group == 1:
         raise UserError(
-            f"{given} compares dispatchers between nodes, but {run.degrees.ep} EP ranks "
-            f"are within a node of {run.node_size}; name one speed, or raise "
+            f"{given} compares dispatchers between nodes, but the EP group of "
+            f"{run.degrees.ep} is inside a node of {run.node_size}; name one speed, or raise "
             "parallelism.expert_parallel_degree."
         )
 
@@ -52,7 +52,7 @@ def compare_dispatchers(
     """Plan a run whose EP group spans nodes with each dispatcher on each network.
 
     states: of each distinct place of the pipeline.
-    networks: the same hardware on each.
+    networks: the hardware on each.
     skew: largest load of an expert over the mean.
     """
     by_rank = actions_of(run.pipeline) if run.pipeline else []
@@ -74,5 +74,7 @@ def break_even(run: PlannedRun, routing: Routing, hardware: Hardware) -> float:
     long: node-limited is the faster one below it, and never where this is 0."""
     by_rank, by_node = (rows_as_bytes(run, routing, way) for way in ("rank", "node"))
     saved = (by_rank.between - by_node.between) * routing.rank_skew
+    if saved <= 0:
+        return 0.0
     inside = by_node.inside * routing.rank_skew / (hardware.nvlink_gb_s * 1e9)
-    return max(0.0, saved / (inside + hardware.second_hop_ms / 1e3)) * 8 / 1e9 / REACHED
+    return saved / (inside + hardware.second_hop_ms / 1e3) * 8 / 1e9 / REACHED
