@@ -11,6 +11,7 @@ from torchtitan.tools.errors import UserError, suggest
 # Share of a network's speed that collectives reach: DeepEP's README, 43 of 50 GB/s, a little less.
 REACHED = 0.84
 TABLE = Path(__file__).with_name("hardware.toml")
+_MAY_BE_0 = ("overhead_gib", "slack", "hidden", "host", "second_hop_ms")
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,7 @@ def _checked(name: str, row: dict[str, Any]) -> Hardware:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if key != "about" and not (is_number and 0 <= value < float("inf")):
             raise UserError(f"{TABLE}: [{name}] {key} = {value!r} must be a number from 0.")
-    for key in expected.keys() - {
-        "name",
-        "about",
-        "overhead_gib",
-        "slack",
-        "hidden",
-        "host",
-        "second_hop_ms",
-    }:
+    for key in expected.keys() - {"name", "about", *_MAY_BE_0}:
         if not row[key]:
             raise UserError(f"{TABLE}: [{name}] {key} = 0 must be above 0.")
     return Hardware(name=name, **row)

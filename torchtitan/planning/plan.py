@@ -4,11 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torchtitan.config import JobConfig
-from torchtitan.planning.dispatchers import (
-    Dispatched,
-    check_networks,
-    compare_dispatchers,
-)
+from torchtitan.planning.dispatchers import Dispatched, check_networks, compare_dispatchers
 from torchtitan.planning.hardware import Hardware
 from torchtitan.planning.memory import RankMemory, memory_of
 from torchtitan.planning.pipeline import Action, actions_of
@@ -61,7 +57,8 @@ def make_plan(
 
     skew: largest load of an expert over the mean.
     phase: number of the planned phase, see `plan_run`.
-    networks: the hardware on each network for which dispatchers are compared.
+    networks: the hardware on each network on which dispatchers are compared, if the EP group spans
+        nodes.
     """
     run = plan_run(config, world_size, gpus_per_node=hardware.gpus_per_node, phase=phase)
     check_networks(run, networks)
@@ -71,7 +68,7 @@ def make_plan(
         with built_rank(run, place * run.stage_size) as built:
             states[place] = state_of(run, built)
     plan = assemble(run, hardware, traces, states)
-    if run.nodes_per_ep_group > 1:
+    if networks and run.nodes_per_ep_group > 1:
         plan = replace(plan, dispatchers=compare_dispatchers(run, states, networks, skew))
     return plan
 
