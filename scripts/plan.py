@@ -28,6 +28,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("config", metavar="CONFIG.toml", help="the run to plan")
     parser.add_argument("--world-size", type=int, required=True, help="GPUs")
     parser.add_argument("--hardware", default="h100", help="a row of hardware.toml (default: h100)")
+    parser.add_argument(
+        "--network-gbits",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="Gbit/s of each GPU's network; the first is planned, all compare dispatchers",
+    )
     parser.add_argument("--phase", type=int, default=0, help="of [[schedule.phase]]; 0: its start")
     parser.add_argument(
         "--routing-skew", type=float, help="largest load of an expert over the mean"
@@ -51,6 +59,12 @@ def check(argv: list[str] | None) -> tuple[argparse.Namespace, JobConfig]:
         )
     if options.tokens is not None and not 0 < options.tokens < float("inf"):
         raise UserError(f"--tokens {options.tokens:g} must be above 0.")
+    options.network_gbits = list(dict.fromkeys(options.network_gbits))
+    for gbits in options.network_gbits:
+        if not 0 < gbits < float("inf"):
+            raise UserError(
+                f"--network-gbits {gbits:g} must be a number above 0, the Gbit/s of each GPU."
+            )
     for name in ("html", "json"):
         path: Path | None = getattr(options, name)
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
@@ -75,11 +89,19 @@ from torchtitan.tools.script import run_script
 
 
 def work(options: argparse.Namespace, config: JobConfig) -> None:
-    hardware = options.hardware
+    networks = [options.hardware.on_network(gbits) for gbits in options.network_gbits]
+    hardware = networks[0] if networks else options.hardware
     skew = options.routing_skew or 1.0
     if options.routing_skew_from:
         skew = read_skew(options.routing_skew_from)
-    planned = make_plan(config, options.world_size, hardware, skew=skew, phase=options.phase)
+    planned = make_plan(
+        config,
+        options.world_size,
+        hardware,
+        skew=skew,
+        phase=options.phase,
+        networks=networks,
+    )
     print(table(planned, options.tokens))
     data = as_data(planned, options.tokens)
     if not planned.fits:

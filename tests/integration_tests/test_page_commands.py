@@ -139,6 +139,10 @@ _SCRIPT = "tests/integration_tests/test_run_train.py::"
 _NODES = "test_the_debug_model_with_everything_a_toml_offers_trains_like_one_process"
 _EXPERTS = "--parallelism.expert_parallel_degree 4 --parallelism.expert_parallel_node_size 1"
 _PLAN = "tests/unit_tests/planning/test_plan.py::test_report_page_and_data_say_the_same"
+_NETWORKS = (
+    "tests/unit_tests/planning/test_dispatchers.py::"
+    "test_exchange_takes_as_long_as_its_copies_need_on_the_links"
+)
 _REPORT = "tests/unit_tests/report/test_report.py::"
 _CHAT = "tests/integration_tests/test_chat.py::"
 _ADAPTERS = (
@@ -169,6 +173,10 @@ RUN_BY_ANOTHER_TEST = {
     ),
     "python scripts/plan.py X.toml --world-size 64 --hardware h200 --sweep --html plan.html "
     "--json plan.json --tokens 1e12 --activation_checkpoint.mode full": _PLAN,
+    "python scripts/plan.py train_configs/deepseek_v3_671b.toml --world-size 2048 --hardware "
+    "h200 --network-gbits 50 100 400": _NETWORKS,
+    "python scripts/plan.py train_configs/moonlight_16b_a3b.toml --world-size 16 --hardware h200 "
+    "--parallelism.expert_parallel_degree 16 --network-gbits 50 100 400": _NETWORKS,
     "python scripts/prove.py train_configs/deepseek_v3_671b.toml --world-size 2048": (
         "tests/unit_tests/proof/test_shrink.py::test_shipped_files_shrink_to_runs_that_are_legal"
     ),

@@ -1,6 +1,6 @@
 """Accelerators and the rates that they reach, from hardware.toml, which is there to be edited."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,10 @@ import tomli
 
 from torchtitan.tools.errors import UserError, suggest
 
+# Share of a network's speed that collectives reach: DeepEP's README, 43 of 50 GB/s, a little less.
+REACHED = 0.84
 TABLE = Path(__file__).with_name("hardware.toml")
+_MAY_BE_0 = ("overhead_gib", "slack", "hidden", "host", "second_hop_ms")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Hardware:
     gpus_per_node: int
     hidden: float
     host: float
+    second_hop_ms: float
 
     @property
     def peak_flops(self) -> float:
@@ -41,6 +45,19 @@ class Hardware:
     def bytes_per_second(self) -> float:
         """Bandwidth of the device's memory, as kernels reach it."""
         return self.memory_tb_s * 1e12 * self.elementwise
+
+    @property
+    def network_gbits(self) -> float:
+        """Speed of a GPU's network, in Gbit/s, of which collectives reach a share."""
+        return self.network_gb_s * 8 / REACHED
+
+    def on_network(self, gbits: float) -> "Hardware":
+        """Return the same hardware on another network.
+
+        gbits: its speed for each GPU, in Gbit/s.
+        """
+        about = f"{self.about}, network of {gbits:g} Gbit/s a GPU"
+        return replace(self, about=about, network_gb_s=gbits / 8 * REACHED)
 
     def needed_gib(self, allocated: float) -> float:
         """Return the device's memory that a run needs.
@@ -78,7 +95,7 @@ def _checked(name: str, row: dict[str, Any]) -> Hardware:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if key != "about" and not (is_number and 0 <= value < float("inf")):
             raise UserError(f"{TABLE}: [{name}] {key} = {value!r} must be a number from 0.")
-    for key in expected.keys() - {"name", "about", "overhead_gib", "slack", "hidden", "host"}:
+    for key in expected.keys() - {"name", "about", *_MAY_BE_0}:
         if not row[key]:
             raise UserError(f"{TABLE}: [{name}] {key} = 0 must be above 0.")
     return Hardware(name=name, **row)

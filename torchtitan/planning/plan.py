@@ -1,8 +1,10 @@
 """A whole plan: config → ranks → memory, traffic → time."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from torchtitan.config import JobConfig
+from torchtitan.planning.dispatchers import Dispatched, check_networks, compare_dispatchers
 from torchtitan.planning.hardware import Hardware
 from torchtitan.planning.memory import RankMemory, memory_of
 from torchtitan.planning.pipeline import Action, actions_of
@@ -20,6 +22,7 @@ class Plan:
     memory: of each distinct place of the pipeline.
     traffic: of the first rank of each such place, by axis.
     dispatch: of one expert layer, see `dispatch_table`.
+    dispatchers: the run with each of them on each network that was asked for.
     """
 
     run: PlannedRun
@@ -30,6 +33,7 @@ class Plan:
     dispatch: dict[tuple[str, str], Bytes]
     time: StepTime
     speed: Speed
+    dispatchers: list[Dispatched] = field(default_factory=list)
 
     @property
     def worst(self) -> RankMemory:
@@ -47,19 +51,26 @@ def make_plan(
     *,
     skew: float = 1.0,
     phase: int = 0,
+    networks: Sequence[Hardware] = (),
 ) -> Plan:
     """Plan a run. Raises `UserError`.
 
     skew: largest load of an expert over the mean.
     phase: number of the planned phase, see `plan_run`.
+    networks: the hardware on each network on which dispatchers are compared, if the EP group spans
+        nodes.
     """
     run = plan_run(config, world_size, gpus_per_node=hardware.gpus_per_node, phase=phase)
+    check_networks(run, networks)
     traces = trace_run(run, skew)
     states: dict[int, State] = {}
     for place in run.places():
         with built_rank(run, place * run.stage_size) as built:
             states[place] = state_of(run, built)
-    return assemble(run, hardware, traces, states)
+    plan = assemble(run, hardware, traces, states)
+    if networks and run.nodes_per_ep_group > 1:
+        plan = replace(plan, dispatchers=compare_dispatchers(run, states, networks, skew))
+    return plan
 
 
 def assemble(run: PlannedRun, hardware: Hardware, traces: Traces, states: dict[int, State]) -> Plan:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torchtitan
+from torchtitan.planning.dispatchers import DISPATCHERS, break_even
 from torchtitan.planning.memory import PARTS, RankMemory
 from torchtitan.planning.plan import Plan
 from torchtitan.planning.timing import gpu_hours
@@ -19,6 +20,8 @@ def table(plan: Plan, tokens: float | None) -> str:
     blocks = [head_lines(plan), _memory(plan), _time(plan, tokens), _traffic(plan)]
     if plan.dispatch:
         blocks.append(_dispatch(plan))
+    if plan.dispatchers:
+        blocks.append(_dispatchers(plan))
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
@@ -123,6 +126,18 @@ def _dispatch(plan: Plan) -> list[str]:
     return lines
 
 
+def _dispatchers(plan: Plan) -> list[str]:
+    lines = ["Dispatchers by network: exchange of a layer and micro-batch, whole step"]
+    lines.append(f"  {'Gbit/s a GPU':14}" + "".join(f"{name:>24}" for name in DISPATCHERS))
+    for gbits in dict.fromkeys(one.gbits for one in plan.dispatchers):
+        found = [one for one in plan.dispatchers if one.gbits == gbits]
+        texts = [f"{one.exchange_seconds * 1e3:.1f} ms, {one.step_seconds:.3f} s" for one in found]
+        lines.append(f"  {gbits:<14g}" + "".join(f"{text:>24}" for text in texts))
+    assert plan.traces.routing is not None
+    equal = break_even(plan.run, plan.traces.routing, plan.hardware)
+    return [*lines, f"node_limited's exchange takes less time below {equal:,.0f} Gbit/s a GPU"]
+
+
 def as_data(plan: Plan, tokens: float | None) -> dict[str, Any]:
     """Return all numbers of the table, for JSON, in bytes and seconds."""
     run, speed = plan.run, plan.speed
@@ -162,5 +177,6 @@ def as_data(plan: Plan, tokens: float | None) -> dict[str, Any]:
             {"one_copy_for_each": way, "limit": limit, **vars(sent)}
             for (way, limit), sent in plan.dispatch.items()
         ],
+        "dispatchers": [vars(one) for one in plan.dispatchers],
         "routing_skew": plan.traces.routing.skew if plan.traces.routing else None,
     }

@@ -8,16 +8,18 @@ from typing import Self
 from torchtitan.planning.hardware import Hardware
 from torchtitan.planning.pipeline import Action, Pass, length, play
 from torchtitan.planning.ranks import PlannedRun
+from torchtitan.planning.routing import Routing, copies
 from torchtitan.planning.state import State
 from torchtitan.planning.trace import Traced, Traces, names_at, names_of
 from torchtitan.planning.traffic import (
     FP32,
     Bytes,
-    exchange_bytes,
+    exchange_shares,
     gather_bytes,
     layer_bytes,
     reduce_bytes,
     replica_bytes,
+    rows_as_bytes,
     send_bytes,
 )
 
@@ -99,6 +101,26 @@ def step_time(
         parts, timeline = clock.pipelined_step(by_rank)
     parts.add("optimizer", max(clock.optimizer(state) for state in states.values()))
     return StepTime(parts.total, dict(parts), timeline)
+
+
+def exchange_seconds(run: PlannedRun, routing: Routing, hardware: Hardware) -> float:
+    """Return the time of a layer's exchange between experts for one micro-batch, out and back for
+    both passes, on the rank that gets the most.
+
+    All-to-all uses both kinds of links at the same time. Node-limited goes between nodes first and
+    then inside the node, and its second hop costs time beyond its bytes.
+    """
+    way = copies(run)
+    inside, between = _on_links(hardware, rows_as_bytes(run, routing, way))
+    if way == "rank":
+        return max(inside, between) * routing.rank_skew
+    return (inside + between) * routing.rank_skew + hardware.second_hop_ms / 1e3
+
+
+def _on_links(hardware: Hardware, sent: Bytes) -> tuple[float, float]:
+    """Return the seconds that bytes take (inside the node, between nodes)."""
+    inside, between = hardware.nvlink_gb_s * 1e9, hardware.network_gb_s * 1e9
+    return sent.inside / inside, sent.between / between
 
 
 class _Clock:
@@ -189,17 +211,16 @@ class _Clock:
             found.add(_NAMES[kind], flops / (h.peak_flops * rates[kind]) * (1 + h.host))
         moved = work.bytes_moved + work.bytes_fused
         found.add("elementwise", moved / h.bytes_per_second * (1 + h.host))
-        sent = self.sending(exchange_bytes(self.run, self.traces, one)[way])
-        skew = routing.rank_skew if routing else 1.0
-        found.add("experts' exchange", sent * skew * (1 - h.hidden))
+        if routing:
+            share = exchange_shares(self.traces, one)[way] * (1 - h.hidden)
+            found.add("experts' exchange", share * exchange_seconds(self.run, routing, h))
         for axis, pair in layer_bytes(self.run, self.traces, one).items():
             found.add(f"{axis} communication", self.sending(pair[way]))
         return found
 
     def sending(self, sent: Bytes) -> float:
         """Seconds on both kinds of links, which work at the same time."""
-        h = self.hardware
-        return max(sent.inside / (h.nvlink_gb_s * 1e9), sent.between / (h.network_gb_s * 1e9))
+        return max(_on_links(self.hardware, sent))
 
     def optimizer(self, state: State) -> float:
         """Seconds to read all that is trained once, gradients once more for the norm, and to write

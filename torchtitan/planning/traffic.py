@@ -122,15 +122,21 @@ def layer_bytes(run: PlannedRun, traces: Traces, one: Traced) -> dict[str, tuple
 def exchange_bytes(run: PlannedRun, traces: Traces, one: Traced) -> tuple[Bytes, Bytes]:
     """Return the bytes of a layer's exchange between experts for one micro-batch: (forward,
     backward)."""
+    if traces.routing is None:
+        return Bytes(), Bytes()
+    whole = rows_as_bytes(run, traces.routing, copies(run))
+    forward, backward = exchange_shares(traces, one)
+    return whole.times(forward), whole.times(backward)
+
+
+def exchange_shares(traces: Traces, one: Traced) -> tuple[float, float]:
+    """Return the shares of a layer's exchange, out and back for both passes, that its (forward,
+    backward) pass sends: a half each, and once more the forward half where it is recomputed."""
     sent = [
         sum(n for (group, _), n in work.sent.items() if traces.axis_of_group.get(group) == "ep")
         for work in (one.forward, one.backward)
     ]
-    if not sent[0] or traces.routing is None:
-        return Bytes(), Bytes()
-    half = rows_as_bytes(run, traces.routing, copies(run)).times(0.5)
-    again = round(2 * sent[1] / sent[0]) / 2  # recomputation sends the forward half once more
-    return half, half.times(again)
+    return (0.5, round(2 * sent[1] / sent[0]) / 4) if sent[0] else (0.0, 0.0)
 
 
 def rows_as_bytes(run: PlannedRun, routing: Routing, way: str) -> Bytes:
