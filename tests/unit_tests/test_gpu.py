@@ -68,7 +68,7 @@ def packed_tokens(B: int, S: int, ends: list[int]) -> Tensor:
 
 # Positions of the batch at which documents end; [] = many short ones. Long ones have calls of their
 # own: one that isn't whole blocks, short ones between, one before the end.
-PACKED = {"short documents": (256, []), "long documents": (2048, [1300, 1310, 2000, 2148])}
+PACKED = {"short documents": (256, []), "long documents": (4096, [3100, 3110, 4000, 4250])}
 
 
 @pytest.mark.parametrize("documents", [None, *PACKED])
