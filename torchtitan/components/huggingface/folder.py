@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from torchtitan.components.huggingface import MAX_FILE_BYTES
 from torchtitan.components.huggingface.packed import Packed, find_packed, unpacked_shape
 from torchtitan.ops.block_fp8 import FP8, dequantize_blocks, scale_shape
 from torchtitan.ops.mxfp4 import GROUP, dequantize_mxfp4
@@ -30,7 +31,6 @@ from torchtitan.tools.errors import UserError, some
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 SCALE = "_scale_inv"
 QUANTIZED = ("fp8", "mxfp4")  # see `HFFolder.form`
-MAX_FILE_BYTES = 5 * 10**9  # Hugging Face's own default
 _TYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
