@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("config", metavar="CONFIG.toml", help="the run to plan")
     parser.add_argument("--world-size", type=int, required=True, help="GPUs")
     parser.add_argument("--hardware", default="h100", help="a row of hardware.toml (default: h100)")
-    parser.add_argument("--phase", type=int, default=0, help="of [[schedule.phase]]; 0: its start")
+    parser.add_argument("--phase", type=int, help="of [[schedule.phase]]; 0: its start; else all")
     parser.add_argument(
         "--routing-skew", type=float, help="largest load of an expert over the mean"
     )
@@ -66,8 +66,8 @@ if __name__ == "__main__":
 # isort: split
 from torchtitan.planning.advice import nearest_fit
 from torchtitan.planning.page import page
-from torchtitan.planning.plan import make_plan
-from torchtitan.planning.report import as_data, table
+from torchtitan.planning.plan import fullest, make_plan, plan_phases
+from torchtitan.planning.report import as_data, phase_data, phase_lines, table
 from torchtitan.planning.skew import read_skew
 from torchtitan.planning.sweep import sweep, sweep_table
 from torchtitan.tools.out_of_memory import host_is_full
@@ -79,21 +79,32 @@ def work(options: argparse.Namespace, config: JobConfig) -> None:
     skew = options.routing_skew or 1.0
     if options.routing_skew_from:
         skew = read_skew(options.routing_skew_from)
-    planned = make_plan(config, options.world_size, hardware, skew=skew, phase=options.phase)
-    print(table(planned, options.tokens))
-    data = as_data(planned, options.tokens)
+    tokens, phases = options.tokens, list[str]()
+    if config.schedule.phase and options.phase is None:
+        by_phase = plan_phases(config, options.world_size, hardware, skew=skew)
+        planned = fullest(by_phase).plan
+        phases = phase_lines(by_phase, tokens)
+        data = as_data(planned, None) | phase_data(by_phase, tokens)
+        tokens = None  # their lines have the cost
+        print("\n".join(phases), end="\n\n")
+    else:
+        phase = options.phase or 0
+        planned = make_plan(config, options.world_size, hardware, skew=skew, phase=phase)
+        data = as_data(planned, tokens)
+    print(table(planned, tokens))
     if not planned.fits:
         data["nearest_change"] = advice = nearest_fit(planned, skew)
         print(f"\n{advice}")
     rows = []
     if options.sweep:
-        rows = sweep(config, options.world_size, hardware, skew=skew, phase=options.phase)
+        phase = planned.run.phase
+        rows = sweep(config, options.world_size, hardware, skew=skew, phase=phase)
         data["sweep"] = [vars(row) for row in rows]
         print(f"\n{sweep_table(rows)}")
     if options.json:
         options.json.write_text(json.dumps(data, indent=1) + "\n")
     if options.html:
-        options.html.write_text(page(planned, rows, options.tokens), encoding="utf-8")
+        options.html.write_text(page(planned, rows, tokens, phases), encoding="utf-8")
 
 
 def plan(argv: list[str] | None) -> None:
