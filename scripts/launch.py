@@ -140,10 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
             logger.error("%s", error)
             return 2 if isinstance(error, UserError) else 1
         except ChildFailedError as error:
-            first, *others = read_errors(launch.error_file) or [None]
-            for each in others:
+            reported = read_errors(launch.error_file)
+            for each in reported[1:]:
                 logger.error("%s", each.sentence)
-            known = _explain(launch, error, first)
+            known = _explain(launch, error, reported[0] if reported else None)
             sentence, exit_code, follows = known or RankError("a rank failed with a traceback", 1)
             if nodes is not None:
                 sentence, exit_code = nodes.end(sentence, exit_code, follows=follows)

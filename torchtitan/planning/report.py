@@ -56,20 +56,24 @@ def phase_lines(phases: list[PhasePlan], tokens: float | None) -> list[str]:
 
     tokens: of the whole run; None = of all phases.
     """
-    lines = [f"{'Phases, at their last step':28}{'tokens':>10}{'a step':>18}{'a pass':>8}"]
-    lines[0] += f"{'GiB':>8}{'s/step':>10}{'tokens/s/GPU':>14}"
+    head = "Phases, at their last step"
+    width = max(len(head), *(len(each.title) + 2 for each in phases)) + 2
+    lines = [
+        f"{head:{width}}{'tokens':>10}{'a step':>18}{'a pass':>8}{'GiB':>8}{'s/step':>10}"
+        f"{'tokens/s/GPU':>14}"
+    ]
     for each in phases:
         plan, now = each.plan, each.plan.run.now
         of_all = f"{each.tokens:.3g}" if each.tokens else ""
         needed = plan.hardware.needed_gib(plan.worst.peak.total)
         lines.append(
-            f"  {each.title:26}{of_all:>10}{f'{now.batch_size:,} x {now.seq_len:,}':>18}"
+            f"  {each.title:{width - 2}}{of_all:>10}{f'{now.batch_size:,} x {now.seq_len:,}':>18}"
             f"{now.local_batch_size:8}{needed:8.1f}{plan.time.seconds:10.3f}"
             f"{plan.speed.tokens_per_second_per_gpu:14,.0f}"
         )
     longest, total = max(phases, key=lambda each: each.tokens), schedule_tokens(phases)
     lines.append(
-        f"Most tokens ({longest.tokens / total:.0%}): {longest.title}, "
+        f"Most tokens ({longest.tokens / total:.0%}) are in {longest.title}: "
         f"{longest.plan.time.seconds:.3f} s a step. "
         f"Most memory: {fullest(phases).title}, which follows."
     )
