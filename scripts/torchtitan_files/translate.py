@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from scripts.torchtitan_files.meanings import meanings
 from scripts.torchtitan_files.names import LEFT_OUT, REFUSED
 from scripts.torchtitan_files.read import Header, Item, Remark, Setting, Source, keep_items
-from torchtitan.config import JobConfig, validate
+from torchtitan.config import validate
 from torchtitan.config.moved_keys import MOVED, MOVED_TABLES
 from torchtitan.config.schema import (
     KEYS,
@@ -356,7 +357,7 @@ def _after_all(result: Translation, theirs: set[str]) -> None:
             f'{mask} = "block_causal" is added: {masked} keeps documents apart, our default is '
             '"causal"'
         )
-    result.notes += _meanings(name, flavor, result.values)
+    result.notes += meanings(name, flavor, result.values)
 
 
 def _add_validation(result: Translation) -> None:
@@ -380,41 +381,3 @@ def _add_mode(result: Translation, theirs: set[str]) -> None:
         result.add("activation_checkpoint.mode", "memory_budget")
     elif "preserve_rng_state" in names:
         result.add("activation_checkpoint.mode", "full")
-
-
-def _meanings(name: str, flavor: str | None, values: dict[str, Any]) -> list[str]:
-    """List the keys of this file that mean something else here, and how to have the old meaning."""
-    defaults = JobConfig()
-    notes = []
-    if values.get("optimizer.weight_decay", defaults.optimizer.weight_decay):
-        notes.append(
-            "optimizer.weight_decay leaves vectors (norms) alone here; optimizer.weight_decay_on = "
-            '"all" decays them too, as torchtitan does'
-        )
-    if values.get("parallelism.pipeline_parallel_schedule") == "DualPipeV":
-        notes.append(
-            "parallelism.pipeline_parallel_expert_parallel_overlap is false by default here; true "
-            "in torchtitan (the numbers are the same)"
-        )
-    if name != "deepseek_v3":
-        return notes
-    notes.append(
-        "model.args.norm_eps is 1e-6 here, as DeepSeek's; 1e-5 in torchtitan: set it for weights "
-        "that were trained there"
-    )
-    theirs = {
-        "debugmodel": "softmax scores without normalisation and mscale 0.70 (ours: sigmoid)",
-        "16B": "an expert bias (load_balance_coeff 0.001) and mscale 0.70 (ours: none and 0.707)",
-        "236B": "an expert bias (load_balance_coeff 0.001) and groups scored by their two best "
-        "experts (ours: none, and by their best, as the published model)",
-    }
-    if flavor in theirs:
-        notes.append(
-            f"model.flavor '{flavor}' of torchtitan has {theirs[flavor]}; [model.args] sets any of "
-            "them"
-        )
-    notes.append(
-        "model.args.init_std is 0.006 here (0.02 for debugmodel), as DeepSeek's; "
-        "torchtitan's is 0.02 and smaller in deeper layers"
-    )
-    return notes
