@@ -48,7 +48,7 @@ def check_first(check: Callable[[list[str]], Any], *paths: str) -> None:
         for name in paths:
             if path := _lacking(options, name):
                 shown = f"{name} {path}" if name.startswith("-") else path
-                raise UserError(f"{shown} does not exist; {_beside(Path(path))}.")
+                raise UserError(f"{shown} does not exist; {_beside(Path(path))}")
 
     logging.disable(logging.WARNING)  # the script itself repeats the warnings
     try:
@@ -68,13 +68,15 @@ def _lacking(options: argparse.Namespace, name: str) -> Path | None:
 
 
 def _beside(path: Path) -> str:
-    """Name the last five that differ in their number only, as steps do; or ask for the path."""
+    """Name the last five that differ in their number only, as steps do; or a near path."""
     letters = path.name.rstrip("0123456789")
     there = path.expanduser().parent
     numbered = there.glob(f"{letters}*") if letters != path.name and there.is_dir() else ()
     near = [each.name for each in numbered if each.name[len(letters) :].isdigit()]
     near.sort(key=lambda name: int(name[len(letters) :]))
-    return f"beside it are {', '.join(near[-5:])}" if near else "correct the path"
+    from torchtitan.tools.near_path import near_path
+
+    return f"beside it are {', '.join(near[-5:])}." if near else near_path(path)
 
 
 def run(main: Callable[..., int | None], *arguments: object) -> NoReturn:

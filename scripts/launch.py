@@ -29,7 +29,7 @@ from torchtitan.tools.error_file import (
     RankError,
     have_steps_begun,
     read_dumps_prefix,
-    read_first_error,
+    read_errors,
     read_stop_code,
 )
 from torchtitan.tools.errors import RunError, UserError
@@ -89,8 +89,10 @@ class Launch:
         ending."""
         while _children() <= ranks:
             time.sleep(0.1)
-        error = read_first_error(self.error_file) or RankError("a rank failed at the end", 1)
-        self._end(error.exit_code, error.sentence)
+        errors = read_errors(self.error_file) or [RankError("a rank failed at the end", 1)]
+        for each in errors[1:]:
+            logger.error("%s", each.sentence)
+        self._end(errors[0].exit_code, errors[0].sentence)
 
     def _end(self, code: int, sentence: str) -> None:
         _kill(_children(), signal.SIGKILL)
@@ -138,7 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
             logger.error("%s", error)
             return 2 if isinstance(error, UserError) else 1
         except ChildFailedError as error:
-            known = _explain(launch, error)
+            reported = read_errors(launch.error_file)
+            for each in reported[1:]:
+                logger.error("%s", each.sentence)
+            known = _explain(launch, error, reported[0] if reported else None)
             sentence, exit_code, follows = known or RankError("a rank failed with a traceback", 1)
             if nodes is not None:
                 sentence, exit_code = nodes.end(sentence, exit_code, follows=follows)
@@ -151,12 +156,12 @@ def main(arguments: list[str] | None = None) -> int:
         launch.close()
 
 
-def _explain(launch: Launch, error: Any) -> RankError | None:
+def _explain(launch: Launch, error: Any, reported: RankError | None) -> RankError | None:
     """How the ranks of this machine failed; None where only torchrun's report exists.
 
     error: torch's ChildFailedError.
+    reported: the first rank's message.
     """
-    reported = read_first_error(launch.error_file)
     rank, failure = error.get_first_failure()
     killed = _killed(rank, failure, launch.explain_dumps())
     if killed is None:

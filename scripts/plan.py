@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import entry
@@ -36,7 +37,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="Gbit/s of each GPU's network; the first is planned, all compare dispatchers",
     )
-    parser.add_argument("--phase", type=int, default=0, help="of [[schedule.phase]]; 0: its start")
+    parser.add_argument("--phase", type=int, help="of [[schedule.phase]]; 0: its start; else all")
     parser.add_argument(
         "--routing-skew", type=float, help="largest load of an expert over the mean"
     )
@@ -80,8 +81,8 @@ if __name__ == "__main__":
 # isort: split
 from torchtitan.planning.advice import nearest_fit
 from torchtitan.planning.page import page
-from torchtitan.planning.plan import make_plan
-from torchtitan.planning.report import as_data, table
+from torchtitan.planning.plan import fullest, make_plan, plan_phases
+from torchtitan.planning.report import as_data, phase_data, phase_lines, table
 from torchtitan.planning.skew import read_skew
 from torchtitan.planning.sweep import sweep, sweep_table
 from torchtitan.tools.out_of_memory import host_is_full
@@ -94,28 +95,32 @@ def work(options: argparse.Namespace, config: JobConfig) -> None:
     skew = options.routing_skew or 1.0
     if options.routing_skew_from:
         skew = read_skew(options.routing_skew_from)
+    tokens, phases, phase = options.tokens, list[str](), options.phase or 0
+    data: dict[str, Any] = {}
+    if config.schedule.phase and options.phase is None:
+        by_phase = plan_phases(config, options.world_size, hardware, skew=skew)
+        phase = fullest(by_phase).plan.run.phase
+        phases = phase_lines(by_phase, tokens)
+        data = phase_data(by_phase, tokens)
+        tokens = None  # their lines have the cost
+        print("\n".join(phases), end="\n\n")
     planned = make_plan(
-        config,
-        options.world_size,
-        hardware,
-        skew=skew,
-        phase=options.phase,
-        networks=networks,
+        config, options.world_size, hardware, skew=skew, phase=phase, networks=networks
     )
-    print(table(planned, options.tokens))
-    data = as_data(planned, options.tokens)
+    data = as_data(planned, tokens) | data
+    print(table(planned, tokens))
     if not planned.fits:
         data["nearest_change"] = advice = nearest_fit(planned, skew)
         print(f"\n{advice}")
     rows = []
     if options.sweep:
-        rows = sweep(config, options.world_size, hardware, skew=skew, phase=options.phase)
+        rows = sweep(config, options.world_size, hardware, skew=skew, phase=phase)
         data["sweep"] = [vars(row) for row in rows]
         print(f"\n{sweep_table(rows)}")
     if options.json:
         options.json.write_text(json.dumps(data, indent=1) + "\n")
     if options.html:
-        options.html.write_text(page(planned, rows, options.tokens), encoding="utf-8")
+        options.html.write_text(page(planned, rows, tokens, phases), encoding="utf-8")
 
 
 def plan(argv: list[str] | None) -> None:

@@ -15,9 +15,10 @@ if __name__ == "__main__":  # signals count from here on: the imports below take
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.dry_run import without_checkpoints
 from torchtitan.distributed.agreement import RefusedElsewhere
+from torchtitan.distributed.last_words import last_words
 from torchtitan.distributed.lost_peers import explain_lost_peer
 from torchtitan.distributed.meeting_point import refuse
-from torchtitan.tools.error_file import write_error
+from torchtitan.tools.error_file import leave_error, write_error
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.exit_with_parent import exit_with_launcher
 from torchtitan.tools.launcher import Launch, planned_processes, read_launch
@@ -66,11 +67,19 @@ def tell_before_meeting(sentence: str, config: JobConfig | None) -> None:
     if config is None or not (config.job.check_config or config.comm.mode == "fake_backend"):
         with contextlib.suppress(UserError):  # without a valid launch no rank can be waiting
             launch = read_launch()
-    write_error(sentence, 2)
+    if leave_error(sentence, 2):
+        refuse(launch, sentence)
+        return
     if launch.rank == 0:
         logger.error("%s", sentence)
     if not refuse(launch, sentence):
-        logger.error("%s", sentence)
+        tell(sentence)
+
+
+def tell(sentence: str) -> None:
+    """Log an error message with which this rank ends, once for all that end so."""
+    if words := last_words(sentence):
+        logger.error("%s", words)
 
 
 def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
@@ -85,10 +94,9 @@ def run(config: JobConfig, checked: Checked, stop: StopRequest) -> int:
     except (UserError, RunError) as error:  # perhaps of this rank alone
         stop.end_steps()
         exit_code = 2 if isinstance(error, UserError) else 1
-        logger.error("%s", error)
         # Before the trainer closes: then the other ranks fail, and the launcher ends this one too.
-        if not isinstance(error, RefusedElsewhere):
-            write_error(str(error), exit_code)
+        if isinstance(error, RefusedElsewhere) or not leave_error(str(error), exit_code):
+            tell(str(error))
         return exit_code
     except Exception as error:
         stop.end_steps()

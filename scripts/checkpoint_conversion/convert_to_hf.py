@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts import entry
 
 # isort: split
+from torchtitan.components.huggingface import MAX_FILE_BYTES
 from torchtitan.config.schema import KEYS
 from torchtitan.tools.errors import UserError
 
@@ -50,7 +51,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--merged", action="store_true", help="of a LoRA run: weights with the adapters in them"
     )
-    parser.add_argument("--max_file_gb", type=float, default=5.0, help="size of a file in 10^9 B")
+    parser.add_argument(
+        "--max_file_gb", type=float, default=MAX_FILE_BYTES / 1e9, help="size of a file in 10^9 B"
+    )
     parser.add_argument(
         "--no_read_back", action="store_true", help="don't read the folder again to check it"
     )

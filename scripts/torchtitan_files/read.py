@@ -1,18 +1,19 @@
-"""Reading of a settings file as single settings, with the comments and the spelling of each."""
+"""Reading of a settings file as single lines, so that those that stay are written as they were."""
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import tomli
 
+from torchtitan.config.schema import TABLES
 from torchtitan.tools.errors import UserError
 
-_HEADER = re.compile(r"\[\s*([\w\s.-]+?)\s*\]\s*(#.*)?")
-_ROWS = re.compile(r"\[\[\s*([\w\s.-]+?)\s*\]\]\s*(#.*)?")
-_KEY = re.compile(r"\s*([\w-]+(?:\s*\.\s*[\w-]+)*)\s*=(.*)", re.DOTALL)
+_KEY = re.compile(r"(\s*)([\w-]+(?:\s*\.\s*[\w-]+)*)(\s*=\s*)")
+_ITEM = re.compile(r"""("[^"]*"|'[^']*')\s*,?[ \t]*|#.*""")
 
 
 @dataclass
@@ -21,15 +22,19 @@ class Setting:
 
     key: with its table, training.steps.
     text: the value as the file spells it; None = write it anew.
-    above: comment lines before it.
-    beside: comment on its line, with #.
+    above: comments and empty lines that belong to it.
+    spaces: before the name, and from there to the value.
+    beside: the rest of its line, with the spaces before the comment.
+    as_tables: whether `text` is all lines from the first [[key]] on.
     """
 
     key: str
     value: Any
     text: str | None = None
     above: list[str] = field(default_factory=list)
+    spaces: tuple[str, str] = ("", " = ")
     beside: str = ""
+    as_tables: bool = False
 
     @property
     def table(self) -> str:
@@ -39,20 +44,65 @@ class Setting:
     def name(self) -> str:
         return self.key.rpartition(".")[2]
 
+    @property
+    def section(self) -> str:
+        """Name of what its header begins: the table, or its own [[tables]]."""
+        return f"[{self.key}]" if self.as_tables else self.table
+
+    def lines(self) -> list[str]:
+        if self.as_tables and self.text is not None:
+            return [*self.above, self.text]
+        text = as_toml(self.value) if self.text is None else self.text
+        before, between = self.spaces
+        return [*self.above, f"{before}{self.name}{between}{text}{self.beside}"]
+
+
+@dataclass
+class Header:
+    """The header of a table.
+
+    text: as the file spells it; None = write it anew.
+    above: comments and empty lines before it.
+    beside: the rest of its line, with the spaces before the comment.
+    """
+
+    section: str
+    text: str | None = None
+    above: list[str] = field(default_factory=list)
+    beside: str = ""
+
+    def lines(self) -> list[str]:
+        return [*self.above, (self.text or f"[{self.section}]") + self.beside]
+
+
+@dataclass
+class Remark:
+    """Comments and empty lines in a table that belong to no key: an empty line follows."""
+
+    section: str
+    above: list[str]
+
+    def lines(self) -> list[str]:
+        return self.above
+
+
+Item = Setting | Header | Remark
+
 
 @dataclass
 class Source:
     """A file.
 
-    headers: comment lines before the header of each table.
-    beside: comment on the line of each table's header, with #.
-    ending: comment lines after the last setting.
+    items: in its order.
+    ending: lines after the last setting.
     """
 
-    settings: list[Setting]
-    headers: dict[str, list[str]] = field(default_factory=dict)
-    beside: dict[str, str] = field(default_factory=dict)
+    items: list[Item]
     ending: list[str] = field(default_factory=list)
+
+    @property
+    def settings(self) -> list[Setting]:
+        return [each for each in self.items if isinstance(each, Setting)]
 
 
 def read(path: Path) -> Source:
@@ -65,13 +115,13 @@ def read(path: Path) -> Source:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error}); name torchtitan's settings.") from None
     values = flat(content)
-    source = Source([]) if path.suffix == ".json" else _scan(text)
-    known = {each.key: each for each in source.settings}
+    source = Source([]) if path.suffix == ".json" else _scan(text.replace("\r\n", "\n"))
     # The parser has the last word: what the scan missed or misread is written anew.
-    source.settings = [
-        known[key] if key in known and known[key].value == value else Setting(key, value)
-        for key, value in values.items()
+    known = {each.key for each in source.settings if (each.key, each.value) in values.items()}
+    source.items = [
+        each for each in source.items if not isinstance(each, Setting) or each.key in known
     ]
+    source.items += [Setting(key, value) for key, value in values.items() if key not in known]
     return source
 
 
@@ -87,62 +137,79 @@ def flat(table: dict[str, Any], at: str = "") -> dict[str, Any]:
 
 
 def _scan(text: str) -> Source:
-    """Find settings with spelling and comments; keys of [[lists of tables]] are left out."""
-    source, table, above = Source([]), "", list[str]()
-    lines = iter(text.replace("\r\n", "\n").split("\n"))
+    """Split a file into its items."""
+    source, table, of_rows, above = Source([]), "", False, list[str]()
+    tables: dict[str, Setting] = {}
+    lines = iter(text.split("\n"))
     for line in lines:
-        stripped = line.strip()
-        if stripped.startswith("#"):
-            above.append(stripped)
-        elif match := _HEADER.fullmatch(stripped):
-            table = "".join(match[1].split())
-            source.headers.setdefault(table, []).extend(above)
-            source.beside |= {table: match[2]} if match[2] else {}
-            above = []
-        elif _ROWS.fullmatch(stripped):
-            table, above = "[]", []
-        elif stripped:
-            while _value(line) is None and (more := next(lines, None)) is not None:
-                line += f"\n{more}"
-            source.settings += _setting(line, table, above)
-            above = []
+        if not line.strip() or line.lstrip().startswith("#"):
+            above.append(line)
+            continue
+        while _value(line) is None and (more := next(lines, None)) is not None:
+            line += f"\n{more}"
+        if is_header := line.lstrip().startswith("["):
+            table, of_rows = _header_name(line)
+        rows = next((r for key, r in tables.items() if f"{table}.".startswith(f"{key}.")), None)
+        if rows is not None:
+            rows.text = "\n".join([rows.text or "", *above, line])
+        elif is_header and of_rows:
+            tables[table] = Setting(table, None, line, above, as_tables=True)
+            source.items.append(tables[table])
+        elif is_header:
+            spelled, beside = _beside(line)
+            source.items.append(Header(table, spelled, above, beside))
+        else:
+            source.items += _settings(line, table, above)
+        above = []
     source.ending = above
+    for key, rows in tables.items():
+        rows.value = flat(_value(rows.text or "") or {}).get(key)
     return source
 
 
-def _setting(line: str, table: str, above: list[str]) -> list[Setting]:
-    match, values = _KEY.fullmatch(line), _value(line)
-    if match is None or not values or table.startswith("[]"):
-        return []
-    end = next(
-        (n for n, c in enumerate(line) if c == "#" and _value(line[:n]) == values), len(line)
-    )
-    beside = line[end:].rstrip() if "\n" not in line[end:] else ""
-    text = line[match.start(2) : end].strip()
-    at = f"{table}." if table else ""
-    found = flat(values)
-    spelled = len(found) == 1 and not text.startswith("{")
-    return [
-        Setting(at + key, value, text if spelled else None, above if n == 0 else [], beside)
-        for n, (key, value) in enumerate(found.items())
-    ]
+def _header_name(line: str) -> tuple[str, bool]:
+    """Return the name in [name] or [[name]], and whether it is the second."""
+    names, inner = list[str](), _value(line)
+    while isinstance(inner, dict) and inner:
+        ((name, inner),) = inner.items()
+        names.append(name)
+    return ".".join(names), isinstance(inner, list)
 
 
-def keep_items(text: str | None, kept: list[str]) -> str | None:
-    """Leave the strings of `kept` in the text of an array, one a line with its comments; None (to
-    write it anew) without comments."""
-    if "#" not in (text or ""):
-        return None
-    lines, keeps = list[str](), True
-    for break_, found in re.findall(r"""(\n\s*)?("[^"\n]*"|'[^'\n]*'|#[^\n]*)""", text or ""):
-        if not found.startswith("#"):
-            keeps = found[1:-1] in kept
-            lines += [f"    {found},"] if keeps else []
-        elif break_ or not lines:
-            lines.append(f"    {found}")
-        elif keeps:
-            lines[-1] += f"  {found}"
-    return "\n".join(["[", *lines, "]"])
+def _settings(line: str, table: str, above: list[str]) -> list[Item]:
+    """Return the keys of one statement, of which there are several in an inline table."""
+    match = _KEY.match(line)
+    if match is None:  # a name in quotes
+        return [Remark(table, above)]
+    kept, own = _split(above)
+    spelled, beside = _beside(line)
+    at, found = f"{table}." if table else "", flat(_value(line) or {})
+    result: list[Item] = [Remark(table, kept)] if kept else []
+    for n, (key, value) in enumerate(found.items()):
+        setting = Setting(at + key, value, above=[] if n else own)
+        if len(found) == 1 and not (text := spelled[match.end() :]).startswith("{"):
+            spaces = (match[1], match[3])
+            setting = replace(setting, text=text, spaces=spaces, beside=beside)
+        result.append(setting)
+    return result
+
+
+def _split(above: list[str]) -> tuple[list[str], list[str]]:
+    """Split lines into those that stand alone and those of the next line: its comments, and the
+    empty lines before them."""
+    own = len(above)
+    while own and above[own - 1].strip():
+        own -= 1
+    while own and not above[own - 1].strip():
+        own -= 1
+    return above[:own], above[own:]
+
+
+def _beside(line: str) -> tuple[str, str]:
+    """Split a statement into itself and what follows it: spaces and a comment."""
+    marks = (n for n, c in enumerate(line) if c == "#" and _value(line[:n]) == _value(line))
+    spelled = line[: next(marks, len(line))].rstrip()
+    return spelled, line[len(spelled) :]
 
 
 def _value(line: str) -> dict[str, Any] | None:
@@ -152,40 +219,48 @@ def _value(line: str) -> dict[str, Any] | None:
         return None
 
 
+def keep_items(text: str | None, kept: list[str]) -> str | None:
+    """Leave the strings of `kept` in the text of an array; None (to write it anew) if that fails.
+
+    A line that has no string any more goes with its comment.
+    """
+    lines = list[str]()
+    for line in (text or "").split("\n"):
+        left = _ITEM.sub(lambda m: m[0] if not m[1] or m[1][1:-1] in kept else "", line)
+        if left == line or re.search(r"""["'\[\]]""", left.partition("#")[0]):
+            lines.append(left)
+    joined = re.sub(r",[ \t]*\]$", "]", "\n".join(lines))
+    return joined if _value(f"items = {joined}") == {"items": kept} else None
+
+
 # ---------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------
 
 
 def write(source: Source) -> str:
-    """Write settings as TOML, by table in the order of the file."""
-    tables: dict[str, list[Setting]] = {}
-    for setting in source.settings:
-        tables.setdefault(setting.table, []).append(setting)
-    parts = []
-    for table, settings in tables.items():
-        plain = [each for each in settings if not _is_rows(each.value)]
-        lines, beside = list(source.headers.get(table, [])), source.beside.get(table, "")
-        lines += [f"[{table}]  {beside}".rstrip()] if plain else filter(None, [beside])
-        for each in plain:
-            beside = f"  {each.beside}" if each.beside else ""
-            lines += [*each.above, f"{each.name} = {each.text or as_toml(each.value)}{beside}"]
-        parts.append("\n".join(lines))
-        parts += [_rows(each) for each in settings if _is_rows(each.value)]
-    parts += ["\n".join(source.ending)] if source.ending else []
-    return "\n\n".join(part for part in parts if part) + "\n"
+    """Write a file: sections at the place of their headers, new ones where their first key was."""
+    sections: dict[str, list[Item]] = {"": []}
+    for item in source.items:
+        sections.setdefault(item.section, []).append(item)
+    places = {each.section: n for n, each in enumerate(source.items) if isinstance(each, Header)}
+    first = {each.section: n for n, each in reversed([*enumerate(source.items)])}
+    order = sorted(sections, key=lambda name: places.get(name, first.get(name, 0)) if name else -1)
+    lines = [line for name in order for line in _section(name, sections[name])]
+    return "\n".join([*lines, *source.ending]).strip("\n") + "\n"
 
 
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _rows(setting: Setting) -> str:
-    rows = [
-        "\n".join([f"[[{setting.key}]]", *(f"{n} = {as_toml(v)}" for n, v in row.items())])
-        for row in setting.value
-    ]
-    return "\n\n".join(["\n".join([*setting.above, rows[0]]), *rows[1:]])
+def _section(name: str, items: Sequence[Item]) -> list[str]:
+    headers = [each for each in items if isinstance(each, Header)]
+    rest = [line for each in items if not isinstance(each, Header) for line in each.lines()]
+    is_used = any(isinstance(each, Setting) for each in items) or name in TABLES
+    if not is_used:
+        return [line for each in headers for line in _split(each.above)[0]] + rest
+    if not name or name.startswith("["):
+        return rest
+    first, *others = headers or [Header(name, above=[""])]
+    merged = [line for each in others for line in [*each.above, each.beside.strip()] if line]
+    return [*first.lines(), *merged, *rest]
 
 
 def as_toml(value: Any) -> str:

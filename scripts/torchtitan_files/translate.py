@@ -5,15 +5,24 @@ Nothing is lost in silence: each key is kept, moved, left out with a reason, or 
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from scripts.torchtitan_files.meanings import meanings
 from scripts.torchtitan_files.names import LEFT_OUT, REFUSED
-from scripts.torchtitan_files.read import Setting, Source, keep_items
-from torchtitan.config import JobConfig, validate
+from scripts.torchtitan_files.read import Header, Item, Remark, Setting, Source, keep_items
+from torchtitan.config import validate
 from torchtitan.config.moved_keys import MOVED, MOVED_TABLES
-from torchtitan.config.schema import KEYS, as_text, build, matches, requirement, row_type
+from torchtitan.config.schema import (
+    KEYS,
+    as_text,
+    build,
+    matches,
+    requirement,
+    row_mistakes,
+    row_type,
+)
 from torchtitan.config.schema import unknown as unknown_key
 from torchtitan.protocols.train_spec import get_flavor, get_train_spec
 from torchtitan.tools.errors import UserError, suggest
@@ -47,29 +56,61 @@ class Translation:
 
     def add(self, key: str, value: Any) -> None:
         """Add a setting behind those of its table."""
-        table = key.rpartition(".")[0]
-        places = [n for n, each in enumerate(self.source.settings) if each.table == table]
-        at = places[-1] + 1 if places else len(self.source.settings)
-        self.source.settings.insert(at, Setting(key, value))
+        setting, items = Setting(key, value), self.source.items
+        places = [
+            n
+            for n, each in enumerate(items)
+            if each.section == setting.section and not isinstance(each, Remark)
+        ]
+        items.insert(places[-1] + 1 if places else len(items), setting)
 
 
 def translate(theirs: Source) -> Translation:
     """Translate a file; see `Translation.refused`."""
     result = Translation(Source([], ending=theirs.ending))
-    for table, comments in theirs.headers.items():
-        result.source.headers.setdefault(_new_table(table), []).extend(comments)
-    for table, comment in theirs.beside.items():
-        new = _new_table(table)
-        if result.source.beside.setdefault(new, comment) != comment:  # two tables become one
-            result.source.headers[new].append(comment)
-    for setting in theirs.settings:
+    origin: dict[str, str] = {}
+    for item in theirs.items:
         try:
-            result.source.settings += _translate_one(setting, result)
+            new = _translate_item(item, result)
         except UserError as error:
             result.refused.append(str(error))
-    if not result.refused:
-        _after_all(result, set(each.key for each in theirs.settings))
+            continue
+        for ours in new:
+            if isinstance(ours, Setting) and isinstance(item, Setting):
+                if not _is_first(ours, item.key, origin, result):
+                    continue
+            result.source.items.append(ours)
+    _after_all(result, {each.key for each in theirs.settings})
     return result
+
+
+def _is_first(ours: Setting, old: str, origin: dict[str, str], result: Translation) -> bool:
+    """Return whether no other key has become this one; refuse two that differ.
+
+    origin: their name by ours, of the keys so far.
+    """
+    first = origin.setdefault(ours.key, old)
+    if first != old and ours.value != result.values[ours.key]:
+        result.refused.append(
+            f"{first} and {old} are both {ours.key} here and have different values; remove one."
+        )
+    return first == old
+
+
+def _translate_item(item: Item, result: Translation) -> Sequence[Item]:
+    if isinstance(item, Setting):
+        return [_placed(ours, item) for ours in _translate_one(item, result)]
+    new = _new_table(item.section)
+    if new == item.section:
+        return [item]
+    return [replace(item, section=new, **{"text": None} if isinstance(item, Header) else {})]
+
+
+def _placed(ours: Setting, theirs: Setting) -> Setting:
+    """Leave the empty lines before a key in the table that it leaves."""
+    if ours.table == _new_table(theirs.table):
+        return ours
+    return replace(ours, above=[line for line in ours.above if line.strip()])
 
 
 def _new_table(table: str) -> str:
@@ -98,8 +139,11 @@ def _translate_one(setting: Setting, result: Translation) -> list[Setting]:
         return [setting]
     if new not in KEYS:
         raise UserError(_unknown(setting))
-    if not matches(value, KEYS[new].type) and row_type(KEYS[new].type) is None:
+    if not matches(value, KEYS[new].type):
         raise UserError(f"{old} = {as_text(value)} {requirement(new, value)}")
+    if row := row_type(KEYS[new].type):
+        for n, table in enumerate(value, start=1):
+            result.refused += row_mistakes(row, table, f"{old} {n}")
     if new != old:
         result.moved[old] = new
     return [replace(setting, key=new)]
@@ -240,7 +284,9 @@ def _param_groups(setting: Setting, result: Translation) -> list[Setting]:
     for name, value in values.items():
         key = f"optimizer.{name}"
         if key not in KEYS or not matches(value, KEYS[key].type):
-            raise UserError(f"optimizer.param_groups: {name} = {as_text(value)} has no key here.")
+            result.refused.append(
+                f"optimizer.param_groups: {name} = {as_text(value)} has no key here; remove it."
+            )
     result.moved[setting.key] = f"optimizer.{{{', '.join(values)}}}"
     return [Setting(f"optimizer.{name}", value) for name, value in values.items()]
 
@@ -280,6 +326,8 @@ def _after_all(result: Translation, theirs: set[str]) -> None:
     """Add what their versions have by default, and note what means something else here."""
     values = result.values
     name, flavor = (values.get(f"model.{key}") for key in ("name", "flavor"))
+    if name is None and theirs & {"model.name", "model_spec.name"}:
+        return  # it is refused
     if name is None:
         result.refused.append(
             "the file has no model.name, and torchtitan's default is llama3, which is no family "
@@ -309,7 +357,7 @@ def _after_all(result: Translation, theirs: set[str]) -> None:
             f'{mask} = "block_causal" is added: {masked} keeps documents apart, our default is '
             '"causal"'
         )
-    result.notes += _meanings(name, flavor, result.values)
+    result.notes += meanings(name, flavor, result.values)
 
 
 def _add_validation(result: Translation) -> None:
@@ -333,41 +381,3 @@ def _add_mode(result: Translation, theirs: set[str]) -> None:
         result.add("activation_checkpoint.mode", "memory_budget")
     elif "preserve_rng_state" in names:
         result.add("activation_checkpoint.mode", "full")
-
-
-def _meanings(name: str, flavor: str | None, values: dict[str, Any]) -> list[str]:
-    """List the keys of this file that mean something else here, and how to have the old meaning."""
-    defaults = JobConfig()
-    notes = []
-    if values.get("optimizer.weight_decay", defaults.optimizer.weight_decay):
-        notes.append(
-            "optimizer.weight_decay leaves vectors (norms) alone here; optimizer.weight_decay_on = "
-            '"all" decays them too, as torchtitan does'
-        )
-    if values.get("parallelism.pipeline_parallel_schedule") == "DualPipeV":
-        notes.append(
-            "parallelism.pipeline_parallel_expert_parallel_overlap is false by default here; true "
-            "in torchtitan (the numbers are the same)"
-        )
-    if name != "deepseek_v3":
-        return notes
-    notes.append(
-        "model.args.norm_eps is 1e-6 here, as DeepSeek's; 1e-5 in torchtitan: set it for weights "
-        "that were trained there"
-    )
-    theirs = {
-        "debugmodel": "softmax scores without normalisation and mscale 0.70 (ours: sigmoid)",
-        "16B": "an expert bias (load_balance_coeff 0.001) and mscale 0.70 (ours: none and 0.707)",
-        "236B": "an expert bias (load_balance_coeff 0.001) and groups scored by their two best "
-        "experts (ours: none, and by their best, as the published model)",
-    }
-    if flavor in theirs:
-        notes.append(
-            f"model.flavor '{flavor}' of torchtitan has {theirs[flavor]}; [model.args] sets any of "
-            "them"
-        )
-    notes.append(
-        "model.args.init_std is 0.006 here (0.02 for debugmodel), as DeepSeek's; "
-        "torchtitan's is 0.02 and smaller in deeper layers"
-    )
-    return notes

@@ -148,7 +148,7 @@ def test_an_fp8_folder_goes_into_a_run(run, tmp_path):
         ),
         ("generate.py", ["ODD", "--prompt", "x"], "(supported: 'deepseek_v2', 'deepseek_v3', "),
         ("checkpoint_conversion/convert_from_hf.py", ["HF", "/proc/no/out"], "could not be made"),
-        ("checkpoint_conversion/convert_to_hf.py", ["no/where", "out"], "is not a checkpoint"),
+        ("checkpoint_conversion/convert_to_hf.py", ["no/where", "out"], "does not exist; correct"),
         (
             "checkpoint_conversion/convert_to_hf.py",
             ["RUN/checkpoint/step-1", "out", "--max_file_gb", "nan"],

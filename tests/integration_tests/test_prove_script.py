@@ -26,7 +26,7 @@ def prove():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["nowhere.toml"], "job.config_file nowhere.toml does not exist."),
+        (["nowhere.toml"], "job.config_file nowhere.toml does not exist;"),
         ([DEBUG_TOML, "--world-size", "0"], "--world-size 0 must be a number of processes"),
         ([DEBUG_TOML, "--world-size", "1000000"], "--world-size 1000000 must be a number"),
         ([DEBUG_TOML, "--processes", "1"], "--processes 1 must be 2 or more"),

@@ -117,10 +117,10 @@ def test_a_step_that_does_not_exist_is_answered_with_those_that_do(tmp_path):
     for step in (9, 10, 100, 20, 30, 40):
         (tmp_path / f"step-{step}").mkdir()
     (tmp_path / "step-x").mkdir()
-    there = "beside it are step-10, step-20, step-30, step-40, step-100"
+    there = "beside it are step-10, step-20, step-30, step-40, step-100."
     assert entry._beside(tmp_path / "step-280") == there
     for path in (tmp_path / "text", tmp_path / "gone/step-280", tmp_path / "7"):
-        assert entry._beside(path) == "correct the path"
+        assert entry._beside(path) == "correct the path."
 
 
 def test_ctrl_c_while_a_script_imports_and_while_it_works_is_a_sentence(tmp_path):

@@ -156,7 +156,7 @@ MISTAKES = {
     ),
     "missing file": (
         ["--job.config_file={tmp}/missing.toml"],
-        ["job.config_file {tmp}/missing.toml does not exist."],
+        ["job.config_file {tmp}/missing.toml does not exist; name a TOML file, such as "],
     ),
 }
 

@@ -6,7 +6,6 @@ value that it refuses is reported in one sentence (`UserError`), the same as for
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import os
@@ -36,12 +35,14 @@ from torchtitan.config.schema import (
 from torchtitan.config.schema import unknown as unknown_key
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.near_path import near_path
 
 _MODEL_ARGS = "model.args"
 # Limit of a config file, in bytes; ours have two thousand.
 LARGEST_FILE = 1_000_000
 # Limit of nested tables and lists; real ones have four levels.
 DEEPEST = 16
+_CONFIGS = "name a TOML file, such as train_configs/debug_model.toml."
 _ABOUT = (
     "Train a DeepSeek-V3-like mixture-of-experts model. Each option is a key of the TOML file "
     "named by --job.config_file, and overrides it. "
@@ -146,18 +147,13 @@ def _read(path: Path) -> bytes:
             )
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"job.config_file {path} does not exist{_near_file(path)}") from None
+        raise UserError(
+            f"job.config_file {path} does not exist; {near_path(path, _CONFIGS)}"
+        ) from None
     except OSError as error:
         raise UserError(
             f"job.config_file {path} cannot be read ({error.strerror}); name a readable TOML file."
         ) from None
-
-
-def _near_file(path: Path) -> str:
-    """Suggest a TOML file beside it whose name, without the ending, is close."""
-    stems = {other.stem.lower(): other.name for other in path.parent.glob("*.toml")}
-    near = difflib.get_close_matches(path.stem.lower(), stems, n=1, cutoff=0.75)
-    return f"; did you mean '{stems[near[0]]}'?" if near else "."
 
 
 def _loads_json(text: str) -> Any:

@@ -296,20 +296,25 @@ def make_row(row: type, table: dict[str, Any], where: str) -> Any:
 
     where: names the table in messages: "x.toml: a.b 2".
     """
+    for mistake in row_mistakes(row, table, where):
+        raise UserError(mistake)
+    kinds = get_type_hints(row)
+    return row(**{name: as_float(value, kinds[name]) for name, value in table.items()})
+
+
+def row_mistakes(row: type, table: dict[str, Any], where: str) -> Iterator[str]:
+    """Yield a sentence for each wrong key of a table that `make_row` can't convert."""
     hints = get_type_hints(row)
     kinds = {field.name: hints[field.name] for field in dataclasses.fields(row)}
-    values = {}
     for name, value in table.items():
         if name not in kinds:
-            raise UserError(f"{where}: unknown key '{name}'{suggest(name, kinds)}")
-        if not matches(value, kinds[name]):
+            yield f"{where}: unknown key '{name}'{suggest(name, kinds)}"
+        elif not matches(value, kinds[name]):
             key = Key(kinds[name], None)
-            raise UserError(f"{where}: {name} = {as_text(value)} {_requirement(key, value)}")
-        values[name] = as_float(value, kinds[name])
+            yield f"{where}: {name} = {as_text(value)} {_requirement(key, value)}"
     for field in dataclasses.fields(row):
-        if field.name not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"{where}: {field.name} is missing; each of these tables needs it.")
-    return row(**values)
+        if field.name not in table and field.default is dataclasses.MISSING:
+            yield f"{where}: {field.name} is missing; each of these tables needs it."
 
 
 def build(flat: dict[str, Any]) -> JobConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torchtitan.data.settings import DatasetSettings
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.near_path import near_path
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
 GLOB_SIGNS = frozenset("*?[")
@@ -75,8 +76,8 @@ def _search(settings: DatasetSettings, pattern: str | None) -> Found:
     root, matches = _expand(given)
     if not matches:
         raise UserError(
-            f"{_assignment(settings)} names no file, folder or glob that matches "
-            "anything here; correct the path."
+            f"{_assignment(settings)} names no file, folder or glob that matches anything here; "
+            f"{near_path(given)}"
         )
     return _chosen(root, settings, matches)
 

@@ -29,6 +29,7 @@ from torchtitan.data.tokenizer_probe import (
 )
 from torchtitan.tools.errors import UserError, some
 from torchtitan.tools.logging import logger
+from torchtitan.tools.near_path import near_path
 
 # The value of model.hf_assets_path when nobody sets it. An installed wheel carries a copy.
 DEFAULT_PATH = "tests/assets/tokenizer"
@@ -316,9 +317,13 @@ def locate(path: str, fetch: str = "") -> Path:
             if folder.is_dir():
                 logger.info(f"No {path} in the working directory: using the shipped {folder}")
                 return folder
+    way_out = near_path(
+        path,
+        f"set it to a folder with tokenizer.json or *.tiktoken{fetch}, or leave it out for the "
+        "shipped tokenizer.",
+    )
     raise UserError(
-        f"model.hf_assets_path = '{path}' is neither a folder nor a file here; set it to a folder "
-        f"with tokenizer.json or *.tiktoken{fetch}, or leave it out for the shipped tokenizer."
+        f"model.hf_assets_path = '{path}' is neither a folder nor a file here; {way_out}"
     )
 
 

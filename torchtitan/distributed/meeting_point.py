@@ -11,7 +11,6 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 
 import torch.distributed as dist
 
@@ -22,6 +21,7 @@ from torchtitan.tools.launcher import Launch
 # A host name may resolve only a little after its machine has started.
 _RESOLVE_SECONDS = 10.0
 _rounds = 0  # meetings of this process
+_stores: dict[tuple[str, int, bool], dist.Store] = {}  # a server stops when its object is freed
 
 
 class NotFound(UserError):
@@ -80,9 +80,11 @@ def refuse(launch: Launch, sentence: str) -> bool:
         return launch.rank == 0
 
 
-@cache  # the server stops when the object is freed
 def _kept_store(address: str, port: int, keeps_store: bool, seconds: float) -> dist.Store:
-    return open_store(address, port, keeps_store, seconds, min(seconds, _RESOLVE_SECONDS))
+    key = address, port, keeps_store
+    if key not in _stores:
+        _stores[key] = open_store(*key, seconds, min(seconds, _RESOLVE_SECONDS))
+    return _stores[key]
 
 
 def open_store(

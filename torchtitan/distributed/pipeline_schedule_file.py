@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.near_path import near_path
 
 KEY = "parallelism.pipeline_parallel_schedule_csv"
 _PASS = re.compile(r"(\d+)([FBIW])(\d+)")
@@ -96,9 +97,14 @@ def _read(path: str) -> tuple[tuple[str, ...], ...]:
         with Path(path).open(newline="") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
     except OSError as error:
-        raise UserError(f"{KEY} {path} can't be read ({error.strerror}).") from None
+        raise UserError(
+            f"{KEY} {path} can't be read ({error.strerror}); "
+            f"{near_path(path, 'name a readable file.')}"
+        ) from None
     except (UnicodeDecodeError, csv.Error):
-        raise UserError(f"{KEY} {path} is not a file of comma-separated values.") from None
+        raise UserError(
+            f"{KEY} {path} is not a file of comma-separated values; name one, or leave it out."
+        ) from None
     rows = [tuple(cell for cell in row if cell) for row in rows]
     return tuple(row for row in rows if row)
 

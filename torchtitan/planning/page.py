@@ -1,6 +1,6 @@
 """A plan as one self-contained HTML page."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from torchtitan.planning import svg
@@ -45,15 +45,17 @@ _COLOURS = "".join(
 )
 
 
-def page(plan: Plan, rows: list[Row], tokens: float | None) -> str:
+def page(plan: Plan, rows: list[Row], tokens: float | None, phases: Sequence[str] = ()) -> str:
     """Return the page.
 
     rows: of a sweep, empty without one.
     tokens: of the whole run, for its cost.
+    phases: lines of a schedule's table.
     """
     title, *lines = head_lines(plan)
-    sections = [_memory(plan), _time(plan), _timeline(plan), _traffic(plan), _dispatch(plan)]
-    sections += [_sweep(rows), _numbers(table(plan, tokens))]
+    sections = [_text("Phases", "\n".join(phases))] if phases else []
+    sections += [_memory(plan), _time(plan), _timeline(plan), _traffic(plan), _dispatch(plan)]
+    sections += [_sweep(rows), _text("All numbers", table(plan, tokens))]
     head = "".join(f"<p>{escape(line)}</p>" for line in lines)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -151,5 +153,5 @@ def _layout(row: Row) -> str:
     return ", ".join(f"{key} {value}" for key, value in row.layout.items())
 
 
-def _numbers(text: str) -> str:
-    return _section("All numbers", f"<pre>{escape(text)}</pre>", wide=True)
+def _text(title: str, text: str) -> str:
+    return _section(title, f"<pre>{escape(text)}</pre>", wide=True)

@@ -10,7 +10,7 @@ from torchtitan.planning.memory import RankMemory, memory_of
 from torchtitan.planning.pipeline import Action, actions_of
 from torchtitan.planning.ranks import PlannedRun, built_rank, plan_run
 from torchtitan.planning.state import State, state_of
-from torchtitan.planning.timing import Speed, StepTime, speed_of, step_time
+from torchtitan.planning.timing import Speed, StepTime, gpu_hours, speed_of, step_time
 from torchtitan.planning.trace import Traces, trace_run
 from torchtitan.planning.traffic import Bytes, dispatch_table, step_traffic
 
@@ -42,6 +42,66 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.hardware.fits(self.worst.peak.total)
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """The plan of phases whose steps have the same batch.
+
+    numbers: of [[schedule.phase]]; empty = the run's first step, where no phase ends like it.
+    tokens: of these phases together.
+    """
+
+    numbers: list[int]
+    tokens: float
+    plan: Plan
+
+    @property
+    def title(self) -> str:
+        """Name them: "phase 2 'cosine'", "phases 3, 4"."""
+        if not self.numbers:
+            return "the first step"
+        if len(self.numbers) > 1:
+            return f"phases {', '.join(map(str, self.numbers))}"
+        name = self.plan.run.config.schedule.phase[self.numbers[0] - 1].name
+        return f"phase {self.numbers[0]}" + (f" '{name}'" if name else "")
+
+
+def plan_phases(
+    config: JobConfig, world_size: int, hardware: Hardware, *, skew: float
+) -> list[PhasePlan]:
+    """Plan the last step of each phase, and the run's first step. Raises `UserError`."""
+    alike: dict[tuple, list[int]] = {}
+    for number in range(len(config.schedule.phase) + 1):
+        run = plan_run(config, world_size, gpus_per_node=hardware.gpus_per_node, phase=number)
+        alike.setdefault((run.now.batch_size, run.now.batch_shape), []).append(number)
+    return [
+        PhasePlan(
+            [number for number in numbers if number],
+            sum(config.schedule.phase[number - 1].tokens for number in numbers if number),
+            make_plan(config, world_size, hardware, skew=skew, phase=numbers[-1]),
+        )
+        for numbers in alike.values()
+    ]
+
+
+def fullest(phases: list[PhasePlan]) -> PhasePlan:
+    """Return the phase that needs the most memory; of equals, the one with the most tokens."""
+    return max(phases, key=lambda each: (each.plan.worst.peak.total, each.tokens))
+
+
+def schedule_tokens(phases: list[PhasePlan]) -> float:
+    return sum(each.tokens for each in phases)
+
+
+def schedule_hours(phases: list[PhasePlan], tokens: float | None) -> float:
+    """Return the GPU-hours of all phases.
+
+    tokens: of the whole run, if other than the schedule's; the phases keep their shares.
+    """
+    hours = sum(gpu_hours(each.tokens, each.plan.speed) for each in phases)
+    total = schedule_tokens(phases)
+    return hours * (tokens or total) / total
 
 
 def make_plan(

@@ -5,7 +5,13 @@ from typing import Any
 import torchtitan
 from torchtitan.planning.dispatchers import DISPATCHERS, break_even
 from torchtitan.planning.memory import PARTS, RankMemory
-from torchtitan.planning.plan import Plan
+from torchtitan.planning.plan import (
+    PhasePlan,
+    Plan,
+    fullest,
+    schedule_hours,
+    schedule_tokens,
+)
 from torchtitan.planning.timing import gpu_hours
 from torchtitan.planning.traffic import WAYS
 
@@ -38,7 +44,7 @@ def head_lines(plan: Plan) -> list[str]:
     phases = len(run.config.schedule.phase)
     if phases:
         which = f"the last step of phase {run.phase}" if run.phase else "the run's first step"
-        lines.append(f"This is {which}; --phase 1 to {phases} plans the last step of another phase")
+        lines.append(f"This is {which}; --phase 0 to {phases} plans another")
     routing = plan.traces.routing
     if routing is not None:
         lines.append(
@@ -46,6 +52,57 @@ def head_lines(plan: Plan) -> list[str]:
             f"rank {routing.rank_skew:.2f} times"
         )
     return [*lines, f"Planned by torchtitan-moe {torchtitan.__version__}"]
+
+
+def phase_lines(phases: list[PhasePlan], tokens: float | None) -> list[str]:
+    """Return the phases of a schedule, a line each, and those that decide.
+
+    tokens: of the whole run; None = of all phases.
+    """
+    head = "Phases, at their last step"
+    width = max(len(head), *(len(each.title) + 2 for each in phases)) + 2
+    lines = [
+        f"{head:{width}}{'tokens':>10}{'a step':>18}{'a pass':>8}{'GiB':>8}{'s/step':>10}"
+        f"{'tokens/s/GPU':>14}"
+    ]
+    for each in phases:
+        plan, now = each.plan, each.plan.run.now
+        of_all = f"{each.tokens:.3g}" if each.tokens else ""
+        needed = plan.hardware.needed_gib(plan.worst.peak.total)
+        lines.append(
+            f"  {each.title:{width - 2}}{of_all:>10}{f'{now.batch_size:,} x {now.seq_len:,}':>18}"
+            f"{now.local_batch_size:8}{needed:8.1f}{plan.time.seconds:10.3f}"
+            f"{plan.speed.tokens_per_second_per_gpu:14,.0f}"
+        )
+    longest, total = max(phases, key=lambda each: each.tokens), schedule_tokens(phases)
+    lines.append(
+        f"Most tokens ({longest.tokens / total:.0%}) are in {longest.title}: "
+        f"{longest.plan.time.seconds:.3f} s a step. "
+        f"Most memory: {fullest(phases).title}, which follows."
+    )
+    hours = schedule_hours(phases, tokens)
+    lines.append(
+        f"{tokens or total:.3g} tokens: {hours:,.0f} GPU-hours, "
+        f"{hours / phases[0].plan.run.world_size / 24:,.1f} days"
+    )
+    return lines
+
+
+def phase_data(phases: list[PhasePlan], tokens: float | None) -> dict[str, Any]:
+    """Return the same for JSON."""
+    rows = [
+        {
+            "phases": each.numbers,
+            "tokens": each.tokens,
+            "batch_size": each.plan.run.now.batch_size,
+            "seq_len": each.plan.run.now.seq_len,
+            "needed_gib": each.plan.hardware.needed_gib(each.plan.worst.peak.total),
+            "step_seconds": each.plan.time.seconds,
+            "tokens_per_second_per_gpu": each.plan.speed.tokens_per_second_per_gpu,
+        }
+        for each in phases
+    ]
+    return {"phases": rows, "gpu_hours": schedule_hours(phases, tokens)}
 
 
 def verdict(plan: Plan) -> str:

@@ -203,7 +203,7 @@ def test_missing_file_names_its_neighbour(toml, tmp_path):
         ConfigManager().parse_args([f"--job.config_file={tmp_path}/debug_modle.toml"])
     assert str(error.value) == (
         f"job.config_file {tmp_path}/debug_modle.toml does not exist; "
-        "did you mean 'debug_model.toml'?"
+        f"did you mean {tmp_path}/debug_model.toml?"
     )
     with pytest.raises(UserError, match="cannot be read .*; name a readable TOML file"):
         ConfigManager().parse_args([f"--job.config_file={tmp_path}"])

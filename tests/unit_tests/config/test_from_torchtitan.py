@@ -15,6 +15,7 @@ from torchtitan.config.schema import FOREIGN_TABLES, KEYS, TABLES, build
 from torchtitan.tools.errors import UserError
 from torchtitan.train import main as train
 
+MODEL = '[model]\nname = "deepseek_v3"\n'
 FILES = Path(__file__).parent / "torchtitan_files"
 tool = script("from_torchtitan.py")
 
@@ -75,33 +76,142 @@ def test_comments_and_spelling_stay(tmp_path):
     assert [comment for comment in comments if comment not in text] == []
     assert "# one pass is enough here\nsteps = 1_000\n" in text
     assert "# Curves only.\n[metrics]\n" in text
-    assert "lr = 6e-4  # half of what exploded\n" in text
+    assert "lr = 6e-4 # half of what exploded\n" in text
 
 
-COMMENTED = """\
-[model]  # which one
-name = "deepseek_v3"
-converters = [
-    # of GPUs
-    "float8",  # eight bits
-    "mx",  # micro
+# Each line stays as it is; the marked one holds what the translation leaves out.
+ODD = """\
+# the first line
+
+   # indented, and alone
+
+[ model ]# which one
+name="deepseek_v3"   # no spaces around =
+converters    =    [   # of GPUs
+    # in a list
+    "float8",      # eight bits
+    "mx", # REMOVED
+]   # behind a list
+    # below a list
+
+[model.args]
+n_layers   = 3	# behind a tab
+  dim      = 256
+
+[model . args . moe_args]
+
+  top_k = 2
+
+# empty tables have comments, too
+[profiling] # nothing set
+
+
+# two lines above
+
+# rows
+[[ optimizer.group ]] # the first
+  # inside
+  match   = ["*norm*"]   # a glob
+  weight_decay = 0.0
+
+# between two
+[[optimizer.group]]
+
+match = [
+    "*.wq.*",   # one
+    "*.wkv*"    # none behind this
 ]
+lr_factor=0.5 # half
 
-# soon
-[training]  # how long
-steps = 3
+# above a table that goes on
+
+[training]
+# two
+# lines
+steps = 1_000 #three
+
+
+
+dataset = "c4_test"
+
+# at the end
 """
 
 
-def test_a_comment_beside_a_header_or_behind_a_comma_stays_there(tmp_path):
+def test_every_line_that_is_kept_stays_as_it_was(tmp_path, capsys):
     old = tmp_path / "old.toml"
-    old.write_text(COMMENTED)
-    translated(tmp_path, old)
-    text = (tmp_path / "new.toml").read_text()
-    assert "[model]  # which one\nname" in text and "# soon\n[training]  # how long\nsteps" in text
+    old.write_text(ODD)
+    assert tool.main([str(old)]) == 0
+    kept = [line for line in ODD.splitlines() if "REMOVED" not in line]
+    assert capsys.readouterr().out.splitlines() == kept
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in REPO.glob("train_configs/*.toml")))
+def test_our_own_files_stay_as_they_are(name, tmp_path, capsys):
+    text, old = (REPO / "train_configs" / name).read_text(), tmp_path / "old.toml"
+    if "name" not in tomli.loads(text)["model"]:
+        text = text.replace("[model]\n", MODEL)
+    old.write_text(text)
+    assert tool.main([str(old)]) == 0
+    new = capsys.readouterr().out
+    if "attn_mask_type" not in text:  # added, as torchtitan's flavors have it
+        table = "" if "[model.args]" in text else "\n[model.args]\n"
+        new = new.replace(f'{table}attn_mask_type = "block_causal"\n', "")
+    assert new == text
+
+
+def test_what_moves_leaves_comments_on_other_lines_where_they_were(tmp_path, capsys):
+    old = tmp_path / "old.toml"
+    old.write_text(
+        f"""{MODEL}
+# of all runs
+
+[training]   # how long
+
+# chapter one
+
+# the seed
+seed  =  7  # prime
+steps = 3
+
+# chapter two
+
+# gone with its key
+dataloader.pin_memory = true
+[mx]
+# gone
+recipe_name = "x"
+
+# eight bits
+[float8]  # moved
+# rows
+recipe_name = "rowwise"
+[debug]
+deterministic = true
+"""
+    )
+    assert tool.main([str(old)]) == 0
     assert (
-        'converters = [\n    # of GPUs\n    "float8",  # eight bits\n]\n' in text
-        and "micro" not in text
+        capsys.readouterr().out
+        == f"""{MODEL}
+# of all runs
+
+[training]   # how long
+
+# chapter one
+steps = 3
+
+# chapter two
+
+# eight bits
+[quantize.linear.float8]  # moved
+# rows
+recipe_name = "rowwise"
+[debug]
+# the seed
+seed  =  7  # prime
+deterministic = true
+"""
     )
 
 
@@ -151,9 +261,6 @@ def test_v03(tmp_path, capsys):
     assert "left out  override.imports: " in capsys.readouterr().err
 
 
-MODEL = '[model]\nname = "deepseek_v3"\n'
-
-
 @pytest.mark.parametrize(
     "text, sentence",
     [
@@ -181,9 +288,54 @@ def test_what_can_not_be_translated_is_refused_in_a_sentence(text, sentence, tmp
     assert sentence in refusal(tmp_path, capsys, text)
 
 
+WRONG = """\
+[model]
+name = "deepseek_v3"
+flavor = "17B"
+[training]
+seqlen = 3
+steps = "4"
+batch_size = 4
+local_batch_size = 8
+[experimental]
+custom_import = "mine"
+[lr_scheduler]
+total_steps = 9
+[[optimizer.group]]
+match = "norm"
+lr_factr = 2.0
+[[optimizer.group]]
+weight_decay = 0.0
+"""
+
+
 def test_all_mistakes_of_a_file_are_told_at_once(tmp_path, capsys):
-    said = refusal(tmp_path, capsys, f"{MODEL}[training]\nseqlen = 3\nstep = 4\n")
-    assert "'seqlen'" in said and "'step'" in said
+    sentences = [
+        "unknown key 'seqlen' in [training]; did you mean",
+        'training.steps = "4" must be an integer',
+        "training.batch_size and training.local_batch_size are both training.local_batch_size",
+        "experimental.custom_import",
+        "lr_scheduler.total_steps = 9",
+        'optimizer.group 1: match = "norm" must be',
+        "optimizer.group 1: unknown key 'lr_factr'; did you mean 'lr_factor'?",
+        "optimizer.group 2: match is missing",
+        "model.flavor '17B' is not a flavor",
+    ]
+    lines = refusal(tmp_path, capsys, WRONG).splitlines()
+    assert len(lines) == len(sentences)
+    for line, sentence in zip(lines, sentences, strict=True):
+        assert f"{tmp_path / 'old.toml'}: {sentence}" in line
+
+
+def test_a_refused_family_is_not_called_missing(tmp_path, capsys):
+    said = refusal(tmp_path, capsys, '[model]\nname = "llama3"\n[training]\nstep = 3\n')
+    assert len(said.splitlines()) == 2
+
+
+def test_two_names_of_a_key_with_one_value_become_one_line(tmp_path):
+    old = tmp_path / "old.toml"
+    old.write_text(f"{MODEL}[training]\nseed = 3\n[debug]\nseed = 3\n")
+    assert translated(tmp_path, old)["debug.seed"] == 3
 
 
 def test_flex_flavors_and_old_tokenizer_files(tmp_path, capsys):

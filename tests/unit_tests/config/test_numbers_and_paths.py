@@ -272,7 +272,10 @@ def test_a_neighbour_is_hinted_at_only_where_it_is_near(tmp_path):
     (tmp_path / "pyproject.toml").touch()
     with pytest.raises(UserError) as error:
         ConfigManager().parse_args([f"--job.config_file={tmp_path}/nope.toml"])
-    assert str(error.value) == f"job.config_file {tmp_path}/nope.toml does not exist."
+    assert str(error.value) == (
+        f"job.config_file {tmp_path}/nope.toml does not exist; name a TOML file, such as "
+        "train_configs/debug_model.toml."
+    )
 
 
 def test_sentences_about_model_arguments_name_the_file_they_stand_in(capfd, tmp_path, toml):

@@ -160,8 +160,8 @@ ORDER = (
 @pytest.mark.parametrize(
     "lines, sentence",
     [
-        (None, "can't be read (No such file or directory)."),
-        (b"\xff\xfe", "is not a file of comma-separated values."),
+        (None, "can't be read (No such file or directory); name a readable file."),
+        (b"\xff\xfe", "is not a file of comma-separated values; name one, or leave it out."),
         (GOOD[:1], f"has 1 lines, but it needs one for each rank of {KEY}degree (2)."),
         (
             [GOOD[0], "1F0,1X0,1F1,1B1"],

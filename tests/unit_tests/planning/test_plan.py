@@ -222,6 +222,80 @@ def test_report_page_and_data_say_the_same(pipelined: Plan) -> None:
     assert all(html.count(f"<{tag}") == html.count(f"</{tag}>") for tag in ("svg", "section", "ul"))
 
 
+BATCHES = [(4, 128, 2), (8, 128, 2), (4, 512, 2), (8, 256, 1)]  # batch, length, a pass
+PHASES = """
+[model]
+flavor = "debugmodel"
+[training]
+seq_len = 128
+local_batch_size = 2
+global_batch_size = 4
+[[schedule.phase]]
+name = "ramp"
+tokens = 1e6
+batch_size = 8
+batch_size_shape = "linear"
+batch_size_step = 4
+[[schedule.phase]]
+name = "long"
+tokens = 3e6
+batch_size = 4
+seq_len = 512
+[[schedule.phase]]
+tokens = 2e6
+lr = 1e-5
+batch_size = 8
+seq_len = 256
+local_batch_size = 1
+[[schedule.phase]]
+tokens = 1e6
+"""
+
+
+def test_the_plan_of_a_schedule_shows_each_phase_and_details_the_fullest(tmp_path, capsys) -> None:
+    """Each phase is as the plan of a run that has only its batch."""
+    file, data = tmp_path / "phases.toml", tmp_path / "plan.json"
+    file.write_text(PHASES)
+    options = [str(file), "--world-size=1", f"--json={data}", f"--html={tmp_path / 'plan.html'}"]
+    assert script("plan.py").main(options) == 0
+    text, found = capsys.readouterr().out, json.loads(data.read_text())
+    alone = [
+        plan(
+            "--model.flavor=debugmodel",
+            f"--training.global_batch_size={batch}",
+            f"--training.seq_len={length}",
+            f"--training.local_batch_size={local}",
+            hardware="h100",
+        )
+        for batch, length, local in BATCHES
+    ]
+    assert [row["phases"] for row in found["phases"]] == [[], [1], [2], [3, 4]]
+    for row, one in zip(found["phases"], alone, strict=True):
+        assert row["step_seconds"] == pytest.approx(one.time.seconds, rel=1e-6)
+        needed = one.hardware.needed_gib(one.worst.peak.total)
+        assert row["needed_gib"] == pytest.approx(needed, rel=1e-6)
+    hours = [
+        tokens / (batch * length) * one.time.seconds / 3600
+        for tokens, (batch, length, _), one in zip([0, 1e6, 3e6, 3e6], BATCHES, alone, strict=True)
+    ]
+    assert found["gpu_hours"] == pytest.approx(sum(hours))
+    fullest = max(alone, key=lambda one: one.worst.peak.total)
+    assert fullest is alone[2] and found["seq_len"] == 512
+    assert found["step_seconds"] == pytest.approx(fullest.time.seconds, rel=1e-6)
+    assert "Most memory: phase 2 'long', which follows." in text
+    assert "This is the last step of phase 2" in text
+    assert "Phases, at their last step" in (tmp_path / "plan.html").read_text()
+
+
+def test_a_phase_that_is_asked_for_is_planned_alone(tmp_path, capsys) -> None:
+    file = tmp_path / "phases.toml"
+    file.write_text(PHASES)
+    assert script("plan.py").main([str(file), "--world-size=1", "--phase=3"]) == 0
+    text = capsys.readouterr().out
+    assert "This is the last step of phase 3" in text
+    assert "Phases, at their last step" not in text
+
+
 def test_what_does_not_fit_gets_a_key_that_makes_it_fit() -> None:
     options = [*presets.PRESETS["16b8-b8-bf16"], *presets.NO_FILES]
     tight = plan(*options, hardware="h100")

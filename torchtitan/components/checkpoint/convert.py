@@ -49,11 +49,11 @@ from torchtitan.components.checkpoint.folder import (
 from torchtitan.components.checkpoint.meta import WEIGHTS, Identity, make_meta
 from torchtitan.components.checkpoint.progress import ConversionProgress
 from torchtitan.components.checkpoint.stored_tensors import PREFIX, StoredTensors
+from torchtitan.components.huggingface import MAX_FILE_BYTES
 from torchtitan.components.huggingface.assets import write_assets
 from torchtitan.components.huggingface.checks import check_shapes, copies_that_differ
 from torchtitan.components.huggingface.folder import (
     INDEX,
-    MAX_FILE_BYTES,
     QUANTIZED,
     SCALE,
     HFFolder,

@@ -23,6 +23,7 @@ from typing import Any
 
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.near_path import near_path
 
 MARKER, MANIFEST, META, NUMBERS = "COMPLETE", "manifest.json", "meta.json", "state.json"
 TENSOR_INDEX = ".metadata"
@@ -84,6 +85,8 @@ def require_checkpoint(path: Path, key: str = "") -> None:
     """
     if is_complete(path):
         return
+    if not path.exists():
+        raise UserError(f"{key}{path} does not exist; {near_path(path)}")
     whole = [step for step, complete in steps_with_folder(path).items() if complete]
     hint = (
         f"did you mean {step_folder(path, whole[-1])}?"

@@ -12,6 +12,7 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.near_path import require_path
 
 
 def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> None:
@@ -33,7 +34,9 @@ def check_hf(config: JobConfig, spec: TrainSpec, model_args: BaseModelArgs) -> N
         find_assets(config.model.hf_assets_path)
     own = Path(config.job.dump_folder, settings.folder)
     if settings.initial_load_in_hf and not steps_with_folder(own):
-        folder = HFFolder(initial_hf_folder(config), spec.hf_repos.get(config.model.flavor))
+        path, given = initial_hf_folder(config), settings.initial_load_path
+        require_path("checkpoint.initial_load_path" if given else "model.hf_assets_path", path)
+        folder = HFFolder(path, spec.hf_repos.get(config.model.flavor))
         check_folder(folder, adapter, quantized=settings.initial_load_in_hf_quantized)
 
 
@@ -45,6 +48,7 @@ def _check_adapters(config: JobConfig, spec: TrainSpec, model_args: BaseModelArg
     if settings.enable and settings.last_save_in_hf and not lora.save_merged:
         check_peft(files.sizes)
     if lora.initial_load_path is not None:
+        require_path("lora.initial_load_path", lora.initial_load_path)
         adapter = spec.hf_adapter(model_args, config.model.hf_assets_path)
         check_adapter_folder(Path(lora.initial_load_path), adapter, files.sizes)
 

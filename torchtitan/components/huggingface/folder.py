@@ -20,17 +20,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from torchtitan.components.huggingface import MAX_FILE_BYTES
 from torchtitan.components.huggingface.packed import Packed, find_packed, unpacked_shape
 from torchtitan.ops.block_fp8 import FP8, dequantize_blocks, scale_shape
 from torchtitan.ops.mxfp4 import GROUP, dequantize_mxfp4
 from torchtitan.protocols.state_dict_adapter import Piece
 from torchtitan.tools.disk import check_readable
 from torchtitan.tools.errors import UserError, some
+from torchtitan.tools.near_path import near_path
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 SCALE = "_scale_inv"
 QUANTIZED = ("fp8", "mxfp4")  # see `HFFolder.form`
-MAX_FILE_BYTES = 5 * 10**9  # Hugging Face's own default
 _TYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -79,7 +80,7 @@ class HFFolder:
                 )
             return file_of
         if not self.path.exists():
-            raise UserError(f"{self.path} does not exist; correct the path.")
+            raise UserError(f"{self.path} does not exist; {near_path(self.path)}")
         if not files:
             script = f"python scripts/download_hf_assets.py {self._repo} --weights"
             fetch = f"fetch them with `{script}`, or " if self._repo else ""

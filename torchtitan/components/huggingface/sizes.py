@@ -9,6 +9,7 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, family_of, get_flavor
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.near_path import near_path
 
 FROM_HF = "from_hf"
 
@@ -21,10 +22,10 @@ def flavor_of(config: JobConfig, spec: TrainSpec) -> BaseModelArgs:
         return get_flavor(spec, model.name, model.flavor)
     assets = find_assets(model.hf_assets_path)
     if assets is None or not assets.config:
+        way_out = "name the folder of the model (scripts/download_hf_assets.py fetches it)."
         raise UserError(
             f'model.flavor = "{FROM_HF}" takes the sizes from {CONFIG} in model.hf_assets_path, '
-            f"but {model.hf_assets_path} has none; name the folder of the model "
-            "(scripts/download_hf_assets.py fetches it)."
+            f"but {model.hf_assets_path} has none; {near_path(model.hf_assets_path, way_out)}"
         )
     try:
         family = family_of(assets.config)
