@@ -96,17 +96,19 @@ def work(options: argparse.Namespace, config: JobConfig) -> None:
     if options.routing_skew_from:
         skew = read_skew(options.routing_skew_from)
     tokens, phases, phase = options.tokens, list[str](), options.phase or 0
-    data: dict[str, Any] = {}
+    planned, data = None, dict[str, Any]()
     if config.schedule.phase and options.phase is None:
         by_phase = plan_phases(config, options.world_size, hardware, skew=skew)
-        phase = fullest(by_phase).plan.run.phase
+        planned = fullest(by_phase).plan
+        phase = planned.run.phase
         phases = phase_lines(by_phase, tokens)
         data = phase_data(by_phase, tokens)
         tokens = None  # their lines have the cost
         print("\n".join(phases), end="\n\n")
-    planned = make_plan(
-        config, options.world_size, hardware, skew=skew, phase=phase, networks=networks
-    )
+    if planned is None or networks:
+        planned = make_plan(
+            config, options.world_size, hardware, skew=skew, phase=phase, networks=networks
+        )
     data = as_data(planned, tokens) | data
     print(table(planned, tokens))
     if not planned.fits:

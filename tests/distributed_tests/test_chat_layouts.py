@@ -16,6 +16,7 @@ from torchtitan.data.training import build_training_dataloader
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.ops.attention import document_mask
 from torchtitan.ops.cross_entropy import cross_entropy_sum
+from torchtitan.tools.utils import device_type
 from torchtitan.train import main
 from torchtitan.trainer import Trainer
 from torchtitan.trainer.preflight import check_config
@@ -111,6 +112,8 @@ def mean_of_means() -> tuple[float, float]:
         batches, means, further = iter(trainer.dataloader), [], []
         for _ in range(2):
             inputs, labels = next(batches)
+            inputs = {name: tensor.to(device_type()) for name, tensor in inputs.items()}
+            labels = labels.to(device_type())
             documents = inputs["documents"]
             mask = document_mask(documents)
             logits = trainer.model(inputs["input"], mask).detach()

@@ -28,6 +28,7 @@ from tests.distributed_tests.training_ranks import (
 from torchtitan.components.finetuning.trained import make_whole_model
 from torchtitan.models.deepseek_v3 import deepseekv3_args
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.utils import device_type
 
 LORA = (
     '--model.converters=["lora"]',
@@ -93,7 +94,9 @@ def whole_model(*options: str) -> nn.Module:
     config = config_of(*options)
     spec = get_train_spec("deepseek_v3")
     args = deepseekv3_args["debugmodel_node_limited"].for_run(overrides=MODEL, seq_len=SEQ_LEN)
-    model = make_whole_model(spec, args, config).to_empty(device="cpu")
+    model = make_whole_model(spec, args, config).to_empty(
+        device=device_type()
+    )  # their draws differ
     torch.manual_seed(7)
     model.init_weights()
     return model
@@ -146,7 +149,7 @@ def only_head() -> dict:
 
 @pytest.fixture(scope="module")
 def initial() -> dict[str, Tensor]:
-    return whole_model().state_dict()
+    return whole_model().cpu().state_dict()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -30,6 +30,7 @@ FLOAT8 = (
     "--quantize.linear.float8.emulate",
     "--model.args.moe_inter_dim=128",
     "--model.args.q_lora_rank=32",
+    "--model.args.inter_dim=64",  # a multiple of 16 on two ranks of TP, too
 )
 LAYOUTS = {
     "FSDP 2, recomputed": layout(2, ac="full"),
@@ -97,9 +98,9 @@ def test_layouts_with_other_scales_train_like_one_process(ranks, scales, name, t
     (one,) = ranks(1).run(train_on_this_rank, [*layout(1)[1], *recipe], str(tmp_path / "one"))
     world_size, options = LAYOUTS[name]
     for result in ranks(world_size).run(train_on_this_rank, [*options, *recipe], str(tmp_path)):
-        rel = 3e-3 if scales == "tensorwise" else 1e-3
-        assert result["losses"] == pytest.approx(one["losses"], rel=rel)
-        assert result["norms"] == pytest.approx(one["norms"], rel=3e-2)
+        times = 3 if scales == "tensorwise" else 1
+        assert result["losses"] == pytest.approx(one["losses"], rel=times * 1e-3)
+        assert result["norms"] == pytest.approx(one["norms"], rel=times * 3e-2)
 
 
 def names_in_fp8(options: list[str], folder: str) -> list[str]:
@@ -111,9 +112,10 @@ def names_in_fp8(options: list[str], folder: str) -> list[str]:
 
 def test_a_part_that_fp8_cannot_take_is_computed_without(ranks, tmp_path):
     """The dense layer has 48 hidden channels, a multiple of 16; a rank's 24 are none."""
-    options = [*layout(2, tp=2)[1], *FLOAT8, "--model.args.inter_dim=48"]
+    odd = [*FLOAT8, "--model.args.inter_dim=48"]
+    options = [*layout(2, tp=2)[1], *odd]
     dense = {f"layers.0.feed_forward.w{i}" for i in (1, 2, 3)}
-    (alone,) = ranks(1).run(names_in_fp8, [*layout(1)[1], *options[-1:], *FLOAT8], str(tmp_path))
+    (alone,) = ranks(1).run(names_in_fp8, [*layout(1)[1], *odd], str(tmp_path))
     for split in ranks(2).run(names_in_fp8, options, str(tmp_path)):
         assert dense <= set(alone) and set(alone) - set(split) == dense
     ranks(2).run(train_on_this_rank, options, str(tmp_path))
@@ -176,7 +178,7 @@ def weights_that_arrive(options: list[str], folder: str) -> tuple[int, int]:
     arrived, real = [], float8_gather._Gather.after
 
     def noted(self, outputs, *others, **how):
-        arrived.append([part.clone() for part in outputs])
+        arrived.append([part.cpu().clone() for part in outputs])
         return real(self, outputs, *others, **how)
 
     with pytest.MonkeyPatch.context() as patch:

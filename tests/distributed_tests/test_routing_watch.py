@@ -64,7 +64,8 @@ def test_it_is_the_share_of_the_routers_own_choices(tmp_path, monkeypatch):
 
     def note(self, x_BSD, *args, **kwargs):
         if not self.training:
-            seen.append(self.router(x_BSD.flatten(0, 1), self.expert_bias, None)[1].numpy())
+            ids = self.router(x_BSD.flatten(0, 1), self.expert_bias, None)[1]
+            seen.append(ids.cpu().numpy())
         return route(self, x_BSD, *args, **kwargs)
 
     monkeypatch.setattr(MoE, "forward", note)

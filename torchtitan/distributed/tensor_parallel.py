@@ -154,7 +154,8 @@ def keep_odd_parts_out_of_fp8(model: nn.Module) -> None:
     kept: dict[str, list[str]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Linear) and layer.fp8 is not None:
-            outputs, inputs = local_part(layer.get_parameter("weight")).shape
+            params = dict(layer.named_parameters(recurse=False))  # layer.weight may be plain
+            outputs, inputs = local_part(params["weight"]).shape
             if (reason := why_not_linear(inputs, outputs)) is not None:
                 layer.fp8 = None
                 kept.setdefault(reason, []).append(name)
