@@ -38,6 +38,7 @@ OURS = {
     "model.args",
     "quantize.grouped_mm.float8.dispatch",
     "quantize.linear.float8.gradient_dtype",
+    "quantize.linear.float8.head",
     "optimizer.group",
     "optimizer.muon_adjust",
     "optimizer.muon_momentum",
