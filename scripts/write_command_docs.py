@@ -131,7 +131,8 @@ def _spelling(action: argparse.Action) -> str:
         value = ""
     if action.nargs in ("+", "*"):
         value = f"{value} ..."
-    return f"{action.option_strings[-1] if action.option_strings else ''} {value}".strip()
+    names = [name for name in action.option_strings if name.startswith("--")]
+    return f"{', '.join(names or action.option_strings)} {value}".strip()
 
 
 def _meaning(action: argparse.Action) -> str:

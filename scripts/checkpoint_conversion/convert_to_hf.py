@@ -35,10 +35,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="a step-N folder")
     parser.add_argument("hf_folder", type=Path, help="folder to make")
     parser.add_argument(
-        "--assets", type=Path, help="folder with the tokenizer (and a config.json to complete)"
+        "--assets",
+        "--hf_assets_path",
+        type=Path,
+        help="folder with the tokenizer (and a config.json to complete)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of the files (default: bfloat16)"
+        "--dtype",
+        "--export_dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="of the files (default: bfloat16)",
     )
     parser.add_argument(
         "--fp8",

@@ -317,11 +317,16 @@ def locate(path: str, fetch: str = "") -> Path:
             if folder.is_dir():
                 logger.info(f"No {path} in the working directory: using the shipped {folder}")
                 return folder
-    way_out = near_path(
-        path,
+    otherwise = (
         f"set it to a folder with tokenizer.json or *.tiktoken{fetch}, or leave it out for the "
-        "shipped tokenizer.",
+        "shipped tokenizer."
     )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.exists(given.parent):
+        otherwise = (
+            "if it is a model on the Hugging Face hub, fetch its tokenizer (`python "
+            f"scripts/download_hf_assets.py {path}`), and set the key to assets/hf/{given.name}."
+        )
+    way_out = near_path(path, otherwise)
     raise UserError(
         f"model.hf_assets_path = '{path}' is neither a folder nor a file here; {way_out}"
     )

@@ -243,3 +243,15 @@ def test_the_repository_of_the_flavor_is_named(tmp_path):
         with pytest.raises(UserError) as caught:
             load_tokenizer(str(path), "deepseek-ai/DeepSeek-V2-Lite")
         assert command in str(caught.value)
+
+
+def test_a_name_on_the_hub_is_answered_with_the_command_that_fetches_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = "python scripts/download_hf_assets.py some-owner/Some.Model-7B"
+    with pytest.raises(UserError) as caught:
+        load_tokenizer("some-owner/Some.Model-7B")
+    assert command in str(caught.value) and "assets/hf/Some.Model-7B" in str(caught.value)
+    (tmp_path / "some-owner").mkdir()
+    with pytest.raises(UserError) as caught:
+        load_tokenizer("some-owner/Some.Model-7B")
+    assert command not in str(caught.value)
