@@ -35,8 +35,13 @@ PLUG_POINTS = (
     PlugPoint(
         "fp8",
         "a linear layer; experts",
-        ("components/quantize/float8.py", "distributed/float8_gather.py"),
-        "products with the weights in FP8, in the whole model; gathers in FP8 where shards allow",
+        (
+            "components/quantize/float8.py",
+            "distributed/tensor_parallel.py",
+            "distributed/float8_gather.py",
+        ),
+        "products with the weights in FP8, in the whole model; not of parts that FP8 can't take; "
+        "gathers in FP8 where shards allow",
     ),
     PlugPoint(
         "_modules",
