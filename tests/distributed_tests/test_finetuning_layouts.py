@@ -94,9 +94,8 @@ def whole_model(*options: str) -> nn.Module:
     config = config_of(*options)
     spec = get_train_spec("deepseek_v3")
     args = deepseekv3_args["debugmodel_node_limited"].for_run(overrides=MODEL, seq_len=SEQ_LEN)
-    model = make_whole_model(spec, args, config).to_empty(
-        device=device_type()
-    )  # their draws differ
+    # A GPU draws other weights than a CPU.
+    model = make_whole_model(spec, args, config).to_empty(device=device_type())
     torch.manual_seed(7)
     model.init_weights()
     return model
