@@ -46,7 +46,6 @@ _KEPT = _ROUTING | {
     "aten::_scaled_mm",
     "torchtitan::causal_runs",
     "torchtitan::document_attention",
-    "torchtitan::document_attention_by_length",
     "torchtitan::expert_ffn",
     "torchtitan::fp8_expert_ffn",
     "torchtitan::fp8_feed_forward",

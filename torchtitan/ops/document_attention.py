@@ -28,22 +28,31 @@ def document_attention(
     starts, longest, starts_on_host: see `Documents`.
     """
     q, k, v = (t.flatten(0, 1) for t in (q_BSHC, k_BSHC, v_BSHC))
-    if starts_on_host is not None and can_use_runs(q.device.type, q.dtype, q.size(-1), v.size(-1)):
-        return _by_length(q, k, v, starts, starts_on_host, scale)[0].view_as(v_BSHC)
-    # The kernel needs equal channels; zeros add nothing to the sums.
-    v = F.pad(v, (0, q.size(-1) - v.size(-1)))
-    out = _document_attention(q, k, v, starts, longest, scale)[0]
-    return out.view_as(q_BSHC)[..., : v_BSHC.size(-1)]
+    if not can_use_runs(q.device.type, q.dtype, q.size(-1), v.size(-1)):
+        starts_on_host = None
+    if starts_on_host is None:
+        # The kernel needs equal channels; zeros add nothing to the sums.
+        v = F.pad(v, (0, q.size(-1) - v.size(-1)))
+    out = _document_attention(q, k, v, starts, longest, scale, starts_on_host)[0]
+    return out.unflatten(0, q_BSHC.shape[:2])[..., : v_BSHC.size(-1)]
 
 
 @torch.library.custom_op("torchtitan::document_attention", mutates_args=())
 def _document_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+    starts_on_host: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output (T, H, C), and the logarithms of the softmax's sums (H, T) fp32.
+    """Return the output (T, H, channels of v), and logarithms of the softmax's sums, fp32 (H, T).
 
-    q, k, v: (T, H, C).
+    q, k, v: (T, H, C); v may have fewer channels with `starts_on_host`.
     """
+    if starts_on_host is not None:
+        return packed_documents.attend(q, k, v, starts, starts_on_host, scale)
     out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
     )
@@ -51,8 +60,9 @@ def _document_attention(
 
 
 @_document_attention.register_fake
-def _(q, k, v, starts, longest, scale):
-    return torch.empty_like(q), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+def _(q, k, v, starts, longest, scale, starts_on_host=None):
+    out = torch.empty_like(q) if starts_on_host is None else q.new_empty(v.shape)
+    return out, q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
 
 
 @torch.library.custom_op("torchtitan::document_attention_backward", mutates_args=())
@@ -66,7 +76,11 @@ def _document_attention_backward(
     starts: Tensor,
     longest: int,
     scale: float,
+    starts_on_host: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if starts_on_host is not None:
+        packed = packed_documents.Packed(grad, q, k, v, out)
+        return packed_documents.attend_backward(packed, log_sums, starts, starts_on_host, scale)
     no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
         grad, q, k, v, out, log_sums, starts, starts, longest, longest, 0.0, True,
@@ -75,69 +89,24 @@ def _document_attention_backward(
 
 
 @_document_attention_backward.register_fake
-def _(grad, q, k, v, out, log_sums, starts, longest, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx, inputs, output) -> None:
-    q, k, v, starts, ctx.longest, ctx.scale = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, starts)
-
-
-def _backward(ctx, grad, _):
-    grads = _document_attention_backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.scale
-    )
-    return *grads, None, None, None
-
-
-_document_attention.register_autograd(_backward, setup_context=_save)
-
-
-@torch.library.custom_op("torchtitan::document_attention_by_length", mutates_args=())
-def _by_length(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, starts_on_host: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return packed_documents.attend(q, k, v, starts, starts_on_host, scale)
-
-
-@_by_length.register_fake
-def _(q, k, v, starts, starts_on_host, scale):
-    return q.new_empty(v.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
-
-
-@torch.library.custom_op("torchtitan::document_attention_by_length_backward", mutates_args=())
-def _by_length_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log_sums: Tensor,
-    starts: Tensor,
-    starts_on_host: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    packed = packed_documents.Packed(grad, q, k, v, out)
-    return packed_documents.attend_backward(packed, log_sums, starts, starts_on_host, scale)
-
-
-@_by_length_backward.register_fake
-def _(grad, q, k, v, out, log_sums, starts, starts_on_host, scale):
+def _(grad, q, k, v, out, log_sums, starts, longest, scale, starts_on_host=None):
+    if starts_on_host is None:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save_by_length(ctx, inputs, output) -> None:
-    *tensors, ctx.scale = inputs
-    q, k, v, *starts = tensors
+def _save(ctx, inputs, output) -> None:
+    q, k, v, starts, ctx.longest, ctx.scale, starts_on_host = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, *starts)
+    ctx.save_for_backward(q, k, v, *output, starts, starts_on_host)
 
 
-def _differentiate_by_length(ctx, grad, _):
-    grads = _by_length_backward(grad.contiguous(), *ctx.saved_tensors, ctx.scale)
-    return *grads, None, None, None
+def _backward(ctx, grad, _):
+    *tensors, starts_on_host = ctx.saved_tensors
+    grads = _document_attention_backward(
+        grad.contiguous(), *tensors, ctx.longest, ctx.scale, starts_on_host
+    )
+    return *grads, None, None, None, None
 
 
-_by_length.register_autograd(_differentiate_by_length, setup_context=_save_by_length)
+_document_attention.register_autograd(_backward, setup_context=_save)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchtitan.ops import packed_documents
-from torchtitan.ops.document_attention import _by_length
+from torchtitan.ops.document_attention import _document_attention
 from torchtitan.ops.packed_documents import Stretch, rounded, stretches
 
 LENGTHS = [65, 1, 69, 67, 65]  # all but 1 are rounded up; the last has no token behind it
@@ -51,7 +51,7 @@ def test_what_follows_a_document_changes_nothing_in_it(monkeypatch, compiled):
     theirs = torch.autograd.grad(expected, leaves, grad)
 
     def function(q, k, v, starts):
-        return _by_length(q, k, v, starts, starts, 0.3)[0]
+        return _document_attention(q, k, v, starts, 99, 0.3, starts)[0]
 
     run = torch.compile(function, backend="aot_eager", fullgraph=True) if compiled else function
     out = run(*leaves, starts)
