@@ -29,7 +29,7 @@ class GraphedPass:
 
     @property
     def holds_grads(self) -> bool:
-        """Whether gradients are in the graph's memory, which calls overwrite: don't free them."""
+        """Tell whether gradients are in the graph's memory, which is not to be freed."""
         return self._graph is not None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:

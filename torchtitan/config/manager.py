@@ -362,7 +362,7 @@ def parse_value(text: str) -> Any:
 
 
 def is_deep(value: Any) -> bool:
-    """Whether tables and lists are nested more than DEEPEST deep."""
+    """Tell whether tables and lists are nested more than DEEPEST deep."""
     level = [value]
     for _ in range(DEEPEST + 1):
         tables = [item for item in level if isinstance(item, dict | list)]

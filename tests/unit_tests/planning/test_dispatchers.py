@@ -78,7 +78,7 @@ def test_a_step_is_longer_by_the_exchange_of_its_layers(moonlight: Plan) -> None
 
 
 def test_the_planned_step_is_that_of_its_dispatcher_on_the_first_network(moonlight: Plan) -> None:
-    """Of node_limited, which "auto" is between nodes."""
+    """Between nodes "auto" is node_limited."""
     assert moonlight.time.seconds == moonlight.dispatchers[2].step_seconds
     other = compared("--parallelism.expert_parallel_dispatch=all_to_all")
     assert other.time.seconds == other.dispatchers[0].step_seconds

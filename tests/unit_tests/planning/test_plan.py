@@ -21,7 +21,7 @@ from torchtitan.planning.report import as_data, table
 from torchtitan.planning.routing import route
 from torchtitan.planning.state import state_of
 from torchtitan.planning.trace import trace_run
-from torchtitan.planning.traffic import gather_bytes
+from torchtitan.planning.traffic import gather_bytes, reduce_bytes, replica_bytes
 
 presets = script("benchmarks/presets.py")
 GIB = 2**30
@@ -166,6 +166,17 @@ def test_gathers_in_fp8_send_half_the_bytes_and_hold_half() -> None:
         assert 0 <= saved < 0.5 * before.gathered
         sent.append(gather_bytes(half.run, after).inside / gather_bytes(whole.run, before).inside)
     assert 0.5 < min(sent) < 0.6 and max(sent) == 1.0, "experts' layers, and the ends"
+    assert half.traffic[0]["fsdp"].inside < whole.traffic[0]["fsdp"].inside
+    assert half.worst.peak.total < whole.worst.peak.total
+
+
+def test_sums_in_bf16_send_half_the_bytes_and_hold_half() -> None:
+    options = [*DEBUG, "--parallelism.data_parallel_replicate_degree=2"]
+    whole = plan(*options, world_size=4)
+    half = plan(*options, "--training.mixed_precision_reduce=bfloat16", world_size=4)
+    for one in whole.traces.of_layer.values():
+        for sent in (reduce_bytes, replica_bytes):
+            assert sent(half.run, one).inside == sent(whole.run, one).inside / 2 > 0
     assert half.traffic[0]["fsdp"].inside < whole.traffic[0]["fsdp"].inside
     assert half.worst.peak.total < whole.worst.peak.total
 

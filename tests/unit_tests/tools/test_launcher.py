@@ -127,7 +127,7 @@ def test_a_run_ends_with_the_sentence(launched, tmp_path, capfd, variables, name
 
 
 def test_a_config_is_checked_for_a_number_of_processes(launched, tmp_path):
-    """What run_train.sh does before it starts them."""
+    """run_train.sh does so before it starts them."""
     launched(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     assert planned_processes() == (2, 2)
     assert main([*tiny(tmp_path), "--job.check_config"]) == 0

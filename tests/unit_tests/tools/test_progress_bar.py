@@ -29,7 +29,7 @@ def open_terminal() -> tuple[int, int]:
 
 
 def run(terminal: bool, **variables: str) -> str:
-    """What the program writes to its stderr, which may be a terminal."""
+    """Return what the program writes to its stderr, which may be a terminal."""
     env = os.environ | {"PYTHONPATH": str(REPO), "TERM": "xterm"} | variables
     env.pop(progress_bar.TERMINAL, None)
     ours, theirs = open_terminal() if terminal else os.pipe()

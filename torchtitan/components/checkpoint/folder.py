@@ -51,7 +51,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the folder is a checkpoint. Raises `UserError` where it can't be read."""
+    """Tell whether the folder is a checkpoint. Raises `UserError` where it can't be read."""
     try:
         return (checkpoint / MARKER).is_file()
     except OSError as error:

@@ -25,7 +25,7 @@ _EVERYTHING = ["*"]
 
 
 def is_finetuning(config: JobConfig) -> bool:
-    """Whether a part of the model is frozen."""
+    """Tell whether a part of the model is frozen."""
     training = config.training
     everything = training.trainable_fqns == _EVERYTHING and not training.frozen_fqns
     return "lora" in config.model.converters or not everything

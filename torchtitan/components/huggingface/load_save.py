@@ -235,7 +235,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def writes(tensor: Tensor) -> bool:
-    """Whether this rank writes its part: it is the first of the ranks with the same part.
+    """Tell whether this rank writes its part: it is the first of the ranks with the same part.
 
     A plain tensor is the same on all ranks that have it, and small: a buffer. All of them write the
     same bytes.

@@ -102,7 +102,7 @@ class MetricsLogger:
             )
 
     def should_log(self, step: int) -> bool:
-        """Whether step (from 1) is logged; the same on every rank."""
+        """Tell whether step (from 1) is logged; the same on every rank."""
         return step == 1 or step % self.log_freq == 0 or step == self.total_steps
 
     def log(

@@ -99,7 +99,7 @@ class ComputeWeights:
         root.register_forward_pre_hook(lambda *_: self.refresh())
 
     def _can_join(self, params: list[nn.Parameter], dim: int) -> bool:
-        """Whether the copies are all in FP8, in blocks of their own, or none is."""
+        """Tell whether the copies are all in FP8, in blocks of their own, or none is."""
         in_fp8 = [p in self._fp8_of for p in params]
         fits = not any(local_part(p).size(dim) % BLOCK for p in params[:-1])
         return not any(in_fp8) or (all(in_fp8) and fits)

@@ -31,7 +31,7 @@ PREFIX = "ema."  # of the average's names in a checkpoint
 
 
 def has_average(index: Metadata) -> bool:
-    """Whether a checkpoint with this index has an average."""
+    """Tell whether a checkpoint with this index has an average."""
     return any(name.startswith(PREFIX) for name in index.state_dict_metadata)
 
 

@@ -32,7 +32,7 @@ def uses_float8(config: JobConfig) -> bool:
 
 
 def dispatches_float8(config: JobConfig) -> bool:
-    """Whether tokens travel to their experts in FP8."""
+    """Tell whether tokens travel to their experts in FP8."""
     experts = {"float8", EXPERTS} & set(config.model.converters)
     return bool(experts) and config.quantize.grouped_mm.float8.dispatch
 
