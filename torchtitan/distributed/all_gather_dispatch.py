@@ -14,9 +14,8 @@ the trainer does the whole step again with exact sizes, before weights change.
 Letters: T tokens of this rank, P tokens of all n ranks (n · T), K top-k, L local experts, R rows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil
 from typing import Any, NamedTuple, cast
 
@@ -24,10 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.distributed.exchange import Wire
-from torchtitan.distributed.overlap import yield_turn
+from torchtitan.distributed.gathered_exchange import GatheredExchange, gather_rows
 from torchtitan.distributed.token_dispatch import NO_WIRES, Wires
-from torchtitan.ops.permute import RowOrder, sort_slots, sum_copies
+from torchtitan.ops.permute import sort_slots
 from torchtitan.protocols.layers import MoELayer
 from torchtitan.tools.utils import eager
 
@@ -68,14 +66,16 @@ def row_capacity(moes: Iterable[MoELayer]) -> RowCapacity | None:
 
 
 class GatherRecord(NamedTuple):
-    """Record of `gather_tokens`.
+    """Record of `start_routed`.
 
     traffic: see `TokenDispatcher.dispatch`.
     overflow: () fp32, rows needed over the mean where these exceed the capacity, else 0.
+    exchange: of these tokens.
     """
 
     traffic: Tensor
     overflow: Tensor
+    exchange: GatheredExchange
 
 
 class AllGatherDispatcher:
@@ -108,25 +108,21 @@ class AllGatherDispatcher:
         return torch.is_grad_enabled() and not self.capacity.exact
 
     @eager
-    def gather_tokens(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor, RowOrder, GatherRecord]:
-        """Bring all tokens here, and sort those of this rank's experts.
+    def start_routed(
+        self, experts: Callable[..., Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, GatherRecord]:
+        """Bring all tokens here, through this rank's experts, and start the way back of the sums.
 
-        x_TD: hidden states.
-        ids_TK: int64, experts of each token.
-        weights_TK: fp32, their routing weights.
-
-        Returns hidden states (P, D), weights (P, K), the order of the rows by local expert, and the
-        record.
+        See `GatheringDispatcher`; ids_TK is int64, weights_TK fp32.
         """
         (T, K), ranks = ids_TK.shape, self.group.size()
         # One message for both: expert ids are exact in fp32.
         slots = torch.cat((weights_TK, ids_TK.to(weights_TK.dtype)), dim=1)
         weights_PK, ids_PK = gather_rows(slots, self.group).split(K, dim=1)
-        x_PD = gather_rows(x_TD, self.group, self.wire)
-        first = self.group.rank() * self.local_experts
-        ids_PK = ids_PK.detach().long() - first
+        exchange = GatheredExchange(self.group, self.wire, self.gradient_wire)
+        travelling = exchange.start(x_TD)
+        # While the tokens travel, their rows are sorted.
+        ids_PK = ids_PK.detach().long() - self.group.rank() * self.local_experts
         here_PK = (ids_PK >= 0) & (ids_PK < self.local_experts)
         capacity = self.capacity.rows(T, K, ranks, self.local_experts)
         rows = here_PK.sum()
@@ -134,12 +130,14 @@ class AllGatherDispatcher:
         num_rows = capacity if x_TD.is_cuda else min(capacity, int(rows))
         order = sort_slots(ids_PK.where(here_PK, -1), self.local_experts, num_rows=num_rows)
         overflow = (rows / (T * K)).where(rows > capacity, 0.0)
-        return x_PD, weights_PK.contiguous(), order, GatherRecord(self._traffic(ids_TK), overflow)
+        record = GatherRecord(self._traffic(ids_TK), overflow, exchange)
+        sums_PD = experts(travelling, order, weights_PK.contiguous(), exchange)
+        return exchange.start_back(sums_PD), record
 
     @eager
-    def return_sums(self, sums_PD: Tensor, record: GatherRecord) -> Tensor:
+    def finish_routed(self, sums_PD: Tensor, record: GatherRecord) -> Tensor:
         """Add up the partial sums of all ranks, in fp32, at the tokens' own ranks: (T, D)."""
-        return sum_rows(sums_PD, self.group, self.gradient_wire)
+        return record.exchange.finish(sums_PD)
 
     def _traffic(self, ids_TK: Tensor) -> Tensor:
         """(2, 3) int64: rows sent, and rows that one copy per expert would have sent."""
@@ -149,72 +147,3 @@ class AllGatherDispatcher:
         rows[0].scatter_add_(0, tiers, torch.full_like(tiers, ids_TK.size(0)))
         rows[1].scatter_add_(0, tiers[rank_N], torch.ones_like(rank_N))
         return rows
-
-
-def gather_rows(x_TD: Tensor, group: dist.ProcessGroup, wire: Wire | None = None) -> Tensor:
-    """The rows of all ranks, in order of the ranks: (P, D). Backward: `sum_rows`.
-
-    wire: how they travel; None = as they are.
-    """
-    return _GatherRows.apply(x_TD, group, wire)
-
-
-def sum_rows(x_PD: Tensor, group: dist.ProcessGroup, gradient_wire: Wire | None = None) -> Tensor:
-    """Add up in fp32 what all ranks hold for this rank's rows: (T, D) in the dtype of x. Backward:
-    `gather_rows`.
-
-    gradient_wire: how gradients travel; None = as they are.
-    """
-    return _SumRows.apply(x_PD, group, gradient_wire)
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, group: dist.ProcessGroup, wire: Wire | None) -> Tensor:
-        ctx.group = group
-        return _gather_rows(x_TD, group, wire)
-
-    @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_rows(grad_PD, ctx.group), None, None
-
-
-class _SumRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_PD: Tensor, group: dist.ProcessGroup, gradient_wire: Wire | None
-    ) -> Tensor:
-        ctx.group, ctx.wire = group, gradient_wire
-        return _sum_rows(x_PD, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        return _gather_rows(grad_TD, ctx.group, ctx.wire), None, None
-
-
-# Functional collectives, whose results recomputation by operation can keep.
-
-
-def _gather_rows(x_TD: Tensor, group: dist.ProcessGroup, wire: Wire | None) -> Tensor:
-    ops = torch.ops._c10d_functional
-    rows = x_TD.contiguous() if wire is None else wire.pack(x_TD)
-    gathered = ops.all_gather_into_tensor(rows, group.size(), group.group_name)
-    yield_turn()
-    x_PD = ops.wait_tensor(gathered)
-    return x_PD if wire is None else wire.unpack(x_PD, x_TD.size(1), x_TD.dtype)
-
-
-def _sum_rows(x_PD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    ops, ranks = torch.ops._c10d_functional, group.size()
-    T = x_PD.size(0) // ranks
-    sizes = [T] * ranks
-    received = ops.all_to_all_single(x_PD.contiguous(), sizes, sizes, group.group_name)
-    yield_turn()
-    return sum_copies(ops.wait_tensor(received), _copies_of(T, ranks, x_PD.device))
-
-
-@lru_cache(maxsize=8)
-def _copies_of(tokens: int, ranks: int, device: torch.device) -> Tensor:
-    """(T, n) int32: the rows of each token among those of all ranks."""
-    rows = torch.arange(ranks * tokens, dtype=torch.int32, device=device)
-    return rows.view(ranks, tokens).T.contiguous()

@@ -7,7 +7,10 @@ gathered rows and the activation, no GEMM). Elsewhere, and as the reference in t
 computed operation by operation; experts with low-rank adapters always are.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows
 from torchtitan.ops.swiglu import swiglu
 
 Adapters = Sequence[LowRank | None]
+_thread = threading.local()
 
 
 def expert_ffn(
@@ -36,11 +40,70 @@ def expert_ffn(
         longer than the number of copies, which stays on the device.
     adapters: of w1, w3 and w2; None = it has none.
     """
-    sizes = (x_TD.size(1), w2_EDF.size(2))
-    plain = not any(adapters)
-    if x_TD.is_cuda and plain and why_loop(x_TD.dtype, sizes, on_cpu=False) is None:
+    if _has_kernels(x_TD, w2_EDF) and not any(adapters):
         return _expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, *order)[0]
     return expert_ffn_chain(x_TD, w13_E2FD, w2_EDF, weights_TK, order, adapters)
+
+
+def _has_kernels(x_TD: Tensor, w2_EDF: Tensor) -> bool:
+    sizes = (x_TD.size(1), w2_EDF.size(2))
+    return x_TD.is_cuda and why_loop(x_TD.dtype, sizes, on_cpu=False) is None
+
+
+class ExpertOperator(NamedTuple):
+    """The experts' forward and backward pass, for an autograd function of the caller's.
+
+    forward: (x, w13, w2, weights, *order, *settings) to (output, *kept).
+    backward: (grad, x, *kept, w13, w2, weights, *order, *settings, trains_w13, trains_w2) to the
+        gradients of x, w13, w2 and weights; that of a frozen weight is empty or None.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    settings: tuple[bool, ...] = ()
+
+
+def expert_operator(x_TD: Tensor, w2_EDF: Tensor) -> ExpertOperator:
+    """Return the operator that computes `expert_ffn` without adapters."""
+    if _has_kernels(x_TD, w2_EDF):
+        return ExpertOperator(_expert_ffn, _expert_ffn_backward)
+    return ExpertOperator(_chain_forward, _chain_backward)
+
+
+def _chain_forward(x, w13, w2, weights, *order: Any) -> tuple[Tensor, ...]:
+    return (expert_ffn_chain(x, w13, w2, weights, RowOrder(*order)),)
+
+
+def _chain_backward(grad, x, w13, w2, weights, *order_and_trains: Any) -> tuple[Tensor, ...]:
+    """Compute the chain again, with autograd."""
+    *order, trains_w13, trains_w2 = order_and_trains
+    needed = (True, trains_w13, trains_w2, True)
+    pairs = zip((x, w13, w2, weights), needed, strict=True)
+    leaves = [each.detach().requires_grad_(trained) for each, trained in pairs]
+    with torch.enable_grad():
+        out = expert_ffn_chain(*leaves, RowOrder(*order))
+    grads = iter(torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], grad))
+    grad_x, *others = [next(grads) if trained else x.new_empty(0) for trained in needed]
+    tokens_are_ready(grad_x)
+    return grad_x, *others
+
+
+@contextmanager
+def tokens_first(then: Callable[[Tensor], None]) -> Iterator[None]:
+    """Let backward passes of experts call `then` with the gradient of their tokens, as soon as it
+    is there: the weights' gradients are computed afterwards."""
+    _thread.then = then
+    try:
+        yield
+    finally:
+        _thread.then = None
+
+
+def tokens_are_ready(grad_TD: Tensor) -> None:
+    """Call what `tokens_first` was told."""
+    then = getattr(_thread, "then", None)
+    if then is not None:
+        then(grad_TD)
 
 
 def expert_ffn_chain(
@@ -128,17 +191,19 @@ def _expert_ffn_backward(
     grad_gate_up_R2F, hidden_RF, grad_weights_TK = swiglu_triton.backward(
         grad_RF, gate_up_R2F, weights_TK, slot_of_row_R, num_rows
     )
+    del grad_RF
+    out_RD = kernel(grad_gate_up_R2F, w13_E2FD, offs=ends_E)
+    grad_x_TD = permute_triton.reduce_rows(out_RD, row_of_slot_TK)
+    del out_RD
+    tokens_are_ready(grad_x_TD)
     grad_w2_EDF = w2_EDF.new_empty(0)
     if trains_w2:
         grad_w2_EDF = kernel(rows_RD.t(), hidden_RF, offs=ends_E)
-    del rows_RD, grad_RF, hidden_RF
+    del rows_RD, hidden_RF
     grad_w13_E2FD = w13_E2FD.new_empty(0)
     if trains_w13:
         rows_RD = _gather(x_TD, slot_of_row_R, num_rows, weights_TK.size(1))
         grad_w13_E2FD = kernel(grad_gate_up_R2F.t(), rows_RD, offs=ends_E)
-        del rows_RD
-    rows_RD = kernel(grad_gate_up_R2F, w13_E2FD, offs=ends_E)
-    grad_x_TD = permute_triton.reduce_rows(rows_RD, row_of_slot_TK)
     return grad_x_TD, grad_w13_E2FD, grad_w2_EDF, grad_weights_TK
 
 

@@ -24,8 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.ops import grouped_mm
-from torchtitan.ops.expert_ffn import expert_ffn, expert_ffn_chain
-from torchtitan.ops.fp8.experts import fp8_expert_ffn
+from torchtitan.ops.expert_ffn import (
+    ExpertOperator,
+    expert_ffn,
+    expert_ffn_chain,
+    expert_operator,
+)
+from torchtitan.ops.fp8.experts import fp8_expert_ffn, fp8_expert_operator
 from torchtitan.ops.fp8.feed_forward import fp8_feed_forward
 from torchtitan.ops.fp8.linear import Fp8Recipe, fp8_grouped_linear, fp8_linear
 from torchtitan.ops.fp8.quantize import BLOCK
@@ -54,6 +59,7 @@ __all__ = [
     "feed_forward",
     "fp8_weights",
     "grouped_ffn",
+    "grouped_ffn_operator",
     "grouped_linear",
     "grouped_linear_joint",
     "joints",
@@ -253,6 +259,17 @@ def _grouped_product(
     return fp8_grouped_linear(rows_RK, local_part(weight_ENK), ends_E, fp8)
 
 
+def _expert_weights(
+    joint: Joint, gate_up: Sequence[Stack], down: Stack
+) -> tuple[Tensor, Tensor, tuple[LowRank | None, ...]]:
+    """Return w13, w2, and the adapters of w1, w3 and w2."""
+    weights, adapters = zip(*map(parts, (*gate_up, down)), strict=True)
+    w13_E2FD = joint.tensor
+    if w13_E2FD is None:
+        w13_E2FD = torch.cat([local_part(weight) for weight in weights[:-1]], dim=joint.dim)
+    return w13_E2FD, local_part(weights[-1]), adapters
+
+
 def grouped_ffn(
     x_TD: Tensor,
     joint: Joint,
@@ -267,14 +284,27 @@ def grouped_ffn(
     gate_up, down: w1 and w3, (E, F, D) each; w2, (E, D, F).
     fp8: see `Linear`. With adapters each product is an operator of its own.
     """
-    weights, adapters = zip(*map(parts, (*gate_up, down)), strict=True)
-    w13_E2FD = joint.tensor
-    if w13_E2FD is None:
-        w13_E2FD = torch.cat([local_part(weight) for weight in weights[:-1]], dim=joint.dim)
-    w2_EDF = local_part(weights[-1])
+    w13_E2FD, w2_EDF, adapters = _expert_weights(joint, gate_up, down)
     if fp8 is None:
         return expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, order, adapters)
     if not any(adapters):
         return fp8_expert_ffn(x_TD, w13_E2FD, w2_EDF, weights_TK, order, fp8)
     in_fp8 = partial(_grouped_product, loop=False, fp8=fp8)
     return expert_ffn_chain(x_TD, w13_E2FD, w2_EDF, weights_TK, order, adapters, product=in_fp8)
+
+
+def grouped_ffn_operator(
+    x_TD: Tensor,
+    joint: Joint,
+    gate_up: Sequence[Stack],
+    down: Stack,
+    fp8: Fp8Recipe | None = None,
+) -> tuple[ExpertOperator, Tensor, Tensor] | None:
+    """Return the operator that computes `grouped_ffn`, with its weights w13 and w2; None for
+    experts with adapters, which have none."""
+    w13_E2FD, w2_EDF, adapters = _expert_weights(joint, gate_up, down)
+    if any(adapters):
+        return None
+    if fp8 is None:
+        return expert_operator(x_TD, w2_EDF), w13_E2FD, w2_EDF
+    return fp8_expert_operator(fp8), w13_E2FD.contiguous(), w2_EDF

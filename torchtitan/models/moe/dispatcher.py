@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from torchtitan.ops.expert_ffn import ExpertOperator
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
 
 
@@ -60,30 +61,55 @@ class TokenDispatcher(Protocol):
 
 
 class GatheringDispatcher(TokenDispatcher, Protocol):
-    """A dispatcher whose `gather_tokens` and `return_sums` can take the place of dispatch and
-    combine, so that all between them is one operator: `return_sums(f(gather_tokens(x)))`."""
+    """A dispatcher whose `start_routed` and `finish_routed` can take the place of dispatch, experts
+    and combine, so that the experts are one operator, which gets whole tokens."""
 
-    def gather_tokens(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor, RowOrder, Any]:
-        """Bring whole tokens to this rank's experts, not yet a row for each expert.
+    def start_routed(
+        self, experts: Callable[..., Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Any]:
+        """Bring tokens to this rank's experts, and start the way back of their partial sums.
 
-        Arguments as of `dispatch`. Returns hidden states (P, D), weights (P, K), the order of their
-        rows by local expert, and a record with `traffic`, and `overflow`: () fp32, rows needed over
-        the mean where not all had room, else 0; None where there is always room.
+        experts: called with tokens (P, D), the order of their rows by local expert, and weights
+            (P, K); also with a `TokenExchange`, where the tokens are on their way.
+
+        Other arguments as of `dispatch`. Returns the sums, and a record with `traffic`, and
+        `overflow`: () fp32, rows needed over the mean where not all had room, else 0; None where
+        there is always room. Other work may run until `finish_routed`.
         """
         ...
 
-    def return_sums(self, sums_PD: Tensor, record: Any) -> Tensor:
+    def finish_routed(self, sums_PD: Tensor, record: Any) -> Tensor:
         """Add up the partial sums of each token: (T, D).
 
-        record: from `gather_tokens`.
+        sums_PD, record: from `start_routed`.
+        """
+        ...
+
+
+class TokenExchange(Protocol):
+    """Tokens that are on their way to experts; either method waits for them."""
+
+    def arrive(self, travelling: Tensor) -> Tensor:
+        """Return the tokens (P, D)."""
+        ...
+
+    def through(
+        self,
+        operator: tuple[ExpertOperator, Tensor, Tensor],
+        travelling: Tensor,
+        weights_PK: Tensor,
+        order: RowOrder,
+    ) -> Tensor:
+        """Pass the tokens through experts: partial sums (P, D). In the backward pass the tokens'
+        gradient sets off before the weights' gradients are computed.
+
+        operator: with w13 and w2, see `ops.linear.grouped_ffn_operator`.
         """
         ...
 
 
 class NothingTravels(NamedTuple):
-    """Record of `LocalDispatcher.gather_tokens`."""
+    """Record of `LocalDispatcher.start_routed`."""
 
     traffic: None = None
     overflow: None = None
@@ -119,12 +145,13 @@ class LocalDispatcher:
     def combine(self, rows_RD: Tensor, record: LocalRecord) -> Tensor:
         return reduce_rows(rows_RD, record.order)
 
-    def gather_tokens(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor, RowOrder, NothingTravels]:
-        return x_TD, weights_TK, sort_slots(ids_TK, self.num_experts), NothingTravels()
+    def start_routed(
+        self, experts: Callable[..., Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, NothingTravels]:
+        order = sort_slots(ids_TK, self.num_experts)
+        return experts(x_TD, order, weights_TK), NothingTravels()
 
-    def return_sums(self, sums_PD: Tensor, record: NothingTravels) -> Tensor:
+    def finish_routed(self, sums_PD: Tensor, record: NothingTravels) -> Tensor:
         return sums_PD
 
     def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:

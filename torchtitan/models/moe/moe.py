@@ -24,6 +24,7 @@ from torchtitan.models.moe.dispatcher import (
     GatheringDispatcher,
     LocalDispatcher,
     TokenDispatcher,
+    TokenExchange,
 )
 from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.models.moe.router import TokenChoiceTopKRouter
@@ -35,6 +36,7 @@ from torchtitan.ops.linear import (
     Linear,
     feed_forward,
     grouped_ffn,
+    grouped_ffn_operator,
     grouped_linear,
     grouped_linear_joint,
 )
@@ -70,16 +72,28 @@ class GroupedExperts(ExpertWeights):
         self.w13 = Joint("w1", "w3", dim=1)  # gate over up
         self.use_grouped_mm = use_grouped_mm
 
-    def forward(self, x: Tensor, rows: Tensor | RowOrder, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rows: Tensor | RowOrder,
+        weights: Tensor | None = None,
+        exchange: TokenExchange | None = None,
+    ) -> Tensor:
         """Pass rows through their experts, (R, D), or tokens to the sums over theirs, (T, D).
 
         x: rows sorted by expert (R, D), or tokens (T, D).
         rows: int64 rows of each expert (L,), or the order of the tokens' rows from `sort_slots`.
         weights: fp32 factors on the experts' outputs, (R,) or (T, K).
+        exchange: with which the tokens are on their way.
         """
         gate_up, down = (self.stack("w1"), self.stack("w3")), self.stack("w2")
         if isinstance(rows, RowOrder):
             assert weights is not None, "tokens come with their routing weights"
+            if exchange is not None:
+                operator = grouped_ffn_operator(x, self.w13, gate_up, down, self.fp8)
+                if operator is not None:
+                    return exchange.through(operator, x, weights, rows)
+                x = exchange.arrive(x)
             return grouped_ffn(x, self.w13, gate_up, down, weights, rows, self.fp8)
         how: Any = {"loop": not self.use_grouped_mm, "fp8": self.fp8}
         gate_RF, up_RF = grouped_linear_joint(x, self.w13, gate_up, rows, **how)
@@ -159,11 +173,10 @@ class MoE(KeepsBufferDtypes, MoELayer):
 
         if self.shared_experts is not None:
             begun_TD = self.dispatcher.start_shared(self.shared_experts, x_TD)
+        gatherer = cast(GatheringDispatcher, self.dispatcher) if self._all_in_one else None
         traffic = overflow = None
-        if self._all_in_one:
-            gatherer = cast(GatheringDispatcher, self.dispatcher)
-            x_PD, weights_PK, order, record = gatherer.gather_tokens(x_TD, ids_TK, weights_TK)
-            out_TD = gatherer.return_sums(self.experts(x_PD, order, weights_PK), record)
+        if gatherer is not None:
+            sums, record = gatherer.start_routed(self.experts, x_TD, ids_TK, weights_TK)
             traffic, overflow = record.traffic, record.overflow
         else:
             rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
@@ -175,8 +188,13 @@ class MoE(KeepsBufferDtypes, MoELayer):
             out_TD = self.dispatcher.combine(rows_RD, record)
             traffic = record.traffic
 
+        shared_TD = None
         if self.shared_experts is not None:
-            out_TD = out_TD + self.dispatcher.finish_shared(self.shared_experts, begun_TD)
+            shared_TD = self.dispatcher.finish_shared(self.shared_experts, begun_TD)
+        if gatherer is not None:
+            out_TD = gatherer.finish_routed(sums, record)
+        if shared_TD is not None:
+            out_TD = out_TD + shared_TD
         out_BSD = out_TD.view_as(x_BSD)
         return (out_BSD, RoutingLoad(load_E, traffic, stats, overflow)) if return_load else out_BSD
 

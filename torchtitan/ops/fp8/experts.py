@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtitan.ops.expert_ffn import ExpertOperator, tokens_are_ready
 from torchtitan.ops.fp8.choice import functions
 from torchtitan.ops.fp8.linear import (
     Fp8Recipe,
@@ -34,6 +35,11 @@ def fp8_expert_ffn(
 ) -> Tensor:
     """Compute `ops.expert_ffn.expert_ffn` in FP8; arguments as there."""
     return _experts(x_TD, w13_E2FD.contiguous(), w2_EDF, weights_TK, *order, *recipe[:2])[0]
+
+
+def fp8_expert_operator(recipe: Fp8Recipe) -> ExpertOperator:
+    """Return the operator that computes `fp8_expert_ffn`; it takes w13 contiguous."""
+    return ExpertOperator(_experts, _experts_backward, recipe[:2])
 
 
 @torch.library.custom_op("torchtitan::fp8_expert_ffn", mutates_args=())
@@ -125,6 +131,12 @@ def _experts_backward(
         kind,
     )
     del grad_RF
+    w13 = in_blocks_transposed(do, w13_E2FD, w13_scales)
+    grad_rows_RD = do.rows_by_blocks(of_rows, w13, ends_E, dtype)
+    del of_rows, w13
+    grad_x_TD = sum_copies(grad_rows_RD, row_of_slot_TK, some_empty=some_empty)
+    del grad_rows_RD
+    tokens_are_ready(grad_x_TD)
     grad_w13, grad_w2 = x_TD.new_empty(0), x_TD.new_empty(0)
     if trains_w2:
         t_grad = do.by_columns(grad, *groups, R, slot_of_row_R, K)
@@ -134,11 +146,6 @@ def _experts_backward(
     if trains_w13:
         t_x = do.by_columns(do.by_rows(x_TD), *groups, R, slot_of_row_R, K)
         grad_w13 = do.rows_by_rows(t_both, t_x, padded, dtype)
-        del t_x
-    del t_both
-    w13 = in_blocks_transposed(do, w13_E2FD, w13_scales)
-    grad_rows_RD = do.rows_by_blocks(of_rows, w13, ends_E, dtype)
-    grad_x_TD = sum_copies(grad_rows_RD, row_of_slot_TK, some_empty=some_empty)
     return grad_x_TD, grad_w13, grad_w2, _of_slots(grad_weights_R, row_of_slot_TK)
 
 
