@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan.distributed.gathered_exchange import GatheredExchange, gather_rows
+from torchtitan.distributed.exchange import AddUp, Gather, gather_rows
+from torchtitan.distributed.overlap import yield_turn
 from torchtitan.distributed.token_dispatch import NO_WIRES, Wires
 from torchtitan.ops.permute import sort_slots
 from torchtitan.protocols.layers import MoELayer
@@ -70,12 +71,12 @@ class GatherRecord(NamedTuple):
 
     traffic: see `TokenDispatcher.dispatch`.
     overflow: () fp32, rows needed over the mean where these exceed the capacity, else 0.
-    exchange: of these tokens.
+    sums: the way back.
     """
 
     traffic: Tensor
     overflow: Tensor
-    exchange: GatheredExchange
+    sums: AddUp
 
 
 class AllGatherDispatcher:
@@ -94,7 +95,7 @@ class AllGatherDispatcher:
         capacity: RowCapacity,
         wires: Wires = NO_WIRES,
     ):
-        self.exact = exact
+        self.exact, self.gathers = exact, exact.gathers
         self.wire, self.gradient_wire = wires
         self.group = group
         self.local_experts = num_experts // group.size()
@@ -103,23 +104,21 @@ class AllGatherDispatcher:
         self.dispatch, self.combine = exact.dispatch, exact.combine
         self.start_shared, self.finish_shared = exact.start_shared, exact.finish_shared
 
-    @property
-    def gathers(self) -> bool:
-        return torch.is_grad_enabled() and not self.capacity.exact
-
     @eager
     def start_routed(
         self, experts: Callable[..., Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, GatherRecord]:
+    ) -> tuple[Tensor, Any]:
         """Bring all tokens here, through this rank's experts, and start the way back of the sums.
 
         See `GatheringDispatcher`; ids_TK is int64, weights_TK fp32.
         """
+        if self.capacity.exact or not torch.is_grad_enabled():
+            return self.exact.start_routed(experts, x_TD, ids_TK, weights_TK)
         (T, K), ranks = ids_TK.shape, self.group.size()
         # One message for both: expert ids are exact in fp32.
         slots = torch.cat((weights_TK, ids_TK.to(weights_TK.dtype)), dim=1)
         weights_PK, ids_PK = gather_rows(slots, self.group).split(K, dim=1)
-        exchange = GatheredExchange(self.group, self.wire, self.gradient_wire)
+        exchange = Gather(self.group, self.wire)
         travelling = exchange.start(x_TD)
         # While the tokens travel, their rows are sorted.
         ids_PK = ids_PK.detach().long() - self.group.rank() * self.local_experts
@@ -130,14 +129,18 @@ class AllGatherDispatcher:
         num_rows = capacity if x_TD.is_cuda else min(capacity, int(rows))
         order = sort_slots(ids_PK.where(here_PK, -1), self.local_experts, num_rows=num_rows)
         overflow = (rows / (T * K)).where(rows > capacity, 0.0)
-        record = GatherRecord(self._traffic(ids_TK), overflow, exchange)
+        yield_turn()
         sums_PD = experts(travelling, order, weights_PK.contiguous(), exchange)
-        return exchange.start_back(sums_PD), record
+        sums = AddUp(self.group, gradient_wire=self.gradient_wire)
+        return sums.start(sums_PD), GatherRecord(self._traffic(ids_TK), overflow, sums)
 
     @eager
-    def finish_routed(self, sums_PD: Tensor, record: GatherRecord) -> Tensor:
+    def finish_routed(self, travelling: Tensor, record: Any) -> Tensor:
         """Add up the partial sums of all ranks, in fp32, at the tokens' own ranks: (T, D)."""
-        return record.exchange.finish(sums_PD)
+        if not isinstance(record, GatherRecord):
+            return self.exact.finish_routed(travelling, record)
+        yield_turn()
+        return record.sums.finish(travelling)
 
     def _traffic(self, ids_TK: Tensor) -> Tensor:
         """(2, 3) int64: rows sent, and rows that one copy per expert would have sent."""

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single
 
-from torchtitan.distributed.exchange import Exchange, Wire, on_host
+from torchtitan.distributed.exchange import AllToAll, Exchange, Wire, on_host
 from torchtitan.distributed.overlap import yield_turn
 from torchtitan.distributed.side_stream import SideStream
 from torchtitan.distributed.tensor_parallel import gather, reduce_scatter
@@ -63,6 +63,36 @@ class HopRecord(NamedTuple):
     order: RowOrder
     sent: list[int]
     received: list[int]
+
+
+class Arrival(NamedTuple):
+    """Rows that reach this rank's experts.
+
+    rows: their hidden states are on their way, in `exchange`.
+    hops: in the order they were taken.
+    slots: copies of the rows, one for each expert.
+    traffic: see `TokenDispatcher.dispatch`.
+    """
+
+    rows: Rows
+    exchange: Exchange
+    hops: tuple[HopRecord, ...]
+    slots: int
+    traffic: Tensor
+
+
+class RoutedRecord(NamedTuple):
+    """Record of `start_routed`, for `finish_routed`.
+
+    traffic: see `TokenDispatcher.dispatch`.
+    exchange: of the last way back, that of the first hop.
+    hop: the first.
+    """
+
+    traffic: Tensor
+    exchange: Exchange
+    hop: HopRecord
+    overflow: None = None
 
 
 class Record(NamedTuple):
@@ -105,6 +135,18 @@ class Hop:
     ) -> tuple[Rows, HopRecord]:
         """Send each row once to each of its destinations; return the rows that arrive here.
 
+        Arguments as of `start`.
+        """
+        (travelling, ids, weights), exchange, record = self.start(
+            rows, destination_PK, sent, received
+        )
+        return Rows(exchange.finish(travelling), ids, weights), record
+
+    def start(
+        self, rows: Rows, destination_PK: Tensor, sent: list[int], received: list[int]
+    ) -> tuple[Rows, Exchange, HopRecord]:
+        """Start `send`: the hidden states of the rows returned are on their way in the exchange.
+
         destination_PK: int64, from `destinations`.
         sent: rows to each rank of the group.
         received: rows from each rank of the group.
@@ -118,34 +160,32 @@ class Hop:
         weights_RK = expand_rows(rows.weights_PK, order)
         # One message for both: expert ids are exact in fp32.
         slots = torch.cat((weights_RK, ids_RK.to(weights_RK.dtype)), dim=1)
-        exchanges = [
-            Exchange(received, sent, self.group),
-            Exchange(received, sent, self.group, wire=self.wire),
-        ]
-        slots, x = _run(exchanges, [slots, expand_rows(rows.x_PD, order)])
-        weights, ids = slots.chunk(2, dim=1)
-        arrived = Rows(x, ids.detach().long(), weights)
-        return arrived, HopRecord(order, sent, received)
+        of_slots = AllToAll(received, sent, self.group)
+        of_x = AllToAll(received, sent, self.group, wire=self.wire)
+        slots, x = of_slots.start(slots), of_x.start(expand_rows(rows.x_PD, order))
+        yield_turn()
+        weights, ids = of_slots.finish(slots).chunk(2, dim=1)
+        return Rows(x, ids.detach().long(), weights), of_x, HopRecord(order, sent, received)
 
     def send_back(self, x_PD: Tensor, record: HopRecord) -> Tensor:
         """Return the rows that came with `send` to their senders, which sum each row's copies."""
-        exchange = Exchange(
-            record.sent, record.received, self.group, gradient_wire=self.gradient_wire
-        )
-        (x_RD,) = _run([exchange], [x_PD])
-        return reduce_rows(x_RD, record.order)
+        return self.finish_back(*self.start_back(x_PD, record), record)
+
+    def start_back(self, x_PD: Tensor, record: HopRecord) -> tuple[Tensor, Exchange]:
+        """Start `send_back`."""
+        lists = record.sent, record.received
+        exchange = AllToAll(*lists, self.group, gradient_wire=self.gradient_wire)
+        return exchange.start(x_PD), exchange
+
+    def finish_back(self, travelling: Tensor, exchange: Exchange, record: HopRecord) -> Tensor:
+        """Finish `send_back`; another pass may run meanwhile."""
+        yield_turn()
+        return reduce_rows(exchange.finish(travelling), record.order)
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         """Send line r of counts (size, …), int64, to rank r; return the lines received, by rank."""
         # The functional collective: activation checkpointing by operation can keep its result.
         return all_to_all_single(counts.contiguous(), None, None, self.group)
-
-
-def _run(exchanges: list[Exchange], tensors: list[Tensor]) -> list[Tensor]:
-    """Exchange all tensors at the same time; another pass may run meanwhile (overlap.py)."""
-    travelling = [each.start(x) for each, x in zip(exchanges, tensors, strict=True)]
-    yield_turn()
-    return [each.finish(x) for each, x in zip(exchanges, travelling, strict=True)]
 
 
 def count_destinations(destination_PK: Tensor, num_destinations: int) -> Tensor:
@@ -155,14 +195,65 @@ def count_destinations(destination_PK: Tensor, num_destinations: int) -> Tensor:
     return ones.new_zeros(num_destinations + 1).scatter_add_(0, bins, ones)[1:]
 
 
-class AllToAllDispatcher:
+class ExactDispatcher:
+    """What the dispatchers below have in common.
+
+    hops: a row's way from its own rank to those of its experts.
+    """
+
+    gathers = True
+
+    def __init__(self, hops: tuple[Hop, ...]):
+        self.hops = hops
+        self.local_experts = hops[-1].experts_per_rank
+        self.side_stream = SideStream()
+
+    def bring(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Arrival:
+        """Send tokens to their experts' ranks."""
+        raise NotImplementedError
+
+    @eager  # split sizes of the all-to-all depend on the data
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor, Record]:
+        return _into_expert_order(self.bring(x_TD, ids_TK, weights_TK), self.local_experts)
+
+    @eager
+    def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
+        x_PD = reduce_rows(rows_RD, record.order)
+        for hop, its_record in zip(self.hops[::-1], record.hops[::-1], strict=True):
+            x_PD = hop.send_back(x_PD, its_record)
+        return x_PD
+
+    @eager
+    def start_routed(
+        self, experts: Callable[..., Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, RoutedRecord]:
+        rows, exchange, hops, slots, traffic = self.bring(x_TD, ids_TK, weights_TK)
+        order = sort_slots(rows.ids_PK, self.local_experts, num_rows=slots)
+        x_PD = experts(rows.x_PD, order, rows.weights_PK.contiguous(), exchange)
+        for hop, record in zip(self.hops[:0:-1], hops[:0:-1], strict=True):
+            x_PD = hop.send_back(x_PD, record)
+        travelling, exchange = self.hops[0].start_back(x_PD, hops[0])
+        return travelling, RoutedRecord(traffic, exchange, hops[0])
+
+    @eager
+    def finish_routed(self, travelling: Tensor, record: RoutedRecord) -> Tensor:
+        return self.hops[0].finish_back(travelling, record.exchange, record.hop)
+
+    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+        return self.side_stream.begin(layer, x_TD)
+
+    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
+        return self.side_stream.end(layer, begun_TD)
+
+
+class AllToAllDispatcher(ExactDispatcher):
     """One copy of a token per destination rank.
 
     ranks_per_node: consecutive ranks of the group that share a node; the traffic inside of nodes
         and between them is counted apart.
     """
-
-    gathers = False
 
     def __init__(
         self,
@@ -172,14 +263,10 @@ class AllToAllDispatcher:
         wires: Wires = NO_WIRES,
     ):
         self.hop = Hop(group, num_experts, wires)
-        self.local_experts = num_experts // group.size()
+        super().__init__((self.hop,))
         self.tier_of_rank = _tiers(group, ranks_per_node)
-        self.side_stream = SideStream()
 
-    @eager  # split sizes of the all-to-all depend on the data
-    def dispatch(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor, Record]:
+    def bring(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Arrival:
         hop = self.hop
         destination_TK = hop.destinations(ids_TK)
         sent = count_destinations(destination_TK, hop.size)
@@ -188,31 +275,19 @@ class AllToAllDispatcher:
         # host sync: the all-to-all wants its split sizes as integers
         counts = on_host(torch.cat((sent.unsqueeze(1), received), dim=1).T.flatten())
         sent_rows, received_rows, received_slots = _split_list(counts, [hop.size] * 3)
-        rows, record = hop.send(
+        rows, exchange, record = hop.start(
             Rows(x_TD, ids_TK, weights_TK), destination_TK, sent_rows, received_rows
         )
         traffic = torch.stack([_by_tier(rows, self.tier_of_rank) for rows in (sent, slots)])
-        return _into_expert_order(rows, self.local_experts, sum(received_slots), traffic, (record,))
-
-    @eager
-    def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
-        return self.hop.send_back(reduce_rows(rows_RD, record.order), record.hops[0])
-
-    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
-        return self.side_stream.begin(layer, x_TD)
-
-    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
-        return self.side_stream.end(layer, begun_TD)
+        return Arrival(rows, exchange, (record,), sum(received_slots), traffic)
 
 
-class NodeLimitedDispatcher:
+class NodeLimitedDispatcher(ExactDispatcher):
     """One copy of a token per destination node, then one per rank inside it.
 
     between: the ranks at this rank's place on each node, by node.
     within: the ranks of this node.
     """
-
-    gathers = False
 
     def __init__(
         self,
@@ -223,18 +298,14 @@ class NodeLimitedDispatcher:
     ):
         self.between = Hop(between, num_experts, wires)
         self.within = Hop(within, self.between.experts_per_rank, wires)
-        self.local_experts = self.within.experts_per_rank
+        super().__init__((self.between, self.within))
         self.tier_of_node = _tiers(between, 1)
         self.tier_of_rank = _tiers(within, within.size())
         # Tier of every rank of the EP group, by node.
         self.tier_of_copy = self.tier_of_node.repeat_interleave(within.size())
         self.tier_of_copy[self.tier_of_copy == 0] = self.tier_of_rank
-        self.side_stream = SideStream()
 
-    @eager  # split sizes of the all-to-all depend on the data
-    def dispatch(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor, Record]:
+    def bring(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Arrival:
         between, within = self.between, self.within
         to_node_TK = between.destinations(ids_TK)
         out, relayed, arriving, copies = self._counts(ids_TK, to_node_TK)
@@ -244,12 +315,14 @@ class NodeLimitedDispatcher:
         to_nodes, from_nodes, to_ranks, from_ranks, slots = _split_list(counts, sizes)
 
         rows, first = between.send(Rows(x_TD, ids_TK, weights_TK), to_node_TK, to_nodes, from_nodes)
-        rows, second = within.send(rows, within.destinations(rows.ids_PK), to_ranks, from_ranks)
+        rows, exchange, second = within.start(
+            rows, within.destinations(rows.ids_PK), to_ranks, from_ranks
+        )
         rows_sent = _by_tier(out[:, 0], self.tier_of_node) + _by_tier(
             relayed[:, 0], self.tier_of_rank
         )
         traffic = torch.stack((rows_sent, _by_tier(copies, self.tier_of_copy)))
-        return _into_expert_order(rows, self.local_experts, sum(slots), traffic, (first, second))
+        return Arrival(rows, exchange, (first, second), sum(slots), traffic)
 
     def _counts(self, ids_TK: Tensor, to_node_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Exchange the sizes of both hops ahead of them, so that the host waits only once.
@@ -279,17 +352,6 @@ class NodeLimitedDispatcher:
         rows_in, relayed = recv_counts[:, 0], recv_counts[:, 1:].sum(dim=0).view(2, ranks).T
         arriving = self.within.exchange_counts(relayed)
         return torch.stack((rows_out, rows_in), dim=1), relayed[:, :1], arriving, onward[1]
-
-    @eager
-    def combine(self, rows_RD: Tensor, record: Record) -> Tensor:
-        x_PD = self.within.send_back(reduce_rows(rows_RD, record.order), record.hops[1])
-        return self.between.send_back(x_PD, record.hops[0])
-
-    def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
-        return self.side_stream.begin(layer, x_TD)
-
-    def finish_shared(self, layer: Callable[[Tensor], Tensor], begun_TD: Tensor) -> Tensor:
-        return self.side_stream.end(layer, begun_TD)
 
 
 class SplitExpertsDispatcher:
@@ -322,16 +384,15 @@ class SplitExpertsDispatcher:
         return self.inner.finish_shared(layer, begun_TD)
 
 
-def _into_expert_order(
-    rows: Rows, num_experts: int, num_rows: int, traffic: Tensor, hops: tuple[HopRecord, ...]
-) -> tuple[Tensor, Tensor, Record]:
+def _into_expert_order(arrival: Arrival, num_experts: int) -> tuple[Tensor, Tensor, Record]:
     """Copy each row that arrived for each of its local experts, sorted by expert."""
-    order = sort_slots(rows.ids_PK, num_experts, num_rows=num_rows)
-    weights_R = rows.weights_PK.flatten()[order.slot_of_row_R]
-    rows_RD = expand_rows(rows.x_PD, order)
+    travelling, ids_PK, weights_PK = arrival.rows
+    order = sort_slots(ids_PK, num_experts, num_rows=arrival.slots)
+    weights_R = weights_PK.flatten()[order.slot_of_row_R]
+    rows_RD = expand_rows(arrival.exchange.finish(travelling), order)
     for tensor in (rows_RD, weights_R):  # one compiled graph for any number of rows
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return rows_RD, order.counts, Record(weights_R, traffic, hops, order)
+    return rows_RD, order.counts, Record(weights_R, arrival.traffic, arrival.hops, order)
 
 
 def _tiers(group: dist.ProcessGroup, ranks_per_node: int) -> Tensor:

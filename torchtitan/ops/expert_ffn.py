@@ -10,7 +10,7 @@ computed operation by operation; experts with low-rank adapters always are.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def expert_ffn(
 
 def _has_kernels(x_TD: Tensor, w2_EDF: Tensor) -> bool:
     sizes = (x_TD.size(1), w2_EDF.size(2))
-    return x_TD.is_cuda and why_loop(x_TD.dtype, sizes, on_cpu=False) is None
+    return x_TD.is_cuda and x_TD.size(0) > 0 and why_loop(x_TD.dtype, sizes, on_cpu=False) is None
 
 
 class ExpertOperator(NamedTuple):
@@ -55,7 +55,7 @@ class ExpertOperator(NamedTuple):
 
     forward: (x, w13, w2, weights, *order, *settings) to (output, *kept).
     backward: (grad, x, *kept, w13, w2, weights, *order, *settings, trains_w13, trains_w2) to the
-        gradients of x, w13, w2 and weights; that of a frozen weight is empty or None.
+        gradients of x, w13, w2 and weights; that of a frozen weight is empty.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -63,29 +63,9 @@ class ExpertOperator(NamedTuple):
     settings: tuple[bool, ...] = ()
 
 
-def expert_operator(x_TD: Tensor, w2_EDF: Tensor) -> ExpertOperator:
-    """Return the operator that computes `expert_ffn` without adapters."""
-    if _has_kernels(x_TD, w2_EDF):
-        return ExpertOperator(_expert_ffn, _expert_ffn_backward)
-    return ExpertOperator(_chain_forward, _chain_backward)
-
-
-def _chain_forward(x, w13, w2, weights, *order: Any) -> tuple[Tensor, ...]:
-    return (expert_ffn_chain(x, w13, w2, weights, RowOrder(*order)),)
-
-
-def _chain_backward(grad, x, w13, w2, weights, *order_and_trains: Any) -> tuple[Tensor, ...]:
-    """Compute the chain again, with autograd."""
-    *order, trains_w13, trains_w2 = order_and_trains
-    needed = (True, trains_w13, trains_w2, True)
-    pairs = zip((x, w13, w2, weights), needed, strict=True)
-    leaves = [each.detach().requires_grad_(trained) for each, trained in pairs]
-    with torch.enable_grad():
-        out = expert_ffn_chain(*leaves, RowOrder(*order))
-    grads = iter(torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], grad))
-    grad_x, *others = [next(grads) if trained else x.new_empty(0) for trained in needed]
-    tokens_are_ready(grad_x)
-    return grad_x, *others
+def expert_operator(x_TD: Tensor, w2_EDF: Tensor) -> ExpertOperator | None:
+    """Return the operator that computes `expert_ffn` without adapters; None where there is none."""
+    return ExpertOperator(_expert_ffn, _expert_ffn_backward) if _has_kernels(x_TD, w2_EDF) else None
 
 
 @contextmanager

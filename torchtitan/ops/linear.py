@@ -300,11 +300,11 @@ def grouped_ffn_operator(
     down: Stack,
     fp8: Fp8Recipe | None = None,
 ) -> tuple[ExpertOperator, Tensor, Tensor] | None:
-    """Return the operator that computes `grouped_ffn`, with its weights w13 and w2; None for
-    experts with adapters, which have none."""
+    """Return the operator that computes `grouped_ffn`, with its weights w13 and w2; None where it
+    is computed operation by operation."""
     w13_E2FD, w2_EDF, adapters = _expert_weights(joint, gate_up, down)
-    if any(adapters):
-        return None
     if fp8 is None:
-        return expert_operator(x_TD, w2_EDF), w13_E2FD, w2_EDF
-    return fp8_expert_operator(fp8), w13_E2FD.contiguous(), w2_EDF
+        operator = expert_operator(x_TD, w2_EDF)
+    else:
+        operator, w13_E2FD = fp8_expert_operator(fp8), w13_E2FD.contiguous()
+    return None if operator is None or any(adapters) else (operator, w13_E2FD, w2_EDF)

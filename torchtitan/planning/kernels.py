@@ -164,12 +164,15 @@ def _inside_experts(args: Any) -> int:
 
 
 def _inside_experts_backward(args: Any) -> int:
-    """Rows, their gradient at the activation, that of gate and up, and the activation, while the
-    second weight's gradient is made; the first one's, a result, is not there yet."""
-    x, w13, R, F = args[1], args[3], args[6].size(0), args[4].size(2)
-    first = R * (x.size(1) + 4 * F) - w13.numel() - x.numel()
-    last = R * (x.size(1) + 2 * F)
-    return max(first, last) * x.element_size()
+    """Rows of the sums' gradient, the gradient of gate and up, and the activation; beside them the
+    activation's gradient, then the rows of the tokens' gradient. Weights' gradients, results, are
+    not there yet; in the end they are, with the tokens' rows."""
+    x, w13, w2, R = args[1], args[3], args[4], args[6].size(0)
+    D, F, weights = x.size(1), w2.size(2), w13.numel() + w2.numel()
+    first = R * (D + 4 * F) - weights - x.numel()
+    second = R * (2 * D + 3 * F) - weights
+    last = R * (D + 2 * F)
+    return max(first, second, last) * x.element_size()
 
 
 def _inside_latent_backward(args: Any) -> int:
@@ -189,11 +192,13 @@ def _inside_fp8_experts(args: Any) -> int:
 
 
 def _inside_fp8_experts_backward(args: Any) -> int:
-    """The gradient of gate and up by rows and by columns, the activation, the rows of the tokens,
-    and transposed weights in FP8."""
-    x, w13, R, F = args[1], args[4], args[7].size(0), args[2].size(1) // 2
-    D = x.size(1)
-    return R * (2 * F * 2 + F + D) + max(w13.numel(), R * F * x.element_size())
+    """The gradient of gate and up by rows and by columns, and the activation; beside them the
+    activation's gradient, then transposed weights in FP8 and the rows of the tokens' gradient,
+    while the weights' gradients, results, are not there yet."""
+    x, w13, w2, R, F = args[1], args[4], args[5], args[7].size(0), args[2].size(1) // 2
+    D, size = x.size(1), x.element_size()
+    results = (w13.numel() + w2.numel()) * size
+    return R * 5 * F + max(R * F * size, w13.numel() + R * D * size - results, R * D)
 
 
 def _made_in_fp8(weight: Tensor) -> int:

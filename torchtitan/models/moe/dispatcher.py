@@ -78,10 +78,10 @@ class GatheringDispatcher(TokenDispatcher, Protocol):
         """
         ...
 
-    def finish_routed(self, sums_PD: Tensor, record: Any) -> Tensor:
+    def finish_routed(self, travelling: Tensor, record: Any) -> Tensor:
         """Add up the partial sums of each token: (T, D).
 
-        sums_PD, record: from `start_routed`.
+        travelling, record: from `start_routed`.
         """
         ...
 
@@ -89,7 +89,7 @@ class GatheringDispatcher(TokenDispatcher, Protocol):
 class TokenExchange(Protocol):
     """Tokens that are on their way to experts; either method waits for them."""
 
-    def arrive(self, travelling: Tensor) -> Tensor:
+    def finish(self, travelling: Tensor) -> Tensor:
         """Return the tokens (P, D)."""
         ...
 
@@ -151,8 +151,8 @@ class LocalDispatcher:
         order = sort_slots(ids_TK, self.num_experts)
         return experts(x_TD, order, weights_TK), NothingTravels()
 
-    def finish_routed(self, sums_PD: Tensor, record: NothingTravels) -> Tensor:
-        return sums_PD
+    def finish_routed(self, travelling: Tensor, record: NothingTravels) -> Tensor:
+        return travelling
 
     def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
         return x_TD

@@ -93,7 +93,7 @@ class GroupedExperts(ExpertWeights):
                 operator = grouped_ffn_operator(x, self.w13, gate_up, down, self.fp8)
                 if operator is not None:
                     return exchange.through(operator, x, weights, rows)
-                x = exchange.arrive(x)
+                x = exchange.finish(x)
             return grouped_ffn(x, self.w13, gate_up, down, weights, rows, self.fp8)
         how: Any = {"loop": not self.use_grouped_mm, "fp8": self.fp8}
         gate_RF, up_RF = grouped_linear_joint(x, self.w13, gate_up, rows, **how)
