@@ -37,6 +37,13 @@ def check_local_processes(count: int) -> None:
         )
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to the device, without waiting for the work that the device still has."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def local_device() -> torch.device:
     """Device of this process: with GPUs, that of LOCAL_RANK."""
     if device_type() == "cpu":

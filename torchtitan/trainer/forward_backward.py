@@ -24,6 +24,7 @@ from torchtitan.ops.attention import number_documents
 from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum, weights_by_document
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.utils import to_device
 from torchtitan.trainer.build import build_pipeline
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -133,8 +134,8 @@ class ForwardBackward:
 
     def inputs(self, batch: Batch) -> StepInputs:
         """Move a batch to the device; with context parallelism, cut it to this rank's part."""
-        tokens, labels = batch[0]["input"].to(self.device), batch[1].to(self.device)
-        documents = self.documents(batch).to(self.device)
+        on_host = batch[0]["input"], batch[1], self.documents(batch)
+        tokens, labels, documents = (to_device(each, self.device) for each in on_host)
         here, token_mask, positions = self._positions_in(tokens), documents >= 0, None
         weights = weights_by_document(labels, documents) if self._by_document else None
         extra = self.model.extra_inputs(tokens, labels, documents, here, weights)

@@ -31,6 +31,7 @@ from torchtitan.models.moe.balancing import step_loads, update_expert_bias
 from torchtitan.report import report_at_end
 from torchtitan.tools.errors import RunError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import to_device
 from torchtitan.trainer.build import (
     profilers,
 )
@@ -147,7 +148,7 @@ class Trainer(BuiltRun):
         self._enter_step()
         micro_batches = self._next_batches(batches, interval)
         local = torch.stack([self.passes.count(batch) for batch in micro_batches]).sum(dim=0)
-        in_step = sum_over_ranks(local.to(self.device), self.dims.dp_group).clamp(min=1)
+        in_step = sum_over_ranks(to_device(local, self.device), self.dims.dp_group).clamp(min=1)
         counts = StepCounts(*in_step.unbind())
 
         if self.config.optimizer.early_step_in_backward:
