@@ -120,7 +120,7 @@ def test_cross_entropy_and_its_gradient_in_place(V):
 
 @pytest.fixture
 def gpu_rounding(monkeypatch):
-    """Conversions of numbers as a GPU makes them: the interpreter's cut bits off and lose carries."""
+    """Numbers converted as on a GPU: the interpreter cuts bits off and loses carries."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8e4nv": E4M3, "fp8e5": E5M2}
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -134,7 +134,7 @@ def gpu_rounding(monkeypatch):
 
 @pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 def test_cross_entropy_with_its_gradient_in_fp8_is_the_two_steps_to_the_bit(gpu_rounding, kind):
-    """Ragged tiles, ignored tokens, outliers, and NaN, which goes to its row's and column's block."""
+    """Ragged tiles, ignored tokens, outliers, and NaN, which its blocks become."""
     N, V = 150, 208
     logits, labels = torch.randn(N, V) * 4, torch.randint(0, V, (N,))
     logits[3, 200], logits[5], logits[141, 7] = 60.0, logits[5] * 40, float("nan")

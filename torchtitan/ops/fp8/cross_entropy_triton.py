@@ -86,12 +86,9 @@ def cross_entropy(
     N, V = logits_NV.shape
     tiles, blocks = triton.cdiv(N, BLOCK), triton.cdiv(V, BLOCK)
     losses_N, log_sums_N = losses_and_log_sums(logits_NV, labels_N, ignore)
-    of, fp32 = {"device": logits_NV.device}, torch.float32
-    rows = Fp8(torch.empty(N, V, dtype=kind, **of), torch.empty(blocks, N, dtype=fp32, **of))
-    columns = Fp8(
-        torch.empty(V, tiles * BLOCK, dtype=kind, **of),
-        torch.empty(tiles, blocks * BLOCK, dtype=fp32, **of),
-    )
+    rows = Fp8(logits_NV.new_empty(N, V, dtype=kind), losses_N.new_empty(blocks, N))
+    t_values = logits_NV.new_empty(V, tiles * BLOCK, dtype=kind)
+    columns = Fp8(t_values, losses_N.new_empty(tiles, blocks * BLOCK))
     if N:
         _gradient[(tiles, blocks)](
             logits_NV,
