@@ -1,8 +1,8 @@
-"""Cross entropy of a block of logits with its gradient in FP8, in Triton; reference: the gradient
-of ops/cross_entropy_triton.py, then `by_both` of kernels.py.
+"""Cross entropy of a block of logits with its gradient in FP8, in Triton.
 
-A program has a tile of 128 x 128 logits, whose gradient is rounded to their dtype, quantised by
-rows, and then by columns as quantize.cu does it. A gradient in bf16 is never written.
+Reference: the gradient of ops/cross_entropy_triton.py, then `by_both` of kernels.py. A program has
+a tile of 128 x 128 logits, whose gradient is rounded to their dtype, quantised by rows, and then by
+columns as quantize.cu does it; it is never written before.
 """
 
 import torch
@@ -22,6 +22,7 @@ def _larger(a, b):
 @triton.jit
 def _quantise(x, AXIS: tl.constexpr, WIDE: tl.constexpr):
     """Return values and scales, one for all of an axis."""
+    # Largest / (448 or 57344), both 1.75 times a power of two, rounded up to a power of two.
     largest = tl.reduce(tl.abs(x), AXIS, _larger, keep_dims=True).to(tl.int32, bitcast=True)
     exponent = ((largest + 0x1FFFFF) >> 23) - (15 if WIDE else 8)
     bits = tl.where(largest == 0, 127, tl.maximum(exponent, 1)) << 23
