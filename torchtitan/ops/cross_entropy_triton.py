@@ -12,7 +12,14 @@ from torch import Tensor
 
 @triton.jit
 def _cross_entropy(
-    logits, labels, losses, V: tl.constexpr, ignore, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    labels,
+    losses,
+    log_sums,
+    V: tl.constexpr,
+    ignore,
+    WITH_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * V
@@ -29,6 +36,7 @@ def _cross_entropy(
     log_sum = top + tl.log(total)
     target = tl.load(row + tl.where(valid, label, 0)).to(tl.float32)
     tl.store(losses + token, tl.where(valid, log_sum - target, 0.0))
+    tl.store(log_sums + token, log_sum)
     if WITH_GRAD:
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -43,21 +51,33 @@ def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, ignore: int, with_grad: 
 
     with_grad: overwrite the logits with the gradient of the losses' sum.
     """
+    return _launch(logits_TV, labels_T, ignore, with_grad)[0]
+
+
+def losses_and_log_sums(logits_TV: Tensor, labels_T: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+    """The losses, and the logarithm of each token's sum of exponentials: (T,) fp32 both."""
+    return _launch(logits_TV, labels_T, ignore, False)
+
+
+def _launch(
+    logits_TV: Tensor, labels_T: Tensor, ignore: int, with_grad: bool
+) -> tuple[Tensor, Tensor]:
     T, V = logits_TV.shape
-    losses_T = torch.empty(T, dtype=torch.float32, device=logits_TV.device)
+    losses_T, log_sums_T = torch.empty(2, T, dtype=torch.float32, device=logits_TV.device)
     if T:
         block = min(8192, triton.next_power_of_2(V))
         _cross_entropy[(T,)](
             logits_TV,
             labels_T,
             losses_T,
+            log_sums_T,
             V=V,
             ignore=ignore,
             WITH_GRAD=with_grad,
             BLOCK=block,
             num_warps=16 if block >= 4096 else 4,
         )
-    return losses_T
+    return losses_T, log_sums_T
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The output layer and its cross entropy together, without ever holding all logits.
 
-The logits of some thousand tokens at a time are computed, overwritten by their gradient, and
+The logits of some thousand tokens at a time are computed, replaced by their gradient, and
 multiplied into the gradients of the hidden states and of the weight: three GEMMs, as in the usual
 way, but all in the forward pass. The two gradients are kept, and scaled in the backward pass.
 
@@ -12,9 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
-from torchtitan.ops.fp8.linear import Fp8Recipe, linear_forward, linear_gradients
+from torchtitan.ops.fp8.choice import functions
+from torchtitan.ops.fp8.linear import (
+    Fp8Recipe,
+    fake_columns,
+    fake_rows,
+    groups_of,
+    input_in_fp8,
+    linear_forward,
+    linear_gradients_,
+    no_columns,
+)
 from torchtitan.ops.fp8.quantize import Fp8
-from torchtitan.ops.fp8.weight import Fp8Weight, quantised
+from torchtitan.ops.fp8.weight import Fp8Weight, quantised, transposed
 
 # Large blocks make GEMMs fast and add up the weight's gradient in few roundings; 2^29 logits are
 # 1 GiB in bf16.
@@ -42,15 +52,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         products = _InFp8(weight_VD, fp8, needs_weight) if fp8 else _Plain(weight_VD, needs_weight)
         loss = torch.zeros((), dtype=_loss_dtype(x_TD), device=x_TD.device)
         for start, stop in _blocks(T, V):
-            logits_NV = products.logits(x_TD[start:stop])
-            loss += _cross_entropy_(
-                logits_NV, labels_T[start:stop], with_grad=needs_x or needs_weight
-            )
-            if needs_x or needs_weight:
-                products.differentiate(
-                    logits_NV, None if grad_x_TD is None else grad_x_TD[start:stop]
-                )
-            del logits_NV
+            grad_x_ND = None if grad_x_TD is None else grad_x_TD[start:stop]
+            loss += products.loss(x_TD[start:stop], labels_T[start:stop], grad_x_ND)
         ctx.grads = grad_x_TD, products.grad_weight_VD
         return loss
 
@@ -72,29 +75,27 @@ class _Plain:
 
     def __init__(self, weight_VD: Tensor, needs_weight: bool):
         self._weight_VD, self._needs_weight = weight_VD, needs_weight
-        self._x_ND: Tensor | None = None
 
-    def logits(self, x_ND: Tensor) -> Tensor:
-        self._x_ND = x_ND
-        return x_ND @ self._weight_VD.t()
+    def loss(self, x_ND: Tensor, labels_N: Tensor, grad_x_ND: Tensor | None) -> Tensor:
+        """Return the sum of a block's losses; add its gradient to that of the weight.
 
-    def differentiate(self, grad_NV: Tensor, grad_x_ND: Tensor | None) -> None:
-        """Fill the gradient of the block, and add to that of the weight.
-
-        grad_NV: gradient of the block's logits.
-        grad_x_ND: place to fill; None = not needed.
+        grad_x_ND: place of the gradient of x; None = not needed.
         """
-        assert self._x_ND is not None
+        grad_NV = x_ND @ self._weight_VD.t()
+        with_grad = grad_x_ND is not None or self._needs_weight
+        loss = _cross_entropy_(grad_NV, labels_N, with_grad=with_grad)
         if grad_x_ND is not None:
             torch.mm(grad_NV, self._weight_VD, out=grad_x_ND)
         if self._needs_weight and self.grad_weight_VD is None:
-            self.grad_weight_VD = grad_NV.t() @ self._x_ND
+            self.grad_weight_VD = grad_NV.t() @ x_ND
         elif self.grad_weight_VD is not None:
-            self.grad_weight_VD.addmm_(grad_NV.t(), self._x_ND)
+            self.grad_weight_VD.addmm_(grad_NV.t(), x_ND)
+        return loss
 
 
 class _InFp8:
-    """The same in FP8; the weight is quantised once for all blocks, unless it comes so."""
+    """The same in FP8; the weight is quantised once for all blocks, unless it comes so, and
+    transposed once."""
 
     grad_weight_VD: Tensor | None = None
 
@@ -102,30 +103,63 @@ class _InFp8:
         if not isinstance(weight_VD, Fp8Weight):
             weight_VD = quantised(weight_VD, weight_VD.dtype, emulate=recipe.emulate)
         self._weight_VD, self._recipe, self._needs_weight = weight_VD, recipe, needs_weight
-        self._kept: Fp8 | None = None
+        self._turned: Fp8 | None = None
 
-    def logits(self, x_ND: Tensor) -> Tensor:
-        logits_NV, self._kept = linear_forward(
-            x_ND, self._weight_VD, self._recipe, trains=self._needs_weight
+    def loss(self, x_ND: Tensor, labels_N: Tensor, grad_x_ND: Tensor | None) -> Tensor:
+        recipe, trains = self._recipe, self._needs_weight
+        logits_NV, kept = linear_forward(x_ND, self._weight_VD, recipe, trains=trains)
+        if grad_x_ND is None and not trains:
+            return _cross_entropy_(logits_NV, labels_N, with_grad=False)
+        loss, *gradient = _gradient_in_fp8(logits_NV, labels_N, *recipe[:2], trains)
+        del logits_NV
+        if grad_x_ND is not None and self._turned is None:
+            self._turned = transposed(self._weight_VD, emulate=recipe.emulate)
+        add = self.grad_weight_VD is not None
+        if trains and not add:
+            self.grad_weight_VD = x_ND.new_empty(self._weight_VD.shape)
+        linear_gradients_(
+            Fp8(*gradient[:2]),
+            Fp8(*gradient[2:]),
+            kept,
+            self._turned,
+            grad_x_ND,
+            self.grad_weight_VD,
+            add=add,
+            emulate=recipe.emulate,
         )
-        return logits_NV
+        return loss
 
-    def differentiate(self, grad_NV: Tensor, grad_x_ND: Tensor | None) -> None:
-        assert self._kept is not None
-        new_x_ND, new_VD = linear_gradients(
-            grad_NV,
-            self._kept,
-            self._weight_VD,
-            self._recipe,
-            needs_x=grad_x_ND is not None,
-            needs_w=self._needs_weight,
+
+@torch.library.custom_op("torchtitan::fp8_logits_gradient", mutates_args=("logits_NV",))
+def _gradient_in_fp8(
+    logits_NV: Tensor, labels_N: Tensor, wide_gradients: bool, emulate: bool, by_columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the sum of the losses, and its gradient by rows and by columns; of the logits nothing
+    is defined then.
+
+    by_columns: whether these are needed; otherwise they have no elements.
+    """
+    kind = Fp8Recipe(wide_gradients).gradient_kind
+    if by_columns and logits_NV.is_cuda and not emulate:
+        from torchtitan.ops.fp8 import cross_entropy_triton
+
+        losses_N, rows, columns = cross_entropy_triton.cross_entropy(
+            logits_NV, labels_N, IGNORE_INDEX, kind
         )
-        if grad_x_ND is not None:
-            grad_x_ND.copy_(new_x_ND)
-        if self._needs_weight and self.grad_weight_VD is None:
-            self.grad_weight_VD = new_VD
-        elif self.grad_weight_VD is not None:
-            self.grad_weight_VD += new_VD
+        loss = losses_N.sum()
+    else:
+        loss = _cross_entropy_(logits_NV, labels_N, with_grad=True)
+        do, groups = functions(logits_NV, emulate), groups_of(None, logits_NV)
+        rows, columns = input_in_fp8(do, logits_NV, groups, by_columns, kind)
+    return loss, rows.values, rows.scales, columns.values, columns.scales
+
+
+@_gradient_in_fp8.register_fake
+def _(logits_NV, labels_N, wide_gradients, emulate, by_columns):
+    kind = Fp8Recipe(wide_gradients).gradient_kind
+    columns = fake_columns(logits_NV, 1, kind) if by_columns else no_columns(logits_NV)
+    loss = logits_NV.new_empty((), dtype=_loss_dtype(logits_NV))
+    return loss, *fake_rows(logits_NV, kind), *columns
 
 
 def _scale_(x: Tensor, factor: Tensor) -> Tensor:

@@ -181,6 +181,47 @@ def test_products_are_those_of_the_dequantised_numbers(sizes, kind):
     assert relative_error(out, truth) < 3e-3
 
 
+def test_a_product_is_added_to_what_its_place_holds_and_rounded_once():
+    """Small integers, whose sums are exact, and numbers that round to another one if twice."""
+    M, N = 304, 208
+    ends, padded = ends_of([257])
+    a, b = torch.randint(-2, 3, (257, M)).float(), torch.randint(-2, 3, (257, N)).float()
+    of_a, of_b = plain.by_columns(a, [257]), plain.by_columns(b, [257])
+    old = (torch.randn(1, M, N) * 300).bfloat16()
+    product = a.t() @ b
+    place = old.clone()
+    kernels().rows_by_rows(of_a, of_b, padded, torch.bfloat16, place, add=True)
+    assert torch.equal(place, (old.float() + product).bfloat16())
+    kernels().rows_by_rows(of_a, of_b, padded, torch.bfloat16, place)
+    assert torch.equal(place[0], product.bfloat16())
+
+    x, w = plain.by_rows(torch.randn(257, N)), plain.by_blocks(torch.randn(1, M, N))
+    wider = torch.zeros(300, M, dtype=torch.bfloat16)
+    kernels().rows_by_blocks(x, w, ends, torch.bfloat16, wider[20:277])
+    assert torch.equal(wider[20:277], kernels().rows_by_blocks(x, w, ends, torch.bfloat16))
+    assert not wider[:20].any() and not wider[277:].any()
+
+
+@pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("shape", [(300, 208), (1500, 9104), (4096, 102400)], ids=str)
+def test_the_logits_gradient_is_quantised_as_in_two_steps_to_the_bit(shape, kind):
+    """Ignored tokens, sure ones, and NaN, which its blocks become."""
+    from torchtitan.ops import cross_entropy_triton as two_steps
+    from torchtitan.ops.fp8 import cross_entropy_triton as one
+
+    torch.manual_seed(0)
+    (N, V), bf16 = shape, torch.bfloat16
+    logits, labels = torch.randn(N, V, dtype=bf16).mul_(4), torch.randint(V, (N,))
+    labels[::7], logits[3, 200], logits[14], logits[150, 7] = -100, 90.0, float("nan"), float("nan")
+    logits[5] *= 40
+    losses, *ours = one.cross_entropy(logits, labels, -100, kind)
+    expected_losses = two_steps.cross_entropy_(logits, labels, -100, True)
+    assert torch.equal(losses.nan_to_num(7.0), expected_losses.nan_to_num(7.0))
+    rows, columns = kernels().by_both(logits, *ends_of([N]), kind)
+    assert same(ours[0], rows)
+    assert same(without_margin(ours[1], N, V), without_margin(columns, N, V))
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_the_head_computes_what_the_emulation_does(monkeypatch, blocks):
     monkeypatch.setattr(

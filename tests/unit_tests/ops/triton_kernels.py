@@ -16,7 +16,8 @@ from torchtitan.models.moe import TokenChoiceTopKRouter
 from torchtitan.models.moe.load import count_tokens
 from torchtitan.ops import permute
 from torchtitan.ops.adamw import adamw_update, step_numbers
-from torchtitan.ops.fp8.quantize import blocks_to_float, by_blocks
+from torchtitan.ops.fp8 import emulation
+from torchtitan.ops.fp8.quantize import E4M3, E5M2, blocks_to_float, by_blocks
 from torchtitan.ops.fp8.weight import quantised
 from torchtitan.ops.rope import apply_rope, rope_table
 
@@ -115,6 +116,42 @@ def test_cross_entropy_and_its_gradient_in_place(V):
     losses = kernels("cross_entropy").cross_entropy_(logits, labels, -100, True)
     assert relative_error(losses, expected) < 1e-6
     assert relative_error(logits, exact.grad) < 1e-6 and not logits[2].any()
+
+
+@pytest.fixture
+def gpu_rounding(monkeypatch):
+    """Numbers converted as on a GPU: the interpreter cuts bits off and loses carries."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8e4nv": E4M3, "fp8e5": E5M2}
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+    def convert(data, source, target, _):
+        numbers = torch.from_numpy(data.copy()).view(dtypes[source.name]).to(dtypes[target.name])
+        return numbers.view(bits[numbers.element_size()]).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+def test_cross_entropy_with_its_gradient_in_fp8_is_the_two_steps_to_the_bit(gpu_rounding, kind):
+    """Ragged tiles, ignored tokens, outliers, and NaN, which its blocks become."""
+    N, V = 150, 208
+    logits, labels = torch.randn(N, V) * 4, torch.randint(0, V, (N,))
+    logits[3, 200], logits[5], logits[141, 7] = 60.0, logits[5] * 40, float("nan")
+    labels[::7], logits[7] = -100, float("nan")
+    logits = logits.bfloat16()
+    before = logits.clone()
+    actual = kernels("fp8.cross_entropy").cross_entropy(logits, labels, -100, kind)
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+    losses = kernels("cross_entropy").cross_entropy_(logits, labels, -100, True)
+    ends = torch.tensor([N]), torch.tensor([256])
+    expected = emulation.by_both(logits, *ends, kind)
+    assert torch.equal(actual[0].nan_to_num(7.0), losses.nan_to_num(7.0))
+    for (values, scales), twin in zip(actual[1:], expected, strict=True):
+        assert torch.equal(values.float().nan_to_num(7.0), twin.values.float().nan_to_num(7.0))
+        assert values.float().isnan().any() and not values.float().isnan().all()
+        made = twin.scales != 0.0  # elsewhere: columns that there are not
+        assert torch.equal(scales[made].nan_to_num(7.0), twin.scales[made].nan_to_num(7.0))
 
 
 def test_scaling_in_place():

@@ -91,16 +91,30 @@ def swiglu_backward(
     return quantize.swiglu_backward(grad_RF, kept, weights_R, counts, kind)
 
 
-def rows_by_blocks(x: Fp8, weight: Fp8, ends: Tensor, dtype: torch.dtype) -> Tensor:
+def rows_by_blocks(
+    x: Fp8, weight: Fp8, ends: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     counts = _counts(ends)
     rows = quantize.rows_to_float(x)
     weights = quantize.blocks_to_float(weight)
     pairs = zip(rows[: sum(counts)].split(counts), weights, strict=True)
-    return torch.cat([x_e @ w_e.t() for x_e, w_e in pairs]).to(dtype)
+    product = torch.cat([x_e @ w_e.t() for x_e, w_e in pairs])
+    return product.to(dtype) if out is None else out.copy_(product)
 
 
-def rows_by_rows(a: Fp8, b: Fp8, padded_ends: Tensor, dtype: torch.dtype) -> Tensor:
+def rows_by_rows(
+    a: Fp8,
+    b: Fp8,
+    padded_ends: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    *,
+    add: bool = False,
+) -> Tensor:
     counts = _counts(padded_ends)
     wholes = [quantize.columns_to_float(each)[: sum(counts)] for each in (a, b)]
     parts = [whole.split(counts) for whole in wholes]
-    return torch.stack([a_e.t() @ b_e for a_e, b_e in zip(*parts, strict=True)]).to(dtype)
+    products = torch.stack([a_e.t() @ b_e for a_e, b_e in zip(*parts, strict=True)])
+    if out is None:
+        return products.to(dtype)
+    return out.copy_(products + out if add else products)

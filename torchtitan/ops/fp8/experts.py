@@ -16,11 +16,12 @@ from torchtitan.ops.expert_ffn import ExpertOperator, tokens_are_ready
 from torchtitan.ops.fp8.choice import functions
 from torchtitan.ops.fp8.linear import (
     Fp8Recipe,
+    fake_rows,
     groups_of,
     in_blocks,
     in_blocks_transposed,
 )
-from torchtitan.ops.fp8.quantize import BLOCK, E4M3, Fp8
+from torchtitan.ops.fp8.quantize import Fp8
 from torchtitan.ops.fp8.weight import Fp8Weight, takes_fp8_weights
 from torchtitan.ops.permute import RowOrder, sum_copies
 
@@ -73,12 +74,6 @@ def _experts(
     return sum_copies(out_RD, row_of_slot_TK, some_empty=some_empty), *kept
 
 
-def _fake_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:
-    R, K = x_RK.shape
-    scales = x_RK.new_empty(-(-K // BLOCK), R, dtype=torch.float32)
-    return x_RK.new_empty(R, K, dtype=E4M3), scales
-
-
 @_experts.register_fake
 def _(
     x_TD, w13_E2FD, w2_EDF, weights_TK, slot, row, counts_E, some_empty, wide, emulate,
@@ -86,7 +81,7 @@ def _(
 ):  # fmt: skip
     R = slot.size(0)
     gate_up_R2F = x_TD.new_empty(R, w13_E2FD.size(1))
-    return torch.empty_like(x_TD), *_fake_rows(gate_up_R2F)
+    return torch.empty_like(x_TD), *fake_rows(gate_up_R2F)
 
 
 @torch.library.custom_op("torchtitan::fp8_expert_ffn_backward", mutates_args=())

@@ -160,34 +160,48 @@ def swiglu_backward(
     return grad, t_grad, t_hidden, parts.sum(0)
 
 
-def rows_by_blocks(x: Fp8, weight: Fp8, ends: Tensor, dtype: torch.dtype) -> Tensor:
+def rows_by_blocks(
+    x: Fp8, weight: Fp8, ends: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """Compute x[rows of group e] · weight[e]ᵀ: (R, N), undefined behind the last group.
 
     dtype: of the result, bf16.
+    out: place to fill, contiguous; None = a new one.
     """
-    assert dtype == torch.bfloat16
-    out_RN = _new(ends, x.values.size(0), weight.values.size(1), kind=dtype)
-    _gemm(0, x, weight, ends, out_RN)
-    return out_RN
+    if out is None:
+        out = _new(ends, x.values.size(0), weight.values.size(1), kind=dtype)
+    _gemm(0, x, weight, ends, out)
+    return out
 
 
-def rows_by_rows(a: Fp8, b: Fp8, padded_ends: Tensor, dtype: torch.dtype) -> Tensor:
+def rows_by_rows(
+    a: Fp8,
+    b: Fp8,
+    padded_ends: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    *,
+    add: bool = False,
+) -> Tensor:
     """Compute a · bᵀ over the elements of each group: (E, M, N).
 
     a, b: by columns of (P, M) and (P, N): values (M, P) and (N, P).
     dtype: of the result, bf16.
+    out: place to fill, contiguous; None = a new one.
+    add: to what `out` holds, in fp32, rounded once.
     """
-    assert dtype == torch.bfloat16
-    M, N = a.values.size(0), b.values.size(0)
-    out_EMN = _new(padded_ends, padded_ends.numel(), M, N, kind=dtype)
-    _gemm(1, a, b, padded_ends, out_EMN)
-    return out_EMN
+    if out is None:
+        out = _new(padded_ends, padded_ends.numel(), a.values.size(0), b.values.size(0), kind=dtype)
+    _gemm(1, a, b, padded_ends, out, add)
+    return out
 
 
-def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor) -> None:
+def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor, add: bool = False) -> None:
+    assert out.dtype == torch.bfloat16 and out.is_contiguous()
     rows, K = a.values.shape
     if out.numel() == 0 or K == 0:
-        out.zero_()
+        if not add:
+            out.zero_()
         return
     b_NK = b.values.flatten(0, -2)
     N = b.values.size(-2)
@@ -200,6 +214,7 @@ def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor) -> None:
             f"-DKIND={kind}",
             f"-DHALVES={_HALVES}",
             f"-DSTAGES={stages}",
+            f"-DADD={int(add)}",
             f'-DTYPE_A="{"e5m2" if a.values.dtype == E5M2 else "e4m3"}"',
         ),
         shared=1024 + stages * (stage + 16),

@@ -85,7 +85,7 @@ def linear_forward(
 ) -> tuple[Tensor, Fp8]:
     """Compute x · weightᵀ (R, N) without autograd; return it with x by columns.
 
-    trains: whether `linear_gradients` will be asked for that of the weight; otherwise nothing is
+    trains: whether `linear_gradients_` will be asked for that of the weight; otherwise nothing is
         kept.
     """
     values, scales = (part.unsqueeze(0) for part in weight_NK.by_blocks())
@@ -93,25 +93,58 @@ def linear_forward(
     return out, Fp8(*kept)
 
 
-def linear_gradients(
-    grad_RN: Tensor,
+def linear_gradients_(
+    grad: Fp8,
+    columns: Fp8,
     kept: Fp8,
-    weight_NK: Fp8Weight,
-    recipe: Fp8Recipe,
+    turned: Fp8 | None,
+    grad_x_RK: Tensor | None,
+    grad_w_NK: Tensor | None,
     *,
-    needs_x: bool,
-    needs_w: bool,
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of `linear_forward`: (R, K) and (N, K); one that isn't needed has no
-    elements.
+    add: bool,
+    emulate: bool,
+) -> None:
+    """Write the gradients of `linear_forward` into their places; None = one isn't needed.
 
+    grad, columns: gradient of the output by rows, and by columns.
     kept: x by columns.
+    turned: the transposed weight, needed for the gradient of x.
+    add: to what `grad_w_NK` holds.
     """
-    values, scales = (part.unsqueeze(0) for part in weight_NK.by_blocks())
-    grad_x, grad_w = _linear_backward(
-        grad_RN, *kept, values, None, *recipe[:2], needs_x, needs_w, scales
-    )
-    return grad_x, grad_w.flatten(0, 1)
+    weight = turned or (None, None)
+    _gradients_(*grad, *columns, *kept, *weight, grad_x_RK, grad_w_NK, add, emulate)
+
+
+@torch.library.custom_op(
+    "torchtitan::fp8_linear_gradients_", mutates_args=("grad_x_RK", "grad_w_NK")
+)
+def _gradients_(
+    grad_values: Tensor,
+    grad_scales: Tensor,
+    t_values: Tensor,
+    t_scales: Tensor,
+    x_values: Tensor,
+    x_scales: Tensor,
+    w_values: Tensor | None,
+    w_scales: Tensor | None,
+    grad_x_RK: Tensor | None,
+    grad_w_NK: Tensor | None,
+    add: bool,
+    emulate: bool,
+) -> None:
+    do, groups = functions(grad_values, emulate), groups_of(None, grad_values)
+    if grad_w_NK is not None:
+        columns, x, out = Fp8(t_values, t_scales), Fp8(x_values, x_scales), grad_w_NK.unsqueeze(0)
+        do.rows_by_rows(columns, x, groups.padded_ends, grad_w_NK.dtype, out, add=add)
+    if grad_x_RK is not None:
+        assert w_values is not None and w_scales is not None
+        grad, turned = Fp8(grad_values, grad_scales), Fp8(w_values, w_scales)
+        do.rows_by_blocks(grad, turned, groups.ends, grad_x_RK.dtype, grad_x_RK)
+
+
+@_gradients_.register_fake
+def _(*_):
+    return None
 
 
 class Groups(NamedTuple):
@@ -136,9 +169,13 @@ def groups_of(ends_E: Tensor | None, x_RK: Tensor) -> Groups:
     return Groups(ends_E, padded.cumsum(0, dtype=torch.int32))
 
 
-def input_in_fp8(do: ModuleType, x_RK: Tensor, groups: Groups, trains: bool) -> tuple[Fp8, Fp8]:
+def input_in_fp8(
+    do: ModuleType, x_RK: Tensor, groups: Groups, trains: bool, kind: torch.dtype = E4M3
+) -> tuple[Fp8, Fp8]:
     """Return an input by rows, and by columns; these are empty where no weight reads them."""
-    return do.by_both(x_RK, *groups) if trains else (do.by_rows(x_RK), no_columns(x_RK))
+    if trains:
+        return do.by_both(x_RK, *groups, kind)
+    return do.by_rows(x_RK, kind), no_columns(x_RK)
 
 
 def in_blocks(do: ModuleType, w_ENK: Tensor, scales: Tensor | None) -> Fp8:
@@ -180,12 +217,19 @@ def _(x_RK, w_ENK, ends_E, wide_gradients, emulate, trains, w_scales=None):
     return x_RK.new_empty(x_RK.size(0), w_ENK.size(1)), *kept
 
 
-def fake_columns(x_RK: Tensor, groups: int) -> Fp8:
+def fake_rows(x_RK: Tensor, kind: torch.dtype = E4M3) -> Fp8:
+    """Return tensors of the shapes that a matrix has by rows."""
+    R, K = x_RK.shape
+    scales = x_RK.new_empty(-(-K // BLOCK), R, dtype=torch.float32)
+    return Fp8(x_RK.new_empty(R, K, dtype=kind), scales)
+
+
+def fake_columns(x_RK: Tensor, groups: int, kind: torch.dtype = E4M3) -> Fp8:
     """Return tensors of the shapes that a matrix has by columns."""
     R, K = x_RK.shape
     tiles = padded_tiles(R, groups)
     scales = x_RK.new_empty(tiles, -(-K // BLOCK) * BLOCK, dtype=torch.float32)
-    return Fp8(x_RK.new_empty(K, tiles * BLOCK, dtype=E4M3), scales)
+    return Fp8(x_RK.new_empty(K, tiles * BLOCK, dtype=kind), scales)
 
 
 def no_columns(x_RK: Tensor) -> Fp8:

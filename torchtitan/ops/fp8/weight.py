@@ -105,6 +105,23 @@ def _(w_ENK, emulate):
     return torch.empty_like(w_ENK, dtype=E4M3), scales
 
 
+def transposed(weight: Fp8Weight, *, emulate: bool) -> Fp8:
+    """Return the numbers of a weight (N, K) as a stack (1, K, N), for the gradient of inputs."""
+    return Fp8(*_transpose(*(part.unsqueeze(0) for part in weight.by_blocks()), emulate))
+
+
+@torch.library.custom_op("torchtitan::fp8_transposed_blocks", mutates_args=())
+def _transpose(values: Tensor, scales: Tensor, emulate: bool) -> tuple[Tensor, Tensor]:
+    turned = functions(values, emulate).transposed_blocks(Fp8(values, scales))
+    return turned.values, turned.scales
+
+
+@_transpose.register_fake
+def _(values, scales, emulate):
+    (E, N, K), (_, n, k) = values.shape, scales.shape
+    return values.new_empty(E, K, N), scales.new_empty(E, k, n)
+
+
 def parts_of(tensor: Tensor) -> list[Tensor]:
     """Return the tensors that have memory: a weight's parts, or a plain tensor."""
     return tensor.parts() if isinstance(tensor, Fp8Weight) else [tensor]
