@@ -18,7 +18,8 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from torchtitan.components.checkpoint.resume import CheckpointChoice
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.distributed import tensor_parallel, token_dispatch
+from torchtitan.distributed import tensor_parallel
+from torchtitan.distributed.token_dispatch import AllToAllDispatcher
 from torchtitan.proof import prove as proof
 from torchtitan.proof.plan import Plan, make_plan
 from torchtitan.trainer import build, built_run, trainer
@@ -120,13 +121,14 @@ def swapped_stages(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_routing_weights(patch: pytest.MonkeyPatch) -> None:
-    real = token_dispatch._into_expert_order
+    real = AllToAllDispatcher.bring
 
     def reversed_weights(*args: Any) -> Any:
-        rows, counts, record = real(*args)
-        return rows, counts, record._replace(weights_R=record.weights_R.flip(0))
+        arrival = real(*args)
+        weights_PK = arrival.rows.weights_PK.flip(0)
+        return arrival._replace(rows=arrival.rows._replace(weights_PK=weights_PK))
 
-    patch.setattr(token_dispatch, "_into_expert_order", reversed_weights)
+    patch.setattr(AllToAllDispatcher, "bring", reversed_weights)
 
 
 def lost_optimizer_state(patch: pytest.MonkeyPatch) -> None:

@@ -233,9 +233,11 @@ class MoE(KeepsBufferDtypes, MoELayer):
     @property
     def _all_in_one(self) -> bool:
         """Whether all between gathering tokens and their sums can be one operator: same numbers,
-        fewer bytes. Where nothing travels, only with gate and up in one tensor."""
+        fewer bytes. Where nothing travels, only with gate and up in one tensor; in FP8 always,
+        since the operator keeps gate and up in FP8, and layouts must agree."""
         experts, dispatcher = self.experts, self.dispatcher
-        worth_it = experts.w13.tensor is not None or not isinstance(dispatcher, LocalDispatcher)
+        travels = not isinstance(dispatcher, LocalDispatcher)
+        worth_it = travels or experts.w13.tensor is not None or experts.fp8 is not None
         possible = experts.use_grouped_mm and not self.score_before_experts
         return worth_it and possible and dispatcher.gathers
 
