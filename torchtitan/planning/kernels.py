@@ -70,6 +70,11 @@ def _fp8_linear_backward(args: Any, outputs: list[Tensor]) -> int:
     return 2 * args[0].numel() * args[1].size(1) * (needs_x + needs_w)
 
 
+def _fp8_linear_gradients(args: Any, outputs: list[Tensor]) -> int:
+    grad, places = args[0], [place for place in args[8:10] if place is not None]
+    return sum(2 * grad.numel() * place.size(1) for place in places)
+
+
 def _core(q_rows: int, keys: int, heads: int, channels: int) -> float:
     """Return the FLOPs of causal scores and of their sum over values."""
     return 2 * q_rows * keys / 2 * heads * channels
@@ -150,6 +155,7 @@ _FLOPS: dict[str, tuple[Kind, Callable[[Any, list[Tensor]], float]]] = {
     "aten::_scaled_mm": ("gemm", _scaled_mm),
     "torchtitan::fp8_linear": ("gemm", _fp8_linear),
     "torchtitan::fp8_linear_backward": ("gemm", _fp8_linear_backward),
+    "torchtitan::fp8_linear_gradients_": ("gemm", _fp8_linear_gradients),
     "torchtitan::fp8_feed_forward": ("gemm", _fp8_feed_forward),
     "torchtitan::fp8_feed_forward_backward": ("gemm", _fp8_feed_forward_backward),
     "torchtitan::fp8_expert_ffn": ("grouped", _experts),

@@ -170,6 +170,18 @@ def test_gathers_in_fp8_send_half_the_bytes_and_hold_half() -> None:
     assert half.worst.peak.total < whole.worst.peak.total
 
 
+def test_products_of_a_head_in_fp8_count_as_many_flops() -> None:
+    options = [*DEBUG, '--model.converters=["float8"]']
+
+    def products(*key: str) -> float:
+        config = ConfigManager().parse_args([*options, *key])
+        run = plan_run(config, 1, gpus_per_node=8)
+        parts = trace_run(run, 1.0).of_layer.values()
+        return sum(part.forward.flops["gemm"] + part.backward.flops["gemm"] for part in parts)
+
+    assert products("--quantize.linear.float8.head") == products() > 0
+
+
 def test_sums_in_bf16_send_half_the_bytes_and_hold_half() -> None:
     options = [*DEBUG, "--parallelism.data_parallel_replicate_degree=2"]
     whole = plan(*options, world_size=4)
