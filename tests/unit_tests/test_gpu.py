@@ -22,6 +22,7 @@ from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan.ops.mla_attention import can_fuse, mla_attention
 from torchtitan.ops.permute import sort_slots
 from torchtitan.ops.rope import apply_rope, rope_table
+from torchtitan.tools.utils import to_device
 from torchtitan.train import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -322,3 +323,15 @@ def test_the_average_of_the_weights_is_that_of_the_step_it_belongs_to() -> None:
             continue
         torch.testing.assert_close(average.tensors()["weight"], expected, rtol=1e-6, atol=1e-6)
     average.close()
+
+
+def test_a_batch_reaches_the_device_without_waiting_for_its_earlier_work():
+    tokens = torch.arange(100_000)
+    to_device(tokens, torch.device("cuda"))  # memory that both sides take for the first time
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    busy = torch.cuda.Event()
+    busy.record()
+    there = to_device(tokens, torch.device("cuda"))
+    assert not busy.query(), "the host waited"
+    assert torch.equal(there.cpu(), tokens)

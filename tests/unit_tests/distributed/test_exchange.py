@@ -1,5 +1,6 @@
 """Rows that travel while other work runs: what runs in which order, and that the numbers stay."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 
 from torchtitan.distributed.exchange import Exchange
+from torchtitan.ops.expert_ffn import expert_ffn, expert_operator
 from torchtitan.ops.fp8 import emulation
 from torchtitan.ops.fp8.experts import fp8_expert_ffn, fp8_expert_operator
 from torchtitan.ops.fp8.linear import Fp8Recipe
-from torchtitan.ops.permute import sort_slots
+from torchtitan.ops.permute import RowOrder, sort_slots
 
 T, K, E, D, F = 24, 2, 4, 128, 128
 RECIPE = Fp8Recipe(emulate=True)
@@ -40,13 +42,17 @@ def leaves() -> tuple[Tensor, ...]:
     return x, w13, w2, weights
 
 
-def order() -> Any:
+def ids() -> Tensor:
     ids_TK = torch.randint(E, (T, K), generator=torch.Generator().manual_seed(1))
     ids_TK[:5, 0] = -1  # experts of other ranks
-    return sort_slots(ids_TK, E, num_rows=int((ids_TK >= 0).sum()))
+    return ids_TK
 
 
-def differentiate(out: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def order() -> RowOrder:
+    return sort_slots(ids(), E, num_rows=int((ids() >= 0).sum()))
+
+
+def differentiate(out: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     wanted = [each for each in inputs if each.requires_grad]
     return torch.autograd.grad(out, wanted, torch.ones_like(out))
 
@@ -85,6 +91,22 @@ def test_experts_in_an_exchange_have_the_gradients_of_experts_alone(frozen):
     operator = fp8_expert_operator(RECIPE), w13, w2
     travelled = exchange.through(operator, exchange.start(x), weights, order())
     alone = fp8_expert_ffn(x, w13, w2, weights, order(), RECIPE)
+    assert torch.equal(travelled, alone)
+    pairs = zip(differentiate(travelled, inputs), differentiate(alone, inputs), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="elsewhere experts are no operator")
+def test_experts_in_bf16_have_the_gradients_of_experts_alone():
+    inputs = [each.detach().cuda().bfloat16().requires_grad_() for each in leaves()[:3]]
+    inputs.append(leaves()[3].detach().cuda().requires_grad_())
+    x, w13, w2, weights = inputs
+    rows = sort_slots(ids().cuda(), E, num_rows=T * K)
+    operator = expert_operator(x, w2)
+    assert operator is not None
+    exchange = ToItself([])
+    travelled = exchange.through((operator, w13, w2), exchange.start(x), weights, rows)
+    alone = expert_ffn(x, w13, w2, weights, rows)
     assert torch.equal(travelled, alone)
     pairs = zip(differentiate(travelled, inputs), differentiate(alone, inputs), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
