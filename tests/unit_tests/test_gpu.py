@@ -15,7 +15,14 @@ from torchtitan.distributed.token_dispatch import AllToAllDispatcher
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.models.moe import MoE, MoEArgs, TokenChoiceTopKRouter
 from torchtitan.models.moe import router as router_module
-from torchtitan.ops.attention import attention, causal_mask, document_mask, number_documents
+from torchtitan.ops import cudnn_documents, packed_documents
+from torchtitan.ops.attention import (
+    Documents,
+    attention,
+    causal_mask,
+    document_mask,
+    number_documents,
+)
 from torchtitan.ops.expert_ffn import expert_ffn, expert_ffn_chain
 from torchtitan.ops.grouped_mm import grouped_linear, grouped_mm_loop
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
@@ -72,8 +79,26 @@ def packed_tokens(B: int, S: int, ends: list[int]) -> Tensor:
 PACKED = {"short documents": (256, []), "long documents": (4096, [3100, 3110, 4000, 4250])}
 
 
+@pytest.fixture
+def cudnn_alone(monkeypatch) -> None:
+    """Let packed documents be computed by cuDNN's one call or not at all."""
+    if cudnn_documents.package() is None:
+        pytest.skip("needs nvidia-cudnn-frontend")
+    for name in ("attend", "attend_backward"):
+        monkeypatch.setattr(packed_documents, name, lambda *_: pytest.fail("cuDNN refused"))
+
+
+@pytest.fixture(params=["with cudnn-frontend", "without it"])
+def both_ways(request, monkeypatch) -> None:
+    """Run a test with the package's one call for all documents, and without the package."""
+    if request.param == "without it":
+        monkeypatch.setattr(cudnn_documents, "package", lambda: None)
+    else:
+        request.getfixturevalue("cudnn_alone")
+
+
 @pytest.mark.parametrize("documents", [None, *PACKED])
-def test_attention_at_mla_sizes_equals_fp64(documents: str | None) -> None:
+def test_attention_at_mla_sizes_equals_fp64(documents: str | None, both_ways) -> None:
     S, ends = PACKED[documents] if documents else (256, [])
     B, H, scale = 2, 4, 192**-0.5
     inputs = leaves((B, S, H, 192), (B, S, H, 192), (B, S, H, 128))
@@ -97,6 +122,139 @@ def test_attention_at_mla_sizes_equals_fp64(documents: str | None) -> None:
     expected.backward(grad.double())
     for ours, theirs in zip(inputs, exact, strict=True):
         assert relative_error(ours.grad, theirs.grad) < 1e-2
+
+
+# Lengths of documents.
+DOCUMENTS = {
+    "of one token": [1, 1, 300, 1, 700, 20, 1],
+    "many": [1] * 40 + [9] * 40 + [624],
+    "one for all": [1024],
+    "long, not whole blocks": [3100, 900, 96],
+}
+
+
+def attention_in_fp32(inputs: list[Tensor], lengths: list[int], grad: Tensor) -> list[Tensor]:
+    """Output and gradients of q, k and v, (B, S, H, C), document by document."""
+    group = inputs[0].size(2) // inputs[1].size(2)
+    exact = [t.detach().float().requires_grad_() for t in inputs]
+    q, k, v = (t.flatten(0, 1).split(lengths) for t in exact)
+    outs = []
+    for its_q, its_k, its_v in zip(q, k, v, strict=True):
+        its_k, its_v = (t.repeat_interleave(group, 1) for t in (its_k, its_v))
+        scores = torch.einsum("qhc,khc->hqk", its_q, its_k) * 0.1
+        hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,khc->qhc", shares, its_v))
+    out = torch.cat(outs).view(grad.shape)
+    return [out, *torch.autograd.grad(out, exact, grad.float())]
+
+
+def documents_of(lengths: list[int], S: int) -> Documents:
+    numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).view(-1, S)
+    mask = document_mask(numbers, device=torch.device("cuda"))
+    if mask is None:  # one document; the kernels take it, too
+        starts = torch.tensor([0, S] + [S] * 15, dtype=torch.int32)
+        return Documents(starts.cuda(), S)
+    return mask
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["equal heads", "GQA"])
+@pytest.mark.parametrize("channels", [(192, 128), (128, 128), (64, 64)], ids=str)
+def test_cudnn_computes_packed_documents_as_fp32_does(
+    channels, heads, documents, cudnn_alone
+) -> None:
+    (qk, v), (H, kv_heads), lengths = channels, heads, DOCUMENTS[documents]
+    S = sum(lengths)
+    inputs = leaves((1, S, H, qk), (1, S, kv_heads, qk), (1, S, kv_heads, v))
+    grad = torch.randn(1, S, H, v, device="cuda", dtype=torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        out = attention(*inputs, scale=0.1, mask=documents_of(lengths, S))
+        assert out.dtype == dtype
+        ours = [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
+        for a, b in zip(ours, attention_in_fp32(inputs, lengths, grad), strict=True):
+            assert relative_error(a, b) < 1e-2
+
+
+def test_more_documents_than_before_have_a_call_of_their_own(cudnn_alone) -> None:
+    inputs = leaves((1, 1024, 2, 192), (1, 1024, 2, 192), (1, 1024, 2, 128))
+    grad = torch.randn(1, 1024, 2, 128, device="cuda", dtype=torch.bfloat16)
+    for count in (3, 16, 17, 300, 1024, 5):
+        lengths = [1] * (count - 1) + [1025 - count]
+        out = attention(*inputs, scale=0.1, mask=documents_of(lengths, 1024))
+        ours = [out, *torch.autograd.grad(out, inputs, grad)]
+        for a, b in zip(ours, attention_in_fp32(inputs, lengths, grad), strict=True):
+            assert relative_error(a, b) < 1e-2
+
+
+def test_cudnn_and_flash_attention_agree_on_documents(monkeypatch) -> None:
+    """Values are a slice; the host never waits for cuDNN."""
+    if cudnn_documents.package() is None:
+        pytest.skip("needs nvidia-cudnn-frontend")
+    B, S, H = 2, 4096, 4
+    q, k, wide = leaves((B, S, H, 192), (B, S, H, 192), (B, S, H, 256))
+    grad = torch.randn(B, S, H, 128, device="cuda", dtype=torch.bfloat16)
+    mask = documents_of([3100, 996, 1, 2000, 95, 2000], S)
+
+    def run(mask: Documents) -> list[Tensor]:
+        out = attention(q, k, wide[..., 128:], scale=0.1, mask=mask)
+        return [out, *torch.autograd.grad(out, (q, k, wide), grad)]
+
+    run(mask)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = run(mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(cudnn_documents, "package", lambda: None)
+    for used in (mask, mask._replace(starts_on_host=None)):
+        for a, b in zip(ours, run(used), strict=True):
+            assert relative_error(a, b) < 1e-2
+
+
+def test_a_recorded_call_computes_the_documents_of_the_moment(cudnn_alone) -> None:
+    S, H = 1024, 4
+    inputs = leaves((1, S, H, 192), (1, S, H, 192), (1, S, H, 128))
+    grad = torch.randn(1, S, H, 128, device="cuda", dtype=torch.bfloat16)
+    first, later = documents_of([600, 424], S), documents_of([100, 1, 900, 23], S)
+    mask = Documents(first.starts.clone(), S)
+
+    def run() -> list[Tensor]:
+        out = attention(*inputs, scale=0.1, mask=mask)
+        return [out, *torch.autograd.grad(out, inputs, grad)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    mask.starts.copy_(later.starts)
+    graph.replay()
+    for a, b in zip(found, run(), strict=True):
+        assert relative_error(a, b) < 1e-3  # the order of sums differs
+
+
+def test_packed_documents_repeat_bit_for_bit_in_a_deterministic_run() -> None:
+    lengths = [1, 600, 23, 400]
+    inputs = leaves((1, 1024, 4, 192), (1, 1024, 4, 192), (1, 1024, 4, 128))
+    grad = torch.randn(1, 1024, 4, 128, device="cuda", dtype=torch.bfloat16)
+
+    def run() -> list[Tensor]:
+        out = attention(*inputs, scale=0.1, mask=documents_of(lengths, 1024))
+        return [out, *torch.autograd.grad(out, inputs, grad)]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, again = run(), run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for a, b in zip(first, attention_in_fp32(inputs, lengths, grad), strict=True):
+        assert relative_error(a, b) < 1e-2
 
 
 @pytest.mark.parametrize("ranks_chunk", [0, 1])
@@ -160,7 +318,7 @@ def test_expert_operator_equals_the_chain_in_fp64(num_rows: int | None) -> None:
 
 
 @pytest.mark.parametrize("documents", [None, *PACKED])
-def test_mla_operator_equals_the_plain_lines_in_fp64(documents: str | None) -> None:
+def test_mla_operator_equals_the_plain_lines_in_fp64(documents: str | None, both_ways) -> None:
     S, ends = PACKED[documents] if documents else (256, [])
     B, H, scale = 2, 4, 0.07
     assert can_fuse("cuda", torch.bfloat16, 128, 64, 128)

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchtitan.ops.causal_runs import can_use_runs, causal_runs
+from torchtitan.ops.cudnn_documents import places_for
 from torchtitan.ops.document_attention import document_attention
 from torchtitan.ops.packed_documents import LONG
 
@@ -22,10 +23,11 @@ from torchtitan.ops.packed_documents import LONG
 class Documents(NamedTuple):
     """Packed documents.
 
-    starts: (documents + 1,) int32, position in the flattened batch at which each document begins,
-        and the end of the last one.
+    starts: (places + 1,) int32, position in the flattened batch at which each document begins, and
+        the end of the last one, once more for each place that is left (`places_for`).
     longest: length of the longest document, or more.
-    starts_on_host: the same as `starts`, where some document is long (ops/packed_documents.py).
+    starts_on_host: the same without places that are left, where some document is long
+        (ops/packed_documents.py).
     """
 
     starts: Tensor
@@ -98,6 +100,11 @@ def document_mask(
         return _mask(queries_Q, documents_BS.to(device)[:, :num_keys])
     if device.type == "cpu":
         return _mask(torch.arange(documents_BS.size(1)), documents_BS)
+    return _documents(documents_BS, device)
+
+
+def _documents(documents_BS: Tensor, device: torch.device) -> Documents | None:
+    """Return what GPUs' kernels take; None where every sequence is one document."""
     ends_BS = torch.ones_like(documents_BS, dtype=torch.bool)
     ends_BS[:, :-1] = documents_BS[:, 1:] != documents_BS[:, :-1]
     ends_BS = ends_BS.cpu()  # host sync for documents on the GPU: how many there are
@@ -106,7 +113,8 @@ def document_mask(
         return None
     starts = F.pad(ends, (1, 0))
     S, longest = documents_BS.size(1), int(starts.diff().max())
-    on_device = starts.to(device, non_blocking=True)
+    left = places_for(ends.numel()) - ends.numel()
+    on_device = F.pad(starts, (0, left), value=int(ends[-1])).to(device, non_blocking=True)
     if longest >= LONG:
         return Documents(on_device, S, starts)
     # Rounded up, so that compiled graphs see few lengths; the kernel skips the blocks beyond.
@@ -233,6 +241,6 @@ def _at_least(channels: int, x_BSHC: Tensor) -> Tensor:
 
 def _documents_of(documents: Documents, shape: torch.Size) -> Tensor:
     """Number the documents of the flattened batch; return the number of each token's (B, S)."""
-    begins_T = documents.starts.new_zeros(shape.numel())
-    begins_T.index_fill_(0, documents.starts[1:-1].long(), 1)
-    return begins_T.cumsum(0).view(shape)
+    begins = documents.starts.new_zeros(shape.numel() + 1)  # the last: of places that are left
+    begins.index_fill_(0, documents.starts[1:-1].long(), 1)
+    return begins[:-1].cumsum(0).view(shape)

@@ -1,17 +1,19 @@
-"""Causal attention inside of each packed document, on a GPU, with flash attention's kernel for
-sequences of any length. It computes no block of scores between two documents.
+"""Causal attention inside of each packed document, on a GPU. No block of scores between two
+documents is computed.
 
-torch has no such path to cuDNN's kernel at MLA's head sizes (2.11: rebuilt at every call, and its
-backward pass reads a wrong length); flex attention runs at half the speed of causal attention. Long
-documents are worth calls of their own (packed_documents.py).
+cuDNN's kernel takes all documents in one call where the package that leads to it is installed
+(cudnn_documents.py). Elsewhere flash attention's does, with a call of cuDNN's for each long one
+(packed_documents.py). torch alone has no such path to cuDNN's kernel at MLA's head sizes (2.11:
+rebuilt at every call, and its backward pass reads a wrong length); flex attention runs at half the
+speed of causal attention.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from torchtitan.ops import packed_documents
+from torchtitan.ops import cudnn_documents, packed_documents
 from torchtitan.ops.causal_runs import can_use_runs
+from torchtitan.ops.packed_documents import Packed
 
 
 def document_attention(
@@ -30,11 +32,8 @@ def document_attention(
     q, k, v = (t.flatten(0, 1) for t in (q_BSHC, k_BSHC, v_BSHC))
     if not can_use_runs(q.device.type, q.dtype, q.size(-1), v.size(-1)):
         starts_on_host = None
-    if starts_on_host is None:
-        # The kernel needs equal channels; zeros add nothing to the sums.
-        v = F.pad(v, (0, q.size(-1) - v.size(-1)))
     out = _document_attention(q, k, v, starts, longest, scale, starts_on_host)[0]
-    return out.unflatten(0, q_BSHC.shape[:2])[..., : v_BSHC.size(-1)]
+    return out.unflatten(0, q_BSHC.shape[:2])
 
 
 @torch.library.custom_op("torchtitan::document_attention", mutates_args=())
@@ -49,20 +48,47 @@ def _document_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, H, channels of v), and logarithms of the softmax's sums, fp32 (H, T).
 
-    q, k, v: (T, H, C); v may have fewer channels with `starts_on_host`.
+    q, k, v: (T, H, C); v may have fewer channels.
     """
-    if starts_on_host is not None:
-        return packed_documents.attend(q, k, v, starts, starts_on_host, scale)
-    out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
+    return attend(q, k, v, starts, longest, starts_on_host, scale)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    starts_on_host: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute what `_document_attention` returns, by the best kernel for it."""
+    found = cudnn_documents.attend(q, k, v, starts, longest, scale)
+    if found is not None:
+        return found
+    return packed_documents.attend(q, k, v, starts, longest, starts_on_host, scale)
+
+
+def attend_backward(
+    packed: Packed,
+    log_sums: Tensor,
+    starts: Tensor,
+    longest: int,
+    starts_on_host: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
+    found = cudnn_documents.attend_backward(packed, log_sums, starts, longest, scale)
+    if found is not None:
+        return found
+    return packed_documents.attend_backward(
+        packed, log_sums, starts, longest, starts_on_host, scale
     )
-    return out, log_sums
 
 
 @_document_attention.register_fake
 def _(q, k, v, starts, longest, scale, starts_on_host=None):
-    out = torch.empty_like(q) if starts_on_host is None else q.new_empty(v.shape)
-    return out, q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+    return q.new_empty(v.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
 
 
 @torch.library.custom_op("torchtitan::document_attention_backward", mutates_args=())
@@ -78,20 +104,12 @@ def _document_attention_backward(
     scale: float,
     starts_on_host: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if starts_on_host is not None:
-        packed = packed_documents.Packed(grad, q, k, v, out)
-        return packed_documents.attend_backward(packed, log_sums, starts, starts_on_host, scale)
-    no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
-    return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, log_sums, starts, starts, longest, longest, 0.0, True,
-        no_dropout, no_dropout[0], scale=scale,
-    )  # fmt: skip
+    packed = Packed(grad, q, k, v, out)
+    return attend_backward(packed, log_sums, starts, longest, starts_on_host, scale)
 
 
 @_document_attention_backward.register_fake
 def _(grad, q, k, v, out, log_sums, starts, longest, scale, starts_on_host=None):
-    if starts_on_host is None:
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -2,7 +2,7 @@
 of queries and keys, attention.
 
 One operator leads from the projections' outputs to the heads' outputs, around cuDNN's attention
-kernel (causal, and long documents) or flash attention's (short ones). Each tensor in between is
+kernel or, inside of packed documents, what document_attention.py chooses. Each tensor in between is
 written once, in the layout that the next kernel reads. Reference: the plain lines of
 `Attention.forward`.
 """
@@ -10,7 +10,7 @@ written once, in the layout that the next kernel reads. Reference: the plain lin
 import torch
 from torch import Tensor
 
-from torchtitan.ops import packed_documents
+from torchtitan.ops import document_attention
 from torchtitan.ops.attention import Documents
 from torchtitan.ops.causal_runs import cudnn_takes
 from torchtitan.ops.packed_documents import Packed
@@ -70,35 +70,23 @@ def _mla_attention(
     v_channels: int,
     scale: float,
     starts_on_host: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the output, and the tensors that the backward pass needs: queries, keys, padded values
-    and the kernel's output (short documents only, otherwise empty), logarithms of the softmax's
-    sums.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the output, and the tensors that the backward pass needs: queries, keys, logarithms of
+    the softmax's sums.
     """
     from torchtitan.ops import mla_triton
 
-    by_length = starts_on_host is not None
-    padded = None if starts is None or by_length else q_BSHC.size(-1)
-    q, k, v = mla_triton.assemble(
-        q_BSHC, kv_BSHC, k_rope_BSC, table, positions_BS, v_channels, padded
-    )
+    q, k, v = mla_triton.assemble(q_BSHC, kv_BSHC, k_rope_BSC, table, positions_BS, v_channels)
     if starts is None:
         out, log_sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *(t.transpose(1, 2) for t in (q, k, v)), None, True, 0.0, True, False, scale=scale
         )
-        return out.transpose(1, 2).contiguous(), q, k, q.new_empty(0), q.new_empty(0), log_sums
-    if starts_on_host is not None:
-        flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
-        out, log_sums = packed_documents.attend(
-            flat_q, flat_k, flat_v, starts, starts_on_host, scale
-        )
-        return out.view_as(v), q, k, q.new_empty(0), q.new_empty(0), log_sums
-    whole, log_sums, *_ = torch.ops.aten._flash_attention_forward(
-        *(t.flatten(0, 1) for t in (q, k, v)), starts, starts, longest, longest, 0.0, True, False,
-        scale=scale,
-    )  # fmt: skip
-    out = whole.view_as(q)[..., :v_channels].contiguous()
-    return out, q, k, v, whole, log_sums
+        return out.transpose(1, 2).contiguous(), q, k, log_sums
+    flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
+    out, log_sums = document_attention.attend(
+        flat_q, flat_k, flat_v, starts, longest, starts_on_host, scale
+    )
+    return out.view(v.shape), q, k, log_sums
 
 
 @_mla_attention.register_fake
@@ -108,13 +96,9 @@ def _(
 ):  # fmt: skip
     B, S, H, QK = q_BSHC.shape
     new = q_BSHC.new_empty
-    out, q, k = new(B, S, H, v_channels), new(B, S, H, QK), new(B, S, H, QK)
-    if starts is None:
-        return out, q, k, new(0), new(0), new(B, H, S, 1, dtype=torch.float32)
-    log_sums = new(H, B * S, dtype=torch.float32)
-    if starts_on_host is not None:
-        return out, q, k, new(0), new(0), log_sums
-    return out, q, k, new(B, S, H, QK), new(B * S, H, QK), log_sums
+    sums = (B, H, S, 1) if starts is None else (H, B * S)
+    log_sums = new(sums, dtype=torch.float32)
+    return new(B, S, H, v_channels), new(B, S, H, QK), new(B, S, H, QK), log_sums
 
 
 @torch.library.custom_op("torchtitan::mla_attention_backward", mutates_args=(), device_types="cuda")
@@ -123,8 +107,6 @@ def _mla_attention_backward(
     out_BSHC: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
-    whole: Tensor,
     log_sums: Tensor,
     kv_BSHC: Tensor,
     table: Tensor,
@@ -138,21 +120,15 @@ def _mla_attention_backward(
     from torchtitan.ops import mla_triton
 
     V = grad_BSHC.size(-1)
+    v = kv_BSHC[..., -V:]
     if starts is None:
-        dq, dk, dv = _cudnn_backward(grad_BSHC, q, k, kv_BSHC[..., -V:], out_BSHC, log_sums, scale)
-    elif starts_on_host is not None:
-        tensors = (grad_BSHC, q, k, kv_BSHC[..., -V:], out_BSHC)
-        packed = Packed(*(t.flatten(0, 1) for t in tensors))
-        grads = packed_documents.attend_backward(packed, log_sums, starts, starts_on_host, scale)
-        dq, dk, dv = (grad.unflatten(0, q.shape[:2]) for grad in grads)
+        dq, dk, dv = _cudnn_backward(grad_BSHC, q, k, v, out_BSHC, log_sums, scale)
     else:
-        grad = torch.nn.functional.pad(grad_BSHC, (0, q.size(-1) - V)).flatten(0, 1)
-        no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)
-        grads = torch.ops.aten._flash_attention_backward(
-            grad, *(t.flatten(0, 1) for t in (q, k, v)), whole, log_sums, starts, starts, longest,
-            longest, 0.0, True, no_dropout, no_dropout[0], scale=scale,
-        )  # fmt: skip
-        dq, dk, dv = (grad.view_as(q) for grad in grads)
+        packed = Packed(*(t.flatten(0, 1) for t in (grad_BSHC, q, k, v, out_BSHC)))
+        grads = document_attention.attend_backward(
+            packed, log_sums, starts, longest, starts_on_host, scale
+        )
+        dq, dk, dv = (grad.unflatten(0, q.shape[:2]) for grad in grads)
     return mla_triton.take_apart(dq, dk, dv, table, positions_BS, rope, V)
 
 
@@ -171,7 +147,7 @@ def _cudnn_backward(
 
 @_mla_attention_backward.register_fake
 def _(
-    grad, out, q, k, v, whole, log_sums, kv_BSHC, table, positions, starts, starts_on_host, longest,
+    grad, out, q, k, log_sums, kv_BSHC, table, positions, starts, starts_on_host, longest,
     rope, scale,
 ):  # fmt: skip
     return torch.empty_like(q), torch.empty_like(kv_BSHC), q.new_empty(*q.shape[:2], rope)

@@ -21,10 +21,9 @@ def _turned(x, cos, sin, ROWS: tl.constexpr, ROPE: tl.constexpr):
 
 @triton.jit
 def _assemble(
-    q, kv, k_rope, table, positions, q_out, k_out, v_out,
-    S, H, q_stride, k_rope_stride,
-    NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, V_OUT: tl.constexpr,
-    HEADS: tl.constexpr, POSITIONS: tl.constexpr, COPY_V: tl.constexpr,
+    q, kv, k_rope, table, positions, q_out, k_out, S, H, q_stride, k_rope_stride,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
+    HEADS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -49,13 +48,6 @@ def _assemble(
     x = _turned(x, cos, sin, 1, ROPE).to(kind)
     x = tl.broadcast_to(x, (HEADS, ROPE))
     tl.store(k_out + target + NOPE + rope[None, :], x, mask=here)
-    if COPY_V:  # with zeros up to V_OUT
-        channels = tl.arange(0, V)[None, :]
-        target = v_out + (token * H + heads[:, None]) * V_OUT
-        tl.store(target + channels, tl.load(source + NOPE + channels, mask=here), mask=here)
-        rest = V + tl.arange(0, V)[None, :]
-        zero = tl.zeros((HEADS, V), kind)
-        tl.store(target + rest, zero, mask=here & (rest < V_OUT))
 
 
 @triton.jit
@@ -103,24 +95,21 @@ def assemble(
     table: Tensor,
     positions_BS: Tensor | None,
     v_channels: int,
-    padded_v: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Assemble queries, keys and values (B, S, H, C). Arguments as in `mla_attention`.
+    """Assemble queries and keys (B, S, H, C); values are a view of kv.
 
-    padded_v: channels of the values, copied and padded with zeros; None = no copy, a view of kv.
+    Arguments as in `mla_attention`.
     """
     B, S, H, QK = q_BSHC.shape
     V, ROPE = v_channels, k_rope_BSC.size(-1)
     q, k = (torch.empty(B, S, H, QK, dtype=q_BSHC.dtype, device=q_BSHC.device) for _ in "qk")
-    v = kv_BSHC[..., -V:] if padded_v is None else q.new_empty(B, S, H, padded_v)
     heads = min(16, triton.next_power_of_2(H))
     _assemble[(B * S, triton.cdiv(H, heads))](
-        q_BSHC, kv_BSHC, k_rope_BSC, table, positions_BS, q, k, v,
+        q_BSHC, kv_BSHC, k_rope_BSC, table, positions_BS, q, k,
         S, H, q_BSHC.stride(1), k_rope_BSC.stride(1),
-        NOPE=QK - ROPE, ROPE=ROPE, V=V, V_OUT=v.size(-1), HEADS=heads,
-        POSITIONS=positions_BS is not None, COPY_V=padded_v is not None,
+        NOPE=QK - ROPE, ROPE=ROPE, V=V, HEADS=heads, POSITIONS=positions_BS is not None,
     )  # fmt: skip
-    return q, k, v
+    return q, k, kv_BSHC[..., -V:]
 
 
 def take_apart(

@@ -1,5 +1,6 @@
 """Attention inside of packed documents by two kernels: cuDNN's once for each long document, and
-flash attention's once for neighbouring short ones.
+flash attention's once for neighbouring short ones, or for all. For machines without the package
+that cudnn_documents.py needs.
 
 cuDNN's kernel is nearly twice as fast, but takes documents of one length at a time, and a call
 takes the host 0.1 ms. It builds a plan for each length that it meets, in 20 ms: so lengths are
@@ -54,13 +55,23 @@ def stretches(starts: list[int]) -> Iterator[Stretch]:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, starts_on_host: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    starts_on_host: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, H, channels of v), and logarithms of the softmax's sums, fp32 (H, T).
 
     q, k, v: (T, H, C), bf16 or fp16; v may have fewer channels.
-    starts: int32 (documents + 1,), on the device.
+    starts, longest, starts_on_host: see `Documents`; without the last one flash attention computes
+        all.
     """
+    if starts_on_host is None:
+        out, log_sums = _flash(q, k, v, starts, longest, scale)
+        return out[..., : v.size(2)].contiguous(), log_sums
     out = q.new_empty(*v.shape)
     log_sums = q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
     for stretch in stretches(starts_on_host.tolist()):
@@ -70,7 +81,7 @@ def attend(
             its_out, its_sums = (t[0] for t in kernel_forward(own_q, own_k, own_v, True, scale))
         else:
             its_starts = _starts_of(stretch, starts)
-            its_out, its_sums = _flash(q[here], k[here], v[here], its_starts, scale)
+            its_out, its_sums = _flash(q[here], k[here], v[here], its_starts, LONG, scale)
         out[here] = its_out[:length, :, : v.size(2)]
         log_sums[:, here] = its_sums[:, :length]
     return out, log_sums
@@ -87,13 +98,21 @@ class Packed(NamedTuple):
 
 
 def attend_backward(
-    packed: Packed, log_sums: Tensor, starts: Tensor, starts_on_host: Tensor, scale: float
+    packed: Packed,
+    log_sums: Tensor,
+    starts: Tensor,
+    longest: int,
+    starts_on_host: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v.
 
     log_sums: from `attend`.
     """
     _, q, k, v, _ = packed
+    if starts_on_host is None:
+        dq, dk, dv = _flash_backward(packed, log_sums, starts, longest, scale)
+        return dq, dk, dv[..., : v.size(2)].contiguous()
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for stretch in stretches(starts_on_host.tolist()):
         here, length = stretch.tokens, stretch.length
@@ -105,7 +124,8 @@ def attend_backward(
             its = [t[0] for t in its]
         else:
             own = Packed(*(t[here] for t in packed))
-            its = _flash_backward(own, log_sums[:, here], _starts_of(stretch, starts), scale)
+            its_starts = _starts_of(stretch, starts)
+            its = _flash_backward(own, log_sums[:, here], its_starts, LONG, scale)
         for whole, part in zip(grads, its, strict=True):
             whole[here] = part[:length, :, : whole.size(2)]
     return grads
@@ -134,22 +154,27 @@ def _starts_of(stretch: Stretch, starts: Tensor) -> Tensor:
     return starts[first : behind + 1] - stretch.tokens.start
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
     out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, _as_wide(v, q), starts, starts, LONG, LONG, 0.0, True, False, scale=scale
+        q, k, _as_wide(v, q), starts, starts, longest, longest, 0.0, True, False, scale=scale
     )
     return out, log_sums
 
 
-def _flash_backward(own: Packed, log_sums: Tensor, starts: Tensor, scale: float) -> list[Tensor]:
+def _flash_backward(
+    own: Packed, log_sums: Tensor, starts: Tensor, longest: int, scale: float
+) -> list[Tensor]:
     no_dropout = torch.empty(2, dtype=torch.uint64, device=starts.device)
     grad, v, out = (_as_wide(t, own.q) for t in (own.grad, own.v, own.out))
     return torch.ops.aten._flash_attention_backward(
-        grad, own.q, own.k, v, out, log_sums.contiguous(), starts, starts, LONG, LONG, 0.0, True,
-        no_dropout, no_dropout[0], scale=scale,
+        grad, own.q, own.k, v, out, log_sums.contiguous(), starts, starts, longest, longest, 0.0,
+        True, no_dropout, no_dropout[0], scale=scale,
     )  # fmt: skip
 
 
 def _as_wide(t: Tensor, q: Tensor) -> Tensor:
     """Give values as many channels as queries have, which the kernel needs; zeros add nothing."""
-    return F.pad(t, (0, q.size(-1) - t.size(-1)))
+    missing = q.size(-1) - t.size(-1)
+    return F.pad(t, (0, missing)) if missing else t

@@ -102,13 +102,13 @@ def _latent_backward(args: Any, outputs: list[Tensor]) -> float:
 
 
 def _documents(args: Any, outputs: list[Tensor]) -> float:
-    (T, H, C), longest = args[0].shape, args[4]
-    return _core(T, longest, H, 2 * C)
+    (T, H, C), v, longest = args[0].shape, args[2].size(2), args[4]
+    return _core(T, longest, H, C + v)
 
 
 def _documents_backward(args: Any, outputs: list[Tensor]) -> float:
-    (T, H, C), longest = args[1].shape, args[7]
-    return _core(T, longest, H, 5 * C)
+    (T, H, C), v, longest = args[1].shape, args[3].size(2), args[7]
+    return _core(T, longest, H, 3 * C + 2 * v)
 
 
 def _experts(args: Any, outputs: list[Tensor]) -> float:

@@ -15,6 +15,7 @@ from torchtitan.distributed.tensor_parallel import TensorParallel, keep_odd_part
 from torchtitan.models.decoder.model import Decoder, TransformerBlock
 from torchtitan.models.moe import MoE
 from torchtitan.models.moe.layout import log_expert_layout
+from torchtitan.ops import cudnn_documents
 from torchtitan.ops.grouped_mm import why_loop
 from torchtitan.ops.lora import is_adapter
 from torchtitan.tools.errors import UserError
@@ -65,6 +66,7 @@ def parallelize_decoder(
     if dims.cp * dims.tp > 1:
         for moe in moes.values():
             moe.sequence_group = dims.sequence_group
+    _log_packed_documents(model, dims, config)
     _recompute_and_compile(model, config, in_pieces=loops or dims.ep * dims.etp > 1)
     apply_data_parallel(model, dims, config.training, config.parallelism)
     return model
@@ -139,3 +141,11 @@ def _log_expert_gemm(moes: dict[int, MoE], config: JobConfig) -> bool:
         )
     logger.info("Experts: %s", f"a loop, because {reason}" if reason else "grouped GEMM")
     return reason is not None
+
+
+def _log_packed_documents(model: Decoder, dims: ParallelDims, config: JobConfig) -> None:
+    """Log the kernels of packed documents where several are to be had."""
+    by_flex = dims.cp > 1 and config.parallelism.context_parallel_rotate_method == "allgather"
+    apart = model.model_args.keeps_documents_apart
+    if apart and device_type() == "cuda" and not by_flex:
+        logger.info("Packed documents: %s", cudnn_documents.way())
