@@ -87,6 +87,8 @@ class AllGatherDispatcher:
     num_experts: of all ranks.
     """
 
+    whole_tokens = True
+
     def __init__(
         self,
         exact: Any,
@@ -95,7 +97,7 @@ class AllGatherDispatcher:
         capacity: RowCapacity,
         wires: Wires = NO_WIRES,
     ):
-        self.exact, self.gathers = exact, exact.gathers
+        self.exact = exact
         self.wire, self.gradient_wire = wires
         self.group = group
         self.local_experts = num_experts // group.size()
@@ -110,7 +112,7 @@ class AllGatherDispatcher:
     ) -> tuple[Tensor, Any]:
         """Bring all tokens here, through this rank's experts, and start the way back of the sums.
 
-        See `GatheringDispatcher`; ids_TK is int64, weights_TK fp32.
+        See `WholeTokenDispatcher`; ids_TK is int64, weights_TK fp32.
         """
         if self.capacity.exact or not torch.is_grad_enabled():
             return self.exact.start_routed(experts, x_TD, ids_TK, weights_TK)

@@ -41,8 +41,8 @@ class TokenDispatcher(Protocol):
         ...
 
     @property
-    def gathers(self) -> bool:
-        """Whether this is a `GatheringDispatcher` now."""
+    def whole_tokens(self) -> bool:
+        """Whether this is a `WholeTokenDispatcher`."""
         ...
 
     def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
@@ -60,9 +60,9 @@ class TokenDispatcher(Protocol):
         ...
 
 
-class GatheringDispatcher(TokenDispatcher, Protocol):
+class WholeTokenDispatcher(TokenDispatcher, Protocol):
     """A dispatcher whose `start_routed` and `finish_routed` can take the place of dispatch, experts
-    and combine, so that the experts are one operator, which gets whole tokens."""
+    and combine: experts are one operator, which gets whole tokens instead of a row for each."""
 
     def start_routed(
         self, experts: Callable[..., Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
@@ -130,7 +130,7 @@ class LocalRecord(NamedTuple):
 class LocalDispatcher:
     """Dispatcher for experts that all live on this rank: sorts rows, sums them. No host sync."""
 
-    gathers = True
+    whole_tokens = True
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts

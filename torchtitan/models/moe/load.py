@@ -31,7 +31,7 @@ class RoutingLoad(NamedTuple):
     tokens_E: int64 tokens per expert, padding left out.
     traffic: (2, 3) int64 rows sent, see `TokenDispatcher.dispatch`; None where nothing travelled.
     stats: (N,) fp32, sums of router_stats.py; None where they are not measured.
-    overflow: () fp32, see `GatheringDispatcher`; None where there is always room.
+    overflow: () fp32, see `WholeTokenDispatcher`; None where there is always room.
     """
 
     tokens_E: Tensor

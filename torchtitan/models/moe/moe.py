@@ -21,10 +21,10 @@ from torchtitan.models.moe.aux_loss import (
     z_sum,
 )
 from torchtitan.models.moe.dispatcher import (
-    GatheringDispatcher,
     LocalDispatcher,
     TokenDispatcher,
     TokenExchange,
+    WholeTokenDispatcher,
 )
 from torchtitan.models.moe.load import RoutingLoad
 from torchtitan.models.moe.router import TokenChoiceTopKRouter
@@ -173,30 +173,34 @@ class MoE(KeepsBufferDtypes, MoELayer):
 
         if self.shared_experts is not None:
             begun_TD = self.dispatcher.start_shared(self.shared_experts, x_TD)
-        gatherer = cast(GatheringDispatcher, self.dispatcher) if self._all_in_one else None
-        traffic = overflow = None
-        if gatherer is not None:
-            sums, record = gatherer.start_routed(self.experts, x_TD, ids_TK, weights_TK)
-            traffic, overflow = record.traffic, record.overflow
-        else:
-            rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
-            weights_R = record.weights_R
-            if self.score_before_experts:
-                rows_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
-                weights_R = None
-            rows_RD = self.experts(rows_RD, counts_L, weights_R)
-            out_TD = self.dispatcher.combine(rows_RD, record)
-            traffic = record.traffic
-
-        shared_TD = None
-        if self.shared_experts is not None:
+        sums, record = self._start_routed(x_TD, ids_TK, weights_TK)
+        if self.shared_experts is None:
+            out_TD = self._finish_routed(sums, record)
+        else:  # they compute while sums travel
             shared_TD = self.dispatcher.finish_shared(self.shared_experts, begun_TD)
-        if gatherer is not None:
-            out_TD = gatherer.finish_routed(sums, record)
-        if shared_TD is not None:
-            out_TD = out_TD + shared_TD
+            out_TD = self._finish_routed(sums, record) + shared_TD
         out_BSD = out_TD.view_as(x_BSD)
-        return (out_BSD, RoutingLoad(load_E, traffic, stats, overflow)) if return_load else out_BSD
+        overflow = record.overflow if self._all_in_one else None
+        load = RoutingLoad(load_E, record.traffic, stats, overflow)
+        return (out_BSD, load) if return_load else out_BSD
+
+    def _start_routed(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Any]:
+        """Pass tokens through their experts. Returns what `_finish_routed` takes."""
+        if self._all_in_one:
+            whole = cast(WholeTokenDispatcher, self.dispatcher)
+            return whole.start_routed(self.experts, x_TD, ids_TK, weights_TK)
+        rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+        weights_R = record.weights_R
+        if self.score_before_experts:
+            rows_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
+            weights_R = None
+        return self.experts(rows_RD, counts_L, weights_R), record
+
+    def _finish_routed(self, started: Tensor, record: Any) -> Tensor:
+        """Sum the outputs of each token's experts: (T, D)."""
+        if self._all_in_one:
+            return cast(WholeTokenDispatcher, self.dispatcher).finish_routed(started, record)
+        return self.dispatcher.combine(started, record)
 
     @property
     def _needs_scores(self) -> bool:
@@ -239,7 +243,7 @@ class MoE(KeepsBufferDtypes, MoELayer):
         travels = not isinstance(dispatcher, LocalDispatcher)
         worth_it = travels or experts.w13.tensor is not None or experts.fp8 is not None
         possible = experts.use_grouped_mm and not self.score_before_experts
-        return worth_it and possible and dispatcher.gathers
+        return worth_it and possible and dispatcher.whole_tokens
 
     def init_weights(self, init_std: float) -> None:
         """Initialise a layer that stands alone; inside a model, the model does it."""
