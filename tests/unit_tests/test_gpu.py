@@ -160,11 +160,8 @@ def documents_of(lengths: list[int], S: int) -> Documents:
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["equal heads", "GQA"])
-@pytest.mark.parametrize("channels", [(192, 128), (128, 128), (64, 64)], ids=str)
-def test_cudnn_computes_packed_documents_as_fp32_does(
-    channels, heads, documents, cudnn_alone
-) -> None:
-    (qk, v), (H, kv_heads), lengths = channels, heads, DOCUMENTS[documents]
+def test_cudnn_computes_packed_documents_as_fp32_does(heads, documents, cudnn_alone) -> None:
+    (qk, v), (H, kv_heads), lengths = (192, 128), heads, DOCUMENTS[documents]
     S = sum(lengths)
     inputs = leaves((1, S, H, qk), (1, S, kv_heads, qk), (1, S, kv_heads, v))
     grad = torch.randn(1, S, H, v, device="cuda", dtype=torch.bfloat16)
@@ -180,7 +177,7 @@ def test_cudnn_computes_packed_documents_as_fp32_does(
 def test_more_documents_than_before_have_a_call_of_their_own(cudnn_alone) -> None:
     inputs = leaves((1, 1024, 2, 192), (1, 1024, 2, 192), (1, 1024, 2, 128))
     grad = torch.randn(1, 1024, 2, 128, device="cuda", dtype=torch.bfloat16)
-    for count in (3, 16, 17, 300, 1024, 5):
+    for count in (3, 16, 17, 300, 1000, 5):
         lengths = [1] * (count - 1) + [1025 - count]
         out = attention(*inputs, scale=0.1, mask=documents_of(lengths, 1024))
         ours = [out, *torch.autograd.grad(out, inputs, grad)]

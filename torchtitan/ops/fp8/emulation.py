@@ -103,18 +103,10 @@ def rows_by_blocks(
 
 
 def rows_by_rows(
-    a: Fp8,
-    b: Fp8,
-    padded_ends: Tensor,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-    *,
-    add: bool = False,
+    a: Fp8, b: Fp8, padded_ends: Tensor, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     counts = _counts(padded_ends)
     wholes = [quantize.columns_to_float(each)[: sum(counts)] for each in (a, b)]
     parts = [whole.split(counts) for whole in wholes]
     products = torch.stack([a_e.t() @ b_e for a_e, b_e in zip(*parts, strict=True)])
-    if out is None:
-        return products.to(dtype)
-    return out.copy_(products + out if add else products)
+    return products.to(dtype) if out is None else out.copy_(products)

@@ -14,7 +14,7 @@
 // tensor cores work for the other. Blocks are persistent, and take tiles in turn; they find a tile's
 // group in the device's list of ends, so the host need not know any size.
 //
-// Compiled by NVRTC with KIND (0 or 1), HALVES (1 or 2), STAGES and ADD (1: to what D holds) defined.
+// Compiled by NVRTC with KIND (0 or 1), HALVES (1 or 2) and STAGES defined.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -131,34 +131,6 @@ __device__ __forceinline__ void swap_if(bool condition, u32& x, u32& y) {
   const u32 first = condition ? y : x;
   y = condition ? x : y;
   x = first;
-}
-
-__device__ __forceinline__ u32 from_neighbour(u32 x, int distance) {
-  return __shfl_xor_sync(0xFFFFFFFF, x, distance);
-}
-
-// Four threads hold 8 neighbouring columns, two each. They transpose, so that each holds all 8 of one
-// among four such groups; and back.
-__device__ __forceinline__ void transpose(uint4& x, int quad) {
-  const bool odd = quad & 1, high = quad & 2;
-  swap_if(odd, x.x, x.y);  // swapped in odd threads, so that y is what goes to the neighbour
-  swap_if(odd, x.z, x.w);
-  x.y = from_neighbour(x.y, 1);
-  x.w = from_neighbour(x.w, 1);
-  swap_if(odd, x.x, x.y);
-  swap_if(odd, x.z, x.w);
-  swap_if(high, x.x, x.z);
-  swap_if(high, x.y, x.w);
-  x.z = from_neighbour(x.z, 2);
-  x.w = from_neighbour(x.w, 2);
-  swap_if(high, x.x, x.z);
-  swap_if(high, x.y, x.w);
-}
-
-// Adds a pair of bf16.
-__device__ __forceinline__ void add(float* to, u32 pair) {
-  to[0] += __uint_as_float(pair << 16);
-  to[1] += __uint_as_float(pair & 0xFFFF0000);
 }
 
 struct Tile {
@@ -342,45 +314,35 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 
-    // Where this thread has 8 columns of every 32 of a row, and how many columns are left there.
-    auto place = [&](int h, int j, int& columns) {
-      const int row = first_row + h * 64 + j * 8;
-      columns = row < tile.rows ? N - tile.column - quad * 8 : 0;
-      return reinterpret_cast<uint4*>(out + (tile.out + row) * N + tile.column + quad * 8);
-    };
-    uint4 old[HALVES][2][4];
-    if (ADD) {  // all loads before the first store, so that they are on their way together
-#pragma unroll
-      for (int h = 0; h < HALVES; h++)
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-          int columns;
-          const uint4* line = place(h, j, columns);
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            old[h][j][i] = make_uint4(0, 0, 0, 0);
-            if (i * 32 < columns) old[h][j][i] = line[i * 4];
-          }
-        }
-    }
+    // Four threads hold 8 neighbouring columns, two each. They transpose, so that each holds all 8 of
+    // one among four such groups, and stores 16 bytes.
+    const bool odd = quad & 1, high = quad & 2;
 #pragma unroll
     for (int h = 0; h < HALVES; h++)
 #pragma unroll
       for (int j = 0; j < 2; j++) {
-        int columns;
-        uint4* line = place(h, j, columns);
+        const int row = first_row + h * 64 + j * 8;
+        unsigned short* line = out + (tile.out + row) * N + tile.column + quad * 8;
+        const int columns = row < tile.rows ? N - tile.column - quad * 8 : 0;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          float* of = total[h] + i * 16 + j * 2;
-          if (ADD) {
-            uint4& x = old[h][j][i];
-            transpose(x, quad);
-            add(of, x.x), add(of + 4, x.y), add(of + 8, x.z), add(of + 12, x.w);
-          }
-          uint4 x = make_uint4(pack(of[0], of[1]), pack(of[4], of[5]), pack(of[8], of[9]),
-                               pack(of[12], of[13]));
-          transpose(x, quad);
-          if (i * 32 < columns) line[i * 4] = x;
+        for (int i = 0; i < 16; i += 4) {
+          const float* of = total[h] + i * 4 + j * 2;
+          u32 x0 = pack(of[0], of[1]), x1 = pack(of[4], of[5]);
+          u32 x2 = pack(of[8], of[9]), x3 = pack(of[12], of[13]);
+          swap_if(odd, x0, x1);  // swapped in odd threads, so that x1 is what goes to the neighbour
+          swap_if(odd, x2, x3);
+          x1 = __shfl_xor_sync(0xFFFFFFFF, x1, 1);
+          x3 = __shfl_xor_sync(0xFFFFFFFF, x3, 1);
+          swap_if(odd, x0, x1);
+          swap_if(odd, x2, x3);
+          swap_if(high, x0, x2);
+          swap_if(high, x1, x3);
+          x2 = __shfl_xor_sync(0xFFFFFFFF, x2, 2);
+          x3 = __shfl_xor_sync(0xFFFFFFFF, x3, 2);
+          swap_if(high, x0, x2);
+          swap_if(high, x1, x3);
+          if (i * 8 < columns)
+            *reinterpret_cast<uint4*>(line + i * 8) = make_uint4(x0, x1, x2, x3);
         }
       }
   }

@@ -175,33 +175,25 @@ def rows_by_blocks(
 
 
 def rows_by_rows(
-    a: Fp8,
-    b: Fp8,
-    padded_ends: Tensor,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-    *,
-    add: bool = False,
+    a: Fp8, b: Fp8, padded_ends: Tensor, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """Compute a · bᵀ over the elements of each group: (E, M, N).
 
     a, b: by columns of (P, M) and (P, N): values (M, P) and (N, P).
     dtype: of the result, bf16.
     out: place to fill, contiguous; None = a new one.
-    add: to what `out` holds, in fp32, rounded once.
     """
     if out is None:
         out = _new(padded_ends, padded_ends.numel(), a.values.size(0), b.values.size(0), kind=dtype)
-    _gemm(1, a, b, padded_ends, out, add)
+    _gemm(1, a, b, padded_ends, out)
     return out
 
 
-def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor, add: bool = False) -> None:
+def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor) -> None:
     assert out.dtype == torch.bfloat16 and out.is_contiguous()
     rows, K = a.values.shape
     if out.numel() == 0 or K == 0:
-        if not add:
-            out.zero_()
+        out.zero_()
         return
     b_NK = b.values.flatten(0, -2)
     N = b.values.size(-2)
@@ -214,7 +206,6 @@ def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor, add: bool = Fals
             f"-DKIND={kind}",
             f"-DHALVES={_HALVES}",
             f"-DSTAGES={stages}",
-            f"-DADD={int(add)}",
             f'-DTYPE_A="{"e5m2" if a.values.dtype == E5M2 else "e4m3"}"',
         ),
         shared=1024 + stages * (stage + 16),

@@ -135,7 +135,12 @@ def _gradients_(
     do, groups = functions(grad_values, emulate), groups_of(None, grad_values)
     if grad_w_NK is not None:
         columns, x, out = Fp8(t_values, t_scales), Fp8(x_values, x_scales), grad_w_NK.unsqueeze(0)
-        do.rows_by_rows(columns, x, groups.padded_ends, grad_w_NK.dtype, out, add=add)
+        # Not added in the product's kernel: tried, and a few elements were wrong (docs/LOG.md).
+        product = do.rows_by_rows(
+            columns, x, groups.padded_ends, out.dtype, out=None if add else out
+        )
+        if add:
+            out += product
     if grad_x_RK is not None:
         assert w_values is not None and w_scales is not None
         grad, turned = Fp8(grad_values, grad_scales), Fp8(w_values, w_scales)
