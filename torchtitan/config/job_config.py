@@ -246,7 +246,8 @@ class Compile:
     backend: str = "inductor"
     """Back-end of torch.compile."""
     cuda_graph: bool = False
-    """Replay forward and backward pass as one CUDA graph: no GPU waits for its host (ours)."""
+    """Replay forward and backward pass as one CUDA graph: no GPU waits for its host (ours). Packed
+    documents need nvidia-cudnn-frontend."""
 
 
 @dataclass(frozen=True)
