@@ -246,7 +246,7 @@ class Compile:
     backend: str = "inductor"
     """Back-end of torch.compile."""
     cuda_graph: bool = False
-    """Replay forward and backward pass as one CUDA graph: no GPU waits for its host (ours)."""
+    """Replay both passes as one CUDA graph (ours); packed documents need nvidia-cudnn-frontend."""
 
 
 @dataclass(frozen=True)

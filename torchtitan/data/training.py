@@ -47,8 +47,9 @@ def check_chat(config: JobConfig, tokenizer: Tokenizer, model_args: BaseModelArg
         return
     if config.compile.cuda_graph:
         raise UserError(
-            "compile.cuda_graph = true needs the same kernels in every step, but conversations "
-            f"change ({conversations[0].toml_key('format')}); set it to false."
+            "compile.cuda_graph = true is for text, of whose tokens each has a label, but "
+            f'{conversations[0].toml_key("format")} = "{conversations[0].format}" has '
+            "conversations; set it to false."
         )
     if not model_args.keeps_documents_apart:
         raise UserError(

@@ -121,6 +121,25 @@ def _documents(documents_BS: Tensor, device: torch.device) -> Documents | None:
     return Documents(on_device, min(S, 1 << (longest - 1).bit_length()))
 
 
+def starts_of(mask: Documents | None, shape: torch.Size, device: torch.device) -> Tensor:
+    """Return where documents begin, as `Documents.starts`, of any batch.
+
+    mask: None = each of the sequences of this shape is one document.
+    """
+    if mask is not None:
+        return mask.starts
+    B, S = shape
+    return torch.arange(0, B * S + 1, S, dtype=torch.int32, device=device)
+
+
+def with_places(starts: Tensor, places: int, tokens: int) -> Tensor:
+    """Give `Documents.starts` more places, which have no tokens.
+
+    tokens: of all documents, where the last one ends.
+    """
+    return F.pad(starts, (0, places + 1 - starts.numel()), value=tokens)
+
+
 def causal_mask(queries_Q: Tensor) -> Tensor | CausalRuns:
     """Causal mask for some positions of a sequence, whose keys begin at position 0.
 

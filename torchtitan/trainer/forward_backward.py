@@ -20,10 +20,12 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.pipeline_parallel import StepInputs
 from torchtitan.distributed.pipeline_plan import PipelinePlan
-from torchtitan.ops.attention import number_documents
+from torchtitan.distributed.utils import gather_from_ranks
+from torchtitan.ops.attention import Documents, number_documents, starts_of, with_places
 from torchtitan.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum, weights_by_document
+from torchtitan.ops.cudnn_documents import places_for
 from torchtitan.protocols.model import BaseModel
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import to_device
 from torchtitan.trainer.build import build_pipeline
 
@@ -198,6 +200,9 @@ class GraphedStep:
     Of a step with one micro-batch clipping is part of the graph, whose replay overwrites the
     gradients; with several, each replay adds to them.
 
+    Packed documents have a fixed number of places in a graph, and where they lie is copied to it as
+    tokens are. Batches with more documents have it recorded anew, on all ranks at once.
+
     clip: clips the gradients and returns their norm.
     """
 
@@ -210,6 +215,7 @@ class GraphedStep:
     ) -> None:
         self._passes, self._optimizer, self._clip = passes, optimizer, clip
         self._compute_weights = compute_weights
+        self._places = 0
         self.forget()
 
     def forget(self) -> None:
@@ -223,43 +229,75 @@ class GraphedStep:
     def __call__(
         self, micro_batches: Sequence[Batch], labels_in_step: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Run the step; return loss and gradient norm. Raises `UserError` for batches whose kernels
-        would differ."""
+        """Run the step; return loss and gradient norm."""
         if self._compute_weights is not None:
             self._compute_weights.refresh()
+        starts = self._starts(micro_batches)
+        inputs = zip(micro_batches, starts, strict=True)
         if len(micro_batches) == 1:
             if not self._whole_step.holds_grads:
                 self._optimizer.zero_grad()
-            loss, norm = self._whole_step(*self._inputs(micro_batches[0]), labels_in_step)
+            loss, norm = self._whole_step(*self._inputs(*next(inputs)), labels_in_step)
             grads_stay = self._whole_step.holds_grads
         else:
             # In place: the graph adds to gradients that are there when it is recorded.
             self._optimizer.zero_grad(set_to_none=False)
-            losses = [self._one_pass(*self._inputs(b), labels_in_step)[0] for b in micro_batches]
+            losses = [self._one_pass(*self._inputs(*each), labels_in_step)[0] for each in inputs]
             loss, norm = torch.stack(losses).sum(), self._clip()
             grads_stay = self._one_pass.holds_grads
         replay_steps(self._optimizer, grads_stay=grads_stay)
         return loss, norm
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return tokens and labels, on the device; keep what is the same in every step."""
-        self._mask = self._passes.masks(self._passes.documents(batch))
-        if self._mask is not None and self._passes.model.model_args.keeps_documents_apart:
-            raise UserError(
-                "compile.cuda_graph = true needs the same kernels in every step, but the documents "
-                "of model.args.attn_mask_type 'block_causal' change; set either to its default."
+    def _starts(self, micro_batches: Sequence[Batch]) -> list[Tensor | None]:
+        """Return where the documents of each batch lie, in equally many places; None = causal."""
+        passes = self._passes
+        if not passes.model.model_args.keeps_documents_apart:
+            return [None] * len(micro_batches)
+        found = []
+        for batch in micro_batches:
+            documents = passes.documents(batch)
+            found.append(starts_of(passes.masks(documents), documents.shape, passes.device))
+        self._make_room(max(starts.numel() for starts in found) - 1)
+        tokens = micro_batches[0][1].numel()
+        return [with_places(starts, self._places, tokens) for starts in found]
+
+    def _make_room(self, documents: int) -> None:
+        """Have places for so many documents; forget graphs with fewer.
+
+        All ranks do so in the same step, since they record the same messages. They agree on their
+        hosts, which are free between steps; GPUs are not waited for.
+        """
+        needed = max(int(each) for each in gather_from_ranks(torch.tensor(documents)))
+        if needed <= self._places:
+            return
+        if self._places:
+            logger.info(
+                "CUDA graph: a batch has more than %d documents; it is recorded anew, for up to %d",
+                self._places,
+                places_for(2 * needed),
             )
+        self._places = places_for(2 * needed)
+        self.forget()
+
+    def _inputs(self, batch: Batch, starts: Tensor | None) -> tuple[Tensor, ...]:
+        """Return what a pass takes, on the device; keep what is the same in every step."""
+        if starts is None:
+            self._mask = self._passes.masks(self._passes.documents(batch))
         inputs = self._passes.inputs(batch)
         self._positions = inputs.positions
-        return inputs.tokens, inputs.labels
+        return inputs.tokens, inputs.labels, *(() if starts is None else (starts,))
 
-    def _run(self, tokens: Tensor, labels: Tensor, labels_in_step: Tensor) -> tuple[Tensor]:
+    def _run(self, tokens: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor]:
+        """Run one pass.
+
+        others: where documents begin, if they are kept apart; labels in the step.
+        """
+        *starts, labels_in_step = others
+        mask = Documents(*starts, longest=tokens.size(1)) if starts else self._mask
         # Text: every token that is no padding has a label.
         self._passes.model.set_tokens_in_step(labels_in_step, labels_in_step)
         inputs = StepInputs(tokens, labels, tokens, self._positions, labels != IGNORE_INDEX, {})
-        return (self._passes.backward(inputs, self._mask, labels_in_step),)
+        return (self._passes.backward(inputs, mask, labels_in_step),)
 
-    def _run_and_clip(
-        self, tokens: Tensor, labels: Tensor, labels_in_step: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return *self._run(tokens, labels, labels_in_step), self._clip()
+    def _run_and_clip(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return *self._run(*inputs), self._clip()

@@ -23,6 +23,7 @@ from torchtitan.data.validation import check_validation_data
 from torchtitan.distributed.activation_checkpoint import check_memory_budget
 from torchtitan.distributed.compile import check_compile_backend
 from torchtitan.distributed.pipeline_plan import PipelinePlan, plan_pipeline
+from torchtitan.ops import cudnn_documents
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools.disk import check_readable
@@ -65,6 +66,7 @@ def check_config(config: JobConfig) -> Checked:
             "compile.cuda_graph = true is not supported yet with multi-token prediction "
             "(model.args.n_mtp_layers); set either to false or 0."
         )
+    check_graphed_documents(config, model_args)
     shortest = min([model_args, *_args_of_phases(config, spec)], key=lambda args: args.max_seq_len)
     check_pipeline(config, model_args)
     check_training_data(config.training, tokenizer)
@@ -73,6 +75,31 @@ def check_config(config: JobConfig) -> Checked:
     check_samples(config, tokenizer, shortest)
     check_validation_data(config.validation, shortest.max_seq_len)
     return spec, model_args, tokenizer
+
+
+def check_graphed_documents(config: JobConfig, model_args: BaseModelArgs) -> None:
+    """Raise `UserError` where a CUDA graph can't follow packed documents: in every batch they lie
+    elsewhere."""
+    if not (config.compile.cuda_graph and model_args.keeps_documents_apart):
+        return
+    degree, reason = config.parallelism.context_parallel_degree, None
+    if config.debug.deterministic:
+        reason = "debug.deterministic excludes it; set either key to false"
+    elif degree > 1:
+        reason = (
+            f"parallelism.context_parallel_degree = {degree} excludes it; set it to 1, or "
+            "compile.cuda_graph to false"
+        )
+    elif cudnn_documents.package() is None:
+        reason = (
+            "its package is not installed; `pip install nvidia-cudnn-frontend`, or set "
+            "compile.cuda_graph to false"
+        )
+    if reason is not None:
+        raise UserError(
+            "compile.cuda_graph = true with packed documents (model.args.attn_mask_type "
+            f"'block_causal') needs cuDNN's kernel for all of them, but {reason}."
+        )
 
 
 def model_args_of(
