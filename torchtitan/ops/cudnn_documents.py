@@ -86,14 +86,23 @@ def package() -> Any:
         return None
 
 
-def way() -> str:
-    """Say which kernels compute packed documents on this GPU, and what would be faster."""
+def computes(qk: int, v: int) -> bool:
+    """Return whether cuDNN's kernel is to compute heads of so many channels in this run."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return (qk, v) in PROVEN and not deterministic and package() is not None
+
+
+def way(qk: int, v: int) -> str:
+    """Say which kernels compute packed documents on this GPU, and what would be faster.
+
+    qk, v: channels of a head.
+    """
     if torch.are_deterministic_algorithms_enabled():
         return "flash attention (deterministic)"
-    if package() is not None:
+    if computes(qk, v):
         return f"cuDNN's kernel, one call for all (nvidia-cudnn-frontend {package().__version__})"
     told = "flash attention, and cuDNN's kernel once for each long one"
-    if torch.cuda.get_device_capability()[0] < 9:
+    if torch.cuda.get_device_capability()[0] < 9 or (qk, v) not in PROVEN:
         return told
     return f"{told}; with `pip install nvidia-cudnn-frontend` attention would be twice as fast"
 
@@ -174,9 +183,7 @@ def _built(call: Call) -> Built | None:
     A deterministic run has other kernels: cuDNN's needs a square of `longest` for each head and
     document in memory.
     """
-    if call.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
-        return None
-    if package() is None or (call.qk, call.v) not in PROVEN:
+    if call.device.type != "cuda" or not computes(call.qk, call.v):
         return None
     calls = _of_thread.calls
     if call not in calls:

@@ -115,6 +115,11 @@ class BaseModelArgs:
         return False
 
     @property
+    def head_channels(self) -> tuple[int, int]:
+        """Channels of an attention head's queries and of its values; 0 without attention."""
+        return 0, 0
+
+    @property
     def stage_channels(self) -> int:
         """Channels of the tensors (B, S, stage_channels) between the parts of a pipeline."""
         return self.dim

@@ -90,6 +90,10 @@ def check_graphed_documents(config: JobConfig, model_args: BaseModelArgs) -> Non
             f"parallelism.context_parallel_degree = {degree} excludes it; set it to 1, or "
             "compile.cuda_graph to false"
         )
+    elif model_args.head_channels not in cudnn_documents.PROVEN:
+        reason = "heads of {} and {} channels have another; set compile.cuda_graph to false".format(
+            *model_args.head_channels
+        )
     elif cudnn_documents.package() is None:
         reason = (
             "its package is not installed; `pip install nvidia-cudnn-frontend`, or set "

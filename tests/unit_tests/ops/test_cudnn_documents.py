@@ -108,7 +108,13 @@ def test_a_deterministic_run_has_other_kernels(monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     monkeypatch.setattr(cudnn_documents, "build", lambda call: pytest.fail("built"))
     assert cudnn_documents._built(call()) is None
-    assert "deterministic" in cudnn_documents.way()
+    assert "deterministic" in cudnn_documents.way(192, 128)
+
+
+def test_sizes_that_no_gpu_has_proven_are_left_to_flash_attention(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(pygraph=None))
+    monkeypatch.setattr(cudnn_documents, "build", lambda call: pytest.fail("built"))
+    assert cudnn_documents._built(call(qk=128)) is None
 
 
 def test_a_refusal_is_remembered_and_told_once(monkeypatch, caplog):
@@ -121,6 +127,7 @@ def test_a_refusal_is_remembered_and_told_once(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(pygraph=None))
     monkeypatch.setattr(cudnn_documents, "build", refuse)
     monkeypatch.setattr(cudnn_documents, "_of_thread", cudnn_documents._OfThread())
+    monkeypatch.setattr(cudnn_documents, "PROVEN", {(24, 128)})
     calls = [call(qk=24), call(qk=24), call(qk=24, forward=False)]
     assert [cudnn_documents._built(each) for each in calls] == [None] * 3
     assert tried == calls[1:]
@@ -140,7 +147,7 @@ def test_the_log_says_what_computes_documents(monkeypatch, installed, capability
     package = SimpleNamespace(pygraph=None, __version__="1.2") if installed else None
     monkeypatch.setitem(sys.modules, "cudnn", package)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
-    assert cudnn_documents.way().endswith(words) or words in cudnn_documents.way()
+    assert cudnn_documents.way(192, 128).endswith(words) or words in cudnn_documents.way()
 
 
 @pytest.mark.parametrize("ours", ["cuDNN", "the others"])

@@ -117,7 +117,7 @@ def test_replayed_steps_have_the_losses_of_the_run(
     options = short_documents(tmp_path, compile__enable=compiled, training__seq_len=256)
     options |= {"training__global_batch_size": 4 * micro_batches}
     options |= {"training__mixed_precision_param": "bfloat16"}
-    heads = {"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    heads = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
     options |= {f"model__args__{name}": size for name, size in heads.items()}
     with closing(started(tmp_path / "run", **options)) as trainer:
         expected = losses_of(trainer, 30, whole=12)
@@ -147,6 +147,7 @@ def test_all_ranks_make_room_for_the_one_with_most_documents(monkeypatch):
         ({}, False, "`pip install nvidia-cudnn-frontend`, or set compile.cuda_graph to false"),
         ({"debug__deterministic": "true"}, True, "debug.deterministic excludes it"),
         ({"parallelism__context_parallel_degree": 2}, True, "context_parallel_degree = 2 excludes"),
+        ({"model__args__v_head_dim": 64}, True, "heads of 192 and 64 channels have another"),
         ({}, True, None),
         ({"compile__cuda_graph": "false"}, False, None),
         ({"model__args__attn_mask_type": "causal"}, False, None),
@@ -156,10 +157,13 @@ def test_a_graph_takes_documents_where_cudnn_computes_them(
     tmp_path, monkeypatch, changes, installed, sentence
 ):
     monkeypatch.setattr(cudnn_documents, "package", lambda: object() if installed else None)
-    changes = APART | {"compile__cuda_graph": "true"} | changes
+    heads = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    heads = {f"model__args__{name}": size for name, size in heads.items()}
+    changes = APART | {"compile__cuda_graph": "true"} | heads | changes
     config = ConfigManager().parse_args(tiny(tmp_path, **changes))
-    mask = {"attn_mask_type": changes["model__args__attn_mask_type"]}
-    args = deepseekv3_args["debugmodel"].for_run(overrides=mask, seq_len=32)
+    prefix = "model__args__"
+    given = {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}
+    args = deepseekv3_args["debugmodel"].for_run(overrides=given, seq_len=32)
     if sentence is None:
         return check_graphed_documents(config, args)
     with pytest.raises(UserError) as raised:

@@ -148,4 +148,4 @@ def _log_packed_documents(model: Decoder, dims: ParallelDims, config: JobConfig)
     by_flex = dims.cp > 1 and config.parallelism.context_parallel_rotate_method == "allgather"
     apart = model.model_args.keeps_documents_apart
     if apart and device_type() == "cuda" and not by_flex:
-        logger.info("Packed documents: %s", cudnn_documents.way())
+        logger.info("Packed documents: %s", cudnn_documents.way(*model.model_args.head_channels))

@@ -128,6 +128,10 @@ class DeepSeekV3ModelArgs(DecoderArgs):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def head_channels(self) -> tuple[int, int]:
+        return self.qk_head_dim, self.v_head_dim
+
+    @property
     def use_yarn(self) -> bool:
         if self.yarn == "auto":
             return self.max_seq_len > self.original_seq_len

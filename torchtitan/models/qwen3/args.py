@@ -52,6 +52,10 @@ class Qwen3ModelArgs(DecoderArgs):
         self.check_weights()
 
     @property
+    def head_channels(self) -> tuple[int, int]:
+        return self.head_dim, self.head_dim
+
+    @property
     def has_experts(self) -> bool:
         return self.moe_enabled
 
