@@ -87,6 +87,7 @@ def started(folder: Path, **changes) -> Trainer:
 GROWTH = r"CUDA graph: a batch has more than \d+ documents; it is recorded anew, for up to \d+"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plays graphs on a CPU")
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_graphed_steps_follow_their_documents(tmp_path, monkeypatch, caplog, micro_batches):
     """On a CPU, in fp32: attention reads `Documents` there, too."""
