@@ -55,6 +55,7 @@ class Exchange:
         # The gradient in flight, between the backward of `finish` and that of `start`. Autograd
         # can't pass it on: its shape is that of the rows at the other end.
         self.gradient: Tensor | None = None
+        self._gradient_left = False
 
     def start(self, x: Tensor) -> Tensor:
         """Start sending x (rows, …). Only `finish` or `through` may use the result."""
@@ -82,7 +83,13 @@ class Exchange:
         return self._unpacked(self._wait(travelling, to_sender=False), self.wire)
 
     def send_gradient(self, grad: Tensor) -> None:
-        """Start the way of the gradient of what `finish` returns."""
+        """Start the way of the gradient of what `finish` returns; once.
+
+        Pipelines that split the backward pass run it again for the weights' gradients.
+        """
+        if self._gradient_left:
+            return
+        self._gradient_left = True
         rows = grad.contiguous()
         if self.gradient_wire is not None:
             rows = self.gradient_wire.pack(rows)
@@ -235,8 +242,7 @@ class _Through(torch.autograd.Function):
             grad_x, *of_weights, grad_weights = ctx.operator.backward(
                 grad_PD.contiguous(), *ctx.saved_tensors, *ctx.settings, *trains
             )
-        if exchange.gradient is None:  # planned, not computed
-            exchange.send_gradient(grad_x)
+        exchange.send_gradient(grad_x)  # of a plan, whose operators compute nothing
         grad_w13, grad_w2 = (g if t else None for g, t in zip(of_weights, trains, strict=True))
         return ctx.unread, grad_w13, grad_w2, grad_weights, None, None, None
 

@@ -112,6 +112,23 @@ def test_experts_in_bf16_have_the_gradients_of_experts_alone():
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_a_backward_pass_in_two_pieces_sends_the_gradient_once():
+    """As schedules without bubbles do: first for the inputs, then for the weights."""
+    x, w13, w2, weights = leaves()
+    events: list[str] = []
+    exchange = ToItself(events)
+    operator = fp8_expert_operator(RECIPE), w13, w2
+    out = exchange.through(operator, exchange.start(x), weights, order())
+    pieces = [
+        *torch.autograd.grad(out, (x, weights), torch.ones_like(out), retain_graph=True),
+        *torch.autograd.grad(out, (w13, w2), torch.ones_like(out)),
+    ]
+    assert events.count("gradient leaves") == events.count("gradient arrives") == 1
+    alone = fp8_expert_ffn(x, w13, w2, weights, order(), RECIPE)
+    whole = torch.autograd.grad(alone, (x, weights, w13, w2), torch.ones_like(alone))
+    assert all(torch.equal(a, b) for a, b in zip(pieces, whole, strict=True))
+
+
 def test_an_error_of_the_experts_leaves_no_callback_behind(monkeypatch):
     """The next backward pass would send its gradient in the wrong exchange."""
     x, w13, w2, weights = leaves()
