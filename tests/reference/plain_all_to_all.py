@@ -39,7 +39,7 @@ class PlainAllToAllDispatcher:
     ranks_per_node: consecutive ranks that share a node, for the traffic.
     """
 
-    whole_tokens = False
+    whole_tokens = prefers_whole_tokens = False
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int, ranks_per_node: int):
         self.group = group

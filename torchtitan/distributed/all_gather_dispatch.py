@@ -82,12 +82,12 @@ class GatherRecord(NamedTuple):
 class AllGatherDispatcher:
     """All tokens to all ranks of `group`.
 
-    exact: dispatcher of the same experts, for passes without gradients, experts that can't be one
-        operator, and steps that are done again.
+    exact: dispatcher of the same experts, for passes without gradients, experts that get rows (see
+        `MoE`), and steps that are done again.
     num_experts: of all ranks.
     """
 
-    whole_tokens = True
+    whole_tokens = prefers_whole_tokens = True
 
     def __init__(
         self,

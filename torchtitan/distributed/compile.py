@@ -41,9 +41,13 @@ def check_compile_backend(config: Compile) -> None:
 
 def apply_compile(layers: Mapping[str, nn.Module], config: Compile) -> None:
     """Compile each layer's forward in place, inside of FSDP's hooks; parameter names stay."""
-    if not config.enable or "model" not in config.components:
+    if not config.enable:
         return
-    torch.compiler.config.cache_key_tag = f"torchtitan {digest_of(OPERATORS)}"
+    tag = f"torchtitan {digest_of(OPERATORS)}"
+    if tag not in (others := torch.compiler.config.cache_key_tag):
+        torch.compiler.config.cache_key_tag = f"{others} {tag}".strip()
+    if "model" not in config.components:
+        return
     compiled: dict[Callable, Callable] = {}
     for layer in layers.values():
         forward = layer.forward.__func__

@@ -95,6 +95,10 @@ class Exchange:
             rows = self.gradient_wire.pack(rows)
         self.gradient = self._send(rows, to_sender=True)
 
+    def keep_gradient(self) -> None:
+        """Let `send_gradient` do nothing."""
+        self._gradient_left = True
+
     def send(self, x: Tensor) -> Tensor:
         """Start sending, without gradients."""
         return self._send(x if self.wire is None else self.wire.pack(x), to_sender=False)
@@ -115,9 +119,6 @@ class Exchange:
 
     def _wait(self, travelling: Tensor, *, to_sender: bool) -> Tensor:
         return _wait(travelling)
-
-
-# Functional collectives, whose results recomputation by operation can keep.
 
 
 class AllToAll(Exchange):
@@ -238,11 +239,13 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor | None, ...]:
         exchange, trains = ctx.exchange, ctx.needs_input_grad[1:3]
+        if not ctx.needs_input_grad[0]:  # nobody would wait for it
+            exchange.keep_gradient()
         with tokens_first(exchange.send_gradient):
             grad_x, *of_weights, grad_weights = ctx.operator.backward(
                 grad_PD.contiguous(), *ctx.saved_tensors, *ctx.settings, *trains
             )
-        exchange.send_gradient(grad_x)  # of a plan, whose operators compute nothing
+        exchange.send_gradient(grad_x)  # of fake operators (plans), which don't call back
         grad_w13, grad_w2 = (g if t else None for g, t in zip(of_weights, trains, strict=True))
         return ctx.unread, grad_w13, grad_w2, grad_weights, None, None, None
 
@@ -250,6 +253,9 @@ class _Through(torch.autograd.Function):
 def _unread_gradient(travelling: Tensor) -> Tensor:
     """Return a gradient for `_Start`, which ignores it; autograd checks its shape."""
     return travelling.new_empty(()).expand(travelling.shape)
+
+
+# Functional collectives, whose results recomputation by operation can keep.
 
 
 def _all_to_all(

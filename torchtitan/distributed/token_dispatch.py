@@ -201,7 +201,7 @@ class ExactDispatcher:
     hops: a row's way from its own rank to those of its experts.
     """
 
-    whole_tokens = True
+    whole_tokens, prefers_whole_tokens = True, False
 
     def __init__(self, hops: tuple[Hop, ...]):
         self.hops = hops
@@ -361,7 +361,7 @@ class SplitExpertsDispatcher:
     the tokens of all, and their outputs, partial sums, are added.
     """
 
-    whole_tokens = False
+    whole_tokens = prefers_whole_tokens = False
 
     def __init__(self, inner: Any, group: dist.ProcessGroup):
         self.inner = inner

@@ -18,6 +18,7 @@ from torchtitan.ops.causal_runs import can_use_runs, causal_runs
 from torchtitan.ops.cudnn_documents import places_for
 from torchtitan.ops.document_attention import document_attention
 from torchtitan.ops.packed_documents import LONG
+from torchtitan.tools.utils import to_device
 
 
 class Documents(NamedTuple):
@@ -114,7 +115,7 @@ def _documents(documents_BS: Tensor, device: torch.device) -> Documents | None:
     starts = F.pad(ends, (1, 0))
     S, longest = documents_BS.size(1), int(starts.diff().max())
     left = places_for(ends.numel()) - ends.numel()
-    on_device = F.pad(starts, (0, left), value=int(ends[-1])).to(device, non_blocking=True)
+    on_device = to_device(F.pad(starts, (0, left), value=int(ends[-1])), device)
     if longest >= LONG:
         return Documents(on_device, S, starts)
     # Rounded up, so that compiled graphs see few lengths; the kernel skips the blocks beyond.

@@ -89,7 +89,11 @@ def package() -> Any:
 def computes(qk: int, v: int) -> bool:
     """Return whether cuDNN's kernel is to compute heads of so many channels in this run."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return (qk, v) in PROVEN and not deterministic and package() is not None
+    return (qk, v) in PROVEN and not deterministic and package() is not None and _is_hopper()
+
+
+def _is_hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] >= 9
 
 
 def way(qk: int, v: int) -> str:
@@ -102,7 +106,7 @@ def way(qk: int, v: int) -> str:
     if computes(qk, v):
         return f"cuDNN's kernel, one call for all (nvidia-cudnn-frontend {package().__version__})"
     told = "flash attention, and cuDNN's kernel once for each long one"
-    if torch.cuda.get_device_capability()[0] < 9 or (qk, v) not in PROVEN:
+    if not _is_hopper() or (qk, v) not in PROVEN:
         return told
     return f"{told}; with `pip install nvidia-cudnn-frontend` attention would be twice as fast"
 

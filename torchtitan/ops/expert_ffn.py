@@ -72,11 +72,12 @@ def expert_operator(x_TD: Tensor, w2_EDF: Tensor) -> ExpertOperator | None:
 def tokens_first(then: Callable[[Tensor], None]) -> Iterator[None]:
     """Let backward passes of experts call `then` with the gradient of their tokens, as soon as it
     is there: the weights' gradients are computed afterwards."""
+    before = getattr(_thread, "then", None)
     _thread.then = then
     try:
         yield
     finally:
-        _thread.then = None
+        _thread.then = before
 
 
 def tokens_are_ready(grad_TD: Tensor) -> None:

@@ -261,13 +261,13 @@ class GraphedStep:
         tokens = micro_batches[0][1].numel()
         return [with_places(starts, self._places, tokens) for starts in found]
 
-    def _make_room(self, documents: int) -> None:
-        """Have places for so many documents; forget graphs with fewer.
+    def _make_room(self, places: int) -> None:
+        """Have so many places on each rank; forget graphs with fewer.
 
         All ranks do so in the same step, since they record the same messages. They agree on their
         hosts, which are free between steps; GPUs are not waited for.
         """
-        needed = max(int(each) for each in gather_from_ranks(torch.tensor(documents)))
+        needed = max(int(each) for each in gather_from_ranks(torch.tensor(places)))
         if needed <= self._places:
             return
         if self._places:

@@ -90,6 +90,11 @@ def check_graphed_documents(config: JobConfig, model_args: BaseModelArgs) -> Non
             f"parallelism.context_parallel_degree = {degree} excludes it; set it to 1, or "
             "compile.cuda_graph to false"
         )
+    elif config.training.mixed_precision_param == "float32":
+        reason = (
+            'training.mixed_precision_param = "float32" excludes it; set it to "bfloat16", or '
+            "compile.cuda_graph to false"
+        )
     elif model_args.head_channels not in cudnn_documents.PROVEN:
         reason = "heads of {} and {} channels have another; set compile.cuda_graph to false".format(
             *model_args.head_channels

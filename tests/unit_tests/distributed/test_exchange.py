@@ -129,6 +129,17 @@ def test_a_backward_pass_in_two_pieces_sends_the_gradient_once():
     assert all(torch.equal(a, b) for a, b in zip(pieces, whole, strict=True))
 
 
+def test_nothing_is_sent_to_tokens_without_a_gradient():
+    """Below the first layer that is trained nobody waits for it."""
+    x, w13, w2, weights = leaves()
+    events: list[str] = []
+    exchange = ToItself(events)
+    operator = fp8_expert_operator(RECIPE), w13, w2
+    out = exchange.through(operator, exchange.start(x.detach()), weights, order())
+    torch.autograd.grad(out, (w13, w2, weights), torch.ones_like(out))
+    assert "gradient leaves" not in events
+
+
 def test_an_error_of_the_experts_leaves_no_callback_behind(monkeypatch):
     """The next backward pass would send its gradient in the wrong exchange."""
     x, w13, w2, weights = leaves()

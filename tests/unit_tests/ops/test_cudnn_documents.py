@@ -128,6 +128,7 @@ def test_a_refusal_is_remembered_and_told_once(monkeypatch, caplog):
     monkeypatch.setattr(cudnn_documents, "build", refuse)
     monkeypatch.setattr(cudnn_documents, "_of_thread", cudnn_documents._OfThread())
     monkeypatch.setattr(cudnn_documents, "PROVEN", {(24, 128)})
+    monkeypatch.setattr(cudnn_documents, "_is_hopper", lambda: True)
     calls = [call(qk=24), call(qk=24), call(qk=24, forward=False)]
     assert [cudnn_documents._built(each) for each in calls] == [None] * 3
     assert tried == calls[1:]

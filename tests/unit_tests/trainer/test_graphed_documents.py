@@ -148,6 +148,7 @@ def test_all_ranks_make_room_for_the_one_with_most_documents(monkeypatch):
         ({}, False, "`pip install nvidia-cudnn-frontend`, or set compile.cuda_graph to false"),
         ({"debug__deterministic": "true"}, True, "debug.deterministic excludes it"),
         ({"parallelism__context_parallel_degree": 2}, True, "context_parallel_degree = 2 excludes"),
+        ({"training__mixed_precision_param": "float32"}, True, '= "float32" excludes it'),
         ({"model__args__v_head_dim": 64}, True, "heads of 192 and 64 channels have another"),
         ({}, True, None),
         ({"compile__cuda_graph": "false"}, False, None),
@@ -160,7 +161,8 @@ def test_a_graph_takes_documents_where_cudnn_computes_them(
     monkeypatch.setattr(cudnn_documents, "package", lambda: object() if installed else None)
     heads = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
     heads = {f"model__args__{name}": size for name, size in heads.items()}
-    changes = APART | {"compile__cuda_graph": "true"} | heads | changes
+    given = {"compile__cuda_graph": "true", "training__mixed_precision_param": "bfloat16"}
+    changes = APART | given | heads | changes
     config = ConfigManager().parse_args(tiny(tmp_path, **changes))
     prefix = "model__args__"
     given = {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}

@@ -1,7 +1,7 @@
 """Token dispatchers: the interface, and the dispatcher for experts that all live on this rank.
 
-A dispatcher is a plain object without state of the current batch; what `combine` needs travels in
-the frozen record.
+A dispatcher is a plain object without state of the current batch; what the way back needs is in the
+record.
 """
 
 from collections.abc import Callable
@@ -43,6 +43,11 @@ class TokenDispatcher(Protocol):
     @property
     def whole_tokens(self) -> bool:
         """Whether this is a `WholeTokenDispatcher`."""
+        ...
+
+    @property
+    def prefers_whole_tokens(self) -> bool:
+        """Whether rows for each expert are a detour: experts are always to get whole tokens."""
         ...
 
     def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
@@ -130,7 +135,7 @@ class LocalRecord(NamedTuple):
 class LocalDispatcher:
     """Dispatcher for experts that all live on this rank: sorts rows, sums them. No host sync."""
 
-    whole_tokens = True
+    whole_tokens, prefers_whole_tokens = True, False
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts

@@ -84,7 +84,7 @@ class GroupedExperts(ExpertWeights):
         x: rows sorted by expert (R, D), or tokens (T, D).
         rows: int64 rows of each expert (L,), or the order of the tokens' rows from `sort_slots`.
         weights: fp32 factors on the experts' outputs, (R,) or (T, K).
-        exchange: with which the tokens are on their way.
+        exchange: x is its message, on its way; None = x is here.
         """
         gate_up, down = (self.stack("w1"), self.stack("w3")), self.stack("w2")
         if isinstance(rows, RowOrder):
@@ -176,7 +176,7 @@ class MoE(KeepsBufferDtypes, MoELayer):
         sums, record = self._start_routed(x_TD, ids_TK, weights_TK)
         if self.shared_experts is None:
             out_TD = self._finish_routed(sums, record)
-        else:  # they compute while sums travel
+        else:  # while sums travel
             shared_TD = self.dispatcher.finish_shared(self.shared_experts, begun_TD)
             out_TD = self._finish_routed(sums, record) + shared_TD
         out_BSD = out_TD.view_as(x_BSD)
@@ -185,7 +185,8 @@ class MoE(KeepsBufferDtypes, MoELayer):
         return (out_BSD, load) if return_load else out_BSD
 
     def _start_routed(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Any]:
-        """Pass tokens through their experts. Returns what `_finish_routed` takes."""
+        """Pass tokens through their experts; their sums may still travel. Returns what
+        `_finish_routed` takes."""
         if self._all_in_one:
             whole = cast(WholeTokenDispatcher, self.dispatcher)
             return whole.start_routed(self.experts, x_TD, ids_TK, weights_TK)
@@ -236,12 +237,12 @@ class MoE(KeepsBufferDtypes, MoELayer):
 
     @property
     def _all_in_one(self) -> bool:
-        """Whether all between gathering tokens and their sums can be one operator: same numbers,
-        fewer bytes. Where nothing travels, only with gate and up in one tensor; in FP8 always,
-        since the operator keeps gate and up in FP8, and layouts must agree."""
+        """Whether the experts get whole tokens, and are one operator where there is one: fewer
+        bytes. Only with gate and up in one tensor, which would have to be joined in each pass, and
+        without adapters, or where the dispatcher asks for it."""
         experts, dispatcher = self.experts, self.dispatcher
-        travels = not isinstance(dispatcher, LocalDispatcher)
-        worth_it = travels or experts.w13.tensor is not None or experts.fp8 is not None
+        joined = experts.w13.tensor is not None and not experts.lora_scales
+        worth_it = joined or dispatcher.prefers_whole_tokens
         possible = experts.use_grouped_mm and not self.score_before_experts
         return worth_it and possible and dispatcher.whole_tokens
 
