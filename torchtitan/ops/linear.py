@@ -232,8 +232,8 @@ def grouped_linear_joint(
 ) -> tuple[Tensor, ...]:
     """Compute `grouped_linear` for each of `stacks`, which are those of `joint`, of equal size.
 
-    Each is a product of its own: a single one would round the rows' gradient once instead of twice,
-    and layouts with expert parallelism would no longer equal those without to the last bit.
+    Each is a product of its own, so the rows' gradient is rounded twice; `grouped_ffn` has one for
+    both, and rounds once. Layouts that take different ways differ by that in bf16.
     """
     weights, adapters = zip(*map(parts, stacks), strict=True)
     if joint.tensor is not None:
