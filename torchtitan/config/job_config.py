@@ -246,7 +246,7 @@ class Compile:
     backend: str = "inductor"
     """Back-end of torch.compile."""
     cuda_graph: bool = False
-    """Replay both passes as one CUDA graph (ours); packed documents need nvidia-cudnn-frontend."""
+    """Replay both passes as a CUDA graph; packed documents need nvidia-cudnn-frontend (ours)."""
 
 
 @dataclass(frozen=True)

@@ -173,35 +173,27 @@ class MoE(KeepsBufferDtypes, MoELayer):
 
         if self.shared_experts is not None:
             begun_TD = self.dispatcher.start_shared(self.shared_experts, x_TD)
-        sums, record = self._start_routed(x_TD, ids_TK, weights_TK)
+        # Not in functions of their own: the compiler would break off at their calls.
+        whole = cast(WholeTokenDispatcher, self.dispatcher) if self._all_in_one else None
+        if whole is not None:
+            sums, record = whole.start_routed(self.experts, x_TD, ids_TK, weights_TK)
+        else:
+            rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+            weights_R = record.weights_R
+            if self.score_before_experts:
+                rows_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
+                weights_R = None
+            sums = self.experts(rows_RD, counts_L, weights_R)
+        finish = self.dispatcher.combine if whole is None else whole.finish_routed
         if self.shared_experts is None:
-            out_TD = self._finish_routed(sums, record)
+            out_TD = finish(sums, record)
         else:  # while sums travel
             shared_TD = self.dispatcher.finish_shared(self.shared_experts, begun_TD)
-            out_TD = self._finish_routed(sums, record) + shared_TD
+            out_TD = finish(sums, record) + shared_TD
         out_BSD = out_TD.view_as(x_BSD)
-        overflow = record.overflow if self._all_in_one else None
+        overflow = None if whole is None else record.overflow
         load = RoutingLoad(load_E, record.traffic, stats, overflow)
         return (out_BSD, load) if return_load else out_BSD
-
-    def _start_routed(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Any]:
-        """Pass tokens through their experts; their sums may still travel. Returns what
-        `_finish_routed` takes."""
-        if self._all_in_one:
-            whole = cast(WholeTokenDispatcher, self.dispatcher)
-            return whole.start_routed(self.experts, x_TD, ids_TK, weights_TK)
-        rows_RD, counts_L, record = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
-        weights_R = record.weights_R
-        if self.score_before_experts:
-            rows_RD = (rows_RD * weights_R.unsqueeze(-1)).to(rows_RD.dtype)
-            weights_R = None
-        return self.experts(rows_RD, counts_L, weights_R), record
-
-    def _finish_routed(self, started: Tensor, record: Any) -> Tensor:
-        """Sum the outputs of each token's experts: (T, D)."""
-        if self._all_in_one:
-            return cast(WholeTokenDispatcher, self.dispatcher).finish_routed(started, record)
-        return self.dispatcher.combine(started, record)
 
     @property
     def _needs_scores(self) -> bool:
