@@ -196,7 +196,7 @@ def count_destinations(destination_PK: Tensor, num_destinations: int) -> Tensor:
 
 
 class ExactDispatcher:
-    """What the dispatchers below have in common.
+    """Base of the dispatchers, whose messages have exactly the size they need.
 
     hops: a row's way from its own rank to those of its experts.
     """

@@ -113,7 +113,7 @@ def test_experts_in_bf16_have_the_gradients_of_experts_alone():
 
 
 def test_a_backward_pass_in_two_pieces_sends_the_gradient_once():
-    """As schedules without bubbles do: first for the inputs, then for the weights."""
+    """Schedules without bubbles differentiate inputs first, weights later."""
     x, w13, w2, weights = leaves()
     events: list[str] = []
     exchange = ToItself(events)

@@ -42,12 +42,12 @@ class TokenDispatcher(Protocol):
 
     @property
     def whole_tokens(self) -> bool:
-        """Whether this is a `WholeTokenDispatcher`."""
+        """True for a `WholeTokenDispatcher`."""
         ...
 
     @property
     def prefers_whole_tokens(self) -> bool:
-        """Whether rows for each expert are a detour: experts are always to get whole tokens."""
+        """True where experts are always to get whole tokens; rows for each would be a detour."""
         ...
 
     def start_shared(self, layer: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:

@@ -229,9 +229,11 @@ class MoE(KeepsBufferDtypes, MoELayer):
 
     @property
     def _all_in_one(self) -> bool:
-        """Whether the experts get whole tokens, and are one operator where there is one: fewer
-        bytes. Only with gate and up in one tensor, which would have to be joined in each pass, and
-        without adapters, or where the dispatcher asks for it."""
+        """True if the experts get whole tokens, and are one operator where there is one.
+
+        That moves fewer bytes. It is for gate and up in one tensor, since joining them in each pass
+        would copy them, and for experts without adapters; or where the dispatcher prefers it.
+        """
         experts, dispatcher = self.experts, self.dispatcher
         joined = experts.w13.tensor is not None and not experts.lora_scales
         worth_it = joined or dispatcher.prefers_whole_tokens
