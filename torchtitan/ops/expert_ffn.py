@@ -10,12 +10,15 @@ computed operation by operation; experts with low-rank adapters always are.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchtitan.ops.grouped_mm import grouped_linear, kernel, why_loop
+from torchtitan.ops import grouped_mm_torch
+from torchtitan.ops.grouped_mm import grouped_linear, why_loop
+from torchtitan.ops.grouped_mm_torch import Gathered
 from torchtitan.ops.lora import LowRank, add_grouped_low_rank
 from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows
 from torchtitan.ops.swiglu import swiglu
@@ -129,15 +132,12 @@ def _expert_ffn(
     some_empty: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, D), and gate and up (R, 2F), which the backward pass needs."""
-    from torchtitan.ops import permute_triton, swiglu_triton
+    from torchtitan.ops import permute_triton
 
-    ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    num_rows = ends_E[-1:] if some_empty else None
-    rows_RD = _gather(x_TD, slot_of_row_R, num_rows, weights_TK.size(1))
-    gate_up_R2F = kernel(rows_RD, w13_E2FD.transpose(1, 2), offs=ends_E)
-    del rows_RD
-    hidden_RF = swiglu_triton.forward(gate_up_R2F, weights_TK, slot_of_row_R, num_rows)
-    rows_RD = kernel(hidden_RF, w2_EDF.transpose(1, 2), offs=ends_E)
+    products, ends_E = _products(x_TD, w2_EDF), counts_E.cumsum(0, dtype=torch.int32)
+    rows = Gathered(x_TD, slot_of_row_R, weights_TK.size(1), ends_E[-1:] if some_empty else None)
+    gate_up_R2F, hidden_RF = products.gate_up_swiglu(rows, w13_E2FD, weights_TK, ends_E)
+    rows_RD = products.by_weights(hidden_RF, w2_EDF, ends_E)
     return permute_triton.reduce_rows(rows_RD, row_of_slot_TK), gate_up_R2F
 
 
@@ -165,26 +165,25 @@ def _expert_ffn_backward(
     is empty."""
     from torchtitan.ops import permute_triton, swiglu_triton
 
-    ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    num_rows = ends_E[-1:] if some_empty else None
-    rows_RD = _gather(grad_TD, slot_of_row_R, num_rows, weights_TK.size(1))
-    grad_RF = kernel(rows_RD, w2_EDF, offs=ends_E)
+    products, ends_E = _products(x_TD, w2_EDF), counts_E.cumsum(0, dtype=torch.int32)
+    num_rows, top_k = ends_E[-1:] if some_empty else None, weights_TK.size(1)
+    grads = products.gather(Gathered(grad_TD, slot_of_row_R, top_k, num_rows))
+    grad_RF = products.by_weights_transposed(grads, w2_EDF, ends_E)
     grad_gate_up_R2F, hidden_RF, grad_weights_TK = swiglu_triton.backward(
         grad_RF, gate_up_R2F, weights_TK, slot_of_row_R, num_rows
     )
     del grad_RF
-    out_RD = kernel(grad_gate_up_R2F, w13_E2FD, offs=ends_E)
+    out_RD = products.by_weights_transposed(grad_gate_up_R2F, w13_E2FD, ends_E)
     grad_x_TD = permute_triton.reduce_rows(out_RD, row_of_slot_TK)
     del out_RD
     tokens_are_ready(grad_x_TD)
-    grad_w2_EDF = w2_EDF.new_empty(0)
+    grad_w13_E2FD, grad_w2_EDF = w13_E2FD.new_empty(0), w2_EDF.new_empty(0)
     if trains_w2:
-        grad_w2_EDF = kernel(rows_RD.t(), hidden_RF, offs=ends_E)
-    del rows_RD, hidden_RF
-    grad_w13_E2FD = w13_E2FD.new_empty(0)
+        grad_w2_EDF = products.over_rows(grads, hidden_RF, ends_E)
+    del grads, hidden_RF
     if trains_w13:
-        rows_RD = _gather(x_TD, slot_of_row_R, num_rows, weights_TK.size(1))
-        grad_w13_E2FD = kernel(grad_gate_up_R2F.t(), rows_RD, offs=ends_E)
+        rows = Gathered(x_TD, slot_of_row_R, top_k, num_rows)
+        grad_w13_E2FD = products.over_rows(grad_gate_up_R2F, rows, ends_E)
     return grad_x_TD, grad_w13_E2FD, grad_w2_EDF, grad_weights_TK
 
 
@@ -197,13 +196,11 @@ def _(
     return torch.empty_like(x_TD), grad_w13, grad_w2, torch.empty_like(weights_TK)
 
 
-def _gather(x_TD: Tensor, slot_of_row_R: Tensor, num_rows: Tensor | None, top_k: int) -> Tensor:
-    """The token of each row; of the first `num_rows` (one int32 on the device), None = all."""
-    from torchtitan.ops import permute_triton
+def _products(x_TD: Tensor, w2_EDF: Tensor) -> ModuleType:
+    """Return the functions that compute these experts' products on this GPU."""
+    from torchtitan.ops import grouped_mm_cuda
 
-    if num_rows is None:
-        return x_TD.index_select(0, slot_of_row_R // top_k)
-    return permute_triton.expand_rows(x_TD, slot_of_row_R, num_rows, top_k)
+    return grouped_mm_cuda if grouped_mm_cuda.applies(x_TD, w2_EDF) else grouped_mm_torch
 
 
 def _save(ctx, inputs, output) -> None:

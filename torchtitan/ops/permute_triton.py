@@ -67,7 +67,7 @@ def expand_rows(x_TD: Tensor, slot_of_row_R: Tensor, num_rows: Tensor, top_k: in
 # writes its slots there, in order. Stable, no atomics. Empty slots (-1) get no row, nor do copies
 # behind the R-th.
 
-_SLOTS = 512
+_SLOTS = 128
 
 
 @triton.jit

@@ -16,12 +16,7 @@
 //
 // Compiled by NVRTC with KIND (0 or 1), HALVES (1 or 2) and STAGES defined.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct alignas(64) TensorMap {
-  char bytes[128];
-};
+#include "hopper.cuh"
 
 constexpr int TILE_M = 128 * HALVES;
 constexpr int TILE_N = 128;
@@ -32,42 +27,6 @@ constexpr int BYTES_STAGE = BYTES_A + BYTES_B;
 constexpr int BYTES_SCALES = KIND == 0 ? 0 : TILE_N * 4;  // of B's rows, a stage
 constexpr int SUPER = 8;  // tiles of rows that are visited together, so that the L2 cache serves
 constexpr bool BY_BLOCKS = KIND == 0;
-
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  return static_cast<u32>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}\n" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void fetch(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
 
 __device__ __forceinline__ void fetch_line(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile(
@@ -113,24 +72,6 @@ __device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, int add) 
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
       : "l"(a), "l"(b), "r"(add));
-}
-
-// Keeps the compiler from moving uses of `d` over this line.
-__device__ __forceinline__ void pin(float (&d)[64]) {
-#pragma unroll
-  for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
-__device__ __forceinline__ void swap_if(bool condition, u32& x, u32& y) {
-  const u32 first = condition ? y : x;
-  y = condition ? x : y;
-  x = first;
 }
 
 struct Tile {
@@ -191,7 +132,7 @@ struct Tiles {
 extern "C" __global__ void __launch_bounds__(384, 1)
     fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
              const float* __restrict__ scales_a, const float* __restrict__ scales_b,
-             unsigned short* __restrict__ out, const int* __restrict__ ends, int groups, int M,
+             u16* __restrict__ out, const int* __restrict__ ends, int groups, int M,
              int N, int K) {
   extern __shared__ char raw[];
   const u32 base = (shared_address(raw) + 1023) & ~1023u;
@@ -204,8 +145,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, 8);  // warps that multiply
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    barriers_are_ready();
   }
   __syncthreads();
 
@@ -314,35 +254,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 
-    // Four threads hold 8 neighbouring columns, two each. They transpose, so that each holds all 8 of
-    // one among four such groups, and stores 16 bytes.
-    const bool odd = quad & 1, high = quad & 2;
 #pragma unroll
     for (int h = 0; h < HALVES; h++)
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         const int row = first_row + h * 64 + j * 8;
-        unsigned short* line = out + (tile.out + row) * N + tile.column + quad * 8;
+        u16* line = out + (tile.out + row) * N + tile.column + quad * 8;
         const int columns = row < tile.rows ? N - tile.column - quad * 8 : 0;
 #pragma unroll
         for (int i = 0; i < 16; i += 4) {
           const float* of = total[h] + i * 4 + j * 2;
-          u32 x0 = pack(of[0], of[1]), x1 = pack(of[4], of[5]);
-          u32 x2 = pack(of[8], of[9]), x3 = pack(of[12], of[13]);
-          swap_if(odd, x0, x1);  // swapped in odd threads, so that x1 is what goes to the neighbour
-          swap_if(odd, x2, x3);
-          x1 = __shfl_xor_sync(0xFFFFFFFF, x1, 1);
-          x3 = __shfl_xor_sync(0xFFFFFFFF, x3, 1);
-          swap_if(odd, x0, x1);
-          swap_if(odd, x2, x3);
-          swap_if(high, x0, x2);
-          swap_if(high, x1, x3);
-          x2 = __shfl_xor_sync(0xFFFFFFFF, x2, 2);
-          x3 = __shfl_xor_sync(0xFFFFFFFF, x3, 2);
-          swap_if(high, x0, x2);
-          swap_if(high, x1, x3);
-          if (i * 8 < columns)
-            *reinterpret_cast<uint4*>(line + i * 8) = make_uint4(x0, x1, x2, x3);
+          store32(line + i * 8, pack(of[0], of[1]), pack(of[4], of[5]), pack(of[8], of[9]),
+                  pack(of[12], of[13]), quad, i * 8 < columns);
         }
       }
   }

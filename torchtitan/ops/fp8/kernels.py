@@ -4,12 +4,15 @@ Letters as in quantize.py. `ends` are int32 numbers of rows up to the end of eac
 device; `padded_ends` the same with each group padded to a multiple of 128.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from torchtitan.ops.fp8.cuda import Kernel, tensor_map
+from torchtitan.ops.cuda import Kernel, tensor_map
 from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8, padded_tiles
 
+_FOLDER = Path(__file__).parent
 _THREADS = 512  # of a quantising block
 # Of `swiglu_backward`: maxima of columns, and three tiles of bf16.
 _WAITING = 3 * 4 * BLOCK + 3 * 2 * BLOCK * BLOCK
@@ -26,7 +29,7 @@ def _launch(
     name: str, kind: torch.dtype, grid: tuple[int, ...], *arguments: object, shared: int = 0
 ) -> None:
     device = next(each.device for each in arguments if isinstance(each, Tensor))
-    kernel = Kernel("quantize.cu", name, (f"-DE5M2={int(kind == E5M2)}",), shared)
+    kernel = Kernel(_FOLDER / "quantize.cu", name, (f"-DE5M2={int(kind == E5M2)}",), shared)
     if 0 not in grid:
         kernel.launch(device, grid, _THREADS, arguments)
 
@@ -200,7 +203,7 @@ def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor) -> None:
     stage = BLOCK * BLOCK * (_HALVES + 1) + 4 * BLOCK * kind
     stages = min(8, (_SHARED_MEMORY - 2048) // (stage + 16))
     kernel = Kernel(
-        "gemm.cu",
+        _FOLDER / "gemm.cu",
         "fp8_gemm",
         (
             f"-DKIND={kind}",

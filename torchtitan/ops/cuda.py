@@ -1,7 +1,7 @@
 """CUDA C++ kernels, compiled by NVRTC at their first use and launched through CUDA's driver.
 
 Both are reached through `cuda.bindings`, which CUDA builds of torch bring along. A launch doesn't
-wait for the device, and a CUDA graph can record it.
+wait for the device, and a CUDA graph can record it. Sources include the headers beside this file.
 """
 
 import ctypes
@@ -14,16 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FOLDER = Path(__file__).parent
+
 
 class Kernel:
-    """A kernel of a source file beside this one.
+    """A kernel of a source file.
 
     shared: bytes of dynamic shared memory of a block.
     options: definitions for the compiler, such as "-DKIND=1".
     """
 
-    def __init__(self, source: str, name: str, options: tuple[str, ...] = (), shared: int = 0):
+    def __init__(self, source: Path, name: str, options: tuple[str, ...] = (), shared: int = 0):
         self.source, self.name, self.options, self.shared = source, name, options, shared
+
+    def load(self, device: torch.device) -> Any:
+        """Compile for a GPU, once. Raises `RuntimeError`, or `ImportError` without NVRTC."""
+        assert device.index is not None
+        return _function(self.source, self.name, self.options, self.shared, device.index)
 
     def launch(
         self, device: torch.device, grid: Sequence[int], threads: int, arguments: Sequence[Any]
@@ -33,9 +40,7 @@ class Kernel:
         grid: blocks in up to three dims.
         arguments: tensors (their address), None (a null pointer), ints (32 bits), tensor maps.
         """
-        driver = _driver()
-        assert device.index is not None
-        function = _function(self.source, self.name, self.options, self.shared, device.index)
+        driver, function = _driver(), self.load(device)
         held = [_argument(each) for each in arguments]
         addresses = [
             each.getPtr() if hasattr(each, "getPtr") else ctypes.addressof(each) for each in held
@@ -50,18 +55,29 @@ class Kernel:
 
 
 def tensor_map(matrix: Tensor, box_rows: int, box_columns: int) -> Any:
-    """Describe a contiguous matrix of bytes to the tensor memory accelerator, which then fetches
-    boxes of it into shared memory, lines of 128 bytes swizzled."""
+    """Describe a contiguous matrix to the tensor memory accelerator, which then fetches boxes of it
+    into shared memory, lines of 128 bytes swizzled.
+
+    matrix: bf16, or of a type of one byte.
+    """
+    return _tensor_map(matrix.data_ptr(), *matrix.shape, matrix.dtype, box_rows, box_columns)
+
+
+@lru_cache(maxsize=4096)  # of the same place again and again: 10 µs of the host's time each
+def _tensor_map(
+    address: int, rows: int, columns: int, dtype: torch.dtype, box_rows: int, box_columns: int
+) -> Any:
     driver = _driver()
-    rows, columns = matrix.shape
+    kinds = driver.CUtensorMapDataType
+    wide = dtype == torch.bfloat16
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
     return _check(
         driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if wide else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
             2,
-            matrix.data_ptr(),
+            address,
             [u64(columns), u64(rows)],
-            [u64(columns)],
+            [u64(columns * dtype.itemsize)],
             [u32(box_columns), u32(box_rows)],
             [u32(1), u32(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -85,7 +101,7 @@ def _argument(value: Any) -> Any:
 
 
 @lru_cache
-def _function(source: str, name: str, options: tuple[str, ...], shared: int, device: int) -> Any:
+def _function(source: Path, name: str, options: tuple[str, ...], shared: int, device: int) -> Any:
     driver = _driver()
     with torch.cuda.device(device):
         module = _check(driver.cuModuleLoadData(_compile(source, options)))
@@ -96,11 +112,10 @@ def _function(source: str, name: str, options: tuple[str, ...], shared: int, dev
 
 
 @lru_cache
-def _compile(source: str, options: tuple[str, ...]) -> bytes:
+def _compile(path: Path, options: tuple[str, ...]) -> bytes:
     nvrtc = import_module("cuda.bindings.nvrtc")
-    path = Path(__file__).with_name(source)
-    program = _check(nvrtc.nvrtcCreateProgram(path.read_bytes(), source.encode(), 0, [], []))
-    flags = [option.encode() for option in ("-arch=sm_90a", "-std=c++17", *options)]
+    program = _check(nvrtc.nvrtcCreateProgram(path.read_bytes(), path.name.encode(), 0, [], []))
+    flags = [option.encode() for option in ("-arch=sm_90a", "-std=c++17", f"-I{_FOLDER}", *options)]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
     if int(status) != 0:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))

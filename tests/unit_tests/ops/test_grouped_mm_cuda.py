@@ -1,0 +1,122 @@
+"""The experts' products on a Hopper GPU against torch's, with groups of every awkward size."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchtitan.ops import grouped_mm_torch as plain
+from torchtitan.ops.grouped_mm_torch import Gathered
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+COUNTS = [0, 1, 63, 64, 65, 127, 128, 129, 300, 0, 700, 5]
+E, R, BEHIND = len(COUNTS), sum(COUNTS), 37  # BEHIND: rows behind the last group
+D, F, TOP_K = 320, 192, 2
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    torch.manual_seed(0)
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+def ours():
+    from torchtitan.ops import grouped_mm_cuda
+
+    assert grouped_mm_cuda.applies(randn(1, D), randn(1, D, F)), "the kernel was not built"
+    return grouped_mm_cuda
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16)
+
+
+def ends() -> Tensor:
+    return torch.tensor(COUNTS).cumsum(0).int()
+
+
+def gathered(columns: int) -> Gathered:
+    """Rows of which those behind the last group are of a token that is NaN."""
+    tokens = R // TOP_K + BEHIND
+    x = randn(tokens, columns)
+    x[-1] = float("nan")
+    slots = torch.randperm((tokens - 1) * TOP_K)[:R]
+    behind = torch.full((BEHIND,), tokens * TOP_K - 1)
+    return Gathered(x, torch.cat((slots, behind)).int(), TOP_K, None)
+
+
+def rows_of(columns: int) -> Tensor:
+    """Rows of which those behind the last group are NaN."""
+    rows = randn(R + BEHIND, columns)
+    rows[R:] = float("nan")
+    return rows
+
+
+def agree(actual: Tensor, expected: Tensor, *, rows: int | None = None) -> bool:
+    """Both are rounded to bf16 once: their difference is at most one rounding of each."""
+    a, b = actual[:rows].double(), expected[:rows].double()
+    largest = ((a - b).abs() - b.abs() * 2**-7).max()
+    return bool((a - b).norm() / b.norm() < 2e-3 and largest < 2e-2)
+
+
+def test_gate_up_and_swiglu_of_gathered_rows():
+    from torchtitan.ops import swiglu_triton
+
+    rows, w13, weights = gathered(D), randn(E, 2 * F, D) * 0.1, torch.rand(R + 2 * BEHIND, TOP_K)
+    gate_up, hidden = ours().gate_up_swiglu(rows, w13, weights, ends())
+    assert agree(gate_up, plain.gate_up_swiglu(rows, w13, weights, ends())[0], rows=R)
+    assert agree(hidden, swiglu_triton.forward(gate_up, weights, rows.slot_of_row_R), rows=R)
+
+
+def test_products_by_weights():
+    rows, w = rows_of(F), randn(E, D, F)
+    assert agree(ours().by_weights(rows, w, ends()), plain.by_weights(rows, w, ends()), rows=R)
+
+
+@pytest.mark.parametrize("is_gathered", [False, True])
+def test_products_by_transposed_weights(is_gathered):
+    rows, w = gathered(D) if is_gathered else rows_of(D), randn(E, D, F)
+    expected = plain.by_weights_transposed(
+        plain.gather(rows) if isinstance(rows, Gathered) else rows, w, ends()
+    )
+    assert agree(ours().by_weights_transposed(rows, w, ends()), expected, rows=R)
+
+
+@pytest.mark.parametrize("which", ["none", "first", "second"])
+def test_products_over_rows_leave_empty_groups_zero(which):
+    a = gathered(D) if which == "first" else rows_of(D)
+    b = gathered(F) if which == "second" else rows_of(F)
+    out = ours().over_rows(a, b, ends())
+    a, b = (plain.gather(each) if isinstance(each, Gathered) else each for each in (a, b))
+    parts = zip(a[:R].double().split(COUNTS), b[:R].double().split(COUNTS), strict=True)
+    assert agree(out, torch.stack([x.t() @ y for x, y in parts]))
+    assert not out[0].any() and not out[9].any()
+
+
+def test_nan_stays_in_its_group():
+    a, b = rows_of(D), rows_of(F)
+    group = COUNTS.index(65)
+    begin = sum(COUNTS[:group])
+    a[begin : begin + COUNTS[group], 0] = float("nan")
+    for out in (ours().over_rows(a, b, ends()), ours().over_rows(b, a, ends())):
+        assert out.isnan().flatten(1).any(1).nonzero().flatten().tolist() == [group]
+
+
+def test_results_repeat_to_the_bit_at_full_size():
+    counts = torch.full((16,), 1536)
+    counts[3], counts[4] = 1, 3071
+    rows, order = int(counts.sum()), counts.cumsum(0).int()
+    x, w13, weights = randn(rows // 6, 2048), randn(16, 2 * 1408, 2048), torch.rand(rows // 6, 6)
+    of = Gathered(x, torch.randperm(rows).int(), 6, None)
+    first = ours().gate_up_swiglu(of, w13, weights, order)
+    for _ in range(3):
+        again = ours().gate_up_swiglu(of, w13, weights, order)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert agree(first[0], plain.gate_up_swiglu(of, w13, weights, order)[0])
+    grads = ours().over_rows(first[0], of, order)
+    assert torch.equal(grads, ours().over_rows(first[0], of, order))
+    assert agree(grads, plain.over_rows(first[0], of, order))

@@ -1,0 +1,374 @@
+// Products of bf16 matrices for groups of rows on Hopper, with the gather of rows inside.
+//
+//   KIND 0   D (R, N) = A (R, K) · B[e]ᵀ, B (G, N, K): outputs.
+//   KIND 1   D (R, N) = A (R, K) · B[e], B (G, K, N): gradients of inputs.
+//   KIND 2   D[e] (M, N) = A (R, M)ᵀ · B (R, N) over the rows of group e: gradients of weights.
+//   GATHER   0: none. 1, 2: the rows of A, of B are rows of a smaller matrix, slot / TOP_K of each.
+//   SWIGLU   1 (KIND 0): B[e] is gate (N, K) above up (N, K); D (R, 2 N), and H (R, N) =
+//            silu(gate) · up · the slot's weight, of gate and up as they were rounded.
+//
+// A block of 384 threads: one warpgroup that brings tiles, two that multiply, each 64 of a tile's 128
+// rows by 256 columns. Whole tiles are fetched by the TMA; gathered rows, and the last rows of a
+// group in KIND 2 (with zeros behind them), are copied by the threads of the first warpgroup. Blocks
+// are persistent, and take tiles in turn; they find a tile's group in the device's list of ends, so
+// the host need not know any size.
+//
+// Compiled by NVRTC with KIND, GATHER, SWIGLU and TOP_K defined.
+
+#include "hopper.cuh"
+
+constexpr int TILE_M = 128, TILE_N = 256, TILE_K = 64;
+constexpr int BOX = 64 * 128;  // bytes: 64 lines of 128, swizzled
+constexpr int BOXES_A = TILE_M / 64, BOXES_B = TILE_N / 64;
+constexpr int BYTES_A = BOXES_A * BOX, BYTES_B = BOXES_B * BOX;
+constexpr int BYTES_STAGE = BYTES_A + BYTES_B;
+constexpr int STAGES = 4;
+constexpr int STEP_N = SWIGLU ? TILE_N / 2 : TILE_N;  // columns of D, or of gate and of up, in a tile
+constexpr int SUPER = 16;  // tiles of rows that are visited together, so that the L2 cache serves
+constexpr bool BY_ROWS = KIND < 2;
+constexpr bool COPIES = GATHER != 0 || KIND == 2;
+// The dim that a product adds up is the matrix's second (0) or its first (1).
+constexpr int A_ACROSS = KIND == 2, B_ACROSS = KIND >= 1;
+
+// Copies 16 bytes; none, and writes zeros, where `inside` is false. What lies beside them is wanted
+// soon, hence 256 bytes into the L2 cache.
+__device__ __forceinline__ void copy16(u32 to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+// Arrives when this thread's copies so far have landed.
+__device__ __forceinline__ void copies_arrive(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// The place of 16 bytes in lines of 128 that are swizzled as the TMA does it.
+__device__ __forceinline__ u32 swizzled(int line, int piece) {
+  return line * 128 + ((piece ^ (line & 7)) << 4);
+}
+
+// Describes a tile for the tensor cores; distances are in units of 16 bytes.
+template <bool ACROSS>
+__device__ __forceinline__ u64 tile_descriptor(u32 address) {
+  const u64 field = (address & 0x3FFFF) >> 4, boxes = ACROSS ? BOX >> 4 : 1, eight_lines = 1024 >> 4;
+  return field | boxes << 16 | eight_lines << 32 | 1ull << 62;
+}
+
+// Adds up 64 × 256 products over 16 elements; `add`: to what `d` holds.
+__device__ __forceinline__ void multiply(float (&d)[128], u64 a, u64 b, int add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, p, 1, 1, %131, %132;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
+        "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
+        "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
+        "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
+        "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
+        "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
+        "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
+        "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
+        "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+      : "l"(a), "l"(b), "r"(add), "n"(A_ACROSS), "n"(B_ACROSS));
+}
+
+struct Tile {
+  int group, begin, end;  // rows of the group
+  int m, n;               // first row and column: of the group's rows (KIND 2: of D[e])
+  int rows;               // to store
+};
+
+// The tiles of this block, in order.
+struct Tiles {
+  const int* ends;
+  int groups, M, N;
+  int group = 0, begin = 0, before = 0;
+
+  __device__ bool find(int index, Tile& tile) {
+    const int tiles_n = (N + STEP_N - 1) / STEP_N;
+    for (; group < groups; group++) {
+      const int end = ends[group];
+      const int rows = BY_ROWS ? end - begin : M;
+      const int tiles_m = (rows + TILE_M - 1) / TILE_M;
+      if (index < before + tiles_m * tiles_n) {
+        const int super = SUPER * tiles_n, local = index - before;
+        const int first_m = local / super * SUPER;
+        const int size_m = min(tiles_m - first_m, SUPER);
+        const int m = first_m + local % super % size_m, n = local % super / size_m;
+        tile = {group, begin, end, m * TILE_M, n * STEP_N, min(rows - m * TILE_M, TILE_M)};
+        return true;
+      }
+      before += tiles_m * tiles_n;
+      begin = end;
+    }
+    return false;
+  }
+};
+
+struct Arguments {
+  const TensorMap *map_a, *map_b;
+  const u16 *a, *b;
+  const int* slots;
+  int M, N, K;
+};
+
+// Places of the stages in shared memory, taken in turn.
+struct Ring {
+  u32 base, full, empty;
+  int stage = 0;
+  u32 parity = 0;
+
+  __device__ u32 a() const { return base + stage * BYTES_STAGE; }
+  __device__ u32 b() const { return a() + BYTES_A; }
+  __device__ u32 is_full() const { return full + 8 * stage; }
+  __device__ u32 is_empty() const { return empty + 8 * stage; }
+  __device__ void next() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+// Brings the tiles of a product by weights: 64 elements of 128 rows and of 256 columns a stage.
+__device__ __forceinline__ void bring_rows(const Arguments& of, const Tile& tile, Ring& ring) {
+  constexpr int LINES = TILE_M / 16;  // eight threads copy a line, so that 16 are copied at a time
+  const int piece = threadIdx.x % 8, line = threadIdx.x / 8;
+  const int first = tile.begin + tile.m;
+  int tokens[LINES];
+  if (GATHER) {
+#pragma unroll
+    for (int i = 0; i < LINES; i++)
+      tokens[i] = __ldg(of.slots + min(first + line + i * 16, tile.end - 1)) / TOP_K;
+  }
+  for (int k = 0; k < of.K; k += TILE_K) {
+    barrier_wait(ring.is_empty(), ring.parity ^ 1);
+    const u32 done = ring.is_full();
+    if (threadIdx.x == 0) {
+      barrier_expect(done, GATHER ? BYTES_B : BYTES_STAGE);
+      if (!GATHER) fetch(ring.a(), of.map_a, k, first, done);
+      if (KIND == 1) {
+#pragma unroll
+        for (int box = 0; box < BOXES_B; box++)
+          fetch(ring.b() + box * BOX, of.map_b, tile.n + box * 64, tile.group * of.K + k, done);
+      } else if (SWIGLU) {
+        const int gate = tile.group * 2 * of.N + tile.n;
+        fetch(ring.b(), of.map_b, k, gate, done);
+        fetch(ring.b() + BYTES_B / 2, of.map_b, k, gate + of.N, done);
+      } else {
+        fetch(ring.b(), of.map_b, k, tile.group * of.N + tile.n, done);
+      }
+    }
+    if (GATHER) {
+      const u16* from = of.a + k + piece * 8;
+      const u32 to = ring.a() + swizzled(line, piece);
+#pragma unroll
+      for (int i = 0; i < LINES; i++) copy16(to + i * 16 * 128, from + (long long)tokens[i] * of.K, true);
+      copies_arrive(done);
+    }
+    ring.next();
+  }
+}
+
+// The rows that this thread copies among the 64 from `first` on, or their slots; -1 from `end` on.
+__device__ __forceinline__ void find_rows(int (&rows)[4], const int* slots, int first, int end) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = first + threadIdx.x / 8 + i * 16;
+    rows[i] = row < end ? (slots ? __ldg(slots + row) : row) : -1;
+  }
+}
+
+// Copies boxes of 64 columns of these rows of a matrix `width` columns wide.
+template <int BOXES>
+__device__ __forceinline__ void copy_boxes(u32 to, const u16* matrix, const int (&rows)[4], int column,
+                                           int width) {
+  const int piece = threadIdx.x % 8, line = threadIdx.x / 8;
+  const int left = width - column - piece * 8;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const u16* from = matrix + (long long)max(rows[i], 0) * width + column + piece * 8;
+#pragma unroll
+    for (int box = 0; box < BOXES; box++) {
+      const bool inside = rows[i] >= 0 && box * 64 < left;
+      copy16(to + box * BOX + swizzled(line + i * 16, piece), inside ? from + box * 64 : matrix, inside);
+    }
+  }
+}
+
+// Brings the tiles of a weight's gradient: 128 columns of A and 256 of B, 64 rows of the group a stage.
+__device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& tile, Ring& ring) {
+  int rows[4], slots[4];
+  if (GATHER) find_rows(slots, of.slots, tile.begin, tile.end);
+  for (int row = tile.begin; row < tile.end; row += TILE_K) {
+    const bool whole = row + TILE_K <= tile.end;
+    if (GATHER) {  // a stage ahead: the list comes from memory
+#pragma unroll
+      for (int i = 0; i < 4; i++) rows[i] = slots[i] < 0 ? -1 : slots[i] / TOP_K;
+      find_rows(slots, of.slots, row + TILE_K, tile.end);
+    }
+    barrier_wait(ring.is_empty(), ring.parity ^ 1);
+    const u32 done = ring.is_full();
+    if (threadIdx.x == 0 && !whole) barrier_arrive(done);
+    if (threadIdx.x == 0 && whole) {
+      barrier_expect(done, (GATHER == 1 ? 0 : BYTES_A) + (GATHER == 2 ? 0 : BYTES_B));
+      if (GATHER != 1)
+#pragma unroll
+        for (int box = 0; box < BOXES_A; box++)
+          fetch(ring.a() + box * BOX, of.map_a, tile.m + box * 64, row, done);
+      if (GATHER != 2)
+#pragma unroll
+        for (int box = 0; box < BOXES_B; box++)
+          fetch(ring.b() + box * BOX, of.map_b, tile.n + box * 64, row, done);
+    }
+    if (GATHER == 1) copy_boxes<BOXES_A>(ring.a(), of.a, rows, tile.m, of.M);
+    if (GATHER == 2) copy_boxes<BOXES_B>(ring.b(), of.b, rows, tile.n, of.N);
+    if (!whole) {
+      int plain[4];
+      find_rows(plain, nullptr, row, tile.end);
+      if (GATHER != 1) copy_boxes<BOXES_A>(ring.a(), of.a, plain, tile.m, of.M);
+      if (GATHER != 2) copy_boxes<BOXES_B>(ring.b(), of.b, plain, tile.n, of.N);
+    }
+    copies_arrive(done);
+    ring.next();
+  }
+}
+
+// Multiplies what the first warpgroup brings: 64 × 256 results of this warpgroup, all products done.
+__device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int half, Ring& ring) {
+  constexpr int NEXT_A = A_ACROSS ? 2048 >> 4 : 2, NEXT_B = B_ACROSS ? 2048 >> 4 : 2;  // 16 elements on
+  const bool leader = threadIdx.x % 32 == 0;
+  if (steps == 0) {
+#pragma unroll
+    for (int i = 0; i < 128; i++) d[i] = 0.f;
+  }
+  u32 last = 0;
+  for (int step = 0; step < steps; step++) {
+    barrier_wait(ring.is_full(), ring.parity);
+    // What threads have copied has to be seen by the tensor cores.
+    if (COPIES) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    const u64 a = tile_descriptor<A_ACROSS>(ring.a() + half * BOX);
+    const u64 b = tile_descriptor<B_ACROSS>(ring.b());
+    pin(d);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < 4; i++) multiply(d, a + i * NEXT_A, b + i * NEXT_B, step > 0 || i > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the stage before is free
+    if (step > 0 && leader) barrier_arrive(last);
+    last = ring.is_empty();
+    ring.next();
+  }
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  pin(d);
+  if (steps > 0 && leader) barrier_arrive(last);
+}
+
+// Rounds and stores 256 columns of a row, of which `of` are this thread's.
+__device__ __forceinline__ void store_row(const float* of, u16* line, int columns, int quad) {
+#pragma unroll
+  for (int i = 0; i < TILE_N / 8; i += 4) {
+    u32 x[4];
+#pragma unroll
+    for (int c = 0; c < 4; c++) x[c] = pack(of[(i + c) * 4], of[(i + c) * 4 + 1]);
+    store32(line + i * 8, x[0], x[1], x[2], x[3], quad, i * 8 < columns);
+  }
+}
+
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+
+// Rounds and stores 128 columns of gate, up and activation of a row.
+__device__ __forceinline__ void store_swiglu(const float* of, u16* gate_line, u16* up_line, u16* hidden_line,
+                                             float weight, int columns, int quad) {
+#pragma unroll
+  for (int i = 0; i < STEP_N / 8; i += 4) {
+    u32 gate[4], up[4], hidden[4];
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      const float* pair = of + (i + c) * 4;
+      gate[c] = pack(pair[0], pair[1]);
+      up[c] = pack(pair[TILE_N / 4], pair[TILE_N / 4 + 1]);
+      hidden[c] = pack(silu(low(gate[c])) * low(up[c]) * weight, silu(high(gate[c])) * high(up[c]) * weight);
+    }
+    const bool inside = i * 8 < columns;
+    store32(gate_line + i * 8, gate[0], gate[1], gate[2], gate[3], quad, inside);
+    store32(up_line + i * 8, up[0], up[1], up[2], up[3], quad, inside);
+    store32(hidden_line + i * 8, hidden[0], hidden[1], hidden[2], hidden[3], quad, inside);
+  }
+}
+
+// ends: rows up to the end of each group. M: columns of A (KIND 2). N: columns of D; of gate (SWIGLU).
+// slots: of each row, with GATHER or SWIGLU. weights: of each slot; hidden: H (SWIGLU).
+extern "C" __global__ void __launch_bounds__(384, 1)
+    grouped_mm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
+               const u16* __restrict__ a, const u16* __restrict__ b, u16* __restrict__ out,
+               const int* __restrict__ ends, int groups, int M, int N, int K,
+               const int* __restrict__ slots, const float* __restrict__ weights,
+               u16* __restrict__ hidden) {
+  extern __shared__ char raw[];
+  const u32 base = (shared_address(raw) + 1023) & ~1023u;
+  Ring ring{base, base + STAGES * BYTES_STAGE, base + STAGES * BYTES_STAGE + 8 * STAGES};
+  const int warpgroup = threadIdx.x / 128;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(ring.full + 8 * s, COPIES ? 129 : 1);  // the threads that copy, and the TMA's bytes
+      barrier_init(ring.empty + 8 * s, 8);                // warps that multiply
+    }
+    barriers_are_ready();
+  }
+  __syncthreads();
+
+  Tiles tiles{ends, groups, M, N};
+  Tile tile;
+  if (warpgroup == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    const Arguments of{&map_a, &map_b, a, b, slots, M, N, K};
+    if (COPIES || threadIdx.x == 0)
+      for (int index = blockIdx.x; tiles.find(index, tile); index += gridDim.x)
+        if constexpr (BY_ROWS)
+          bring_rows(of, tile, ring);
+        else
+          bring_columns(of, tile, ring);
+    return;
+  }
+
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  const int first_row = (warpgroup - 1) * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  for (int index = blockIdx.x; tiles.find(index, tile); index += gridDim.x) {
+    float d[128];
+    const int steps = BY_ROWS ? K / TILE_K : (tile.end - tile.begin + TILE_K - 1) / TILE_K;
+    multiply_tile(d, steps, warpgroup - 1, ring);
+
+    const long long first = BY_ROWS ? tile.begin + tile.m : (long long)tile.group * M + tile.m;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {  // a thread holds parts of two rows
+      const int row = first_row + j * 8, column = tile.n + quad * 8;
+      const int columns = row < tile.rows ? N - column : 0;
+      if constexpr (SWIGLU) {
+        u16* line = out + (first + row) * 2 * N + column;
+        const float weight = row < tile.rows ? __ldg(weights + __ldg(slots + first + row)) : 0.f;
+        store_swiglu(d + j * 2, line, line + N, hidden + (first + row) * N + column, weight, columns, quad);
+      } else {
+        store_row(d + j * 2, out + (first + row) * N + column, columns, quad);
+      }
+    }
+  }
+}

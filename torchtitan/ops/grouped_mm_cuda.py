@@ -1,0 +1,113 @@
+"""The products of experts on Hopper, grouped_mm.cu, which gathers rows itself; reference:
+grouped_mm_torch.py, whose functions these are."""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchtitan.ops.cuda import Kernel, tensor_map
+from torchtitan.ops.grouped_mm_torch import Gathered
+from torchtitan.tools.logging import logger
+
+_SOURCE = Path(__file__).with_name("grouped_mm.cu")
+_SHARED_MEMORY = 1024 + 4 * (128 + 256) * 128 + 16 * 4  # alignment, four stages and their barriers
+_BY_WEIGHTS, _BY_WEIGHTS_TRANSPOSED, _OVER_ROWS = range(3)
+
+
+def applies(x_TD: Tensor, w2_EDF: Tensor) -> bool:
+    """Whether the kernel computes these experts' products: bf16 on a Hopper GPU, D and F multiples
+    of 64."""
+    sizes = w2_EDF.shape[1:]
+    if x_TD.dtype != torch.bfloat16 or any(size % 64 for size in sizes):
+        return False
+    return x_TD.is_cuda and _compiles(x_TD.device)
+
+
+@lru_cache
+def _compiles(device: torch.device) -> bool:
+    """Whether the kernel can be built for this GPU, tried once; says so where it can't."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        why = "the package cuda-bindings is not installed"
+    else:
+        try:
+            _kernel(_BY_WEIGHTS, 0, swiglu=False).load(device)
+            return True
+        except (ImportError, OSError, RuntimeError) as error:
+            why = str(error)
+    logger.warning(
+        "Experts: torch's grouped products are used, some percent slower than ours, because %s", why
+    )
+    return False
+
+
+def gather(rows: Gathered) -> Gathered:
+    return rows
+
+
+def gate_up_swiglu(
+    rows: Gathered, w13_E2FD: Tensor, weights_TK: Tensor, ends_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    R, F = rows.slot_of_row_R.numel(), w13_E2FD.size(1) // 2
+    gate_up_R2F, hidden_RF = rows.x.new_empty(R, 2 * F), rows.x.new_empty(R, F)
+    _launch(_BY_WEIGHTS, rows, w13_E2FD, ends_E, gate_up_R2F, N=F, swiglu=(weights_TK, hidden_RF))
+    return gate_up_R2F, hidden_RF
+
+
+def by_weights(rows_RK: Tensor, w_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    out_RN = rows_RK.new_empty(rows_RK.size(0), w_ENK.size(1))
+    _launch(_BY_WEIGHTS, rows_RK, w_ENK, ends_E, out_RN, N=w_ENK.size(1))
+    return out_RN
+
+
+def by_weights_transposed(rows: Tensor | Gathered, w_EKN: Tensor, ends_E: Tensor) -> Tensor:
+    R = rows.slot_of_row_R.numel() if isinstance(rows, Gathered) else rows.size(0)
+    out_RN = w_EKN.new_empty(R, w_EKN.size(2))
+    _launch(_BY_WEIGHTS_TRANSPOSED, rows, w_EKN, ends_E, out_RN, N=w_EKN.size(2))
+    return out_RN
+
+
+def over_rows(a: Tensor | Gathered, b: Tensor | Gathered, ends_E: Tensor) -> Tensor:
+    M, N = (each.x.size(1) if isinstance(each, Gathered) else each.size(1) for each in (a, b))
+    out_EMN = ends_E.new_empty(ends_E.numel(), M, N, dtype=torch.bfloat16)
+    _launch(_OVER_ROWS, a, b, ends_E, out_EMN, M=M, N=N)
+    return out_EMN
+
+
+def _kernel(kind: int, gather: int, top_k: int = 1, *, swiglu: bool) -> Kernel:
+    settings = {"KIND": kind, "GATHER": gather, "TOP_K": top_k, "SWIGLU": int(swiglu)}
+    options = tuple(f"-D{name}={value}" for name, value in settings.items())
+    return Kernel(_SOURCE, "grouped_mm", options, _SHARED_MEMORY)
+
+
+def _launch(
+    kind: int,
+    a: Tensor | Gathered,
+    b: Tensor | Gathered,
+    ends_E: Tensor,
+    out: Tensor,
+    *,
+    M: int = 0,
+    N: int,
+    swiglu: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    gathered = a if isinstance(a, Gathered) else b if isinstance(b, Gathered) else None
+    gather = 0 if gathered is None else 1 if gathered is a else 2
+    slots, top_k = (gathered.slot_of_row_R, gathered.top_k) if gathered else (None, 1)
+    a, b = ((each.x if isinstance(each, Gathered) else each).contiguous() for each in (a, b))
+    assert slots is None or slots.dtype == torch.int32
+    over_rows = kind == _OVER_ROWS
+    lines_of_b = 64 if kind != _BY_WEIGHTS else 128 if swiglu else 256
+    maps = (
+        tensor_map(a, 64 if over_rows else 128, 64),
+        tensor_map(b.flatten(0, -2), lines_of_b, 64),
+    )
+    sizes = ends_E.numel(), M, N, 0 if over_rows else a.size(1)
+    blocks = torch.cuda.get_device_properties(out.device).multi_processor_count
+    arguments = (*maps, a, b, out, ends_E, *sizes, slots, *(swiglu or (None, None)))
+    kernel = _kernel(kind, gather, top_k, swiglu=swiglu is not None)
+    kernel.launch(out.device, (blocks,), 384, arguments)

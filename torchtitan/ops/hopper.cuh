@@ -1,0 +1,98 @@
+// What our kernels for Hopper share: barriers in shared memory, fetches by the tensor memory
+// accelerator (TMA), and stores of the tensor cores' results.
+
+#pragma once
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap {
+  char bytes[128];
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// Before the first use, by the thread that called `barrier_init`.
+__device__ __forceinline__ void barriers_are_ready() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n"
+      "}\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Fetches the box of a matrix that begins at `row` and `column`, in elements; zeros outside of it.
+__device__ __forceinline__ void fetch(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// Keeps the compiler from moving uses of `d` over this line.
+template <int SIZE>
+__device__ __forceinline__ void pin(float (&d)[SIZE]) {
+#pragma unroll
+  for (int i = 0; i < SIZE; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000); }
+
+__device__ __forceinline__ void swap_if(bool condition, u32& x, u32& y) {
+  const u32 first = condition ? y : x;
+  y = condition ? x : y;
+  x = first;
+}
+
+// Stores 32 columns of a row, of which each of four neighbouring threads holds two in every 8: x0 of
+// the first 8, x1 of the next. They transpose, so that each holds 8 columns, and stores 16 bytes.
+//
+// quad: number of the thread among the four. to: place of this thread's 8 columns.
+__device__ __forceinline__ void store32(u16* to, u32 x0, u32 x1, u32 x2, u32 x3, int quad, bool inside) {
+  const bool odd = quad & 1, upper = quad & 2;
+  swap_if(odd, x0, x1);  // swapped in odd threads, so that x1 is what goes to the neighbour
+  swap_if(odd, x2, x3);
+  x1 = __shfl_xor_sync(0xFFFFFFFF, x1, 1);
+  x3 = __shfl_xor_sync(0xFFFFFFFF, x3, 1);
+  swap_if(odd, x0, x1);
+  swap_if(odd, x2, x3);
+  swap_if(upper, x0, x2);
+  swap_if(upper, x1, x3);
+  x2 = __shfl_xor_sync(0xFFFFFFFF, x2, 2);
+  x3 = __shfl_xor_sync(0xFFFFFFFF, x3, 2);
+  swap_if(upper, x0, x2);
+  swap_if(upper, x1, x3);
+  if (inside) *reinterpret_cast<uint4*>(to) = make_uint4(x0, x1, x2, x3);
+}
