@@ -302,9 +302,12 @@ def grouped_ffn_operator(
 ) -> tuple[ExpertOperator, Tensor, Tensor] | None:
     """Return the operator that computes `grouped_ffn`, with its weights w13 and w2; None where it
     is computed operation by operation."""
-    w13_E2FD, w2_EDF, adapters = _expert_weights(joint, gate_up, down)
+    weights, adapters = zip(*map(parts, (*gate_up, down)), strict=True)
     if fp8 is None:
-        operator = expert_operator(x_TD, w2_EDF)
+        operator = expert_operator(x_TD, local_part(weights[-1]))
     else:
-        operator, w13_E2FD = fp8_expert_operator(fp8), w13_E2FD.contiguous()
-    return None if operator is None or any(adapters) else (operator, w13_E2FD, w2_EDF)
+        operator = fp8_expert_operator(fp8)
+    if operator is None or any(adapters):
+        return None
+    w13_E2FD, w2_EDF, _ = _expert_weights(joint, gate_up, down)
+    return operator, w13_E2FD.contiguous(), w2_EDF
