@@ -230,7 +230,8 @@ def _optimizer(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterat
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "widths  kernel                   forward ms (q1-q3)   backward ms  rates  GiB kept/peak"
+        "widths  kernel                   forward ms (q1-q3)   backward ms  both together  "
+        "rates  GiB kept/peak"
     ]
     for row in rows:
         times = [_ms(row.get(f"{way}_ms")) for way in ("forward", "backward")]
@@ -240,12 +241,13 @@ def table(rows: list[Row]) -> str:
             for way in ("forward", "backward")
             if (key := f"{way}_{ending}") in row
         ]
-        memory = ""
+        memory, together = "", "-"
         if row["peak_gib"] is not None:
+            together = f"{row['together_ms']:.3f}"
             memory = f"{row['kept_gib']:.2f}/{row['peak_gib']:.2f}"
         lines.append(
             f"{row['widths']:7} {row['kernel']:24} {times[0]}  {times[1]}  "
-            f"{' / '.join(rates)}  {memory}"
+            f"{together}  {' / '.join(rates)}  {memory}"
         )
     return "\n".join([*lines, str(rows[0]["machine"])])
 
