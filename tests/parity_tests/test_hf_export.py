@@ -60,7 +60,8 @@ def assert_same_logits(model, folder: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     expected = theirs(batch()).logits
     assert expected.std() > 0.1
-    torch.testing.assert_close(model(batch()), expected, rtol=0, atol=1e-5)
+    # Logits up to 4; what is left is the order of sums.
+    torch.testing.assert_close(model(batch()), expected, rtol=0, atol=2e-5)
 
 
 # ------------------------------------------------------------------ YaRN

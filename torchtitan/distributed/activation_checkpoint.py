@@ -44,6 +44,7 @@ _KEPT = _ROUTING | {
     "flex_attention",
     "aten::_grouped_mm",
     "aten::_scaled_mm",
+    "torchtitan::causal_blocks",
     "torchtitan::causal_runs",
     "torchtitan::document_attention",
     "torchtitan::expert_ffn",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from torchtitan.ops.causal_blocks import can_use_blocks, causal_blocks
 from torchtitan.ops.causal_runs import can_use_runs, causal_runs
 from torchtitan.ops.cudnn_documents import places_for
 from torchtitan.ops.document_attention import document_attention
@@ -234,6 +235,8 @@ def attention(
         # fp32 on a GPU holds S × S scores: meant for small sizes.
         queries_S = torch.arange(q_BSHC.size(1), device=q_BSHC.device)
         mask = _may_see(queries_S, _documents_of(mask, q_BSHC.shape[:2]))
+    if mask is None and can_use_blocks(q_BSHC, k_BSHC):
+        return causal_blocks(q_BSHC, k_BSHC, v_BSHC, scale)
     if q_BSHC.device.type == "cpu" and v_channels < q_BSHC.size(-1):
         # The CPU's flash kernel needs equal channels; without that kernel SDPA holds S × S scores
         # and is 1.7 (fp32) to 2.4 (bf16) times slower at S = 2048.

@@ -1,14 +1,15 @@
 """Rotary position embedding in DeepSeek's interleaved layout, and its extension by YaRN.
 
 Channels (2i, 2i+1) form a pair that is rotated by `position * frequency[i]`. Cosines and sines are
-kept as real numbers: complex tensors neither compile nor run in bf16.
+kept as real numbers: complex tensors neither compile nor run in bf16. On a CPU without a compiler
+they serve as views.
 
 RoPE: arXiv 2104.09864. YaRN: arXiv 2309.00071; constants and rounding as in the inference code that
 DeepSeek published with V3, so that V3's weights give the published logits.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,8 +98,33 @@ def apply_rope(x_BSHC: Tensor, table: Tensor, positions_BS: Tensor | None = None
         table_BSHC2 = table[None, : x_BSHC.size(1), None]
     else:
         table_BSHC2 = table[positions_BS].unsqueeze(2)
+    if x_BSHC.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _Turn.apply(x_BSHC, table_BSHC2)
     cos, sin = table_BSHC2.unbind(-1)
     dtype = torch.promote_types(x_BSHC.dtype, torch.float32)
     even, odd = x_BSHC.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x_BSHC.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    """The same with complex numbers, for eager CPUs: a third of the time, since each operation of
+    the real form reads or writes every second number."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSHC: Tensor, table_BSHC2: Tensor) -> Tensor:
+        ctx.save_for_backward(table_BSHC2)
+        return _turned(x_BSHC, table_BSHC2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BSHC: Tensor) -> tuple[Tensor, None]:
+        (table_BSHC2,) = ctx.saved_tensors
+        return _turned(grad_BSHC, table_BSHC2 * table_BSHC2.new_tensor((1.0, -1.0))), None
+
+
+def _turned(x_BSHC: Tensor, table_BSHC2: Tensor) -> Tensor:
+    dtype = torch.promote_types(x_BSHC.dtype, torch.float32)
+    # Contiguous: a view as complex numbers must not begin at an odd place.
+    pairs = torch.view_as_complex(x_BSHC.to(dtype).contiguous().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.view_as_complex(table_BSHC2))
     return turned.flatten(-2).to(x_BSHC.dtype)

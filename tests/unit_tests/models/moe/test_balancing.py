@@ -238,7 +238,7 @@ def test_loads_and_bias_are_the_same_however_a_step_is_computed(plain, mode, acc
     assert ours["gradients"].keys() == plain["gradients"].keys()
     for name, gradient in plain["gradients"].items():
         # Recomputation changes no bit; adding up micro-batches rounds once more.
-        atol = 0 if accumulation == 1 else 2e-6 * gradient.abs().max().item()
+        atol = 0 if accumulation == 1 else 4e-6 * gradient.abs().max().item()
         torch.testing.assert_close(ours["gradients"][name], gradient, rtol=0, atol=atol)
 
 
@@ -299,7 +299,7 @@ class OpCounter(TorchDispatchMode):
 def test_op_mode_repeats_no_attention_no_expert_gemm_and_half_of_the_matmuls():
     dear = (
         torch.ops.aten._grouped_mm.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.torchtitan.causal_blocks.default,
         torch.ops.aten.mm.default,
     )
     calls = {}
