@@ -66,6 +66,7 @@ REFUSED = [
     ("rms_norm_eps", -(10**400)),
     ("num_hidden_layers", 10**400),
     ("num_hidden_layers", 2**63),
+    ("num_hidden_layers", 1e38),
 ]
 REFUSED_MLA = [
     *REFUSED,

@@ -147,7 +147,7 @@ class ConfigReader:
 
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         value = self._value(key, default)
-        if isinstance(value, float) and value.is_integer():
+        if isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST:
             return int(value)
         is_integer = type(value) is int and abs(value) <= _LARGEST
         return self._of_kind(key, value, is_integer or value is default, "an integer")
