@@ -43,7 +43,7 @@ if [ "$NNODES" -gt 1 ]; then
     refuse "NODE_RANK is '$NODE_RANK': it is the number of this machine, from 0 to $((NNODES - 1)), because NNODES is $NNODES."
   fi
   [ -n "$MASTER_ADDR" ] || refuse "MASTER_ADDR is not set: it is the name or address of machine 0, because NNODES is $NNODES."
-  [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] || refuse "MASTER_PORT is '$MASTER_PORT': it is a free port of machine 0, from 1 to 65535."
+  [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ && $MASTER_PORT -le 65535 ]] || refuse "MASTER_PORT is '$MASTER_PORT': it is a free port of machine 0, from 1 to 65535."
   [[ ${NODES_TIMEOUT:=600} =~ ^[1-9][0-9]{0,5}$ ]] ||
     refuse "NODES_TIMEOUT is '$NODES_TIMEOUT': it is how many seconds to wait for the last machine, from 1."
   meet=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --rdzv-backend static --master-addr "$MASTER_ADDR"

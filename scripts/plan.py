@@ -120,9 +120,16 @@ def work(options: argparse.Namespace, config: JobConfig) -> None:
         data["sweep"] = [vars(row) for row in rows]
         print(f"\n{sweep_table(rows)}")
     if options.json:
-        options.json.write_text(json.dumps(data, indent=1) + "\n")
+        _write("--json", options.json, json.dumps(data, indent=1) + "\n")
     if options.html:
-        options.html.write_text(page(planned, rows, tokens, phases), encoding="utf-8")
+        _write("--html", options.html, page(planned, rows, tokens, phases))
+
+
+def _write(option: str, path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{option} {path} can't be written ({error.strerror}).") from None
 
 
 def plan(argv: list[str] | None) -> None:

@@ -216,6 +216,7 @@ def test_a_wrong_variable_is_one_sentence_and_nothing_is_started(run_train, vari
         ({"NODE_RANK": "2"}, "NODE_RANK is '2': "),
         ({"NODE_RANK": "1"}, "MASTER_ADDR is not set: "),
         ({"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
         ({"NODE_RANK": "1", "MASTER_ADDR": "a", "NODES_TIMEOUT": "0"}, "NODES_TIMEOUT is '0'"),
     ],
 )

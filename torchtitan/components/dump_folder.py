@@ -82,9 +82,13 @@ def alone_in_folders(config: JobConfig) -> Iterator[None]:
                 locks.enter_context(lock)
             except OSError as error:
                 reason = error.strerror or error
-                raise UserError(
-                    f"{key} {folder} can't be written to ({reason}): name a writable folder."
-                ) from None
+                sentence = f"{key} {folder} can't be written to ({reason}): name a writable folder."
+                if os.path.lexists(folder / NAME):  # the folder is fine then
+                    sentence = (
+                        f"{key} {folder}: its lock file {folder / NAME} can't be used ({reason}); "
+                        f"remove it where no run uses the folder, or name another {key}."
+                    )
+                raise UserError(sentence) from None
         yield
 
 

@@ -152,6 +152,10 @@ class _Batch:
         return logits[:, -1]
 
 
+# Below it logits overflow fp32 when divided by it, and only the likeliest token has a probability.
+_COLDEST = 1e-30
+
+
 class _Draw:
     """Draws the next token of each row, (B,) int64, on the CPU: the same numbers on any device."""
 
@@ -162,7 +166,7 @@ class _Draw:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
-        if self.sampling.temperature == 0:
+        if self.sampling.temperature < _COLDEST:
             return logits_BV.argmax(dim=-1).cpu()
         probs_BV = (logits_BV.float().cpu() / self.sampling.temperature).softmax(dim=-1)
         probs_BV, ids_BV = probs_BV.sort(dim=-1, descending=True)

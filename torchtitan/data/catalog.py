@@ -168,10 +168,8 @@ def _open_files(settings: DatasetSettings, found: Found) -> Source:
             f"(first: {first}); mend them or correct {path_key}."
         )
     if broken:
-        raise UserError(
-            f"{broken[0]}; mend the file (and {len(broken) - 1} more of {key} "
-            f"'{name}'), or leave it out of {path_key}."
-        )
+        more = f" (and {len(broken) - 1} more of {key} '{name}')" if broken[1:] else ""
+        raise UserError(f"{broken[0]}; mend the file{more}, or leave it out of {path_key}.")
     return _source_of(settings, files)
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet
 from torchtitan.data.documents import (
     Record,
     Rows,
+    keys_there,
     record_of_bytes,
     record_of_json_line,
 )
@@ -127,6 +128,9 @@ class ParquetFile(GroupedFile):
             raise OSError(f"it is no parquet file ({str(error)[:80]})") from error
         groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
         paths = [meta.schema.column(number).path for number in range(meta.num_columns)]
+        twice = [n for n in dict.fromkeys(self.schema.names) if self.schema.names.count(n) > 1]
+        if twice:
+            raise OSError(f"it has several columns named '{twice[0]}'")
         # A nested column has several, which start with its name; read and refused as no string.
         columns = self.schema.names if rows.columns is None else rows.columns
         self._columns = [name for name in columns if name in self.schema.names]
@@ -149,7 +153,8 @@ class ParquetFile(GroupedFile):
         def read(row: int) -> Record:
             where = f"{self.path} row {before + row + 1}"
             if table is None:
-                return Record(where, problem=problem)
+                found = "" if self._columns else keys_there(self.schema.names)
+                return Record(where, problem=problem, found=found)
             try:
                 fields = {name: table.column(name)[row].as_py() for name in self._columns}
                 return self.rows.record(where, fields)

@@ -12,11 +12,14 @@ from torchtitan.data.epochs import Epochs
 from torchtitan.data.settings import DataSettings
 from torchtitan.data.sources import Shard, Source
 from torchtitan.data.tokenizer import Tokenizer
+from torchtitan.tools.errors import UserError
 
 # Position at which a stream starts. `taken` counts its sequences, `reader` is the position of the
 # current document (None: of the first one of the epoch), `token` how many of its tokens are read,
 # `carry` the last token of the last sequence.
 START = {"taken": 0, "epoch": 0, "reader": None, "token": 0, "carry": []}
+# Documents in a row. Then no text will have a token, and the search for one would never end.
+MOST_WITHOUT_TOKEN = 10_000
 
 
 class Packed(NamedTuple):
@@ -62,6 +65,7 @@ class PackedStream:
         self._carry: list[int] = position["carry"]
         self._tokens: list[int] = []
         self._token = 0
+        self._without_token = 0  # documents in a row
         epoch, reader = position["epoch"], position["reader"]
         self._records = Epochs(source, shard, settings, skips, epoch, reader)
         self._document = {"epoch": epoch, "reader": reader}
@@ -123,6 +127,13 @@ class PackedStream:
             add_eos=self._tokenizer.eos_id is not None,
         )
         self._token = 0
+        self._without_token = 0 if self._tokens else self._without_token + 1
+        if self._without_token >= MOST_WITHOUT_TOKEN:
+            raise UserError(
+                f"the tokenizer gives no token for {self._without_token:,} documents in a row (the "
+                f"last: {record.where}, {record.text[:40]!a}), and names no begin or end token; "
+                "set model.hf_assets_path to a tokenizer of these texts."
+            )
         return True
 
 

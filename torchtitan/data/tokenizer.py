@@ -138,6 +138,8 @@ class HuggingFaceTokenizer(Tokenizer):
             numbers = self._tokenizer.get_vocab(with_added_tokens=True).values()
             if not numbers:
                 raise ValueError("its vocabulary is empty")
+            if len(set(numbers)) < len(numbers):
+                raise ValueError("two of its tokens have the same id")
         except (OSError, ValueError, RustError) as error:
             raise unreadable(path, "a Hugging Face tokenizer.json", error) from error
         self.vocab_size = max(numbers) + 1

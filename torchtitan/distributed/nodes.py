@@ -69,6 +69,11 @@ def read_place(options: argparse.Namespace) -> Place | None:
             f"NODE_RANK is {rank}, but must be from 0 to {count - 1}, below NNODES ({count}): give "
             "each machine a number of its own."
         )
+    if not 1 <= options.master_port <= 65535:
+        raise UserError(
+            f"MASTER_PORT is {options.master_port}, but must be a free port of node 0, from 1 to "
+            "65535, the same on each machine."
+        )
     pairs = (pair.split("=", 1) for pair in options.rdzv_conf.split(",") if "=" in pair)
     seconds = float(dict(pairs).get("timeout", 600))
     settings = {

@@ -29,7 +29,7 @@ def report_at_end(dump_folder: str | os.PathLike) -> None:
         return
     again = f"python scripts/report.py {dump_folder} tries again"
     with SideOutput(str(path), path.parent, again).attempt(Exception):
-        write_report([Path(dump_folder)], path)
+        _write([Path(dump_folder)], path)
         logger.info(f"report: wrote {path} in {time.monotonic() - began:.1f} s")
 
 
@@ -40,15 +40,19 @@ def write_report(folders: Sequence[Path], path: Path) -> list[Run]:
     """
     if find_spec("plotly") is None:
         raise UserError(f"plotly draws the report, and is not installed; run {INSTALL}.")
-    runs = _named_apart([read_run(folder) for folder in folders])
-    text = page(runs).encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        return _write(folders, path)
     except OSError as error:
         raise UserError(
             f"{path} can't be written ({error.strerror}); name another file with --out."
         ) from None
+
+
+def _write(folders: Sequence[Path], path: Path) -> list[Run]:
+    runs = _named_apart([read_run(folder) for folder in folders])
+    text = page(runs).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
     return runs
 
 

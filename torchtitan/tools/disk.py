@@ -135,7 +135,8 @@ class SideOutput:
             yield
         except kinds as error:
             if not self.failing:
-                why = reason(error, self.path) if isinstance(error, OSError) else repr(error)
+                why = str(error) if isinstance(error, UserError) else repr(error)
+                why = reason(error, self.path) if isinstance(error, OSError) else why
                 logger.warning(
                     "%s can't be written (%s); training continues, and %s",
                     self.what,

@@ -44,7 +44,7 @@ def some(names: Sequence[str], between: str = "; ", most: int = 5) -> str:
     return f"{shown} and {others} other{'s' if others > 1 else ''}" if others > 0 else shown
 
 
-def suggest(name: str, candidates: Iterable[str]) -> str:
+def suggest(name: object, candidates: Iterable[str]) -> str:
     """End of a sentence about a wrong name, with the nearest right one: `; did you mean 'steps'?`.
 
     Without a near one it lists all of them: `; choose one of 'a', 'b'.`
@@ -53,7 +53,7 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
     if not known:
         return "."
     folded = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name[:100].lower(), folded, n=1)
+    near = difflib.get_close_matches(str(name)[:100].lower(), folded, n=1)
     if near:
         return f"; did you mean '{folded[near[0]]}'?"
     return "; choose one of " + ", ".join(f"'{candidate}'" for candidate in known) + "."

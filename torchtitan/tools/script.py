@@ -1,5 +1,8 @@
 """The end of a script: an error message instead of a traceback, and the exit code."""
 
+import errno
+import os
+import sys
 from collections.abc import Callable
 
 from torchtitan.tools.errors import UserError
@@ -14,10 +17,21 @@ def run_script(work: Callable[[], None], *, resumable: bool = False) -> int:
     init_logger()
     try:
         work()
+        sys.stdout.flush()
     except UserError as error:
         logger.error("%s", error)
         return 2
     except KeyboardInterrupt:
         logger.info("Interrupted%s", "; the same command resumes from here" if resumable else "")
         return 130
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # Standard output: its reader has gone (`| head`), or its file's disk is full. What is left
+        # in its buffer goes nowhere, or Python would fail again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            return 0
+        logger.error("The standard output can't be written: %s", error.strerror)
+        return 2
     return 0

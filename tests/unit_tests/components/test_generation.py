@@ -109,3 +109,7 @@ def test_empty_and_too_long_prompts_are_refused(model):
         write(model, prompts=[[1], []])
     with pytest.raises(UserError, match="make 33 tokens, but the model has positions for 32"):
         write(model, prompts=[[1] * 21])
+
+
+def test_the_coldest_draws_are_the_likeliest_tokens(model):
+    assert write(model, temperature=1e-300) == write(model, temperature=1e-40) == write(model)

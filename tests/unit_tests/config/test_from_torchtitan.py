@@ -282,6 +282,7 @@ def test_v03(tmp_path, capsys):
             "[[optimizer.group]]",
         ),
         ("x = = 3", "can't be read"),
+        ("[model]\nname = 5\n", "5"),
     ],
 )
 def test_what_can_not_be_translated_is_refused_in_a_sentence(text, sentence, tmp_path, capsys):

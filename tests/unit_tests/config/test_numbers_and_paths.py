@@ -215,6 +215,10 @@ def test_a_run_writes_to_the_home_folder(tmp_path, monkeypatch):
         ("job.description", "a\udcff", "not UTF-8 text"),
         ("job.config_file", "y" * 300, "has a name of 300 bytes"),
         ("job.config_file", "a\0b", "holds a NUL character"),
+        ("job.save_config_file", "/", "a file inside job.dump_folder"),
+        ("job.save_config_file", "../mine.toml", "a file inside job.dump_folder"),
+        ("job.save_config_file", "/srv/mine.toml", "a file inside job.dump_folder"),
+        ("job.save_config_file", "sub/", "a file inside job.dump_folder"),
     ],
     ids=lambda value: repr(value)[:30],
 )

@@ -18,6 +18,7 @@ from torchtitan.data.permutation import order
 from torchtitan.data.rank_slice import RankSlice
 from torchtitan.data.sources import Shard, WindowShuffledReader
 from torchtitan.ops.cross_entropy import IGNORE_INDEX
+from torchtitan.tools.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +68,15 @@ def test_a_tokenizer_without_begin_end_and_pad_packs_the_bare_text(jsonl):
     examples = lists(text_dataset(source, bare, 4, infinite=False))
     a, b, c, d, e, f = b"abcdef"
     assert examples == [([a, b, c, d], [b, c, d, e]), ([e, 0, 0, 0], [f, -100, -100, -100])]
+
+
+def test_a_tokenizer_that_has_no_token_for_any_text_is_told(jsonl):
+    mute = OneTokenAByte()
+    mute.bos_id = mute.eos_id = None
+    mute.encode = lambda text, add_bos=False, add_eos=False: []
+    source = opened("text", str(jsonl("a.jsonl", ["abcdef"])), "text")
+    with pytest.raises(UserError, match="no token for 10,000 documents .*hf_assets_path"):
+        next(iter(text_dataset(source, mute, 4)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

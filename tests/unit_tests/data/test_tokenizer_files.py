@@ -108,6 +108,7 @@ def test_a_file_that_is_no_json_object_is_named(name, content, tmp_path):
         {"model": BPE | {"merges": ["h x"]}},
         {"model": BPE | {"merges": ["h1"]}},
         {"model": BPE | {"vocab": {"h": -1}}},
+        {"model": BPE | {"vocab": {"h": 0, "1": 1, "i": 1}}},
         {  # a panic
             "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
             "model": BPE,

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.unit_tests.data.kinds import opened
+from tests.unit_tests.data.byte_tokenizer import OneTokenAByte
+from tests.unit_tests.data.kinds import opened, text_dataset
 from torchtitan.data import whole_files
 from torchtitan.tools.errors import UserError
 
@@ -118,3 +119,17 @@ def test_a_text_file_is_said_to_be_one_document(tmp_path, jsonl, log):
         for line in log
     )
     assert any("and 4 are few: cut the files into more of them" in line for line in log)
+
+
+def test_a_parquet_file_alone_names_the_columns_it_has(tmp_path):
+    pq.write_table(pa.table({"body": ["x"], "id": [1]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="no 'text' key .they have: body, id"):
+        next(iter(text_dataset(opened("text", str(tmp_path), "text"), OneTokenAByte(), 4)))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    columns = [pa.array(["x"]), pa.array(["y"])]
+    table = pa.Table.from_arrays(columns, names=["text", "text"])
+    pq.write_table(table, tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="several columns named 'text'"):
+        opened("text", str(tmp_path), "text")

@@ -43,6 +43,12 @@ def test_a_node_rank_that_is_too_large():
         place_of(*STATIC, "--node-rank=4")
 
 
+@pytest.mark.parametrize("port", [0, 65536, 10**9])
+def test_a_port_that_is_none(port):
+    with pytest.raises(UserError, match=f"MASTER_PORT is {port}, but must be a free port"):
+        place_of(*STATIC, f"--master-port={port}")
+
+
 def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
     results: list[Any] = [None] * len(calls)
 

@@ -62,6 +62,11 @@ REFUSED = [
     ("rope_scaling.type", "linear"),
     ("rope_scaling.type", "longrope"),
     ("rope_scaling.some_new_factor", 2.0),
+    ("rope_theta", 10**400),
+    ("rms_norm_eps", -(10**400)),
+    ("num_hidden_layers", 10**400),
+    ("num_hidden_layers", 2**63),
+    ("num_hidden_layers", 1e38),
 ]
 REFUSED_MLA = [
     *REFUSED,
@@ -85,6 +90,8 @@ REFUSED_MLA = [
     ("rope_scaling.attn_factor", 2.0),
     ("rope_scaling.attention_factor", "1.5"),
     ("rope_scaling.truncate", 1),
+    ("rope_scaling.factor", 10**400),
+    ("first_k_dense_replace", 2**63),
     ("rope_scaling.mscale", 0.0),  # with mscale_all_dim 1: transformers and vLLM disagree
     ("rope_parameters.rope_theta", 5e5),
 ]

@@ -219,6 +219,14 @@ def test_a_page_that_fails_does_not_fail_the_run(tmp_path, caplog):
     assert "report.html can't be written" in line and "training continues" in line
 
 
+def test_a_page_that_can_not_be_written_is_told_in_one_sentence(folder, tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
+    (tmp_path / "report.html").mkdir()
+    report_at_end(tmp_path)
+    (line,) = caplog.messages
+    assert "report.html can't be written (Is a directory" in line and "--out" not in line
+
+
 def test_two_runs_of_one_name_are_told_apart_by_their_paths(tmp_path, folder):
     other = tmp_path / "more" / "run"
     other.mkdir(parents=True)

@@ -224,6 +224,14 @@ def test_a_file_in_the_place_of_a_folder_is_named_with_its_key(tmp_path):
             pass
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda p: p.symlink_to("/none/x")])
+def test_a_lock_that_is_no_file_is_named(tmp_path, make):
+    make(tmp_path / ".lock")
+    with pytest.raises(UserError, match=r"its lock file .*/\.lock can't be used .*remove it"):
+        with alone_in_folders(config(tmp_path)):
+            pass
+
+
 def test_two_conversions_into_one_folder(tmp_path):
     @_explaining_disk_errors
     def convert(source: None, target: Path, inner) -> None:

@@ -13,6 +13,7 @@ the state before it or the state after it.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -141,11 +142,11 @@ def publish(tmp: Path, texts: dict[str, str], checksums: dict[str, FileChecksum]
     if final.exists():  # from an earlier attempt of this run, or damaged
         former = tmp.with_suffix(".old")
         if former.exists():
-            shutil.rmtree(former)
+            _discard(former)
         final.rename(former)
         tmp.rename(final)
         _sync_folder(final.parent)
-        shutil.rmtree(former)
+        _discard(former)
     else:
         tmp.rename(final)
         _sync_folder(final.parent)
@@ -191,6 +192,16 @@ def clean_up(folder: Path) -> None:
                 logger.info("Removed %s, the rest of a save that was interrupted", path)
         except OSError as error:
             logger.warning("Leftover %s could not be removed: %s", path, error)
+
+
+def _discard(path: Path) -> None:
+    """Remove a replaced folder, or give it a name that stays where it holds files of others."""
+    if _is_ours(path):
+        shutil.rmtree(path)
+        return
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    kept = path.rename(next(name for name in names if not name.exists()))
+    logger.warning("%s was replaced, but held files that no save wrote: kept as %s", path, kept)
 
 
 def _is_ours(path: Path) -> bool:

@@ -10,6 +10,7 @@ from torchtitan.ops.mxfp4 import is_mxfp4
 from torchtitan.protocols.state_dict_adapter import Piece, StateDictAdapter
 from torchtitan.tools.errors import UserError, some
 
+READABLE = ("fp8", "mxfp4", "f64", "f32", "f16", "bf16")  # see `HFFolder.form`
 _ROWS = 1024  # rows compared at a time: 15 MB of DeepSeek-V3's embedding
 
 
@@ -49,7 +50,7 @@ def check_names(folder: HFFolder, adapter: StateDictAdapter) -> None:
 def check_shapes(folder: HFFolder, adapter: StateDictAdapter, pieces: list[Piece]) -> None:
     """Raise `UserError` for tensors of other shapes than the model's, and for quantized tensors
     without fitting scales."""
-    lacking, wrong = [], []
+    lacking, wrong, unreadable = [], [], []
     for piece in pieces:
         if piece.name in folder.packed and (problem := folder.packing_problem(piece.name)):
             wrong.append(problem)
@@ -62,7 +63,10 @@ def check_shapes(folder: HFFolder, adapter: StateDictAdapter, pieces: list[Piece
                 lacking.append(name)
             elif (theirs := folder.shape(name)) != shape:
                 wrong.append(f"{name} {_by(theirs)} instead of {_by(shape)}")
-    refuse(folder, adapter, {"lacks": lacking, "has in other shapes": wrong})
+        if (form := folder.form(piece.name)) not in READABLE:
+            unreadable.append(f"{piece.name} ({form})")
+    problems = {"lacks": lacking, "has in other shapes": wrong}
+    refuse(folder, adapter, problems | {"has as quantized or whole numbers": unreadable})
 
 
 def refuse(folder: HFFolder, adapter: StateDictAdapter, problems: dict[str, list[str]]) -> None:

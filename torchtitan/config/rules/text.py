@@ -20,6 +20,7 @@ PATHS = frozenset(
         "comm.save_traces_file_prefix lora.initial_load_path"
     ).split()
 )
+_FILE_INSIDE = "job.save_config_file"
 _MAY_BE_EMPTY = ("parallelism.pipeline_parallel_schedule_csv", "comm.save_traces_file_prefix")
 # Names that may also be paths on disk.
 _PERHAPS_PATHS = (
@@ -50,6 +51,8 @@ def check_text(config: JobConfig) -> None:
             _check_characters(entry.title, text)
         if _is_path(entry) and (entry.value or entry.key not in _MAY_BE_EMPTY):
             check_path(entry.title, entry.value)
+            if entry.key == _FILE_INSIDE:
+                _check_inside(entry.title, entry.value)
         elif entry.key in _PERHAPS_PATHS:
             _check_length(entry.title, entry.value)
 
@@ -75,6 +78,16 @@ def check_path(key: str, path: str) -> None:
             f"on this machine; write the whole path, or ./{path} for a name that begins with ~."
         )
     _check_length(key, path)
+
+
+def _check_inside(key: str, path: str) -> None:
+    """A run overwrites this file: another one elsewhere may be the user's only copy."""
+    parts = path.split("/")
+    if ".." in parts or parts[0] == "" or parts[-1] in ("", "."):
+        raise UserError(
+            f"{key} = {as_text(path)} must be the name of a file inside job.dump_folder, such as "
+            '"config.json".'
+        )
 
 
 def _check_length(key: str, path: str) -> None:

@@ -89,6 +89,8 @@ HARMLESS = frozenset(
     "begin_suppress_tokens tf_legacy_loss language license".split()
 )
 _REQUIRED = object()
+# Beyond all sizes of models; float() and lists as long as a layer count fail far above.
+_LARGEST = 2**53
 
 
 def _is_nothing(value: Any) -> bool:
@@ -145,13 +147,15 @@ class ConfigReader:
 
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         value = self._value(key, default)
-        if isinstance(value, float) and value.is_integer():
+        if isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST:
             return int(value)
-        return self._of_kind(key, value, type(value) is int or value is default, "an integer")
+        is_integer = type(value) is int and abs(value) <= _LARGEST
+        return self._of_kind(key, value, is_integer or value is default, "an integer")
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         value = self._value(key, default)
-        is_number = type(value) in (int, float) and math.isfinite(value)
+        is_number = type(value) is float and math.isfinite(value)
+        is_number |= type(value) is int and abs(value) <= _LARGEST
         self._of_kind(key, value, is_number or value is default, "a finite number")
         return float(value) if is_number else value
 
@@ -216,8 +220,8 @@ class ConfigReader:
     def _of_kind(self, key: str, value: Any, is_right: bool, kind: str) -> Any:
         if not is_right:
             raise UserError(
-                f"config.json has a value of the wrong type: {self._within}{key} = {value!r} must "
-                f"be {kind}; download it again."
+                f"config.json has a value of the wrong type: {self._within}{key} = "
+                f"{repr(value)[:80]} must be {kind}; download it again."
             )
         return value
 
@@ -288,12 +292,13 @@ def check_quantization(config: ConfigReader) -> None:
 
 def check_layer_types(config: ConfigReader, n_layers: int, n_dense: int) -> None:
     """Raise `UserError` for lists by layer that describe other layers than the model's."""
-    same = {
-        "layer_types": [["full_attention"] * n_layers],
-        "mlp_layer_types": [["dense"] * n_dense + ["sparse"] * (n_layers - n_dense)],
-    }
-    for key, allowed in same.items():
-        config.only(key, *allowed)
+    same = {"layer_types": {"full_attention": n_layers}}
+    same["mlp_layer_types"] = {"dense": n_dense, "sparse": n_layers - n_dense}
+    for key, counts in same.items():
+        given = config.get(key)
+        longest = len(given) if isinstance(given, list) else 0  # a count may be absurd
+        kinds = [[kind] * min(count, longest + 1) for kind, count in counts.items()]
+        config.only(key, sum(kinds, []))
 
 
 def check_aliases(config: ConfigReader, value: int, *names: str) -> None:

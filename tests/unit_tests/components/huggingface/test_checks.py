@@ -254,3 +254,13 @@ def test_a_bias_without_a_place_is_told_with_its_key(tmp_path):
     assert "experts have a bias; set model.args.moe_args.load_balance_coeff to 0 or more" in (
         refusal(dataclasses.replace(ARGS, moe_args=moe), folder)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e5m2])
+def test_weights_of_a_type_that_means_something_else_are_refused(tmp_path, dtype):
+    model = build(ARGS)
+    folder = export(model, tmp_path / "m")
+    head = tensors_of(folder)["lm_head.weight"].to(dtype)
+    changed(folder, **{"lm_head.weight": head})
+    with pytest.raises(UserError, match="lm_head.weight"):
+        load_hf(model, DeepSeekV3StateDictAdapter(ARGS), folder)
