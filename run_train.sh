@@ -88,6 +88,9 @@ else
   cores=$(nproc)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
 fi
+for rank in ${LOG_RANK//,/ }; do
+  [ "$rank" -lt "$NGPU" ] || refuse "LOG_RANK is '$LOG_RANK', but the ranks of this machine are 0 to $((NGPU - 1)): nothing would be shown."
+done
 # On one machine, whose own name need not resolve to an address, the loopback is right for gloo, which
 # runs beside NCCL too. On several the launcher finds the interface.
 [ "$NNODES" -gt 1 ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}

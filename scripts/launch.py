@@ -9,6 +9,7 @@ that ask for an end are forwarded to the ranks, which end after their step with 
 second one ends everything at once (table: docs/checkpoint.md).
 """
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,22 @@ def _kill(processes: set[int], number: int) -> None:
             os.kill(process, number)
 
 
+def _check_program(options: argparse.Namespace) -> None:
+    """Raise `UserError` for a program that does not exist: each rank would end in a traceback."""
+    program = options.training_script
+    if options.module:
+        sys.path.append(os.getcwd())  # `python -m` has it, too
+        try:
+            found = find_spec(program) is not None
+        except ImportError:  # a package above it does not exist
+            found = False
+    else:
+        found = options.no_python or Path(program).exists()
+    if not found:
+        kind = "module" if options.module else "file"
+        raise UserError(f"there is no {kind} {program} to run; training is -m torchtitan.train.")
+
+
 def main(arguments: list[str] | None = None) -> int:
     init_logger()
     launch = Launch()
@@ -133,12 +151,17 @@ def main(arguments: list[str] | None = None) -> int:
 
         nodes = None
         try:
-            if place := read_place(run.parse_args(arguments)):
+            options = run.parse_args(arguments)
+            _check_program(options)
+            if place := read_place(options):
                 nodes = meet_nodes(place)
             run.main(arguments)
         except (UserError, RunError) as error:
             logger.error("%s", error)
             return 2 if isinstance(error, UserError) else 1
+        except ValueError as error:  # of torchrun, before it starts a rank
+            logger.error("torchrun can't use these options: %s", str(error).rstrip(".") + ".")
+            return 2
         except ChildFailedError as error:
             reported = read_errors(launch.error_file)
             for each in reported[1:]:

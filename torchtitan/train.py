@@ -23,6 +23,7 @@ from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.exit_with_parent import exit_with_launcher
 from torchtitan.tools.launcher import Launch, planned_processes, read_launch
 from torchtitan.tools.out_of_memory import out_of_memory
+from torchtitan.tools.script import without_output
 from torchtitan.trainer import Trainer
 from torchtitan.trainer.preflight import Checked, check_config, describe
 
@@ -53,7 +54,10 @@ def check_and_run(argv: list[str] | None, stop: StopRequest) -> int:
         return 2
     if config.job.check_config:
         if os.environ.get("RANK", "0") == "0":
-            print(describe(config, checked))
+            try:
+                print(describe(config, checked), flush=True)
+            except OSError as error:
+                return without_output(error)
         return 128 + stop.number if stop.number else 0  # run_train.sh must not go on
     return run(config, checked, stop)
 

@@ -57,6 +57,21 @@ def test_a_killed_rank_makes_the_run_go_on_by_itself_and_a_signal_ends_it_well(t
     assert "SignalException" not in log.read_text()
 
 
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--nproc-per-node", "abc", "-m", "torchtitan.train"], "Unsupported nproc_per_node"),
+        (["-m", "torchtitan.nope"], "there is no module torchtitan.nope to run"),
+        (["-m", "nope.train"], "there is no module nope.train to run"),
+        (["nope.py"], "there is no file nope.py to run"),
+    ],
+)
+def test_a_launch_of_nothing_is_one_sentence(tmp_path, options, sentence):
+    run = launch(log := tmp_path / "log", *options)
+    assert run.wait(60) == 2
+    assert sentence in log.read_text() and "Traceback" not in log.read_text()
+
+
 def test_one_signal_to_the_whole_group_counts_once(tmp_path):
     """Send it as a terminal and `timeout` do: ranks get theirs, and what the launcher hands on."""
     log = tmp_path / "log"

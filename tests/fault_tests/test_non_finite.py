@@ -91,6 +91,13 @@ def test_stop_leaves_the_weights_of_the_last_good_step(tmp_path, kind):
         assert_same_bits(state_of(trainer), good)
 
 
+def test_a_first_step_that_is_not_finite_asks_for_the_loaded_weights(tmp_path):
+    with closing(start(tmp_path, "stop")) as trainer:
+        poison(trainer, KINDS[0], at_call=1)
+        with pytest.raises(RunError, match="step 1: .* if they were loaded, see whether they are"):
+            step(trainer, iter(trainer.dataloader))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_skipped_step_leaves_no_trace(tmp_path, kind):
     """The oracle is a run that never saw the poisoned micro-batches: weights, expert bias (so its

@@ -192,6 +192,7 @@ def test_a_crash_is_reported_by_torchrun(tmp_path):
         ("NGPU", "abc"),
         ("NGPU", "-1"),
         ("LOG_RANK", "one"),
+        ("LOG_RANK", "0,2"),
         ("MAX_RESTARTS", "-1"),
         ("COMM_MODE", "fake"),
         ("STOP_CODE", "256"),

@@ -235,10 +235,16 @@ def _check_usable(source: Source) -> None:
         if not record.problem:
             return
         skips.add(record)
+    key = source.settings.toml_key
+    if not skips.counts:
+        where = f" in {source.files[0].path}" if source.files else ""
+        raise UserError(
+            f"{key('dataset')} '{source.name}' has no document at all{where}; correct "
+            f"{key('dataset_path')}."
+        )
     first = f"{skips.first.where}: {skips.first.details}" if skips.first else "there is none"
     wrong = format_problem(source.files[0].path) if source.files else None
     hint = f"{source.files[0].path}: {wrong}; " if wrong else ""
-    key = source.settings.toml_key
     raise UserError(
         f"{key('dataset')} '{source.name}' has no usable document among the first "
         f"{skips.counts.total():,} ({skips or 'none found'}; first {first}); {hint}correct "

@@ -25,13 +25,18 @@ def run_script(work: Callable[[], None], *, resumable: bool = False) -> int:
         logger.info("Interrupted%s", "; the same command resumes from here" if resumable else "")
         return 130
     except OSError as error:
-        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
-            raise
-        # Standard output: its reader has gone (`| head`), or its file's disk is full. What is left
-        # in its buffer goes nowhere, or Python would fail again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:
-            return 0
-        logger.error("The standard output can't be written: %s", error.strerror)
-        return 2
+        return without_output(error)
     return 0
+
+
+def without_output(error: OSError) -> int:
+    """Return the exit code where standard output was lost: 0 if its reader has gone (`| head`), 2
+    if its disk is full. Raises any other error again."""
+    if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
+        raise error
+    # What is left in the buffer goes nowhere, or Python would fail again at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno == errno.EPIPE:
+        return 0
+    logger.error("The standard output can't be written: %s", error.strerror)
+    return 2

@@ -65,6 +65,7 @@ def settings_of_run(config: JobConfig, checked: Checked) -> Settings:
         "torch's version": torch.__version__,
         "torchtitan's version": torchtitan.__version__,
         "the device": device_type(),
+        "checkpoint.enable": config.checkpoint.enable,  # it decides which folders are compared
         **_comparable(tables, saves=config.checkpoint.enable),
         **dict(_flat(asdict(model_args), "model.args")),
         **tokenizer.identity(),
@@ -104,7 +105,8 @@ def source_digests() -> dict[str, str]:
     root = Path(torchtitan.__file__).parent
     return {
         path.relative_to(root.parent).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        for path in sorted(root.rglob("*.py"))
+        for path in sorted(root.rglob("*.*"))
+        if path.suffix in (".py", ".cu", ".cuh")
     }
 
 

@@ -157,6 +157,7 @@ def test_skipped_documents_are_reported_though_the_epoch_never_ends(jsonl, token
         ("a.txt", b"\xff\xfe", r"no usable document .*1 wrong encoding"),
         ("a.parquet", b"nonsense", r"None of the 1 file.* can be read .*no parquet file"),
         ("a.csv", b"text", r"holds no file that ends in .*\.jsonl"),
+        ("a.jsonl.gz", gzip.compress(b""), r"has no document at all in .*a.jsonl.gz"),
         ("a.jsonl.gz", b"nonsense", r"no usable document .*1 unreadable gzip"),
     ],
 )

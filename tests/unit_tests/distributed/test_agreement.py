@@ -130,6 +130,15 @@ def test_every_key_of_the_config_is_compared_or_listed(tmp_path):
     assert outside_lists(left_out) == outside_lists(same_run.MAY_DIFFER)
 
 
+def test_saving_on_some_ranks_is_named_before_the_folder_that_only_they_compare(tmp_path):
+    compared = list(settings(tmp_path, "--checkpoint.enable"))
+    assert compared.index("checkpoint.enable") < compared.index("job.dump_folder")
+
+
+def test_kernels_in_cuda_are_compared_as_the_code_is():
+    assert "torchtitan/ops/grouped_mm.cu" in same_run.source_digests()
+
+
 def test_tables_in_lists_are_compared_by_key_without_their_paths(tmp_path):
     data = tmp_path / "a.jsonl"
     data.write_text('{"text": "a"}\n')

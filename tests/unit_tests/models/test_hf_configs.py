@@ -172,9 +172,15 @@ def test_two_tables_that_contradict_each_other_are_refused():
 
 @pytest.mark.parametrize(
     "argument, value",
-    [("mscale", -1.0), ("beta_slow", 0.0), ("attention_factor", 0.0), ("rope_factor", 0.5)],
+    [
+        ("mscale", -1.0),
+        ("beta_slow", 0.0),
+        ("attention_factor", 0.0),
+        ("rope_factor", 0.5),
+        ("context_len", 0),
+    ],
 )
-def test_numbers_of_yarn_that_mean_nothing_are_refused(argument, value):
+def test_numbers_of_positions_that_mean_nothing_are_refused(argument, value):
     with pytest.raises(UserError, match=argument):
         dataclasses.replace(deepseekv3_args["671B"], **{argument: value})
 

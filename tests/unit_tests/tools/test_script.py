@@ -17,3 +17,10 @@ def test_a_lost_standard_output_is_no_traceback(target, code):
     done = subprocess.run(shell, capture_output=True, text=True, check=False)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert ("can't be written: No space left" in done.stderr) == (code == 2)
+
+
+def test_a_checked_config_whose_output_is_lost_is_no_traceback():
+    command = '"$0" -m torchtitan.train --job.check_config > /dev/full'
+    shell = ["bash", "-c", command, sys.executable]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr

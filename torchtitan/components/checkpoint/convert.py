@@ -89,6 +89,12 @@ def _explaining_disk_errors(convert: Callable[..., None]) -> Callable[..., None]
     @functools.wraps(convert)
     def locked(source: Any, target: Path, *args: Any, **options: Any) -> None:
         lock = target.with_name(f"{target.name}.lock")
+        folder = source.path if isinstance(source, HFFolder) else source
+        if target.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{target} lies inside of {folder}, which it is made from and which a run may "
+                "replace or remove; name a folder beside it."
+            )
         try:
             with FolderLock(lock, str(target), "name another folder"):
                 convert(source, target, *args, **options)

@@ -205,7 +205,8 @@ def _discard(path: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return all(_WRITTEN_BY_A_SAVE.fullmatch(entry.name) for entry in path.iterdir())
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else [""]
+    return all(map(_WRITTEN_BY_A_SAVE.fullmatch, names))
 
 
 def _write_synced(path: Path, text: str) -> None:

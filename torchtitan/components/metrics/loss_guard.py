@@ -93,10 +93,16 @@ class LossGuard:
                 )
             raise RunError(
                 f"step {step}: {what} is not finite ({values}); the weights are still those of "
-                f"step {step - 1}, the last one with finite numbers; lower optimizer.lr or "
+                f"step {step - 1}, {self._before(step)}; lower optimizer.lr or "
                 "training.max_norm, or set training.non_finite_loss to 'skip_step' or 'rewind'."
             )
         return self._skip_or_rewind(self._on_non_finite, step, f"{what} is not finite ({values})")
+
+    @staticmethod
+    def _before(step: int) -> str:
+        if step == 1:
+            return "with which it began: if they were loaded, see whether they are finite"
+        return "the last one with finite numbers"
 
     def _skip_or_rewind(self, policy: str, step: int, what: str) -> Verdict:
         if policy == "rewind":

@@ -49,6 +49,8 @@ class DecoderArgs(BaseModelArgs):
     def __post_init__(self) -> None:
         """Check numbers before the rules of a family, so that no comparison there sees NaN."""
         check_argument_numbers(self, {"n_layers": MOST_LAYERS, "n_mtp_layers": MOST_LAYERS})
+        if self.context_len is not None:
+            self.check_positive("context_len")
 
     def check_weights(self) -> None:
         """Raise `UserError` for a model too large for any machine."""

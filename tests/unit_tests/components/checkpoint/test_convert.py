@@ -314,6 +314,13 @@ def test_a_target_that_exists_is_left_alone(folders, tmp_path):
         hf_to_checkpoint(HFFolder(folders[0]), tmp_path, adapter(), **NAMES)
 
 
+def test_a_target_inside_of_its_source_is_refused(folders):
+    with pytest.raises(UserError, match="lies inside of"):
+        checkpoint_to_hf(folders[1], folders[1] / "hf", adapter(), dtype=torch.float32)
+    with pytest.raises(UserError, match="lies inside of"):
+        hf_to_checkpoint(HFFolder(folders[0]), Path(folders[0]) / "out", adapter(), **NAMES)
+
+
 def test_what_hugging_face_cannot_compute_is_refused_first(folders, tmp_path):
     moe = dataclasses.replace(ARGS.moe_args, score_before_experts=True)
     other = DeepSeekV3StateDictAdapter(dataclasses.replace(ARGS, moe_args=moe))

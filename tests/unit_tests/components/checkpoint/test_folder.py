@@ -21,6 +21,12 @@ def test_files_of_others_in_a_replaced_folder_are_kept(tmp_path, caplog):
     assert names == {"step-6", "step-6.old.1", "step-6.old.2"}
 
 
+def test_a_file_with_the_name_of_a_step_is_kept(tmp_path):
+    (tmp_path / "step-6").write_text("mine")
+    assert folder.is_complete(save(tmp_path))
+    assert (tmp_path / "step-6.old.1").read_text() == "mine"
+
+
 def test_a_save_done_again_leaves_one_folder(tmp_path):
     assert save(tmp_path) == save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-6"]
