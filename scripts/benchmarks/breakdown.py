@@ -71,7 +71,7 @@ GEMM_OF_SCOPE = {
 }
 
 _GEMM = re.compile(r"aten::(mm|addmm|bmm|matmul|linear|_addmm)|mkldnn|gemm|cutlass|nvjet")
-_ATTENTION = re.compile(r"attention|flash|fmha|sdpa|flex", re.I)
+_ATTENTION = re.compile(r"attention|flash|fmha|sdpa|flex|causal_blocks", re.I)
 _FUSED = re.compile(r"triton_(poi|red|per)_")  # inductor's, named after all that they replace
 _OPTIMIZER = re.compile(r"adam|multi_tensor|^_update$", re.I)
 _GROUPED = re.compile(r"grouped|GroupProblem", re.I)
