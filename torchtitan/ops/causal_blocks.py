@@ -19,7 +19,7 @@ _MAX_SCORES = 2**22  # of a block, 16 MiB; heads are taken so many at a time
 
 
 def can_use_blocks(q_BSHC: Tensor, k_BSHC: Tensor) -> bool:
-    """Whether `causal_blocks` is the kernel for these queries and keys.
+    """Tell whether `causal_blocks` is the kernel for these queries and keys.
 
     Not for bf16: a product would round its scores to 8 bits, which the flash kernel doesn't.
     """

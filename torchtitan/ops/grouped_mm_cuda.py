@@ -18,8 +18,8 @@ _BY_WEIGHTS, _BY_WEIGHTS_TRANSPOSED, _OVER_ROWS = range(3)
 
 
 def applies(x_TD: Tensor, w2_EDF: Tensor) -> bool:
-    """Whether the kernel computes these experts' products: bf16 on a Hopper GPU, D and F multiples
-    of 64."""
+    """Tell whether the kernel is the one for these experts: bf16, D and F multiples of 64, and a
+    Hopper GPU."""
     sizes = w2_EDF.shape[1:]
     if x_TD.dtype != torch.bfloat16 or any(size % 64 for size in sizes):
         return False
@@ -28,7 +28,7 @@ def applies(x_TD: Tensor, w2_EDF: Tensor) -> bool:
 
 @lru_cache
 def _compiles(device: torch.device) -> bool:
-    """Whether the kernel can be built for this GPU, tried once; says so where it can't."""
+    """Build the kernel for this GPU, tried once; tell whether it worked, and log why not."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         return False
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
