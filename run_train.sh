@@ -89,7 +89,7 @@ else
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
 fi
 for rank in ${LOG_RANK//,/ }; do
-  [ "$rank" -lt "$NGPU" ] || refuse "LOG_RANK is '$LOG_RANK', but the ranks of this machine are 0 to $((NGPU - 1)): nothing would be shown."
+  [ "$rank" -lt "$NGPU" ] || refuse "LOG_RANK is '$LOG_RANK': it lists ranks of this machine, which are 0 to $((NGPU - 1))."
 done
 # On one machine, whose own name need not resolve to an address, the loopback is right for gloo, which
 # runs beside NCCL too. On several the launcher finds the interface.

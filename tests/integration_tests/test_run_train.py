@@ -192,7 +192,6 @@ def test_a_crash_is_reported_by_torchrun(tmp_path):
         ("NGPU", "abc"),
         ("NGPU", "-1"),
         ("LOG_RANK", "one"),
-        ("LOG_RANK", "0,2"),
         ("MAX_RESTARTS", "-1"),
         ("COMM_MODE", "fake"),
         ("STOP_CODE", "256"),
@@ -205,6 +204,14 @@ def test_a_wrong_variable_is_one_sentence_and_nothing_is_started(run_train, vari
     (sentence,) = done.stderr.splitlines()
     assert sentence.startswith(f"{variable} is '{value}': ")
     assert not run_train.calls.exists()
+
+
+def test_a_rank_that_could_show_nothing_is_refused(run_train):
+    done = run_train(LOG_RANK="0,2")
+    assert done.returncode == 2 and done.stdout == ""
+    said = "LOG_RANK is '0,2': it lists ranks of this machine, which are 0 to 1."
+    assert done.stderr.splitlines()[-1] == said
+    assert "torchtitan.train" not in run_train.calls.read_text()
 
 
 @pytest.mark.parametrize(

@@ -234,11 +234,11 @@ def test_a_lock_that_is_no_file_is_named(tmp_path, make):
 
 def test_two_conversions_into_one_folder(tmp_path):
     @_explaining_disk_errors
-    def convert(source: None, target: Path, inner) -> None:
+    def convert(source: Path, target: Path, inner) -> None:
         inner()
 
-    again = lambda: convert(None, tmp_path / "model", lambda: None)  # noqa: E731
+    again = lambda: convert(Path("elsewhere"), tmp_path / "model", lambda: None)  # noqa: E731
     with pytest.raises(UserError, match="model is being written to by another run .* name another"):
-        convert(None, tmp_path / "model", again)
+        convert(Path("elsewhere"), tmp_path / "model", again)
     again()
     assert list(tmp_path.iterdir()) == []
