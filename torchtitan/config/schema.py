@@ -81,7 +81,7 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def matches(value: Any, kind: Any) -> bool:
-    """Whether a TOML (or JSON) value is of the annotated type; an integer may stand for a float."""
+    """Tell whether a TOML or JSON value is of the annotated type; an integer may be a float."""
     if get_origin(kind) in (Union, types.UnionType):
         return any(matches(value, member) for member in get_args(kind))
     if get_origin(kind) is Literal:
@@ -105,7 +105,7 @@ def row_type(kind: Any) -> type | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value consists of numbers, strings, booleans, None, lists and tables: no dates."""
+    """Tell whether a value is of numbers, strings, booleans, None, lists and tables: no dates."""
     if isinstance(value, dict):
         return all(_is_plain(item) for item in value.values())
     if isinstance(value, list):

@@ -85,7 +85,7 @@ class DataSettings:
 
     @property
     def with_chat(self) -> bool:
-        """Whether some dataset has conversations."""
+        """Tell whether some dataset has conversations."""
         return any(dataset.format != "text" for dataset in self.datasets)
 
 

@@ -46,7 +46,7 @@ def _parts(borders: list[int]) -> Iterator[list[_Part]]:
 
 @torch.compiler.assume_constant_result
 def can_use_runs(device_type: str, dtype: torch.dtype, qk: int, v: int) -> bool:
-    """Whether this device has the kernel for heads of these sizes (channels).
+    """Tell whether this device has the kernel for heads of these sizes (channels).
 
     Not in a deterministic run, whose kernels torch chooses.
     """
@@ -58,7 +58,7 @@ def can_use_runs(device_type: str, dtype: torch.dtype, qk: int, v: int) -> bool:
 
 @lru_cache
 def cudnn_takes(dtype: torch.dtype, qk: int, v: int) -> bool:
-    """Whether cuDNN's kernel takes heads with so many channels of queries and of values."""
+    """Tell whether cuDNN's kernel takes heads with so many channels of queries and of values."""
     qk_1HSC, v_1HSC = (
         torch.empty(1, 128, 1, c, dtype=dtype, device="cuda").transpose(1, 2).requires_grad_()
         for c in (qk, v)

@@ -63,7 +63,7 @@ def tensor_map(matrix: Tensor, box_rows: int, box_columns: int) -> Any:
     return _tensor_map(matrix.data_ptr(), *matrix.shape, matrix.dtype, box_rows, box_columns)
 
 
-@lru_cache(maxsize=4096)  # of the same place again and again: 10 µs of the host's time each
+@lru_cache(maxsize=4096)  # the allocator gives the same places again and again
 def _tensor_map(
     address: int, rows: int, columns: int, dtype: torch.dtype, box_rows: int, box_columns: int
 ) -> Any:

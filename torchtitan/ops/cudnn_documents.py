@@ -30,7 +30,7 @@ PROVEN = {(192, 128)}
 
 
 class Call(NamedTuple):
-    """What a call is built for.
+    """Sizes and types that a cuDNN call is built for.
 
     v_step: channels from a head's values to those of the next one; more than `v` in a slice.
     documents: places for them.
@@ -63,7 +63,7 @@ class Built(NamedTuple):
 
 
 class _OfThread(threading.local):
-    """What a thread has built: cuDNN's handles may not be shared, and autograd has threads."""
+    """A thread's handle and calls: cuDNN's handles may not be shared, and autograd has threads."""
 
     def __init__(self) -> None:
         self.handles: dict[torch.device, Any] = {}

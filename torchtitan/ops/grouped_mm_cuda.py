@@ -39,9 +39,7 @@ def _compiles(device: torch.device) -> bool:
             return True
         except (ImportError, OSError, RuntimeError) as error:
             why = str(error)
-    logger.warning(
-        "Experts: torch's grouped products are used, some percent slower than ours, because %s", why
-    )
+    logger.warning("Experts: torch's grouped products are used instead of ours, because %s", why)
     return False
 
 

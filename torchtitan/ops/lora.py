@@ -77,7 +77,7 @@ def product(lora: LowRank) -> Tensor:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of an adapter."""
+    """Tell whether a parameter's name is that of an adapter."""
     return name.endswith((A, B))
 
 
@@ -95,7 +95,7 @@ def weight_of(name: str) -> str:
 
 
 def has_dim(name: str, dim: int, ndim: int) -> bool:
-    """Whether a parameter has this dim of the weight: A has no outputs, B has no inputs.
+    """Tell whether a parameter has this dim of the weight: A has no outputs, B has no inputs.
 
     dim: of `ndim` dims, the last two of which are outputs and inputs.
     """

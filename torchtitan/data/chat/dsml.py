@@ -18,7 +18,7 @@ def refused(found: str) -> ChatProblem:
 
 
 def is_thinking(variables: Mapping[str, Any]) -> bool:
-    """Whether the next turn opens with `<think>`: thinking or enable_thinking, False by default.
+    """Tell whether the next turn opens with `<think>`: thinking or enable_thinking, default False.
     Raises `ChatProblem` for variables that these formats don't have."""
     unknown = variables.keys() - {"thinking", "enable_thinking"}
     if unknown:

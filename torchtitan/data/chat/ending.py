@@ -100,7 +100,7 @@ def _no_end(name: str) -> UserError:
 
 
 def _added(write: Write, messages: Sequence[dict], following: dict) -> str:
-    """What a template writes for one more message; "" where it can't."""
+    """Return the text that a template adds for one more message; "" where it can't."""
     try:
         before, after = write(messages), write([*messages, following])
     except ChatProblem:

@@ -166,7 +166,7 @@ def _reasoning_end(text: str, said: Span, message: dict) -> int:
 
 
 def mask_of(starts: Sequence[int], spans: Sequence[Span]) -> list[bool]:
-    """Whether each token's first character is in a span.
+    """Tell whether each token's first character is in a span.
 
     starts: index of the first character of each token, in order
     """

@@ -106,8 +106,8 @@ class Attention(SelfAttention):
         return k_BSHC, v_BSHC
 
     def _can_fuse(self, q_BSHC: Tensor) -> bool:
-        """Whether the fused MLA operator applies: on a GPU, where this rank has all keys and values
-        and no cache is in use."""
+        """Tell whether the fused MLA operator applies: on a GPU, where this rank has all keys and
+        values and no cache is in use."""
         return self.attend_with is None and can_fuse(
             q_BSHC.device.type,
             q_BSHC.dtype,
