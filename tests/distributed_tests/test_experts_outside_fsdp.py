@@ -1,4 +1,7 @@
-"""Experts that no other rank has: without FSDP, with compute weights, updated where they lie."""
+"""Experts that no other rank has, or that stay gathered: without FSDP, with compute weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -7,10 +10,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tests.distributed_tests.test_layouts import layout
+from tests.distributed_tests.test_layouts import KEEP_WEIGHTS, layout
 from tests.distributed_tests.training_ranks import (
     assert_trained_alike,
     config_of,
+    evaluated_and_trained,
     train_with,
 )
 from tests.tiny_run import losses, tiny
@@ -19,6 +23,7 @@ from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.distributed import fsdp
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
 from torchtitan.distributed.token_dispatch import ExactDispatcher
+from torchtitan.models.moe.dispatcher import LocalDispatcher
 from torchtitan.tools.utils import local_device
 from torchtitan.train import main
 from torchtitan.trainer import Trainer
@@ -26,17 +31,25 @@ from torchtitan.trainer import Trainer
 BF16 = "--training.mixed_precision_param=bfloat16"
 
 
-def train(options: list[str], folder: str, *, by_fsdp: bool) -> dict:
+@contextmanager
+def patched(*, by_fsdp: bool) -> Iterator[None]:
+    """Run both with one product for gate and up; by_fsdp: with FSDP around experts, too."""
     patch = pytest.MonkeyPatch()
-    # Both with one product for gate and up: two round the rows' gradient once more.
-    patch.setattr(ExactDispatcher, "prefers_whole_tokens", True)
+    # Two products would round the rows' gradient once more.
+    for dispatcher in (ExactDispatcher, LocalDispatcher):
+        patch.setattr(dispatcher, "prefers_whole_tokens", True)
     if by_fsdp:
         for module in (fsdp, compute_weights):
             patch.setattr(module, "experts_outside_fsdp", lambda *_: [])
     try:
-        return train_with(config_of(*options, BF16, f"--job.dump_folder={folder}"))
+        yield
     finally:
         patch.undo()
+
+
+def train(options: list[str], folder: str, *, by_fsdp: bool) -> dict:
+    with patched(by_fsdp=by_fsdp):
+        return train_with(config_of(*options, BF16, f"--job.dump_folder={folder}"))
 
 
 def oracle(options: list[str], folder: str) -> dict:
@@ -65,6 +78,44 @@ def test_they_train_as_under_fsdp(ranks, tmp_path, world_size, options):
         assert_trained_alike(result, expected[0])
 
 
+FOUR_LAYERS = "--model.args.n_layers=4"
+BF16_SUMS = "--training.mixed_precision_reduce=bfloat16"
+
+
+@pytest.mark.parametrize(
+    "world_size, options",
+    [
+        layout(2, KEEP_WEIGHTS, FOUR_LAYERS),
+        layout(2, KEEP_WEIGHTS, FOUR_LAYERS, BF16_SUMS),
+        layout(2, KEEP_WEIGHTS, FOUR_LAYERS, accumulation=2, ac="full"),
+        layout(4, KEEP_WEIGHTS, FOUR_LAYERS, ep=2),
+        layout(4, KEEP_WEIGHTS, tp=2, etp=2),
+        layout(4, KEEP_WEIGHTS, "--optimizer.name=Muon", cp=2, ep=2),
+        layout(2, KEEP_WEIGHTS, "--optimizer.implementation=foreach"),
+    ],
+    ids=["FSDP", "bf16 sums", "accumulation", "FSDP x EP", "split", "CP, Muon", "foreach"],
+)
+def test_gathered_ones_train_as_under_fsdp(ranks, tmp_path, world_size, options):
+    """The oracle is the same layout with FSDP around all weights, which copies, casts, gathers."""
+    expected = ranks(world_size).run(oracle, options, str(tmp_path / "a"))
+    for result in ranks(world_size).run(ours, options, str(tmp_path / "b")):
+        assert_trained_alike(result, expected[0])
+
+
+def evaluate(options: list[str], folder: str, by_fsdp: bool) -> list[float]:
+    with patched(by_fsdp=by_fsdp):
+        return evaluated_and_trained([*options, BF16], folder)
+
+
+def test_gathered_ones_are_whole_in_an_evaluation(ranks, tmp_path):
+    """After a step the copies are outdated, whichever forward pass comes next."""
+    options = layout(2, KEEP_WEIGHTS, FOUR_LAYERS)[1]
+    expected = ranks(2).run(evaluate, options, str(tmp_path / "a"), True)
+    assert ranks(2).run(evaluate, options, str(tmp_path / "b"), False) == [
+        pytest.approx(losses, rel=1e-6) for losses in expected
+    ]
+
+
 def kinds(options: list[str], folder: str) -> list[bool]:
     trainer = Trainer(config_of(*options, BF16, f"--job.dump_folder={folder}"))
     moe = next(iter(trainer.model.moe_layers().values()), None)
@@ -76,20 +127,30 @@ def kinds(options: list[str], folder: str) -> list[bool]:
     return found
 
 
-def test_only_those_that_no_other_rank_has(ranks, tmp_path):
+def test_only_those_that_no_other_rank_has_or_that_stay_gathered(ranks, tmp_path):
     for name, options in {"alone": layout(2, ep=2)[1], "shared": layout(2)[1]}.items():
         found = ranks(2).run(kinds, options, str(tmp_path / name))
         assert found == [[False, True]] * 2 if name == "alone" else [[False, False]] * 2
-    others = {"two ranks each": layout(4, ep=2), "pipeline": layout(4, pp=2, ep=2)}
+    others = {
+        "two ranks each": layout(4, ep=2),
+        "pipeline": layout(4, KEEP_WEIGHTS, pp=2, ep=2),
+        "replicas": layout(4, KEEP_WEIGHTS, replicate=2, shard=2),
+    }
     for name, options in others.items():
         found = ranks(4).run(kinds, options[1], str(tmp_path / name))
-        assert [kind for kind in found if kind] == [[True, False]] * (2 if "pipe" in name else 4)
+        left = [kind for kind in found if kind]
+        assert set(map(tuple, left)) == {(name != "replicas", False)}, name
+    found = ranks(4).run(kinds, layout(4, KEEP_WEIGHTS, ep=2)[1], str(tmp_path / "gathered"))
+    assert found == [[False, True]] * 4
 
 
-def test_a_checkpoint_reaches_their_compute_weights(ranks, tmp_path):
+@pytest.mark.parametrize(
+    "how", [{"expert_parallel_degree": 2}, {"fsdp_reshard_after_forward": "never"}]
+)
+def test_a_checkpoint_reaches_their_compute_weights(ranks, tmp_path, how):
     settings = {
         "training__mixed_precision_param": "bfloat16",
-        "parallelism__expert_parallel_degree": 2,
+        **{f"parallelism__{key}": value for key, value in how.items()},
         "lr_scheduler__min_lr_factor": 1,
         "checkpoint__enable": True,
         "checkpoint__last_save_model_only": False,

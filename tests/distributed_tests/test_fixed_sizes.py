@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten_with_path
 
+from tests.distributed_tests.test_layouts import KEEP_WEIGHTS
 from tests.distributed_tests.training_ranks import FP32, config_of
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.trainer import Trainer
@@ -106,6 +107,20 @@ def test_replayed_steps_of_split_sequences_have_the_losses_of_the_run(ranks, tmp
     options = (*GRAPHED, split, rotate, "--training.local_batch_size=8")
     eager = run(ranks, tmp_path / "eager", *options, ROOM, steps=20)
     graph = run(ranks, tmp_path / "graph", *options, ROOM, GRAPH, steps=20)
+    assert graph["recorded"] and not eager["recorded"]
+    assert graph["losses"] == pytest.approx(eager["losses"], rel=1e-4)
+
+
+@needs_gpus
+@pytest.mark.parametrize("local_batch_size", [4, 2], ids=["one pass", "accumulation"])
+def test_replayed_steps_of_gathered_experts_have_the_losses_of_the_run(
+    ranks, tmp_path, local_batch_size
+):
+    """Where steps have one pass, the graph gathers; else it is done before the first pass."""
+    everywhere = ("--parallelism.expert_parallel_degree=1", KEEP_WEIGHTS)
+    options = (*GRAPHED[:2], *everywhere, f"--training.local_batch_size={local_batch_size}")
+    eager = run(ranks, tmp_path / "eager", *options, steps=40)
+    graph = run(ranks, tmp_path / "graph", *options, GRAPH, steps=40)
     assert graph["recorded"] and not eager["recorded"]
     assert graph["losses"] == pytest.approx(eager["losses"], rel=1e-4)
 

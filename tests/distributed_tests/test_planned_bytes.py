@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.distributed_tests.expert_ranks import Way, make_dispatcher
+from tests.distributed_tests.test_layouts import KEEP_WEIGHTS
 from tests.distributed_tests.training_ranks import config_of
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.moe.router import TokenChoiceTopKRouter
@@ -23,6 +24,7 @@ OPTIONS = (
     "--training.mixed_precision_param=float32",
 )
 LORA = ['--model.converters=["lora"]', "--lora.rank=8"]
+BF16 = "--training.mixed_precision_param=bfloat16"
 LAYOUTS = {
     "FSDP 2": (2, []),
     "FSDP 2 x EP 2": (2, ["--parallelism.expert_parallel_degree=2"]),
@@ -30,6 +32,15 @@ LAYOUTS = {
     "FSDP 2 x EP 2, bf16 copies": (
         2,
         ["--parallelism.expert_parallel_degree=2", "--training.mixed_precision_param=bfloat16"],
+    ),
+    "FSDP 2, gathered experts": (2, [KEEP_WEIGHTS, BF16]),
+    "FSDP 2, gathered experts, bf16 sums": (
+        2,
+        [KEEP_WEIGHTS, BF16, "--training.mixed_precision_reduce=bfloat16"],
+    ),
+    "FSDP 2 x EP 2 x 2, gathered experts": (
+        4,
+        [KEEP_WEIGHTS, BF16, "--parallelism.expert_parallel_degree=2"],
     ),
     "TP 2": (2, ["--parallelism.tensor_parallel_degree=2"]),
     "PP 2": (2, ["--parallelism.pipeline_parallel_degree=2"]),

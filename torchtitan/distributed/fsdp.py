@@ -22,8 +22,10 @@ from torch.distributed.tensor import Shard
 
 from torchtitan.config import Parallelism, Training
 from torchtitan.distributed.float8_gather import attach_float8_gathers, choose_float8_gathers
+from torchtitan.distributed.gathered_weight import split_first_dim
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.ops.lora import has_dim
+from torchtitan.protocols.layers import ExpertWeights
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import TORCH_DTYPES
@@ -55,8 +57,12 @@ def apply_data_parallel(
     offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
     options = {"mp_policy": policy, "offload_policy": offload}
     reshard = _reshard(dims, parallelism)
-    alone = experts_outside_fsdp(model, dims, training)
-    if dims.expert_mesh is not None and not alone:
+    alone = experts_outside_fsdp(model, dims, training, parallelism)
+    if alone and (sharing := ranks_of_same_experts(dims)) is not None:
+        for experts in alone:
+            split_first_dim(experts, sharing)
+        logger.info("Experts: whole on each rank, gathered from %d once a step", sharing.size())
+    elif dims.expert_mesh is not None and not alone:
         _shard_experts(model, dims.expert_mesh, reshard, options)
     options["ignored_params"] = {param for experts in alone for param in experts.parameters()}
     _shard_layers(model, reshard, options | {"mesh": _data_parallel_axes(dims.mesh)})
@@ -76,21 +82,45 @@ def apply_data_parallel(
 
 
 def experts_outside_fsdp(
-    model: BaseModel, dims: ParallelDims, training: Training
-) -> list[nn.Module]:
-    """List the experts of each layer where no other rank holds the same ones; else nothing.
+    model: BaseModel, dims: ParallelDims, training: Training, parallelism: Parallelism
+) -> list[ExpertWeights]:
+    """List the experts that have compute weights instead of FSDP: those of all layers, or none.
 
-    FSDP would cast and copy their weights to gather them from one rank, and copy their gradients to
-    reduce them over one rank.
+    Where no other rank holds the same ones, FSDP would copy weights and gradients to gather and
+    reduce them over one rank. Where several do, and keep them gathered
+    (`fsdp_reshard_after_forward`), it copies more bytes than it sends (gathered_weight.py).
     """
-    mesh = dims.expert_mesh
-    if mesh is None or mesh["dp_replicate"].size() * mesh["fsdp"].size() > 1:
-        return []
     # Only FSDP offloads. A pipeline's backward pass may come in two pieces, the second of which is
     # for parameters: it doesn't know of compute weights.
-    if training.enable_cpu_offload or dims.pp > 1:
+    if training.enable_cpu_offload or dims.pp > 1 or dims.world_size == 1:
         return []
-    return [moe.experts for moe in model.moe_layers().values()]
+    experts = [moe.experts for moe in model.moe_layers().values()]
+    mesh = _expert_axes(dims)
+    if mesh["dp_replicate"].size() > 1:
+        return []
+    ranks = mesh["fsdp"].size()
+    if ranks == 1:
+        return experts if dims.expert_mesh is not None else []
+    if _reshard(dims, parallelism) or training.dtype == training.mixed_precision_param:
+        return []
+    return experts if all(_can_be_gathered(each, dims.ep * ranks) for each in experts) else []
+
+
+def ranks_of_same_experts(dims: ParallelDims) -> DeviceMesh | None:
+    """Mesh of the ranks between which the experts of a replica's EP rank are split; None = one."""
+    mesh = _expert_axes(dims)["fsdp"]
+    return mesh if mesh.size() > 1 else None
+
+
+def _expert_axes(dims: ParallelDims) -> DeviceMesh:
+    return dims.mesh if dims.expert_mesh is None else dims.expert_mesh
+
+
+def _can_be_gathered(experts: ExpertWeights, ranks: int) -> bool:
+    """Tell whether each rank gets as many whole experts, all of them trained, none in FP8."""
+    trained = all(param.requires_grad for param in experts.parameters())
+    whole = experts.w1.size(0) % ranks == 0
+    return trained and whole and not experts.lora_scales and experts.fp8 is None
 
 
 def materialize(model: nn.Module, device: torch.device, *, offload: bool) -> None:

@@ -16,7 +16,7 @@ from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.optimizer.compute_weights import ComputeWeights, build_compute_weights
 from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.components.optimizer.muon import Muon
-from torchtitan.distributed.fsdp import experts_outside_fsdp
+from torchtitan.distributed.fsdp import experts_outside_fsdp, ranks_of_same_experts
 from torchtitan.ops.fp8.weight import parts_of
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.planning.ledger import Ledger
@@ -60,19 +60,35 @@ def state_of(run: PlannedRun, rank: BuiltRank) -> State:
     )
 
 
-def make_compute_weights(run: PlannedRun, rank: BuiltRank) -> ComputeWeights | None:
+def make_compute_weights(
+    run: PlannedRun, rank: BuiltRank, *, split: bool = True
+) -> ComputeWeights | None:
+    """Make a rank's copies; split: whether its model is split by FSDP, too."""
     return build_compute_weights(
-        rank.model, run.config, rank.dims, several_passes=run.sums_gradients
+        rank.model, run.config, rank.dims, several_passes=run.sums_gradients, split=split
     )
+
+
+def weights_outside_fsdp(run: PlannedRun, rank: BuiltRank) -> list[nn.Parameter]:
+    """List the parameters that FSDP leaves alone."""
+    if run.world_size == 1:
+        return list(rank.model.parameters())
+    training, parallelism = run.config.training, run.config.parallelism
+    alone = experts_outside_fsdp(rank.model, rank.dims, training, parallelism)
+    return [p for experts in alone for p in experts.parameters()]
 
 
 def weights_under_fsdp(run: PlannedRun, rank: BuiltRank, module: nn.Module) -> list[nn.Parameter]:
     """List the parameters of a module that FSDP shards."""
-    if run.world_size == 1:
-        return []
-    alone = experts_outside_fsdp(rank.model, rank.dims, run.config.training)
-    left_out = {p for experts in alone for p in experts.parameters()}
+    left_out = set(weights_outside_fsdp(run, rank))
     return [p for p in module.parameters() if p not in left_out]
+
+
+def weights_that_travel(run: PlannedRun, rank: BuiltRank, module: nn.Module) -> list[nn.Parameter]:
+    """List the parameters of a module that are gathered from several ranks, by FSDP or not."""
+    if run.world_size > 1 and ranks_of_same_experts(rank.dims) is not None:
+        return list(module.parameters())
+    return weights_under_fsdp(run, rank, module)
 
 
 def _build_optimizer(

@@ -19,7 +19,6 @@ from torchtitan.components.loss import build_loss
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import positions_of_this_rank
 from torchtitan.distributed.float8_gather import choose_float8_gathers
-from torchtitan.distributed.fsdp import experts_outside_fsdp
 from torchtitan.ops.attention import AttentionMask, Documents
 from torchtitan.ops.fp8.weight import parts_of
 from torchtitan.ops.grouped_mm import local_part
@@ -29,7 +28,13 @@ from torchtitan.planning.ledger import Ledger, Work
 from torchtitan.planning.ranks import BuiltRank, PlannedRun, built_rank
 from torchtitan.planning.routing import Routing, copies, planned_routing
 from torchtitan.planning.stand_ins import compiled_loss, gpu_kernels, without_data_parallel
-from torchtitan.planning.state import bytes_of, make_compute_weights, weights_under_fsdp
+from torchtitan.planning.state import (
+    bytes_of,
+    make_compute_weights,
+    weights_outside_fsdp,
+    weights_that_travel,
+    weights_under_fsdp,
+)
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.utils import TORCH_DTYPES
 
@@ -238,15 +243,14 @@ class _Tracer:
         choose_float8_gathers(built.model, built.dims)
         if run.world_size > 1:
             kept = TORCH_DTYPES[run.config.training.dtype]
-            for experts in experts_outside_fsdp(built.model, built.dims, run.config.training):
-                for name in [name for name, _ in experts.named_parameters()]:
-                    _cast(experts, name, torch.float32 if is_adapter(name) else kept)
-            under_fsdp = {id(p) for p in weights_under_fsdp(run, built, built.model)}
+            outside = set(weights_outside_fsdp(run, built))
             for module in built.model.modules():
                 for name, param in list(module.named_parameters(recurse=False)):
-                    if is_adapter(name) and id(param) in under_fsdp:
+                    if param in outside:
+                        _cast(module, name, torch.float32 if is_adapter(name) else kept)
+                    elif is_adapter(name):
                         _cast(module, name, self.dtype)
-        self.weights = make_compute_weights(run, built)
+        self.weights = make_compute_weights(run, built, split=False)
 
     def trace(self, kinds: dict[Any, Traced]) -> dict[str, Traced]:
         """Trace all layers and ends of this rank's model.
@@ -351,6 +355,7 @@ class _Tracer:
                 out.backward(torch.empty_like(out) if out.dim() else None)
             backward_peak, backward_work = ledger.peak, ledger.work
         gathered = weights_under_fsdp(self.run, self.built, module)
+        travelling = weights_that_travel(self.run, self.built, module)
         saved = saved_in_fp8(module, gathered)
         traced = Traced(
             kept=kept,
@@ -358,8 +363,9 @@ class _Tracer:
             backward_peak=backward_peak,
             gathered=bytes_of(gathered) - saved.gathered,
             saved=saved,
-            gathered_gradients=bytes_of(p for p in gathered if p.requires_grad),
-            **count_elements(module, gathered),
+            gathered_gradients=self.dtype.itemsize
+            * sum(local_part(p).numel() for p in travelling if p.requires_grad),
+            **count_elements(module, travelling),
             gradients_kept=self._gradients_kept(module, gathered),
             output=output if out.dim() else 0,
             forward=forward_work,
@@ -380,7 +386,8 @@ class _Tracer:
         size = TORCH_DTYPES[self.run.config.training.dtype].itemsize
         wider = torch.float32.itemsize - size  # of adapters
         split = size * self._split(trained) + wider * self._split(adapters)
-        return split + bytes_of(p.grad for p in alone if p.grad is not None)
+        outside = bytes_of(p.grad for p in alone if p.grad is not None)
+        return split + outside // self.built.dims.expert_fsdp
 
     def _split(self, elements: Elements) -> int:
         """Elements of gathered weights that this rank keeps."""

@@ -230,8 +230,10 @@ class GraphedStep:
         self, micro_batches: Sequence[Batch], labels_in_step: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run the step; return loss and gradient norm."""
-        if self._compute_weights is not None:
-            self._compute_weights.refresh()
+        if self._compute_weights is not None and len(micro_batches) == 1:
+            self._compute_weights.gather_in_pass()  # each step needs it, so it is recorded
+        elif self._compute_weights is not None:
+            self._compute_weights.gather()
         starts = self._starts(micro_batches)
         inputs = zip(micro_batches, starts, strict=True)
         if len(micro_batches) == 1:

@@ -334,6 +334,17 @@ def test_what_does_not_fit_gets_a_key_that_makes_it_fit() -> None:
     assert "fits" in sentence
 
 
+def test_gathered_weights_are_given_up_first() -> None:
+    never = "--parallelism.fsdp_reshard_after_forward=never"
+    options = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES]
+    freed, kept = plan(*options, world_size=2), plan(*options, never, world_size=2)
+    between = (freed.worst.peak.total + kept.worst.peak.total) // 2
+    assert kept.worst.peak.total - freed.worst.peak.total > 2 * 2**30
+    small = replace(kept.hardware, memory_gib=kept.hardware.needed_gib(between))
+    sentence = nearest_fit(replace(kept, hardware=small), 1.0)
+    assert 'parallelism.fsdp_reshard_after_forward = "always"' in sentence
+
+
 CONFIG = str(SCRIPTS.parent / "train_configs/debug_model.toml")
 
 

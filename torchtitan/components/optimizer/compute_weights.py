@@ -15,23 +15,28 @@ but no gradient.
 Where a module declares a `Joint` of weights (ops/linear.py), their copies are one tensor, so that
 one GEMM serves all of them. Parameters that have the compute dtype become views of that tensor.
 
-Used with one process, and for experts that no other rank has (FSDP leaves those alone; they are
-DTensors, of which this rank's part is copied). Of all other weights FSDP keeps fp32 shards and
+Used with one process, and for experts that FSDP leaves alone (they are DTensors, of which this
+rank's part is copied). Where several ranks share experts, copies are gathered from them, and
+gradients summed (distributed/gathered_weight.py). Of all other weights FSDP keeps fp32 shards and
 gathers them in bf16, with the same result.
 """
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.fsdp import experts_outside_fsdp
+from torchtitan.distributed.fsdp import experts_outside_fsdp, ranks_of_same_experts
+from torchtitan.distributed.gathered_weight import GatheredWeight, GradientSum, gather_ahead
 from torchtitan.ops.fp8.linear import Fp8Recipe
 from torchtitan.ops.fp8.quantize import BLOCK
 from torchtitan.ops.fp8.weight import quantised
@@ -40,6 +45,10 @@ from torchtitan.ops.linear import fp8_weights, joints
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.utils import TORCH_DTYPES
 
+# The gradients of one layer's experts, of gate and up and of down, are summed over ranks while the
+# layer before it computes.
+_SUMS_AT_A_TIME = 2
+
 
 @dataclass
 class _Fused:
@@ -47,11 +56,13 @@ class _Fused:
 
     params: in order.
     dim: along which they are concatenated.
+    gathered: whose whole it is; None where this rank has all of it.
     """
 
     tensor: Tensor
     params: list[nn.Parameter]
     dim: int
+    gathered: GatheredWeight | None = None
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         if len(self.params) == 1:
@@ -65,6 +76,8 @@ class ComputeWeights:
     root: module whose forward pass refreshes the copies.
     fp32_grads: pass gradients to the parameters in fp32, and add up micro-batches there; otherwise
         in `dtype`, as the kernels made them, for one micro-batch only.
+    sharing: ranks between which parameters are split along dim 0; None = they aren't.
+    reduce_dtype: dtype in which these ranks sum gradients.
     """
 
     def __init__(
@@ -74,11 +87,16 @@ class ComputeWeights:
         *,
         root: nn.Module,
         fp32_grads: bool,
+        sharing: dist.ProcessGroup | None = None,
+        reduce_dtype: torch.dtype = torch.float32,
     ):
         self.fp32_grads = fp32_grads
+        self._sharing, self._reduce_dtype = sharing, reduce_dtype
+        self._sums: deque[tuple[_Fused, GradientSum]] = deque()
         self.after_grad: Callable[[nn.Parameter], None] | None = None
         self._fused: list[_Fused] = []
         self._copy_of: dict[nn.Parameter, Tensor] = {}
+        self._gathered_of: dict[nn.Parameter, GatheredWeight | None] = {}
         self._seen_version: dict[nn.Parameter, int] = {}
         modules = list(modules)
         self._fp8_of: dict[nn.Parameter, Fp8Recipe] = {
@@ -118,14 +136,19 @@ class ComputeWeights:
         dtype: torch.dtype,
     ) -> Tensor:
         copies = [self._copied(p, dtype) for p in params]
-        tensor = torch.cat(copies, dim) if len(copies) > 1 else copies[0]
+        tensor = local = torch.cat(copies, dim) if len(copies) > 1 else copies[0]
+        gathered = None
+        if self._sharing is not None:
+            gathered = GatheredWeight(local, self._sharing, self._reduce_dtype)
+            tensor, local = gathered.whole, gathered.part
         trained = any(p.requires_grad for p in params)
-        fused = _Fused(tensor.requires_grad_(trained), params, dim)
-        for p, part in zip(params, fused.parts(tensor.detach()), strict=True):
+        fused = _Fused(tensor.requires_grad_(trained), params, dim, gathered)
+        for p, part in zip(params, fused.parts(local.detach()), strict=True):
             if p.dtype == dtype:
                 p.data = part  # the parameter itself is the copy
             self._copy_of[p] = part
             self._seen_version[p] = _version(p)
+            self._gathered_of[p] = gathered
             if p.requires_grad:
                 p.grad_dtype = torch.float32 if self.fp32_grads else dtype
         if trained:
@@ -157,10 +180,29 @@ class ComputeWeights:
         return lambda _: cast(Any, me())._hand_over(index)
 
     def _hand_over(self, index: int) -> None:
-        """Distribute a fresh gradient to the parameters that it belongs to."""
+        """Pass on a fresh gradient; of one that is to be summed over ranks, start the sum."""
         fused = self._fused[index]
         grad = cast(Tensor, fused.tensor.grad)  # set just before this hook
         fused.tensor.grad = None
+        if fused.gathered is None:
+            self._distribute(fused, grad)
+            return
+        if not self._sums:
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_sums)
+        self._sums.append((fused, fused.gathered.start_sum(grad)))
+        self._finish_sums(but=_SUMS_AT_A_TIME)
+
+    def _finish_sums(self, but: int = 0) -> None:
+        """Wait for sums over ranks and distribute them, except the latest ones.
+
+        but: how many may go on.
+        """
+        while len(self._sums) > but:
+            fused, travelling = self._sums.popleft()
+            self._distribute(fused, travelling.wait())
+
+    def _distribute(self, fused: _Fused, grad: Tensor) -> None:
+        """Give a gradient to the parameters that it belongs to."""
         for p, part in zip(fused.params, fused.parts(grad), strict=True):
             if not p.requires_grad:
                 continue
@@ -184,13 +226,15 @@ class ComputeWeights:
         return copy if is_copy else None
 
     def written(self, param: nn.Parameter) -> None:
-        """Mark the copy of a parameter, if it has one, as up to date."""
+        """Mark the copy of a parameter, if it has one, as up to date on this rank."""
         if param in self._copy_of:
             self._seen_version[param] = _version(param)
+            if (gathered := self._gathered_of[param]) is not None:
+                gathered.outdate()
 
     def outdate(self) -> None:
         """Mark every copy as stale: some torch optimizers update DTensors without bumping
-        `_version`."""
+        `_version`. The next `refresh` writes them."""
         self._seen_version = dict.fromkeys(self._copy_of, -1)
 
     @torch.no_grad()
@@ -203,6 +247,29 @@ class ComputeWeights:
             if copy is not None:
                 copy.copy_(local_part(param))
             self.written(param)
+
+    def gathered_in(self, module: nn.Module) -> list[GatheredWeight]:
+        """List the copies in a module of which each rank writes a part."""
+        found = [self._gathered_of.get(param) for param in module.parameters()]
+        return list(dict.fromkeys(each for each in found if each is not None))
+
+    def gather(self) -> None:
+        """Have the copies whole: gather those that are outdated, and wait for them."""
+        self.refresh()
+        weights = self._gathered()
+        for weight in weights:
+            weight.start()
+        for weight in weights:
+            weight.wait()
+
+    def gather_in_pass(self) -> None:
+        """Have the next forward pass gather all copies, whether outdated or not."""
+        self.refresh()
+        for weight in self._gathered():
+            weight.outdate()
+
+    def _gathered(self) -> list[GatheredWeight]:
+        return [fused.gathered for fused in self._fused if fused.gathered is not None]
 
 
 def _version(param: Tensor) -> int:
@@ -230,25 +297,39 @@ def build_compute_weights(
     dims: ParallelDims,
     *,
     several_passes: bool,
+    split: bool = True,
 ) -> ComputeWeights | None:
     """Build the copies of a model's weights; None where none are needed.
 
     several_passes: whether a step may add up the gradients of several micro-batches.
+    split: whether the model's experts are split over the ranks that share them; a plan's aren't.
     """
     training, optimizer = config.training, config.optimizer
     keeps, computes = training.dtype, training.mixed_precision_param
     if keeps == computes and (keeps == "float32" or dims.world_size > 1):
         if not optimizer.early_step_in_backward:
             return None
-    alone = dims.world_size == 1
-    modules = list(model.modules()) if alone else experts_outside_fsdp(model, dims, training)
+    sharing: DeviceMesh | None = None
+    if dims.world_size == 1:
+        modules: list[nn.Module] = list(model.modules())
+    else:
+        modules = [*experts_outside_fsdp(model, dims, training, config.parallelism)]
+        sharing = ranks_of_same_experts(dims)
     if not modules:
         return None
-    fused = (
+    own_kernel = (
         optimizer.implementation == "fused"
         and optimizer.name != "Muon"
         and optimizer.state_dtype == "float32"
     )
-    return ComputeWeights(
-        modules, TORCH_DTYPES[computes], root=model, fp32_grads=several_passes or not fused
+    sums_in_fp32 = sharing is not None and training.mixed_precision_reduce == "float32"
+    weights = ComputeWeights(
+        modules,
+        TORCH_DTYPES[computes],
+        root=model,
+        fp32_grads=several_passes or sums_in_fp32 or not own_kernel,
+        sharing=sharing.get_group() if sharing is not None and split else None,
+        reduce_dtype=TORCH_DTYPES[training.mixed_precision_reduce],
     )
+    gather_ahead(model, [(block, weights.gathered_in(block)) for block in model.blocks().values()])
+    return weights

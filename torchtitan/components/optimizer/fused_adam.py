@@ -84,6 +84,9 @@ class FusedAdam(AdamW):
                 self._update_all(params)
             self._recorded = params
         self._graph.replay()
+        if self._compute_weights is not None:
+            for p in params:
+                self._compute_weights.written(p)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Let `step` scale the gradients as it reads them.
