@@ -9,7 +9,8 @@ How each finds its part, the first rule that fits:
    weight's name says the part. This also works inside of compiled layers, where modules are gone.
 4. By the module in whose forward pass it was started (a backward operator: its forward operator's,
    found by the autograd sequence number). Only the head and the loss where layers are compiled.
-5. By words in its name: sort, gather, index, ... are dispatch/combine; the rest is elementwise.
+5. By words in its name: sort, gather, index, ... are dispatch/combine, a GEMM is an other one; the
+   rest is elementwise. Kernels of a CUDA graph have no operator, so rules 1 and 5 alone hold there.
 
 Communication between GPUs runs beside computing: its part is the time when nothing else ran. Of
 several ranks it is that of the rank with the least, the wire; what another has more is `waiting`
@@ -45,6 +46,7 @@ PARTS = (
     "expert GEMMs",
     "shared experts",
     "dense FFN",
+    "other GEMMs",
     "elementwise",
     "head + loss",
     "optimizer",
@@ -163,14 +165,14 @@ class StepProfile:
             return scope
         if _GEMM.search(names):
             sized = next(filter(None, map(self._part_of_gemm, chain[:4])), None)
-            return sized or GEMM_OF_SCOPE.get(scope or "", "elementwise")
+            return sized or GEMM_OF_SCOPE.get(scope or "", "other GEMMs")
         if scope in GEMM_OF_SCOPE:
             return "elementwise"
         if "embedding" in names:
             return "elementwise"
         if _ROUTER.search(name) and scope is None:
             return "router"
-        return "dispatch/combine" if _MOVING.search(names) else "elementwise"
+        return _kind(names)
 
     def _part_of_gemm(self, event: FunctionEvent) -> str | None:
         all_shapes: Any = event.input_shapes  # declared as a number
@@ -225,7 +227,7 @@ def _part_of_weight(name: str) -> str:
         ".feed_forward.": "dense FFN",
         "output.": "head + loss",
     }
-    return next((part for word, part in words.items() if word in name), "elementwise")
+    return next((part for word, part in words.items() if word in name), "other GEMMs")
 
 
 def fill_up(
@@ -270,6 +272,12 @@ def _named_part(name: str, names: str, scope: str | None) -> str | None:
     return None
 
 
+def _kind(names: str) -> str:
+    if _GEMM.search(names):
+        return "other GEMMs"
+    return "dispatch/combine" if _MOVING.search(names) else "elementwise"
+
+
 def _ancestors(event: FunctionEvent | None):
     while event is not None:
         yield event
@@ -290,7 +298,8 @@ def _add_unlinked(
     for name, ms in total.items():
         rest = ms - seen.get(name, 0.0)
         if rest > 1e-3:
-            busy[_named_part(name, name, None) or "elementwise"] += rest
+            router = "router" if _ROUTER.search(name) else None
+            busy[_named_part(name, name, None) or router or _kind(name)] += rest
 
 
 def _mark(module: nn.Module, scope: str) -> None:

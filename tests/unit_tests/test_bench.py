@@ -158,6 +158,25 @@ def test_weights_of_equal_sizes_in_two_parts_are_not_guessed(script):
     assert weight_sizes(model) == {}
 
 
+def test_kernels_of_a_graph_are_known_by_their_names(script):
+    """A replayed graph launches them all: no operator, no sizes, no module."""
+    from benchmarks.breakdown import _add_unlinked
+
+    names = {
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "other GEMMs",
+        "grouped_mm": "expert GEMMs",
+        "_reduce_rows_kernel": "dispatch/combine",
+        "gatherTopK": "router",
+        "triton_poi_fused_mul_silu_3": "elementwise",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop": "core attention",
+    }
+    spans = SimpleNamespace(elapsed_us=lambda: 2000.0)
+    events = [SimpleNamespace(name=name, time_range=spans) for name in names]
+    busy = dict.fromkeys(names.values(), 0.0)
+    _add_unlinked(busy, {"nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": 0.5}, events)
+    assert busy == {part: 1.5 if part == "other GEMMs" else 2.0 for part in names.values()}
+
+
 def test_idle_fills_up_a_gpu_step_and_a_cpu_step_is_scaled(script):
     from benchmarks.breakdown import fill_up
 
