@@ -71,7 +71,8 @@ class GatheredWeight:
             self._outdated = False
             gather = torch.ops._c10d_functional.all_gather_into_tensor_out
             size, name = self._group.size(), self._group.group_name
-            self._arriving = gather(self.part, size, name, out=self.whole.detach())
+            # By `data` autograd doesn't count it as a change of what a forward pass has saved.
+            self._arriving = gather(self.part, size, name, out=self.whole.data)
 
     def wait(self) -> None:
         """Let this stream wait for the slices of other ranks."""

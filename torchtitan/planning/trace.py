@@ -51,6 +51,8 @@ class Traced:
     backward_peak: the same in the backward pass, gradients of its weights included.
     gathered: weights that FSDP gathers for it.
     saved: bytes of them that gathering in FP8 saves.
+    saved_sums: bytes of gradients that are saved where they travel in bf16 and are summed in fp32.
+    gathered_once: weights that are gathered once a step, in however many passes they are used.
     gathered_gradients: their gradients, before they are summed over ranks; frozen ones have none.
     weights: all of them.
     trained: those that are trained.
@@ -64,6 +66,8 @@ class Traced:
     backward_peak: int
     gathered: int
     saved: Elements
+    saved_sums: Elements
+    gathered_once: Elements
     gathered_gradients: int
     weights: Elements
     trained: Elements
@@ -357,12 +361,17 @@ class _Tracer:
         gathered = weights_under_fsdp(self.run, self.built, module)
         travelling = weights_that_travel(self.run, self.built, module)
         saved = saved_in_fp8(module, gathered)
+        under_fsdp = {id(p) for p in gathered}
+        outside = sum(local_part(p).numel() for p in travelling if id(p) not in under_fsdp)
+        narrower = max(0, self.run.bytes_of_sums - self.dtype.itemsize)
         traced = Traced(
             kept=kept,
             forward_peak=forward_peak,
             backward_peak=backward_peak,
             gathered=bytes_of(gathered) - saved.gathered,
             saved=saved,
+            saved_sums=Elements(0, narrower * outside, 0),
+            gathered_once=Elements(0, outside, 0),
             gathered_gradients=self.dtype.itemsize
             * sum(local_part(p).numel() for p in travelling if p.requires_grad),
             **count_elements(module, travelling),

@@ -83,9 +83,15 @@ def gather_bytes(run: PlannedRun, one: Traced) -> Bytes:
     return _over_shards(run, one.weights.times(size) - one.saved)
 
 
+def regather_bytes(run: PlannedRun, one: Traced) -> Bytes:
+    """Return the bytes to gather the weights of a layer once more in the same step."""
+    size = TORCH_DTYPES[run.compute_dtype].itemsize
+    return _over_shards(run, (one.weights - one.gathered_once).times(size) - one.saved)
+
+
 def reduce_bytes(run: PlannedRun, one: Traced) -> Bytes:
     """Return the bytes to sum the gradients of a layer once."""
-    return _over_shards(run, one.trained.times(run.bytes_of_sums))
+    return _over_shards(run, one.trained.times(run.bytes_of_sums) - one.saved_sums)
 
 
 def _over_shards(run: PlannedRun, whole: Elements) -> Bytes:
@@ -170,7 +176,8 @@ def step_traffic(run: PlannedRun, traces: Traces, place: int) -> dict[str, Bytes
     gathers, sums = sharding_rounds(run)
     for name in names_at(run, traces, place):
         one = traces.of_layer[name]
-        add("fsdp", gather_bytes(run, one).times(gathers) + reduce_bytes(run, one).times(sums))
+        add("fsdp", gather_bytes(run, one) + regather_bytes(run, one).times(gathers - 1))
+        add("fsdp", reduce_bytes(run, one).times(sums))
         add("replicas", replica_bytes(run, one))
         for axis, (forward, backward) in layer_bytes(run, traces, one).items():
             add(axis, (forward + backward).times(microbatches))

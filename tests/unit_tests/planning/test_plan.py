@@ -334,6 +334,18 @@ def test_what_does_not_fit_gets_a_key_that_makes_it_fit() -> None:
     assert "fits" in sentence
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_experts_outside_of_fsdp_travel_once_and_are_summed_in_bf16(passes: int) -> None:
+    never = "--parallelism.fsdp_reshard_after_forward=never"
+    options = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES, never]
+    found = plan(*options, f"--training.global_batch_size={8 * passes}", world_size=2)
+    experts = 7 * 64 * 3 * 2048 * 1408
+    others = 4_594_374_656 - experts
+    half = 0.5  # of two ranks
+    expected = half * (2 * experts + passes * (2 * experts + (2 + 4) * others))
+    assert found.traffic[0]["fsdp"].inside == pytest.approx(expected, rel=1e-6)
+
+
 def test_gathered_weights_are_given_up_first() -> None:
     never = "--parallelism.fsdp_reshard_after_forward=never"
     options = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES]
