@@ -121,7 +121,8 @@ def plain_chain(moe: MoE, x_BSD: Tensor) -> Tensor:
 
 def _work_in_bf16(module: nn.Module) -> ComputeWeights:
     """The layout of weights that a run computes with."""
-    return ComputeWeights(module.modules(), torch.bfloat16, root=module, fp32_grads=False)
+    how = {"root": module, "grad_dtype": torch.bfloat16}
+    return ComputeWeights(module.modules(), torch.bfloat16, **how)
 
 
 def _core(args: DeepSeekV3ModelArgs, options: argparse.Namespace) -> Iterator[Row]:

@@ -50,6 +50,15 @@ ROWS = {
             "--optimizer.name=Muon",
         ],
     ),
+    "gathered experts": (
+        8,
+        [
+            *degrees(expert=2),
+            "--parallelism.fsdp_reshard_after_forward=never",
+            "--training.mixed_precision_param=bfloat16",
+        ],
+    ),
+    "TP 2 in bf16": (2, [*degrees(tensor=2), "--training.mixed_precision_param=bfloat16"]),
     "CP by heads": (
         16,
         [

@@ -101,7 +101,8 @@ def experts_outside_fsdp(
     ranks = mesh["fsdp"].size()
     if ranks == 1:
         return experts if dims.expert_mesh is not None else []
-    if _reshard(dims, parallelism) or training.dtype == training.mixed_precision_param:
+    has_copies = training.dtype == "float32" != training.mixed_precision_param
+    if _reshard(dims, parallelism) or not has_copies:
         return []
     return experts if all(_can_be_gathered(each, dims.ep * ranks) for each in experts) else []
 

@@ -58,7 +58,7 @@ class GatheredWeight:
         self._reduce_dtype = reduce_dtype
         self._group = group
         self._outdated = True
-        self._arriving: Tensor | None = None
+        self._arriving: dist.Work | None = None
 
     def outdate(self) -> None:
         """Have it gathered again before the next use: some rank's part has changed."""
@@ -69,15 +69,14 @@ class GatheredWeight:
         """Start to gather it, where it is outdated."""
         if self._outdated:
             self._outdated = False
-            gather = torch.ops._c10d_functional.all_gather_into_tensor_out
-            size, name = self._group.size(), self._group.group_name
             # By `data` autograd doesn't count it as a change of what a forward pass has saved.
-            self._arriving = gather(self.part, size, name, out=self.whole.data)
+            whole = self.whole.data
+            self._arriving = self._group.allgather_into_tensor_coalesced([whole], [self.part])
 
     def wait(self) -> None:
         """Let this stream wait for the slices of other ranks."""
         if self._arriving is not None:
-            torch.ops._c10d_functional.wait_tensor(self._arriving)
+            self._arriving.wait()
             self._arriving = None
 
     def start_sum(self, grad: Tensor) -> "GradientSum":

@@ -78,7 +78,7 @@ def _changes(run: PlannedRun, config: JobConfig) -> Iterator[dict[str, Any]]:
     """Yield changes from cheap to dear: weights gathered twice, recomputation, smaller passes, bf16
     states, degrees."""
     recompute, local = config.activation_checkpoint, config.training.local_batch_size
-    if run.pipeline is None and run.degrees.dp_shard * run.degrees.cp > 1 and not run.reshards:
+    if run.pipeline is None and run.world_size > 1 and not run.reshards:
         yield {"parallelism.fsdp_reshard_after_forward": "always"}
     by_op = {"activation_checkpoint.selective_ac_option": "op"}
     if recompute.mode != "selective":

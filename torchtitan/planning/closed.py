@@ -3,6 +3,7 @@
 It takes rows of a weight to come out even between ranks.
 """
 
+from torchtitan.components.optimizer.compute_weights import dtype_of_gradients
 from torchtitan.planning.elements import Elements
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.state import State
@@ -22,12 +23,15 @@ def closed_state(run: PlannedRun, traces: Traces, place: int) -> State:
     weights, trained, adapters = (
         _held(run, traces, place, kind) for kind in ("weights", "trained", "adapters")
     )
-    copied = weights[1] if size != computes else 0
-    fp32_grads = run.sums_gradients or in_bf16 or config.optimizer.implementation != "fused"
+    whole, mine = _gathered_once(run, traces, place)
+    copied = weights[1] + whole if size != computes else 0
+    sums_in_fp32 = run.sums_gradients or config.training.mixed_precision_reduce == "float32"
+    of_sums = dtype_of_gradients(config, in_fp32=sums_in_fp32).itemsize
+    of_others = dtype_of_gradients(config, in_fp32=run.sums_gradients).itemsize
     early = config.optimizer.early_step_in_backward
     wider = FP32 - size  # of adapters
-    of_split = trained[0] * size + adapters[0] * wider
-    of_alone = trained[1] * (FP32 if fp32_grads else computes)
+    of_split = (trained[0] - mine) * size + adapters[0] * wider + mine * of_sums
+    of_alone = trained[1] * of_others
     means = sum(trained) * (2 if in_bf16 else size) + sum(adapters) * (0 if in_bf16 else wider)
     return State(
         parameters=sum(weights) * size + sum(adapters) * wider,
@@ -38,6 +42,13 @@ def closed_state(run: PlannedRun, traces: Traces, place: int) -> State:
         buffers=0,
         step_peak=0,
     )
+
+
+def _gathered_once(run: PlannedRun, traces: Traces, place: int) -> tuple[int, int]:
+    """Elements of weights that are gathered once a step and stay: whole, and a rank's part."""
+    experts = [traces.of_layer[name].gathered_once.experts for name in names_at(run, traces, place)]
+    ranks = groups(run)["expert fsdp"].size
+    return sum(experts), sum(-(-each // ranks) for each in experts)
 
 
 def _held(run: PlannedRun, traces: Traces, place: int, kind: str) -> tuple[int, int]:

@@ -99,7 +99,7 @@ def _build_optimizer(
         # A GPU takes our own kernel, which "fused" with weights to write stands for; torch's CPU
         # kernel has no form for tensors without memory, and keeps the same state as the loop.
         if run.device_type == "cuda" and weights is None:
-            weights = ComputeWeights([], torch.bfloat16, root=model, fp32_grads=True)
+            weights = ComputeWeights([], torch.bfloat16, root=model, grad_dtype=torch.float32)
         if run.device_type == "cpu" and weights is None:
             settings["implementation"] = "for-loop"
     if settings["name"] == "Muon":

@@ -11,6 +11,7 @@ from torchtitan.planning.hardware import Hardware
 from torchtitan.planning.plan import Plan, assemble
 from torchtitan.planning.ranks import PlannedRun, plan_run
 from torchtitan.planning.trace import Traces, trace_run
+from torchtitan.planning.traffic import groups
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.progress_bar import track
 
@@ -147,6 +148,7 @@ def estimate(
         d.tp, d.cp, d.ep, d.etp, d.pp > 1, alone, run.microbatch, now.seq_len, run.sums_gradients,
         run.node_size, config.activation_checkpoint.mode,
         config.activation_checkpoint.selective_ac_option, config.training.dtype, world_size == 1,
+        run.reshards, d.dp_replicate > 1, _splits_whole_experts(run),
     )  # fmt: skip
     traced = {} if traced is None else traced
     if key not in traced:
@@ -154,6 +156,13 @@ def estimate(
     traces = traced[key]
     states = {place: closed_state(run, traces, place) for place in run.places()}
     return assemble(run, hardware, traces, states)
+
+
+def _splits_whole_experts(run: PlannedRun) -> bool:
+    """Tell whether each rank gets as many experts: FSDP can leave these alone (fsdp.py)."""
+    moe_args = getattr(run.model_args, "moe_args", None)
+    ranks = run.degrees.ep * groups(run)["expert fsdp"].size
+    return moe_args is not None and moe_args.num_experts % ranks == 0
 
 
 def sweep_table(rows: list[Row], most: int = 12) -> str:

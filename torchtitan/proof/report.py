@@ -146,6 +146,7 @@ def not_covered(plan: Plan) -> Iterator[str]:
         or training.loss_spike_factor is not None,
         f"the weights of {checkpoint.initial_load_path}": checkpoint.enable
         and checkpoint.initial_load_path is not None,
+        "experts that are gathered without FSDP": parallelism.fsdp_reshard_after_forward == "never",
         "Hugging Face's format": checkpoint.enable and checkpoint.last_save_in_hf,
     }
     switched = [name for name, asked in off.items() if asked]

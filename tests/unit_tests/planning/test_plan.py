@@ -20,6 +20,7 @@ from torchtitan.planning.ranks import built_rank, plan_run
 from torchtitan.planning.report import as_data, table
 from torchtitan.planning.routing import route
 from torchtitan.planning.state import state_of
+from torchtitan.planning.sweep import estimate
 from torchtitan.planning.trace import trace_run
 from torchtitan.planning.traffic import gather_bytes, reduce_bytes, replica_bytes
 
@@ -114,12 +115,48 @@ def pipelined() -> Plan:
     return plan(*PIPELINE, world_size=64, hardware="h100")
 
 
+NEVER = "--parallelism.fsdp_reshard_after_forward=never"
+BF16_SUMS = "--training.mixed_precision_reduce=bfloat16"
+
+
+def check_arithmetic(whole: Plan) -> None:
+    for rank in whole.memory:
+        place = rank.rank // whole.run.stage_size
+        closed = closed_state(whole.run, whole.traces, place)
+        for name in ("parameters", "gradients", "optimizer", "copies"):
+            assert getattr(closed, name) == pytest.approx(getattr(rank.state, name), rel=0.01), name
+
+
 def test_arithmetic_agrees_with_the_count_of_the_real_model(pipelined: Plan) -> None:
-    for rank in pipelined.memory:
-        place = rank.rank // pipelined.run.stage_size
-        closed = closed_state(pipelined.run, pipelined.traces, place)
-        for name in ("parameters", "gradients", "optimizer"):
-            assert getattr(closed, name) == pytest.approx(getattr(rank.state, name), rel=0.01)
+    check_arithmetic(pipelined)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (2, [NEVER]),
+        (2, [NEVER, BF16_SUMS]),
+        (2, [NEVER, "--optimizer.implementation=foreach"]),
+        (4, [NEVER, "--parallelism.expert_parallel_degree=2"]),
+        (2, ["--parallelism.tensor_parallel_degree=2"]),
+        (1, ["--training.dtype=bfloat16", "--optimizer.implementation=foreach"]),
+    ],
+)
+def test_arithmetic_knows_experts_outside_of_fsdp(world_size: int, options: list[str]) -> None:
+    check_arithmetic(plan(*DEBUG, *options, world_size=world_size))
+
+
+def test_a_sweep_keeps_traces_of_layouts_apart() -> None:
+    """One layout's traces were taken for another, whose experts FSDP holds, or frees."""
+    traced: dict = {}
+    hardware = find_hardware("h200")
+    layouts = [[], [NEVER], ["--parallelism.data_parallel_replicate_degree=2", NEVER]]
+    for options in layouts:
+        config = ConfigManager().parse_args([*DEBUG, *options])
+        after_others = estimate(config, 4, hardware, 1.0, traced).worst.peak.total
+        assert after_others == estimate(config, 4, hardware, 1.0).worst.peak.total
+        exact = plan(*DEBUG, *options, world_size=4).worst.peak.total
+        assert after_others == pytest.approx(exact, rel=0.02)
 
 
 MOONLIGHT_LORA = f"--job.config_file={SCRIPTS.parent}/train_configs/moonlight_16b_a3b_lora.toml"

@@ -74,8 +74,7 @@ class ComputeWeights:
     """Gives every parameter of `modules` a copy in `dtype`. Make it last, after weights are filled.
 
     root: module whose forward pass refreshes the copies.
-    fp32_grads: pass gradients to the parameters in fp32, and add up micro-batches there; otherwise
-        in `dtype`, as the kernels made them, for one micro-batch only.
+    grad_dtype: dtype in which parameters get their gradients, and micro-batches are added up.
     sharing: ranks between which parameters are split along dim 0; None = they aren't.
     reduce_dtype: dtype in which these ranks sum gradients.
     """
@@ -86,11 +85,11 @@ class ComputeWeights:
         dtype: torch.dtype,
         *,
         root: nn.Module,
-        fp32_grads: bool,
+        grad_dtype: torch.dtype,
         sharing: dist.ProcessGroup | None = None,
         reduce_dtype: torch.dtype = torch.float32,
     ):
-        self.fp32_grads = fp32_grads
+        self._grad_dtype = grad_dtype
         self._sharing, self._reduce_dtype = sharing, reduce_dtype
         self._sums: deque[tuple[_Fused, GradientSum]] = deque()
         self.after_grad: Callable[[nn.Parameter], None] | None = None
@@ -150,7 +149,7 @@ class ComputeWeights:
             self._seen_version[p] = _version(p)
             self._gathered_of[p] = gathered
             if p.requires_grad:
-                p.grad_dtype = torch.float32 if self.fp32_grads else dtype
+                p.grad_dtype = self._grad_dtype
         if trained:
             tensor.register_post_accumulate_grad_hook(self._hook(len(self._fused)))
         self._fused.append(fused)
@@ -166,8 +165,7 @@ class ComputeWeights:
             return
         if not param.requires_grad:
             return
-        if self.fp32_grads:
-            param.grad_dtype = torch.float32
+        param.grad_dtype = self._grad_dtype
         param.register_post_accumulate_grad_hook(self._hook(None))
 
     def _hook(self, index: int | None) -> Callable[[Tensor], None]:
@@ -206,11 +204,8 @@ class ComputeWeights:
         for p, part in zip(fused.params, fused.parts(grad), strict=True):
             if not p.requires_grad:
                 continue
-            if not self.fp32_grads:
-                assert p.grad is None, "gradients of several micro-batches need fp32_grads"
-                p.grad = _placed_as(p, part)
-            elif p.grad is None:
-                p.grad = _placed_as(p, part.float())
+            if p.grad is None:
+                p.grad = _placed_as(p, part.to(self._grad_dtype))
             else:
                 local_part(p.grad).add_(part)
             self._call_after_grad(p)
@@ -291,6 +286,19 @@ def _placed_as(param: Tensor, local: Tensor) -> Tensor:
     )
 
 
+def dtype_of_gradients(config: JobConfig, *, in_fp32: bool) -> torch.dtype:
+    """Return the dtype of gradients that the optimizer takes.
+
+    in_fp32: whether gradients are added up, which is done in fp32 where the optimizer allows it.
+    """
+    training, optimizer = config.training, config.optimizer
+    if optimizer.name == "AdamW" and optimizer.state_dtype == "bfloat16":
+        return torch.float32
+    if optimizer.name == "Muon" or optimizer.implementation != "fused":
+        return TORCH_DTYPES[training.dtype]  # torch's take the parameters' dtype only
+    return torch.float32 if in_fp32 else TORCH_DTYPES[training.mixed_precision_param]
+
+
 def build_compute_weights(
     model: BaseModel,
     config: JobConfig,
@@ -317,17 +325,13 @@ def build_compute_weights(
         sharing = ranks_of_same_experts(dims)
     if not modules:
         return None
-    own_kernel = (
-        optimizer.implementation == "fused"
-        and optimizer.name != "Muon"
-        and optimizer.state_dtype == "float32"
-    )
     sums_in_fp32 = sharing is not None and training.mixed_precision_reduce == "float32"
+    grad_dtype = dtype_of_gradients(config, in_fp32=several_passes or sums_in_fp32)
     weights = ComputeWeights(
         modules,
         TORCH_DTYPES[computes],
         root=model,
-        fp32_grads=several_passes or sums_in_fp32 or not own_kernel,
+        grad_dtype=grad_dtype,
         sharing=sharing.get_group() if sharing is not None and split else None,
         reduce_dtype=TORCH_DTYPES[training.mixed_precision_reduce],
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tiny_run import losses, tiny
 from torchtitan.components.optimizer import build_optimizer, compute_weights
 from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.components.optimizer.fused_adam import FusedAdam
@@ -21,6 +22,7 @@ from torchtitan.ops.fp8.weight import Fp8Weight
 from torchtitan.ops.linear import Joint, Linear, fp8_weights
 from torchtitan.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan.protocols.layers import ExpertWeights
+from torchtitan.train import main
 
 SIZES = {"n_layers": 2, "dim": 32, "n_heads": 2, "inter_dim": 48, "moe_inter_dim": 16}
 SIZES |= {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
@@ -48,8 +50,9 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 def train(model: nn.Module, steps: int, *, passes: int = 1, implementation: str = "fused"):
     """Losses, and the model, after steps on compute weights."""
-    fp32_grads = passes > 1 or implementation != "fused"
-    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=fp32_grads)
+    in_fp32 = passes > 1 or implementation != "fused"
+    grad_dtype = torch.float32 if in_fp32 else torch.bfloat16
+    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, grad_dtype=grad_dtype)
     optimizer = build_optimizer(
         [model], compute_weights=weights, implementation=implementation, **ADAMW
     )
@@ -67,7 +70,7 @@ def train(model: nn.Module, steps: int, *, passes: int = 1, implementation: str 
 def test_one_step_is_that_of_weights_cast_by_hand():
     """The oracle: a bf16 model made from the fp32 weights, and torch's AdamW in fp32."""
     model, masters, bf16 = make_model(), make_model(), make_model().bfloat16()
-    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, grad_dtype=torch.bfloat16)
     optimizer = build_optimizer([model], compute_weights=weights, implementation="fused", **ADAMW)
     loss, expected_loss = loss_of(model), loss_of(bf16)
     loss.backward(), expected_loss.backward()
@@ -93,7 +96,7 @@ def test_other_implementations_train_alike(implementation):
 
 def test_micro_batches_are_added_up_in_fp32():
     model = make_model()
-    ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=True)
+    ComputeWeights(model.modules(), torch.bfloat16, root=model, grad_dtype=torch.float32)
     for _ in range(3):
         loss_of(model).backward()
     for name, p in model.named_parameters():
@@ -101,23 +104,34 @@ def test_micro_batches_are_added_up_in_fp32():
         assert torch.equal(p.grad, (p.grad / 3).bfloat16().float() * 3), name
 
 
-def test_gradients_of_several_passes_without_fp32_are_refused():
-    model = make_model()
-    ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
-    loss_of(model).backward()
-    with pytest.raises(AssertionError, match="fp32_grads"):
-        loss_of(model).backward()
+@pytest.mark.parametrize("keeps", ["float32", "bfloat16"])
+@pytest.mark.parametrize("computes", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"implementation": "foreach"}, {"implementation": "for-loop"}, {"name": "Muon"}, {}],
+    ids=["foreach", "for-loop", "Muon", "fused"],
+)
+def test_each_optimizer_takes_gradients_of_weights_in_any_dtype(
+    tmp_path, keeps, computes, optimizer
+):
+    """torch's optimizers and Muon take gradients in the parameters' dtype alone."""
+    settings = {f"optimizer__{key}": value for key, value in optimizer.items()}
+    dtypes = {"training__dtype": keeps, "training__mixed_precision_param": computes}
+    batch = {"training__local_batch_size": 1, "training__global_batch_size": 2}
+    assert main(tiny(tmp_path, **settings, **dtypes, **batch)) == 0
+    found = losses(tmp_path)
+    assert all(map(math.isfinite, found)) and len(found) > 1
 
 
 def test_state_dict_is_that_of_the_plain_model_and_loading_reaches_the_copies():
     plain, model = make_model(), make_model()
-    ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    ComputeWeights(model.modules(), torch.bfloat16, root=model, grad_dtype=torch.bfloat16)
     state, expected = model.state_dict(), plain.state_dict()
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     other = make_model(init_std=0.1)
     reference = make_model(init_std=0.1)
-    ComputeWeights(reference.modules(), torch.bfloat16, root=reference, fp32_grads=False)
+    ComputeWeights(reference.modules(), torch.bfloat16, root=reference, grad_dtype=torch.bfloat16)
     assert not torch.equal(model(tokens()), reference(tokens()))
     model.load_state_dict(other.state_dict())
     assert torch.equal(model(tokens()), reference(tokens()))
@@ -126,7 +140,7 @@ def test_state_dict_is_that_of_the_plain_model_and_loading_reaches_the_copies():
 def test_weights_of_the_compute_type_get_no_copies_and_fused_ones_take_their_place():
     model = make_model().bfloat16()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, grad_dtype=torch.bfloat16)
     experts = model.layers["1"].moe.experts
     assert experts.w1.data_ptr() == experts.w13.tensor.data_ptr()
     for name, p in model.named_parameters():
@@ -142,7 +156,9 @@ def test_the_clipping_factor_is_applied_on_the_way():
     clipped, scaled = make_model(), make_model()
     models = []
     for model in (clipped, scaled):
-        weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=True)
+        weights = ComputeWeights(
+            model.modules(), torch.bfloat16, root=model, grad_dtype=torch.float32
+        )
         optimizer = build_optimizer(
             [model], compute_weights=weights, implementation="fused", **ADAMW
         )
@@ -161,7 +177,7 @@ def test_the_clipping_factor_is_applied_on_the_way():
 def test_early_steps_are_the_late_ones_and_leave_no_gradient():
     late_losses, late = train(make_model(), 3)
     model = make_model()
-    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, grad_dtype=torch.bfloat16)
     optimizer = build_optimizer(
         [model],
         compute_weights=weights,
@@ -186,7 +202,9 @@ def test_optimizer_state_goes_on_bit_for_bit_and_is_torchs():
     models = [make_model(), make_model()]
     made = []
     for model in models:
-        weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+        weights = ComputeWeights(
+            model.modules(), torch.bfloat16, root=model, grad_dtype=torch.bfloat16
+        )
         made.append(
             build_optimizer([model], compute_weights=weights, implementation="fused", **ADAMW)
         )
@@ -212,7 +230,7 @@ def test_optimizer_state_goes_on_bit_for_bit_and_is_torchs():
 
 def test_a_learning_rate_set_after_loading_counts():
     model = make_model()
-    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, grad_dtype=torch.bfloat16)
     optimizer = build_optimizer([model], compute_weights=weights, implementation="fused", **ADAMW)
     optimizer.load_state_dict(optimizer.state_dict())
     for group in optimizer.param_groups:
@@ -253,14 +271,14 @@ def copies_in_fp8(model: nn.Module) -> list[tuple[Fp8Weight, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("fp32_grads", [True, False])
-def test_copies_in_fp8_are_what_each_pass_would_make_of_bf16_ones(fp32_grads, monkeypatch):
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_copies_in_fp8_are_what_each_pass_would_make_of_bf16_ones(grad_dtype, monkeypatch):
     results = []
     for quantised_in_passes in (False, True):
         if quantised_in_passes:
             monkeypatch.setattr(compute_weights, "fp8_weights", lambda module: ())
         model = fp8_model()
-        ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=fp32_grads)
+        ComputeWeights(model.modules(), torch.bfloat16, root=model, grad_dtype=grad_dtype)
         assert bool(copies_in_fp8(model)) != quantised_in_passes
         loss = loss_of(model)
         loss.backward()
@@ -300,7 +318,7 @@ def test_a_step_quantises_each_master_weight_once_as_the_published_format(
 
 def test_a_model_with_copies_is_freed():
     model = make_model()
-    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, fp32_grads=False)
+    weights = ComputeWeights(model.modules(), torch.bfloat16, root=model, grad_dtype=torch.bfloat16)
     loss_of(model).backward()
     copies = weakref.ref(model.layers["1"].moe.experts.w13.tensor)
     del model, weights
