@@ -124,8 +124,7 @@ class Parallelism:
     data_parallel_shard_degree: int = -1
     """Processes over which FSDP shards a copy; -1: all that the other degrees leave over."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Whether gathered parameters are freed between forward and backward; "never" keeps experts
-    whole from step to step."""
+    """Whether gathered weights are freed between forward and backward; "never": experts stay."""
     tensor_parallel_degree: int = 1
     """Processes over which matrices are split."""
     disable_loss_parallel: bool = False

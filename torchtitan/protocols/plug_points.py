@@ -55,6 +55,7 @@ PLUG_POINTS = (
         (
             "distributed/tensor_parallel.py",
             "distributed/expert_parallel.py",
+            "distributed/gathered_weight.py",
             "planning/state.py",
             "planning/trace.py",
         ),
@@ -72,9 +73,10 @@ PLUG_POINTS = (
         (
             "distributed/tensor_parallel.py",
             "distributed/pipeline_parallel.py",
+            "distributed/gathered_weight.py",
             "components/optimizer/compute_weights.py",
         ),
-        "inputs are gathered or cut; masks are made; copies are brought up to date",
+        "inputs are gathered or cut; masks are made; copies are brought up to date and gathered",
     ),
     PlugPoint(
         "register_forward_hook",
