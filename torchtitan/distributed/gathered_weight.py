@@ -17,6 +17,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torchtitan.ops.grouped_mm import local_part
 
 
+# torch 2.13 warns of the name that 2.11 has.
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
 def split_first_dim(module: nn.Module, mesh: DeviceMesh) -> None:
     """Replace a module's parameters by DTensors that are also split along dim 0 over `mesh`, laid
     out as FSDP does it. Their first dim must be a multiple of the ranks."""
@@ -71,7 +75,7 @@ class GatheredWeight:
             self._outdated = False
             # By `data` autograd doesn't count it as a change of what a forward pass has saved.
             whole = self.whole.data
-            self._arriving = self._group.allgather_into_tensor_coalesced([whole], [self.part])
+            self._arriving = _gather(whole, self.part, group=self._group, async_op=True)
 
     def wait(self) -> None:
         """Let this stream wait for the slices of other ranks."""
