@@ -16,7 +16,6 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchtitan.ops.grouped_mm import local_part
 
-
 # torch 2.13 warns of the name that 2.11 has.
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
