@@ -26,8 +26,9 @@ def closed_state(run: PlannedRun, traces: Traces, place: int) -> State:
     whole, mine = _gathered_once(run, traces, place)
     copied = weights[1] + whole if size != computes else 0
     sums_in_fp32 = run.sums_gradients or config.training.mixed_precision_reduce == "float32"
-    of_sums = dtype_of_gradients(config, in_fp32=sums_in_fp32).itemsize
-    of_others = dtype_of_gradients(config, in_fp32=run.sums_gradients).itemsize
+    kept = TORCH_DTYPES[config.training.dtype]
+    of_sums = (dtype_of_gradients(config, in_fp32=sums_in_fp32) or kept).itemsize
+    of_others = (dtype_of_gradients(config, in_fp32=run.sums_gradients) or kept).itemsize
     early = config.optimizer.early_step_in_backward
     wider = FP32 - size  # of adapters
     of_split = (trained[0] - mine) * size + adapters[0] * wider + mine * of_sums

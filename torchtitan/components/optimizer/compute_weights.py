@@ -74,7 +74,8 @@ class ComputeWeights:
     """Gives every parameter of `modules` a copy in `dtype`. Make it last, after weights are filled.
 
     root: module whose forward pass refreshes the copies.
-    grad_dtype: dtype in which parameters get their gradients, and micro-batches are added up.
+    grad_dtype: dtype in which parameters get their gradients, and micro-batches are added up; None
+        = each in its own.
     sharing: ranks between which parameters are split along dim 0; None = they aren't.
     reduce_dtype: dtype in which these ranks sum gradients.
     """
@@ -85,7 +86,7 @@ class ComputeWeights:
         dtype: torch.dtype,
         *,
         root: nn.Module,
-        grad_dtype: torch.dtype,
+        grad_dtype: torch.dtype | None,
         sharing: dist.ProcessGroup | None = None,
         reduce_dtype: torch.dtype = torch.float32,
     ):
@@ -149,7 +150,7 @@ class ComputeWeights:
             self._seen_version[p] = _version(p)
             self._gathered_of[p] = gathered
             if p.requires_grad:
-                p.grad_dtype = self._grad_dtype
+                p.grad_dtype = self._grad_dtype or p.dtype
         if trained:
             tensor.register_post_accumulate_grad_hook(self._hook(len(self._fused)))
         self._fused.append(fused)
@@ -165,7 +166,7 @@ class ComputeWeights:
             return
         if not param.requires_grad:
             return
-        param.grad_dtype = self._grad_dtype
+        param.grad_dtype = self._grad_dtype or param.dtype
         param.register_post_accumulate_grad_hook(self._hook(None))
 
     def _hook(self, index: int | None) -> Callable[[Tensor], None]:
@@ -205,7 +206,7 @@ class ComputeWeights:
             if not p.requires_grad:
                 continue
             if p.grad is None:
-                p.grad = _placed_as(p, part.to(self._grad_dtype))
+                p.grad = _placed_as(p, part.to(self._grad_dtype or p.dtype))
             else:
                 local_part(p.grad).add_(part)
             self._call_after_grad(p)
@@ -286,8 +287,8 @@ def _placed_as(param: Tensor, local: Tensor) -> Tensor:
     )
 
 
-def dtype_of_gradients(config: JobConfig, *, in_fp32: bool) -> torch.dtype:
-    """Return the dtype of gradients that the optimizer takes.
+def dtype_of_gradients(config: JobConfig, *, in_fp32: bool) -> torch.dtype | None:
+    """Return the dtype of gradients that the optimizer takes; None = each parameter's own.
 
     in_fp32: whether gradients are added up, which is done in fp32 where the optimizer allows it.
     """
@@ -295,7 +296,7 @@ def dtype_of_gradients(config: JobConfig, *, in_fp32: bool) -> torch.dtype:
     if optimizer.name == "AdamW" and optimizer.state_dtype == "bfloat16":
         return torch.float32
     if optimizer.name == "Muon" or optimizer.implementation != "fused":
-        return TORCH_DTYPES[training.dtype]  # torch's take the parameters' dtype only
+        return None  # torch's optimizers take no other
     return torch.float32 if in_fp32 else TORCH_DTYPES[training.mixed_precision_param]
 
 

@@ -123,6 +123,17 @@ def test_each_optimizer_takes_gradients_of_weights_in_any_dtype(
     assert all(map(math.isfinite, found)) and len(found) > 1
 
 
+@pytest.mark.parametrize(
+    "optimizer", [{"implementation": "foreach"}, {"implementation": "for-loop"}, {}]
+)
+def test_adapters_in_fp32_on_weights_in_bf16_get_gradients_of_their_own_dtype(tmp_path, optimizer):
+    settings = {f"optimizer__{key}": value for key, value in optimizer.items()}
+    dtypes = {"training__dtype": "bfloat16", "training__mixed_precision_param": "bfloat16"}
+    adapters = {"model__converters": '["lora"]', "lora__rank": 4}
+    assert main(tiny(tmp_path, **settings, **dtypes, **adapters)) == 0
+    assert all(map(math.isfinite, losses(tmp_path)))
+
+
 def test_state_dict_is_that_of_the_plain_model_and_loading_reaches_the_copies():
     plain, model = make_model(), make_model()
     ComputeWeights(model.modules(), torch.bfloat16, root=model, grad_dtype=torch.bfloat16)
