@@ -9,8 +9,9 @@ How each finds its part, the first rule that fits:
    weight's name says the part. This also works inside of compiled layers, where modules are gone.
 4. By the module in whose forward pass it was started (a backward operator: its forward operator's,
    found by the autograd sequence number). Only the head and the loss where layers are compiled.
-5. By words in its name: sort, gather, index, ... are dispatch/combine, a GEMM is an other one; the
-   rest is elementwise. Kernels of a CUDA graph have no operator, so rules 1 and 5 alone hold there.
+5. By words in its name: sort, gather, index, ... are dispatch/combine, GEMMs
+   are "other GEMMs"; the rest is elementwise. Kernels of a CUDA graph have no operator, so rules 1
+   and 5 alone hold there.
 
 Communication between GPUs runs beside computing: its part is the time when nothing else ran. Of
 several ranks it is that of the rank with the least, the wire; what another has more is `waiting`

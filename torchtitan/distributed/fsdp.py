@@ -100,7 +100,7 @@ def experts_outside_fsdp(
         return []
     ranks = mesh["fsdp"].size()
     if ranks == 1:
-        return experts if dims.expert_mesh is not None else []
+        return experts
     has_copies = training.dtype == "float32" != training.mixed_precision_param
     if _reshard(dims, parallelism) or not has_copies:
         return []

@@ -18,7 +18,7 @@ from torchtitan.ops.packed_documents import Packed
 
 @torch.compiler.assume_constant_result
 def can_fuse(device_type: str, dtype: torch.dtype, nope: int, rope: int, v: int) -> bool:
-    """Whether this device has the kernels for heads of these sizes (channels).
+    """Tell whether this device has the kernels for heads of these sizes (channels).
 
     Not in a deterministic run, which takes the plain path, whose kernels torch chooses.
     """

@@ -30,7 +30,7 @@ def dequantize_mxfp4(packed: Tensor, scales: Tensor) -> Tensor:
 
 
 def is_mxfp4(quantization: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` means MXFP4: transformers' own, or compressed-tensors'."""
+    """Tell whether a `quantization_config` means MXFP4, of transformers or compressed-tensors."""
     method = quantization.get("quant_method")
     packed = quantization.get("format") == "mxfp4-pack-quantized"
     return method == "mxfp4" or (method == "compressed-tensors" and packed)

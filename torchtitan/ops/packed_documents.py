@@ -88,7 +88,7 @@ def attend(
 
 
 class Packed(NamedTuple):
-    """What a backward pass begins with: the output's gradient and `attend`'s tensors, (T, H, C)."""
+    """Inputs of a backward pass: the output's gradient and `attend`'s tensors, (T, H, C)."""
 
     grad: Tensor
     q: Tensor

@@ -28,7 +28,7 @@ class Rule(NamedTuple):
 
 
 def can_route(logits_TE: Tensor, rule: Rule) -> bool:
-    """Whether the kernel applies: fp32 on a GPU, experts and groups in powers of two."""
+    """Tell whether the kernel applies: fp32 on a GPU, experts and groups in powers of two."""
     E = logits_TE.size(1)
     sizes_fit = E & (E - 1) == 0 and rule.groups & (rule.groups - 1) == 0
     return logits_TE.is_cuda and logits_TE.dtype == torch.float32 and sizes_fit

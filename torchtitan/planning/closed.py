@@ -17,7 +17,8 @@ _MEANS = {"Adam": 2, "AdamW": 2, "Muon": 1}
 
 def closed_state(run: PlannedRun, traces: Traces, place: int) -> State:
     config = run.config
-    size = TORCH_DTYPES[config.training.dtype].itemsize
+    kept = TORCH_DTYPES[config.training.dtype]
+    size = kept.itemsize
     computes = TORCH_DTYPES[run.compute_dtype].itemsize
     in_bf16 = config.optimizer.name == "AdamW" and config.optimizer.state_dtype == "bfloat16"
     weights, trained, adapters = (
@@ -26,7 +27,6 @@ def closed_state(run: PlannedRun, traces: Traces, place: int) -> State:
     whole, mine = _gathered_once(run, traces, place)
     copied = weights[1] + whole if size != computes else 0
     sums_in_fp32 = run.sums_gradients or config.training.mixed_precision_reduce == "float32"
-    kept = TORCH_DTYPES[config.training.dtype]
     of_sums = (dtype_of_gradients(config, in_fp32=sums_in_fp32) or kept).itemsize
     of_others = (dtype_of_gradients(config, in_fp32=run.sums_gradients) or kept).itemsize
     early = config.optimizer.early_step_in_backward

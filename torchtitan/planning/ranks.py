@@ -60,7 +60,7 @@ class PlannedRun:
 
     @property
     def sums_gradients(self) -> bool:
-        """Whether a parameter's gradient is the sum of several backward passes."""
+        """Tell whether a parameter's gradient is the sum of several backward passes."""
         return self.passes > 1 or bool(self.config.schedule.phase)
 
     @property
@@ -90,7 +90,7 @@ class PlannedRun:
 
     @property
     def reshards(self) -> bool:
-        """Whether FSDP frees gathered weights after the forward pass (distributed/fsdp.py)."""
+        """Tell whether FSDP frees gathered weights after the forward pass (distributed/fsdp.py)."""
         how, degrees = self.config.parallelism.fsdp_reshard_after_forward, self.degrees
         if how == "default":
             return degrees.dp_shard * degrees.cp > 1 and degrees.pp == 1

@@ -63,7 +63,10 @@ def state_of(run: PlannedRun, rank: BuiltRank) -> State:
 def make_compute_weights(
     run: PlannedRun, rank: BuiltRank, *, split: bool = True
 ) -> ComputeWeights | None:
-    """Make a rank's copies; split: whether its model is split by FSDP, too."""
+    """Make the copies of a rank's weights.
+
+    split: whether its model is split by FSDP, too.
+    """
     return build_compute_weights(
         rank.model, run.config, rank.dims, several_passes=run.sums_gradients, split=split
     )

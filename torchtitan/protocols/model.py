@@ -106,12 +106,12 @@ class BaseModelArgs:
 
     @property
     def has_side_losses(self) -> bool:
-        """Whether training has losses besides that of the logits, computed by the model."""
+        """Tell whether training has losses besides that of the logits, computed by the model."""
         return False
 
     @property
     def keeps_documents_apart(self) -> bool:
-        """Whether tokens see tokens of their own document only."""
+        """Tell whether tokens see tokens of their own document only."""
         return False
 
     @property

@@ -103,7 +103,7 @@ def checks(run: Run) -> str:
 
 
 def incidents(run: Run) -> str:
-    """What went otherwise than planned, in the order in which it happened."""
+    """Events that went otherwise than planned, in the order in which it happened."""
     found = [
         (event["step"], _when(event["time"]), *text)
         for n, event in enumerate(run.events)

@@ -19,7 +19,7 @@ def bound_onednn_cache() -> None:
 
 
 def lacks_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU is known to have no bf16 instructions; False where that is unknown."""
+    """Tell whether this CPU is known to have no bf16 instructions; False where that is unknown."""
     if platform.system() != "Linux":
         return False
     try:

@@ -105,7 +105,7 @@ def mark_steps_begun() -> None:
 
 
 def have_steps_begun(path: Path, ranks: Iterable[int]) -> bool:
-    """Whether any of these ranks has something to save.
+    """Tell whether any of these ranks has something to save.
 
     ranks: process ids; empty = all ranks that ever ran.
     """

@@ -113,7 +113,7 @@ class FolderLock:
         return True
 
     def _lives(self, owner: dict[str, Any], *, flocked: bool) -> bool:
-        """Whether the process that wrote the file may still run.
+        """Tell whether the process that wrote the file may still run.
 
         flocked: the kernel has given this process the lock; False = it supports no locks.
         """

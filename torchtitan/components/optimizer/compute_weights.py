@@ -56,7 +56,7 @@ class _Fused:
 
     params: in order.
     dim: along which they are concatenated.
-    gathered: whose whole it is; None where this rank has all of it.
+    gathered: the weight gathered from several ranks whose `whole` is `tensor`; None = no such one.
     """
 
     tensor: Tensor
@@ -250,7 +250,7 @@ class ComputeWeights:
         return list(dict.fromkeys(each for each in found if each is not None))
 
     def gather(self) -> None:
-        """Have the copies whole: gather those that are outdated, and wait for them."""
+        """Gather the copies that are outdated, and wait for them."""
         self.refresh()
         weights = self._gathered()
         for weight in weights:
@@ -259,7 +259,7 @@ class ComputeWeights:
             weight.wait()
 
     def gather_in_pass(self) -> None:
-        """Have the next forward pass gather all copies, whether outdated or not."""
+        """Outdate all copies, so that the next forward pass gathers them."""
         self.refresh()
         for weight in self._gathered():
             weight.outdate()
