@@ -29,7 +29,7 @@ def test_bf16_is_the_same_on_one_process_and_under_each_layout(ranks, tmp_path) 
     (alone,) = ranks(1).run(train_without_fused_weights, options, str(tmp_path))
     (fused,) = ranks(1).run(train_on_this_rank, options, str(tmp_path))
     for layout in ([], replicated):
-        together = ranks(2).run(train_on_this_rank, [*options, *layout], str(tmp_path))
+        together = ranks(2).run(train_without_fused_weights, [*options, *layout], str(tmp_path))
         assert together[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert together[0]["norms"] == pytest.approx(alone["norms"], rel=1e-4)
         assert together[0]["losses"] == pytest.approx(fused["losses"], rel=5e-4)

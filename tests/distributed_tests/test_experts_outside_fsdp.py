@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tests.distributed_tests.test_layouts import KEEP_WEIGHTS, layout
+from tests.distributed_tests.test_layouts import COMPILED, KEEP_WEIGHTS, layout
 from tests.distributed_tests.training_ranks import (
     assert_trained_alike,
     config_of,
@@ -85,6 +85,10 @@ BF16_SUMS = "--training.mixed_precision_reduce=bfloat16"
 @pytest.mark.parametrize(
     "world_size, options",
     [
+        layout(2, FOUR_LAYERS),
+        layout(2, FOUR_LAYERS, accumulation=2),
+        layout(2, FOUR_LAYERS, BF16_SUMS, ac="full"),
+        layout(4, FOUR_LAYERS, *COMPILED, ep=2),
         layout(2, KEEP_WEIGHTS, FOUR_LAYERS),
         layout(2, KEEP_WEIGHTS, FOUR_LAYERS, BF16_SUMS),
         layout(2, KEEP_WEIGHTS, FOUR_LAYERS, accumulation=2, ac="full"),
@@ -92,8 +96,28 @@ BF16_SUMS = "--training.mixed_precision_reduce=bfloat16"
         layout(4, KEEP_WEIGHTS, tp=2, etp=2),
         layout(4, KEEP_WEIGHTS, "--optimizer.name=Muon", cp=2, ep=2),
         layout(2, KEEP_WEIGHTS, "--optimizer.implementation=foreach"),
+        layout(2, FOUR_LAYERS, replicate=2, shard=1),
+        layout(2, replicate=2, shard=1, accumulation=2, ac="full"),
+        layout(4, FOUR_LAYERS, replicate=2, shard=2, ep=2, accumulation=2),
+        layout(4, FOUR_LAYERS, BF16_SUMS, replicate=2, shard=2),
     ],
-    ids=["FSDP", "bf16 sums", "accumulation", "FSDP x EP", "split", "CP, Muon", "foreach"],
+    ids=[
+        "freed",
+        "freed, accumulation",
+        "freed, bf16 sums, recomputed",
+        "freed, FSDP x EP, compiled",
+        "FSDP",
+        "bf16 sums",
+        "accumulation",
+        "FSDP x EP",
+        "split",
+        "CP, Muon",
+        "foreach",
+        "DDP",
+        "DDP, accumulation",
+        "HSDP x EP, accumulation",
+        "HSDP, bf16 sums",
+    ],
 )
 def test_gathered_ones_train_as_under_fsdp(ranks, tmp_path, world_size, options):
     """The oracle is the same layout with FSDP around all weights, which copies, casts, gathers."""
@@ -127,21 +151,18 @@ def kinds(options: list[str], folder: str) -> list[bool]:
     return found
 
 
-def test_only_those_that_no_other_rank_has_or_that_stay_gathered(ranks, tmp_path):
-    for name, options in {"alone": layout(2, ep=2)[1], "shared": layout(2)[1]}.items():
-        found = ranks(2).run(kinds, options, str(tmp_path / name))
-        assert found == [[False, True]] * 2 if name == "alone" else [[False, False]] * 2
-    others = {
-        "two ranks each": layout(4, ep=2),
-        "pipeline": layout(4, KEEP_WEIGHTS, pp=2, ep=2),
-        "replicas": layout(4, KEEP_WEIGHTS, replicate=2, shard=2),
+def test_fsdp_keeps_those_of_pipelines_alone(ranks, tmp_path):
+    apart = {
+        "alone": layout(2, ep=2),
+        "shared": layout(2),
+        "kept": layout(2, KEEP_WEIGHTS),
+        "replicas": layout(2, replicate=2, shard=1),
     }
-    for name, options in others.items():
-        found = ranks(4).run(kinds, options[1], str(tmp_path / name))
-        left = [kind for kind in found if kind]
-        assert set(map(tuple, left)) == {(name != "replicas", False)}, name
-    found = ranks(4).run(kinds, layout(4, KEEP_WEIGHTS, ep=2)[1], str(tmp_path / "gathered"))
-    assert found == [[False, True]] * 4
+    for name, options in apart.items():
+        found = ranks(2).run(kinds, options[1], str(tmp_path / name))
+        assert found == [[False, True]] * 2, name
+    found = ranks(4).run(kinds, layout(4, KEEP_WEIGHTS, pp=2, ep=2)[1], str(tmp_path / "pipeline"))
+    assert [kind for kind in found if kind] == [[True, False]] * 2
 
 
 @pytest.mark.parametrize(

@@ -111,13 +111,21 @@ def test_replayed_steps_of_split_sequences_have_the_losses_of_the_run(ranks, tmp
     assert graph["losses"] == pytest.approx(eager["losses"], rel=1e-4)
 
 
+DDP = (
+    "--parallelism.data_parallel_replicate_degree=2",
+    "--parallelism.data_parallel_shard_degree=1",
+)
+
+
 @needs_gpus
 @pytest.mark.parametrize("local_batch_size", [4, 2], ids=["one pass", "accumulation"])
-def test_replayed_steps_of_gathered_experts_have_the_losses_of_the_run(
-    ranks, tmp_path, local_batch_size
+@pytest.mark.parametrize("how", [(KEEP_WEIGHTS,), (), DDP], ids=["kept", "freed", "replicas"])
+def test_replayed_steps_of_shared_experts_have_the_losses_of_the_run(
+    ranks, tmp_path, how, local_batch_size
 ):
-    """Where steps have one pass, the graph gathers; else it is done before the first pass."""
-    everywhere = ("--parallelism.expert_parallel_degree=1", KEEP_WEIGHTS)
+    """Where steps have one pass, the graph gathers kept ones and sums over replicas; else that is
+    done before the first pass and after the last one."""
+    everywhere = ("--parallelism.expert_parallel_degree=1", *how)
     options = (*GRAPHED[:2], *everywhere, f"--training.local_batch_size={local_batch_size}")
     eager = run(ranks, tmp_path / "eager", *options, steps=40)
     graph = run(ranks, tmp_path / "graph", *options, GRAPH, steps=40)

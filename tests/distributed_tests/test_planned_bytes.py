@@ -58,6 +58,15 @@ LAYOUTS = {
             "--training.mixed_precision_param=bfloat16",
         ],
     ),
+    "FSDP 2, freed experts": (2, [BF16]),
+    "HSDP 2 x 2 with EP 2, bf16 copies": (
+        4,
+        [
+            BF16,
+            "--parallelism.data_parallel_replicate_degree=2",
+            "--parallelism.expert_parallel_degree=2",
+        ],
+    ),
     "HSDP 2 x 2": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
 }
 

@@ -56,12 +56,12 @@ def apply_data_parallel(
     # With offload, weights, gradients and optimizer state live in the host's memory.
     offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
     options = {"mp_policy": policy, "offload_policy": offload}
-    reshard = _reshard(dims, parallelism)
-    alone = experts_outside_fsdp(model, dims, training, parallelism)
-    if alone and (sharing := ranks_of_same_experts(dims)) is not None:
+    reshard = reshards(dims, parallelism)
+    alone = experts_outside_fsdp(model, dims, training)
+    if alone and max(ranks_of_same_experts(dims)) > 1:
         for experts in alone:
-            split_first_dim(experts, sharing)
-        logger.info("Experts: whole on each rank, gathered from %d once a step", sharing.size())
+            split_first_dim(experts, _data_parallel_axes(expert_axes(dims)))
+        logger.info("Experts: without FSDP, %s", _how_they_are_shared(dims, reshard))
     elif dims.expert_mesh is not None and not alone:
         _shard_experts(model, dims.expert_mesh, reshard, options)
     options["ignored_params"] = {param for experts in alone for param in experts.parameters()}
@@ -82,39 +82,44 @@ def apply_data_parallel(
 
 
 def experts_outside_fsdp(
-    model: BaseModel, dims: ParallelDims, training: Training, parallelism: Parallelism
+    model: BaseModel, dims: ParallelDims, training: Training
 ) -> list[ExpertWeights]:
     """List the experts that have compute weights instead of FSDP: those of all layers, or none.
 
     Where no other rank holds the same ones, FSDP would copy weights and gradients to gather and
-    reduce them over one rank. Where several do, and keep them gathered
-    (`fsdp_reshard_after_forward`), it copies more bytes than it sends (gathered_weight.py).
+    reduce them over one rank. Where several do, it copies more bytes than it sends
+    (gathered_weight.py).
     """
     # Only FSDP offloads. A pipeline's backward pass may come in two pieces, the second of which is
     # for parameters: it doesn't know of compute weights.
     if training.enable_cpu_offload or dims.pp > 1 or dims.world_size == 1:
         return []
     experts = [moe.experts for moe in model.moe_layers().values()]
-    mesh = _expert_axes(dims)
-    if mesh["dp_replicate"].size() > 1:
-        return []
-    ranks = mesh["fsdp"].size()
-    if ranks == 1:
+    replicas, shards = ranks_of_same_experts(dims)
+    if replicas == shards == 1:
         return experts
     has_copies = training.dtype == "float32" != training.mixed_precision_param
-    if _reshard(dims, parallelism) or not has_copies:
+    if not has_copies:
         return []
-    return experts if all(_can_be_gathered(each, dims.ep * ranks) for each in experts) else []
+    return experts if all(_can_be_gathered(each, dims.ep * shards) for each in experts) else []
 
 
-def ranks_of_same_experts(dims: ParallelDims) -> DeviceMesh | None:
-    """Mesh of the ranks between which the experts of a replica's EP rank are split; None = one."""
-    mesh = _expert_axes(dims)["fsdp"]
-    return mesh if mesh.size() > 1 else None
-
-
-def _expert_axes(dims: ParallelDims) -> DeviceMesh:
+def expert_axes(dims: ParallelDims) -> DeviceMesh:
+    """Mesh over which experts are spread."""
     return dims.mesh if dims.expert_mesh is None else dims.expert_mesh
+
+
+def ranks_of_same_experts(dims: ParallelDims) -> tuple[int, int]:
+    """Count the replicas of each expert, and the ranks between which a replica is split."""
+    mesh = expert_axes(dims)
+    return mesh["dp_replicate"].size(), mesh["fsdp"].size()
+
+
+def _how_they_are_shared(dims: ParallelDims, reshard: bool) -> str:
+    replicas, shards = ranks_of_same_experts(dims)
+    kept = "freed after each pass" if reshard else "kept whole"
+    parts = [f"gathered from {shards} ranks, {kept}"] * (shards > 1)
+    return ", ".join([*parts, *[f"summed over {replicas} replicas"] * (replicas > 1)])
 
 
 def _can_be_gathered(experts: ExpertWeights, ranks: int) -> bool:
@@ -149,7 +154,8 @@ def _data_parallel_axes(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["dp_replicate", "fsdp"] if mesh["dp_replicate"].size() > 1 else mesh["fsdp"]
 
 
-def _reshard(dims: ParallelDims, parallelism: Parallelism) -> bool:
+def reshards(dims: ParallelDims, parallelism: Parallelism) -> bool:
+    """Tell whether gathered weights are freed after the forward pass."""
     # "default": free the gathered weights after the forward pass, with two exceptions. Where
     # nothing is sharded, keeping them costs no communication and saves a copy; in a pipeline they
     # would be gathered again for each micro-batch.

@@ -1,17 +1,21 @@
-"""Weights that each rank keeps whole and updates in part: gathered once a step, where they lie.
+"""Weights of which each rank updates a part, and which layers compute with as a whole.
 
 FSDP copies weights before a gather and after it, and gradients before their sum, several times the
-bytes that travel. Here a rank's part is a slice of the whole weight, the optimizer writes it there,
-and gradients are summed from the tensor that the backward pass makes.
+bytes that travel. Here parts are gathered into their places of the whole weight, and gradients are
+summed from the tensor that the backward pass makes.
+
+A weight that is kept is gathered once a step; its part is a slice of it, which the optimizer
+writes. One that is freed is gathered for each pass of its layer.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchtitan.ops.grouped_mm import local_part
@@ -21,16 +25,21 @@ _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def split_first_dim(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Replace a module's parameters by DTensors that are also split along dim 0 over `mesh`, laid
-    out as FSDP does it. Their first dim must be a multiple of the ranks."""
+    """Replace a module's parameters by DTensors that are also split along dim 0 over "fsdp", and
+    equal over "dp_replicate", laid out as FSDP does it.
+
+    mesh: ("fsdp",) or ("dp_replicate", "fsdp"); the parameters' first dim is a multiple of fsdp.
+    """
+    shards = mesh["fsdp"]
     for name, param in list(module.named_parameters()):
         local = local_part(param.detach())
-        part = local.chunk(mesh.size())[mesh.get_local_rank()].clone()
-        placements, whole_mesh = [Shard(0)], mesh
+        part = local.chunk(shards.size())[shards.get_local_rank()].clone()
+        placements, whole_mesh = [*[Replicate()] * (mesh.ndim - 1), Shard(0)], mesh
         if isinstance(param, DTensor):
             factor = param._spec.num_shards_map[0]
-            outer = _StridedShard(0, split_factor=factor) if factor > 1 else Shard(0)
-            placements = [outer, *param.placements]
+            if factor > 1:
+                placements[-1] = _StridedShard(0, split_factor=factor)
+            placements += param.placements
             whole_mesh = DeviceMesh._concatenate([mesh, param.device_mesh])
         split = DTensor.from_local(
             part,
@@ -48,20 +57,32 @@ class GatheredWeight:
 
     part: this rank's slice, copied.
     reduce_dtype: dtype in which gradients are summed over the ranks.
+    is_freed: whether `free` frees the weight.
 
-    whole: what layers compute with; slices of other ranks are right after `wait`.
-    part: view of this rank's slice of it, to which new values are written.
+    whole: what layers compute with; right between `wait` and `free`.
+    part: this rank's slice of it, to which new values are written.
     """
 
-    def __init__(self, part: Tensor, group: dist.ProcessGroup, reduce_dtype: torch.dtype):
+    def __init__(
+        self, part: Tensor, group: dist.ProcessGroup, reduce_dtype: torch.dtype, *, is_freed: bool
+    ):
         ranks, rank = group.size(), group.rank()
         self.whole = part.new_empty(ranks * part.size(0), *part.shape[1:])
-        self.part = self.whole.detach().narrow(0, rank * part.size(0), part.size(0))
-        self.part.copy_(part)
+        self.part = part.clone()
+        if not is_freed:
+            self.part = self.whole.detach().narrow(0, rank * part.size(0), part.size(0))
+            self.part.copy_(part)
         self._reduce_dtype = reduce_dtype
+        self._is_freed = is_freed
         self._group = group
         self._outdated = True
         self._arriving: dist.Work | None = None
+        self.free()
+
+    @property
+    def kept(self) -> Tensor:
+        """Tensor that stays from pass to pass."""
+        return self.part if self._is_freed else self.whole
 
     def outdate(self) -> None:
         """Have it gathered again before the next use: some rank's part has changed."""
@@ -70,17 +91,27 @@ class GatheredWeight:
     @torch.no_grad()
     def start(self) -> None:
         """Start to gather it, where it is outdated."""
-        if self._outdated:
-            self._outdated = False
-            # By `data` autograd doesn't count it as a change of what a forward pass has saved.
-            whole = self.whole.data
-            self._arriving = _gather(whole, self.part, group=self._group, async_op=True)
+        if not self._outdated:
+            return
+        self._outdated = False
+        if self._is_freed:
+            self.whole.untyped_storage().resize_(self.whole.nbytes)
+        # By `data` autograd doesn't see that a weight is filled anew, with the values it has saved.
+        whole = self.whole.data
+        self._arriving = _gather(whole, self.part, group=self._group, async_op=True)
 
     def wait(self) -> None:
         """Let this stream wait for the slices of other ranks."""
         if self._arriving is not None:
             self._arriving.wait()
             self._arriving = None
+
+    def free(self) -> None:
+        """Free the whole weight until the next `start`, if that is how it is used."""
+        if self._is_freed:
+            self.wait()
+            self.whole.untyped_storage().resize_(0)
+            self._outdated = True
 
     def start_sum(self, grad: Tensor) -> "GradientSum":
         """Start to sum gradients of the whole weight over the ranks."""
@@ -116,7 +147,8 @@ class GradientSum:
 def gather_ahead(
     root: nn.Module, blocks: Sequence[tuple[nn.Module, Sequence[GatheredWeight]]]
 ) -> None:
-    """Have each block wait for its weights, and those of the next one gathered while it computes.
+    """Have each block wait for its weights, and those of the next one gathered while it computes;
+    in the backward pass, where weights are freed in between, those of the block before.
 
     root: module whose forward pass runs the blocks.
     blocks: in order, those with such weights or without, and the weights of each.
@@ -124,18 +156,49 @@ def gather_ahead(
     blocks = [(block, weights) for block, weights in blocks if weights]
     if not blocks:
         return
-    first = blocks[0][1]
-    root.register_forward_pre_hook(lambda *_: _take((), first))
-    for i, (block, weights) in enumerate(blocks):
-        following = blocks[i + 1][1] if i + 1 < len(blocks) else ()
-        block.register_forward_pre_hook(
-            lambda *_, weights=weights, following=following: _take(weights, following)
-        )
+    of_block = [weights for _, weights in blocks]
+    root.register_forward_pre_hook(lambda *_: _take((), of_block[0]))
+    for (block, weights), before, after in zip(
+        blocks, [(), *of_block[:-1]], [*of_block[1:], ()], strict=True
+    ):
+        pass_of_block = _BlockPass(weights, before, after)
+        block.register_forward_pre_hook(pass_of_block.enter)
+        block.register_forward_hook(pass_of_block.leave)
 
 
-def _take(weights: Sequence[GatheredWeight], following: Sequence[GatheredWeight]) -> None:
-    """Wait for weights, and start to gather the following ones."""
-    for weight in (*weights, *following):
+class _BlockPass:
+    """Hooks around a block's forward pass.
+
+    weights: of the block.
+    before, after: of the blocks beside it; empty at the ends.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[GatheredWeight],
+        before: Sequence[GatheredWeight],
+        after: Sequence[GatheredWeight],
+    ):
+        self.weights, self.before, self.after = weights, before, after
+
+    def enter(self, *_: object) -> None:
+        _take(self.weights, self.after)
+
+    def leave(self, block: nn.Module, inputs: object, output: tuple[Tensor, Any]) -> None:
+        hidden, _ = output
+        if hidden.requires_grad:
+            hidden.register_hook(self._enter_backward)
+        if self.after or not hidden.requires_grad:  # the backward pass begins with the last block
+            for weight in self.weights:
+                weight.free()
+
+    def _enter_backward(self, grad: Tensor) -> None:
+        _take(self.weights, self.before)
+
+
+def _take(weights: Sequence[GatheredWeight], others: Sequence[GatheredWeight]) -> None:
+    """Wait for weights, and start to gather others, whose turn is next."""
+    for weight in (*weights, *others):
         weight.start()
     for weight in weights:
         weight.wait()

@@ -24,8 +24,8 @@ def closed_state(run: PlannedRun, traces: Traces, place: int) -> State:
     weights, trained, adapters = (
         _held(run, traces, place, kind) for kind in ("weights", "trained", "adapters")
     )
-    whole, mine = _gathered_once(run, traces, place)
-    copied = weights[1] + whole if size != computes else 0
+    whole, mine = _outside_of_fsdp(run, traces, place)
+    copied = weights[1] + (mine if run.frees_experts else whole) if size != computes else 0
     sums_in_fp32 = run.sums_gradients or config.training.mixed_precision_reduce == "float32"
     of_sums = (dtype_of_gradients(config, in_fp32=sums_in_fp32) or kept).itemsize
     of_others = (dtype_of_gradients(config, in_fp32=run.sums_gradients) or kept).itemsize
@@ -45,9 +45,9 @@ def closed_state(run: PlannedRun, traces: Traces, place: int) -> State:
     )
 
 
-def _gathered_once(run: PlannedRun, traces: Traces, place: int) -> tuple[int, int]:
-    """Elements of weights that are gathered once a step and stay: whole, and a rank's part."""
-    experts = [traces.of_layer[name].gathered_once.experts for name in names_at(run, traces, place)]
+def _outside_of_fsdp(run: PlannedRun, traces: Traces, place: int) -> tuple[int, int]:
+    """Elements of weights that several ranks share without FSDP: whole, and a rank's part."""
+    experts = [traces.of_layer[name].outside.experts for name in names_at(run, traces, place)]
     ranks = groups(run)["expert fsdp"].size
     return sum(experts), sum(-(-each // ranks) for each in experts)
 

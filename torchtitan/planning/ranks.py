@@ -97,6 +97,12 @@ class PlannedRun:
         return how == "always"
 
     @property
+    def frees_experts(self) -> bool:
+        """Whether experts that are split between ranks are freed after the forward pass."""
+        d = self.degrees
+        return self.reshards and d.dp_shard * d.cp * d.tp > d.ep * d.etp
+
+    @property
     def tokens_per_step(self) -> int:
         return self.now.batch_size * self.now.seq_len
 

@@ -76,8 +76,7 @@ def weights_outside_fsdp(run: PlannedRun, rank: BuiltRank) -> list[nn.Parameter]
     """List the parameters that FSDP leaves alone."""
     if run.world_size == 1:
         return list(rank.model.parameters())
-    training, parallelism = run.config.training, run.config.parallelism
-    alone = experts_outside_fsdp(rank.model, rank.dims, training, parallelism)
+    alone = experts_outside_fsdp(rank.model, rank.dims, run.config.training)
     return [p for experts in alone for p in experts.parameters()]
 
 
@@ -88,8 +87,8 @@ def weights_under_fsdp(run: PlannedRun, rank: BuiltRank, module: nn.Module) -> l
 
 
 def weights_that_travel(run: PlannedRun, rank: BuiltRank, module: nn.Module) -> list[nn.Parameter]:
-    """List the parameters of a module that are gathered from several ranks, by FSDP or not."""
-    if run.world_size > 1 and ranks_of_same_experts(rank.dims) is not None:
+    """List the parameters of a module that other ranks have, too, by FSDP or not."""
+    if run.world_size > 1 and max(ranks_of_same_experts(rank.dims)) > 1:
         return list(module.parameters())
     return weights_under_fsdp(run, rank, module)
 
@@ -163,7 +162,7 @@ def _bytes_of_copies(weights: ComputeWeights | None) -> int:
         part.nbytes
         for fused in weights._fused
         if fused.params[0].dtype != fused.tensor.dtype  # otherwise they are the parameters
-        for part in parts_of(fused.tensor)
+        for part in parts_of(fused.gathered.kept if fused.gathered else fused.tensor)
     )
 
 

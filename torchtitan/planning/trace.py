@@ -49,10 +49,10 @@ class Traced:
     kept: alive after the forward pass, the output included.
     forward_peak: most at a time in the forward pass, `kept` included.
     backward_peak: the same in the backward pass, gradients of its weights included.
-    gathered: weights that FSDP gathers for it.
+    gathered: weights that are gathered for it, but for those that stay from step to step.
     saved: bytes of them that gathering in FP8 saves.
     saved_sums: bytes of gradients that are saved where they travel in bf16 and are summed in fp32.
-    gathered_once: weights that are gathered once a step, in however many passes they are used.
+    outside: weights that FSDP leaves alone though other ranks have them, too.
     gathered_gradients: their gradients, before they are summed over ranks; frozen ones have none.
     weights: all of them.
     trained: those that are trained.
@@ -67,7 +67,7 @@ class Traced:
     gathered: int
     saved: Elements
     saved_sums: Elements
-    gathered_once: Elements
+    outside: Elements
     gathered_gradients: int
     weights: Elements
     trained: Elements
@@ -363,15 +363,16 @@ class _Tracer:
         saved = saved_in_fp8(module, gathered)
         under_fsdp = {id(p) for p in gathered}
         outside = sum(local_part(p).numel() for p in travelling if id(p) not in under_fsdp)
+        freed = self.dtype.itemsize * outside if self.run.frees_experts else 0
         narrower = max(0, self.run.bytes_of_sums - self.dtype.itemsize)
         traced = Traced(
             kept=kept,
             forward_peak=forward_peak,
             backward_peak=backward_peak,
-            gathered=bytes_of(gathered) - saved.gathered,
+            gathered=bytes_of(gathered) - saved.gathered + freed,
             saved=saved,
             saved_sums=Elements(0, narrower * outside, 0),
-            gathered_once=Elements(0, outside, 0),
+            outside=Elements(0, outside, 0),
             gathered_gradients=self.dtype.itemsize
             * sum(local_part(p).numel() for p in travelling if p.requires_grad),
             **count_elements(module, travelling),

@@ -223,7 +223,7 @@ class BuiltRun:
     def _build_updates(self) -> None:
         """Build the parts that change weights: optimizer, learning rate, average."""
         config, schedule = self.config, self.phases.schedule
-        compute_weights = build_compute_weights(
+        compute_weights = self.compute_weights = build_compute_weights(
             self.model,
             config,
             self.dims,

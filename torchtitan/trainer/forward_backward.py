@@ -230,13 +230,16 @@ class GraphedStep:
         self, micro_batches: Sequence[Batch], labels_in_step: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run the step; return loss and gradient norm."""
-        if self._compute_weights is not None and len(micro_batches) == 1:
-            self._compute_weights.gather_in_pass()  # each step needs it, so it is recorded
-        elif self._compute_weights is not None:
-            self._compute_weights.gather()
+        weights, one_pass = self._compute_weights, len(micro_batches) == 1
+        if weights is not None:
+            weights.sums_replicas = one_pass
+            if one_pass:
+                weights.gather_in_pass()  # each step needs it, so it is recorded
+            else:
+                weights.gather()
         starts = self._starts(micro_batches)
         inputs = zip(micro_batches, starts, strict=True)
-        if len(micro_batches) == 1:
+        if one_pass:
             if not self._whole_step.holds_grads:
                 self._optimizer.zero_grad()
             loss, norm = self._whole_step(*self._inputs(*next(inputs)), labels_in_step)
@@ -245,6 +248,8 @@ class GraphedStep:
             # In place: the graph adds to gradients that are there when it is recorded.
             self._optimizer.zero_grad(set_to_none=False)
             losses = [self._one_pass(*self._inputs(*each), labels_in_step)[0] for each in inputs]
+            if weights is not None:
+                weights.sum_over_replicas()
             loss, norm = torch.stack(losses).sum(), self._clip()
             grads_stay = self._one_pass.holds_grads
         replay_steps(self._optimizer, grads_stay=grads_stay)

@@ -169,6 +169,8 @@ class Trainer(BuiltRun):
         for i, batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             sync_replicas_on_last_microbatch(self.model, is_last=is_last)
+            if self.compute_weights is not None:
+                self.compute_weights.sums_replicas = is_last
             loss += self.forward_backward(batch, counts)
         return loss, self._clip()
 

@@ -228,9 +228,13 @@ def test_sums_in_bf16_send_half_the_bytes_and_hold_half() -> None:
     options = [*DEBUG, "--parallelism.data_parallel_replicate_degree=2"]
     whole = plan(*options, world_size=4)
     half = plan(*options, "--training.mixed_precision_reduce=bfloat16", world_size=4)
-    for one in whole.traces.of_layer.values():
-        for sent in (reduce_bytes, replica_bytes):
-            assert sent(half.run, one).inside == sent(whole.run, one).inside / 2 > 0
+    for name, one in whole.traces.of_layer.items():
+        other = half.traces.of_layer[name]
+        assert replica_bytes(half.run, other).inside == replica_bytes(whole.run, one).inside / 2 > 0
+        sums, half_sums = reduce_bytes(whole.run, one).inside, reduce_bytes(half.run, other).inside
+        # Experts' parts travel in bf16 in either case.
+        experts = one.trained.experts * 2 / 2
+        assert half_sums - experts == (sums - experts) / 2 > 0
     assert half.traffic[0]["fsdp"].inside < whole.traffic[0]["fsdp"].inside
     assert half.worst.peak.total < whole.worst.peak.total
 

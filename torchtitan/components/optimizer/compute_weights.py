@@ -30,12 +30,16 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.fsdp import experts_outside_fsdp, ranks_of_same_experts
+from torchtitan.distributed.fsdp import (
+    expert_axes,
+    experts_outside_fsdp,
+    ranks_of_same_experts,
+    reshards,
+)
 from torchtitan.distributed.gathered_weight import GatheredWeight, GradientSum, gather_ahead
 from torchtitan.ops.fp8.linear import Fp8Recipe
 from torchtitan.ops.fp8.quantize import BLOCK
@@ -78,6 +82,10 @@ class ComputeWeights:
         = each in its own.
     sharing: ranks between which parameters are split along dim 0; None = they aren't.
     reduce_dtype: dtype in which these ranks sum gradients.
+    is_freed: whether copies gathered from them are freed between passes.
+    replicas: ranks that have the same parameters; None = this one only.
+
+    sums_replicas: set it while a pass is the last of a step: gradients are summed over replicas.
     """
 
     def __init__(
@@ -89,10 +97,16 @@ class ComputeWeights:
         grad_dtype: torch.dtype | None,
         sharing: dist.ProcessGroup | None = None,
         reduce_dtype: torch.dtype = torch.float32,
+        is_freed: bool = False,
+        replicas: dist.ProcessGroup | None = None,
     ):
         self._grad_dtype = grad_dtype
-        self._sharing, self._reduce_dtype = sharing, reduce_dtype
+        self._sharing = sharing
+        self._how: dict[str, Any] = {"reduce_dtype": reduce_dtype, "is_freed": is_freed}
         self._sums: deque[tuple[_Fused, GradientSum]] = deque()
+        self.sums_replicas = True
+        self._replicas = replicas
+        self._replica_sums: list[Tensor] = []
         self.after_grad: Callable[[nn.Parameter], None] | None = None
         self._fused: list[_Fused] = []
         self._copy_of: dict[nn.Parameter, Tensor] = {}
@@ -139,7 +153,7 @@ class ComputeWeights:
         tensor = local = torch.cat(copies, dim) if len(copies) > 1 else copies[0]
         gathered = None
         if self._sharing is not None:
-            gathered = GatheredWeight(local, self._sharing, self._reduce_dtype)
+            gathered = GatheredWeight(local, self._sharing, **self._how)
             tensor, local = gathered.whole, gathered.part
         trained = any(p.requires_grad for p in params)
         fused = _Fused(tensor.requires_grad_(trained), params, dim, gathered)
@@ -183,16 +197,25 @@ class ComputeWeights:
         fused = self._fused[index]
         grad = cast(Tensor, fused.tensor.grad)  # set just before this hook
         fused.tensor.grad = None
+        sums_replicas = self._replicas is not None and self.sums_replicas
+        if not self._sums and not self._replica_sums and (fused.gathered or sums_replicas):
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         if fused.gathered is None:
             self._distribute(fused, grad)
             return
-        if not self._sums:
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish_sums)
+        fused.gathered.free()
         self._sums.append((fused, fused.gathered.start_sum(grad)))
         self._finish_sums(but=_SUMS_AT_A_TIME)
 
+    def _finish(self) -> None:
+        """Wait for all sums over ranks, at the end of a backward pass."""
+        self._finish_sums()
+        for grad in self._replica_sums:
+            torch.ops._c10d_functional.wait_tensor(grad)
+        self._replica_sums.clear()
+
     def _finish_sums(self, but: int = 0) -> None:
-        """Wait for sums over ranks and distribute them, except the latest ones.
+        """Wait for sums over shards and distribute them, except the latest ones.
 
         but: how many may go on.
         """
@@ -205,11 +228,29 @@ class ComputeWeights:
         for p, part in zip(fused.params, fused.parts(grad), strict=True):
             if not p.requires_grad:
                 continue
+            if self._replicas is not None:
+                part = part.contiguous()  # to be sent
             if p.grad is None:
                 p.grad = _placed_as(p, part.to(self._grad_dtype or p.dtype))
             else:
                 local_part(p.grad).add_(part)
+            if self._replicas is not None and self.sums_replicas:
+                self._start_replica_sum(local_part(p.grad))
             self._call_after_grad(p)
+
+    def sum_over_replicas(self) -> None:
+        """Sum the gradients that passes have left as they were."""
+        if self._replicas is None:
+            return
+        for fused in self._fused:
+            for p in fused.params:
+                if p.grad is not None:
+                    self._start_replica_sum(local_part(p.grad))
+        self._finish()
+
+    def _start_replica_sum(self, grad: Tensor) -> None:
+        group = cast(dist.ProcessGroup, self._replicas).group_name
+        self._replica_sums.append(torch.ops._c10d_functional.all_reduce_(grad, "sum", group))
 
     def _call_after_grad(self, param: nn.Parameter) -> None:
         if self.after_grad is not None:
@@ -250,9 +291,9 @@ class ComputeWeights:
         return list(dict.fromkeys(each for each in found if each is not None))
 
     def gather(self) -> None:
-        """Gather the copies that are outdated, and wait for them."""
+        """Gather the outdated copies that stay whole over several passes, and wait for them."""
         self.refresh()
-        weights = self._gathered()
+        weights = [] if self._how["is_freed"] else self._gathered()
         for weight in weights:
             weight.start()
         for weight in weights:
@@ -318,23 +359,25 @@ def build_compute_weights(
     if keeps == computes and (keeps == "float32" or dims.world_size > 1):
         if not optimizer.early_step_in_backward:
             return None
-    sharing: DeviceMesh | None = None
+    replicas, shards = 1, 1
     if dims.world_size == 1:
         modules: list[nn.Module] = list(model.modules())
     else:
-        modules = [*experts_outside_fsdp(model, dims, training, config.parallelism)]
-        sharing = ranks_of_same_experts(dims)
+        modules = [*experts_outside_fsdp(model, dims, training)]
+        replicas, shards = ranks_of_same_experts(dims)
     if not modules:
         return None
-    sums_in_fp32 = sharing is not None and training.mixed_precision_reduce == "float32"
+    sums_in_fp32 = replicas * shards > 1 and training.mixed_precision_reduce == "float32"
     grad_dtype = dtype_of_gradients(config, in_fp32=several_passes or sums_in_fp32)
     weights = ComputeWeights(
         modules,
         TORCH_DTYPES[computes],
         root=model,
         grad_dtype=grad_dtype,
-        sharing=sharing.get_group() if sharing is not None and split else None,
+        sharing=expert_axes(dims).get_group("fsdp") if shards > 1 and split else None,
         reduce_dtype=TORCH_DTYPES[training.mixed_precision_reduce],
+        is_freed=shards > 1 and reshards(dims, config.parallelism),
+        replicas=expert_axes(dims).get_group("dp_replicate") if replicas > 1 and split else None,
     )
     gather_ahead(model, [(block, weights.gathered_in(block)) for block in model.blocks().values()])
     return weights
