@@ -81,8 +81,12 @@ PLUG_POINTS = (
     PlugPoint(
         "register_forward_hook",
         "a module between whose calls the sequence is split",
-        ("distributed/tensor_parallel.py", "proof/record.py"),
-        "outputs are gathered or reduce-scattered",
+        (
+            "distributed/tensor_parallel.py",
+            "distributed/gathered_weight.py",
+            "proof/record.py",
+        ),
+        "outputs are gathered or reduce-scattered; gathered weights are freed",
     ),
     PlugPoint(
         "n_heads",
