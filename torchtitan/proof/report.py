@@ -134,6 +134,7 @@ def not_covered(plan: Plan) -> Iterator[str]:
         yield "bfloat16: everything is computed in float32, which tells an error from rounding"
     yield "the user's tokenizer: a shipped one of 2,048 entries takes its place"
     checkpoint, parallelism = config.checkpoint, config.parallelism
+    has_copies = training.dtype == "float32" != training.mixed_precision_param
     off = {
         "torch.compile": config.compile.enable,
         "CUDA graphs": config.compile.cuda_graph,
@@ -146,7 +147,9 @@ def not_covered(plan: Plan) -> Iterator[str]:
         or training.loss_spike_factor is not None,
         f"the weights of {checkpoint.initial_load_path}": checkpoint.enable
         and checkpoint.initial_load_path is not None,
-        "experts that are gathered without FSDP": parallelism.fsdp_reshard_after_forward == "never",
+        "bf16 copies of experts, gathered without FSDP": has_copies
+        and plan.whole.size > plan.whole.degrees.pp == 1
+        and getattr(plan.args, "moe_args", None) is not None,
         "Hugging Face's format": checkpoint.enable and checkpoint.last_save_in_hf,
     }
     switched = [name for name, asked in off.items() if asked]
