@@ -160,8 +160,11 @@ def documents_of(lengths: list[int], S: int) -> Documents:
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["equal heads", "GQA"])
-def test_cudnn_computes_packed_documents_as_fp32_does(heads, documents, cudnn_alone) -> None:
-    (qk, v), (H, kv_heads), lengths = (192, 128), heads, DOCUMENTS[documents]
+@pytest.mark.parametrize("channels", sorted(cudnn_documents.PROVEN))
+def test_cudnn_computes_packed_documents_as_fp32_does(
+    channels, heads, documents, cudnn_alone
+) -> None:
+    (qk, v), (H, kv_heads), lengths = channels, heads, DOCUMENTS[documents]
     S = sum(lengths)
     inputs = leaves((1, S, H, qk), (1, S, kv_heads, qk), (1, S, kv_heads, v))
     grad = torch.randn(1, S, H, v, device="cuda", dtype=torch.bfloat16)
