@@ -147,9 +147,15 @@ def _resolve_dispatch(moes: Mapping[int, MoELayer], dims: ParallelDims, dispatch
         return dispatch
     if dims.nodes_per_ep_group > 1:
         return "node_limited"
-    one_operator = dims.etp == 1 and all(
+    one_operator = all(
         moe.experts.use_grouped_mm and not moe.score_before_experts for moe in moes.values()
     )
     on_gpu = local_device().type == "cuda"
-    fits = one_operator and on_gpu and dims.pp == 1 and dims.ep <= _MOST_GATHERED
-    return "all_gather" if fits else "all_to_all"
+    gathers = on_gpu and one_operator and gathers_by_default(dims.ep, dims.etp, dims.pp)
+    return "all_gather" if gathers else "all_to_all"
+
+
+def gathers_by_default(ep: int, etp: int, pp: int) -> bool:
+    """Tell whether tokens are gathered inside a node, with these degrees and one operator for all
+    products of the experts."""
+    return etp == pp == 1 and ep <= _MOST_GATHERED

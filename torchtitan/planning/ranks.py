@@ -10,11 +10,12 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 
-from torchtitan.config import JobConfig, resolve_degrees, run_schedule, validate
+from torchtitan.config import JobConfig, Parallelism, resolve_degrees, run_schedule, validate
 from torchtitan.config.degrees import Degrees
 from torchtitan.config.phases import StepSettings
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.dry_run import init_dry_run
+from torchtitan.distributed.expert_parallel import gathers_by_default
 from torchtitan.distributed.pipeline_plan import PipelinePlan, plan_pipeline
 from torchtitan.models.decoder import DecoderArgs
 from torchtitan.planning.stand_ins import without_filling
@@ -175,16 +176,18 @@ def plan_run(
     model_args.check_layout(config.parallelism)
     node_size = resolve_node_size(config.parallelism, world_size, min(gpus_per_node, world_size))
     parallelism = replace(config.parallelism, expert_parallel_node_size=node_size)
-    if parallelism.expert_parallel_dispatch == "all_gather":
+    compiler = config.compile
+    if _gathers_tokens(parallelism, degrees, node_size, model_args, device_type):
         # Its buffers have room for more rows than come, which a trace would count as computed.
         parallelism = replace(parallelism, expert_parallel_dispatch="all_to_all")
+        compiler = replace(compiler, cuda_graph=False)  # of which nothing is planned
     pipeline = None
     if degrees.pp > 1:
         pipeline = plan_pipeline(
             parallelism, num_layers=model_args.n_layers, local_batch_size=now.local_batch_size
         )
     return PlannedRun(
-        config=replace(config, parallelism=parallelism),
+        config=replace(config, parallelism=parallelism, compile=compiler),
         spec=spec,
         model_args=model_args,
         world_size=world_size,
@@ -195,6 +198,23 @@ def plan_run(
         now=now,
         phase=phase,
     )
+
+
+def _gathers_tokens(
+    parallelism: Parallelism,
+    degrees: Degrees,
+    node_size: int,
+    model_args: DecoderArgs,
+    device_type: str,
+) -> bool:
+    """Tell whether experts' tokens travel by "all_gather" in a run on such machines."""
+    moe_args, dispatch = getattr(model_args, "moe_args", None), parallelism.expert_parallel_dispatch
+    if dispatch != "auto" or moe_args is None or device_type != "cuda":
+        return dispatch == "all_gather"
+    one_node = degrees.ep * degrees.etp <= node_size
+    one_operator = moe_args.use_grouped_mm and not moe_args.score_before_experts
+    by_default = gathers_by_default(degrees.ep, degrees.etp, degrees.pp)
+    return one_node and one_operator and by_default
 
 
 def _at_phase(config: JobConfig, degrees: Degrees, phase: int) -> StepSettings:

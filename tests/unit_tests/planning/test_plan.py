@@ -23,6 +23,7 @@ from torchtitan.planning.state import state_of
 from torchtitan.planning.sweep import estimate
 from torchtitan.planning.trace import trace_run
 from torchtitan.planning.traffic import gather_bytes, reduce_bytes, replica_bytes
+from torchtitan.tools.errors import UserError
 
 presets = script("benchmarks/presets.py")
 GIB = 2**30
@@ -385,6 +386,31 @@ def test_experts_outside_of_fsdp_travel_once_and_are_summed_in_bf16(passes: int)
     half = 0.5  # of two ranks
     expected = half * (2 * experts + passes * (2 * experts + (2 + 4) * others))
     assert found.traffic[0]["fsdp"].inside == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dispatch", ["all_gather", "auto"])
+def test_a_cuda_graph_is_planned_as_the_run_without_it(dispatch: str) -> None:
+    options = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES]
+    options += [f"--parallelism.expert_parallel_{key}" for key in ("degree=2", "node_size=2")]
+    without = plan(*options, world_size=2)
+    graph = f"--parallelism.expert_parallel_dispatch={dispatch}", "--compile.cuda_graph"
+    assert plan(*options, *graph, world_size=2).time == without.time
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--parallelism.expert_parallel_dispatch=all_to_all"],
+        ["--parallelism.expert_parallel_node_size=1"],
+        ["--model.args.moe_args.score_before_experts=true"],
+    ],
+    ids=["all_to_all", "between nodes", "no operator for all products"],
+)
+def test_a_cuda_graph_that_the_run_would_refuse_is_refused(options: list[str]) -> None:
+    preset = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES]
+    graph = "--parallelism.expert_parallel_degree=2", "--compile.cuda_graph"
+    with pytest.raises(UserError, match="needs message sizes that don't change"):
+        plan(*preset, *graph, *options, world_size=2)
 
 
 def test_gathered_weights_are_given_up_first() -> None:
