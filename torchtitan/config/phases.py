@@ -56,6 +56,10 @@ class StepSettings:
     yarn: str | None = None
     coefficients: dict[str, float] = field(default_factory=dict)
 
+    def accumulation(self, dp_degree: int) -> int:
+        """Micro-batches of a data-parallel rank."""
+        return self.batch_size // (self.local_batch_size * dp_degree)
+
     @property
     def title(self) -> str:
         return f"{self.phase} '{self.name}'" if self.name else str(self.phase)

@@ -29,6 +29,7 @@ def build_text_dataloader(
     segments: Sequence[BlendSegment] = (),
     assets_path: str = "",
     fim: FillInTheMiddle | None = None,
+    batches_at_once: int = 1,
 ) -> ParallelAwareDataLoader:
     """Loader of ({"input": int64 [batch_size, seq_len]}, labels int64 [batch_size, seq_len]).
 
@@ -41,6 +42,7 @@ def build_text_dataloader(
     segments: weights of a blend over the run; empty without a blend
     assets_path: folder of the tokenizer and its chat template
     fim: encodes texts in place of the tokenizer
+    batches_at_once: batches that are asked for in a row
     """
     rank_slice = RankSlice(dp_rank, dp_degree, settings.batch_size, settings.num_workers)
     sources = [open_source(dataset) for dataset in settings.datasets]
@@ -59,7 +61,7 @@ def build_text_dataloader(
         names = [each.label for each in settings.datasets]
         by_name = dict(zip(names, datasets, strict=True))
         heading, dataset = "Data blend", BlendedDataset(by_name, BlendOrder(segments))
-    loader = build_dataloader(dataset)
+    loader = build_dataloader(dataset, batches_at_once)
     report_streams(heading, num_streams, rank_slice, sources, settable=settings.infinite)
     return loader
 

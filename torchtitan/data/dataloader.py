@@ -18,6 +18,7 @@ state, "lanes" are the positions of the streams.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,10 @@ from torchtitan.data.worker_processes import (
 from torchtitan.tools.errors import RunError, UserError
 from torchtitan.tools.logging import logger
 
+# Batches reach the trainer through shared memory, of which a container often has 64 MiB for all
+# ranks of a node.
+_BYTES_AHEAD = 4 * 2**20
+
 
 class ParallelAwareDataLoader:
     """Iterates over the batches of one data-parallel rank.
@@ -44,10 +49,13 @@ class ParallelAwareDataLoader:
     `local_state()` is stored once, and `load_state_dict` takes it in any layout. It is the position
     behind the last batch handed out, however many the workers have prepared beyond it. It is made
     of what JSON can hold, so loading it never runs anything.
+
+    batches_at_once: the most batches that are asked for in a row, those of a step; workers have as
+        many ready, if they fit into `_BYTES_AHEAD`
     """
 
-    def __init__(self, dataset: StreamDataset) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: StreamDataset, batches_at_once: int = 1) -> None:
+        self._dataset, self._batches_at_once = dataset, batches_at_once
         self._begin(0, {}, 0, {})
         self._loader = self._make_loader()
 
@@ -81,10 +89,20 @@ class ParallelAwareDataLoader:
             num_workers=workers,
             multiprocessing_context=worker_context(self._dataset) if workers else None,
             worker_init_fn=start_worker,
+            prefetch_factor=self._batches_ahead() if workers else None,
             # torch draws a seed for the workers: from here, so that the run's own random
             # numbers are the same however often an iteration starts.
             generator=torch.Generator().manual_seed(0),
         )
+
+    def _batches_ahead(self) -> int:
+        """Batches that each worker has ready."""
+        workers, batch_size = self._slice.num_workers, self._slice.batch_size
+        batch_bytes = (
+            2 * 8 * batch_size * self._dataset.settings.seq_len
+        )  # tokens and labels, int64
+        fitting = _BYTES_AHEAD // batch_bytes
+        return max(2, math.ceil(min(self._batches_at_once, fitting) / workers))
 
     def _progress(self) -> list[dict[str, Any]]:
         """States of the processes that make this rank's examples, behind the last batch handed out.
@@ -224,7 +242,7 @@ def _newest(known: Iterable[dict[str, dict]]) -> dict[str, dict]:
     return newest
 
 
-def build_dataloader(dataset: StreamDataset) -> ParallelAwareDataLoader:
+def build_dataloader(dataset: StreamDataset, batches_at_once: int = 1) -> ParallelAwareDataLoader:
     """Loader of the dataset's examples. Raises `UserError` for impossible sizes."""
     rank_slice = dataset.rank_slice
     for name, value, least in (
@@ -234,7 +252,7 @@ def build_dataloader(dataset: StreamDataset) -> ParallelAwareDataLoader:
         if value < least:
             raise UserError(f"The data loader's {name} = {value} must be at least {least}.")
     assert 0 <= rank_slice.dp_rank < rank_slice.dp_degree, rank_slice
-    return ParallelAwareDataLoader(dataset)
+    return ParallelAwareDataLoader(dataset, batches_at_once)
 
 
 def _check_complete(consumed: int, positions: dict[int, dict], num_streams: int) -> None:

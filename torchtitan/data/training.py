@@ -70,7 +70,9 @@ def build_training_dataloader(
     if training.fim_rate > 0:
         rate, tokens = training.fim_rate, training.fim_tokens
         fim = FillInTheMiddle(tokenizer, rate=rate, tokens=tokens, seed=seed)
-    segments = blend_segments(config, run_schedule(config, dp_degree)) if training.blend else []
+    schedule = run_schedule(config, dp_degree)
+    segments = blend_segments(config, schedule) if training.blend else []
+    of_steps = [step.accumulation(dp_degree) for step in (schedule.at(0), *schedule.ends)]
     if segments:
         logger.info("Blend: %s", describe_blend(segments, training))
     return build_text_dataloader(
@@ -81,6 +83,7 @@ def build_training_dataloader(
         segments=segments,
         assets_path=config.model.hf_assets_path,
         fim=fim,
+        batches_at_once=max(of_steps),
     )
 
 

@@ -56,8 +56,7 @@ class PlannedRun:
     @property
     def passes(self) -> int:
         """Forward and backward passes of a step; with a pipeline, of all its micro-batches."""
-        dp_degree = self.degrees.dp_replicate * self.degrees.dp_shard
-        return self.now.batch_size // (self.now.local_batch_size * dp_degree)
+        return self.now.accumulation(self.degrees.dp_replicate * self.degrees.dp_shard)
 
     @property
     def sums_gradients(self) -> bool:

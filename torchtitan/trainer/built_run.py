@@ -303,8 +303,7 @@ class BuiltRun:
     @property
     def accumulation(self) -> int:
         """Micro-batches of this step."""
-        now = self.phases.now
-        return now.batch_size // (now.local_batch_size * self.dims.dp_degree)
+        return self.phases.now.accumulation(self.dims.dp_degree)
 
     def _clip(self) -> Tensor:
         max_norm = self.config.training.max_norm

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import sys
+import time
 import warnings
 from itertools import islice
 
@@ -66,6 +67,40 @@ def test_the_loader_of_torchdata_resumes_our_datasets_by_itself(workers):
     again = plain_loader(workers)
     again.load_state_dict(state)
     assert [ids.tolist() for _, ids in islice(again, 2)] == [[9, 10, 11], [12, 13, 14]]
+
+
+class Noting(Counting):
+    """Writes a byte into a file for each example that is made."""
+
+    def __init__(self, file, *args):
+        super().__init__(*args)
+        self.file = file
+
+    def example(self, sequence):
+        with self.file.open("a") as file:
+            file.write(".")
+        return super().example(sequence)
+
+
+@pytest.mark.parametrize("batches_at_once, ready", [(1, 4), (12, 12)])
+def test_workers_make_the_next_step_ready_while_this_one_runs(tmp_path, batches_at_once, ready):
+    made = tmp_path / "made"
+    dataset = Noting(made, RankSlice(0, 1, batch_size=3, num_workers=2))
+    batches = iter(build_dataloader(dataset, batches_at_once))
+    next(batches)
+    expected = 3 * (1 + ready)
+    end = time.monotonic() + 30
+    while made.stat().st_size < expected and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.2)  # no more are made
+    assert made.stat().st_size == expected
+
+
+def test_what_is_ready_fits_into_the_shared_memory_of_a_container(tmp_path):
+    rank_slice = RankSlice(0, 1, batch_size=8, num_workers=1)
+    source = make_source(KINDS[0], tmp_path, TEXTS)
+    settings = text_dataset(source, OneTokenAByte(), 4096, rank_slice=rank_slice, num_streams=1)
+    assert build_dataloader(settings, 1000)._loader.prefetch_factor == 8  # 4 MiB of 0.5 MiB each
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
