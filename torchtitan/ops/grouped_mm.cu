@@ -9,9 +9,12 @@
 //
 // A block of 384 threads: one warpgroup that brings tiles, two that multiply, each 64 of a tile's 128
 // rows by 256 columns. Whole tiles are fetched by the TMA; gathered rows, and the last rows of a
-// group in KIND 2 (with zeros behind them), are copied by the threads of the first warpgroup. Blocks
-// are persistent, and take tiles in turn; they find a tile's group in the device's list of ends, so
-// the host need not know any size.
+// group in KIND 2 (with zeros behind them), are copied by the threads of the first warpgroup. Two
+// blocks, a cluster, have tiles above one another, and each fetches half of their B for both: power
+// limits these products, and bytes from the L2 cache cost power. Copies reach their own block only,
+// so where B is gathered the tiles lie side by side, and A is shared. Clusters are persistent, and
+// take pairs of tiles in turn; they find the group in the device's list of ends, so the host need
+// not know any size.
 //
 // Compiled by NVRTC with KIND, GATHER, SWIGLU and TOP_K defined.
 
@@ -24,7 +27,9 @@ constexpr int BYTES_A = BOXES_A * BOX, BYTES_B = BOXES_B * BOX;
 constexpr int BYTES_STAGE = BYTES_A + BYTES_B;
 constexpr int STAGES = 4;
 constexpr int STEP_N = SWIGLU ? TILE_N / 2 : TILE_N;  // columns of D, or of gate and of up, in a tile
-constexpr int SUPER = 16;  // tiles of rows that are visited together, so that the L2 cache serves
+constexpr bool SHARES_A = GATHER == 2;  // a cluster's two tiles, else they share B
+constexpr int PAIR_M = SHARES_A ? TILE_M : 2 * TILE_M, PAIR_N = SHARES_A ? 2 * STEP_N : STEP_N;
+constexpr int SUPER = 16 * TILE_M / PAIR_M;  // pairs visited together, so that the L2 cache serves
 constexpr bool BY_ROWS = KIND < 2;
 constexpr bool COPIES = GATHER != 0 || KIND == 2;
 // The dim that a product adds up is the matrix's second (0) or its first (1).
@@ -95,26 +100,29 @@ struct Tile {
   int group, begin, end;  // rows of the group
   int m, n;               // first row and column: of the group's rows (KIND 2: of D[e])
   int rows;               // to store
+  bool empty;             // the other tile of the pair is the last one
 };
 
-// The tiles of this block, in order.
+// The tiles of this block, in order: the first or the second of each pair.
 struct Tiles {
   const int* ends;
-  int groups, M, N;
+  int groups, M, N, rank;
   int group = 0, begin = 0, before = 0;
 
   __device__ bool find(int index, Tile& tile) {
-    const int tiles_n = (N + STEP_N - 1) / STEP_N;
+    const int tiles_n = (N + PAIR_N - 1) / PAIR_N;
     for (; group < groups; group++) {
       const int end = ends[group];
       const int rows = BY_ROWS ? end - begin : M;
-      const int tiles_m = (rows + TILE_M - 1) / TILE_M;
+      const int tiles_m = (rows + PAIR_M - 1) / PAIR_M;
       if (index < before + tiles_m * tiles_n) {
         const int super = SUPER * tiles_n, local = index - before;
         const int first_m = local / super * SUPER;
         const int size_m = min(tiles_m - first_m, SUPER);
         const int m = first_m + local % super % size_m, n = local % super / size_m;
-        tile = {group, begin, end, m * TILE_M, n * STEP_N, min(rows - m * TILE_M, TILE_M)};
+        const int row = m * PAIR_M + (SHARES_A ? 0 : rank * TILE_M);
+        const int column = n * PAIR_N + (SHARES_A ? rank * STEP_N : 0);
+        tile = {group, begin, end, row, column, min(rows - row, TILE_M), row >= rows || column >= N};
         return true;
       }
       before += tiles_m * tiles_n;
@@ -128,7 +136,7 @@ struct Arguments {
   const TensorMap *map_a, *map_b;
   const u16 *a, *b;
   const int* slots;
-  int M, N, K;
+  int M, N, K, rank;
 };
 
 // Places of the stages in shared memory, taken in turn.
@@ -146,6 +154,21 @@ struct Ring {
   }
 };
 
+// Fetches this block's half of B's tile for both blocks: half the columns of D, 64 elements of each.
+// Where B is a gradient's second matrix, `k` is the row.
+__device__ __forceinline__ void bring_shared_b(const Arguments& of, const Tile& tile, int k, Ring& ring) {
+  const u32 half = ring.b() + of.rank * (BYTES_B / 2);
+  if (KIND == 0) {
+    const int first = SWIGLU ? tile.group * 2 * of.N + of.rank * of.N : tile.group * of.N + of.rank * 128;
+    fetch_for(3, half, of.map_b, k, first + tile.n, ring.is_full());
+    return;
+  }
+  const int row = KIND == 1 ? tile.group * of.K + k : k;
+#pragma unroll
+  for (int box = 0; box < BOXES_B / 2; box++)
+    fetch_for(3, half + box * BOX, of.map_b, tile.n + (of.rank * 2 + box) * 64, row, ring.is_full());
+}
+
 // Brings the tiles of a product by weights: 64 elements of 128 rows and of 256 columns a stage.
 __device__ __forceinline__ void bring_rows(const Arguments& of, const Tile& tile, Ring& ring) {
   constexpr int LINES = TILE_M / 16;  // eight threads copy a line, so that 16 are copied at a time
@@ -161,25 +184,17 @@ __device__ __forceinline__ void bring_rows(const Arguments& of, const Tile& tile
     barrier_wait(ring.is_empty(), ring.parity ^ 1);
     const u32 done = ring.is_full();
     if (threadIdx.x == 0) {
-      barrier_expect(done, GATHER ? BYTES_B : BYTES_STAGE);
-      if (!GATHER) fetch(ring.a(), of.map_a, k, first, done);
-      if (KIND == 1) {
-#pragma unroll
-        for (int box = 0; box < BOXES_B; box++)
-          fetch(ring.b() + box * BOX, of.map_b, tile.n + box * 64, tile.group * of.K + k, done);
-      } else if (SWIGLU) {
-        const int gate = tile.group * 2 * of.N + tile.n;
-        fetch(ring.b(), of.map_b, k, gate, done);
-        fetch(ring.b() + BYTES_B / 2, of.map_b, k, gate + of.N, done);
-      } else {
-        fetch(ring.b(), of.map_b, k, tile.group * of.N + tile.n, done);
-      }
+      const bool fetches_a = !GATHER && !tile.empty;
+      barrier_expect(done, fetches_a ? BYTES_STAGE : BYTES_B);
+      if (fetches_a) fetch(ring.a(), of.map_a, k, first, done);
+      bring_shared_b(of, tile, k, ring);
     }
     if (GATHER) {
       const u16* from = of.a + k + piece * 8;
       const u32 to = ring.a() + swizzled(line, piece);
+      if (!tile.empty)
 #pragma unroll
-      for (int i = 0; i < LINES; i++) copy16(to + i * 16 * 128, from + (long long)tokens[i] * of.K, true);
+        for (int i = 0; i < LINES; i++) copy16(to + i * 16 * 128, from + (long long)tokens[i] * of.K, true);
       copies_arrive(done);
     }
     ring.next();
@@ -228,14 +243,13 @@ __device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& t
     if (threadIdx.x == 0 && !whole) barrier_arrive(done);
     if (threadIdx.x == 0 && whole) {
       barrier_expect(done, (GATHER == 1 ? 0 : BYTES_A) + (GATHER == 2 ? 0 : BYTES_B));
-      if (GATHER != 1)
+      if (SHARES_A)
+        fetch_for(3, ring.a() + of.rank * BOX, of.map_a, tile.m + of.rank * 64, row, done);
+      else if (GATHER == 0)
 #pragma unroll
         for (int box = 0; box < BOXES_A; box++)
           fetch(ring.a() + box * BOX, of.map_a, tile.m + box * 64, row, done);
-      if (GATHER != 2)
-#pragma unroll
-        for (int box = 0; box < BOXES_B; box++)
-          fetch(ring.b() + box * BOX, of.map_b, tile.n + box * 64, row, done);
+      if (!SHARES_A) bring_shared_b(of, tile, row, ring);
     }
     if (GATHER == 1) copy_boxes<BOXES_A>(ring.a(), of.a, rows, tile.m, of.M);
     if (GATHER == 2) copy_boxes<BOXES_B>(ring.b(), of.b, rows, tile.n, of.N);
@@ -250,10 +264,26 @@ __device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& t
   }
 }
 
+// Tells both blocks that a warp needs a stage no more: either fetches into both.
+__device__ __forceinline__ void release(u32 is_empty, int rank) {
+  if (threadIdx.x % 32) return;
+  barrier_arrive(is_empty);
+  barrier_arrive_at(rank ^ 1, is_empty);
+}
+
+// Lets the other block have its half of what is fetched for an empty tile.
+__device__ __forceinline__ void pass_by(int steps, int rank, Ring& ring) {
+  for (int step = 0; step < steps; step++) {
+    barrier_wait(ring.is_full(), ring.parity);
+    release(ring.is_empty(), rank);
+    ring.next();
+  }
+}
+
 // Multiplies what the first warpgroup brings: 64 × 256 results of this warpgroup, all products done.
-__device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int half, Ring& ring) {
+__device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int half, int rank,
+                                              Ring& ring) {
   constexpr int NEXT_A = A_ACROSS ? 2048 >> 4 : 2, NEXT_B = B_ACROSS ? 2048 >> 4 : 2;  // 16 elements on
-  const bool leader = threadIdx.x % 32 == 0;
   if (steps == 0) {
 #pragma unroll
     for (int i = 0; i < 128; i++) d[i] = 0.f;
@@ -271,13 +301,13 @@ __device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int ha
     for (int i = 0; i < 4; i++) multiply(d, a + i * NEXT_A, b + i * NEXT_B, step > 0 || i > 0);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the stage before is free
-    if (step > 0 && leader) barrier_arrive(last);
+    if (step > 0) release(last, rank);
     last = ring.is_empty();
     ring.next();
   }
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   pin(d);
-  if (steps > 0 && leader) barrier_arrive(last);
+  if (steps > 0) release(last, rank);
 }
 
 // Rounds and stores 256 columns of a row, of which `of` are this thread's.
@@ -313,9 +343,28 @@ __device__ __forceinline__ void store_swiglu(const float* of, u16* gate_line, u1
   }
 }
 
+// Stores the 64 rows of a tile that this warpgroup has multiplied.
+__device__ __forceinline__ void store_tile(const float (&d)[128], const Tile& tile, int half, int M, int N,
+                                           u16* out, const int* slots, const float* weights, u16* hidden) {
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  const long long first = BY_ROWS ? tile.begin + tile.m : (long long)tile.group * M + tile.m;
+#pragma unroll
+  for (int j = 0; j < 2; j++) {  // a thread holds parts of two rows
+    const int row = half * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4 + j * 8, column = tile.n + quad * 8;
+    const int columns = row < tile.rows ? N - column : 0;
+    if constexpr (SWIGLU) {
+      u16* line = out + (first + row) * 2 * N + column;
+      const float weight = row < tile.rows ? __ldg(weights + __ldg(slots + first + row)) : 0.f;
+      store_swiglu(d + j * 2, line, line + N, hidden + (first + row) * N + column, weight, columns, quad);
+    } else {
+      store_row(d + j * 2, out + (first + row) * N + column, columns, quad);
+    }
+  }
+}
+
 // ends: rows up to the end of each group. M: columns of A (KIND 2). N: columns of D; of gate (SWIGLU).
 // slots: of each row, with GATHER or SWIGLU. weights: of each slot; hidden: H (SWIGLU).
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     grouped_mm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
                const u16* __restrict__ a, const u16* __restrict__ b, u16* __restrict__ out,
                const int* __restrict__ ends, int groups, int M, int N, int K,
@@ -324,51 +373,42 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   extern __shared__ char raw[];
   const u32 base = (shared_address(raw) + 1023) & ~1023u;
   Ring ring{base, base + STAGES * BYTES_STAGE, base + STAGES * BYTES_STAGE + 8 * STAGES};
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = threadIdx.x / 128, rank = block_in_cluster();
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(ring.full + 8 * s, COPIES ? 129 : 1);  // the threads that copy, and the TMA's bytes
-      barrier_init(ring.empty + 8 * s, 8);                // warps that multiply
+      barrier_init(ring.empty + 8 * s, 16);               // warps that multiply
     }
     barriers_are_ready();
   }
-  __syncthreads();
+  cluster_wait();
 
-  Tiles tiles{ends, groups, M, N};
+  Tiles tiles{ends, groups, M, N, rank};
   Tile tile;
+  const int first = blockIdx.x / 2, step = gridDim.x / 2;
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-    const Arguments of{&map_a, &map_b, a, b, slots, M, N, K};
+    const Arguments of{&map_a, &map_b, a, b, slots, M, N, K, rank};
     if (COPIES || threadIdx.x == 0)
-      for (int index = blockIdx.x; tiles.find(index, tile); index += gridDim.x)
+      for (int index = first; tiles.find(index, tile); index += step)
         if constexpr (BY_ROWS)
           bring_rows(of, tile, ring);
         else
           bring_columns(of, tile, ring);
-    return;
-  }
-
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-  const int lane = threadIdx.x % 32, quad = lane % 4;
-  const int first_row = (warpgroup - 1) * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-  for (int index = blockIdx.x; tiles.find(index, tile); index += gridDim.x) {
-    float d[128];
-    const int steps = BY_ROWS ? K / TILE_K : (tile.end - tile.begin + TILE_K - 1) / TILE_K;
-    multiply_tile(d, steps, warpgroup - 1, ring);
-
-    const long long first = BY_ROWS ? tile.begin + tile.m : (long long)tile.group * M + tile.m;
-#pragma unroll
-    for (int j = 0; j < 2; j++) {  // a thread holds parts of two rows
-      const int row = first_row + j * 8, column = tile.n + quad * 8;
-      const int columns = row < tile.rows ? N - column : 0;
-      if constexpr (SWIGLU) {
-        u16* line = out + (first + row) * 2 * N + column;
-        const float weight = row < tile.rows ? __ldg(weights + __ldg(slots + first + row)) : 0.f;
-        store_swiglu(d + j * 2, line, line + N, hidden + (first + row) * N + column, weight, columns, quad);
-      } else {
-        store_row(d + j * 2, out + (first + row) * N + column, columns, quad);
+    __syncwarp();
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    for (int index = first; tiles.find(index, tile); index += step) {
+      const int steps = BY_ROWS ? K / TILE_K : (tile.end - tile.begin + TILE_K - 1) / TILE_K;
+      if (tile.empty) {
+        pass_by(steps, rank, ring);
+        continue;
       }
+      float d[128];
+      multiply_tile(d, steps, warpgroup - 1, rank, ring);
+      store_tile(d, tile, warpgroup - 1, M, N, out, slots, weights, hidden);
     }
   }
+  cluster_wait();  // the other block fetches into this one's memory, and arrives at its barriers
 }

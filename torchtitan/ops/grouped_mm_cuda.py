@@ -99,13 +99,13 @@ def _launch(
     a, b = ((each.x if isinstance(each, Gathered) else each).contiguous() for each in (a, b))
     assert slots is None or slots.dtype == torch.int32
     over_rows = kind == _OVER_ROWS
-    lines_of_b = 64 if kind != _BY_WEIGHTS else 128 if swiglu else 256
+    lines_of_b = 128 if kind == _BY_WEIGHTS else 64
     maps = (
         tensor_map(a, 64 if over_rows else 128, 64),
         tensor_map(b.flatten(0, -2), lines_of_b, 64),
     )
     sizes = ends_E.numel(), M, N, 0 if over_rows else a.size(1)
-    blocks = torch.cuda.get_device_properties(out.device).multi_processor_count
+    blocks = torch.cuda.get_device_properties(out.device).multi_processor_count // 2 * 2
     arguments = (*maps, a, b, out, ends_E, *sizes, slots, *(swiglu or (None, None)))
     kernel = _kernel(kind, gather, top_k, swiglu=swiglu is not None)
     kernel.launch(out.device, (blocks,), 384, arguments)

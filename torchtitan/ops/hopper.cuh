@@ -54,6 +54,41 @@ __device__ __forceinline__ void fetch(u32 to, const TensorMap* map, int column, 
       : "memory");
 }
 
+// Fetches a box into the same place of the blocks of a cluster that `blocks` names, a bit each; each
+// block's own barrier counts the bytes that it gets.
+__device__ __forceinline__ void fetch_for(u16 blocks, u32 to, const TensorMap* map, int column, int row,
+                                          u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(column), "r"(row),
+      "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
+// Arrives at a barrier of another block of the cluster. Not `.release.cluster`: for that the compiler
+// waits for all memory of the GPU, every time.
+__device__ __forceinline__ void barrier_arrive_at(u32 block, u32 barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .u32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(barrier), "r"(block)
+      : "memory");
+}
+
+__device__ __forceinline__ u32 block_in_cluster() {
+  u32 rank;
+  asm("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Waits for all threads of all blocks of the cluster.
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Keeps the compiler from moving uses of `d` over this line.
 template <int SIZE>
 __device__ __forceinline__ void pin(float (&d)[SIZE]) {
