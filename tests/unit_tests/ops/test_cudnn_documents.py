@@ -114,7 +114,7 @@ def test_a_deterministic_run_has_other_kernels(monkeypatch):
 def test_sizes_that_no_gpu_has_proven_are_left_to_flash_attention(monkeypatch):
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(pygraph=None))
     monkeypatch.setattr(cudnn_documents, "build", lambda call: pytest.fail("built"))
-    assert cudnn_documents._built(call(qk=128)) is None
+    assert cudnn_documents._built(call(qk=64)) is None
 
 
 def test_a_refusal_is_remembered_and_told_once(monkeypatch, caplog):
