@@ -11,7 +11,7 @@ from torchtitan.tools.errors import UserError, suggest
 # Share of a network's speed that collectives reach: DeepEP's README, 43 of 50 GB/s, a little less.
 REACHED = 0.84
 TABLE = Path(__file__).with_name("hardware.toml")
-_MAY_BE_0 = ("overhead_gib", "slack", "hidden", "host", "second_hop_ms")
+_MAY_BE_0 = ("overhead_gib", "slack", "hidden", "host", "second_hop_ms", "fp8_gemm", "fp8_grouped")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Hardware:
     hidden: float
     host: float
     second_hop_ms: float
+    fp8_gemm: float = 0.0
+    fp8_grouped: float = 0.0
 
     @property
     def peak_flops(self) -> float:
@@ -87,7 +89,7 @@ def find_hardware(name: str) -> Hardware:
 
 def _checked(name: str, row: dict[str, Any]) -> Hardware:
     expected = {f.name: f.type for f in fields(Hardware)} | {"name": "str"}
-    for key in expected.keys() - row.keys() - {"name"}:
+    for key in expected.keys() - row.keys() - {"name", "fp8_gemm", "fp8_grouped"}:
         raise UserError(f"{TABLE}: [{name}] lacks {key}; the head of the file says what it is.")
     for key, value in row.items():
         if key not in expected or key == "name":

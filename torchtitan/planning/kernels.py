@@ -11,7 +11,8 @@ from torch import Tensor
 
 from torchtitan.ops.fp8.weight import Fp8Weight
 
-Kind = str  # "gemm", "grouped", "attention", or "" for everything else
+# "gemm", "grouped", each with "fp8 " before it, "attention", or "" for everything else.
+Kind = str
 
 
 def flops_of(name: str, args: Any, outputs: list[Tensor]) -> tuple[Kind, int]:
@@ -62,12 +63,13 @@ def _scaled_mm(args: Any, outputs: list[Tensor]) -> int:
 
 
 def _fp8_linear(args: Any, outputs: list[Tensor]) -> int:
-    return 2 * args[0].numel() * args[1].size(1)
+    x_RK, w_ENK = args[:2]
+    return 2 * x_RK.numel() * w_ENK.size(1)
 
 
 def _fp8_linear_backward(args: Any, outputs: list[Tensor]) -> int:
-    needs_x, needs_w = args[7:9]
-    return 2 * args[0].numel() * args[1].size(1) * (needs_x + needs_w)
+    grad_RN, w_ENK, (needs_x, needs_w) = args[0], args[3], args[7:9]
+    return 2 * grad_RN.numel() * w_ENK.size(2) * (needs_x + needs_w)
 
 
 def _fp8_linear_gradients(args: Any, outputs: list[Tensor]) -> int:
@@ -151,15 +153,14 @@ _FLOPS: dict[str, tuple[Kind, Callable[[Any, list[Tensor]], float]]] = {
     "torchtitan::expert_ffn": ("grouped", _experts),
     "torchtitan::expert_ffn_backward": ("grouped", _experts_backward),
     "torchtitan::grouped_mm_backward": ("grouped", _grouped_mm_backward),
-    # Timed as in bf16: no rates of FP8 products are in the table of hardware.
-    "aten::_scaled_mm": ("gemm", _scaled_mm),
-    "torchtitan::fp8_linear": ("gemm", _fp8_linear),
-    "torchtitan::fp8_linear_backward": ("gemm", _fp8_linear_backward),
-    "torchtitan::fp8_linear_gradients_": ("gemm", _fp8_linear_gradients),
-    "torchtitan::fp8_feed_forward": ("gemm", _fp8_feed_forward),
-    "torchtitan::fp8_feed_forward_backward": ("gemm", _fp8_feed_forward_backward),
-    "torchtitan::fp8_expert_ffn": ("grouped", _experts),
-    "torchtitan::fp8_expert_ffn_backward": ("grouped", _fp8_experts_backward),
+    "aten::_scaled_mm": ("fp8 gemm", _scaled_mm),
+    "torchtitan::fp8_linear": ("fp8 gemm", _fp8_linear),
+    "torchtitan::fp8_linear_backward": ("fp8 gemm", _fp8_linear_backward),
+    "torchtitan::fp8_linear_gradients_": ("fp8 gemm", _fp8_linear_gradients),
+    "torchtitan::fp8_feed_forward": ("fp8 gemm", _fp8_feed_forward),
+    "torchtitan::fp8_feed_forward_backward": ("fp8 gemm", _fp8_feed_forward_backward),
+    "torchtitan::fp8_expert_ffn": ("fp8 grouped", _experts),
+    "torchtitan::fp8_expert_ffn_backward": ("fp8 grouped", _fp8_experts_backward),
 }
 
 

@@ -31,7 +31,7 @@ _ONLY_ALLOCATE = ("aten::empty", "aten::new_empty")
 class Work:
     """Work of a pass.
 
-    flops: by kind ("gemm", "grouped", "attention").
+    flops: by kind (kernels.py).
     bytes_moved: read and written by all other operations.
     bytes_fused: by fused operators, beside their products.
     sent: bytes that this rank sends, by (name of the process group, kind of collective).

@@ -203,9 +203,14 @@ class _Clock:
         way: 0 forward, 1 backward.
         """
         h, routing = self.hardware, self.traces.routing
-        attention = h.attention_backward if way else h.attention_forward
         work = one.backward if way else one.forward
-        rates = {"gemm": h.gemm, "grouped": h.grouped, "attention": attention}
+        rates = {
+            "gemm": h.gemm,
+            "grouped": h.grouped,
+            "fp8 gemm": h.fp8_gemm or h.gemm,
+            "fp8 grouped": h.fp8_grouped or h.grouped,
+            "attention": h.attention_backward if way else h.attention_forward,
+        }
         found = Seconds()
         for kind, flops in work.flops.items():
             found.add(_NAMES[kind], flops / (h.peak_flops * rates[kind]) * (1 + h.host))
@@ -229,7 +234,13 @@ class _Clock:
         return moved / self.hardware.bytes_per_second
 
 
-_NAMES = {"gemm": "matrix products", "grouped": "experts", "attention": "attention"}
+_NAMES = {
+    "gemm": "matrix products",
+    "grouped": "experts",
+    "fp8 gemm": "matrix products in FP8",
+    "fp8 grouped": "experts",
+    "attention": "attention",
+}
 
 
 def _seconds(stages: dict[int, tuple[Seconds, Seconds]], one: Action) -> float:

@@ -1,6 +1,7 @@
 """Plans against what was measured, torch's own counter, and arithmetic."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,6 +22,7 @@ from torchtitan.planning.report import as_data, table
 from torchtitan.planning.routing import route
 from torchtitan.planning.state import state_of
 from torchtitan.planning.sweep import estimate
+from torchtitan.planning.timing import step_time
 from torchtitan.planning.trace import trace_run
 from torchtitan.planning.traffic import gather_bytes, reduce_bytes, replica_bytes
 from torchtitan.tools.errors import UserError
@@ -213,18 +215,6 @@ def test_gathers_in_fp8_send_half_the_bytes_and_hold_half() -> None:
     assert half.worst.peak.total < whole.worst.peak.total
 
 
-def test_products_of_a_head_in_fp8_count_as_many_flops() -> None:
-    options = [*DEBUG, '--model.converters=["float8"]']
-
-    def products(*key: str) -> float:
-        config = ConfigManager().parse_args([*options, *key])
-        run = plan_run(config, 1, gpus_per_node=8)
-        parts = trace_run(run, 1.0).of_layer.values()
-        return sum(part.forward.flops["gemm"] + part.backward.flops["gemm"] for part in parts)
-
-    assert products("--quantize.linear.float8.head") == products() > 0
-
-
 def test_sums_in_bf16_send_half_the_bytes_and_hold_half() -> None:
     options = [*DEBUG, "--parallelism.data_parallel_replicate_degree=2"]
     whole = plan(*options, world_size=4)
@@ -411,6 +401,36 @@ def test_a_cuda_graph_that_the_run_would_refuse_is_refused(options: list[str]) -
     graph = "--parallelism.expert_parallel_degree=2", "--compile.cuda_graph"
     with pytest.raises(UserError, match="needs message sizes that don't change"):
         plan(*preset, *graph, *options, world_size=2)
+
+
+PRODUCTS = ("matrix products", "matrix products in FP8")
+
+
+def flops_by_kind(found: Plan) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for layer in found.traces.of_layer.values():
+        for work in (layer.forward, layer.backward):
+            for kind, flops in work.flops.items():
+                total[kind.removeprefix("fp8 ")] += flops
+    return total
+
+
+@pytest.mark.parametrize("recipe", ["", "rowwise", "head"])
+def test_products_in_fp8_have_the_flops_of_bf16_and_take_less_time(recipe: str) -> None:
+    options = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES]
+    fp8 = ["--model.converters=float8"]
+    fp8 += ["--quantize.linear.float8.recipe_name=rowwise"] * (recipe == "rowwise")
+    fp8 += ["--quantize.linear.float8.head"] * (recipe == "head")
+    plain, converted = plan(*options), plan(*options, *fp8)
+    assert flops_by_kind(converted) == flops_by_kind(plain)
+    if recipe != "rowwise":  # whose quantising is counted as if nothing fused it
+        assert converted.time.seconds < plain.time.seconds
+    unknown = replace(converted.hardware, fp8_gemm=0.0, fp8_grouped=0.0)
+    states = {0: closed_state(converted.run, converted.traces, 0)}
+    as_bf16 = step_time(converted.run, converted.traces, states, unknown, []).parts
+    assert as_bf16["experts"] == pytest.approx(plain.time.parts["experts"])
+    products = sum(as_bf16.get(name, 0.0) for name in PRODUCTS)
+    assert products == pytest.approx(plain.time.parts[PRODUCTS[0]])
 
 
 def test_gathered_weights_are_given_up_first() -> None:
