@@ -100,6 +100,7 @@ BF16_SUMS = "--training.mixed_precision_reduce=bfloat16"
         layout(2, replicate=2, shard=1, accumulation=2, ac="full"),
         layout(4, FOUR_LAYERS, replicate=2, shard=2, ep=2, accumulation=2),
         layout(4, FOUR_LAYERS, BF16_SUMS, replicate=2, shard=2),
+        layout(4, FOUR_LAYERS, "--parallelism.expert_parallel_node_size=2"),
     ],
     ids=[
         "freed",
@@ -117,6 +118,7 @@ BF16_SUMS = "--training.mixed_precision_reduce=bfloat16"
         "DDP, accumulation",
         "HSDP x EP, accumulation",
         "HSDP, bf16 sums",
+        "two nodes of two",
     ],
 )
 def test_gathered_ones_train_as_under_fsdp(ranks, tmp_path, world_size, options):

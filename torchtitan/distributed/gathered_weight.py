@@ -52,11 +52,25 @@ def split_first_dim(module: nn.Module, mesh: DeviceMesh) -> None:
         module.register_parameter(name, nn.Parameter(split, param.requires_grad))
 
 
+def parts_travel(ranks: int, stride: int, node_size: int) -> bool:
+    """Tell whether gradients travel to the rank that adds them up, in bf16, instead of being summed
+    on their way, in fp32: half the bytes. Where several nodes have several of the ranks each it is
+    more: what is summed inside of a node leaves it once.
+
+    ranks: that share a weight.
+    stride: from one of them to the next in the numbering of all.
+    node_size: consecutive ranks of a node.
+    """
+    in_node = max(1, min(ranks, node_size // stride))
+    return in_node in (1, ranks)
+
+
 class GatheredWeight:
     """A weight of which each rank of a group keeps a slice along dim 0 up to date.
 
     part: this rank's slice, copied.
     reduce_dtype: dtype in which gradients are summed over the ranks.
+    parts_travel: see there.
     is_freed: whether `free` frees the weight.
 
     whole: what layers compute with; right between `wait` and `free`.
@@ -64,7 +78,13 @@ class GatheredWeight:
     """
 
     def __init__(
-        self, part: Tensor, group: dist.ProcessGroup, reduce_dtype: torch.dtype, *, is_freed: bool
+        self,
+        part: Tensor,
+        group: dist.ProcessGroup,
+        *,
+        reduce_dtype: torch.dtype,
+        parts_travel: bool,
+        is_freed: bool,
     ):
         ranks, rank = group.size(), group.rank()
         self.whole = part.new_empty(ranks * part.size(0), *part.shape[1:])
@@ -72,7 +92,7 @@ class GatheredWeight:
         if not is_freed:
             self.part = self.whole.detach().narrow(0, rank * part.size(0), part.size(0))
             self.part.copy_(part)
-        self._reduce_dtype = reduce_dtype
+        self._reduce_dtype, self._parts_travel = reduce_dtype, parts_travel
         self._is_freed = is_freed
         self._group = group
         self._outdated = True
@@ -115,19 +135,22 @@ class GatheredWeight:
 
     def start_sum(self, grad: Tensor) -> "GradientSum":
         """Start to sum gradients of the whole weight over the ranks."""
-        return GradientSum(grad.contiguous(), self._group, self._reduce_dtype)
+        dtype, parts = self._reduce_dtype, self._parts_travel
+        return GradientSum(grad.contiguous(), self._group, dtype, parts_travel=parts)
 
 
 class GradientSum:
     """A sum over ranks on its way, of which each rank gets its slice along dim 0.
 
-    A sum in a wider dtype than the gradients' is done by the rank that gets it, which receives all
-    slices as they are: half the bytes of fp32, and nothing is rounded on the way.
+    parts_travel: a sum in a wider dtype than the gradients' is done by the rank that gets it, which
+        receives all slices as they are.
     """
 
-    def __init__(self, grad: Tensor, group: dist.ProcessGroup, dtype: torch.dtype):
+    def __init__(
+        self, grad: Tensor, group: dist.ProcessGroup, dtype: torch.dtype, *, parts_travel: bool
+    ):
         self._grad, self._dtype, self._ranks = grad, dtype, group.size()  # read until it is there
-        self._sums_here = dtype.itemsize > grad.dtype.itemsize
+        self._sums_here = parts_travel and dtype.itemsize > grad.dtype.itemsize
         if self._sums_here:
             sizes = [grad.size(0) // group.size()] * group.size()
             exchange = torch.ops._c10d_functional.all_to_all_single

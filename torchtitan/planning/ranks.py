@@ -16,6 +16,7 @@ from torchtitan.config.phases import StepSettings
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.dry_run import init_dry_run
 from torchtitan.distributed.expert_parallel import gathers_by_default
+from torchtitan.distributed.gathered_weight import parts_travel
 from torchtitan.distributed.pipeline_plan import PipelinePlan, plan_pipeline
 from torchtitan.models.decoder import DecoderArgs
 from torchtitan.planning.stand_ins import without_filling
@@ -98,9 +99,19 @@ class PlannedRun:
 
     @property
     def frees_experts(self) -> bool:
-        """Whether experts that are split between ranks are freed after the forward pass."""
+        """Tell whether experts that are split between ranks are freed after the forward pass."""
+        return self.reshards and self._ranks_of_same_experts > 1
+
+    @property
+    def parts_travel(self) -> bool:
+        """Tell how their gradients are summed (distributed/gathered_weight.py)."""
+        stride = self.degrees.ep * self.degrees.etp
+        return parts_travel(self._ranks_of_same_experts, stride, self.node_size)
+
+    @property
+    def _ranks_of_same_experts(self) -> int:
         d = self.degrees
-        return self.reshards and d.dp_shard * d.cp * d.tp > d.ep * d.etp
+        return max(1, d.dp_shard * d.cp * d.tp // (d.ep * d.etp))
 
     @property
     def tokens_per_step(self) -> int:

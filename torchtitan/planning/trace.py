@@ -364,7 +364,7 @@ class _Tracer:
         under_fsdp = {id(p) for p in gathered}
         outside = sum(local_part(p).numel() for p in travelling if id(p) not in under_fsdp)
         freed = self.dtype.itemsize * outside if self.run.frees_experts else 0
-        narrower = max(0, self.run.bytes_of_sums - self.dtype.itemsize)
+        narrower = self.run.parts_travel * max(0, self.run.bytes_of_sums - self.dtype.itemsize)
         traced = Traced(
             kept=kept,
             forward_peak=forward_peak,

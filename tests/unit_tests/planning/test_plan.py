@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.scripts import SCRIPTS, script
 from torchtitan.config import ConfigManager
+from torchtitan.distributed.gathered_weight import parts_travel
 from torchtitan.planning.advice import nearest_fit
 from torchtitan.planning.closed import closed_state
 from torchtitan.planning.hardware import TABLE, find_hardware
@@ -431,6 +432,30 @@ def test_products_in_fp8_have_the_flops_of_bf16_and_take_less_time(recipe: str) 
     assert as_bf16["experts"] == pytest.approx(plain.time.parts["experts"])
     products = sum(as_bf16.get(name, 0.0) for name in PRODUCTS)
     assert products == pytest.approx(plain.time.parts[PRODUCTS[0]])
+
+
+@pytest.mark.parametrize(
+    "ranks, stride, node_size, travel",
+    [(8, 1, 8, True), (4, 8, 8, True), (16, 1, 8, False), (4, 4, 8, False), (2, 8, 16, True)],
+    ids=["a node", "one of each node", "two nodes", "two of each of two nodes", "two of a node"],
+)
+def test_parts_of_gradients_do_not_travel_where_nodes_have_several_ranks(
+    ranks: int, stride: int, node_size: int, travel: bool
+) -> None:
+    assert parts_travel(ranks, stride, node_size) == travel
+
+
+def test_between_nodes_of_several_ranks_experts_are_summed_in_fp32() -> None:
+    options = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES]
+    node = plan(*options, "--parallelism.expert_parallel_node_size=4", world_size=4)
+    nodes = plan(*options, "--parallelism.expert_parallel_node_size=2", world_size=4)
+    for name, one in node.traces.of_layer.items():
+        other = nodes.traces.of_layer[name]
+        parts = 2 * one.trained.experts * 3 / 4
+        once, split = reduce_bytes(node.run, one), reduce_bytes(nodes.run, other)
+        assert once.inside == pytest.approx(parts + 4 * one.trained.dense * 3 / 4), name
+        all_in_fp32 = 4 * (one.trained.experts + one.trained.dense)
+        assert (split.inside, split.between) == (all_in_fp32 / 2, all_in_fp32 / 4), name
 
 
 def test_gathered_weights_are_given_up_first() -> None:

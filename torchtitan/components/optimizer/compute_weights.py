@@ -40,7 +40,12 @@ from torchtitan.distributed.fsdp import (
     ranks_of_same_experts,
     reshards,
 )
-from torchtitan.distributed.gathered_weight import GatheredWeight, GradientSum, gather_ahead
+from torchtitan.distributed.gathered_weight import (
+    GatheredWeight,
+    GradientSum,
+    gather_ahead,
+    parts_travel,
+)
 from torchtitan.ops.fp8.linear import Fp8Recipe
 from torchtitan.ops.fp8.quantize import BLOCK
 from torchtitan.ops.fp8.weight import quantised
@@ -82,6 +87,7 @@ class ComputeWeights:
         = each in its own.
     sharing: ranks between which parameters are split along dim 0; None = they aren't.
     reduce_dtype: dtype in which these ranks sum gradients.
+    parts_travel: see gathered_weight.py.
     is_freed: whether copies gathered from them are freed between passes.
     replicas: ranks that have the same parameters; None = this one only.
 
@@ -97,12 +103,17 @@ class ComputeWeights:
         grad_dtype: torch.dtype | None,
         sharing: dist.ProcessGroup | None = None,
         reduce_dtype: torch.dtype = torch.float32,
+        parts_travel: bool = True,
         is_freed: bool = False,
         replicas: dist.ProcessGroup | None = None,
     ):
         self._grad_dtype = grad_dtype
         self._sharing = sharing
-        self._how: dict[str, Any] = {"reduce_dtype": reduce_dtype, "is_freed": is_freed}
+        self._how: dict[str, Any] = {
+            "reduce_dtype": reduce_dtype,
+            "parts_travel": parts_travel,
+            "is_freed": is_freed,
+        }
         self._sums: deque[tuple[_Fused, GradientSum]] = deque()
         self.sums_replicas = True
         self._replicas = replicas
@@ -376,6 +387,7 @@ def build_compute_weights(
         grad_dtype=grad_dtype,
         sharing=expert_axes(dims).get_group("fsdp") if shards > 1 and split else None,
         reduce_dtype=TORCH_DTYPES[training.mixed_precision_reduce],
+        parts_travel=parts_travel(shards, dims.ep * dims.etp, dims.node_size),
         is_freed=shards > 1 and reshards(dims, config.parallelism),
         replicas=expert_axes(dims).get_group("dp_replicate") if replicas > 1 and split else None,
     )
