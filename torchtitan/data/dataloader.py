@@ -98,9 +98,8 @@ class ParallelAwareDataLoader:
     def _batches_ahead(self) -> int:
         """Batches that each worker has ready."""
         workers, batch_size = self._slice.num_workers, self._slice.batch_size
-        batch_bytes = (
-            2 * 8 * batch_size * self._dataset.settings.seq_len
-        )  # tokens and labels, int64
+        # Tokens and labels, int64.
+        batch_bytes = 2 * 8 * batch_size * self._dataset.settings.seq_len
         fitting = _BYTES_AHEAD // batch_bytes
         return max(2, math.ceil(min(self._batches_at_once, fitting) / workers))
 
