@@ -1,26 +1,36 @@
 """Experts that no other rank has, or that stay gathered: without FSDP, with compute weights."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tests.distributed_tests.test_layouts import COMPILED, KEEP_WEIGHTS, layout
+from tests.distributed_tests.test_layouts import (
+    ALL_GATHER,
+    ALL_TO_ALL,
+    COMPILED,
+    KEEP_WEIGHTS,
+    layout,
+)
 from tests.distributed_tests.training_ranks import (
     assert_trained_alike,
     config_of,
     evaluated_and_trained,
+    train_on_this_rank,
     train_with,
 )
 from tests.tiny_run import losses, tiny
 from torchtitan.components.optimizer import compute_weights as compute_weights
 from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.distributed import fsdp
+from torchtitan.distributed.exchange import Gather
 from torchtitan.distributed.grad_norm import clip_factor, clip_grad_norm
 from torchtitan.distributed.token_dispatch import ExactDispatcher
 from torchtitan.models.moe.dispatcher import LocalDispatcher
@@ -126,6 +136,27 @@ def test_gathered_ones_train_as_under_fsdp(ranks, tmp_path, world_size, options)
     expected = ranks(world_size).run(oracle, options, str(tmp_path / "a"))
     for result in ranks(world_size).run(ours, options, str(tmp_path / "b")):
         assert_trained_alike(result, expected[0])
+
+
+def train_with_late_ranks(options: list[str], folder: str) -> dict:
+    """Every second rank starts each exchange of tokens later than the others."""
+    start = Gather.start
+
+    def late(self: Gather, x: Tensor) -> Tensor:
+        time.sleep(0.03 * (dist.get_rank() % 2))
+        return start(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gather, "start", late)
+        return train_on_this_rank(options, folder)
+
+
+def test_tokens_that_arrive_late_pass_fsdp(ranks, tmp_path):
+    """FSDP makes views of a module's inputs, among them tokens that gloo has still to fill in."""
+    options = layout(4, ALL_TO_ALL, FOUR_LAYERS, replicate=2, shard=2, ep=2)[1]
+    expected = ranks(4).run(train_on_this_rank, options, str(tmp_path / "a"))[0]
+    for result in ranks(4).run(train_with_late_ranks, [*options, ALL_GATHER], str(tmp_path / "b")):
+        assert_trained_alike(result, expected)
 
 
 def evaluate(options: list[str], folder: str, by_fsdp: bool) -> list[float]:

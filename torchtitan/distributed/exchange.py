@@ -266,7 +266,10 @@ def _all_to_all(
 
 def _to_all(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     gather = torch.ops._c10d_functional.all_gather_into_tensor
-    return gather(rows, group.size(), group.group_name)
+    travelling = gather(rows, group.size(), group.group_name)
+    # gloo copies what arrives into the result, in place and at some time. Autograd refuses to go on
+    # where a view of it was made before, as FSDP makes of a module's inputs.
+    return travelling if rows.is_cuda else _wait(travelling)
 
 
 def _to_own_ranks(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
