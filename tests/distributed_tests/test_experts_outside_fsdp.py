@@ -22,12 +22,15 @@ from tests.distributed_tests.test_layouts import (
 from tests.distributed_tests.training_ranks import (
     assert_trained_alike,
     config_of,
+    counts_of,
     evaluated_and_trained,
+    global_batches,
     train_on_this_rank,
     train_with,
 )
 from tests.tiny_run import losses, tiny
 from torchtitan.components.optimizer import compute_weights as compute_weights
+from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.distributed import fsdp
 from torchtitan.distributed.exchange import Gather
@@ -138,6 +141,32 @@ def test_gathered_ones_train_as_under_fsdp(ranks, tmp_path, world_size, options)
         assert_trained_alike(result, expected[0])
 
 
+def dtypes_of_replicas_sums(options: list[str], folder: str) -> set[tuple[torch.dtype, bool]]:
+    """Dtypes that sums over replicas travel in, and whether gradients are what arrived."""
+    found, finish = set(), ComputeWeights._finish
+
+    def noted(self: ComputeWeights) -> None:
+        sums = list(self._replica_sums)
+        finish(self)
+        found.update((sent.dtype, torch.equal(grad, sent.to(grad.dtype))) for grad, sent in sums)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ComputeWeights, "_finish", noted)
+        ours(options, folder)
+    return found
+
+
+@pytest.mark.parametrize("how", ["accumulation", "--optimizer.implementation=foreach"])
+def test_replicas_sum_in_the_dtype_that_is_asked_for(ranks, tmp_path, how):
+    """Also where gradients are fp32: those of several micro-batches, and torch's optimizers'."""
+    passes = {"accumulation": 2} if how == "accumulation" else {}
+    more = [] if passes else [how]
+    for dtype, sums in ((torch.float32, []), (torch.bfloat16, [BF16_SUMS])):
+        options = layout(2, *more, *sums, replicate=2, shard=1, **passes)[1]
+        found = ranks(2).run(dtypes_of_replicas_sums, options, str(tmp_path / str(dtype)))
+        assert found == [{(dtype, True)}] * 2
+
+
 def train_with_late_ranks(options: list[str], folder: str) -> dict:
     """Every second rank starts each exchange of tokens later than the others."""
     start = Gather.start
@@ -171,6 +200,50 @@ def test_gathered_ones_are_whole_in_an_evaluation(ranks, tmp_path):
     assert ranks(2).run(evaluate, options, str(tmp_path / "b"), False) == [
         pytest.approx(losses, rel=1e-6) for losses in expected
     ]
+
+
+def what_a_pass_leaves(options: list[str], folder: str, event: str) -> tuple[int, int, bool]:
+    """Evaluate, or fail in a backward pass, and go on. Returns bytes of gathered weights after the
+    event, and after the next pass sums not handed out and whether all experts have gradients."""
+    trainer = Trainer(config_of(*options, BF16, f"--job.dump_folder={folder}"))
+    weights, (tokens, labels) = trainer.compute_weights, next(iter(global_batches()))
+    assert weights is not None
+    batch = {"input": tokens}, labels
+    if event == "evaluation":
+        trainer.model.eval()
+        with torch.no_grad():
+            trainer.loss_sum(batch)
+        trainer.model.train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ComputeWeights, "_finish", raised)
+        if event == "error":
+            with pytest.raises(ZeroDivisionError):
+                trainer.forward_backward(batch, counts_of(labels.numel()))
+    held = sum(w.whole.untyped_storage().nbytes() for w in weights._gathered())
+    trainer.optimizer.zero_grad()
+    trainer.forward_backward(batch, counts_of(labels.numel()))
+    experts = [moe.experts for moe in trainer.model.moe_layers().values()]
+    complete = all(p.grad is not None for each in experts for p in each.parameters())
+    trainer.close()
+    return held, len(weights._sums) + len(weights._replica_sums), complete
+
+
+def raised(self: ComputeWeights) -> None:
+    raise ZeroDivisionError
+
+
+def test_an_evaluation_leaves_no_weights_of_multi_token_prediction(ranks, tmp_path):
+    """Its block is never run there, and has begun to be gathered."""
+    options = layout(2, FOUR_LAYERS, "--model.args.n_mtp_layers=1")[1]
+    found = ranks(2).run(what_a_pass_leaves, options, str(tmp_path), "evaluation")
+    assert found == [(0, 0, True)] * 2
+
+
+@pytest.mark.parametrize("degrees", [{}, {"replicate": 2, "shard": 1}], ids=["FSDP", "DDP"])
+def test_an_error_in_a_backward_pass_leaves_no_sums(ranks, tmp_path, degrees):
+    options = layout(2, FOUR_LAYERS, **degrees)[1]
+    found = ranks(2).run(what_a_pass_leaves, options, str(tmp_path), "error")
+    assert [each[1:] for each in found] == [(0, True)] * 2
 
 
 def kinds(options: list[str], folder: str) -> list[bool]:

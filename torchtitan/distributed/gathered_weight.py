@@ -188,6 +188,16 @@ def gather_ahead(
         block.register_forward_pre_hook(pass_of_block.enter)
         block.register_forward_hook(pass_of_block.leave)
 
+    def free_all(*_: object) -> None:
+        """Without a backward pass nothing else frees what no block has used: an evaluation skips
+        multi-token prediction."""
+        if not torch.is_grad_enabled():
+            for weights in of_block:
+                for weight in weights:
+                    weight.free()
+
+    root.register_forward_hook(free_all)
+
 
 class _BlockPass:
     """Hooks around a block's forward pass.

@@ -86,7 +86,7 @@ class ComputeWeights:
     grad_dtype: dtype in which parameters get their gradients, and micro-batches are added up; None
         = each in its own.
     sharing: ranks between which parameters are split along dim 0; None = they aren't.
-    reduce_dtype: dtype in which these ranks sum gradients.
+    reduce_dtype: dtype in which these ranks, and replicas, sum gradients.
     parts_travel: see gathered_weight.py.
     is_freed: whether copies gathered from them are freed between passes.
     replicas: ranks that have the same parameters; None = this one only.
@@ -117,7 +117,7 @@ class ComputeWeights:
         self._sums: deque[tuple[_Fused, GradientSum]] = deque()
         self.sums_replicas = True
         self._replicas = replicas
-        self._replica_sums: list[Tensor] = []
+        self._replica_sums: list[tuple[Tensor, Tensor]] = []  # a gradient, and what is summed
         self.after_grad: Callable[[nn.Parameter], None] | None = None
         self._fused: list[_Fused] = []
         self._copy_of: dict[nn.Parameter, Tensor] = {}
@@ -139,7 +139,14 @@ class ComputeWeights:
         for module in modules:
             for name, param in module.named_parameters(recurse=False):
                 self._add_single(module, name, param, dtype)
-        root.register_forward_pre_hook(lambda *_: self.refresh())
+        root.register_forward_pre_hook(lambda *_: self._begin())
+
+    def _begin(self) -> None:
+        """Prepare a forward pass."""
+        # What a backward pass that raised has left: the next one would take it for its own.
+        self._sums.clear()
+        self._replica_sums.clear()
+        self.refresh()
 
     def _can_join(self, params: list[nn.Parameter], dim: int) -> bool:
         """Tell whether the copies are all in FP8, in blocks of their own, or none is."""
@@ -221,8 +228,10 @@ class ComputeWeights:
     def _finish(self) -> None:
         """Wait for all sums over ranks, at the end of a backward pass."""
         self._finish_sums()
-        for grad in self._replica_sums:
-            torch.ops._c10d_functional.wait_tensor(grad)
+        for grad, travelling in self._replica_sums:
+            torch.ops._c10d_functional.wait_tensor(travelling)
+            if travelling is not grad:
+                grad.copy_(travelling)
         self._replica_sums.clear()
 
     def _finish_sums(self, but: int = 0) -> None:
@@ -261,7 +270,9 @@ class ComputeWeights:
 
     def _start_replica_sum(self, grad: Tensor) -> None:
         group = cast(dist.ProcessGroup, self._replicas).group_name
-        self._replica_sums.append(torch.ops._c10d_functional.all_reduce_(grad, "sum", group))
+        travelling = grad.to(self._how["reduce_dtype"])
+        torch.ops._c10d_functional.all_reduce_(travelling, "sum", group)
+        self._replica_sums.append((grad, travelling))
 
     def _call_after_grad(self, param: nn.Parameter) -> None:
         if self.after_grad is not None:
