@@ -1,4 +1,4 @@
-"""Experts that no other rank has, or that stay gathered: without FSDP, with compute weights."""
+"""Experts outside of FSDP, with compute weights: alone on a rank, shared by several, replicated."""
 
 import time
 from collections.abc import Iterator

@@ -9,6 +9,7 @@ writes. One that is freed is gathered for each pass of its layer.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,36 +66,39 @@ def parts_travel(ranks: int, stride: int, node_size: int) -> bool:
     return in_node in (1, ranks)
 
 
-class GatheredWeight:
-    """A weight of which each rank of a group keeps a slice along dim 0 up to date.
+@dataclass(frozen=True)
+class Sharing:
+    """How ranks share weights that are split along dim 0.
 
-    part: this rank's slice, copied.
-    reduce_dtype: dtype in which gradients are summed over the ranks.
-    parts_travel: see there.
-    is_freed: whether `free` frees the weight.
+    group: the ranks.
+    reduce_dtype: dtype in which gradients are summed over them.
+    parts_travel: see the function.
+    is_freed: whether whole weights are freed between passes.
+    """
+
+    group: dist.ProcessGroup
+    reduce_dtype: torch.dtype
+    parts_travel: bool
+    is_freed: bool
+
+
+class GatheredWeight:
+    """A weight of which each rank keeps a slice along dim 0 up to date.
+
+    part: this rank's slice; it is kept, or copied.
 
     whole: what layers compute with; right between `wait` and `free`.
     part: this rank's slice of it, to which new values are written.
     """
 
-    def __init__(
-        self,
-        part: Tensor,
-        group: dist.ProcessGroup,
-        *,
-        reduce_dtype: torch.dtype,
-        parts_travel: bool,
-        is_freed: bool,
-    ):
-        ranks, rank = group.size(), group.rank()
-        self.whole = part.new_empty(ranks * part.size(0), *part.shape[1:])
-        self.part = part.clone()
-        if not is_freed:
-            self.part = self.whole.detach().narrow(0, rank * part.size(0), part.size(0))
-            self.part.copy_(part)
-        self._reduce_dtype, self._parts_travel = reduce_dtype, parts_travel
-        self._is_freed = is_freed
-        self._group = group
+    def __init__(self, part: Tensor, sharing: Sharing):
+        ranks, rank, rows = sharing.group.size(), sharing.group.rank(), part.size(0)
+        self.whole = part.new_empty(ranks * rows, *part.shape[1:])
+        if sharing.is_freed:
+            self.part = part
+        else:
+            self.part = self.whole.detach().narrow(0, rank * rows, rows).copy_(part)
+        self._sharing = sharing
         self._outdated = True
         self._arriving: dist.Work | None = None
         self.free()
@@ -102,7 +106,7 @@ class GatheredWeight:
     @property
     def kept(self) -> Tensor:
         """Tensor that stays from pass to pass."""
-        return self.part if self._is_freed else self.whole
+        return self.part if self._sharing.is_freed else self.whole
 
     def outdate(self) -> None:
         """Have it gathered again before the next use: some rank's part has changed."""
@@ -114,11 +118,11 @@ class GatheredWeight:
         if not self._outdated:
             return
         self._outdated = False
-        if self._is_freed:
+        if self._sharing.is_freed:
             self.whole.untyped_storage().resize_(self.whole.nbytes)
         # By `data` autograd doesn't see that a weight is filled anew, with the values it has saved.
         whole = self.whole.data
-        self._arriving = _gather(whole, self.part, group=self._group, async_op=True)
+        self._arriving = _gather(whole, self.part, group=self._sharing.group, async_op=True)
 
     def wait(self) -> None:
         """Let this stream wait for the slices of other ranks."""
@@ -128,29 +132,27 @@ class GatheredWeight:
 
     def free(self) -> None:
         """Free the whole weight until the next `start`, if that is how it is used."""
-        if self._is_freed:
+        if self._sharing.is_freed:
             self.wait()
             self.whole.untyped_storage().resize_(0)
             self._outdated = True
 
     def start_sum(self, grad: Tensor) -> "GradientSum":
         """Start to sum gradients of the whole weight over the ranks."""
-        dtype, parts = self._reduce_dtype, self._parts_travel
-        return GradientSum(grad.contiguous(), self._group, dtype, parts_travel=parts)
+        return GradientSum(grad.contiguous(), self._sharing)
 
 
 class GradientSum:
     """A sum over ranks on its way, of which each rank gets its slice along dim 0.
 
-    parts_travel: a sum in a wider dtype than the gradients' is done by the rank that gets it, which
-        receives all slices as they are.
+    Where parts travel, a sum in a wider dtype than the gradients' is done by the rank that gets it,
+    which receives all slices as they are.
     """
 
-    def __init__(
-        self, grad: Tensor, group: dist.ProcessGroup, dtype: torch.dtype, *, parts_travel: bool
-    ):
+    def __init__(self, grad: Tensor, sharing: Sharing):
+        group, dtype = sharing.group, sharing.reduce_dtype
         self._grad, self._dtype, self._ranks = grad, dtype, group.size()  # read until it is there
-        self._sums_here = parts_travel and dtype.itemsize > grad.dtype.itemsize
+        self._sums_here = sharing.parts_travel and dtype.itemsize > grad.dtype.itemsize
         if self._sums_here:
             sizes = [grad.size(0) // group.size()] * group.size()
             exchange = torch.ops._c10d_functional.all_to_all_single

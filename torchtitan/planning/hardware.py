@@ -1,6 +1,6 @@
 """Accelerators and the rates that they reach, from hardware.toml, which is there to be edited."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torchtitan.tools.errors import UserError, suggest
 # Share of a network's speed that collectives reach: DeepEP's README, 43 of 50 GB/s, a little less.
 REACHED = 0.84
 TABLE = Path(__file__).with_name("hardware.toml")
-_MAY_BE_0 = ("overhead_gib", "slack", "hidden", "host", "second_hop_ms", "fp8_gemm", "fp8_grouped")
+_MAY_BE_0 = ("overhead_gib", "slack", "hidden", "host", "second_hop_ms")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def find_hardware(name: str) -> Hardware:
 
 def _checked(name: str, row: dict[str, Any]) -> Hardware:
     expected = {f.name: f.type for f in fields(Hardware)} | {"name": "str"}
-    for key in expected.keys() - row.keys() - {"name", "fp8_gemm", "fp8_grouped"}:
+    optional = {f.name for f in fields(Hardware) if f.default is not MISSING}
+    for key in expected.keys() - row.keys() - optional - {"name"}:
         raise UserError(f"{TABLE}: [{name}] lacks {key}; the head of the file says what it is.")
     for key, value in row.items():
         if key not in expected or key == "name":
@@ -97,7 +98,7 @@ def _checked(name: str, row: dict[str, Any]) -> Hardware:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if key != "about" and not (is_number and 0 <= value < float("inf")):
             raise UserError(f"{TABLE}: [{name}] {key} = {value!r} must be a number from 0.")
-    for key in expected.keys() - {"name", "about", *_MAY_BE_0}:
+    for key in expected.keys() - optional - {"name", "about", *_MAY_BE_0}:
         if not row[key]:
             raise UserError(f"{TABLE}: [{name}] {key} = 0 must be above 0.")
     return Hardware(name=name, **row)

@@ -277,7 +277,7 @@ class RequestedTraces:
         return True
 
     def _meets_another(self) -> bool:
-        """Whether another profiler runs in the steps that a trace would take."""
+        """Tell whether another profiler runs in the steps that a trace would take."""
         last = self.steps_done + self.warmup + self.active
         return self.busy_freq > 0 and last // self.busy_freq > self.steps_done // self.busy_freq
 

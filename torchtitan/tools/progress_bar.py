@@ -24,7 +24,7 @@ def share_terminal() -> None:
 
 
 def beside_a_bar() -> bool:
-    """Whether lines of this process may come to a line of the terminal that holds a bar."""
+    """Tell whether lines of this process may come to a line of the terminal that holds a bar."""
     return _understands_codes() and (TERMINAL in os.environ or sys.stderr.isatty())
 
 

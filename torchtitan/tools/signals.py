@@ -152,7 +152,7 @@ class StopRequest:
         self.number = self.number or number
 
     def take_trace_request(self) -> bool:
-        """Whether a trace was asked for since the last call."""
+        """Tell whether a trace was asked for since the last call."""
         asked, self._trace = self._trace, False
         return asked
 
@@ -199,5 +199,5 @@ class StopRequest:
 
 
 def _has_peers() -> bool:
-    """Whether other ranks would wait for this one."""
+    """Tell whether other ranks would wait for this one."""
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"

@@ -60,7 +60,8 @@ def shape_model(
     config: JobConfig,
     plan: PipelinePlan | None = None,
 ) -> tuple[BaseModel, list[BaseModel]]:
-    """What `build_model` returns, still on the meta device: shapes, spread over ranks, unfilled."""
+    """Build the model on the meta device, spread over ranks, without values. Returns it and its
+    parts, as `build_model` does."""
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(TORCH_DTYPES[config.training.dtype])
     try:

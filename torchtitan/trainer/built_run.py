@@ -310,7 +310,8 @@ class BuiltRun:
         return clip_gradients(self.optimizer, self.model.parameters(), max_norm)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """As `ForwardBackward.loss_sum`, of a validation set; the numbers add up over ranks."""
+        """Return `ForwardBackward.loss_sum` of a validation batch, as numbers that add up over
+        ranks."""
         of_answers = "documents" in batch[0]
         loss, count, found = self.passes.loss_sum(batch, hits=of_answers)
         return self._counted_once(loss), self._counted_once(count), self._counted_once(found)

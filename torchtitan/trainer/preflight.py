@@ -146,7 +146,7 @@ def model_args_of(
 
 
 def _is_refused(make: Callable[[dict[str, Any]], Any], overrides: Any, error: UserError) -> bool:
-    """Whether these alone, without the command line's, lead to the same sentence."""
+    """Tell whether these settings alone, without the command line's, lead to the same error."""
     try:
         make(overrides)
     except UserError as own:

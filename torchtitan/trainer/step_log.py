@@ -69,7 +69,7 @@ class StepResult:
 
 
 class Outcome(NamedTuple):
-    """What a step's passes came to, before weights change; the same on all ranks of a stage.
+    """Result of a step's passes, before weights change; the same on all ranks of a stage.
 
     load: of the step; None without experts.
     rank_losses: each rank's part of the loss, of those that have one.

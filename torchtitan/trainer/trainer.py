@@ -222,7 +222,7 @@ class Trainer(BuiltRun):
             self.average.enter(self.step)
 
     def _was_asked_to_stop(self) -> bool:
-        """Whether a signal has asked any rank to stop before its first step."""
+        """Tell whether a signal has asked any rank to stop before its first step."""
         asked = torch.tensor(float(self.stop.number), device=self.device)
         all_asked = torch.stack(gather_from_ranks(asked))
         self.stop.agree(int(all_asked.max()))  # host sync: once, at start

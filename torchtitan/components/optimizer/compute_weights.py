@@ -43,6 +43,7 @@ from torchtitan.distributed.fsdp import (
 from torchtitan.distributed.gathered_weight import (
     GatheredWeight,
     GradientSum,
+    Sharing,
     gather_ahead,
     parts_travel,
 )
@@ -86,10 +87,8 @@ class ComputeWeights:
     grad_dtype: dtype in which parameters get their gradients, and micro-batches are added up; None
         = each in its own.
     sharing: ranks between which parameters are split along dim 0; None = they aren't.
-    reduce_dtype: dtype in which these ranks, and replicas, sum gradients.
-    parts_travel: see gathered_weight.py.
-    is_freed: whether copies gathered from them are freed between passes.
     replicas: ranks that have the same parameters; None = this one only.
+    reduce_dtype: dtype in which replicas sum gradients.
 
     sums_replicas: set it while a pass is the last of a step: gradients are summed over replicas.
     """
@@ -101,22 +100,15 @@ class ComputeWeights:
         *,
         root: nn.Module,
         grad_dtype: torch.dtype | None,
-        sharing: dist.ProcessGroup | None = None,
-        reduce_dtype: torch.dtype = torch.float32,
-        parts_travel: bool = True,
-        is_freed: bool = False,
+        sharing: Sharing | None = None,
         replicas: dist.ProcessGroup | None = None,
+        reduce_dtype: torch.dtype = torch.float32,
     ):
         self._grad_dtype = grad_dtype
         self._sharing = sharing
-        self._how: dict[str, Any] = {
-            "reduce_dtype": reduce_dtype,
-            "parts_travel": parts_travel,
-            "is_freed": is_freed,
-        }
         self._sums: deque[tuple[_Fused, GradientSum]] = deque()
         self.sums_replicas = True
-        self._replicas = replicas
+        self._replicas, self._reduce_dtype = replicas, reduce_dtype
         self._replica_sums: list[tuple[Tensor, Tensor]] = []  # a gradient, and what is summed
         self.after_grad: Callable[[nn.Parameter], None] | None = None
         self._fused: list[_Fused] = []
@@ -171,7 +163,7 @@ class ComputeWeights:
         tensor = local = torch.cat(copies, dim) if len(copies) > 1 else copies[0]
         gathered = None
         if self._sharing is not None:
-            gathered = GatheredWeight(local, self._sharing, **self._how)
+            gathered = GatheredWeight(local, self._sharing)
             tensor, local = gathered.whole, gathered.part
         trained = any(p.requires_grad for p in params)
         fused = _Fused(tensor.requires_grad_(trained), params, dim, gathered)
@@ -270,7 +262,7 @@ class ComputeWeights:
 
     def _start_replica_sum(self, grad: Tensor) -> None:
         group = cast(dist.ProcessGroup, self._replicas).group_name
-        travelling = grad.to(self._how["reduce_dtype"])
+        travelling = grad.to(self._reduce_dtype)
         torch.ops._c10d_functional.all_reduce_(travelling, "sum", group)
         self._replica_sums.append((grad, travelling))
 
@@ -315,7 +307,8 @@ class ComputeWeights:
     def gather(self) -> None:
         """Gather the outdated copies that stay whole over several passes, and wait for them."""
         self.refresh()
-        weights = [] if self._how["is_freed"] else self._gathered()
+        keeps = self._sharing is not None and not self._sharing.is_freed
+        weights = self._gathered() if keeps else []
         for weight in weights:
             weight.start()
         for weight in weights:
@@ -391,15 +384,21 @@ def build_compute_weights(
         return None
     sums_in_fp32 = replicas * shards > 1 and training.mixed_precision_reduce == "float32"
     grad_dtype = dtype_of_gradients(config, in_fp32=several_passes or sums_in_fp32)
+    reduce_dtype, sharing = TORCH_DTYPES[training.mixed_precision_reduce], None
+    if shards > 1 and split:
+        sharing = Sharing(
+            expert_axes(dims).get_group("fsdp"),
+            reduce_dtype,
+            parts_travel(shards, dims.ep * dims.etp, dims.node_size),
+            is_freed=reshards(dims, config.parallelism),
+        )
     weights = ComputeWeights(
         modules,
         TORCH_DTYPES[computes],
         root=model,
         grad_dtype=grad_dtype,
-        sharing=expert_axes(dims).get_group("fsdp") if shards > 1 and split else None,
-        reduce_dtype=TORCH_DTYPES[training.mixed_precision_reduce],
-        parts_travel=parts_travel(shards, dims.ep * dims.etp, dims.node_size),
-        is_freed=shards > 1 and reshards(dims, config.parallelism),
+        sharing=sharing,
+        reduce_dtype=reduce_dtype,
         replicas=expert_axes(dims).get_group("dp_replicate") if replicas > 1 and split else None,
     )
     gather_ahead(model, [(block, weights.gathered_in(block)) for block in model.blocks().values()])
