@@ -12,9 +12,10 @@
 // group in KIND 2 (with zeros behind them), are copied by the threads of the first warpgroup. Two
 // blocks, a cluster, have tiles above one another, and each fetches half of their B for both: power
 // limits these products, and bytes from the L2 cache cost power. Copies reach their own block only,
-// so where B is gathered the tiles lie side by side, and A is shared. Clusters are persistent, and
-// take pairs of tiles in turn; they find the group in the device's list of ends, so the host need
-// not know any size.
+// so where B is gathered the tiles lie side by side, and A is shared. Clusters are persistent: each
+// asks a counter for its next pair of tiles, so that those which start late, since another kernel
+// held their place, get fewer. They find the group in the device's list of ends, so the host need not
+// know any size.
 //
 // Compiled by NVRTC with KIND, GATHER, SWIGLU and TOP_K defined.
 
@@ -32,6 +33,7 @@ constexpr int PAIR_M = SHARES_A ? TILE_M : 2 * TILE_M, PAIR_N = SHARES_A ? 2 * S
 constexpr int SUPER = 16 * TILE_M / PAIR_M;  // pairs visited together, so that the L2 cache serves
 constexpr bool BY_ROWS = KIND < 2;
 constexpr bool COPIES = GATHER != 0 || KIND == 2;
+constexpr int BRINGING_WARPS = COPIES ? 4 : 1;
 // The dim that a product adds up is the matrix's second (0) or its first (1).
 constexpr int A_ACROSS = KIND == 2, B_ACROSS = KIND >= 1;
 
@@ -103,7 +105,7 @@ struct Tile {
   bool empty;             // the other tile of the pair is the last one
 };
 
-// The tiles of this block, in order: the first or the second of each pair.
+// The tiles of this block, by the pair's number, which must not decrease: the first or the second.
 struct Tiles {
   const int* ends;
   int groups, M, N, rank;
@@ -129,6 +131,37 @@ struct Tiles {
       begin = end;
     }
     return false;
+  }
+};
+
+// The numbers of the pairs that a cluster computes, told to all of its warps. One thread of the first
+// block asks the counter, and sends the answer to both blocks, a turn ahead.
+struct Turns {
+  u32 numbers, told, heard;  // two each, used in turn; `heard` counts warps, in the first block
+  int turn = 0;
+
+  __device__ int slot() const { return turn % 2; }
+  __device__ u32 parity() const { return turn / 2 % 2; }
+
+  // By one thread of each block.
+  __device__ void expect() const { barrier_expect(told + 8 * slot(), 4); }
+
+  // By whole warps.
+  __device__ int next() {
+    barrier_wait(told + 8 * slot(), parity());
+    int number;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(number) : "r"(numbers + 4 * slot()) : "memory");
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive_at(0, heard + 8 * slot());
+    turn++;
+    return number;
+  }
+
+  // Tells the number of this turn, if no warp still needs the one before the last.
+  __device__ void tell(int number) const {
+    barrier_wait(heard + 8 * slot(), parity() ^ 1);
+    send(0, numbers + 4 * slot(), number, told + 8 * slot());
+    send(1, numbers + 4 * slot(), number, told + 8 * slot());
   }
 };
 
@@ -363,19 +396,26 @@ __device__ __forceinline__ void store_tile(const float (&d)[128], const Tile& ti
 }
 
 // ends: rows up to the end of each group. M: columns of A (KIND 2). N: columns of D; of gate (SWIGLU).
-// slots: of each row, with GATHER or SWIGLU. weights: of each slot; hidden: H (SWIGLU).
+// slots: of each row, with GATHER or SWIGLU. weights: of each slot; hidden: H (SWIGLU). counter: 0,
+// before and after.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     grouped_mm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
                const u16* __restrict__ a, const u16* __restrict__ b, u16* __restrict__ out,
                const int* __restrict__ ends, int groups, int M, int N, int K,
                const int* __restrict__ slots, const float* __restrict__ weights,
-               u16* __restrict__ hidden) {
+               u16* __restrict__ hidden, int* __restrict__ counter) {
   extern __shared__ char raw[];
   const u32 base = (shared_address(raw) + 1023) & ~1023u;
   Ring ring{base, base + STAGES * BYTES_STAGE, base + STAGES * BYTES_STAGE + 8 * STAGES};
+  const u32 behind = base + STAGES * (BYTES_STAGE + 16);
+  Turns turns{behind + 32, behind, behind + 16};
   const int warpgroup = threadIdx.x / 128, rank = block_in_cluster();
 
   if (threadIdx.x == 0) {
+    for (int s = 0; s < 2; s++) {
+      barrier_init(turns.told + 8 * s, 1);                           // and a number's bytes
+      barrier_init(turns.heard + 8 * s, 2 * (8 + BRINGING_WARPS));  // of both blocks
+    }
     for (int s = 0; s < STAGES; s++) {
       barrier_init(ring.full + 8 * s, COPIES ? 129 : 1);  // the threads that copy, and the TMA's bytes
       barrier_init(ring.empty + 8 * s, 16);               // warps that multiply
@@ -386,20 +426,30 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
 
   Tiles tiles{ends, groups, M, N, rank};
   Tile tile;
-  const int first = blockIdx.x / 2, step = gridDim.x / 2;
   if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
     const Arguments of{&map_a, &map_b, a, b, slots, M, N, K, rank};
-    if (COPIES || threadIdx.x == 0)
-      for (int index = first; tiles.find(index, tile); index += step)
-        if constexpr (BY_ROWS)
-          bring_rows(of, tile, ring);
-        else
-          bring_columns(of, tile, ring);
-    __syncwarp();
+    const bool asks = threadIdx.x == 0 && rank == 0;
+    if (asks) turns.tell(atomicAdd(counter, 1));
+    while (threadIdx.x < 32 * BRINGING_WARPS) {
+      if (threadIdx.x == 0) turns.expect();
+      const int index = turns.next();
+      if (!tiles.find(index, tile)) {
+        // Each cluster is told one number too many; nobody asks after the last.
+        if (asks && index == tiles.before + gridDim.x / 2 - 1) *counter = 0;
+        break;
+      }
+      const int following = asks ? atomicAdd(counter, 1) : 0;
+      if constexpr (BY_ROWS)
+        bring_rows(of, tile, ring);
+      else
+        bring_columns(of, tile, ring);
+      if (asks) turns.tell(following);
+      __syncwarp();
+    }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-    for (int index = first; tiles.find(index, tile); index += step) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+    while (tiles.find(turns.next(), tile)) {
       const int steps = BY_ROWS ? K / TILE_K : (tile.end - tile.begin + TILE_K - 1) / TILE_K;
       if (tile.empty) {
         pass_by(steps, rank, ring);

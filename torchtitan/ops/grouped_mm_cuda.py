@@ -2,6 +2,7 @@
 grouped_mm_torch.py, whose functions these are."""
 
 from functools import lru_cache
+from itertools import count
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from torchtitan.ops.grouped_mm_torch import Gathered
 from torchtitan.tools.logging import logger
 
 _SOURCE = Path(__file__).with_name("grouped_mm.cu")
-_SHARED_MEMORY = 1024 + 4 * (128 + 256) * 128 + 16 * 4  # alignment, four stages and their barriers
+# Alignment, four stages and their barriers, what tells blocks their tiles.
+_SHARED_MEMORY = 1024 + 4 * (128 + 256) * 128 + 16 * 4 + 40
+_STREAMS = 128  # that may run products at the same time
+_places = count()
 _BY_WEIGHTS, _BY_WEIGHTS_TRANSPOSED, _OVER_ROWS = range(3)
 
 
@@ -36,6 +40,7 @@ def _compiles(device: torch.device) -> bool:
     else:
         try:
             _kernel(_BY_WEIGHTS, 0, swiglu=False).load(device)
+            _counters(device)  # not in a CUDA graph's memory, which ends with the graph
             return True
         except (ImportError, OSError, RuntimeError) as error:
             why = str(error)
@@ -82,6 +87,20 @@ def _kernel(kind: int, gather: int, top_k: int = 1, *, swiglu: bool) -> Kernel:
     return Kernel(_SOURCE, "grouped_mm", options, _SHARED_MEMORY)
 
 
+@lru_cache
+def _counters(device: torch.device) -> Tensor:
+    """Counters of tiles, which each product leaves at 0; one a stream."""
+    return torch.zeros(_STREAMS, dtype=torch.int32, device=device)
+
+
+@lru_cache
+def _place_of(stream: int) -> int:
+    """Give each stream a counter of its own."""
+    place = next(_places)
+    assert place < _STREAMS, "more streams run experts than torch has"
+    return place
+
+
 def _launch(
     kind: int,
     a: Tensor | Gathered,
@@ -106,6 +125,7 @@ def _launch(
     )
     sizes = ends_E.numel(), M, N, 0 if over_rows else a.size(1)
     blocks = torch.cuda.get_device_properties(out.device).multi_processor_count // 2 * 2
-    arguments = (*maps, a, b, out, ends_E, *sizes, slots, *(swiglu or (None, None)))
+    counter = _counters(out.device)[_place_of(torch.cuda.current_stream(out.device).cuda_stream)]
+    arguments = (*maps, a, b, out, ends_E, *sizes, slots, *(swiglu or (None, None)), counter)
     kernel = _kernel(kind, gather, top_k, swiglu=swiglu is not None)
     kernel.launch(out.device, (blocks,), 384, arguments)

@@ -77,6 +77,18 @@ __device__ __forceinline__ void barrier_arrive_at(u32 block, u32 barrier) {
       : "memory");
 }
 
+// Stores a number in the shared memory of a block of the cluster; that block's barrier counts 4 bytes.
+__device__ __forceinline__ void send(u32 block, u32 to, int number, u32 barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .u32 there, its_barrier;\n"
+      "mapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 its_barrier, %2, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [its_barrier];\n"
+      "}\n" ::"r"(to), "r"(number), "r"(barrier), "r"(block)
+      : "memory");
+}
+
 __device__ __forceinline__ u32 block_in_cluster() {
   u32 rank;
   asm("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
