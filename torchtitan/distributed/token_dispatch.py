@@ -30,7 +30,7 @@ from torchtitan.distributed.overlap import yield_turn
 from torchtitan.distributed.side_stream import SideStream
 from torchtitan.distributed.tensor_parallel import gather, reduce_scatter
 from torchtitan.ops.fp8.wire import packed_bytes
-from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
+from torchtitan.ops.permute import RowOrder, counts_of, expand_rows, reduce_rows, sort_slots
 from torchtitan.tools.utils import eager, local_device
 
 # Of hidden states on their way out, and of gradients of those that came back.
@@ -392,7 +392,7 @@ def _into_expert_order(arrival: Arrival, num_experts: int) -> tuple[Tensor, Tens
     rows_RD = expand_rows(arrival.exchange.finish(travelling), order)
     for tensor in (rows_RD, weights_R):  # one compiled graph for any number of rows
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return rows_RD, order.counts, Record(weights_R, arrival.traffic, arrival.hops, order)
+    return rows_RD, counts_of(order), Record(weights_R, arrival.traffic, arrival.hops, order)
 
 
 def _tiers(group: dist.ProcessGroup, ranks_per_node: int) -> Tensor:

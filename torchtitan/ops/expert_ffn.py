@@ -20,7 +20,7 @@ from torchtitan.ops import grouped_mm_torch
 from torchtitan.ops.grouped_mm import grouped_linear, why_loop
 from torchtitan.ops.grouped_mm_torch import Gathered
 from torchtitan.ops.lora import LowRank, add_grouped_low_rank
-from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows
+from torchtitan.ops.permute import RowOrder, counts_of, expand_rows, reduce_rows
 from torchtitan.ops.swiglu import swiglu
 
 Adapters = Sequence[LowRank | None]
@@ -105,19 +105,19 @@ def expert_ffn_chain(
     product: of rows with the experts' weights; adapters have their own.
     """
     if order.some_empty:  # leave out the rows behind the last copy
-        slot_of_row_R = order.slot_of_row_R[: int(order.counts.sum())]
+        slot_of_row_R = order.slot_of_row_R[: int(order.ends[-1])]
         # Not by `_replace`: torch 2.11 can't compile what comes after it.
         order = RowOrder(slot_of_row_R, *order[1:])
-    weights_R = weights_TK.flatten()[order.slot_of_row_R]
+    weights_R, counts_E = weights_TK.flatten()[order.slot_of_row_R], counts_of(order)
     rows_RD = expand_rows(x_TD, order)
-    gate_up_R2F = product(rows_RD, w13_E2FD, order.counts)
+    gate_up_R2F = product(rows_RD, w13_E2FD, counts_E)
     of_gate, of_up, of_down = adapters
     gate_RF, up_RF = gate_up_R2F.chunk(2, dim=1)
-    gate_RF = add_grouped_low_rank(gate_RF, rows_RD, of_gate, order.counts)
-    up_RF = add_grouped_low_rank(up_RF, rows_RD, of_up, order.counts)
+    gate_RF = add_grouped_low_rank(gate_RF, rows_RD, of_gate, counts_E)
+    up_RF = add_grouped_low_rank(up_RF, rows_RD, of_up, counts_E)
     hidden_RF = swiglu(gate_RF, up_RF, weights_R)
-    out_RD = product(hidden_RF, w2_EDF, order.counts)
-    return reduce_rows(add_grouped_low_rank(out_RD, hidden_RF, of_down, order.counts), order)
+    out_RD = product(hidden_RF, w2_EDF, counts_E)
+    return reduce_rows(add_grouped_low_rank(out_RD, hidden_RF, of_down, counts_E), order)
 
 
 @torch.library.custom_op("torchtitan::expert_ffn", mutates_args=())
@@ -128,13 +128,13 @@ def _expert_ffn(
     weights_TK: Tensor,
     slot_of_row_R: Tensor,
     row_of_slot_TK: Tensor,
-    counts_E: Tensor,
+    ends_E: Tensor,
     some_empty: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, D), and gate and up (R, 2F), which the backward pass needs."""
     from torchtitan.ops import permute_triton
 
-    products, ends_E = _products(x_TD, w2_EDF), counts_E.cumsum(0, dtype=torch.int32)
+    products = _products(x_TD, w2_EDF)
     rows = Gathered(x_TD, slot_of_row_R, weights_TK.size(1), ends_E[-1:] if some_empty else None)
     gate_up_R2F, hidden_RF = products.gate_up_swiglu(rows, w13_E2FD, weights_TK, ends_E)
     rows_RD = products.by_weights(hidden_RF, w2_EDF, ends_E)
@@ -142,7 +142,7 @@ def _expert_ffn(
 
 
 @_expert_ffn.register_fake
-def _(x_TD, w13_E2FD, w2_EDF, weights_TK, slot_of_row_R, row_of_slot_TK, counts_E, some_empty):
+def _(x_TD, w13_E2FD, w2_EDF, weights_TK, slot_of_row_R, row_of_slot_TK, ends_E, some_empty):
     return torch.empty_like(x_TD), x_TD.new_empty(slot_of_row_R.size(0), w13_E2FD.size(1))
 
 
@@ -156,7 +156,7 @@ def _expert_ffn_backward(
     weights_TK: Tensor,
     slot_of_row_R: Tensor,
     row_of_slot_TK: Tensor,
-    counts_E: Tensor,
+    ends_E: Tensor,
     some_empty: bool,
     trains_w13: bool,
     trains_w2: bool,
@@ -165,7 +165,7 @@ def _expert_ffn_backward(
     is empty."""
     from torchtitan.ops import permute_triton, swiglu_triton
 
-    products, ends_E = _products(x_TD, w2_EDF), counts_E.cumsum(0, dtype=torch.int32)
+    products = _products(x_TD, w2_EDF)
     num_rows, top_k = ends_E[-1:] if some_empty else None, weights_TK.size(1)
     grads = products.gather(Gathered(grad_TD, slot_of_row_R, top_k, num_rows))
     grad_RF = products.by_weights_transposed(grads, w2_EDF, ends_E)
@@ -188,9 +188,7 @@ def _expert_ffn_backward(
 
 
 @_expert_ffn_backward.register_fake
-def _(
-    grad, x_TD, gate_up, w13, w2, weights_TK, slot, row, counts, some_empty, trains_w13, trains_w2
-):
+def _(grad, x_TD, gate_up, w13, w2, weights_TK, slot, row, ends, some_empty, trains_w13, trains_w2):
     grad_w13 = torch.empty_like(w13) if trains_w13 else w13.new_empty(0)
     grad_w2 = torch.empty_like(w2) if trains_w2 else w2.new_empty(0)
     return torch.empty_like(x_TD), grad_w13, grad_w2, torch.empty_like(weights_TK)

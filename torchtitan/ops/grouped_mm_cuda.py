@@ -2,8 +2,8 @@
 grouped_mm_torch.py, whose functions these are."""
 
 from functools import lru_cache
-from itertools import count
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 import torch

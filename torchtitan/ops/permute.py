@@ -20,14 +20,19 @@ class RowOrder(NamedTuple):
 
     slot_of_row_R: slot of each row; undefined behind the last copy.
     row_of_slot_PK: row of each slot; −1 = the slot is empty, or its row would be behind the R-th.
-    counts: rows of each destination, of those among the R.
+    ends: int32, rows up to the end of each destination, of those among the R.
     some_empty: False = every slot has a row.
     """
 
     slot_of_row_R: Tensor
     row_of_slot_PK: Tensor
-    counts: Tensor
+    ends: Tensor
     some_empty: bool
+
+
+def counts_of(order: RowOrder) -> Tensor:
+    """Return the rows of each destination, int32."""
+    return order.ends.diff(prepend=order.ends.new_zeros(1))
 
 
 def sort_slots(
@@ -42,8 +47,8 @@ def sort_slots(
     some_empty = num_rows is not None
     rows = destination_PK.numel() if num_rows is None else num_rows
     if destination_PK.is_cuda:
-        slot_of_row_R, row_of_slot_PK, counts = _sort_slots(destination_PK, num_destinations, rows)
-        return RowOrder(slot_of_row_R, row_of_slot_PK, counts, some_empty)
+        slot_of_row_R, row_of_slot_PK, ends = _sort_slots(destination_PK, num_destinations, rows)
+        return RowOrder(slot_of_row_R, row_of_slot_PK, ends, some_empty)
     keys_PK = destination_PK
     if some_empty:  # empty slots go last
         keys_PK = destination_PK.where(destination_PK >= 0, num_destinations)
@@ -55,8 +60,8 @@ def sort_slots(
     if some_empty:
         ends = ends.clamp(max=rows)
         row_of_slot_N = row_of_slot_N.where(row_of_slot_N < ends[-1], -1)
-    counts = ends.diff(prepend=ends.new_zeros(1))
-    return RowOrder(slot_of_row_N[:rows], row_of_slot_N.view_as(keys_PK), counts, some_empty)
+    row_of_slot_PK = row_of_slot_N.view_as(keys_PK)
+    return RowOrder(slot_of_row_N[:rows], row_of_slot_PK, ends.int(), some_empty)
 
 
 def expand_rows(x_PD: Tensor, order: RowOrder) -> Tensor:

@@ -84,7 +84,20 @@ def _count(ids, mask, counts, N, P, K, E: tl.constexpr, SLOTS: tl.constexpr, MAS
 
 
 @triton.jit
-def _place(ids, starts, slot_of_row, row_of_slot, N, P, R, E: tl.constexpr, SLOTS: tl.constexpr):
+def _place(
+    ids,
+    counts,
+    ends,
+    slot_of_row,
+    row_of_slot,
+    ends_out,
+    N,
+    P,
+    R,
+    num_experts,
+    E: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     program = tl.program_id(0)
     slots = program * SLOTS + tl.arange(0, SLOTS)
     inside = slots < N
@@ -92,15 +105,18 @@ def _place(ids, starts, slot_of_row, row_of_slot, N, P, R, E: tl.constexpr, SLOT
     experts = tl.arange(0, E)
     hits = (expert[:, None] == experts[None, :]).to(tl.int32)
     earlier = tl.cumsum(hits, axis=0) - hits
-    begin = tl.load(starts + experts * P + program)
+    begin = tl.load(ends + experts * P + program) - tl.load(counts + experts * P + program)
     row = tl.sum(hits * (earlier + begin[None, :]), axis=1)
     kept = inside & (expert >= 0) & (row < R)
     tl.store(row_of_slot + slots, tl.where(kept, row, -1), mask=inside)
     tl.store(slot_of_row + row, slots, mask=kept)
+    if program == 0:
+        end = tl.minimum(tl.load(ends + experts * P + P - 1), R)
+        tl.store(ends_out + experts, end, mask=experts < num_experts)
 
 
 def sort_slots(ids_TK: Tensor, num_experts: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return slot_of_row_R, row_of_slot_TK and counts_E, all int32.
+    """Return slot_of_row_R, row_of_slot_TK and ends_E, all int32.
 
     The kernels round the number of experts up to a power of two.
     """
@@ -108,11 +124,23 @@ def sort_slots(ids_TK: Tensor, num_experts: int, num_rows: int) -> tuple[Tensor,
     E, P = counts_EP.shape
     slot_of_row = torch.empty(num_rows, dtype=torch.int32, device=ids_TK.device)
     row_of_slot_TK = torch.empty(ids_TK.shape, dtype=torch.int32, device=ids_TK.device)
-    ends_EP = counts_EP.flatten().cumsum(0, dtype=torch.int32).view(E, P)
-    starts_EP = ends_EP - counts_EP
-    _place[(P,)](ids_TK, starts_EP, slot_of_row, row_of_slot_TK, N, P, num_rows, E=E, SLOTS=_SLOTS)
-    ends_E = ends_EP[:num_experts, -1].clamp(max=num_rows)
-    return slot_of_row, row_of_slot_TK, ends_E.diff(prepend=ends_E.new_zeros(1))
+    ends_E = torch.empty(num_experts, dtype=torch.int32, device=ids_TK.device)
+    ends_EP = counts_EP.flatten().cumsum(0, dtype=torch.int32)
+    _place[(P,)](
+        ids_TK,
+        counts_EP,
+        ends_EP,
+        slot_of_row,
+        row_of_slot_TK,
+        ends_E,
+        N,
+        P,
+        num_rows,
+        num_experts,
+        E=E,
+        SLOTS=_SLOTS,
+    )
+    return slot_of_row, row_of_slot_TK, ends_E
 
 
 def count_tokens(ids_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from torchtitan.ops.fp8.quantize import E4M3, E5M2
 from torchtitan.ops.fp8.weight import quantised
 from torchtitan.ops.linear import Joint, grouped_ffn
 from torchtitan.ops.lora import Adapted, LowRank
-from torchtitan.ops.permute import sort_slots
+from torchtitan.ops.permute import counts_of, sort_slots
 
 KINDS = pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 # Half the distance of two numbers, of the smaller one: 3 and 2 bits of mantissa.
@@ -317,7 +317,7 @@ def test_adapters_of_experts_stay_exact_beside_frozen_weights_in_fp8():
         return fp8_linear(rows, weight[e], recipe) + adapter.scale * low
 
     expected, begin = torch.zeros(T, D), 0
-    for e, count in enumerate(order.counts.tolist()):
+    for e, count in enumerate(counts_of(order).tolist()):
         slots = order.slot_of_row_R[begin : begin + count].long()
         begin += count
         rows = x[slots // K]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchtitan.ops.permute import expand_rows, reduce_rows, sort_slots
+from torchtitan.ops.permute import counts_of, expand_rows, reduce_rows, sort_slots
 
 T, K, E, D = 7, 3, 6, 4
 
@@ -29,8 +29,9 @@ def test_order_is_by_expert_then_by_token(ids):
     assert order.slot_of_row_R.tolist() == [t * K + k for t, k in rows]
     for row, (t, k) in enumerate(rows):
         assert order.row_of_slot_PK[t, k] == row
-    assert torch.equal(order.counts, torch.bincount(ids.flatten(), minlength=E))
-    assert order.counts[2] == 0 and order.counts.dtype == torch.int64
+    counts = counts_of(order)
+    assert torch.equal(counts.long(), torch.bincount(ids.flatten(), minlength=E))
+    assert counts[2] == 0 and order.ends.dtype == torch.int32
 
 
 def test_expand_places_every_tokens_copies(ids):
@@ -78,7 +79,7 @@ def test_bf16_rows_are_summed_in_fp32():
 
 def test_no_tokens():
     order = sort_slots(torch.empty(0, K, dtype=torch.int64), E)
-    assert order.counts.tolist() == [0] * E
+    assert counts_of(order).tolist() == [0] * E
     assert expand_rows(torch.empty(0, D), order).shape == (0, D)
     assert reduce_rows(torch.empty(0, D), order).shape == (0, D)
 
@@ -107,7 +108,7 @@ def test_empty_slots_have_no_row(places):
     for row, (t, k) in enumerate(rows):
         assert order.row_of_slot_PK[t, k] == row
     assert torch.equal(order.row_of_slot_PK >= 0, places >= 0) and order.some_empty
-    assert order.counts.tolist() == [3, 2, 0, 1, 2, 3]
+    assert counts_of(order).tolist() == [3, 2, 0, 1, 2, 3]
     x = torch.randn(T, D)
     assert torch.equal(expand_rows(x, order), torch.stack([x[t] for t, _ in rows]))
 
@@ -136,7 +137,7 @@ def test_no_empty_slot_after_all(ids):
     full, told = sort_slots(ids, E), sort_slots(ids, E, num_rows=T * K)
     assert torch.equal(full.slot_of_row_R, told.slot_of_row_R)
     assert torch.equal(full.row_of_slot_PK, told.row_of_slot_PK)
-    assert torch.equal(full.counts, told.counts)
+    assert torch.equal(full.ends, told.ends)
     rows = torch.randn(T * K, D)
     assert torch.equal(reduce_rows(rows, full), reduce_rows(rows, told))
 
@@ -145,7 +146,7 @@ def test_no_empty_slot_after_all(ids):
 def test_only_empty_slots(num_rows_in):
     """No row at all, of tokens that are there (R = 0) or not (P = 0): zeros, and gradients too."""
     order = sort_slots(torch.full((num_rows_in, K), -1), E, num_rows=0)
-    assert order.counts.tolist() == [0] * E
+    assert counts_of(order).tolist() == [0] * E
     x = torch.randn(num_rows_in, D, requires_grad=True)
     rows = expand_rows(x, order)
     assert rows.shape == (0, D)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from torchtitan.ops.expert_ffn import ExpertOperator
-from torchtitan.ops.permute import RowOrder, expand_rows, reduce_rows, sort_slots
+from torchtitan.ops.permute import RowOrder, counts_of, expand_rows, reduce_rows, sort_slots
 
 
 class TokenDispatcher(Protocol):
@@ -145,7 +145,7 @@ class LocalDispatcher:
     ) -> tuple[Tensor, Tensor, LocalRecord]:
         order = sort_slots(ids_TK, self.num_experts)
         weights_R = weights_TK.flatten()[order.slot_of_row_R]
-        return expand_rows(x_TD, order), order.counts, LocalRecord(weights_R, order)
+        return expand_rows(x_TD, order), counts_of(order), LocalRecord(weights_R, order)
 
     def combine(self, rows_RD: Tensor, record: LocalRecord) -> Tensor:
         return reduce_rows(rows_RD, record.order)

@@ -51,7 +51,7 @@ def _experts(
     weights_TK: Tensor,
     slot_of_row_R: Tensor,
     row_of_slot_TK: Tensor,
-    counts_E: Tensor,
+    ends_E: Tensor,
     some_empty: bool,
     wide_gradients: bool,
     emulate: bool,
@@ -63,7 +63,6 @@ def _experts(
     w13_scales, w2_scales: of weights that are in FP8.
     """
     do, dtype, K = functions(x_TD, emulate), x_TD.dtype, weights_TK.size(1)
-    ends_E = counts_E.cumsum(0, dtype=torch.int32)
     rows = do.gather(do.by_rows(x_TD), slot_of_row_R, ends_E, K)
     w13 = in_blocks(do, w13_E2FD, w13_scales)
     gate_up_R2F = do.rows_by_blocks(rows, w13, ends_E, dtype)
@@ -76,7 +75,7 @@ def _experts(
 
 @_experts.register_fake
 def _(
-    x_TD, w13_E2FD, w2_EDF, weights_TK, slot, row, counts_E, some_empty, wide, emulate,
+    x_TD, w13_E2FD, w2_EDF, weights_TK, slot, row, ends_E, some_empty, wide, emulate,
     w13_scales=None, w2_scales=None,
 ):  # fmt: skip
     R = slot.size(0)
@@ -95,7 +94,7 @@ def _experts_backward(
     weights_TK: Tensor,
     slot_of_row_R: Tensor,
     row_of_slot_TK: Tensor,
-    counts_E: Tensor,
+    ends_E: Tensor,
     some_empty: bool,
     wide_gradients: bool,
     emulate: bool,
@@ -111,7 +110,7 @@ def _experts_backward(
     """
     do, kind = functions(x_TD, emulate), Fp8Recipe(wide_gradients).gradient_kind
     dtype, K, R = x_TD.dtype, weights_TK.size(1), slot_of_row_R.size(0)
-    groups = ends_E, padded = groups_of(counts_E.cumsum(0, dtype=torch.int32), x_TD)
+    groups = _, padded = groups_of(ends_E, x_TD)
     grad = do.by_rows(grad_TD, kind)
     rows = do.gather(grad, slot_of_row_R, ends_E, K)
     w2 = in_blocks_transposed(do, w2_EDF, w2_scales)
