@@ -30,7 +30,7 @@ class Kernel:
     def load(self, device: torch.device) -> Any:
         """Compile for a GPU, once. Raises `RuntimeError`, or `ImportError` without NVRTC."""
         assert device.index is not None
-        return _function(self.source, self.name, self.options, self.shared, device.index)
+        return _function(self.source, self.name, self.options, self.shared, device)
 
     def launch(
         self, device: torch.device, grid: Sequence[int], threads: int, arguments: Sequence[Any]
@@ -40,7 +40,7 @@ class Kernel:
         grid: blocks in up to three dims.
         arguments: tensors (their address), None (a null pointer), ints (32 bits), tensor maps.
         """
-        driver, function = _driver(), self.load(device)
+        driver, function = _driver(device), self.load(device)
         held = [_argument(each) for each in arguments]
         addresses = [
             each.getPtr() if hasattr(each, "getPtr") else ctypes.addressof(each) for each in held
@@ -60,14 +60,21 @@ def tensor_map(matrix: Tensor, box_rows: int, box_columns: int) -> Any:
 
     matrix: bf16, or of a type of one byte.
     """
-    return _tensor_map(matrix.data_ptr(), *matrix.shape, matrix.dtype, box_rows, box_columns)
+    place = matrix.device, matrix.data_ptr(), *matrix.shape
+    return _tensor_map(*place, matrix.dtype, box_rows, box_columns)
 
 
 @lru_cache(maxsize=4096)  # the allocator gives the same places again and again
 def _tensor_map(
-    address: int, rows: int, columns: int, dtype: torch.dtype, box_rows: int, box_columns: int
+    device: torch.device,
+    address: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    box_rows: int,
+    box_columns: int,
 ) -> Any:
-    driver = _driver()
+    driver = _driver(device)
     kinds = driver.CUtensorMapDataType
     wide = dtype == torch.bfloat16
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
@@ -88,8 +95,16 @@ def _tensor_map(
     )
 
 
-def _driver() -> Any:
-    return import_module("cuda.bindings.driver")
+def _driver(device: torch.device) -> Any:
+    """Return CUDA's driver, with the GPU's context current in this thread.
+
+    A thread of autograd has none before its first call of CUDA's runtime, which may be ours.
+    """
+    driver = import_module("cuda.bindings.driver")
+    if int(_check(driver.cuCtxGetCurrent())) == 0:
+        context = _check(driver.cuDevicePrimaryCtxRetain(device.index))
+        _check(driver.cuCtxSetCurrent(context))
+    return driver
 
 
 def _argument(value: Any) -> Any:
@@ -101,8 +116,10 @@ def _argument(value: Any) -> Any:
 
 
 @lru_cache
-def _function(source: Path, name: str, options: tuple[str, ...], shared: int, device: int) -> Any:
-    driver = _driver()
+def _function(
+    source: Path, name: str, options: tuple[str, ...], shared: int, device: torch.device
+) -> Any:
+    driver = _driver(device)
     with torch.cuda.device(device):
         module = _check(driver.cuModuleLoadData(_compile(source, options)))
         function = _check(driver.cuModuleGetFunction(module, name.encode()))
