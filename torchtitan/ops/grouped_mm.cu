@@ -6,9 +6,6 @@
 //   GATHER   0: none. 1, 2: the rows of A, of B are rows of a smaller matrix, slot / TOP_K of each.
 //   SWIGLU   1 (KIND 0): B[e] is gate (N, K) above up (N, K); D (R, 2 N), and H (R, N) =
 //            silu(gate) · up · the slot's weight, of gate and up as they were rounded.
-//            2 (KIND 1): D is the gradient of H, and isn't stored, but what follows from it: gradients
-//            of gate and up (R, 2 N), H again, and for the weights' gradients the sums of D · silu(gate)
-//            · up over the columns of each tile (tiles, R).
 //
 // A block of 384 threads: one warpgroup that brings tiles, two that multiply, each 64 of a tile's 128
 // rows by 256 columns. Whole tiles are fetched by the TMA; gathered rows, and the last rows of a
@@ -30,7 +27,7 @@ constexpr int BOXES_A = TILE_M / 64, BOXES_B = TILE_N / 64;
 constexpr int BYTES_A = BOXES_A * BOX, BYTES_B = BOXES_B * BOX;
 constexpr int BYTES_STAGE = BYTES_A + BYTES_B;
 constexpr int STAGES = 4;
-constexpr int STEP_N = SWIGLU == 1 ? TILE_N / 2 : TILE_N;  // columns of D, or of gate and of up, in a tile
+constexpr int STEP_N = SWIGLU ? TILE_N / 2 : TILE_N;  // columns of D, or of gate and of up, in a tile
 constexpr bool SHARES_A = GATHER == 2;  // a cluster's two tiles, else they share B
 constexpr int PAIR_M = SHARES_A ? TILE_M : 2 * TILE_M, PAIR_N = SHARES_A ? 2 * STEP_N : STEP_N;
 constexpr int SUPER = 16 * TILE_M / PAIR_M;  // pairs visited together, so that the L2 cache serves
@@ -195,7 +192,7 @@ struct Ring {
 __device__ __forceinline__ void bring_shared_b(const Arguments& of, const Tile& tile, int k, Ring& ring) {
   const u32 half = ring.b() + of.rank * (BYTES_B / 2);
   if (KIND == 0) {
-    const int first = SWIGLU == 1 ? tile.group * 2 * of.N + of.rank * of.N : tile.group * of.N + of.rank * 128;
+    const int first = SWIGLU ? tile.group * 2 * of.N + of.rank * of.N : tile.group * of.N + of.rank * 128;
     fetch_for(3, half, of.map_b, k, first + tile.n, ring.is_full());
     return;
   }
@@ -379,82 +376,9 @@ __device__ __forceinline__ void store_swiglu(const float* of, u16* gate_line, u1
   }
 }
 
-__device__ __forceinline__ uint4 load8(const u16* from, bool inside) {
-  return inside ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-}
-
-// Gradients of two columns: of gate, of up, and the weighted activation; adds to the weight's.
-__device__ __forceinline__ void swiglu_backward(float d0, float d1, u32& gate, u32& up, u32& hidden,
-                                                float weight, float& total) {
-  float gradient[2] = {d0, d1}, of_gate[2], of_up[2], weighted[2];
-  const float gates[2] = {low(gate), high(gate)}, ups[2] = {low(up), high(up)};
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const float sigmoid = __fdividef(1.f, 1.f + __expf(-gates[i])), silu = gates[i] * sigmoid;
-    total += gradient[i] * silu * ups[i];
-    gradient[i] *= weight;
-    of_gate[i] = gradient[i] * ups[i] * (sigmoid + silu * (1.f - sigmoid));
-    of_up[i] = gradient[i] * silu;
-    weighted[i] = silu * ups[i] * weight;
-  }
-  gate = pack(of_gate[0], of_gate[1]);
-  up = pack(of_up[0], of_up[1]);
-  hidden = pack(weighted[0], weighted[1]);
-}
-
-// Stores what follows from 256 columns of the activation's gradient in a row. Returns this thread's
-// part of their sum for the weight.
-__device__ __forceinline__ float store_swiglu_backward(const float* of, const u16* gate_line, const u16* up_line,
-                                                       u16* out_gate, u16* out_up, u16* hidden_line,
-                                                       float weight, int columns, int quad) {
-  constexpr int AHEAD = 2;  // times 32 columns: what is loaded before it is used
-  float total = 0.f;
-#pragma unroll
-  for (int first = 0; first < TILE_N / 8; first += 4 * AHEAD) {
-    uint4 gates[AHEAD], ups[AHEAD];
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-      const int column = (first + i * 4) * 8;
-      gates[i] = load8(gate_line + column, column < columns);
-      ups[i] = load8(up_line + column, column < columns);
-    }
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-      const float* pairs = of + (first + i * 4) * 4;
-      float even[4], odd[4];
-#pragma unroll
-      for (int c = 0; c < 4; c++) even[c] = pairs[c * 4], odd[c] = pairs[c * 4 + 1];
-      transpose(even[0], even[1], even[2], even[3], quad);
-      transpose(odd[0], odd[1], odd[2], odd[3], quad);
-      uint4 hidden;
-      swiglu_backward(even[0], odd[0], gates[i].x, ups[i].x, hidden.x, weight, total);
-      swiglu_backward(even[1], odd[1], gates[i].y, ups[i].y, hidden.y, weight, total);
-      swiglu_backward(even[2], odd[2], gates[i].z, ups[i].z, hidden.z, weight, total);
-      swiglu_backward(even[3], odd[3], gates[i].w, ups[i].w, hidden.w, weight, total);
-      const int column = (first + i * 4) * 8;
-      if (column < columns) {
-        *reinterpret_cast<uint4*>(out_gate + column) = gates[i];
-        *reinterpret_cast<uint4*>(out_up + column) = ups[i];
-        *reinterpret_cast<uint4*>(hidden_line + column) = hidden;
-      }
-    }
-  }
-  return total;
-}
-
-// What SWIGLU needs beside the product's own arguments.
-struct Activation {
-  const int* slots;
-  const float* weights;
-  u16* hidden;
-  const u16* gate_up;  // 2
-  float* sums;         // 2
-  int rows;            // 2: R
-};
-
 // Stores the 64 rows of a tile that this warpgroup has multiplied.
 __device__ __forceinline__ void store_tile(const float (&d)[128], const Tile& tile, int half, int M, int N,
-                                           u16* out, const Activation& act) {
+                                           u16* out, const int* slots, const float* weights, u16* hidden) {
   const int lane = threadIdx.x % 32, quad = lane % 4;
   const long long first = BY_ROWS ? tile.begin + tile.m : (long long)tile.group * M + tile.m;
 #pragma unroll
@@ -462,19 +386,9 @@ __device__ __forceinline__ void store_tile(const float (&d)[128], const Tile& ti
     const int row = half * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4 + j * 8, column = tile.n + quad * 8;
     const int columns = row < tile.rows ? N - column : 0;
     if constexpr (SWIGLU) {
-      const long long gate = (first + row) * 2 * N + column;
-      u16* hidden = act.hidden + (first + row) * N + column;
-      const float weight = row < tile.rows ? __ldg(act.weights + __ldg(act.slots + first + row)) : 0.f;
-      if constexpr (SWIGLU == 1) {
-        store_swiglu(d + j * 2, out + gate, out + gate + N, hidden, weight, columns, quad);
-      } else {
-        float total = store_swiglu_backward(d + j * 2, act.gate_up + gate, act.gate_up + gate + N, out + gate,
-                                            out + gate + N, hidden, weight, columns, quad);
-        total += __shfl_xor_sync(0xFFFFFFFF, total, 1);
-        total += __shfl_xor_sync(0xFFFFFFFF, total, 2);
-        if (quad == 0 && row < tile.rows)
-          act.sums[(long long)(tile.n / TILE_N) * act.rows + first + row] = total;
-      }
+      u16* line = out + (first + row) * 2 * N + column;
+      const float weight = row < tile.rows ? __ldg(weights + __ldg(slots + first + row)) : 0.f;
+      store_swiglu(d + j * 2, line, line + N, hidden + (first + row) * N + column, weight, columns, quad);
     } else {
       store_row(d + j * 2, out + (first + row) * N + column, columns, quad);
     }
@@ -482,15 +396,14 @@ __device__ __forceinline__ void store_tile(const float (&d)[128], const Tile& ti
 }
 
 // ends: rows up to the end of each group. M: columns of A (KIND 2). N: columns of D; of gate (SWIGLU).
-// slots: of each row, with GATHER or SWIGLU. weights: of each slot; hidden: H (SWIGLU). gate_up, sums,
-// rows = R: SWIGLU 2. counter: 0, before and after.
+// slots: of each row, with GATHER or SWIGLU. weights: of each slot; hidden: H (SWIGLU). counter: 0,
+// before and after.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     grouped_mm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
                const u16* __restrict__ a, const u16* __restrict__ b, u16* __restrict__ out,
                const int* __restrict__ ends, int groups, int M, int N, int K,
                const int* __restrict__ slots, const float* __restrict__ weights,
-               u16* __restrict__ hidden, const u16* __restrict__ gate_up, float* __restrict__ sums,
-               int rows, int* __restrict__ counter) {
+               u16* __restrict__ hidden, int* __restrict__ counter) {
   extern __shared__ char raw[];
   const u32 base = (shared_address(raw) + 1023) & ~1023u;
   Ring ring{base, base + STAGES * BYTES_STAGE, base + STAGES * BYTES_STAGE + 8 * STAGES};
@@ -544,7 +457,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       }
       float d[128];
       multiply_tile(d, steps, warpgroup - 1, rank, ring);
-      store_tile(d, tile, warpgroup - 1, M, N, out, {slots, weights, hidden, gate_up, sums, rows});
+      store_tile(d, tile, warpgroup - 1, M, N, out, slots, weights, hidden);
     }
   }
   cluster_wait();  // the other block fetches into this one's memory, and arrives at its barriers

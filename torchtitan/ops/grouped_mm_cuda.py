@@ -5,7 +5,6 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from torchtitan.tools.logging import logger
 _SOURCE = Path(__file__).with_name("grouped_mm.cu")
 # Alignment, four stages and their barriers, what tells blocks their tiles.
 _SHARED_MEMORY = 1024 + 4 * (128 + 256) * 128 + 16 * 4 + 40
-_TILE_COLUMNS = 256
 _STREAMS = 128  # that may run products at the same time
 _places = count()
 _BY_WEIGHTS, _BY_WEIGHTS_TRANSPOSED, _OVER_ROWS = range(3)
@@ -41,7 +39,7 @@ def _compiles(device: torch.device) -> bool:
         why = "the package cuda-bindings is not installed"
     else:
         try:
-            _kernel(_BY_WEIGHTS, 0).load(device)
+            _kernel(_BY_WEIGHTS, 0, swiglu=False).load(device)
             _counters(device)  # not in a CUDA graph's memory, which ends with the graph
             return True
         except (ImportError, OSError, RuntimeError) as error:
@@ -59,8 +57,7 @@ def gate_up_swiglu(
 ) -> tuple[Tensor, Tensor]:
     R, F = rows.slot_of_row_R.numel(), w13_E2FD.size(1) // 2
     gate_up_R2F, hidden_RF = rows.x.new_empty(R, 2 * F), rows.x.new_empty(R, F)
-    swiglu = _Swiglu(1, weights_TK, hidden_RF)
-    _launch(_BY_WEIGHTS, rows, w13_E2FD, ends_E, gate_up_R2F, N=F, swiglu=swiglu)
+    _launch(_BY_WEIGHTS, rows, w13_E2FD, ends_E, gate_up_R2F, N=F, swiglu=(weights_TK, hidden_RF))
     return gate_up_R2F, hidden_RF
 
 
@@ -77,26 +74,6 @@ def by_weights_transposed(rows: Tensor | Gathered, w_EKN: Tensor, ends_E: Tensor
     return out_RN
 
 
-def swiglu_backward(
-    grads: Gathered,
-    w2_EDF: Tensor,
-    gate_up_R2F: Tensor,
-    weights_TK: Tensor,
-    rows: Gathered,
-    ends_E: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from torchtitan.ops import swiglu_triton
-
-    R, F = gate_up_R2F.size(0), w2_EDF.size(2)
-    grad_gate_up_R2F, hidden_RF = torch.empty_like(gate_up_R2F), gate_up_R2F.new_empty(R, F)
-    sums = gate_up_R2F.new_empty(-(-F // _TILE_COLUMNS), R, dtype=torch.float32)
-    swiglu = _Swiglu(2, weights_TK, hidden_RF, gate_up_R2F.contiguous(), sums, R)
-    out = grad_gate_up_R2F
-    _launch(_BY_WEIGHTS_TRANSPOSED, grads, w2_EDF, ends_E, out, N=F, swiglu=swiglu)
-    grad_weights_TK = swiglu_triton.sum_by_slot(sums, weights_TK, rows.slot_of_row_R, rows.num_rows)
-    return grad_gate_up_R2F, hidden_RF, grad_weights_TK
-
-
 def over_rows(a: Tensor | Gathered, b: Tensor | Gathered, ends_E: Tensor) -> Tensor:
     M, N = (each.x.size(1) if isinstance(each, Gathered) else each.size(1) for each in (a, b))
     out_EMN = ends_E.new_empty(ends_E.numel(), M, N, dtype=torch.bfloat16)
@@ -104,22 +81,8 @@ def over_rows(a: Tensor | Gathered, b: Tensor | Gathered, ends_E: Tensor) -> Ten
     return out_EMN
 
 
-class _Swiglu(NamedTuple):
-    """What else a product computes (grouped_mm.cu): 1 the activation, 2 its gradients."""
-
-    way: int
-    weights: Tensor | None = None
-    hidden: Tensor | None = None
-    gate_up: Tensor | None = None
-    sums: Tensor | None = None
-    rows: int = 0
-
-
-_NO_SWIGLU = _Swiglu(0)
-
-
-def _kernel(kind: int, gather: int, top_k: int = 1, *, swiglu: int = 0) -> Kernel:
-    settings = {"KIND": kind, "GATHER": gather, "TOP_K": top_k, "SWIGLU": swiglu}
+def _kernel(kind: int, gather: int, top_k: int = 1, *, swiglu: bool) -> Kernel:
+    settings = {"KIND": kind, "GATHER": gather, "TOP_K": top_k, "SWIGLU": int(swiglu)}
     options = tuple(f"-D{name}={value}" for name, value in settings.items())
     return Kernel(_SOURCE, "grouped_mm", options, _SHARED_MEMORY)
 
@@ -147,7 +110,7 @@ def _launch(
     *,
     M: int = 0,
     N: int,
-    swiglu: _Swiglu = _NO_SWIGLU,
+    swiglu: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     gathered = a if isinstance(a, Gathered) else b if isinstance(b, Gathered) else None
     gather = 0 if gathered is None else 1 if gathered is a else 2
@@ -163,6 +126,6 @@ def _launch(
     sizes = ends_E.numel(), M, N, 0 if over_rows else a.size(1)
     blocks = torch.cuda.get_device_properties(out.device).multi_processor_count // 2 * 2
     counter = _counters(out.device)[_place_of(torch.cuda.current_stream(out.device).cuda_stream)]
-    arguments = (*maps, a, b, out, ends_E, *sizes, slots, *swiglu[1:], counter)
-    kernel = _kernel(kind, gather, top_k, swiglu=swiglu.way)
+    arguments = (*maps, a, b, out, ends_E, *sizes, slots, *(swiglu or (None, None)), counter)
+    kernel = _kernel(kind, gather, top_k, swiglu=swiglu is not None)
     kernel.launch(out.device, (blocks,), 384, arguments)

@@ -57,27 +57,6 @@ def by_weights_transposed(rows: Tensor, w_EKN: Tensor, ends_E: Tensor) -> Tensor
     return kernel(rows, w_EKN, offs=ends_E)
 
 
-def swiglu_backward(
-    grads: Tensor,
-    w2_EDF: Tensor,
-    gate_up_R2F: Tensor,
-    weights_TK: Tensor,
-    rows: Gathered,
-    ends_E: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of gate and up, the weighted activation again, and the gradient of the
-    weights (T, K), 0 for slots without a row.
-
-    grads: of the outputs, from `gather(rows)`.
-    """
-    from torchtitan.ops import swiglu_triton
-
-    grad_RF = by_weights_transposed(grads, w2_EDF, ends_E)
-    return swiglu_triton.backward(
-        grad_RF, gate_up_R2F, weights_TK, rows.slot_of_row_R, rows.num_rows
-    )
-
-
 def over_rows(a: Tensor | Gathered, b: Tensor | Gathered, ends_E: Tensor) -> Tensor:
     """Compute aᵀ · b over the rows of each group, (E, M, N); at most one of them is gathered."""
     a, b = (gather(each) if isinstance(each, Gathered) else each for each in (a, b))

@@ -123,11 +123,11 @@ __device__ __forceinline__ void swap_if(bool condition, u32& x, u32& y) {
   x = first;
 }
 
-// Of 32 columns of a row each of four neighbouring threads holds two in every 8: x0 of the first 8, x1
-// of the next. They transpose, so that each holds all of one 8.
+// Stores 32 columns of a row, of which each of four neighbouring threads holds two in every 8: x0 of
+// the first 8, x1 of the next. They transpose, so that each holds 8 columns, and stores 16 bytes.
 //
-// quad: number of the thread among the four.
-__device__ __forceinline__ void transpose(u32& x0, u32& x1, u32& x2, u32& x3, int quad) {
+// quad: number of the thread among the four. to: place of this thread's 8 columns.
+__device__ __forceinline__ void store32(u16* to, u32 x0, u32 x1, u32 x2, u32 x3, int quad, bool inside) {
   const bool odd = quad & 1, upper = quad & 2;
   swap_if(odd, x0, x1);  // swapped in odd threads, so that x1 is what goes to the neighbour
   swap_if(odd, x2, x3);
@@ -141,16 +141,5 @@ __device__ __forceinline__ void transpose(u32& x0, u32& x1, u32& x2, u32& x3, in
   x3 = __shfl_xor_sync(0xFFFFFFFF, x3, 2);
   swap_if(upper, x0, x2);
   swap_if(upper, x1, x3);
-}
-
-__device__ __forceinline__ void transpose(float& x0, float& x1, float& x2, float& x3, int quad) {
-  u32 a = __float_as_uint(x0), b = __float_as_uint(x1), c = __float_as_uint(x2), d = __float_as_uint(x3);
-  transpose(a, b, c, d, quad);
-  x0 = __uint_as_float(a), x1 = __uint_as_float(b), x2 = __uint_as_float(c), x3 = __uint_as_float(d);
-}
-
-// Stores these 32 columns, 16 bytes a thread. to: place of this thread's 8.
-__device__ __forceinline__ void store32(u16* to, u32 x0, u32 x1, u32 x2, u32 x3, int quad, bool inside) {
-  transpose(x0, x1, x2, x3, quad);
   if (inside) *reinterpret_cast<uint4*>(to) = make_uint4(x0, x1, x2, x3);
 }

@@ -82,43 +82,6 @@ def _backward(
         tl.store(grad_weights + slot, tl.sum(total))
 
 
-@triton.jit
-def _sum_by_slot(
-    sums, slots, num_rows, out, R, TILES: tl.constexpr, BLOCK: tl.constexpr, COUNTED: tl.constexpr
-):
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < (tl.load(num_rows) if COUNTED else R)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for tile in tl.static_range(TILES):
-        total += tl.load(sums + tile * R + rows, mask=inside, other=0.0)
-    tl.store(out + tl.load(slots + rows, mask=inside, other=0), total, mask=inside)
-
-
-def sum_by_slot(
-    sums: Tensor, weights_N: Tensor, slot_of_row_R: Tensor, num_rows: Tensor | None = None
-) -> Tensor:
-    """Return the sum of each row's numbers in the place of its slot, in the shape of the weights;
-    0 for slots without a row.
-
-    sums: fp32 (tiles, R).
-    num_rows: as in `backward`.
-    """
-    (tiles, R), block = sums.shape, 512
-    out = torch.empty_like(weights_N) if num_rows is None else torch.zeros_like(weights_N)
-    if R:
-        _sum_by_slot[(triton.cdiv(R, block),)](
-            sums,
-            slot_of_row_R,
-            num_rows,
-            out,
-            R,
-            TILES=tiles,
-            BLOCK=block,
-            COUNTED=num_rows is not None,
-        )
-    return out
-
-
 def _block(F: int) -> int:
     """Block size: a power of two, chosen so that little of the last block is wasted."""
     return min(1024, triton.next_power_of_2(F)) if F % 512 == 0 or F < 512 else 512

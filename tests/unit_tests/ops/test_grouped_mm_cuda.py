@@ -89,27 +89,6 @@ def test_products_by_transposed_weights(is_gathered):
     assert agree(ours().by_weights_transposed(rows, w, ends()), expected, rows=R)
 
 
-@pytest.mark.parametrize("columns", [F, 320])
-@pytest.mark.parametrize("counted", [False, True])
-def test_gradients_of_swiglu_behind_their_product(columns, counted):
-    """Also where the last tile is half a tile, and where some slots have no row."""
-    rows, w2 = gathered(D), randn(E, D, columns) * 0.1
-    if counted:
-        rows = rows._replace(num_rows=torch.tensor([R], dtype=torch.int32))
-    gate_up, weights = rows_of(2 * columns), torch.rand(R + 2 * BEHIND, TOP_K)
-    arguments = gate_up, weights, rows, ends()
-    ours_of = ours().swiglu_backward(ours().gather(rows), w2, *arguments)
-    theirs = plain.swiglu_backward(plain.gather(rows), w2, *arguments)
-    for actual, expected in zip(ours_of[:2], theirs[:2], strict=True):
-        a, b = actual[:R].double(), expected[:R].double()
-        assert (a - b).norm() / b.norm() < 5e-3  # the plain way rounds the product
-    slots = rows.slot_of_row_R[:R].long()
-    a, b = (each[2].flatten()[slots].double() for each in (ours_of, theirs))
-    assert (a - b).norm() / b.norm() < 5e-3
-    if counted:
-        assert ours_of[2].count_nonzero() <= R
-
-
 @pytest.mark.parametrize("which", ["none", "first", "second"])
 def test_products_over_rows_leave_empty_groups_zero(which):
     a = gathered(D) if which == "first" else rows_of(D)

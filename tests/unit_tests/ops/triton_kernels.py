@@ -86,16 +86,6 @@ def test_tokens_are_copied_to_as_many_rows_as_the_device_says():
 
 
 @pytest.mark.parametrize("rows", [450, 300])
-def test_sums_of_tiles_are_in_the_places_of_their_slots(rows):
-    _, (slots, *_) = sorted_slots()
-    sums, weights = torch.randn(3, 450), torch.randn(150, 3)
-    num_rows = None if rows == 450 else torch.tensor([rows], dtype=torch.int32)
-    out = kernels("swiglu").sum_by_slot(sums, weights, slots, num_rows)
-    expected = torch.zeros(450).index_put_((slots[:rows],), sums.sum(0)[:rows])
-    torch.testing.assert_close(out.flatten(), expected)
-
-
-@pytest.mark.parametrize("rows", [450, 300])
 def test_swiglu_with_routing_weights_forward_and_backward(rows):
     """Compare all rows, and the first 300, behind which none may count."""
     _, (slots, *_) = sorted_slots()
