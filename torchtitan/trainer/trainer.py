@@ -19,6 +19,7 @@ import torchtitan
 from torchtitan.components.checkpoint.meta import WEIGHTS
 from torchtitan.components.metrics.alarms import Action
 from torchtitan.components.metrics.logger import device_name
+from torchtitan.components.optimizer import prepare_step
 from torchtitan.components.optimizer.lr_scheduler import resume_lr_scheduler
 from torchtitan.data.dataloader import merge_states
 from torchtitan.distributed.fsdp import sync_replicas_on_last_microbatch
@@ -283,6 +284,7 @@ class Trainer(BuiltRun):
         # A request to stop is sent with the loss, so that all ranks end after the same step.
         asked = torch.full_like(local_loss, float(self.stop.number))
         gathered = torch.cat(gather_from_ranks(torch.stack((local_loss, asked, overflow))))
+        prepare_step(self.optimizer)
         # host sync: a non-finite step must be known before the weights change
         # fp64: fp32 counts to 2**24 only
         last = torch.stack([each.double() for each in (*counts, grad_norm)])

@@ -4,7 +4,8 @@ from torchtitan.components.optimizer.build import (
     build_optimizer,
     clip_gradients,
     group_rules,
+    prepare_step,
     replay_steps,
 )
 
-__all__ = ["build_optimizer", "clip_gradients", "group_rules", "replay_steps"]
+__all__ = ["build_optimizer", "clip_gradients", "group_rules", "prepare_step", "replay_steps"]

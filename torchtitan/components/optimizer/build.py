@@ -53,6 +53,13 @@ def replay_steps(optimizer: Optimizer, *, grads_stay: bool) -> None:
         optimizer.as_graph = grads_stay
 
 
+def prepare_step(optimizer: Optimizer) -> None:
+    """Do what the host can do for the next step before it waits for the gradients' norm, where the
+    optimizer supports it."""
+    if isinstance(optimizer, FusedAdam):
+        optimizer.prepare()
+
+
 def build_optimizer(
     model_parts: list[nn.Module],
     *,

@@ -55,6 +55,7 @@ class FusedAdam(AdamW):
         # Numbers that change from step to step (`step_numbers`): a row for each parameter.
         self._row_of = {p: i for i, p in enumerate(self._group_of)}
         self._numbers: Tensor | None = None
+        self._prepared = False
         # Made now: torch's state dict functions would otherwise create the state by a step on
         # gradients of another dtype.
         for p in self._group_of:
@@ -64,6 +65,15 @@ class FusedAdam(AdamW):
         if early_step and compute_weights is not None:
             compute_weights.after_grad = self._step_early
 
+    def prepare(self) -> None:
+        """Do what the host can do for the next step before its gradients are known; optional.
+
+        Call it right before the step: learning rates must not change between.
+        """
+        if not self.early_step:
+            self._send_numbers()
+            self._prepared = True
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         if not self.as_graph:
@@ -71,13 +81,16 @@ class FusedAdam(AdamW):
         params = self._recorded or [p for p in self._group_of if p.grad is not None]
         if not params:
             return
-        rows = [torch.zeros(4)] * len(self._row_of)
-        for p, numbers in zip(params, self._count_step(params), strict=True):
-            rows[self._row_of[p]] = numbers
-        self._static_numbers(params[0].device).copy_(torch.stack(rows), non_blocking=True)
-        if not self.as_graph:
+        if not self._prepared:
+            self._send_numbers()
+        self._prepared = False
+        if self.as_graph:
+            self._replay(params)
+        else:
             self._update_all(params)
-            return
+        torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+
+    def _replay(self, params: list[nn.Parameter]) -> None:
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
@@ -109,8 +122,9 @@ class FusedAdam(AdamW):
         grad = cast(Tensor, param.grad)  # set just before this hook
         self._early_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
         numbers = self._static_numbers(param.device)[self._row_of[param]]
-        numbers.copy_(self._count_step([param])[0], non_blocking=True)
+        numbers.copy_(self._numbers_of([param])[0], non_blocking=True)
         self._update(param, grad)
+        self.state[param]["step"] += 1
         param.grad = None
 
     def _static_numbers(self, device: torch.device) -> Tensor:
@@ -118,15 +132,18 @@ class FusedAdam(AdamW):
             self._numbers = torch.zeros(len(self._row_of), 4, device=device)
         return self._numbers
 
-    def _count_step(self, params: list[nn.Parameter]) -> list[Tensor]:
-        """Count a step of these parameters; return the `step_numbers` of each.
+    def _send_numbers(self) -> None:
+        rows = torch.stack(self._numbers_of(list(self._group_of)))
+        device = next(iter(self._group_of)).device
+        self._static_numbers(device).copy_(rows, non_blocking=True)
 
-        The GPU waits for them, and most parameters have the same, so that each are made once.
+    def _numbers_of(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """Return the `step_numbers` of these parameters' next step.
+
+        Most have the same, so that each are made once.
         """
-        steps = [self.state[p]["step"] for p in params]
-        torch._foreach_add_(steps, 1)
         made: dict[tuple[int, int], Tensor] = {}
-        keys = [(self._group_of[p], int(step)) for p, step in zip(params, steps, strict=True)]
+        keys = [(self._group_of[p], int(self.state[p]["step"]) + 1) for p in params]
         for index, step in set(keys):
             group = self.param_groups[index]
             decay = group["weight_decay"] if self._decoupled else 0.0
