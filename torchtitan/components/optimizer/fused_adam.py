@@ -70,7 +70,7 @@ class FusedAdam(AdamW):
 
         Call it right before the step: learning rates must not change between.
         """
-        if not self.early_step:
+        if self._group_of and not self.early_step:
             self._send_numbers()
             self._prepared = True
 
