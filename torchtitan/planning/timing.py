@@ -18,6 +18,7 @@ from torchtitan.planning.traffic import (
     gather_bytes,
     layer_bytes,
     reduce_bytes,
+    regather_bytes,
     replica_bytes,
     rows_as_bytes,
     send_bytes,
@@ -131,19 +132,19 @@ class _Clock:
     def whole_step(self) -> Seconds:
         """Time without a pipeline: FSDP's communication hides behind its layer's work."""
         run, parts = self.run, Seconds()
-        replicas = Bytes()
+        replicas, exposed = Bytes(), 0.0
         for name in names_at(run, self.traces, 0):
             one = self.traces.of_layer[name]
             forward, backward = self.times(one)
-            gather = self.sending(gather_bytes(run, one))
-            reduce = self.sending(reduce_bytes(run, one))
+            again = self.sending(regather_bytes(run, one))
+            back = again * run.reshards + self.sending(reduce_bytes(run, one))
+            for gather in (self.sending(gather_bytes(run, one)), *[again] * (run.passes - 1)):
+                exposed += max(0.0, gather - forward.total) + max(0.0, back - backward.total)
             parts = parts.plus(forward).plus(backward)
             parts.add("elementwise", self._adding(one))
-            parts.add("weights sent", max(0.0, gather - forward.total))
-            parts.add("weights sent", max(0.0, gather * run.reshards + reduce - backward.total))
             replicas += replica_bytes(run, one)
         parts = parts.times(run.passes)
-        parts.add("weights sent", self.sending(replicas))
+        parts.add("weights sent", exposed + self.sending(replicas))
         return parts
 
     def pipelined_step(self, by_rank: list[list[Action]]) -> tuple[Seconds, list[list[Pass]]]:

@@ -9,6 +9,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.distributed.gathered_weight import parts_travel
 from torchtitan.planning.advice import nearest_fit
 from torchtitan.planning.hardware import find_hardware
+from torchtitan.planning.plan import make_plan
 from torchtitan.planning.sweep import estimate
 from torchtitan.planning.traffic import reduce_bytes, replica_bytes
 
@@ -68,6 +69,18 @@ def test_experts_outside_of_fsdp_travel_once_and_are_summed_in_bf16(passes: int)
     half = 0.5  # of two ranks
     expected = half * (2 * experts + passes * (2 * experts + (2 + 4) * others))
     assert found.traffic[0]["fsdp"].inside == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["never", "always"])
+def test_weights_take_the_time_of_their_bytes_where_nothing_hides_them(how: str) -> None:
+    options = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES]
+    options += [f"--parallelism.fsdp_reshard_after_forward={how}"]
+    options += ["--parallelism.expert_parallel_node_size=1", "--training.global_batch_size=24"]
+    slow = replace(find_hardware("h200"), network_gb_s=0.01)
+    found = make_plan(ConfigManager().parse_args(options), 2, slow)
+    assert found.run.passes == 3, "kept experts are gathered in the first pass only"
+    sent = found.traffic[0]["fsdp"].between
+    assert found.time.parts["weights sent"] == pytest.approx(sent / 1e7, rel=0.01)
 
 
 @pytest.mark.parametrize(
