@@ -96,7 +96,7 @@ def _tensor_map(
 
 
 def _driver(device: torch.device) -> Any:
-    """Return CUDA's driver, with the GPU's context current in this thread.
+    """Return CUDA's driver; make the GPU's context current in a thread that has none.
 
     A thread of autograd has none before its first call of CUDA's runtime, which may be ours.
     """

@@ -157,7 +157,7 @@ struct Turns {
     return number;
   }
 
-  // Tells the number of this turn, if no warp still needs the one before the last.
+  // Tells the number of this turn, once no warp needs the one before the last.
   __device__ void tell(int number) const {
     barrier_wait(heard + 8 * slot(), parity() ^ 1);
     send(0, numbers + 4 * slot(), number, told + 8 * slot());
@@ -440,10 +440,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         break;
       }
       const int following = asks ? atomicAdd(counter, 1) : 0;
-      if constexpr (BY_ROWS)
-        bring_rows(of, tile, ring);
-      else
-        bring_columns(of, tile, ring);
+      if (COPIES || threadIdx.x == 0) {
+        if constexpr (BY_ROWS)
+          bring_rows(of, tile, ring);
+        else
+          bring_columns(of, tile, ring);
+      }
       if (asks) turns.tell(following);
       __syncwarp();
     }

@@ -28,7 +28,7 @@ def grouped_linear(
     """Compute x[rows of group e] · weight[e]ᵀ for every e: (R, N). Differentiable, no host sync.
 
     weight_ENK: of a DTensor, the groups that this rank holds are used.
-    counts_E: int64, rows of each group; their sum is R.
+    counts_E: int32, rows of each group; their sum is R.
     loop: use `grouped_mm_loop`, as also where the kernel doesn't apply (`why_loop`).
     """
     w_EKN = local_part(weight_ENK).transpose(1, 2)

@@ -41,6 +41,8 @@ def _compiles(device: torch.device) -> bool:
         try:
             _kernel(_BY_WEIGHTS, 0, swiglu=False).load(device)
             _counters(device)  # not in a CUDA graph's memory, which ends with the graph
+            # They are 0 before any stream counts.
+            torch.cuda.current_stream(device).synchronize()
             return True
         except (ImportError, OSError, RuntimeError) as error:
             why = str(error)
@@ -89,7 +91,11 @@ def _kernel(kind: int, gather: int, top_k: int = 1, *, swiglu: bool) -> Kernel:
 
 @lru_cache
 def _counters(device: torch.device) -> Tensor:
-    """Counters of tiles, which each product leaves at 0; one a stream."""
+    """Counters of tiles, one a stream, which each product leaves at 0.
+
+    A CUDA graph keeps that of the stream on which it was recorded: two such graphs must not run at
+    the same time.
+    """
     return torch.zeros(_STREAMS, dtype=torch.int32, device=device)
 
 
@@ -97,7 +103,7 @@ def _counters(device: torch.device) -> Tensor:
 def _place_of(stream: int) -> int:
     """Give each stream a counter of its own."""
     place = next(_places)
-    assert place < _STREAMS, "more streams run experts than torch has"
+    assert place < _STREAMS, f"more than {_STREAMS} streams run experts"
     return place
 
 

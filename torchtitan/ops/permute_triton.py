@@ -63,7 +63,7 @@ def expand_rows(x_TD: Tensor, slot_of_row_R: Tensor, num_rows: Tensor, top_k: in
 
 
 # Counting sort. A program has SLOTS consecutive slots: it counts them by expert; a prefix sum over
-# (expert, program) gives the first row of each program's copies for each expert; then every program
+# (expert, program) gives the end of each program's copies for each expert; then every program
 # writes its slots there, in order. Stable, no atomics. Empty slots (-1) get no row, nor do copies
 # behind the R-th.
 

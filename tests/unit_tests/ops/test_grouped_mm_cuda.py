@@ -125,6 +125,33 @@ def test_results_repeat_to_the_bit_at_full_size():
     assert agree(grads, plain.over_rows(first[0], of, order))
 
 
+def test_each_product_finds_its_counter_at_zero():
+    """After one without rows, on two streams at once, and replayed by a graph."""
+    products, rows, w = ours(), randn(E * 640, 1024), randn(E, 1024, 1024)
+    whole = torch.full((E,), 640).cumsum(0).int()
+    expected = products.by_weights(rows, w, whole)
+    for _ in range(3):
+        products.by_weights(rows, w, torch.zeros_like(whole))
+        assert torch.equal(products.by_weights(rows, w, whole), expected)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    here, there = [], []
+    for _ in range(20):
+        here.append(products.by_weights(rows, w, whole))
+        with torch.cuda.stream(side):
+            there.append(products.by_weights(rows, w, whole))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in here + there)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [products.by_weights(rows, w, each) for each in (whole, torch.zeros_like(whole))]
+        outs.append(products.by_weights(rows, w, whole))
+    for _ in range(3):
+        outs[0].zero_()
+        graph.replay()
+        assert torch.equal(outs[0], expected) and torch.equal(outs[2], expected)
+
+
 def test_a_thread_whose_first_call_of_cuda_is_ours_has_its_results():
     """Threads of autograd may be such: the allocator's cache needs no call."""
     products, rows, w = ours(), rows_of(D), randn(E, F, D)

@@ -45,9 +45,9 @@ def test_counting_sort_is_the_stable_sort():
     assert torch.equal(ends, order.ends) and permute.counts_of(order)[4] == 0
 
 
-@pytest.mark.parametrize("num_rows", [1200, 700, 300, 0])
+@pytest.mark.parametrize("num_rows", [1200, 700, 300, 1, 0])
 def test_counting_sort_leaves_out_empty_slots_and_rows_beyond_its_list(num_rows):
-    """A list that is longer than the copies (about 800), shorter, and of length 0."""
+    """A list that is longer than the copies (about 800), shorter, of one row, and of none."""
     ids_TK, _ = sorted_slots(T=400)
     ids_TK[torch.rand(400, 3) > 0.66] = -1
     order = permute.sort_slots(ids_TK, 6, num_rows)
@@ -56,6 +56,11 @@ def test_counting_sort_leaves_out_empty_slots_and_rows_beyond_its_list(num_rows)
     assert torch.equal(ends, order.ends)
     kept = int(ends[-1])
     assert torch.equal(slot_of_row[:kept].long(), order.slot_of_row_R[:kept])
+
+
+def test_counting_sort_of_no_tokens_ends_each_group_at_zero():
+    *_, ends = kernels("permute").sort_slots(torch.zeros(0, 3, dtype=torch.int64), 6, 16)
+    assert ends.tolist() == [0] * 6
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -68,7 +68,8 @@ class FusedAdam(AdamW):
     def prepare(self) -> None:
         """Do what the host can do for the next step before its gradients are known; optional.
 
-        Call it right before the step: learning rates must not change between.
+        Call it right before the step: learning rates must not change between, and where the step
+        is not taken the next one is to be prepared again.
         """
         if self._group_of and not self.early_step:
             self._send_numbers()
@@ -76,14 +77,14 @@ class FusedAdam(AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        prepared, self._prepared = self._prepared, False
         if not self.as_graph:
             self._graph, self._recorded = None, []
         params = self._recorded or [p for p in self._group_of if p.grad is not None]
         if not params:
             return
-        if not self._prepared:
+        if not prepared:
             self._send_numbers()
-        self._prepared = False
         if self.as_graph:
             self._replay(params)
         else:

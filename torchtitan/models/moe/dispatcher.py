@@ -26,7 +26,7 @@ class TokenDispatcher(Protocol):
         ids_TK: int64, experts of each token.
         weights_TK: fp32, their routing weights.
 
-        Returns rows_RD sorted by expert; counts_L, int64 rows of each local expert; and a record
+        Returns rows_RD sorted by expert; counts_L, int32 rows of each local expert; and a record
         with `weights_R`, the routing weight of every row, and `traffic`, None where nothing
         travels: (2, 3) int64 rows sent (first line), and rows that one copy of a token per expert
         would have sent (second line), to this rank, to others of its node, and to other nodes.

@@ -82,7 +82,7 @@ class GroupedExperts(ExpertWeights):
         """Pass rows through their experts, (R, D), or tokens to the sums over theirs, (T, D).
 
         x: rows sorted by expert (R, D), or tokens (T, D).
-        rows: int64 rows of each expert (L,), or the order of the tokens' rows from `sort_slots`.
+        rows: int32 rows of each expert (L,), or the order of the tokens' rows from `sort_slots`.
         weights: fp32 factors on the experts' outputs, (R,) or (T, K).
         exchange: x is its message, on its way; None = x is here.
         """

@@ -152,10 +152,10 @@ def _of_slots(x_R: Tensor, row_of_slot_TK: Tensor) -> Tensor:
 
 @_experts_backward.register_fake
 def _(
-    grad, x_TD, kept_values, kept_scales, w13, w2, weights_TK, slot, row, counts, some_empty, wide,
+    grad, x_TD, kept_values, kept_scales, w13, w2, weights_TK, slot, row, ends, some_empty, wide,
     emulate, trains_w13, trains_w2, w13_scales=None, w2_scales=None,
 ):  # fmt: skip
-    E, D, F2 = counts.size(0), x_TD.size(1), kept_values.size(1)
+    E, D, F2 = ends.size(0), x_TD.size(1), kept_values.size(1)
     grad_w13 = x_TD.new_empty((E, F2, D) if trains_w13 else 0)
     grad_w2 = x_TD.new_empty((E, D, F2 // 2) if trains_w2 else 0)
     return torch.empty_like(x_TD), grad_w13, grad_w2, torch.empty_like(weights_TK)

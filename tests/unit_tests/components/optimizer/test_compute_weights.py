@@ -242,20 +242,21 @@ def test_optimizer_state_goes_on_bit_for_bit_and_is_torchs():
 def test_a_prepared_step_is_the_one_it_would_be_also_after_one_that_was_not_taken():
     models = [make_model(), make_model()]
     made = [FusedAdam([{"params": list(m.parameters())}], decoupled=True) for m in models]
-    for taken in (True, False, True):
+    for taken in (True, False, True, "unprepared"):
         prepared, plain = made
         for model, optimizer in zip(models, made, strict=True):
             optimizer.zero_grad()
             loss_of(model).backward()
             for group in optimizer.param_groups:
                 group["lr"] *= 0.5
-        prepared.prepare()
+        if taken != "unprepared":
+            prepared.prepare()
         if taken:
             prepared.step()
             plain.step()
     for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(ours, theirs)
-        assert prepared.state[ours]["step"] == plain.state[theirs]["step"] == 2
+        assert prepared.state[ours]["step"] == plain.state[theirs]["step"] == 3
 
 
 def test_a_learning_rate_set_after_loading_counts():
