@@ -174,7 +174,7 @@ RUN_BY_ANOTHER_TEST = {
     "python scripts/plan.py X.toml --world-size 64 --hardware h200 --sweep --html plan.html "
     "--json plan.json --tokens 1e12 --activation_checkpoint.mode full": _PLAN,
     "python scripts/plan.py train_configs/deepseek_v3_671b.toml --world-size 2048 --hardware "
-    "h200 --network-gbits 50 100 400": _NETWORKS,
+    "h200 --phase 0 --network-gbits 50 100 400": _NETWORKS,
     "python scripts/plan.py train_configs/moonlight_16b_a3b.toml --world-size 16 --hardware h200 "
     "--parallelism.expert_parallel_degree 16 --network-gbits 50 100 400": _NETWORKS,
     "python scripts/prove.py train_configs/deepseek_v3_671b.toml --world-size 2048": (
