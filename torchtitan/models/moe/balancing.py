@@ -63,13 +63,15 @@ def update_expert_bias(moes: Sequence[MoELayer], load_LE: Tensor) -> None:
     # sign(mean − load) in exact integers: mean − load = (sum − load · E) / E.
     direction_LE = torch.sign(load_LE.sum(dim=1, keepdim=True) - load_LE * load_LE.size(1))
     balanced = [
-        (moe.expert_bias, direction_E.to(moe.expert_bias.dtype) * moe.load_balance_coeff)
-        for moe, direction_E in zip(moes, direction_LE, strict=True)
+        (moe.expert_bias, moe.load_balance_coeff, direction_E)
+        for moe, direction_E in zip(moes, direction_LE.unbind(), strict=True)
         if moe.expert_bias is not None and moe.load_balance_coeff  # 0 leaves the bias alone
     ]
-    if balanced:
-        biases, steps = map(list, zip(*balanced, strict=True))
-        torch._foreach_add_(biases, [step_E - step_E.mean() for step_E in steps])
+    if balanced:  # a few kernels for all layers: the GPU is idle between such short ones
+        biases, coeffs, directions = map(list, zip(*balanced, strict=True))
+        steps_LE = torch.stack(directions).to(biases[0].dtype)
+        steps_LE = steps_LE - steps_LE.mean(dim=1, keepdim=True)
+        torch._foreach_add_(biases, torch._foreach_mul(steps_LE.unbind(), coeffs))
 
 
 @torch.no_grad()
