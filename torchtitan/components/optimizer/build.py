@@ -54,8 +54,7 @@ def replay_steps(optimizer: Optimizer, *, grads_stay: bool) -> None:
 
 
 def prepare_step(optimizer: Optimizer) -> None:
-    """Do what the host can do for the next step before it waits for the gradients' norm, where the
-    optimizer supports it."""
+    """Prepare the optimizer's next step while the GPU still computes, where it supports that."""
     if isinstance(optimizer, FusedAdam):
         optimizer.prepare()
 

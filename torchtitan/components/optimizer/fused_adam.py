@@ -66,10 +66,10 @@ class FusedAdam(AdamW):
             compute_weights.after_grad = self._step_early
 
     def prepare(self) -> None:
-        """Do what the host can do for the next step before its gradients are known; optional.
+        """Copy the next step's numbers to the GPU early, so that `step` only launches; optional.
 
-        Call it right before the step: learning rates must not change between, and where the step
-        is not taken the next one is to be prepared again.
+        Call it right before `step`: learning rates must not change between. If that step is not
+        taken, call it again before the next one.
         """
         if self._group_of and not self.early_step:
             self._send_numbers()
@@ -134,6 +134,7 @@ class FusedAdam(AdamW):
         return self._numbers
 
     def _send_numbers(self) -> None:
+        """Copy the `step_numbers` of all parameters' next step to the device."""
         rows = torch.stack(self._numbers_of(list(self._group_of)))
         device = next(iter(self._group_of)).device
         self._static_numbers(device).copy_(rows, non_blocking=True)
@@ -141,7 +142,7 @@ class FusedAdam(AdamW):
     def _numbers_of(self, params: list[nn.Parameter]) -> list[Tensor]:
         """Return the `step_numbers` of these parameters' next step.
 
-        Most have the same, so that each are made once.
+        They are made once for all parameters of a group that have taken as many steps.
         """
         made: dict[tuple[int, int], Tensor] = {}
         keys = [(self._group_of[p], int(self.state[p]["step"]) + 1) for p in params]
