@@ -152,7 +152,8 @@ struct Turns {
     int number;
     asm volatile("ld.shared.s32 %0, [%1];" : "=r"(number) : "r"(numbers + 4 * slot()) : "memory");
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive_at(0, heard + 8 * slot());
+    // Arriving doesn't wait for a load; comparing what it loads does.
+    if (threadIdx.x % 32 == 0 && number >= 0) barrier_arrive_at(0, heard + 8 * slot());
     turn++;
     return number;
   }

@@ -196,6 +196,23 @@ def test_products_of_the_heads_sizes_have_no_wrong_element():
         assert (error / (truth.abs() + K**0.5)).max() < 1e-2
 
 
+def test_weight_gradients_of_many_experts_repeat_to_the_bit():
+    """A stage that is fetched anew before all have read it shows in one of some ten products."""
+    E, M, N, tokens = 32, 4096, 7168, 2000
+    ends, padded = ends_of([tokens] * E)
+    # Scales that differ from block to block, so that another one's shows.
+    sizes = (torch.rand(E * tokens, 1) * 6).exp2()
+    of_a, of_b = (
+        kernels().by_both((torch.randn(E * tokens, n) * sizes).bfloat16(), ends, padded)[1]
+        for n in (M, N)
+    )
+    first = kernels().rows_by_rows(of_a, of_b, padded, torch.bfloat16)
+    again = torch.empty_like(first)
+    for _ in range(40):
+        kernels().rows_by_rows(of_a, of_b, padded, torch.bfloat16, again)
+        assert torch.equal(first, again)
+
+
 def test_products_fill_the_places_that_are_given():
     M, N = 304, 208
     ends, padded = ends_of([257])

@@ -248,6 +248,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         }
       }
       if (!BY_BLOCKS) {  // the columns' scales are in the stage, too
+        // Arriving doesn't wait for loads, and the TMA's next scales would overtake them.
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncwarp();
         if (lane == 0) barrier_arrive(empty + 8 * stage);
       }

