@@ -37,9 +37,13 @@ constexpr int BRINGING_WARPS = COPIES ? 4 : 1;
 // The dim that a product adds up is the matrix's second (0) or its first (1).
 constexpr int A_ACROSS = KIND == 2, B_ACROSS = KIND >= 1;
 
-// Copies 16 bytes; none, and writes zeros, where `inside` is false. What lies beside them is wanted
-// soon, hence 256 bytes into the L2 cache.
-__device__ __forceinline__ void copy16(u32 to, const void* from, bool inside) {
+// Copies 16 bytes. What lies beside them is wanted soon, hence 256 bytes into the L2 cache.
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// The same; where `inside` is false, writes zeros.
+__device__ __forceinline__ void copy16_if(bool inside, u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(inside ? 16 : 0)
                : "memory");
@@ -208,11 +212,13 @@ __device__ __forceinline__ void bring_rows(const Arguments& of, const Tile& tile
   constexpr int LINES = TILE_M / 16;  // eight threads copy a line, so that 16 are copied at a time
   const int piece = threadIdx.x % 8, line = threadIdx.x / 8;
   const int first = tile.begin + tile.m;
-  int tokens[LINES];
+  u32 pieces[LINES];  // that this thread copies: bytes from the beginning of A, whose addresses are cheap
   if (GATHER) {
 #pragma unroll
-    for (int i = 0; i < LINES; i++)
-      tokens[i] = __ldg(of.slots + min(first + line + i * 16, tile.end - 1)) / TOP_K;
+    for (int i = 0; i < LINES; i++) {
+      const u32 row = __ldg(of.slots + min(first + line + i * 16, tile.end - 1)) / TOP_K;
+      pieces[i] = row * of.K * 2 + piece * 16;
+    }
   }
   for (int k = 0; k < of.K; k += TILE_K) {
     barrier_wait(ring.is_empty(), ring.parity ^ 1);
@@ -224,11 +230,11 @@ __device__ __forceinline__ void bring_rows(const Arguments& of, const Tile& tile
       bring_shared_b(of, tile, k, ring);
     }
     if (GATHER) {
-      const u16* from = of.a + k + piece * 8;
+      const char* from = reinterpret_cast<const char*>(of.a + k);
       const u32 to = ring.a() + swizzled(line, piece);
       if (!tile.empty)
 #pragma unroll
-        for (int i = 0; i < LINES; i++) copy16(to + i * 16 * 128, from + (long long)tokens[i] * of.K, true);
+        for (int i = 0; i < LINES; i++) copy16(to + i * 16 * 128, from + pieces[i]);
       copies_arrive(done);
     }
     ring.next();
@@ -245,20 +251,31 @@ __device__ __forceinline__ void find_rows(int (&rows)[4], const int* slots, int 
 }
 
 // Copies boxes of 64 columns of these rows of a matrix `width` columns wide.
+//
+// rows: from `find_rows`; all are there where `whole`.
 template <int BOXES>
 __device__ __forceinline__ void copy_boxes(u32 to, const u16* matrix, const int (&rows)[4], int column,
-                                           int width) {
+                                           int width, bool whole) {
   const int piece = threadIdx.x % 8, line = threadIdx.x / 8;
-  const int left = width - column - piece * 8;
+  to += swizzled(line, piece);
+  column += piece * 8;
+  const u16* from[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const u16* from = matrix + (long long)max(rows[i], 0) * width + column + piece * 8;
+  for (int i = 0; i < 4; i++) from[i] = matrix + u64(max(rows[i], 0)) * width + column;
+  if (whole && column + (BOXES - 1) * 64 < width) {  // no question at each copy: instructions cost power
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+      for (int box = 0; box < BOXES; box++) copy16(to + box * BOX + i * 16 * 128, from[i] + box * 64);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++)
 #pragma unroll
     for (int box = 0; box < BOXES; box++) {
-      const bool inside = rows[i] >= 0 && box * 64 < left;
-      copy16(to + box * BOX + swizzled(line + i * 16, piece), inside ? from + box * 64 : matrix, inside);
+      const bool inside = rows[i] >= 0 && column + box * 64 < width;
+      copy16_if(inside, to + box * BOX + i * 16 * 128, inside ? from[i] + box * 64 : matrix);
     }
-  }
 }
 
 // Brings the tiles of a weight's gradient: 128 columns of A and 256 of B, 64 rows of the group a stage.
@@ -285,13 +302,13 @@ __device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& t
           fetch(ring.a() + box * BOX, of.map_a, tile.m + box * 64, row, done);
       if (!SHARES_A) bring_shared_b(of, tile, row, ring);
     }
-    if (GATHER == 1) copy_boxes<BOXES_A>(ring.a(), of.a, rows, tile.m, of.M);
-    if (GATHER == 2) copy_boxes<BOXES_B>(ring.b(), of.b, rows, tile.n, of.N);
+    if (GATHER == 1) copy_boxes<BOXES_A>(ring.a(), of.a, rows, tile.m, of.M, whole);
+    if (GATHER == 2) copy_boxes<BOXES_B>(ring.b(), of.b, rows, tile.n, of.N, whole);
     if (!whole) {
       int plain[4];
       find_rows(plain, nullptr, row, tile.end);
-      if (GATHER != 1) copy_boxes<BOXES_A>(ring.a(), of.a, plain, tile.m, of.M);
-      if (GATHER != 2) copy_boxes<BOXES_B>(ring.b(), of.b, plain, tile.n, of.N);
+      if (GATHER != 1) copy_boxes<BOXES_A>(ring.a(), of.a, plain, tile.m, of.M, false);
+      if (GATHER != 2) copy_boxes<BOXES_B>(ring.b(), of.b, plain, tile.n, of.N, false);
     }
     copies_arrive(done);
     ring.next();

@@ -22,10 +22,10 @@ _BY_WEIGHTS, _BY_WEIGHTS_TRANSPOSED, _OVER_ROWS = range(3)
 
 
 def applies(x_TD: Tensor, w2_EDF: Tensor) -> bool:
-    """Tell whether the kernel is the one for these experts: bf16, D and F multiples of 64, and a
-    Hopper GPU."""
+    """Tell whether the kernel is the one for these experts: bf16, D and F multiples of 64, tokens
+    of less than 4 GiB, a Hopper GPU."""
     sizes = w2_EDF.shape[1:]
-    if x_TD.dtype != torch.bfloat16 or any(size % 64 for size in sizes):
+    if x_TD.dtype != torch.bfloat16 or any(size % 64 for size in sizes) or x_TD.nbytes >= 2**32:
         return False
     return x_TD.is_cuda and _compiles(x_TD.device)
 
@@ -123,6 +123,7 @@ def _launch(
     slots, top_k = (gathered.slot_of_row_R, gathered.top_k) if gathered else (None, 1)
     a, b = ((each.x if isinstance(each, Gathered) else each).contiguous() for each in (a, b))
     assert slots is None or slots.dtype == torch.int32
+    assert gathered is None or gathered.x.nbytes < 2**32
     over_rows = kind == _OVER_ROWS
     lines_of_b = 128 if kind == _BY_WEIGHTS else 64
     maps = (
