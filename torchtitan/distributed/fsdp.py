@@ -6,7 +6,7 @@ ranks, never averaged: the loss is already divided by the tokens of the whole st
 (components/loss.py).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -57,15 +57,15 @@ def apply_data_parallel(
     offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
     options = {"mp_policy": policy, "offload_policy": offload}
     reshard = reshards(dims, parallelism)
-    alone = experts_outside_fsdp(model, dims, training)
-    if alone and max(ranks_of_same_experts(dims)) > 1:
-        for experts in alone:
-            split_first_dim(experts, _data_parallel_axes(expert_axes(dims)))
-        logger.info("Experts: without FSDP, %s", _how_they_are_shared(dims, reshard))
-    elif dims.expert_mesh is not None and not alone:
+    alone = modules_outside_fsdp(model, dims, training)
+    for module in alone:
+        if max(ranks_that_share(module, dims)) > 1:
+            split_first_dim(module, _data_parallel_axes(axes_of(module, dims)))
+    _log_what_is_outside(model, alone, dims, reshard)
+    if dims.expert_mesh is not None and not any(isinstance(m, ExpertWeights) for m in alone):
         _shard_experts(model, dims.expert_mesh, reshard, options)
-    options["ignored_params"] = {param for experts in alone for param in experts.parameters()}
-    _shard_layers(model, reshard, options | {"mesh": _data_parallel_axes(dims.mesh)})
+    options["ignored_params"] = {param for module in alone for param in module.parameters()}
+    _shard_layers(model, alone, reshard, options | {"mesh": _data_parallel_axes(dims.mesh)})
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Both lines together: a factor without the forced sum needs PREMUL_SUM, which gloo
@@ -81,12 +81,13 @@ def apply_data_parallel(
     )
 
 
-def experts_outside_fsdp(
+def modules_outside_fsdp(
     model: BaseModel, dims: ParallelDims, training: Training
-) -> list[ExpertWeights]:
-    """List the experts that have compute weights instead of FSDP: those of all layers, or none.
+) -> list[nn.Module]:
+    """List the modules that have compute weights instead of FSDP: the experts of all layers, or of
+    none; the embedding; the head.
 
-    Where no other rank holds the same ones, FSDP would copy weights and gradients to gather and
+    Where no other rank holds the same weights, FSDP would copy weights and gradients to gather and
     reduce them over one rank. Where several do, it copies more bytes than it sends
     (gathered_weight.py).
     """
@@ -94,39 +95,54 @@ def experts_outside_fsdp(
     # for parameters: it doesn't know of compute weights.
     if training.enable_cpu_offload or dims.pp > 1 or dims.world_size == 1:
         return []
-    experts = [moe.experts for moe in model.moe_layers().values()]
-    replicas, shards = ranks_of_same_experts(dims)
-    if replicas == shards == 1:
-        return experts
+    experts: list[nn.Module] = [moe.experts for moe in model.moe_layers().values()]
     has_copies = training.dtype == "float32" != training.mixed_precision_param
-    if not has_copies:
-        return []
-    return experts if all(_can_be_gathered(each, dims.ep * shards) for each in experts) else []
+    if experts and max(ranks_that_share(experts[0], dims)) > 1:
+        if not (has_copies and all(_can_be_gathered(each, dims) for each in experts)):
+            experts = []
+    ends = [end for end in (model.tok_embeddings, model.output) if end is not None]
+    if dims.tp > 1 or not has_copies:
+        return experts
+    return [*experts, *(end for end in ends if _can_be_gathered(end, dims))]
 
 
-def expert_axes(dims: ParallelDims) -> DeviceMesh:
-    """Mesh over which experts are spread."""
-    return dims.mesh if dims.expert_mesh is None else dims.expert_mesh
+def axes_of(module: nn.Module, dims: ParallelDims) -> DeviceMesh:
+    """Mesh over which a module's weights are spread."""
+    has_mesh = isinstance(module, ExpertWeights) and dims.expert_mesh is not None
+    return cast(DeviceMesh, dims.expert_mesh) if has_mesh else dims.mesh
 
 
-def ranks_of_same_experts(dims: ParallelDims) -> tuple[int, int]:
-    """Count the replicas of each expert, and the ranks between which a replica is split."""
-    mesh = expert_axes(dims)
+def ranks_that_share(module: nn.Module, dims: ParallelDims) -> tuple[int, int]:
+    """Count the replicas of a module's weights, and the ranks between which a replica is split."""
+    mesh = axes_of(module, dims)
     return mesh["dp_replicate"].size(), mesh["fsdp"].size()
 
 
-def _how_they_are_shared(dims: ParallelDims, reshard: bool) -> str:
-    replicas, shards = ranks_of_same_experts(dims)
+def _log_what_is_outside(
+    model: BaseModel, alone: list[nn.Module], dims: ParallelDims, reshard: bool
+) -> None:
     kept = "freed after each pass" if reshard else "kept whole"
-    parts = [f"gathered from {shards} ranks, {kept}"] * (shards > 1)
-    return ", ".join([*parts, *[f"summed over {replicas} replicas"] * (replicas > 1)])
+    found: dict[str, list[str]] = {}
+    for module in alone:
+        replicas, shards = ranks_that_share(module, dims)
+        how = [f"gathered from {shards} ranks, {kept}"] * (shards > 1)
+        how += [f"summed over {replicas} replicas"] * (replicas > 1)
+        ends = {model.tok_embeddings: "the embedding", model.output: "the head"}
+        if how:
+            found.setdefault(", ".join(how), []).append(ends.get(module, "experts"))
+    for how, names in found.items():
+        logger.info("Without FSDP: %s, %s", " and ".join(dict.fromkeys(names)), how)
 
 
-def _can_be_gathered(experts: ExpertWeights, ranks: int) -> bool:
-    """Tell whether each rank gets as many whole experts, all of them trained, none in FP8."""
-    trained = all(param.requires_grad for param in experts.parameters())
-    whole = experts.w1.size(0) % ranks == 0
-    return trained and whole and not experts.lora_scales and experts.fp8 is None
+def _can_be_gathered(module: Any, dims: ParallelDims) -> bool:
+    """Tell whether each rank gets as many whole experts, or rows of the vocabulary, all of them
+    trained, none in FP8."""
+    trained = all(param.requires_grad for param in module.parameters())
+    _, shards = ranks_that_share(module, dims)
+    if isinstance(module, ExpertWeights):
+        whole = module.w1.size(0) % (dims.ep * shards) == 0
+        return trained and whole and not module.lora_scales and module.fp8 is None
+    return trained and module.weight.size(0) % shards == 0 and getattr(module, "fp8", None) is None
 
 
 def materialize(model: nn.Module, device: torch.device, *, offload: bool) -> None:
@@ -194,15 +210,18 @@ def _dim_inside(name: str, param: nn.Parameter, etp: int) -> int:
     return dim if has_dim(name, dim, param.ndim) else 3 - dim
 
 
-def _shard_layers(model: BaseModel, reshard: bool, options: dict[str, Any]) -> None:
-    if model.tok_embeddings is not None:
+def _shard_layers(
+    model: BaseModel, alone: list[nn.Module], reshard: bool, options: dict[str, Any]
+) -> None:
+    """Shard all layers and ends but those that are left alone."""
+    if model.tok_embeddings is not None and model.tok_embeddings not in alone:
         fully_shard(model.tok_embeddings, reshard_after_forward=reshard, **options)
     for layer in model.blocks().values():
         fully_shard(layer, reshard_after_forward=reshard, **options)
     # The backward pass starts with these two: freeing them in between isn't worth it.
     if model.output is not None:
         last: list[nn.Module] = [
-            module for module in (model.norm, model.output) if module is not None
+            end for end in (model.norm, model.output) if end is not None and end not in alone
         ]
         fully_shard(last, reshard_after_forward=False, **options)
     fully_shard(model, reshard_after_forward=reshard, **options)

@@ -68,45 +68,55 @@ def parts_travel(ranks: int, stride: int, node_size: int) -> bool:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How ranks share weights that are split along dim 0.
+    """How ranks share weights.
 
-    group: the ranks.
-    reduce_dtype: dtype in which gradients are summed over them.
+    shards: ranks between which they are split along dim 0; None = they aren't.
+    replicas: ranks that have the same ones; None = this one only.
+    grad_dtype: dtype in which parameters get their gradients, and micro-batches are added up; None
+        = their own.
+    reduce_dtype: dtype in which gradients are summed over ranks.
     parts_travel: see the function.
     is_freed: whether whole weights are freed between passes.
     """
 
-    group: dist.ProcessGroup
-    reduce_dtype: torch.dtype
-    parts_travel: bool
-    is_freed: bool
+    shards: dist.ProcessGroup | None = None
+    replicas: dist.ProcessGroup | None = None
+    grad_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype = torch.float32
+    parts_travel: bool = False
+    is_freed: bool = False
 
 
 class GatheredWeight:
     """A weight of which each rank keeps a slice along dim 0 up to date.
 
     part: this rank's slice; it is kept, or copied.
+    shards: the ranks.
 
     whole: what layers compute with; right between `wait` and `free`.
     part: this rank's slice of it, to which new values are written.
     """
 
-    def __init__(self, part: Tensor, sharing: Sharing):
-        ranks, rank, rows = sharing.group.size(), sharing.group.rank(), part.size(0)
+    def __init__(self, part: Tensor, shards: dist.ProcessGroup, sharing: Sharing):
+        ranks, rank, rows = shards.size(), shards.rank(), part.size(0)
         self.whole = part.new_empty(ranks * rows, *part.shape[1:])
         if sharing.is_freed:
             self.part = part
         else:
             self.part = self.whole.detach().narrow(0, rank * rows, rows).copy_(part)
-        self._sharing = sharing
+        self._shards, self._sharing = shards, sharing
         self._outdated = True
         self._arriving: dist.Work | None = None
         self.free()
 
     @property
+    def is_freed(self) -> bool:
+        return self._sharing.is_freed
+
+    @property
     def kept(self) -> Tensor:
         """Tensor that stays from pass to pass."""
-        return self.part if self._sharing.is_freed else self.whole
+        return self.part if self.is_freed else self.whole
 
     def outdate(self) -> None:
         """Have it gathered again before the next use: some rank's part has changed."""
@@ -118,11 +128,11 @@ class GatheredWeight:
         if not self._outdated:
             return
         self._outdated = False
-        if self._sharing.is_freed:
+        if self.is_freed:
             self.whole.untyped_storage().resize_(self.whole.nbytes)
         # By `data` autograd doesn't see that a weight is filled anew, with the values it has saved.
         whole = self.whole.data
-        self._arriving = _gather(whole, self.part, group=self._sharing.group, async_op=True)
+        self._arriving = _gather(whole, self.part, group=self._shards, async_op=True)
 
     def wait(self) -> None:
         """Let this stream wait for the slices of other ranks."""
@@ -132,14 +142,14 @@ class GatheredWeight:
 
     def free(self) -> None:
         """Free the whole weight until the next `start`, if that is how it is used."""
-        if self._sharing.is_freed:
+        if self.is_freed:
             self.wait()
             self.whole.untyped_storage().resize_(0)
             self._outdated = True
 
     def start_sum(self, grad: Tensor) -> "GradientSum":
         """Start to sum gradients of the whole weight over the ranks."""
-        return GradientSum(grad.contiguous(), self._sharing)
+        return GradientSum(grad.contiguous(), self._shards, self._sharing)
 
 
 class GradientSum:
@@ -149,8 +159,8 @@ class GradientSum:
     which receives all slices as they are.
     """
 
-    def __init__(self, grad: Tensor, sharing: Sharing):
-        group, dtype = sharing.group, sharing.reduce_dtype
+    def __init__(self, grad: Tensor, group: dist.ProcessGroup, sharing: Sharing):
+        dtype = sharing.reduce_dtype
         self._grad, self._dtype, self._ranks = grad, dtype, group.size()  # read until it is there
         self._sums_here = sharing.parts_travel and dtype.itemsize > grad.dtype.itemsize
         if self._sums_here:
@@ -170,42 +180,49 @@ class GradientSum:
 
 
 def gather_ahead(
-    root: nn.Module, blocks: Sequence[tuple[nn.Module, Sequence[GatheredWeight]]]
+    root: nn.Module, modules: Sequence[tuple[nn.Module, Sequence[GatheredWeight]]]
 ) -> None:
-    """Have each block wait for its weights, and those of the next one gathered while it computes;
-    in the backward pass, where weights are freed in between, those of the block before.
+    """Have each module wait for its weights, and those of the next one gathered while it computes;
+    in the backward pass, where weights are freed in between, those of the one before.
 
-    root: module whose forward pass runs the blocks.
-    blocks: in order, those with such weights or without, and the weights of each.
+    root: module whose forward pass runs the others.
+    modules: in order, those with such weights or without, and the weights of each: the embedding,
+        which reads its table in the forward pass only, the blocks, the head.
     """
-    blocks = [(block, weights) for block, weights in blocks if weights]
-    if not blocks:
+    modules = [(module, weights) for module, weights in modules if weights]
+    if not modules:
         return
-    of_block = [weights for _, weights in blocks]
-    root.register_forward_pre_hook(lambda *_: _take((), of_block[0]))
-    for (block, weights), before, after in zip(
-        blocks, [(), *of_block[:-1]], [*of_block[1:], ()], strict=True
-    ):
-        pass_of_block = _BlockPass(weights, before, after)
-        block.register_forward_pre_hook(pass_of_block.enter)
-        block.register_forward_hook(pass_of_block.leave)
+    in_order = [weights for _, weights in modules]
+    root.register_forward_pre_hook(lambda *_: _take((), in_order[0]))
+    is_block = [not isinstance(module, nn.Embedding | nn.Linear) for module, _ in modules]
+    last_block = max((i for i, is_one in enumerate(is_block) if is_one), default=0)
+    for i, (module, weights) in enumerate(modules):
+        before = in_order[i - 1] if i > 0 and is_block[i - 1] else ()
+        after = in_order[i + 1] if i + 1 < len(modules) else ()
+        # The backward pass begins with the head and the last block.
+        stays = i >= last_block and not isinstance(module, nn.Embedding)
+        one = _ModulePass(weights, before, after, stays=stays)
+        module.register_forward_pre_hook(one.enter)
+        module.register_forward_hook(one.leave)
 
     def free_all(*_: object) -> None:
         """Without a backward pass nothing else frees what no block has used: an evaluation skips
         multi-token prediction."""
         if not torch.is_grad_enabled():
-            for weights in of_block:
+            for weights in in_order:
                 for weight in weights:
                     weight.free()
 
     root.register_forward_hook(free_all)
 
 
-class _BlockPass:
-    """Hooks around a block's forward pass.
+class _ModulePass:
+    """Hooks around a module's forward pass.
 
-    weights: of the block.
-    before, after: of the blocks beside it; empty at the ends.
+    weights: of the module.
+    before: weights of the block before it, none at the first.
+    after: weights of the module after it, none at the last.
+    stays: whether its weights stay until their gradients are there.
     """
 
     def __init__(
@@ -213,17 +230,20 @@ class _BlockPass:
         weights: Sequence[GatheredWeight],
         before: Sequence[GatheredWeight],
         after: Sequence[GatheredWeight],
+        *,
+        stays: bool,
     ):
-        self.weights, self.before, self.after = weights, before, after
+        self.weights, self.before, self.after, self.stays = weights, before, after, stays
 
     def enter(self, *_: object) -> None:
         _take(self.weights, self.after)
 
-    def leave(self, block: nn.Module, inputs: object, output: tuple[Tensor, Any]) -> None:
-        hidden, _ = output
-        if hidden.requires_grad:
+    def leave(self, module: nn.Module, inputs: object, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        reads_again = hidden.requires_grad and not isinstance(module, nn.Embedding)
+        if reads_again:
             hidden.register_hook(self._enter_backward)
-        if self.after or not hidden.requires_grad:  # the backward pass begins with the last block
+        if not (reads_again and self.stays):
             for weight in self.weights:
                 weight.free()
 

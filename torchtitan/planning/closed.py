@@ -24,8 +24,8 @@ def closed_state(run: PlannedRun, traces: Traces, place: int) -> State:
     weights, trained, adapters = (
         _held(run, traces, place, kind) for kind in ("weights", "trained", "adapters")
     )
-    whole, mine = _outside_of_fsdp(run, traces, place)
-    copied = weights[1] + (mine if run.frees_experts else whole) if size != computes else 0
+    mine, kept_whole = _outside_of_fsdp(run, traces, place)
+    copied = weights[1] + kept_whole if size != computes else 0
     sums_in_fp32 = run.sums_gradients or config.training.mixed_precision_reduce == "float32"
     of_sums = (dtype_of_gradients(config, in_fp32=sums_in_fp32) or kept).itemsize
     of_others = (dtype_of_gradients(config, in_fp32=run.sums_gradients) or kept).itemsize
@@ -46,10 +46,21 @@ def closed_state(run: PlannedRun, traces: Traces, place: int) -> State:
 
 
 def _outside_of_fsdp(run: PlannedRun, traces: Traces, place: int) -> tuple[int, int]:
-    """Elements of weights that several ranks share without FSDP: whole, and a rank's part."""
-    experts = [traces.of_layer[name].outside.experts for name in names_at(run, traces, place)]
-    ranks = groups(run)["expert fsdp"].size
-    return sum(experts), sum(-(-each // ranks) for each in experts)
+    """Elements of weights that several ranks share without FSDP: a rank's part, and what it keeps
+    in the compute dtype."""
+    mine = copied = 0
+    for name in names_at(run, traces, place):
+        outside = traces.of_layer[name].outside
+        freed = run.freed(outside)
+        mine += _split(run, outside)
+        copied += _split(run, freed) + (outside - freed).gathered
+    return mine, copied
+
+
+def _split(run: PlannedRun, whole: Elements) -> int:
+    """Elements of weights that a rank keeps of those that are split between several."""
+    dense, experts = (groups(run)[name].size for name in ("fsdp", "expert fsdp"))
+    return -(-whole.dense // dense) + -(-whole.experts // experts)
 
 
 def _held(run: PlannedRun, traces: Traces, place: int, kind: str) -> tuple[int, int]:
@@ -62,7 +73,6 @@ def _held(run: PlannedRun, traces: Traces, place: int, kind: str) -> tuple[int, 
     split = alone = 0
     for name in names_at(run, traces, place):
         elements: Elements = getattr(traces.of_layer[name], kind)
-        split += -(-elements.dense // groups(run)["fsdp"].size)
-        split += -(-elements.experts // groups(run)["expert fsdp"].size)
+        split += _split(run, elements)
         alone += elements.alone
     return split, alone

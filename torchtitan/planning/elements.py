@@ -2,7 +2,7 @@
 that FSDP saves by gathering them in FP8."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -35,6 +35,14 @@ class Elements:
         return Elements(
             self.dense - other.dense, self.experts - other.experts, self.alone - other.alone
         )
+
+    def only(self, kinds: Collection[str]) -> "Elements":
+        """Keep those of some kinds.
+
+        kinds: names of fields.
+        """
+        kept = ("dense" in kinds, "experts" in kinds, "alone" in kinds)
+        return Elements(self.dense * kept[0], self.experts * kept[1], self.alone * kept[2])
 
     @property
     def gathered(self) -> int:

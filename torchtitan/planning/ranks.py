@@ -19,6 +19,7 @@ from torchtitan.distributed.expert_parallel import gathers_by_default
 from torchtitan.distributed.gathered_weight import parts_travel
 from torchtitan.distributed.pipeline_plan import PipelinePlan, plan_pipeline
 from torchtitan.models.decoder import DecoderArgs
+from torchtitan.planning.elements import Elements
 from torchtitan.planning.stand_ins import without_filling
 from torchtitan.protocols.model import BaseModel
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
@@ -97,21 +98,27 @@ class PlannedRun:
             return degrees.dp_shard * degrees.cp > 1 and degrees.pp == 1
         return how == "always"
 
-    @property
-    def frees_experts(self) -> bool:
-        """Tell whether experts that are split between ranks are freed after the forward pass."""
-        return self.reshards and self._ranks_of_same_experts > 1
+    def freed(self, outside: Elements) -> Elements:
+        """Return those weights outside of FSDP that are freed after the forward pass.
+
+        outside: that several ranks share.
+        """
+        split = [kind for kind, (ranks, _) in self._shards.items() if ranks > 1]
+        return outside.only(split if self.reshards else ())
+
+    def narrow(self, outside: Elements) -> Elements:
+        """Return those of them whose gradients travel in the compute dtype
+        (distributed/gathered_weight.py)."""
+        shards, node = self._shards.items(), self.node_size
+        return outside.only([kind for kind, each in shards if parts_travel(*each, node)])
 
     @property
-    def parts_travel(self) -> bool:
-        """Tell how their gradients are summed (distributed/gathered_weight.py)."""
-        stride = self.degrees.ep * self.degrees.etp
-        return parts_travel(self._ranks_of_same_experts, stride, self.node_size)
-
-    @property
-    def _ranks_of_same_experts(self) -> int:
+    def _shards(self) -> dict[str, tuple[int, int]]:
+        """Number of ranks that split dense weights and experts, and the stride between them."""
         d = self.degrees
-        return max(1, d.dp_shard * d.cp * d.tp // (d.ep * d.etp))
+        spread = d.ep * d.etp
+        experts = max(1, d.dp_shard * d.cp * d.tp // spread)
+        return {"dense": (d.dp_shard * d.cp, d.tp), "experts": (experts, spread)}
 
     @property
     def tokens_per_step(self) -> int:

@@ -16,7 +16,7 @@ from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.optimizer.compute_weights import ComputeWeights, build_compute_weights
 from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.components.optimizer.muon import Muon
-from torchtitan.distributed.fsdp import experts_outside_fsdp, ranks_of_same_experts
+from torchtitan.distributed.fsdp import modules_outside_fsdp, ranks_that_share
 from torchtitan.ops.fp8.weight import parts_of
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.planning.ledger import Ledger
@@ -72,25 +72,25 @@ def make_compute_weights(
     )
 
 
-def weights_outside_fsdp(run: PlannedRun, rank: BuiltRank) -> list[nn.Parameter]:
-    """List the parameters that FSDP leaves alone."""
+def weights_outside_fsdp(run: PlannedRun, rank: BuiltRank) -> dict[nn.Parameter, tuple[int, int]]:
+    """Return the parameters that FSDP leaves alone, with the number of their replicas and of the
+    ranks that split one."""
     if run.world_size == 1:
-        return list(rank.model.parameters())
-    alone = experts_outside_fsdp(rank.model, rank.dims, run.config.training)
-    return [p for experts in alone for p in experts.parameters()]
+        return dict.fromkeys(rank.model.parameters(), (1, 1))
+    modules = modules_outside_fsdp(rank.model, rank.dims, run.config.training)
+    return {p: ranks_that_share(each, rank.dims) for each in modules for p in each.parameters()}
 
 
 def weights_under_fsdp(run: PlannedRun, rank: BuiltRank, module: nn.Module) -> list[nn.Parameter]:
     """List the parameters of a module that FSDP shards."""
-    left_out = set(weights_outside_fsdp(run, rank))
+    left_out = weights_outside_fsdp(run, rank)
     return [p for p in module.parameters() if p not in left_out]
 
 
 def weights_that_travel(run: PlannedRun, rank: BuiltRank, module: nn.Module) -> list[nn.Parameter]:
     """List the parameters of a module that other ranks have, too, by FSDP or not."""
-    if run.world_size > 1 and max(ranks_of_same_experts(rank.dims)) > 1:
-        return list(module.parameters())
-    return weights_under_fsdp(run, rank, module)
+    alone = {p for p, ranks in weights_outside_fsdp(run, rank).items() if max(ranks) == 1}
+    return [p for p in module.parameters() if p not in alone]
 
 
 def _build_optimizer(

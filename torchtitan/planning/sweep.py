@@ -148,7 +148,7 @@ def estimate(
         d.tp, d.cp, d.ep, d.etp, d.pp > 1, alone, run.microbatch, now.seq_len, run.sums_gradients,
         run.node_size, config.activation_checkpoint.mode,
         config.activation_checkpoint.selective_ac_option, config.training.dtype, world_size == 1,
-        run.reshards, d.dp_replicate > 1, _splits_whole_experts(run),
+        run.reshards, d.dp_replicate > 1, *_even_parts(run),
     )  # fmt: skip
     traced = {} if traced is None else traced
     if key not in traced:
@@ -158,11 +158,13 @@ def estimate(
     return assemble(run, hardware, traces, states)
 
 
-def _splits_whole_experts(run: PlannedRun) -> bool:
-    """Tell whether each rank gets as many experts: FSDP can leave these alone (fsdp.py)."""
+def _even_parts(run: PlannedRun) -> tuple[bool, ...]:
+    """Tell whether each rank gets as many experts and as many rows of the vocabulary, where ranks
+    split them: FSDP can leave these alone (fsdp.py)."""
     moe_args = getattr(run.model_args, "moe_args", None)
-    ranks = run.degrees.ep * groups(run)["expert fsdp"].size
-    return moe_args is not None and moe_args.num_experts % ranks == 0
+    dense, experts = (groups(run)[name].size for name in ("fsdp", "expert fsdp"))
+    whole = moe_args is not None and moe_args.num_experts % (run.degrees.ep * experts) == 0
+    return dense > 1, experts > 1, whole, run.model_args.vocab_size % dense == 0
 
 
 def sweep_table(rows: list[Row], most: int = 12) -> str:

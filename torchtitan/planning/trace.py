@@ -240,14 +240,14 @@ class _Tracer:
     def _give_copies(self) -> None:
         """Make the copies of weights that a run computes with.
 
-        Weights that FSDP gathers are copies already; experts that it leaves alone have the dtype
-        that the run keeps.
+        Weights that FSDP gathers are copies already; those that it leaves alone have the dtype that
+        the run keeps.
         """
         run, built = self.run, self.built
         choose_float8_gathers(built.model, built.dims)
         if run.world_size > 1:
             kept = TORCH_DTYPES[run.config.training.dtype]
-            outside = set(weights_outside_fsdp(run, built))
+            outside = weights_outside_fsdp(run, built)
             for module in built.model.modules():
                 for name, param in list(module.named_parameters(recurse=False)):
                     if param in outside:
@@ -361,18 +361,19 @@ class _Tracer:
         gathered = weights_under_fsdp(self.run, self.built, module)
         travelling = weights_that_travel(self.run, self.built, module)
         saved = saved_in_fp8(module, gathered)
-        under_fsdp = {id(p) for p in gathered}
-        outside = sum(local_part(p).numel() for p in travelling if id(p) not in under_fsdp)
-        freed = self.dtype.itemsize * outside if self.run.frees_experts else 0
-        narrower = self.run.parts_travel * max(0, self.run.bytes_of_sums - self.dtype.itemsize)
+        under_fsdp = set(gathered)
+        alone = [p for p in travelling if p not in under_fsdp]
+        outside = count_elements(module, alone)["weights"].only(("dense", "experts"))
+        freed = self.dtype.itemsize * self.run.freed(outside).gathered
+        narrower = max(0, self.run.bytes_of_sums - self.dtype.itemsize)
         traced = Traced(
             kept=kept,
             forward_peak=forward_peak,
             backward_peak=backward_peak,
             gathered=bytes_of(gathered) - saved.gathered + freed,
             saved=saved,
-            saved_sums=Elements(0, narrower * outside, 0),
-            outside=Elements(0, outside, 0),
+            saved_sums=self.run.narrow(outside).times(narrower),
+            outside=outside,
             gathered_gradients=self.dtype.itemsize
             * sum(local_part(p).numel() for p in travelling if p.requires_grad),
             **count_elements(module, travelling),
@@ -386,18 +387,19 @@ class _Tracer:
         return traced.after_compiling(between) if self.run.compiles else traced
 
     def _gradients_kept(self, module: nn.Module, gathered: list[nn.Parameter]) -> int:
-        under_fsdp = {id(p) for p in gathered}
-        grads = (p.grad for p in module.parameters() if p.grad is not None)
-        if self.run.world_size == 1:
-            return bytes_of(grads)
-        alone = [p for p in module.parameters() if id(p) not in under_fsdp]
+        under_fsdp = set(gathered)
+        of_alone = {
+            p: bytes_of([p.grad])
+            for p in module.parameters()
+            if p.grad is not None and p not in under_fsdp
+        }
         found = count_elements(module, gathered)
         trained, adapters = found["trained"], found["adapters"]
         size = TORCH_DTYPES[self.run.config.training.dtype].itemsize
         wider = torch.float32.itemsize - size  # of adapters
         split = size * self._split(trained) + wider * self._split(adapters)
-        outside = bytes_of(p.grad for p in alone if p.grad is not None)
-        return split + outside // self.built.dims.expert_fsdp
+        shards = weights_outside_fsdp(self.run, self.built)
+        return split + sum(size // shards[p][1] for p, size in of_alone.items())
 
     def _split(self, elements: Elements) -> int:
         """Elements of gathered weights that this rank keeps."""

@@ -86,7 +86,7 @@ def gather_bytes(run: PlannedRun, one: Traced) -> Bytes:
 def regather_bytes(run: PlannedRun, one: Traced) -> Bytes:
     """Return the bytes to gather the weights of a layer once more in the same step."""
     size = TORCH_DTYPES[run.compute_dtype].itemsize
-    stay = one.outside.times(0 if run.frees_experts else 1)
+    stay = one.outside - run.freed(one.outside)
     return _over_shards(run, (one.weights - stay).times(size) - one.saved)
 
 

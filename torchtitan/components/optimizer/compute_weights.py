@@ -15,31 +15,25 @@ but no gradient.
 Where a module declares a `Joint` of weights (ops/linear.py), their copies are one tensor, so that
 one GEMM serves all of them. Parameters that have the compute dtype become views of that tensor.
 
-Used with one process, and for experts that FSDP leaves alone (they are DTensors, of which this
-rank's part is copied). Where several ranks share experts, copies are gathered from them, and
+Used with one process, and for weights that FSDP leaves alone (they are DTensors, of which this
+rank's part is copied). Where several ranks share them, copies are gathered from these ranks, and
 gradients summed (distributed/gathered_weight.py). Of all other weights FSDP keeps fp32 shards and
 gathers them in bf16, with the same result.
 """
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.fsdp import (
-    expert_axes,
-    experts_outside_fsdp,
-    ranks_of_same_experts,
-    reshards,
-)
+from torchtitan.distributed.fsdp import axes_of, modules_outside_fsdp, ranks_that_share, reshards
 from torchtitan.distributed.gathered_weight import (
     GatheredWeight,
     GradientSum,
@@ -66,12 +60,14 @@ class _Fused:
 
     params: in order.
     dim: along which they are concatenated.
+    sharing: how ranks share them.
     gathered: the weight gathered from several ranks whose `whole` is `tensor`; None = no such one.
     """
 
     tensor: Tensor
     params: list[nn.Parameter]
     dim: int
+    sharing: Sharing
     gathered: GatheredWeight | None = None
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -84,11 +80,8 @@ class ComputeWeights:
     """Gives every parameter of `modules` a copy in `dtype`. Make it last, after weights are filled.
 
     root: module whose forward pass refreshes the copies.
-    grad_dtype: dtype in which parameters get their gradients, and micro-batches are added up; None
-        = each in its own.
-    sharing: ranks between which parameters are split along dim 0; None = they aren't.
-    replicas: ranks that have the same parameters; None = this one only.
-    reduce_dtype: dtype in which replicas sum gradients.
+    grad_dtype: see `Sharing`, of the modules without one.
+    sharing: how ranks share the weights of some of the modules.
 
     sums_replicas: set it while a pass is the last of a step: gradients are summed over replicas.
     """
@@ -100,15 +93,10 @@ class ComputeWeights:
         *,
         root: nn.Module,
         grad_dtype: torch.dtype | None,
-        sharing: Sharing | None = None,
-        replicas: dist.ProcessGroup | None = None,
-        reduce_dtype: torch.dtype = torch.float32,
+        sharing: Mapping[nn.Module, Sharing] | None = None,
     ):
-        self._grad_dtype = grad_dtype
-        self._sharing = sharing
         self._sums: deque[tuple[_Fused, GradientSum]] = deque()
         self.sums_replicas = True
-        self._replicas, self._reduce_dtype = replicas, reduce_dtype
         self._replica_sums: list[tuple[Tensor, Tensor]] = []  # a gradient, and what is summed
         self.after_grad: Callable[[nn.Parameter], None] | None = None
         self._fused: list[_Fused] = []
@@ -123,14 +111,16 @@ class ComputeWeights:
             # A GPU that emulates may have no FP8 to write: there each pass quantises.
             if param.dtype != dtype and not (param.is_cuda and cast(Any, module).fp8.emulate)
         }
+        alone, sharing = Sharing(grad_dtype=grad_dtype), sharing or {}
         for module in modules:
             for joint in joints(module):
                 params = [module.get_parameter(name) for name in joint.names]
                 if self._can_join(params, joint.dim):
-                    joint.tensor = self._add(params, joint.dim, dtype)
+                    how = sharing.get(module, alone)
+                    joint.tensor = self._add(params, joint.dim, dtype, how)
         for module in modules:
             for name, param in module.named_parameters(recurse=False):
-                self._add_single(module, name, param, dtype)
+                self._add_single(module, name, param, dtype, sharing.get(module, alone))
         root.register_forward_pre_hook(lambda *_: self._begin())
 
     def _begin(self) -> None:
@@ -154,19 +144,16 @@ class ComputeWeights:
         return quantised(local, dtype, emulate=recipe.emulate)
 
     def _add(
-        self,
-        params: list[nn.Parameter],
-        dim: int,
-        dtype: torch.dtype,
+        self, params: list[nn.Parameter], dim: int, dtype: torch.dtype, sharing: Sharing
     ) -> Tensor:
         copies = [self._copied(p, dtype) for p in params]
         tensor = local = torch.cat(copies, dim) if len(copies) > 1 else copies[0]
         gathered = None
-        if self._sharing is not None:
-            gathered = GatheredWeight(local, self._sharing)
+        if sharing.shards is not None:
+            gathered = GatheredWeight(local, sharing.shards, sharing)
             tensor, local = gathered.whole, gathered.part
         trained = any(p.requires_grad for p in params)
-        fused = _Fused(tensor.requires_grad_(trained), params, dim, gathered)
+        fused = _Fused(tensor.requires_grad_(trained), params, dim, sharing, gathered)
         for p, part in zip(params, fused.parts(local.detach()), strict=True):
             if p.dtype == dtype:
                 p.data = part  # the parameter itself is the copy
@@ -174,23 +161,28 @@ class ComputeWeights:
             self._seen_version[p] = _version(p)
             self._gathered_of[p] = gathered
             if p.requires_grad:
-                p.grad_dtype = self._grad_dtype or p.dtype
+                p.grad_dtype = sharing.grad_dtype or p.dtype
         if trained:
             tensor.register_post_accumulate_grad_hook(self._hook(len(self._fused)))
         self._fused.append(fused)
         return tensor
 
     def _add_single(
-        self, module: nn.Module, name: str, param: nn.Parameter, dtype: torch.dtype
+        self,
+        module: nn.Module,
+        name: str,
+        param: nn.Parameter,
+        dtype: torch.dtype,
+        sharing: Sharing,
     ) -> None:
         if param in self._copy_of:
             return
         if param.dtype != dtype:
-            module.__dict__[name] = self._add([param], 0, dtype)
+            module.__dict__[name] = self._add([param], 0, dtype, sharing)
             return
         if not param.requires_grad:
             return
-        param.grad_dtype = self._grad_dtype or param.dtype
+        param.grad_dtype = sharing.grad_dtype or param.dtype
         param.register_post_accumulate_grad_hook(self._hook(None))
 
     def _hook(self, index: int | None) -> Callable[[Tensor], None]:
@@ -207,7 +199,7 @@ class ComputeWeights:
         fused = self._fused[index]
         grad = cast(Tensor, fused.tensor.grad)  # set just before this hook
         fused.tensor.grad = None
-        sums_replicas = self._replicas is not None and self.sums_replicas
+        sums_replicas = fused.sharing.replicas is not None and self.sums_replicas
         if not self._sums and not self._replica_sums and (fused.gathered or sums_replicas):
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         if fused.gathered is None:
@@ -237,33 +229,33 @@ class ComputeWeights:
 
     def _distribute(self, fused: _Fused, grad: Tensor) -> None:
         """Give a gradient to the parameters that it belongs to."""
+        sharing = fused.sharing
         for p, part in zip(fused.params, fused.parts(grad), strict=True):
             if not p.requires_grad:
                 continue
-            if self._replicas is not None:
+            if sharing.replicas is not None:
                 part = part.contiguous()  # to be sent
             if p.grad is None:
-                p.grad = _placed_as(p, part.to(self._grad_dtype or p.dtype))
+                p.grad = _placed_as(p, part.to(sharing.grad_dtype or p.dtype))
             else:
                 local_part(p.grad).add_(part)
-            if self._replicas is not None and self.sums_replicas:
-                self._start_replica_sum(local_part(p.grad))
+            if self.sums_replicas:
+                self._start_replica_sum(local_part(p.grad), sharing)
             self._call_after_grad(p)
 
     def sum_over_replicas(self) -> None:
         """Sum the gradients that passes have left as they were."""
-        if self._replicas is None:
-            return
         for fused in self._fused:
             for p in fused.params:
                 if p.grad is not None:
-                    self._start_replica_sum(local_part(p.grad))
+                    self._start_replica_sum(local_part(p.grad), fused.sharing)
         self._finish()
 
-    def _start_replica_sum(self, grad: Tensor) -> None:
-        group = cast(dist.ProcessGroup, self._replicas).group_name
-        travelling = grad.to(self._reduce_dtype)
-        torch.ops._c10d_functional.all_reduce_(travelling, "sum", group)
+    def _start_replica_sum(self, grad: Tensor, sharing: Sharing) -> None:
+        if sharing.replicas is None:
+            return
+        travelling = grad.to(sharing.reduce_dtype)
+        torch.ops._c10d_functional.all_reduce_(travelling, "sum", sharing.replicas.group_name)
         self._replica_sums.append((grad, travelling))
 
     def _call_after_grad(self, param: nn.Parameter) -> None:
@@ -307,8 +299,7 @@ class ComputeWeights:
     def gather(self) -> None:
         """Gather the outdated copies that stay whole over several passes, and wait for them."""
         self.refresh()
-        keeps = self._sharing is not None and not self._sharing.is_freed
-        weights = self._gathered() if keeps else []
+        weights = [weight for weight in self._gathered() if not weight.is_freed]
         for weight in weights:
             weight.start()
         for weight in weights:
@@ -374,32 +365,45 @@ def build_compute_weights(
     if keeps == computes and (keeps == "float32" or dims.world_size > 1):
         if not optimizer.early_step_in_backward:
             return None
-    replicas, shards = 1, 1
+    shared = {}
     if dims.world_size == 1:
         modules: list[nn.Module] = list(model.modules())
     else:
-        modules = [*experts_outside_fsdp(model, dims, training)]
-        replicas, shards = ranks_of_same_experts(dims)
+        modules = modules_outside_fsdp(model, dims, training)
+        shared = {
+            module: _sharing_of(module, config, dims, several_passes=several_passes, split=split)
+            for module in modules
+            if max(ranks_that_share(module, dims)) > 1
+        }
     if not modules:
         return None
-    sums_in_fp32 = replicas * shards > 1 and training.mixed_precision_reduce == "float32"
-    grad_dtype = dtype_of_gradients(config, in_fp32=several_passes or sums_in_fp32)
-    reduce_dtype, sharing = TORCH_DTYPES[training.mixed_precision_reduce], None
-    if shards > 1 and split:
-        sharing = Sharing(
-            expert_axes(dims).get_group("fsdp"),
-            reduce_dtype,
-            parts_travel(shards, dims.ep * dims.etp, dims.node_size),
-            is_freed=reshards(dims, config.parallelism),
-        )
     weights = ComputeWeights(
         modules,
         TORCH_DTYPES[computes],
         root=model,
-        grad_dtype=grad_dtype,
-        sharing=sharing,
-        reduce_dtype=reduce_dtype,
-        replicas=expert_axes(dims).get_group("dp_replicate") if replicas > 1 and split else None,
+        grad_dtype=dtype_of_gradients(config, in_fp32=several_passes),
+        sharing=shared,
     )
-    gather_ahead(model, [(block, weights.gathered_in(block)) for block in model.blocks().values()])
+    in_order = (model.tok_embeddings, *model.blocks().values(), model.output)
+    gather_ahead(
+        model, [(each, weights.gathered_in(each)) for each in in_order if each is not None]
+    )
     return weights
+
+
+def _sharing_of(
+    module: nn.Module, config: JobConfig, dims: ParallelDims, *, several_passes: bool, split: bool
+) -> Sharing:
+    """Return how several ranks share the weights of a module; see `build_compute_weights`."""
+    axes, (replicas, shards) = axes_of(module, dims), ranks_that_share(module, dims)
+    reduce_dtype = TORCH_DTYPES[config.training.mixed_precision_reduce]
+    in_fp32 = several_passes or reduce_dtype == torch.float32
+    stride = dims.stage_size // (replicas * shards)
+    return Sharing(
+        shards=axes.get_group("fsdp") if split and shards > 1 else None,
+        replicas=axes.get_group("dp_replicate") if split and replicas > 1 else None,
+        grad_dtype=dtype_of_gradients(config, in_fp32=in_fp32),
+        reduce_dtype=reduce_dtype,
+        parts_travel=parts_travel(shards, stride, dims.node_size),
+        is_freed=reshards(dims, config.parallelism),
+    )

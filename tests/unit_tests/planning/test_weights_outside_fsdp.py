@@ -1,4 +1,4 @@
-"""Plans of experts that several ranks share outside of FSDP: their state, bytes and sums."""
+"""Plans of weights that several ranks share outside of FSDP: their state, bytes and sums."""
 
 from dataclasses import replace
 
@@ -25,10 +25,11 @@ BF16_SUMS = "--training.mixed_precision_reduce=bfloat16"
         (2, [NEVER, "--optimizer.implementation=foreach"]),
         (4, [NEVER, "--parallelism.expert_parallel_degree=2"]),
         (2, ["--parallelism.tensor_parallel_degree=2"]),
+        (2, ["--model.args.vocab_size=2049"]),
         (1, ["--training.dtype=bfloat16", "--optimizer.implementation=foreach"]),
     ],
 )
-def test_arithmetic_knows_experts_outside_of_fsdp(world_size: int, options: list[str]) -> None:
+def test_arithmetic_knows_weights_outside_of_fsdp(world_size: int, options: list[str]) -> None:
     check_arithmetic(plan(*DEBUG, *options, world_size=world_size))
 
 
@@ -36,7 +37,8 @@ def test_a_sweep_keeps_traces_of_layouts_apart() -> None:
     """One layout's traces were taken for another, whose experts FSDP holds, or frees."""
     traced: dict = {}
     hardware = find_hardware("h200")
-    layouts = [[], [NEVER], ["--parallelism.data_parallel_replicate_degree=2", NEVER]]
+    replicas = "--parallelism.data_parallel_replicate_degree="
+    layouts = [[], [NEVER], [f"{replicas}2", NEVER], [f"{replicas}2"], [f"{replicas}4"]]
     for options in layouts:
         config = ConfigManager().parse_args([*DEBUG, *options])
         after_others = estimate(config, 4, hardware, 1.0, traced).worst.peak.total
@@ -53,21 +55,22 @@ def test_sums_in_bf16_send_half_the_bytes_and_hold_half() -> None:
         other = half.traces.of_layer[name]
         assert replica_bytes(half.run, other).inside == replica_bytes(whole.run, one).inside / 2 > 0
         sums, half_sums = reduce_bytes(whole.run, one).inside, reduce_bytes(half.run, other).inside
-        # Experts' parts travel in bf16 in either case.
-        experts = one.trained.experts * 2 / 2
-        assert half_sums - experts == (sums - experts) / 2 > 0
+        # Parts of those outside of FSDP travel in bf16 in either case.
+        outside = one.outside.gathered * 2 / 2
+        assert half_sums - outside == (sums - outside) / 2
+        assert half_sums > 0
     assert half.traffic[0]["fsdp"].inside < whole.traffic[0]["fsdp"].inside
     assert half.worst.peak.total < whole.worst.peak.total
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_experts_outside_of_fsdp_travel_once_and_are_summed_in_bf16(passes: int) -> None:
+def test_weights_outside_of_fsdp_travel_once_and_are_summed_in_bf16(passes: int) -> None:
     options = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES, NEVER]
     found = plan(*options, f"--training.global_batch_size={8 * passes}", world_size=2)
-    experts = 7 * 64 * 3 * 2048 * 1408
-    others = 4_594_374_656 - experts
+    outside = 7 * 64 * 3 * 2048 * 1408 + 2 * 102_400 * 2048  # experts, embedding and head
+    others = 4_594_374_656 - outside
     half = 0.5  # of two ranks
-    expected = half * (2 * experts + passes * (2 * experts + (2 + 4) * others))
+    expected = half * (2 * outside + passes * (2 * outside + (2 + 4) * others))
     assert found.traffic[0]["fsdp"].inside == pytest.approx(expected, rel=1e-6)
 
 
@@ -94,15 +97,16 @@ def test_parts_of_gradients_do_not_travel_where_nodes_have_several_ranks(
     assert parts_travel(ranks, stride, node_size) == travel
 
 
-def test_between_nodes_of_several_ranks_experts_are_summed_in_fp32() -> None:
+def test_between_nodes_of_several_ranks_weights_are_summed_in_fp32() -> None:
     options = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES]
     node = plan(*options, "--parallelism.expert_parallel_node_size=4", world_size=4)
     nodes = plan(*options, "--parallelism.expert_parallel_node_size=2", world_size=4)
     for name, one in node.traces.of_layer.items():
         other = nodes.traces.of_layer[name]
-        parts = 2 * one.trained.experts * 3 / 4
+        parts = 2 * one.outside.gathered * 3 / 4
+        under_fsdp = one.trained.gathered - one.outside.gathered
         once, split = reduce_bytes(node.run, one), reduce_bytes(nodes.run, other)
-        assert once.inside == pytest.approx(parts + 4 * one.trained.dense * 3 / 4), name
+        assert once.inside == pytest.approx(parts + 4 * under_fsdp * 3 / 4), name
         all_in_fp32 = 4 * (one.trained.experts + one.trained.dense)
         assert (split.inside, split.between) == (all_in_fp32 / 2, all_in_fp32 / 4), name
 

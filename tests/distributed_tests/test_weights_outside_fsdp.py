@@ -1,4 +1,4 @@
-"""Experts outside of FSDP, with compute weights: alone on a rank, shared by several, replicated."""
+"""Experts, embedding and head outside of FSDP, with compute weights: of one rank, or of several."""
 
 import time
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def patched(*, by_fsdp: bool) -> Iterator[None]:
         patch.setattr(dispatcher, "prefers_whole_tokens", True)
     if by_fsdp:
         for module in (fsdp, compute_weights):
-            patch.setattr(module, "experts_outside_fsdp", lambda *_: [])
+            patch.setattr(module, "modules_outside_fsdp", lambda *_: [])
     try:
         yield
     finally:
@@ -114,6 +114,9 @@ BF16_SUMS = "--training.mixed_precision_reduce=bfloat16"
         layout(4, FOUR_LAYERS, replicate=2, shard=2, ep=2, accumulation=2),
         layout(4, FOUR_LAYERS, BF16_SUMS, replicate=2, shard=2),
         layout(4, FOUR_LAYERS, "--parallelism.expert_parallel_node_size=2"),
+        layout(2, FOUR_LAYERS, "--model.args.n_mtp_layers=2", accumulation=2),
+        layout(2, KEEP_WEIGHTS, "--model.args.n_mtp_layers=1"),
+        layout(2, "--model.args.n_dense_layers=2"),
     ],
     ids=[
         "freed",
@@ -132,6 +135,9 @@ BF16_SUMS = "--training.mixed_precision_reduce=bfloat16"
         "HSDP x EP, accumulation",
         "HSDP, bf16 sums",
         "two nodes of two",
+        "freed, multi-token prediction, accumulation",
+        "multi-token prediction",
+        "no experts",
     ],
 )
 def test_gathered_ones_train_as_under_fsdp(ranks, tmp_path, world_size, options):
@@ -246,29 +252,55 @@ def test_an_error_in_a_backward_pass_leaves_no_sums(ranks, tmp_path, degrees):
     assert [each[1:] for each in found] == [(0, True)] * 2
 
 
-def kinds(options: list[str], folder: str) -> list[bool]:
+def outside(options: list[str], folder: str) -> set[str]:
+    """Names of what computes with copies, not under FSDP."""
     trainer = Trainer(config_of(*options, BF16, f"--job.dump_folder={folder}"))
-    moe = next(iter(trainer.model.moe_layers().values()), None)
-    if moe is None:  # on another stage
-        trainer.close()
-        return []
-    found = [isinstance(moe.experts, FSDPModule), moe.experts.w13.tensor is not None]
+    model, moe = trainer.model, next(iter(trainer.model.moe_layers().values()), None)
+    modules = {"embedding": model.tok_embeddings, "head": model.output}
+    if moe is not None:  # not on another stage
+        modules["experts"] = moe.experts
+    names = {"embedding": "weight", "head": "weight", "experts": "w2"}
+    found = {
+        name
+        for name, module in modules.items()
+        if module is not None and names[name] in module.__dict__
+    }
+    assert not any(isinstance(modules[name], FSDPModule) for name in found)
     trainer.close()
     return found
 
 
-def test_fsdp_keeps_those_of_pipelines_alone(ranks, tmp_path):
-    apart = {
-        "alone": layout(2, ep=2),
-        "shared": layout(2),
-        "kept": layout(2, KEEP_WEIGHTS),
-        "replicas": layout(2, replicate=2, shard=1),
-    }
-    for name, options in apart.items():
-        found = ranks(2).run(kinds, options[1], str(tmp_path / name))
-        assert found == [[False, True]] * 2, name
-    found = ranks(4).run(kinds, layout(4, KEEP_WEIGHTS, pp=2, ep=2)[1], str(tmp_path / "pipeline"))
-    assert [kind for kind in found if kind] == [[True, False]] * 2
+ALL = {"embedding", "head", "experts"}
+
+
+@pytest.mark.parametrize(
+    "world_size, options, expected",
+    [
+        (*layout(2, ep=2), ALL),
+        (*layout(2), ALL),
+        (*layout(2, KEEP_WEIGHTS), ALL),
+        (*layout(2, replicate=2, shard=1), ALL),
+        (*layout(2, "--model.args.vocab_size=2049"), {"experts"}),
+        (*layout(2, "--training.frozen_fqns=['tok_embeddings.*']"), ALL - {"embedding"}),
+        (*layout(2, "--training.frozen_fqns=['*.w1']"), ALL - {"experts"}),
+        (*layout(2, tp=2, etp=2), {"experts"}),
+        (*layout(4, KEEP_WEIGHTS, pp=2, ep=2), set()),
+    ],
+    ids=[
+        "alone",
+        "shared",
+        "kept",
+        "replicas",
+        "uneven rows",
+        "frozen embedding",
+        "frozen experts",
+        "TP",
+        "pipeline",
+    ],
+)
+def test_fsdp_keeps_what_cannot_be_gathered(ranks, tmp_path, world_size, options, expected):
+    found = ranks(world_size).run(outside, options, str(tmp_path))
+    assert found == [expected] * world_size
 
 
 @pytest.mark.parametrize(
