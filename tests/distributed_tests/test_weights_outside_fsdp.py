@@ -234,7 +234,68 @@ def what_a_pass_leaves(options: list[str], folder: str, event: str) -> tuple[int
     return held, len(weights._sums) + len(weights._replica_sums), complete
 
 
-def raised(self: ComputeWeights) -> None:
+def what_a_dense_model_holds(options: list[str], folder: str) -> tuple[list[int], list[int]]:
+    """Bytes of gathered weights as each layer's forward pass begins, and numbers of sums on their
+    way as each module's backward pass begins."""
+    held, sums, begin = [], [], ComputeWeights._begin_backward
+
+    def noted(self: ComputeWeights) -> None:
+        begin(self)
+        sums.append(len(self._sums))
+
+    def note(*_: object) -> None:
+        held.append(sum(w.whole.untyped_storage().nbytes() for w in gathered))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ComputeWeights, "_begin_backward", noted)
+        trainer = Trainer(config_of(*options, BF16, f"--job.dump_folder={folder}"))
+        gathered = trainer.compute_weights._gathered()
+        for layer in trainer.model.blocks().values():
+            layer.register_forward_pre_hook(note)
+        tokens, labels = next(iter(global_batches()))
+        trainer.forward_backward(({"input": tokens}, labels), counts_of(labels.numel()))
+    trainer.close()
+    return held, sums
+
+
+def test_a_dense_model_holds_its_head_no_longer_than_needed(ranks, tmp_path):
+    """It is gathered beside the last layer, and its gradient travels beside one layer only."""
+    options = layout(2, FOUR_LAYERS, "--model.args.n_dense_layers=4")[1]
+    for held, sums in ranks(2).run(what_a_dense_model_holds, options, str(tmp_path)):
+        assert held[:3] == [0, 0, 0] and held[3] > 0
+        head, *layers = sums
+        assert len(layers) == 4 and layers[2:] == [0, 0]
+
+
+def losses_after_an_error(options: list[str], folder: str, fails: bool) -> float:
+    """Loss of a pass with other weights, right after a forward pass, which may raise."""
+    trainer = Trainer(config_of(*options, BF16, f"--job.dump_folder={folder}"))
+    tokens, labels = next(iter(global_batches()))
+    batch, counts = ({"input": tokens}, labels), counts_of(labels.numel())
+    second = list(trainer.model.blocks().values())[1]
+    hook = second.register_forward_pre_hook(lambda *_: raised(None))
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            trainer.forward_backward(batch, counts)
+    hook.remove()
+    with torch.no_grad():
+        for param in trainer.compute_weights._copy_of:  # FSDP keeps its own as they are gathered
+            param.mul_(1.5)
+    loss = trainer.forward_backward(batch, counts).item()
+    trainer.close()
+    return loss
+
+
+def test_an_error_in_a_forward_pass_leaves_no_gather_on_its_way(ranks, tmp_path):
+    """It would write older values over new ones."""
+    options = layout(2, KEEP_WEIGHTS, FOUR_LAYERS, "--model.args.dim=256")[1]
+    expected = ranks(2).run(losses_after_an_error, options, str(tmp_path / "a"), False)
+    for attempt in range(3):
+        folder = str(tmp_path / str(attempt))
+        assert ranks(2).run(losses_after_an_error, options, folder, True) == expected
+
+
+def raised(self: ComputeWeights | None) -> None:
     raise ZeroDivisionError
 
 

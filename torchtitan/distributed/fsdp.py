@@ -6,7 +6,7 @@ ranks, never averaged: the loss is already divided by the tokens of the whole st
 (components/loss.py).
 """
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -61,7 +61,7 @@ def apply_data_parallel(
     for module in alone:
         if max(ranks_that_share(module, dims)) > 1:
             split_first_dim(module, _data_parallel_axes(axes_of(module, dims)))
-    _log_what_is_outside(model, alone, dims, reshard)
+    _log_outside(model, alone, dims, reshard)
     if dims.expert_mesh is not None and not any(isinstance(m, ExpertWeights) for m in alone):
         _shard_experts(model, dims.expert_mesh, reshard, options)
     options["ignored_params"] = {param for module in alone for param in module.parameters()}
@@ -100,10 +100,11 @@ def modules_outside_fsdp(
     if experts and max(ranks_that_share(experts[0], dims)) > 1:
         if not (has_copies and all(_can_be_gathered(each, dims) for each in experts)):
             experts = []
-    ends = [end for end in (model.tok_embeddings, model.output) if end is not None]
-    if dims.tp > 1 or not has_copies:
+    # Tensor parallelism splits the vocabulary, and gathers hidden states by hooks on both.
+    if not has_copies or dims.tp > 1:
         return experts
-    return [*experts, *(end for end in ends if _can_be_gathered(end, dims))]
+    ends = [model.tok_embeddings, model.output]
+    return [*experts, *(end for end in ends if end is not None and _can_be_gathered(end, dims))]
 
 
 def axes_of(module: nn.Module, dims: ParallelDims) -> DeviceMesh:
@@ -112,37 +113,46 @@ def axes_of(module: nn.Module, dims: ParallelDims) -> DeviceMesh:
     return cast(DeviceMesh, dims.expert_mesh) if has_mesh else dims.mesh
 
 
-def ranks_that_share(module: nn.Module, dims: ParallelDims) -> tuple[int, int]:
-    """Count the replicas of a module's weights, and the ranks between which a replica is split."""
+class SharingRanks(NamedTuple):
+    """Number of replicas of a weight, and of the ranks between which a replica is split."""
+
+    replicas: int
+    shards: int
+
+
+def ranks_that_share(module: nn.Module, dims: ParallelDims) -> SharingRanks:
+    """Count the ranks that have a module's weights."""
     mesh = axes_of(module, dims)
-    return mesh["dp_replicate"].size(), mesh["fsdp"].size()
-
-
-def _log_what_is_outside(
-    model: BaseModel, alone: list[nn.Module], dims: ParallelDims, reshard: bool
-) -> None:
-    kept = "freed after each pass" if reshard else "kept whole"
-    found: dict[str, list[str]] = {}
-    for module in alone:
-        replicas, shards = ranks_that_share(module, dims)
-        how = [f"gathered from {shards} ranks, {kept}"] * (shards > 1)
-        how += [f"summed over {replicas} replicas"] * (replicas > 1)
-        ends = {model.tok_embeddings: "the embedding", model.output: "the head"}
-        if how:
-            found.setdefault(", ".join(how), []).append(ends.get(module, "experts"))
-    for how, names in found.items():
-        logger.info("Without FSDP: %s, %s", " and ".join(dict.fromkeys(names)), how)
+    return SharingRanks(mesh["dp_replicate"].size(), mesh["fsdp"].size())
 
 
 def _can_be_gathered(module: Any, dims: ParallelDims) -> bool:
     """Tell whether each rank gets as many whole experts, or rows of the vocabulary, all of them
     trained, none in FP8."""
+    in_fp8 = getattr(module, "fp8", None) is not None
     trained = all(param.requires_grad for param in module.parameters())
-    _, shards = ranks_that_share(module, dims)
-    if isinstance(module, ExpertWeights):
-        whole = module.w1.size(0) % (dims.ep * shards) == 0
-        return trained and whole and not module.lora_scales and module.fp8 is None
-    return trained and module.weight.size(0) % shards == 0 and getattr(module, "fp8", None) is None
+    if in_fp8 or not trained or getattr(module, "lora_scales", None):
+        return False
+    experts, shards = isinstance(module, ExpertWeights), ranks_that_share(module, dims).shards
+    rows = module.w1.size(0) // dims.ep if experts else module.weight.size(0)
+    return rows % shards == 0
+
+
+def _log_outside(
+    model: BaseModel, alone: list[nn.Module], dims: ParallelDims, reshard: bool
+) -> None:
+    """Log what of several ranks is outside of FSDP, a line for each way in which they share it."""
+    ends = {model.tok_embeddings: "embedding", model.output: "head"}
+    when = "for each pass" if reshard else "once a step"
+    found: dict[str, dict[str, None]] = {}
+    for module in alone:
+        replicas, shards = ranks_that_share(module, dims)
+        how = [f"gathered from {shards} ranks {when}"] * (shards > 1)
+        how += [f"summed over {replicas} replicas"] * (replicas > 1)
+        if how:
+            found.setdefault(", ".join(how), {})[ends.get(module, "experts")] = None
+    for how, names in found.items():
+        logger.info("Without FSDP: %s (%s)", ", ".join(names), how)
 
 
 def materialize(model: nn.Module, device: torch.device, *, offload: bool) -> None:

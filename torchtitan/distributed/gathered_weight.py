@@ -5,12 +5,14 @@ bytes that travel. Here parts are gathered into their places of the whole weight
 summed from the tensor that the backward pass makes.
 
 A weight that is kept is gathered once a step; its part is a slice of it, which the optimizer
-writes. One that is freed is gathered for each pass of its layer.
+writes. One that is freed is gathered for each pass of its layer, but for the head and the last
+block, which stay from the forward to the backward pass, and the embedding, whose backward pass
+doesn't read it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -90,21 +92,22 @@ class Sharing:
 class GatheredWeight:
     """A weight of which each rank keeps a slice along dim 0 up to date.
 
-    part: this rank's slice; it is kept, or copied.
-    shards: the ranks.
+    new: values of this rank's slice, kept or copied.
+    sharing: has shards.
 
     whole: what layers compute with; right between `wait` and `free`.
     part: this rank's slice of it, to which new values are written.
     """
 
-    def __init__(self, part: Tensor, shards: dist.ProcessGroup, sharing: Sharing):
-        ranks, rank, rows = shards.size(), shards.rank(), part.size(0)
-        self.whole = part.new_empty(ranks * rows, *part.shape[1:])
+    def __init__(self, new: Tensor, sharing: Sharing):
+        assert sharing.shards is not None
+        ranks, rank, rows = sharing.shards.size(), sharing.shards.rank(), new.size(0)
+        self.whole = new.new_empty(ranks * rows, *new.shape[1:])
         if sharing.is_freed:
-            self.part = part
+            self.part = new
         else:
-            self.part = self.whole.detach().narrow(0, rank * rows, rows).copy_(part)
-        self._shards, self._sharing = shards, sharing
+            self.part = self.whole.detach().narrow(0, rank * rows, rows).copy_(new)
+        self._sharing = sharing
         self._outdated = True
         self._arriving: dist.Work | None = None
         self.free()
@@ -132,7 +135,7 @@ class GatheredWeight:
             self.whole.untyped_storage().resize_(self.whole.nbytes)
         # By `data` autograd doesn't see that a weight is filled anew, with the values it has saved.
         whole = self.whole.data
-        self._arriving = _gather(whole, self.part, group=self._shards, async_op=True)
+        self._arriving = _gather(whole, self.part, group=self._sharing.shards, async_op=True)
 
     def wait(self) -> None:
         """Let this stream wait for the slices of other ranks."""
@@ -141,15 +144,18 @@ class GatheredWeight:
             self._arriving = None
 
     def free(self) -> None:
-        """Free the whole weight until the next `start`, if that is how it is used."""
+        """Free the whole weight until the next `start`, if that is how it is used.
+
+        No gather is on its way afterwards, which would write older values over new ones.
+        """
+        self.wait()
         if self.is_freed:
-            self.wait()
             self.whole.untyped_storage().resize_(0)
             self._outdated = True
 
     def start_sum(self, grad: Tensor) -> "GradientSum":
         """Start to sum gradients of the whole weight over the ranks."""
-        return GradientSum(grad.contiguous(), self._shards, self._sharing)
+        return GradientSum(grad.contiguous(), self._sharing)
 
 
 class GradientSum:
@@ -159,8 +165,9 @@ class GradientSum:
     which receives all slices as they are.
     """
 
-    def __init__(self, grad: Tensor, group: dist.ProcessGroup, sharing: Sharing):
-        dtype = sharing.reduce_dtype
+    def __init__(self, grad: Tensor, sharing: Sharing):
+        assert sharing.shards is not None
+        group, dtype = sharing.shards, sharing.reduce_dtype
         self._grad, self._dtype, self._ranks = grad, dtype, group.size()  # read until it is there
         self._sums_here = sharing.parts_travel and dtype.itemsize > grad.dtype.itemsize
         if self._sums_here:
@@ -179,31 +186,39 @@ class GradientSum:
         return arrived.unflatten(0, (self._ranks, -1)).sum(0, dtype=self._dtype)
 
 
+class GatheringModule(NamedTuple):
+    """A module of the forward pass, with such weights or without.
+
+    reads_again: whether its backward pass reads its weights.
+    """
+
+    module: nn.Module
+    weights: Sequence[GatheredWeight]
+    reads_again: bool = True
+
+
 def gather_ahead(
-    root: nn.Module, modules: Sequence[tuple[nn.Module, Sequence[GatheredWeight]]]
+    root: nn.Module, modules: Sequence[GatheringModule], begin_backward: Callable[[], None]
 ) -> None:
     """Have each module wait for its weights, and those of the next one gathered while it computes;
     in the backward pass, where weights are freed in between, those of the one before.
 
     root: module whose forward pass runs the others.
-    modules: in order, those with such weights or without, and the weights of each: the embedding,
-        which reads its table in the forward pass only, the blocks, the head.
+    modules: embedding, blocks, head, in this order.
+    begin_backward: called as the backward pass of a module begins.
     """
-    modules = [(module, weights) for module, weights in modules if weights]
-    if not modules:
+    if not any(each.weights for each in modules):
         return
-    in_order = [weights for _, weights in modules]
+    in_order = [each.weights for each in modules]
     root.register_forward_pre_hook(lambda *_: _take((), in_order[0]))
-    is_block = [not isinstance(module, nn.Embedding | nn.Linear) for module, _ in modules]
-    last_block = max((i for i, is_one in enumerate(is_block) if is_one), default=0)
-    for i, (module, weights) in enumerate(modules):
-        before = in_order[i - 1] if i > 0 and is_block[i - 1] else ()
+    for i, each in enumerate(modules):
+        before = in_order[i - 1] if i > 0 and modules[i - 1].reads_again else ()
         after = in_order[i + 1] if i + 1 < len(modules) else ()
         # The backward pass begins with the head and the last block.
-        stays = i >= last_block and not isinstance(module, nn.Embedding)
-        one = _ModulePass(weights, before, after, stays=stays)
-        module.register_forward_pre_hook(one.enter)
-        module.register_forward_hook(one.leave)
+        stays = i >= len(modules) - 2
+        one = _ModulePass(each, before, after, begin_backward, stays=stays)
+        each.module.register_forward_pre_hook(one.enter)
+        each.module.register_forward_hook(one.leave)
 
     def free_all(*_: object) -> None:
         """Without a backward pass nothing else frees what no block has used: an evaluation skips
@@ -219,35 +234,38 @@ def gather_ahead(
 class _ModulePass:
     """Hooks around a module's forward pass.
 
-    weights: of the module.
-    before: weights of the block before it, none at the first.
-    after: weights of the module after it, none at the last.
-    stays: whether its weights stay until their gradients are there.
+    before, after: weights of the modules beside it that are read next.
+    begin_backward: see `gather_ahead`.
+    stays: whether its weights stay until its backward pass.
     """
 
     def __init__(
         self,
-        weights: Sequence[GatheredWeight],
+        of: GatheringModule,
         before: Sequence[GatheredWeight],
         after: Sequence[GatheredWeight],
+        begin_backward: Callable[[], None],
         *,
         stays: bool,
     ):
-        self.weights, self.before, self.after, self.stays = weights, before, after, stays
+        self.weights, self.reads_again = of.weights, of.reads_again
+        self.before, self.after, self.stays = before, after, stays
+        self.begin_backward = begin_backward
 
     def enter(self, *_: object) -> None:
         _take(self.weights, self.after)
 
     def leave(self, module: nn.Module, inputs: object, output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
-        reads_again = hidden.requires_grad and not isinstance(module, nn.Embedding)
-        if reads_again:
+        comes_back = hidden.requires_grad and self.reads_again
+        if comes_back:
             hidden.register_hook(self._enter_backward)
-        if not (reads_again and self.stays):
+        if not (comes_back and self.stays):
             for weight in self.weights:
                 weight.free()
 
     def _enter_backward(self, grad: Tensor) -> None:
+        self.begin_backward()
         _take(self.weights, self.before)
 
 

@@ -20,7 +20,7 @@ from torchtitan.protocols.layers import ExpertWeights
 class Elements:
     """Number of elements, or bytes, of weights.
 
-    dense, experts: that FSDP gathers.
+    dense, experts: that several ranks share.
     alone: of the others.
     """
 
@@ -49,17 +49,17 @@ class Elements:
         return self.dense + self.experts
 
 
-def count_elements(module: nn.Module, gathered: list[nn.Parameter]) -> dict[str, Elements]:
+def count_elements(module: nn.Module, shared: list[nn.Parameter]) -> dict[str, Elements]:
     """Count a module's elements: all, the trained ones, those of adapters."""
     stacks = [each for each in module.modules() if isinstance(each, ExpertWeights)]
     experts = {id(p) for each in stacks for p in each.parameters()}
-    under_fsdp = {id(p) for p in gathered}
+    of_several = {id(p) for p in shared}
 
     def count(named: Iterable[tuple[str, nn.Parameter]]) -> Elements:
         of: Counter[str] = Counter()
         for _, p in named:
             kind = "experts" if id(p) in experts else "dense"
-            of[kind if id(p) in under_fsdp else "alone"] += local_part(p).numel()
+            of[kind if id(p) in of_several else "alone"] += local_part(p).numel()
         return Elements(of["dense"], of["experts"], of["alone"])
 
     named = list(module.named_parameters())

@@ -11,6 +11,7 @@ State comes from state.py, layers' passes from trace.py. FSDP adds (fsdp2 of tor
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from torchtitan.planning.closed import kept_gradients
 from torchtitan.planning.pipeline import Action
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.state import State
@@ -115,14 +116,15 @@ class _Walk:
         for i in range(last, -1, -1):
             one = self.traced[i]
             kept -= one.kept
-            gathered = self._held(i, forward=False) + (self._gathered(i - 1) if i else 0)
+            arriving = self._gathered_again(i - 1) if i else 0
+            gathered = self._held(i, forward=False) + arriving
             passing = one.backward_peak - one.kept + summing
             yield self._moment(
                 f"backward pass, {self._title(i)}", kept + one.kept, passing, grads, gathered
             )
             grads += self._new_gradients(one)
-            # The whole gradients and their copy, the input of the sum over ranks.
-            summing = self.run.bytes_of_sums * one.trained.gathered
+            # The whole gradients, and their copy in the dtype of the sum or what other ranks send.
+            summing = self.run.bytes_of_sums * one.trained.gathered - one.saved_sums.gathered
             whole = one.gathered_gradients + summing + self._output(i - 1)
             yield self._moment(f"sum of gradients, {self._title(i)}", kept, whole, grads, gathered)
         yield self._moment("optimizer step", 0, self.state.step_peak, self.state.gradients, 0)
@@ -138,17 +140,20 @@ class _Walk:
         """Bytes that arrive for a layer: none where nothing is gathered anew."""
         return self.traced[i].gathered if self.run.reshards else 0
 
+    def _gathered_again(self, i: int) -> int:
+        return self.traced[i].gathered_again.gathered if self.run.reshards else 0
+
     def _held(self, i: int, *, forward: bool) -> int:
         if not self.run.reshards:
             return sum(one.gathered for one in self.traced)
         # The head's stay between the passes.
-        head = self.traced[-1].gathered if not forward and i == len(self.traced) - 1 else 0
-        return head or self.traced[i].gathered
+        is_read_again = forward or i == len(self.traced) - 1
+        return self.traced[i].gathered if is_read_again else self._gathered_again(i)
 
     def _new_gradients(self, one: Traced) -> int:
         if self.run.sums_gradients or self.run.config.optimizer.early_step_in_backward:
             return 0
-        return one.gradients_kept
+        return kept_gradients(self.run, one)
 
     def _moment(
         self, what: str, activations: int, passing: int, grads: int, gathered: int

@@ -16,7 +16,7 @@ from torchtitan.components.optimizer import build_optimizer
 from torchtitan.components.optimizer.compute_weights import ComputeWeights, build_compute_weights
 from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.components.optimizer.muon import Muon
-from torchtitan.distributed.fsdp import modules_outside_fsdp, ranks_that_share
+from torchtitan.distributed.fsdp import SharingRanks, modules_outside_fsdp, ranks_that_share
 from torchtitan.ops.fp8.weight import parts_of
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.planning.ledger import Ledger
@@ -72,11 +72,10 @@ def make_compute_weights(
     )
 
 
-def weights_outside_fsdp(run: PlannedRun, rank: BuiltRank) -> dict[nn.Parameter, tuple[int, int]]:
-    """Return the parameters that FSDP leaves alone, with the number of their replicas and of the
-    ranks that split one."""
+def weights_outside_fsdp(run: PlannedRun, rank: BuiltRank) -> dict[nn.Parameter, SharingRanks]:
+    """Return the parameters that FSDP leaves alone, and how many ranks share them."""
     if run.world_size == 1:
-        return dict.fromkeys(rank.model.parameters(), (1, 1))
+        return dict.fromkeys(rank.model.parameters(), SharingRanks(1, 1))
     modules = modules_outside_fsdp(rank.model, rank.dims, run.config.training)
     return {p: ranks_that_share(each, rank.dims) for each in modules for p in each.parameters()}
 

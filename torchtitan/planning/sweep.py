@@ -7,6 +7,7 @@ from typing import Any
 
 from torchtitan.config import JobConfig
 from torchtitan.planning.closed import closed_state
+from torchtitan.planning.elements import Elements
 from torchtitan.planning.hardware import Hardware
 from torchtitan.planning.plan import Plan, assemble
 from torchtitan.planning.ranks import PlannedRun, plan_run
@@ -148,7 +149,7 @@ def estimate(
         d.tp, d.cp, d.ep, d.etp, d.pp > 1, alone, run.microbatch, now.seq_len, run.sums_gradients,
         run.node_size, config.activation_checkpoint.mode,
         config.activation_checkpoint.selective_ac_option, config.training.dtype, world_size == 1,
-        run.reshards, d.dp_replicate > 1, *_even_parts(run),
+        run.reshards, d.dp_replicate > 1, *_outside_fsdp(run),
     )  # fmt: skip
     traced = {} if traced is None else traced
     if key not in traced:
@@ -158,13 +159,14 @@ def estimate(
     return assemble(run, hardware, traces, states)
 
 
-def _even_parts(run: PlannedRun) -> tuple[bool, ...]:
-    """Tell whether each rank gets as many experts and as many rows of the vocabulary, where ranks
-    split them: FSDP can leave these alone (fsdp.py)."""
+def _outside_fsdp(run: PlannedRun) -> tuple[Any, ...]:
+    """What decides whether FSDP leaves weights alone (fsdp.py), and how these travel: whether each
+    rank gets as many experts and rows of the vocabulary, which are freed, and summed in bf16."""
     moe_args = getattr(run.model_args, "moe_args", None)
     dense, experts = (groups(run)[name].size for name in ("fsdp", "expert fsdp"))
     whole = moe_args is not None and moe_args.num_experts % (run.degrees.ep * experts) == 0
-    return dense > 1, experts > 1, whole, run.model_args.vocab_size % dense == 0
+    both = Elements(1, 1, 0)
+    return whole, run.model_args.vocab_size % dense == 0, run.freed(both), run.narrow(both)
 
 
 def sweep_table(rows: list[Row], most: int = 12) -> str:

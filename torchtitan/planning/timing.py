@@ -14,6 +14,7 @@ from torchtitan.planning.trace import Traced, Traces, names_at, names_of
 from torchtitan.planning.traffic import (
     FP32,
     Bytes,
+    backward_gather_bytes,
     exchange_shares,
     gather_bytes,
     layer_bytes,
@@ -137,7 +138,7 @@ class _Clock:
             one = self.traces.of_layer[name]
             forward, backward = self.times(one)
             again = self.sending(regather_bytes(run, one))
-            back = again * run.reshards + self.sending(reduce_bytes(run, one))
+            back = self.sending(backward_gather_bytes(run, one) + reduce_bytes(run, one))
             for gather in (self.sending(gather_bytes(run, one)), *[again] * (run.passes - 1)):
                 exposed += max(0.0, gather - forward.total) + max(0.0, back - backward.total)
             parts = parts.plus(forward).plus(backward)

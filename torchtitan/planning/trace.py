@@ -50,6 +50,8 @@ class Traced:
     forward_peak: most at a time in the forward pass, `kept` included.
     backward_peak: the same in the backward pass, gradients of its weights included.
     gathered: weights that are gathered for it, but for those that stay from step to step.
+    gathered_again: those of them that are gathered anew for the backward pass, where FSDP frees
+        weights.
     saved: bytes of them that gathering in FP8 saves.
     saved_sums: bytes of gradients that are saved where they travel in bf16 and are summed in fp32.
     outside: weights that FSDP leaves alone though other ranks have them, too.
@@ -57,7 +59,6 @@ class Traced:
     weights: all of them.
     trained: those that are trained.
     adapters: those of LoRA among them, which are kept in fp32 whatever the others are.
-    gradients_kept: gradients of its weights, once they are summed over ranks and split.
     output: hidden state that it hands on.
     """
 
@@ -65,6 +66,7 @@ class Traced:
     forward_peak: int
     backward_peak: int
     gathered: int
+    gathered_again: Elements
     saved: Elements
     saved_sums: Elements
     outside: Elements
@@ -72,7 +74,6 @@ class Traced:
     weights: Elements
     trained: Elements
     adapters: Elements
-    gradients_kept: int
     output: int
     forward: Work
     backward: Work
@@ -365,19 +366,22 @@ class _Tracer:
         alone = [p for p in travelling if p not in under_fsdp]
         outside = count_elements(module, alone)["weights"].only(("dense", "experts"))
         freed = self.dtype.itemsize * self.run.freed(outside).gathered
+        read_once = self._read_once(module, under_fsdp)
+        again = [p for p in travelling if p not in read_once]
+        again_elements = count_elements(module, again)["weights"].only(("dense", "experts"))
         narrower = max(0, self.run.bytes_of_sums - self.dtype.itemsize)
         traced = Traced(
             kept=kept,
             forward_peak=forward_peak,
             backward_peak=backward_peak,
             gathered=bytes_of(gathered) - saved.gathered + freed,
+            gathered_again=again_elements.times(self.dtype.itemsize) - saved_in_fp8(module, again),
             saved=saved,
             saved_sums=self.run.narrow(outside).times(narrower),
             outside=outside,
             gathered_gradients=self.dtype.itemsize
             * sum(local_part(p).numel() for p in travelling if p.requires_grad),
             **count_elements(module, travelling),
-            gradients_kept=self._gradients_kept(module, gathered),
             output=output if out.dim() else 0,
             forward=forward_work,
             backward=backward_work,
@@ -386,25 +390,16 @@ class _Tracer:
             p.grad = None
         return traced.after_compiling(between) if self.run.compiles else traced
 
-    def _gradients_kept(self, module: nn.Module, gathered: list[nn.Parameter]) -> int:
-        under_fsdp = set(gathered)
-        of_alone = {
-            p: bytes_of([p.grad])
-            for p in module.parameters()
-            if p.grad is not None and p not in under_fsdp
-        }
-        found = count_elements(module, gathered)
-        trained, adapters = found["trained"], found["adapters"]
-        size = TORCH_DTYPES[self.run.config.training.dtype].itemsize
-        wider = torch.float32.itemsize - size  # of adapters
-        split = size * self._split(trained) + wider * self._split(adapters)
-        shards = weights_outside_fsdp(self.run, self.built)
-        return split + sum(size // shards[p][1] for p, size in of_alone.items())
-
-    def _split(self, elements: Elements) -> int:
-        """Elements of gathered weights that this rank keeps."""
-        dims = self.built.dims
-        return elements.dense // dims.fsdp + elements.experts // dims.expert_fsdp
+    def _read_once(self, module: nn.Module, under_fsdp: set[nn.Parameter]) -> set[nn.Parameter]:
+        """Weights that are gathered once for both passes: the head and its norm stay, and the
+        embedding's backward pass reads none, but FSDP gathers them for it."""
+        if not isinstance(module, BaseModel):
+            return set()
+        ends = [end for end in (module.norm, module.output) if end is not None]
+        found = {p for end in ends for p in end.parameters()}
+        if module.tok_embeddings is not None:
+            found |= {p for p in module.tok_embeddings.parameters() if p not in under_fsdp}
+        return found
 
 
 def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:

@@ -84,10 +84,16 @@ def gather_bytes(run: PlannedRun, one: Traced) -> Bytes:
 
 
 def regather_bytes(run: PlannedRun, one: Traced) -> Bytes:
-    """Return the bytes to gather the weights of a layer once more in the same step."""
+    """Return the bytes to gather the weights of a layer for the forward pass of a further
+    micro-batch."""
     size = TORCH_DTYPES[run.compute_dtype].itemsize
     stay = one.outside - run.freed(one.outside)
     return _over_shards(run, (one.weights - stay).times(size) - one.saved)
+
+
+def backward_gather_bytes(run: PlannedRun, one: Traced) -> Bytes:
+    """Return the bytes to gather the weights of a layer for a backward pass."""
+    return _over_shards(run, one.gathered_again) if run.reshards else Bytes()
 
 
 def reduce_bytes(run: PlannedRun, one: Traced) -> Bytes:
@@ -174,11 +180,11 @@ def step_traffic(run: PlannedRun, traces: Traces, place: int) -> dict[str, Bytes
         total[axis] = total.get(axis, Bytes()) + sent
 
     microbatches = run.passes * (run.pipeline.num_microbatches if run.pipeline else 1)
-    gathers, sums = sharding_rounds(run)
     for name in names_at(run, traces, place):
         one = traces.of_layer[name]
-        add("fsdp", gather_bytes(run, one) + regather_bytes(run, one).times(gathers - 1))
-        add("fsdp", reduce_bytes(run, one).times(sums))
+        add("fsdp", gather_bytes(run, one) + regather_bytes(run, one).times(run.passes - 1))
+        each_pass = backward_gather_bytes(run, one) + reduce_bytes(run, one)
+        add("fsdp", each_pass.times(run.passes))
         add("replicas", replica_bytes(run, one))
         for axis, (forward, backward) in layer_bytes(run, traces, one).items():
             add(axis, (forward + backward).times(microbatches))
@@ -188,11 +194,6 @@ def step_traffic(run: PlannedRun, traces: Traces, place: int) -> dict[str, Bytes
         stages = len(run.pipeline.stages_of(place))
         add("pp", send_bytes(run).times(2 * stages * microbatches))
     return {axis: sent for axis, sent in total.items() if sent.inside or sent.between}
-
-
-def sharding_rounds(run: PlannedRun) -> tuple[int, int]:
-    """Return how often FSDP gathers each weight, and sums each gradient, in a step."""
-    return run.passes * (2 if run.reshards else 1), run.passes
 
 
 def dispatch_table(run: PlannedRun, routing: Routing) -> dict[tuple[str, str], Bytes]:

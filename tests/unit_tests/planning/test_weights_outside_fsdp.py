@@ -11,7 +11,12 @@ from torchtitan.planning.advice import nearest_fit
 from torchtitan.planning.hardware import find_hardware
 from torchtitan.planning.plan import make_plan
 from torchtitan.planning.sweep import estimate
-from torchtitan.planning.traffic import reduce_bytes, replica_bytes
+from torchtitan.planning.traffic import (
+    backward_gather_bytes,
+    gather_bytes,
+    reduce_bytes,
+    replica_bytes,
+)
 
 NEVER = "--parallelism.fsdp_reshard_after_forward=never"
 BF16_SUMS = "--training.mixed_precision_reduce=bfloat16"
@@ -45,6 +50,17 @@ def test_a_sweep_keeps_traces_of_layouts_apart() -> None:
         assert after_others == estimate(config, 4, hardware, 1.0).worst.peak.total
         exact = plan(*DEBUG, *options, world_size=4).worst.peak.total
         assert after_others == pytest.approx(exact, rel=0.02)
+
+
+def test_a_sweep_keeps_apart_how_gradients_travel() -> None:
+    """On nodes of 8: a replica of 8 ranks sends parts in bf16, one of 16 is summed in fp32."""
+    traced: dict = {}
+    hardware = find_hardware("h200")
+    for replicas in (4, 2):
+        degree = f"--parallelism.data_parallel_replicate_degree={replicas}"
+        config = ConfigManager().parse_args([*DEBUG, "--training.global_batch_size=256", degree])
+        after_others = estimate(config, 32, hardware, 1.0, traced).traffic
+        assert after_others == estimate(config, 32, hardware, 1.0).traffic
 
 
 def test_sums_in_bf16_send_half_the_bytes_and_hold_half() -> None:
@@ -109,6 +125,16 @@ def test_between_nodes_of_several_ranks_weights_are_summed_in_fp32() -> None:
         assert once.inside == pytest.approx(parts + 4 * under_fsdp * 3 / 4), name
         all_in_fp32 = 4 * (one.trained.experts + one.trained.dense)
         assert (split.inside, split.between) == (all_in_fp32 / 2, all_in_fp32 / 4), name
+
+
+def test_the_ends_are_gathered_once_a_pass() -> None:
+    """The head stays from forward to backward pass, in which the embedding's table isn't read."""
+    options = [*presets.PRESETS["16b8-b4-fp32"], *presets.NO_FILES]
+    found = plan(*options, "--parallelism.fsdp_reshard_after_forward=always", world_size=2)
+    for name, one in found.traces.of_layer.items():
+        again = backward_gather_bytes(found.run, one).inside
+        whole = gather_bytes(found.run, one).inside
+        assert again == (whole if name.isdecimal() else 0), name
 
 
 def test_gathered_weights_are_given_up_first() -> None:

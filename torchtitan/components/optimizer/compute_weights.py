@@ -25,7 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.fsdp import axes_of, modules_outside_fsdp, ranks_that_share, reshards
 from torchtitan.distributed.gathered_weight import (
     GatheredWeight,
+    GatheringModule,
     GradientSum,
     Sharing,
     gather_ahead,
@@ -49,8 +50,8 @@ from torchtitan.ops.linear import fp8_weights, joints
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.utils import TORCH_DTYPES
 
-# The gradients of one layer's experts, of gate and up and of down, are summed over ranks while the
-# layer before it computes.
+# Gradients of a layer's experts, of gate and up and of down, are summed over ranks while the layer
+# before it computes.
 _SUMS_AT_A_TIME = 2
 
 
@@ -76,12 +77,23 @@ class _Fused:
         return tensor.split([local_part(p).size(self.dim) for p in self.params], self.dim)
 
 
+class _Summed(NamedTuple):
+    """A gradient whose sum over ranks is on its way.
+
+    begun: number of modules whose backward pass had begun by then.
+    """
+
+    fused: _Fused
+    travelling: GradientSum
+    begun: int
+
+
 class ComputeWeights:
     """Gives every parameter of `modules` a copy in `dtype`. Make it last, after weights are filled.
 
     root: module whose forward pass refreshes the copies.
-    grad_dtype: see `Sharing`, of the modules without one.
-    sharing: how ranks share the weights of some of the modules.
+    grad_dtype: of modules that `sharing` doesn't name; see `Sharing`.
+    sharing: how ranks share the weights of a module, of those that they share.
 
     sums_replicas: set it while a pass is the last of a step: gradients are summed over replicas.
     """
@@ -95,7 +107,8 @@ class ComputeWeights:
         grad_dtype: torch.dtype | None,
         sharing: Mapping[nn.Module, Sharing] | None = None,
     ):
-        self._sums: deque[tuple[_Fused, GradientSum]] = deque()
+        self._sums: deque[_Summed] = deque()
+        self._begun = 0
         self.sums_replicas = True
         self._replica_sums: list[tuple[Tensor, Tensor]] = []  # a gradient, and what is summed
         self.after_grad: Callable[[nn.Parameter], None] | None = None
@@ -125,9 +138,11 @@ class ComputeWeights:
 
     def _begin(self) -> None:
         """Prepare a forward pass."""
-        # What a backward pass that raised has left: the next one would take it for its own.
+        # What a pass that raised has left: the next one would take it for its own.
         self._sums.clear()
         self._replica_sums.clear()
+        for weight in self._gathered():
+            weight.wait()
         self.refresh()
 
     def _can_join(self, params: list[nn.Parameter], dim: int) -> bool:
@@ -150,7 +165,7 @@ class ComputeWeights:
         tensor = local = torch.cat(copies, dim) if len(copies) > 1 else copies[0]
         gathered = None
         if sharing.shards is not None:
-            gathered = GatheredWeight(local, sharing.shards, sharing)
+            gathered = GatheredWeight(local, sharing)
             tensor, local = gathered.whole, gathered.part
         trained = any(p.requires_grad for p in params)
         fused = _Fused(tensor.requires_grad_(trained), params, dim, sharing, gathered)
@@ -206,7 +221,7 @@ class ComputeWeights:
             self._distribute(fused, grad)
             return
         fused.gathered.free()
-        self._sums.append((fused, fused.gathered.start_sum(grad)))
+        self._sums.append(_Summed(fused, fused.gathered.start_sum(grad), self._begun))
         self._finish_sums(but=_SUMS_AT_A_TIME)
 
     def _finish(self) -> None:
@@ -224,8 +239,15 @@ class ComputeWeights:
         but: how many may go on.
         """
         while len(self._sums) > but:
-            fused, travelling = self._sums.popleft()
-            self._distribute(fused, travelling.wait())
+            one = self._sums.popleft()
+            self._distribute(one.fused, one.travelling.wait())
+
+    def _begin_backward(self) -> None:
+        """Finish sums that have had a whole module's backward pass to travel: the head's, which has
+        no experts' behind it in a dense model."""
+        self._begun += 1
+        old = sum(one.begun < self._begun - 1 for one in self._sums)
+        self._finish_sums(but=len(self._sums) - old)
 
     def _distribute(self, fused: _Fused, grad: Tensor) -> None:
         """Give a gradient to the parameters that it belongs to."""
@@ -358,7 +380,7 @@ def build_compute_weights(
     """Build the copies of a model's weights; None where none are needed.
 
     several_passes: whether a step may add up the gradients of several micro-batches.
-    split: whether the model's experts are split over the ranks that share them; a plan's aren't.
+    split: whether weights are split over the ranks that share them; a plan's aren't.
     """
     training, optimizer = config.training, config.optimizer
     keeps, computes = training.dtype, training.mixed_precision_param
@@ -384,10 +406,12 @@ def build_compute_weights(
         grad_dtype=dtype_of_gradients(config, in_fp32=several_passes),
         sharing=shared,
     )
-    in_order = (model.tok_embeddings, *model.blocks().values(), model.output)
-    gather_ahead(
-        model, [(each, weights.gathered_in(each)) for each in in_order if each is not None]
-    )
+    in_order = [
+        GatheringModule(module, weights.gathered_in(module), module is not model.tok_embeddings)
+        for module in (model.tok_embeddings, *model.blocks().values(), model.output)
+        if module is not None
+    ]
+    gather_ahead(model, in_order, weights._begin_backward)
     return weights
 
 
@@ -399,10 +423,13 @@ def _sharing_of(
     reduce_dtype = TORCH_DTYPES[config.training.mixed_precision_reduce]
     in_fp32 = several_passes or reduce_dtype == torch.float32
     stride = dims.stage_size // (replicas * shards)
+    grad_dtype = dtype_of_gradients(config, in_fp32=in_fp32)
+    if not split and shards > 1:  # only a part of it is widened
+        grad_dtype = TORCH_DTYPES[config.training.mixed_precision_param]
     return Sharing(
         shards=axes.get_group("fsdp") if split and shards > 1 else None,
         replicas=axes.get_group("dp_replicate") if split and replicas > 1 else None,
-        grad_dtype=dtype_of_gradients(config, in_fp32=in_fp32),
+        grad_dtype=grad_dtype,
         reduce_dtype=reduce_dtype,
         parts_travel=parts_travel(shards, stride, dims.node_size),
         is_freed=reshards(dims, config.parallelism),
