@@ -359,36 +359,43 @@ class _Tracer:
             if out.requires_grad:  # a frozen embedding's does not
                 out.backward(torch.empty_like(out) if out.dim() else None)
             backward_peak, backward_work = ledger.peak, ledger.work
-        gathered = weights_under_fsdp(self.run, self.built, module)
-        travelling = weights_that_travel(self.run, self.built, module)
-        saved = saved_in_fp8(module, gathered)
-        under_fsdp = set(gathered)
-        alone = [p for p in travelling if p not in under_fsdp]
-        outside = count_elements(module, alone)["weights"].only(("dense", "experts"))
-        freed = self.dtype.itemsize * self.run.freed(outside).gathered
-        read_once = self._read_once(module, under_fsdp)
-        again = [p for p in travelling if p not in read_once]
-        again_elements = count_elements(module, again)["weights"].only(("dense", "experts"))
-        narrower = max(0, self.run.bytes_of_sums - self.dtype.itemsize)
         traced = Traced(
             kept=kept,
             forward_peak=forward_peak,
             backward_peak=backward_peak,
-            gathered=bytes_of(gathered) - saved.gathered + freed,
-            gathered_again=again_elements.times(self.dtype.itemsize) - saved_in_fp8(module, again),
-            saved=saved,
-            saved_sums=self.run.narrow(outside).times(narrower),
-            outside=outside,
-            gathered_gradients=self.dtype.itemsize
-            * sum(local_part(p).numel() for p in travelling if p.requires_grad),
-            **count_elements(module, travelling),
             output=output if out.dim() else 0,
             forward=forward_work,
             backward=backward_work,
+            **self._count_weights(module),
         )
         for p in module.parameters():
             p.grad = None
         return traced.after_compiling(between) if self.run.compiles else traced
+
+    def _count_weights(self, module: nn.Module) -> dict[str, Any]:
+        """Count the fields of `Traced` about weights: those that FSDP gathers, those outside of it
+        that several ranks share, and their gradients."""
+        run, size, kinds = self.run, self.dtype.itemsize, ("dense", "experts")
+        gathered = weights_under_fsdp(run, self.built, module)
+        travelling = weights_that_travel(run, self.built, module)
+        under_fsdp = set(gathered)
+        alone = [p for p in travelling if p not in under_fsdp]
+        outside = count_elements(module, alone)["weights"].only(kinds)
+        read_once = self._read_once(module, under_fsdp)
+        again = [p for p in travelling if p not in read_once]
+        bytes_again = count_elements(module, again)["weights"].only(kinds).times(size)
+        saved = saved_in_fp8(module, gathered)
+        narrower = max(0, run.bytes_of_sums - size)
+        return {
+            "gathered": bytes_of(gathered) - saved.gathered + size * run.freed(outside).gathered,
+            "gathered_again": bytes_again - saved_in_fp8(module, again),
+            "saved": saved,
+            "saved_sums": run.narrow(outside).times(narrower),
+            "outside": outside,
+            "gathered_gradients": size
+            * sum(local_part(p).numel() for p in travelling if p.requires_grad),
+            **count_elements(module, travelling),
+        }
 
     def _read_once(self, module: nn.Module, under_fsdp: set[nn.Parameter]) -> set[nn.Parameter]:
         """Weights that are gathered once for both passes: the head and its norm stay, and the
