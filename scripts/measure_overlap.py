@@ -55,7 +55,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
-from torchtitan.components.optimizer.compute_weights import build_compute_weights
+from torchtitan.components.optimizer.build_compute_weights import build_compute_weights
 from torchtitan.distributed.overlap import interleave
 from torchtitan.distributed.utils import init_distributed
 from torchtitan.tools.logging import init_logger, logger

@@ -29,7 +29,7 @@ from tests.distributed_tests.training_ranks import (
     train_with,
 )
 from tests.tiny_run import losses, tiny
-from torchtitan.components.optimizer import compute_weights as compute_weights
+from torchtitan.components.optimizer import build_compute_weights
 from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.distributed import fsdp
@@ -52,7 +52,7 @@ def patched(*, by_fsdp: bool) -> Iterator[None]:
     for dispatcher in (ExactDispatcher, LocalDispatcher):
         patch.setattr(dispatcher, "prefers_whole_tokens", True)
     if by_fsdp:
-        for module in (fsdp, compute_weights):
+        for module in (fsdp, build_compute_weights):
             patch.setattr(module, "modules_outside_fsdp", lambda *_: [])
     try:
         yield
@@ -237,7 +237,7 @@ def what_a_pass_leaves(options: list[str], folder: str, event: str) -> tuple[int
 def what_a_dense_model_holds(options: list[str], folder: str) -> tuple[list[int], list[int]]:
     """Bytes of gathered weights as each layer's forward pass begins, and numbers of sums on their
     way as each module's backward pass begins."""
-    held, sums, begin = [], [], ComputeWeights._begin_backward
+    held, sums, begin = [], [], ComputeWeights.begin_backward
 
     def noted(self: ComputeWeights) -> None:
         begin(self)
@@ -247,7 +247,7 @@ def what_a_dense_model_holds(options: list[str], folder: str) -> tuple[list[int]
         held.append(sum(w.whole.untyped_storage().nbytes() for w in gathered))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ComputeWeights, "_begin_backward", noted)
+        patch.setattr(ComputeWeights, "begin_backward", noted)
         trainer = Trainer(config_of(*options, BF16, f"--job.dump_folder={folder}"))
         gathered = trainer.compute_weights._gathered()
         for layer in trainer.model.blocks().values():

@@ -3,7 +3,7 @@
 It takes rows of a weight to come out even between ranks.
 """
 
-from torchtitan.components.optimizer.compute_weights import dtype_of_gradients
+from torchtitan.components.optimizer.build_compute_weights import dtype_of_gradients
 from torchtitan.planning.elements import Elements
 from torchtitan.planning.ranks import PlannedRun
 from torchtitan.planning.state import State

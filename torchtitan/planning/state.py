@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchtitan.components.optimizer import build_optimizer
-from torchtitan.components.optimizer.compute_weights import ComputeWeights, build_compute_weights
+from torchtitan.components.optimizer.build_compute_weights import build_compute_weights
+from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.components.optimizer.muon import Muon
 from torchtitan.distributed.fsdp import SharingRanks, modules_outside_fsdp, ranks_that_share

@@ -16,7 +16,7 @@ from torchtitan.components.finetuning.trained import log_trained, make_whole_mod
 from torchtitan.components.metrics.loss_guard import LossGuard
 from torchtitan.components.metrics.waiting import WaitProfile
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, group_rules
-from torchtitan.components.optimizer.compute_weights import build_compute_weights
+from torchtitan.components.optimizer.build_compute_weights import build_compute_weights
 from torchtitan.components.optimizer.ema import WeightAverage
 from torchtitan.components.quantize.float8 import log_float8
 from torchtitan.components.validate import Validator
