@@ -147,6 +147,8 @@ class Forked:
         log.touch()
         self._process = processes.Process(target=_start, args=(log, arguments, env))
         self._process.start()
+        # One that a failed test has left would keep pytest from ending, which waits for it.
+        atexit.register(self.kill)
 
     @property
     def pid(self) -> int:

@@ -303,15 +303,15 @@ def test_a_program_that_stops_in_the_middle_of_the_data_ends_at_once(script, tmp
 def test_workers_of_a_killed_program_end_themselves(script, tmp_path):
     log = tmp_path / "log"
     program = Forked(log, [script, "stay"], dict(os.environ))
-    until(lambda: log.read_text().endswith("\n"), "no word of the program")
+    until(lambda: log.read_text().endswith("\n"), "no word of the program", seconds=60)
     pids = [int(pid) for pid in log.read_text().split()]
     assert len(pids) == 2 and not any(gone(pid) for pid in pids)
     program.kill()
     until(lambda: all(gone(pid) for pid in pids), "the workers outlived their program")
 
 
-def until(condition, complaint):
-    limit = time.monotonic() + 15
+def until(condition, complaint, seconds=15):
+    limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, complaint
         time.sleep(0.05)
