@@ -6,7 +6,7 @@ ranks, never averaged: the loss is already divided by the tokens of the whole st
 (components/loss.py).
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +23,12 @@ from torch.distributed.tensor import Shard
 from torchtitan.config import Parallelism, Training
 from torchtitan.distributed.float8_gather import attach_float8_gathers, choose_float8_gathers
 from torchtitan.distributed.gathered_weight import split_first_dim
+from torchtitan.distributed.outside_fsdp import (
+    axes_of,
+    log_outside_fsdp,
+    modules_outside_fsdp,
+    ranks_that_share,
+)
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.ops.lora import has_dim
 from torchtitan.protocols.layers import ExpertWeights
@@ -61,7 +67,7 @@ def apply_data_parallel(
     for module in alone:
         if max(ranks_that_share(module, dims)) > 1:
             split_first_dim(module, _data_parallel_axes(axes_of(module, dims)))
-    _log_outside(model, alone, dims, reshard)
+    log_outside_fsdp(model, alone, dims, reshard)
     if dims.expert_mesh is not None and not any(isinstance(m, ExpertWeights) for m in alone):
         _shard_experts(model, dims.expert_mesh, reshard, options)
     options["ignored_params"] = {param for module in alone for param in module.parameters()}
@@ -79,80 +85,6 @@ def apply_data_parallel(
         training.mixed_precision_param,
         training.mixed_precision_reduce,
     )
-
-
-def modules_outside_fsdp(
-    model: BaseModel, dims: ParallelDims, training: Training
-) -> list[nn.Module]:
-    """List the modules that have compute weights instead of FSDP: the experts of all layers, or of
-    none; the embedding; the head.
-
-    Where no other rank holds the same weights, FSDP would copy weights and gradients to gather and
-    reduce them over one rank. Where several do, it copies more bytes than it sends
-    (gathered_weight.py).
-    """
-    # Only FSDP offloads. A pipeline's backward pass may come in two pieces, the second of which is
-    # for parameters: it doesn't know of compute weights.
-    if training.enable_cpu_offload or dims.pp > 1 or dims.world_size == 1:
-        return []
-    experts: list[nn.Module] = [moe.experts for moe in model.moe_layers().values()]
-    has_copies = training.dtype == "float32" != training.mixed_precision_param
-    if experts and max(ranks_that_share(experts[0], dims)) > 1:
-        if not (has_copies and all(_can_be_gathered(each, dims) for each in experts)):
-            experts = []
-    # Tensor parallelism splits the vocabulary, and gathers hidden states by hooks on both.
-    if not has_copies or dims.tp > 1:
-        return experts
-    ends = [model.tok_embeddings, model.output]
-    return [*experts, *(end for end in ends if end is not None and _can_be_gathered(end, dims))]
-
-
-def axes_of(module: nn.Module, dims: ParallelDims) -> DeviceMesh:
-    """Mesh over which a module's weights are spread."""
-    has_mesh = isinstance(module, ExpertWeights) and dims.expert_mesh is not None
-    return cast(DeviceMesh, dims.expert_mesh) if has_mesh else dims.mesh
-
-
-class SharingRanks(NamedTuple):
-    """Number of replicas of a weight, and of the ranks between which a replica is split."""
-
-    replicas: int
-    shards: int
-
-
-def ranks_that_share(module: nn.Module, dims: ParallelDims) -> SharingRanks:
-    """Count the ranks that have a module's weights."""
-    mesh = axes_of(module, dims)
-    return SharingRanks(mesh["dp_replicate"].size(), mesh["fsdp"].size())
-
-
-def _can_be_gathered(module: Any, dims: ParallelDims) -> bool:
-    """Tell whether each rank gets as many whole experts, or rows of the vocabulary, all of them
-    trained, none in FP8."""
-    in_fp8 = getattr(module, "fp8", None) is not None
-    trained = all(param.requires_grad for param in module.parameters())
-    if in_fp8 or not trained or getattr(module, "lora_scales", None):
-        return False
-    experts, shards = isinstance(module, ExpertWeights), ranks_that_share(module, dims).shards
-    rows = module.w1.size(0) // dims.ep if experts else module.weight.size(0)
-    return rows % shards == 0
-
-
-def _log_outside(
-    model: BaseModel, alone: list[nn.Module], dims: ParallelDims, reshard: bool
-) -> None:
-    """Log what of several ranks is outside of FSDP, a line for each way in which they share it."""
-    ends = {model.tok_embeddings: "embedding", model.output: "head"}
-    when = "for each pass" if reshard else "once a step"
-    found: dict[str, dict[str, None]] = {}
-    for module in alone:
-        replicas, shards = ranks_that_share(module, dims)
-        how = [f"gathered from {shards} ranks {when}"] * (shards > 1)
-        how += [f"summed over {replicas} replicas"] * (replicas > 1)
-        if how:
-            found.setdefault(", ".join(how), {})[ends.get(module, "experts")] = None
-    for how, names in found.items():
-        logger.info("Without FSDP: %s (%s)", ", ".join(names), how)
 
 
 def materialize(model: nn.Module, device: torch.device, *, offload: bool) -> None:

@@ -92,8 +92,8 @@ class Sharing:
 class GatheredWeight:
     """A weight of which each rank keeps a slice along dim 0 up to date.
 
-    new: values of this rank's slice, kept or copied.
-    sharing: has shards.
+    new: values of this rank's slice; the tensor is kept, or copied.
+    sharing: its `shards` are the ranks.
 
     whole: what layers compute with; right between `wait` and `free`.
     part: this rank's slice of it, to which new values are written.
@@ -187,8 +187,9 @@ class GradientSum:
 
 
 class GatheringModule(NamedTuple):
-    """A module of the forward pass, with such weights or without.
+    """A module of the forward pass, and its weights that are gathered from several ranks.
 
+    weights: none, where FSDP gathers them all.
     reads_again: whether its backward pass reads its weights.
     """
 
@@ -234,7 +235,8 @@ def gather_ahead(
 class _ModulePass:
     """Hooks around a module's forward pass.
 
-    before, after: weights of the modules beside it that are read next.
+    before, after: weights to gather while it computes: in its backward pass those of the module
+        before it, in its forward pass those of the one after it.
     begin_backward: see `gather_ahead`.
     stays: whether its weights stay until its backward pass.
     """

@@ -212,7 +212,7 @@ __device__ __forceinline__ void bring_rows(const Arguments& of, const Tile& tile
   constexpr int LINES = TILE_M / 16;  // eight threads copy a line, so that 16 are copied at a time
   const int piece = threadIdx.x % 8, line = threadIdx.x / 8;
   const int first = tile.begin + tile.m;
-  u32 pieces[LINES];  // that this thread copies: bytes from the beginning of A, whose addresses are cheap
+  u32 pieces[LINES];  // that this thread copies: bytes from the beginning of A; 32 bits are cheaper
   if (GATHER) {
 #pragma unroll
     for (int i = 0; i < LINES; i++) {
@@ -262,7 +262,7 @@ __device__ __forceinline__ void copy_boxes(u32 to, const u16* matrix, const int 
   const u16* from[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) from[i] = matrix + u64(max(rows[i], 0)) * width + column;
-  if (whole && column + (BOXES - 1) * 64 < width) {  // no question at each copy: instructions cost power
+  if (whole && column + (BOXES - 1) * 64 < width) {  // no check at each copy: instructions cost power
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll

@@ -147,8 +147,8 @@ class _Walk:
         if not self.run.reshards:
             return sum(one.gathered for one in self.traced)
         # The head's stay between the passes.
-        is_read_again = forward or i == len(self.traced) - 1
-        return self.traced[i].gathered if is_read_again else self._gathered_again(i)
+        stays = i == len(self.traced) - 1
+        return self.traced[i].gathered if forward or stays else self._gathered_again(i)
 
     def _new_gradients(self, one: Traced) -> int:
         if self.run.sums_gradients or self.run.config.optimizer.early_step_in_backward:

@@ -103,18 +103,22 @@ class PlannedRun:
 
         outside: that several ranks share.
         """
-        split = [kind for kind, (ranks, _) in self._shards.items() if ranks > 1]
+        split = [kind for kind, (ranks, _) in self.shards.items() if ranks > 1]
         return outside.only(split if self.reshards else ())
 
     def narrow(self, outside: Elements) -> Elements:
-        """Return those of them whose gradients travel in the compute dtype
-        (distributed/gathered_weight.py)."""
-        shards, node = self._shards.items(), self.node_size
+        """Return those weights outside of FSDP whose gradients travel in the compute dtype
+        (distributed/gathered_weight.py).
+
+        outside: that several ranks share.
+        """
+        shards, node = self.shards.items(), self.node_size
         return outside.only([kind for kind, each in shards if parts_travel(*each, node)])
 
     @property
-    def _shards(self) -> dict[str, tuple[int, int]]:
-        """Number of ranks that split dense weights and experts, and the stride between them."""
+    def shards(self) -> dict[str, tuple[int, int]]:
+        """Number of ranks that split weights, and the stride from one to the next, by kind: "dense"
+        and "experts"."""
         d = self.degrees
         spread = d.ep * d.etp
         experts = max(1, d.dp_shard * d.cp * d.tp // spread)

@@ -17,7 +17,11 @@ from torchtitan.components.optimizer.build_compute_weights import build_compute_
 from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.components.optimizer.fused_adam import FusedAdam
 from torchtitan.components.optimizer.muon import Muon
-from torchtitan.distributed.fsdp import SharingRanks, modules_outside_fsdp, ranks_that_share
+from torchtitan.distributed.outside_fsdp import (
+    SharingRanks,
+    modules_outside_fsdp,
+    ranks_that_share,
+)
 from torchtitan.ops.fp8.weight import parts_of
 from torchtitan.ops.grouped_mm import local_part
 from torchtitan.planning.ledger import Ledger

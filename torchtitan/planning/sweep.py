@@ -160,8 +160,9 @@ def estimate(
 
 
 def _outside_fsdp(run: PlannedRun) -> tuple[Any, ...]:
-    """What decides whether FSDP leaves weights alone (fsdp.py), and how these travel: whether each
-    rank gets as many experts and rows of the vocabulary, which are freed, and summed in bf16."""
+    """Return what traces of weights outside of FSDP depend on: whether each rank gets as many
+    experts and rows of the vocabulary, which of both are freed, and whose gradients travel in bf16.
+    """
     moe_args = getattr(run.model_args, "moe_args", None)
     dense, experts = (groups(run)[name].size for name in ("fsdp", "expert fsdp"))
     whole = moe_args is not None and moe_args.num_experts % (run.degrees.ep * experts) == 0

@@ -50,9 +50,8 @@ class Traced:
     forward_peak: most at a time in the forward pass, `kept` included.
     backward_peak: the same in the backward pass, gradients of its weights included.
     gathered: weights that are gathered for it, but for those that stay from step to step.
-    gathered_again: those of them that are gathered anew for the backward pass, where FSDP frees
-        weights.
-    saved: bytes of them that gathering in FP8 saves.
+    gathered_again: those that are gathered anew for the backward pass where weights are freed.
+    saved: bytes of `gathered` that gathering in FP8 saves.
     saved_sums: bytes of gradients that are saved where they travel in bf16 and are summed in fp32.
     outside: weights that FSDP leaves alone though other ranks have them, too.
     gathered_gradients: their gradients, before they are summed over ranks; frozen ones have none.
@@ -398,8 +397,9 @@ class _Tracer:
         }
 
     def _read_once(self, module: nn.Module, under_fsdp: set[nn.Parameter]) -> set[nn.Parameter]:
-        """Weights that are gathered once for both passes: the head and its norm stay, and the
-        embedding's backward pass reads none, but FSDP gathers them for it."""
+        """Return the weights that are gathered once for both passes: those of the head and its
+        norm, which stay, and the embedding's outside of FSDP, which its backward pass doesn't read.
+        """
         if not isinstance(module, BaseModel):
             return set()
         ends = [end for end in (module.norm, module.output) if end is not None]

@@ -62,17 +62,15 @@ def groups(run: PlannedRun) -> dict[str, Group]:
     Ranks are numbered (pp, dp_replicate, dp_shard, cp, tp), the last fastest.
     """
     d = run.degrees
-    fsdp = d.dp_shard * d.cp
-    spread = d.ep * d.etp
-    expert_fsdp = max(1, fsdp * d.tp // spread)
+    fsdp = Group(*run.shards["dense"])
     return {
         "tp": Group(d.tp, 1),
         "cp": Group(d.cp, d.tp),
         "etp": Group(d.etp, 1),
         "ep": Group(d.ep, d.etp),
-        "fsdp": Group(fsdp, d.tp),
-        "expert fsdp": Group(expert_fsdp, spread),
-        "replicas": Group(d.dp_replicate, fsdp * d.tp),
+        "fsdp": fsdp,
+        "expert fsdp": Group(*run.shards["experts"]),
+        "replicas": Group(d.dp_replicate, fsdp.size * d.tp),
         "pp": Group(d.pp, run.stage_size),
     }
 

@@ -197,7 +197,7 @@ def test_products_of_the_heads_sizes_have_no_wrong_element():
 
 
 def test_weight_gradients_of_many_experts_repeat_to_the_bit():
-    """A stage that is fetched anew before all have read it shows in one of some ten products."""
+    """A stage that was fetched anew before all had read it made one of 20 products differ."""
     E, M, N, tokens = 32, 4096, 7168, 2000
     ends, padded = ends_of([tokens] * E)
     # Scales that differ from block to block, so that another one's shows.

@@ -58,7 +58,8 @@ def test_a_sweep_keeps_apart_how_gradients_travel() -> None:
     hardware = find_hardware("h200")
     for replicas in (4, 2):
         degree = f"--parallelism.data_parallel_replicate_degree={replicas}"
-        config = ConfigManager().parse_args([*DEBUG, "--training.global_batch_size=256", degree])
+        options = ["--model.args.moe_args.num_experts=64", "--training.global_batch_size=256"]
+        config = ConfigManager().parse_args([*DEBUG, *options, degree])
         after_others = estimate(config, 32, hardware, 1.0, traced).traffic
         assert after_others == estimate(config, 32, hardware, 1.0).traffic
 

@@ -1,4 +1,4 @@
-"""Which weights of a run have copies in the compute dtype, and how ranks share them."""
+"""Building the copies of weights in the compute dtype that a run's layout needs."""
 
 import torch
 from torch import nn
@@ -6,13 +6,14 @@ from torch import nn
 from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.fsdp import axes_of, modules_outside_fsdp, ranks_that_share, reshards
+from torchtitan.distributed.fsdp import reshards
 from torchtitan.distributed.gathered_weight import (
     GatheringModule,
     Sharing,
     gather_ahead,
     parts_travel,
 )
+from torchtitan.distributed.outside_fsdp import axes_of, modules_outside_fsdp, ranks_that_share
 from torchtitan.protocols.model import BaseModel
 from torchtitan.tools.utils import TORCH_DTYPES
 
@@ -68,7 +69,11 @@ def build_compute_weights(
         sharing=shared,
     )
     in_order = [
-        GatheringModule(module, weights.gathered_in(module), module is not model.tok_embeddings)
+        GatheringModule(
+            module,
+            weights.gathered_in(module),
+            reads_again=module is not model.tok_embeddings,
+        )
         for module in (model.tok_embeddings, *model.blocks().values(), model.output)
         if module is not None
     ]
@@ -79,13 +84,16 @@ def build_compute_weights(
 def _sharing_of(
     module: nn.Module, config: JobConfig, dims: ParallelDims, *, several_passes: bool, split: bool
 ) -> Sharing:
-    """Return how several ranks share the weights of a module; see `build_compute_weights`."""
+    """Return how several ranks share the weights of a module.
+
+    several_passes, split: see `build_compute_weights`.
+    """
     axes, (replicas, shards) = axes_of(module, dims), ranks_that_share(module, dims)
     reduce_dtype = TORCH_DTYPES[config.training.mixed_precision_reduce]
     in_fp32 = several_passes or reduce_dtype == torch.float32
     stride = dims.stage_size // (replicas * shards)
     grad_dtype = dtype_of_gradients(config, in_fp32=in_fp32)
-    if not split and shards > 1:  # only a part of it is widened
+    if not split and shards > 1:  # a plan: a run widens its own slice of the gradient only
         grad_dtype = TORCH_DTYPES[config.training.mixed_precision_param]
     return Sharing(
         shards=axes.get_group("fsdp") if split and shards > 1 else None,

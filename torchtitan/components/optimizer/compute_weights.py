@@ -84,8 +84,8 @@ class ComputeWeights:
     """Gives every parameter of `modules` a copy in `dtype`. Make it last, after weights are filled.
 
     root: module whose forward pass refreshes the copies.
-    grad_dtype: of modules that `sharing` doesn't name; see `Sharing`.
-    sharing: how ranks share the weights of a module, of those that they share.
+    grad_dtype: see `Sharing`; of the modules that aren't in `sharing`.
+    sharing: how ranks share weights, by module; without those that no other rank has.
 
     sums_replicas: set it while a pass is the last of a step: gradients are summed over replicas.
     """
@@ -235,8 +235,11 @@ class ComputeWeights:
             self._distribute(one.fused, one.travelling.wait())
 
     def begin_backward(self) -> None:
-        """Finish sums that have had a whole module's backward pass to travel: the head's, which has
-        no experts' behind it in a dense model."""
+        """Finish sums that have had a whole module's backward pass to travel.
+
+        Without it the head's gradient would stay until the end in a dense model, where no sums of
+        experts follow.
+        """
         self._begun += 1
         old = sum(one.begun < self._begun - 1 for one in self._sums)
         self._finish_sums(but=len(self._sums) - old)
