@@ -148,6 +148,7 @@ def not_covered(plan: Plan) -> Iterator[str]:
         f"the weights of {checkpoint.initial_load_path}": checkpoint.enable
         and checkpoint.initial_load_path is not None,
         "bf16 copies of weights that FSDP leaves alone": has_copies
+        and not training.enable_cpu_offload
         and plan.whole.size > plan.whole.degrees.pp == 1,
         "Hugging Face's format": checkpoint.enable and checkpoint.last_save_in_hf,
     }
