@@ -27,12 +27,15 @@ constexpr int BOXES_A = TILE_M / 64, BOXES_B = TILE_N / 64;
 constexpr int BYTES_A = BOXES_A * BOX, BYTES_B = BOXES_B * BOX;
 constexpr int BYTES_STAGE = BYTES_A + BYTES_B;
 constexpr int STAGES = 4;
+constexpr int BYTES_BOX = 16 * 128, PLACES = 2;  // a warp's results on their way to memory
 constexpr int STEP_N = SWIGLU ? TILE_N / 2 : TILE_N;  // columns of D, or of gate and of up, in a tile
 constexpr bool SHARES_A = GATHER == 2;  // a cluster's two tiles, else they share B
 constexpr int PAIR_M = SHARES_A ? TILE_M : 2 * TILE_M, PAIR_N = SHARES_A ? 2 * STEP_N : STEP_N;
 constexpr int SUPER = 16 * TILE_M / PAIR_M;  // pairs visited together, so that the L2 cache serves
 constexpr bool BY_ROWS = KIND < 2;
 constexpr bool COPIES = GATHER != 0 || KIND == 2;
+// Where only half of a tile's columns are left, the rest is neither fetched nor multiplied.
+constexpr bool HALVES = KIND != 0 && !SHARES_A;
 constexpr int BRINGING_WARPS = COPIES ? 4 : 1;
 // The dim that a product adds up is the matrix's second (0) or its first (1).
 constexpr int A_ACROSS = KIND == 2, B_ACROSS = KIND >= 1;
@@ -102,23 +105,49 @@ __device__ __forceinline__ void multiply(float (&d)[128], u64 a, u64 b, int add)
       : "l"(a), "l"(b), "r"(add), "n"(A_ACROSS), "n"(B_ACROSS));
 }
 
+// The same for the first 128 columns.
+__device__ __forceinline__ void multiply_half(float (&d)[128], u64 a, u64 b, int add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1, %67, %68;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "l"(a), "l"(b), "r"(add), "n"(A_ACROSS), "n"(B_ACROSS));
+}
+
 struct Tile {
   int group, begin, end;  // rows of the group
   int m, n;               // first row and column: of the group's rows (KIND 2: of D[e])
   int rows;               // to store
   bool empty;             // the other tile of the pair is the last one
+  bool half;              // only half of the columns are left
 };
 
 // The tiles of this block, by the pair's number, which must not decrease: the first or the second.
 struct Tiles {
-  const int* ends;
+  u32 ends;  // in shared memory
   int groups, M, N, rank;
   int group = 0, begin = 0, before = 0;
 
   __device__ bool find(int index, Tile& tile) {
     const int tiles_n = (N + PAIR_N - 1) / PAIR_N;
     for (; group < groups; group++) {
-      const int end = ends[group];
+      int end;
+      asm volatile("ld.shared.s32 %0, [%1];" : "=r"(end) : "r"(ends + 4 * group));
       const int rows = BY_ROWS ? end - begin : M;
       const int tiles_m = (rows + PAIR_M - 1) / PAIR_M;
       if (index < before + tiles_m * tiles_n) {
@@ -128,7 +157,8 @@ struct Tiles {
         const int m = first_m + local % super % size_m, n = local % super / size_m;
         const int row = m * PAIR_M + (SHARES_A ? 0 : rank * TILE_M);
         const int column = n * PAIR_N + (SHARES_A ? rank * STEP_N : 0);
-        tile = {group, begin, end, row, column, min(rows - row, TILE_M), row >= rows || column >= N};
+        const bool empty = row >= rows || column >= N, half = HALVES && column + TILE_N / 2 >= N;
+        tile = {group, begin, end, row, column, min(rows - row, TILE_M), empty, half};
         return true;
       }
       before += tiles_m * tiles_n;
@@ -187,24 +217,29 @@ struct Ring {
   __device__ u32 b() const { return a() + BYTES_A; }
   __device__ u32 is_full() const { return full + 8 * stage; }
   __device__ u32 is_empty() const { return empty + 8 * stage; }
+  __device__ u32 is_empty_before() const { return empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1); }
   __device__ void next() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 };
 
+__device__ __forceinline__ int bytes_of_b(const Tile& tile) { return tile.half ? BYTES_B / 2 : BYTES_B; }
+
 // Fetches this block's half of B's tile for both blocks: half the columns of D, 64 elements of each.
 // Where B is a gradient's second matrix, `k` is the row.
 __device__ __forceinline__ void bring_shared_b(const Arguments& of, const Tile& tile, int k, Ring& ring) {
-  const u32 half = ring.b() + of.rank * (BYTES_B / 2);
   if (KIND == 0) {
     const int first = SWIGLU ? tile.group * 2 * of.N + of.rank * of.N : tile.group * of.N + of.rank * 128;
-    fetch_for(3, half, of.map_b, k, first + tile.n, ring.is_full());
+    fetch_for(3, ring.b() + of.rank * (BYTES_B / 2), of.map_b, k, first + tile.n, ring.is_full());
     return;
   }
   const int row = KIND == 1 ? tile.group * of.K + k : k;
 #pragma unroll
-  for (int box = 0; box < BOXES_B / 2; box++)
-    fetch_for(3, half + box * BOX, of.map_b, tile.n + (of.rank * 2 + box) * 64, row, ring.is_full());
+  for (int i = 0; i < BOXES_B / 2; i++) {
+    const int box = i * 2 + of.rank;
+    if (i == 0 || !tile.half)
+      fetch_for(3, ring.b() + box * BOX, of.map_b, tile.n + box * 64, row, ring.is_full());
+  }
 }
 
 // Brings the tiles of a product by weights: 64 elements of 128 rows and of 256 columns a stage.
@@ -225,7 +260,7 @@ __device__ __forceinline__ void bring_rows(const Arguments& of, const Tile& tile
     const u32 done = ring.is_full();
     if (threadIdx.x == 0) {
       const bool fetches_a = !GATHER && !tile.empty;
-      barrier_expect(done, fetches_a ? BYTES_STAGE : BYTES_B);
+      barrier_expect(done, (fetches_a ? BYTES_A : 0) + bytes_of_b(tile));
       if (fetches_a) fetch(ring.a(), of.map_a, k, first, done);
       bring_shared_b(of, tile, k, ring);
     }
@@ -293,7 +328,7 @@ __device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& t
     const u32 done = ring.is_full();
     if (threadIdx.x == 0 && !whole) barrier_arrive(done);
     if (threadIdx.x == 0 && whole) {
-      barrier_expect(done, (GATHER == 1 ? 0 : BYTES_A) + (GATHER == 2 ? 0 : BYTES_B));
+      barrier_expect(done, (GATHER == 1 ? 0 : BYTES_A) + (GATHER == 2 ? 0 : bytes_of_b(tile)));
       if (SHARES_A)
         fetch_for(3, ring.a() + of.rank * BOX, of.map_a, tile.m + of.rank * 64, row, done);
       else if (GATHER == 0)
@@ -331,7 +366,9 @@ __device__ __forceinline__ void pass_by(int steps, int rank, Ring& ring) {
   }
 }
 
-// Multiplies what the first warpgroup brings: 64 × 256 results of this warpgroup, all products done.
+// Multiplies what the first warpgroup brings: 64 × 256 results of this warpgroup. What was asked of the
+// tensor cores for the last stage may still be on its way: `finish` waits.
+template <bool HALF>
 __device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int half, int rank,
                                               Ring& ring) {
   constexpr int NEXT_A = A_ACROSS ? 2048 >> 4 : 2, NEXT_B = B_ACROSS ? 2048 >> 4 : 2;  // 16 elements on
@@ -339,7 +376,6 @@ __device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int ha
 #pragma unroll
     for (int i = 0; i < 128; i++) d[i] = 0.f;
   }
-  u32 last = 0;
   for (int step = 0; step < steps; step++) {
     barrier_wait(ring.is_full(), ring.parity);
     // What threads have copied has to be seen by the tensor cores.
@@ -349,66 +385,126 @@ __device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int ha
     pin(d);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int i = 0; i < 4; i++) multiply(d, a + i * NEXT_A, b + i * NEXT_B, step > 0 || i > 0);
+    for (int i = 0; i < 4; i++) {
+      const bool add = step > 0 || i > 0;
+      if constexpr (HALF)
+        multiply_half(d, a + i * NEXT_A, b + i * NEXT_B, add);
+      else
+        multiply(d, a + i * NEXT_A, b + i * NEXT_B, add);
+    }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the stage before is free
-    if (step > 0) release(last, rank);
-    last = ring.is_empty();
+    if (step > 0) release(ring.is_empty_before(), rank);
     ring.next();
   }
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-  pin(d);
-  if (steps > 0) release(last, rank);
 }
 
-// Rounds and stores 256 columns of a row, of which `of` are this thread's.
-__device__ __forceinline__ void store_row(const float* of, u16* line, int columns, int quad) {
-#pragma unroll
-  for (int i = 0; i < TILE_N / 8; i += 4) {
-    u32 x[4];
-#pragma unroll
-    for (int c = 0; c < 4; c++) x[c] = pack(of[(i + c) * 4], of[(i + c) * 4 + 1]);
-    store32(line + i * 8, x[0], x[1], x[2], x[3], quad, i * 8 < columns);
-  }
+// Waits for all products of a tile.
+__device__ __forceinline__ void finish(float (&d)[128], int steps, int rank, const Ring& ring) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  pin(d);
+  if (steps > 0) release(ring.is_empty_before(), rank);
 }
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
-// Rounds and stores 128 columns of gate, up and activation of a row.
-__device__ __forceinline__ void store_swiglu(const float* of, u16* gate_line, u16* up_line, u16* hidden_line,
-                                             float weight, int columns, int quad) {
+// Columns of a matrix that warps store, 16 rows by 64 columns at a time, a box.
+struct Out {
+  const TensorMap* map;
+  u16* matrix;
+  int width;
+};
+
+// Stores the boxes of a warp: whole ones through shared memory by the TMA, which takes one
+// instruction and goes on while the next tile is multiplied.
+struct Boxes {
+  u32 places;  // of this warp's boxes in shared memory, taken in turn
+  int turn = 0;
+
+  // x: of the two rows that this thread holds parts of, 8 apart, two columns in every 8.
+  // row: of the matrix, the box's first. rows: to store, at least 16 of a whole box.
+  __device__ void store(const u32 (&x)[2][8], const Out& out, long long row, int column, int rows) {
+    const int lane = threadIdx.x % 32, line = lane / 4, quad = lane % 4;
+    if (rows < 16) {
 #pragma unroll
-  for (int i = 0; i < STEP_N / 8; i += 4) {
-    u32 gate[4], up[4], hidden[4];
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-      const float* pair = of + (i + c) * 4;
-      gate[c] = pack(pair[0], pair[1]);
-      up[c] = pack(pair[TILE_N / 4], pair[TILE_N / 4 + 1]);
-      hidden[c] = pack(silu(low(gate[c])) * low(up[c]) * weight, silu(high(gate[c])) * high(up[c]) * weight);
+      for (int j = 0; j < 2; j++) {
+        u16* to = out.matrix + (row + line + j * 8) * out.width + column + quad * 8;
+        const bool inside = line + j * 8 < rows;
+        store32(to, x[j][0], x[j][1], x[j][2], x[j][3], quad, inside);
+        store32(to + 32, x[j][4], x[j][5], x[j][6], x[j][7], quad, inside);
+      }
+      return;
     }
-    const bool inside = i * 8 < columns;
-    store32(gate_line + i * 8, gate[0], gate[1], gate[2], gate[3], quad, inside);
-    store32(up_line + i * 8, up[0], up[1], up[2], up[3], quad, inside);
-    store32(hidden_line + i * 8, hidden[0], hidden[1], hidden[2], hidden[3], quad, inside);
+    const u32 place = places + turn * BYTES_BOX;
+    turn = (turn + 1) % PLACES;
+    if (lane == 0) puts_have_been_read<PLACES - 1>();
+    __syncwarp();
+    const u32 to = place + swizzled(lane % 16, lane / 16);
+#pragma unroll
+    for (int i = 0; i < 4; i++)  // 16 columns
+      store_matrices(to ^ i * 32, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    if (lane == 0) put(out.map, column, row, place);
   }
+};
+
+// Rounds 64 columns of this thread's two rows.
+__device__ __forceinline__ void round_box(const float* of, u32 (&x)[2][8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) x[j][i] = pack(of[i * 4 + j * 2], of[i * 4 + j * 2 + 1]);
 }
 
-// Stores the 64 rows of a tile that this warpgroup has multiplied.
-__device__ __forceinline__ void store_tile(const float (&d)[128], const Tile& tile, int half, int M, int N,
-                                           u16* out, const int* slots, const float* weights, u16* hidden) {
-  const int lane = threadIdx.x % 32, quad = lane % 4;
-  const long long first = BY_ROWS ? tile.begin + tile.m : (long long)tile.group * M + tile.m;
+// Computes the activation of 64 columns from gate and up as they were rounded.
+__device__ __forceinline__ void activate(const u32 (&gate)[2][8], const u32 (&up)[2][8],
+                                         const float (&weight)[2], u32 (&x)[2][8]) {
 #pragma unroll
-  for (int j = 0; j < 2; j++) {  // a thread holds parts of two rows
-    const int row = half * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4 + j * 8, column = tile.n + quad * 8;
-    const int columns = row < tile.rows ? N - column : 0;
-    if constexpr (SWIGLU) {
-      u16* line = out + (first + row) * 2 * N + column;
-      const float weight = row < tile.rows ? __ldg(weights + __ldg(slots + first + row)) : 0.f;
-      store_swiglu(d + j * 2, line, line + N, hidden + (first + row) * N + column, weight, columns, quad);
-    } else {
-      store_row(d + j * 2, out + (first + row) * N + column, columns, quad);
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+      x[j][i] = pack(silu(low(gate[j][i])) * low(up[j][i]) * weight[j],
+                     silu(high(gate[j][i])) * high(up[j][i]) * weight[j]);
+}
+
+// What a warp stores of a tile: 16 rows.
+struct Rows {
+  long long first;  // row of the output
+  int count;
+  float weight[2];  // of this thread's rows (SWIGLU)
+};
+
+__device__ __forceinline__ Rows find_rows_to_store(const Tile& tile, int half, int M, const int* slots,
+                                                   const float* weights) {
+  const int of_tile = half * 64 + threadIdx.x % 128 / 32 * 16;
+  Rows rows{(BY_ROWS ? tile.begin : (long long)tile.group * M) + tile.m + of_tile, tile.rows - of_tile, {}};
+  if (SWIGLU)
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const int row = threadIdx.x % 32 / 4 + j * 8;
+      if (row < rows.count) rows.weight[j] = __ldg(weights + __ldg(slots + rows.first + row));
+    }
+  return rows;
+}
+
+// Stores the 64 rows of a tile that this warpgroup has multiplied, 16 a warp.
+__device__ __forceinline__ void store_tile(const float (&d)[128], const Tile& tile, const Rows& rows, int N,
+                                           const Out& out, const Out& hidden, Boxes& boxes) {
+  if (rows.count <= 0) return;
+#pragma unroll
+  for (int i = 0; i < STEP_N / 64; i++) {
+    const int column = tile.n + i * 64;
+    if (column >= N) break;
+    u32 x[2][8];
+    round_box(d + i * 32, x);
+    boxes.store(x, out, rows.first, column, rows.count);
+    if (SWIGLU) {
+      u32 up[2][8];
+      round_box(d + 64 + i * 32, up);
+      boxes.store(up, out, rows.first, N + column, rows.count);
+      activate(x, up, rows.weight, x);
+      boxes.store(x, hidden, rows.first, column, rows.count);
     }
   }
 }
@@ -418,14 +514,16 @@ __device__ __forceinline__ void store_tile(const float (&d)[128], const Tile& ti
 // before and after.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     grouped_mm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
+               const __grid_constant__ TensorMap map_out, const __grid_constant__ TensorMap map_hidden,
                const u16* __restrict__ a, const u16* __restrict__ b, u16* __restrict__ out,
                const int* __restrict__ ends, int groups, int M, int N, int K,
                const int* __restrict__ slots, const float* __restrict__ weights,
                u16* __restrict__ hidden, int* __restrict__ counter) {
   extern __shared__ char raw[];
   const u32 base = (shared_address(raw) + 1023) & ~1023u;
-  Ring ring{base, base + STAGES * BYTES_STAGE, base + STAGES * BYTES_STAGE + 8 * STAGES};
-  const u32 behind = base + STAGES * (BYTES_STAGE + 16);
+  const u32 places = base + STAGES * BYTES_STAGE, barriers = places + 8 * PLACES * BYTES_BOX;
+  Ring ring{base, barriers, barriers + 8 * STAGES};
+  const u32 behind = barriers + 16 * STAGES;
   Turns turns{behind + 32, behind, behind + 16};
   const int warpgroup = threadIdx.x / 128, rank = block_in_cluster();
 
@@ -440,9 +538,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     }
     barriers_are_ready();
   }
+  const u32 shared_ends = behind + 48;
+  for (int i = threadIdx.x; i < groups; i += blockDim.x)
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(shared_ends + 4 * i), "r"(ends[i]) : "memory");
   cluster_wait();
 
-  Tiles tiles{ends, groups, M, N, rank};
+  Tiles tiles{shared_ends, groups, M, N, rank};
   Tile tile;
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
@@ -469,16 +570,28 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-    while (tiles.find(turns.next(), tile)) {
-      const int steps = BY_ROWS ? K / TILE_K : (tile.end - tile.begin + TILE_K - 1) / TILE_K;
-      if (tile.empty) {
+    const Out of_out{&map_out, out, SWIGLU ? 2 * N : N}, of_hidden{&map_hidden, hidden, N};
+    Boxes boxes{places + (threadIdx.x / 32 - 4) * PLACES * BYTES_BOX};
+    bool more = tiles.find(turns.next(), tile);
+    while (more) {
+      const Tile now = tile;
+      const int steps = BY_ROWS ? K / TILE_K : (now.end - now.begin + TILE_K - 1) / TILE_K;
+      if (now.empty) {
         pass_by(steps, rank, ring);
+        more = tiles.find(turns.next(), tile);
         continue;
       }
       float d[128];
-      multiply_tile(d, steps, warpgroup - 1, rank, ring);
-      store_tile(d, tile, warpgroup - 1, M, N, out, slots, weights, hidden);
+      if (HALVES && now.half)
+        multiply_tile<HALVES>(d, steps, warpgroup - 1, rank, ring);
+      else
+        multiply_tile<false>(d, steps, warpgroup - 1, rank, ring);
+      const Rows rows = find_rows_to_store(now, warpgroup - 1, M, slots, weights);
+      more = tiles.find(turns.next(), tile);
+      finish(d, steps, rank, ring);
+      store_tile(d, now, rows, N, of_out, of_hidden, boxes);
     }
+    if (threadIdx.x % 32 == 0) puts_have_been_read<0>();
   }
   cluster_wait();  // the other block fetches into this one's memory, and arrives at its barriers
 }

@@ -14,8 +14,8 @@ from torchtitan.ops.grouped_mm_torch import Gathered
 from torchtitan.tools.logging import logger
 
 _SOURCE = Path(__file__).with_name("grouped_mm.cu")
-# Alignment, four stages and their barriers, what tells blocks their tiles.
-_SHARED_MEMORY = 1024 + 4 * (128 + 256) * 128 + 16 * 4 + 40
+# Alignment, four stages, two boxes of each warp that stores, barriers, what tells blocks their tiles.
+_SHARED_MEMORY = 1024 + 4 * (128 + 256) * 128 + 8 * 2 * 16 * 128 + 16 * 4 + 48 + 4 * 384
 _STREAMS = 128  # that may run products at the same time
 _places = count()
 _BY_WEIGHTS, _BY_WEIGHTS_TRANSPOSED, _OVER_ROWS = range(3)
@@ -130,9 +130,10 @@ def _launch(
         tensor_map(a, 64 if over_rows else 128, 64),
         tensor_map(b.flatten(0, -2), lines_of_b, 64),
     )
+    outs = [tensor_map(each.flatten(0, -2), 16, 64) for each in (out, swiglu[1] if swiglu else out)]
     sizes = ends_E.numel(), M, N, 0 if over_rows else a.size(1)
     blocks = torch.cuda.get_device_properties(out.device).multi_processor_count // 2 * 2
     counter = _counters(out.device)[_place_of(torch.cuda.current_stream(out.device).cuda_stream)]
-    arguments = (*maps, a, b, out, ends_E, *sizes, slots, *(swiglu or (None, None)), counter)
+    arguments = (*maps, *outs, a, b, out, ends_E, *sizes, slots, *(swiglu or (None, None)), counter)
     kernel = _kernel(kind, gather, top_k, swiglu=swiglu is not None)
     kernel.launch(out.device, (blocks,), 384, arguments)

@@ -65,6 +65,28 @@ __device__ __forceinline__ void fetch_for(u16 blocks, u32 to, const TensorMap* m
       : "memory");
 }
 
+// Stores a box from shared memory, without what lies outside of the matrix.
+__device__ __forceinline__ void put(const TensorMap* map, int column, int row, u32 from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+               "r"(column), "r"(row), "r"(from)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until shared memory of all but the last `LEFT` boxes that this thread has put is free.
+template <int LEFT>
+__device__ __forceinline__ void puts_have_been_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+}
+
+// Stores four matrices of 8 x 8 elements of two bytes, of which each thread of a warp holds what it
+// holds of the tensor cores' results. to: the place of one of their lines, lane / 8 and lane % 8.
+__device__ __forceinline__ void store_matrices(u32 to, u32 x0, u32 x1, u32 x2, u32 x3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x0), "r"(x1),
+               "r"(x2), "r"(x3)
+               : "memory");
+}
+
 // Arrives at a barrier of another block of the cluster. Not `.release.cluster`: for that the compiler
 // waits for all memory of the GPU, every time.
 __device__ __forceinline__ void barrier_arrive_at(u32 block, u32 barrier) {
