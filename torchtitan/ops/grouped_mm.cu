@@ -24,14 +24,14 @@
 constexpr int TILE_M = 128, TILE_N = 256, TILE_K = 64;
 constexpr int BOX = 64 * 128;  // bytes: 64 lines of 128, swizzled
 constexpr int BOXES_A = TILE_M / 64, BOXES_B = TILE_N / 64;
+constexpr int PARTS_B = KIND == 0 ? 2 : BOXES_B;  // B's tile is fetched in
 constexpr int BYTES_A = BOXES_A * BOX, BYTES_B = BOXES_B * BOX;
 constexpr int BYTES_STAGE = BYTES_A + BYTES_B;
 constexpr int STAGES = 4;
 constexpr int BYTES_BOX = 16 * 128, PLACES = 2;  // a warp's results on their way to memory
 constexpr int STEP_N = SWIGLU ? TILE_N / 2 : TILE_N;  // columns of D, or of gate and of up, in a tile
 constexpr bool SHARES_A = GATHER == 2;  // a cluster's two tiles, else they share B
-constexpr int PAIR_M = SHARES_A ? TILE_M : 2 * TILE_M, PAIR_N = SHARES_A ? 2 * STEP_N : STEP_N;
-constexpr int SUPER = 16 * TILE_M / PAIR_M;  // pairs visited together, so that the L2 cache serves
+constexpr int SUPER = SHARES_A ? 16 : 8;  // pairs visited together, so that the L2 cache serves
 constexpr bool BY_ROWS = KIND < 2;
 constexpr bool COPIES = GATHER != 0 || KIND == 2;
 // Where only half of a tile's columns are left, the rest is neither fetched nor multiplied.
@@ -132,9 +132,9 @@ __device__ __forceinline__ void multiply_half(float (&d)[128], u64 a, u64 b, int
 struct Tile {
   int group, begin, end;  // rows of the group
   int m, n;               // first row and column: of the group's rows (KIND 2: of D[e])
-  int rows;               // to store
-  bool empty;             // the other tile of the pair is the last one
+  int rows;               // to store; 0: the other tile of the pair is the last one
   bool half;              // only half of the columns are left
+  bool alone;             // has nothing in common with the pair's other tile, which lies beside it
 };
 
 // The tiles of this block, by the pair's number, which must not decrease: the first or the second.
@@ -144,24 +144,32 @@ struct Tiles {
   int group = 0, begin = 0, before = 0;
 
   __device__ bool find(int index, Tile& tile) {
-    const int tiles_n = (N + PAIR_N - 1) / PAIR_N;
+    const int tiles_n = (N + STEP_N - 1) / STEP_N, pairs_n = (tiles_n + 1) / 2;
     for (; group < groups; group++) {
       int end;
       asm volatile("ld.shared.s32 %0, [%1];" : "=r"(end) : "r"(ends + 4 * group));
-      const int rows = BY_ROWS ? end - begin : M;
-      const int tiles_m = (rows + PAIR_M - 1) / PAIR_M;
-      if (index < before + tiles_m * tiles_n) {
-        const int super = SUPER * tiles_n, local = index - before;
-        const int first_m = local / super * SUPER;
-        const int size_m = min(tiles_m - first_m, SUPER);
-        const int m = first_m + local % super % size_m, n = local % super / size_m;
-        const int row = m * PAIR_M + (SHARES_A ? 0 : rank * TILE_M);
-        const int column = n * PAIR_N + (SHARES_A ? rank * STEP_N : 0);
-        const bool empty = row >= rows || column >= N, half = HALVES && column + TILE_N / 2 >= N;
-        tile = {group, begin, end, row, column, min(rows - row, TILE_M), empty, half};
+      const int rows = BY_ROWS ? end - begin : M, tiles_m = (rows + TILE_M - 1) / TILE_M;
+      // Above one another tiles share B; the last of an odd number has one beside it instead.
+      const int down = SHARES_A ? tiles_m : tiles_m / 2, across = SHARES_A ? pairs_n : tiles_n;
+      const int pairs = down * across, alone = SHARES_A ? 0 : tiles_m % 2 * pairs_n;
+      const int local = index - before;
+      if (local < pairs + alone) {
+        int row = tiles_m - 1, column = (local - pairs) * 2 + rank;
+        if (local < pairs) {
+          const int first = local / (SUPER * across) * SUPER, size = min(down - first, SUPER);
+          row = first + local % (SUPER * across) % size, column = local % (SUPER * across) / size;
+          if (SHARES_A)
+            column = column * 2 + rank;
+          else
+            row = row * 2 + rank;
+        }
+        row *= TILE_M, column *= STEP_N;
+        const bool half = HALVES && column + TILE_N / 2 >= N;
+        const int to_store = column < N ? min(rows - row, TILE_M) : 0;
+        tile = {group, begin, end, row, column, to_store, half, local >= pairs};
         return true;
       }
-      before += tiles_m * tiles_n;
+      before += pairs + alone;
       begin = end;
     }
     return false;
@@ -225,21 +233,32 @@ struct Ring {
 
 __device__ __forceinline__ int bytes_of_b(const Tile& tile) { return tile.half ? BYTES_B / 2 : BYTES_B; }
 
-// Fetches this block's half of B's tile for both blocks: half the columns of D, 64 elements of each.
-// Where B is a gradient's second matrix, `k` is the row.
-__device__ __forceinline__ void bring_shared_b(const Arguments& of, const Tile& tile, int k, Ring& ring) {
+// Fetches a part of B's tile, 64 elements of each column. Where B is a gradient's second matrix, `k` is
+// the row.
+__device__ __forceinline__ void bring_part(const Arguments& of, const Tile& tile, int k, int part,
+                                           const Ring& ring) {
+  const u32 to = ring.b() + part * (BYTES_B / PARTS_B);
+  int column = tile.n + part * 64, row = KIND == 1 ? tile.group * of.K + k : k;
   if (KIND == 0) {
-    const int first = SWIGLU ? tile.group * 2 * of.N + of.rank * of.N : tile.group * of.N + of.rank * 128;
-    fetch_for(3, ring.b() + of.rank * (BYTES_B / 2), of.map_b, k, first + tile.n, ring.is_full());
+    column = k;
+    row = SWIGLU ? (tile.group * 2 + part) * of.N + tile.n : tile.group * of.N + tile.n + part * 128;
+  }
+  if (tile.alone)
+    fetch(to, of.map_b, column, row, ring.is_full());
+  else
+    fetch_for(3, to, of.map_b, column, row, ring.is_full());
+}
+
+// Fetches this block's parts of B's tile for both blocks, or all of it where the tile is alone.
+__device__ __forceinline__ void bring_b(const Arguments& of, const Tile& tile, int k, const Ring& ring) {
+  const int parts = tile.half ? PARTS_B / 2 : PARTS_B;
+  if (tile.alone) {
+    for (int part = 0; part < parts; part++) bring_part(of, tile, k, part, ring);
     return;
   }
-  const int row = KIND == 1 ? tile.group * of.K + k : k;
 #pragma unroll
-  for (int i = 0; i < BOXES_B / 2; i++) {
-    const int box = i * 2 + of.rank;
-    if (i == 0 || !tile.half)
-      fetch_for(3, ring.b() + box * BOX, of.map_b, tile.n + box * 64, row, ring.is_full());
-  }
+  for (int part = 0; part < PARTS_B; part += 2)
+    if (part < parts) bring_part(of, tile, k, part + of.rank, ring);
 }
 
 // Brings the tiles of a product by weights: 64 elements of 128 rows and of 256 columns a stage.
@@ -259,15 +278,15 @@ __device__ __forceinline__ void bring_rows(const Arguments& of, const Tile& tile
     barrier_wait(ring.is_empty(), ring.parity ^ 1);
     const u32 done = ring.is_full();
     if (threadIdx.x == 0) {
-      const bool fetches_a = !GATHER && !tile.empty;
-      barrier_expect(done, (fetches_a ? BYTES_A : 0) + bytes_of_b(tile));
+      const bool fetches_a = !GATHER && tile.rows > 0, fetches_b = !tile.alone || tile.rows > 0;
+      barrier_expect(done, (fetches_a ? BYTES_A : 0) + (fetches_b ? bytes_of_b(tile) : 0));
       if (fetches_a) fetch(ring.a(), of.map_a, k, first, done);
-      bring_shared_b(of, tile, k, ring);
+      if (fetches_b) bring_b(of, tile, k, ring);
     }
     if (GATHER) {
       const char* from = reinterpret_cast<const char*>(of.a + k);
       const u32 to = ring.a() + swizzled(line, piece);
-      if (!tile.empty)
+      if (tile.rows > 0)
 #pragma unroll
         for (int i = 0; i < LINES; i++) copy16(to + i * 16 * 128, from + pieces[i]);
       copies_arrive(done);
@@ -276,56 +295,69 @@ __device__ __forceinline__ void bring_rows(const Arguments& of, const Tile& tile
   }
 }
 
-// The rows that this thread copies among the 64 from `first` on, or their slots; -1 from `end` on.
-__device__ __forceinline__ void find_rows(int (&rows)[4], const int* slots, int first, int end) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int row = first + threadIdx.x / 8 + i * 16;
-    rows[i] = row < end ? (slots ? __ldg(slots + row) : row) : -1;
-  }
-}
-
-// Copies boxes of 64 columns of these rows of a matrix `width` columns wide.
+// Copies boxes of 64 columns of 64 rows of a matrix `width` columns wide.
 //
-// rows: from `find_rows`; all are there where `whole`.
+// lines: of the rows that this thread copies, one in every 16; bytes from the beginning of the matrix.
+// left: rows that there are; zeros are copied behind.
 template <int BOXES>
-__device__ __forceinline__ void copy_boxes(u32 to, const u16* matrix, const int (&rows)[4], int column,
-                                           int width, bool whole) {
+__device__ __forceinline__ void copy_boxes(u32 to, const u16* matrix, const u64 (&lines)[4], int column,
+                                           int width, int left) {
   const int piece = threadIdx.x % 8, line = threadIdx.x / 8;
   to += swizzled(line, piece);
   column += piece * 8;
-  const u16* from[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) from[i] = matrix + u64(max(rows[i], 0)) * width + column;
-  if (whole && column + (BOXES - 1) * 64 < width) {  // no check at each copy: instructions cost power
+  const char* from = reinterpret_cast<const char*>(matrix + column);
+  if (left >= 64 && column + (BOXES - 1) * 64 < width) {  // no check at each copy: instructions cost power
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
-      for (int box = 0; box < BOXES; box++) copy16(to + box * BOX + i * 16 * 128, from[i] + box * 64);
+      for (int box = 0; box < BOXES; box++) copy16(to + box * BOX + i * 16 * 128, from + lines[i] + box * 128);
     return;
   }
 #pragma unroll
   for (int i = 0; i < 4; i++)
 #pragma unroll
     for (int box = 0; box < BOXES; box++) {
-      const bool inside = rows[i] >= 0 && column + box * 64 < width;
-      copy16_if(inside, to + box * BOX + i * 16 * 128, inside ? from[i] + box * 64 : matrix);
+      const bool inside = line + i * 16 < left && column + box * 64 < width;
+      copy16_if(inside, to + box * BOX + i * 16 * 128, inside ? from + lines[i] + box * 128 : (const char*)matrix);
     }
+}
+
+// Copies the last rows of a group, without a list.
+template <int BOXES>
+__device__ __forceinline__ void copy_last(u32 to, const u16* matrix, int row, int column, int width, int left) {
+  u64 lines[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) lines[i] = u64(row + threadIdx.x / 8 + i * 16) * width * 2;
+  copy_boxes<BOXES>(to, matrix, lines, column, width, left);
 }
 
 // Brings the tiles of a weight's gradient: 128 columns of A and 256 of B, 64 rows of the group a stage.
 __device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& tile, Ring& ring) {
-  int rows[4], slots[4];
-  if (GATHER) find_rows(slots, of.slots, tile.begin, tile.end);
-  for (int row = tile.begin; row < tile.end; row += TILE_K) {
-    const bool whole = row + TILE_K <= tile.end;
-    if (GATHER) {  // a stage ahead: the list comes from memory
+  const u32 bytes = (GATHER == 1 ? of.M : of.N) * 2;  // of a gathered row
+  u32 slots[4];
+  const auto look_up = [&](int row) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) rows[i] = slots[i] < 0 ? -1 : slots[i] / TOP_K;
-      find_rows(slots, of.slots, row + TILE_K, tile.end);
+    for (int i = 0; i < 4; i++) {
+      const int place = max(min(row + int(threadIdx.x) / 8 + i * 16, tile.end - 1), 0);
+      asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(slots[i]) : "l"(of.slots + place));
+    }
+  };
+  if (GATHER) look_up(tile.begin);
+  for (int row = tile.begin; row < tile.end; row += TILE_K) {
+    const int left = tile.end - row;
+    u64 lines[4];
+    if (GATHER) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        u32 line = slots[i] / TOP_K * bytes;
+        asm volatile("" : "+r"(line));  // computed here, so that no wait comes behind the next load
+        lines[i] = line;
+      }
+      look_up(row + TILE_K);  // a stage ahead: the list comes from memory
     }
     barrier_wait(ring.is_empty(), ring.parity ^ 1);
     const u32 done = ring.is_full();
+    const bool whole = left >= TILE_K;
     if (threadIdx.x == 0 && !whole) barrier_arrive(done);
     if (threadIdx.x == 0 && whole) {
       barrier_expect(done, (GATHER == 1 ? 0 : BYTES_A) + (GATHER == 2 ? 0 : bytes_of_b(tile)));
@@ -335,15 +367,13 @@ __device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& t
 #pragma unroll
         for (int box = 0; box < BOXES_A; box++)
           fetch(ring.a() + box * BOX, of.map_a, tile.m + box * 64, row, done);
-      if (!SHARES_A) bring_shared_b(of, tile, row, ring);
+      if (!SHARES_A) bring_b(of, tile, row, ring);
     }
-    if (GATHER == 1) copy_boxes<BOXES_A>(ring.a(), of.a, rows, tile.m, of.M, whole);
-    if (GATHER == 2) copy_boxes<BOXES_B>(ring.b(), of.b, rows, tile.n, of.N, whole);
+    if (GATHER == 1) copy_boxes<BOXES_A>(ring.a(), of.a, lines, tile.m, of.M, left);
+    if (GATHER == 2) copy_boxes<BOXES_B>(ring.b(), of.b, lines, tile.n, of.N, left);
     if (!whole) {
-      int plain[4];
-      find_rows(plain, nullptr, row, tile.end);
-      if (GATHER != 1) copy_boxes<BOXES_A>(ring.a(), of.a, plain, tile.m, of.M, false);
-      if (GATHER != 2) copy_boxes<BOXES_B>(ring.b(), of.b, plain, tile.n, of.N, false);
+      if (GATHER != 1) copy_last<BOXES_A>(ring.a(), of.a, row, tile.m, of.M, left);
+      if (GATHER != 2) copy_last<BOXES_B>(ring.b(), of.b, row, tile.n, of.N, left);
     }
     copies_arrive(done);
     ring.next();
@@ -357,7 +387,7 @@ __device__ __forceinline__ void release(u32 is_empty, int rank) {
   barrier_arrive_at(rank ^ 1, is_empty);
 }
 
-// Lets the other block have its half of what is fetched for an empty tile.
+// Lets others have what is brought for a tile of which this warpgroup has no rows.
 __device__ __forceinline__ void pass_by(int steps, int rank, Ring& ring) {
   for (int step = 0; step < steps; step++) {
     barrier_wait(ring.is_full(), ring.parity);
@@ -576,7 +606,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     while (more) {
       const Tile now = tile;
       const int steps = BY_ROWS ? K / TILE_K : (now.end - now.begin + TILE_K - 1) / TILE_K;
-      if (now.empty) {
+      if (now.rows <= (warpgroup - 1) * 64) {
         pass_by(steps, rank, ring);
         more = tiles.find(turns.next(), tile);
         continue;
