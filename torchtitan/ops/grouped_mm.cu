@@ -129,6 +129,19 @@ __device__ __forceinline__ void multiply_half(float (&d)[128], u64 a, u64 b, int
       : "l"(a), "l"(b), "r"(add), "n"(A_ACROSS), "n"(B_ACROSS));
 }
 
+// Copies where groups end to shared memory, where they are looked up with less delay. By all threads;
+// whoever looks up waits for them.
+__device__ __forceinline__ void copy_ends(u32 to, const int* ends, int groups) {
+  for (int i = threadIdx.x; i < groups; i += blockDim.x)
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(to + 4 * i), "r"(ends[i]) : "memory");
+}
+
+__device__ __forceinline__ int end_of(u32 ends, int group) {
+  int end;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(end) : "r"(ends + 4 * group) : "memory");
+  return end;
+}
+
 struct Tile {
   int group, begin, end;  // rows of the group
   int m, n;               // first row and column: of the group's rows (KIND 2: of D[e])
@@ -146,8 +159,7 @@ struct Tiles {
   __device__ bool find(int index, Tile& tile) {
     const int tiles_n = (N + STEP_N - 1) / STEP_N, pairs_n = (tiles_n + 1) / 2;
     for (; group < groups; group++) {
-      int end;
-      asm volatile("ld.shared.s32 %0, [%1];" : "=r"(end) : "r"(ends + 4 * group));
+      const int end = end_of(ends, group);
       const int rows = BY_ROWS ? end - begin : M, tiles_m = (rows + TILE_M - 1) / TILE_M;
       // Above one another tiles share B; the last of an odd number has one beside it instead.
       const int down = SHARES_A ? tiles_m : tiles_m / 2, across = SHARES_A ? pairs_n : tiles_n;
@@ -568,9 +580,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     }
     barriers_are_ready();
   }
-  const u32 shared_ends = behind + 48;
-  for (int i = threadIdx.x; i < groups; i += blockDim.x)
-    asm volatile("st.shared.s32 [%0], %1;" ::"r"(shared_ends + 4 * i), "r"(ends[i]) : "memory");
+  const u32 shared_ends = behind + 40;
+  copy_ends(shared_ends, ends, groups);
   cluster_wait();
 
   Tiles tiles{shared_ends, groups, M, N, rank};

@@ -14,18 +14,22 @@ from torchtitan.ops.grouped_mm_torch import Gathered
 from torchtitan.tools.logging import logger
 
 _SOURCE = Path(__file__).with_name("grouped_mm.cu")
-# Alignment, four stages, two boxes of each warp that stores, barriers, what tells blocks their tiles.
-_SHARED_MEMORY = 1024 + 4 * (128 + 256) * 128 + 8 * 2 * 16 * 128 + 16 * 4 + 48 + 4 * 384
+_MOST_EXPERTS = 480
+# Alignment, four stages, two boxes of each warp that stores, barriers, what tells blocks their tiles,
+# and where each expert's rows end.
+_SHARED_MEMORY = 1024 + 4 * (128 + 256) * 128 + 8 * 2 * 16 * 128 + 16 * 4 + 40 + 4 * _MOST_EXPERTS
 _STREAMS = 128  # that may run products at the same time
 _places = count()
 _BY_WEIGHTS, _BY_WEIGHTS_TRANSPOSED, _OVER_ROWS = range(3)
 
 
 def applies(x_TD: Tensor, w2_EDF: Tensor) -> bool:
-    """Tell whether the kernel is the one for these experts: bf16, D and F multiples of 64, tokens
-    of less than 4 GiB, a Hopper GPU."""
-    sizes = w2_EDF.shape[1:]
+    """Tell whether the kernel is the one for these experts: at most 480, in bf16, D and F multiples
+    of 64, tokens of less than 4 GiB, a Hopper GPU."""
+    E, *sizes = w2_EDF.shape
     if x_TD.dtype != torch.bfloat16 or any(size % 64 for size in sizes) or x_TD.nbytes >= 2**32:
+        return False
+    if E > _MOST_EXPERTS:
         return False
     return x_TD.is_cuda and _compiles(x_TD.device)
 

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(
 COUNTS = [0, 1, 63, 64, 65, 127, 128, 129, 300, 0, 700, 5]
 E, R, BEHIND = len(COUNTS), sum(COUNTS), 37  # BEHIND: rows behind the last group
 D, F, TOP_K = 320, 192, 2
+# Two and three tiles of columns, of which the last is whole, a half or less.
+of_sizes = pytest.mark.parametrize(("D", "F"), [(320, 192), (640, 320), (512, 384)])
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,8 @@ def agree(actual: Tensor, expected: Tensor, *, rows: int | None = None) -> bool:
     return bool((a - b).norm() / b.norm() < 2e-3 and largest < 2e-2)
 
 
-def test_gate_up_and_swiglu_of_gathered_rows():
+@of_sizes
+def test_gate_up_and_swiglu_of_gathered_rows(D, F):
     from torchtitan.ops import swiglu_triton
 
     rows, w13, weights = gathered(D), randn(E, 2 * F, D) * 0.1, torch.rand(R + 2 * BEHIND, TOP_K)
@@ -75,13 +78,15 @@ def test_gate_up_and_swiglu_of_gathered_rows():
     assert agree(hidden, swiglu_triton.forward(gate_up, weights, rows.slot_of_row_R), rows=R)
 
 
-def test_products_by_weights():
+@of_sizes
+def test_products_by_weights(D, F):
     rows, w = rows_of(F), randn(E, D, F)
     assert agree(ours().by_weights(rows, w, ends()), plain.by_weights(rows, w, ends()), rows=R)
 
 
+@of_sizes
 @pytest.mark.parametrize("is_gathered", [False, True])
-def test_products_by_transposed_weights(is_gathered):
+def test_products_by_transposed_weights(is_gathered, D, F):
     rows, w = gathered(D) if is_gathered else rows_of(D), randn(E, D, F)
     expected = plain.by_weights_transposed(
         plain.gather(rows) if isinstance(rows, Gathered) else rows, w, ends()
@@ -89,8 +94,9 @@ def test_products_by_transposed_weights(is_gathered):
     assert agree(ours().by_weights_transposed(rows, w, ends()), expected, rows=R)
 
 
+@of_sizes
 @pytest.mark.parametrize("which", ["none", "first", "second"])
-def test_products_over_rows_leave_empty_groups_zero(which):
+def test_products_over_rows_leave_empty_groups_zero(which, D, F):
     a = gathered(D) if which == "first" else rows_of(D)
     b = gathered(F) if which == "second" else rows_of(F)
     out = ours().over_rows(a, b, ends())
@@ -98,6 +104,14 @@ def test_products_over_rows_leave_empty_groups_zero(which):
     parts = zip(a[:R].double().split(COUNTS), b[:R].double().split(COUNTS), strict=True)
     assert agree(out, torch.stack([x.t() @ y for x, y in parts]))
     assert not out[0].any() and not out[9].any()
+
+
+def test_more_experts_than_fit_into_shared_memory_are_left_to_torch():
+    x, w2 = randn(1, 64), randn(481, 64, 64)
+    assert ours().applies(x, w2[:480]) and not ours().applies(x, w2)
+    counts = torch.full((480,), 3)
+    rows, order = randn(480 * 3, 64), counts.cumsum(0).int()
+    assert agree(ours().by_weights(rows, w2[:480], order), plain.by_weights(rows, w2[:480], order))
 
 
 def test_nan_stays_in_its_group():
