@@ -3,7 +3,8 @@
 //   KIND 0   D (R, N) = A (R, K) · B[e]ᵀ, B (G, N, K): outputs.
 //   KIND 1   D (R, N) = A (R, K) · B[e], B (G, K, N): gradients of inputs.
 //   KIND 2   D[e] (M, N) = A (R, M)ᵀ · B (R, N) over the rows of group e: gradients of weights.
-//   GATHER   0: none. 1, 2: the rows of A, of B are rows of a smaller matrix, slot / TOP_K of each.
+//   TRANSPOSED 1 (KIND 2): D[e]ᵀ (N, M) is stored.
+//   GATHER   1: the rows of A are rows of a smaller matrix, slot / TOP_K of each.
 //   SWIGLU   1 (KIND 0): B[e] is gate (N, K) above up (N, K); D (R, 2 N), and H (R, N) =
 //            silu(gate) · up · the slot's weight, of gate and up as they were rounded.
 //
@@ -11,13 +12,13 @@
 // rows by 256 columns. Whole tiles are fetched by the TMA; gathered rows, and the last rows of a
 // group in KIND 2 (with zeros behind them), are copied by the threads of the first warpgroup. Two
 // blocks, a cluster, have tiles above one another, and each fetches half of their B for both: power
-// limits these products, and bytes from the L2 cache cost power. Copies reach their own block only,
-// so where B is gathered the tiles lie side by side, and A is shared. Clusters are persistent: each
-// asks a counter for its next pair of tiles, so that those which start late, since another kernel
-// held their place, get fewer. They find the group in the device's list of ends, so the host need not
-// know any size.
+// limits these products, and bytes from the L2 cache cost power. Where an odd tile is left, the one
+// beside it is its pair, and nothing is shared. Clusters are persistent: each asks a counter for its
+// next pair of tiles, so that those which start late, since another kernel held their place, get
+// fewer. They find the group in the list of ends on the device, so the host need not know any size;
+// a warpgroup looks for its next tile while the tensor cores are at its last.
 //
-// Compiled by NVRTC with KIND, GATHER, SWIGLU and TOP_K defined.
+// Compiled by NVRTC with KIND, TRANSPOSED, GATHER, SWIGLU and TOP_K defined.
 
 #include "hopper.cuh"
 
@@ -28,14 +29,15 @@ constexpr int PARTS_B = KIND == 0 ? 2 : BOXES_B;  // B's tile is fetched in
 constexpr int BYTES_A = BOXES_A * BOX, BYTES_B = BOXES_B * BOX;
 constexpr int BYTES_STAGE = BYTES_A + BYTES_B;
 constexpr int STAGES = 4;
-constexpr int BYTES_BOX = 16 * 128, PLACES = 2;  // a warp's results on their way to memory
+// Results on their way to memory: a warp's 16 rows of 64 columns, or (TRANSPOSED) a warpgroup's 64.
+constexpr int BYTES_BOX = (TRANSPOSED ? 64 : 16) * 128, PLACES = 2;
+constexpr int BYTES_RESULTS = (TRANSPOSED ? 2 : 8) * PLACES * BYTES_BOX;
 constexpr int STEP_N = SWIGLU ? TILE_N / 2 : TILE_N;  // columns of D, or of gate and of up, in a tile
-constexpr bool SHARES_A = GATHER == 2;  // a cluster's two tiles, else they share B
-constexpr int SUPER = SHARES_A ? 16 : 8;  // pairs visited together, so that the L2 cache serves
+constexpr int SUPER = 8;  // pairs visited together, so that the L2 cache serves
 constexpr bool BY_ROWS = KIND < 2;
 constexpr bool COPIES = GATHER != 0 || KIND == 2;
 // Where only half of a tile's columns are left, the rest is neither fetched nor multiplied.
-constexpr bool HALVES = KIND != 0 && !SHARES_A;
+constexpr bool HALVES = KIND != 0;
 constexpr int BRINGING_WARPS = COPIES ? 4 : 1;
 // The dim that a product adds up is the matrix's second (0) or its first (1).
 constexpr int A_ACROSS = KIND == 2, B_ACROSS = KIND >= 1;
@@ -161,23 +163,18 @@ struct Tiles {
     for (; group < groups; group++) {
       const int end = end_of(ends, group);
       const int rows = BY_ROWS ? end - begin : M, tiles_m = (rows + TILE_M - 1) / TILE_M;
-      // Above one another tiles share B; the last of an odd number has one beside it instead.
-      const int down = SHARES_A ? tiles_m : tiles_m / 2, across = SHARES_A ? pairs_n : tiles_n;
-      const int pairs = down * across, alone = SHARES_A ? 0 : tiles_m % 2 * pairs_n;
+      const int pairs_m = tiles_m / 2, pairs = pairs_m * tiles_n, alone = tiles_m % 2 * pairs_n;
       const int local = index - before;
       if (local < pairs + alone) {
-        int row = tiles_m - 1, column = (local - pairs) * 2 + rank;
+        int m = tiles_m - 1, n = (local - pairs) * 2 + rank;
         if (local < pairs) {
-          const int first = local / (SUPER * across) * SUPER, size = min(down - first, SUPER);
-          row = first + local % (SUPER * across) % size, column = local % (SUPER * across) / size;
-          if (SHARES_A)
-            column = column * 2 + rank;
-          else
-            row = row * 2 + rank;
+          const int first = local / (SUPER * tiles_n) * SUPER, size = min(pairs_m - first, SUPER);
+          const int place = local % (SUPER * tiles_n);
+          m = (first + place % size) * 2 + rank, n = place / size;
         }
-        row *= TILE_M, column *= STEP_N;
-        const bool half = HALVES && column + TILE_N / 2 >= N;
+        const int row = m * TILE_M, column = n * STEP_N;
         const int to_store = column < N ? min(rows - row, TILE_M) : 0;
+        const bool half = HALVES && column + TILE_N / 2 >= N;
         tile = {group, begin, end, row, column, to_store, half, local >= pairs};
         return true;
       }
@@ -345,7 +342,6 @@ __device__ __forceinline__ void copy_last(u32 to, const u16* matrix, int row, in
 
 // Brings the tiles of a weight's gradient: 128 columns of A and 256 of B, 64 rows of the group a stage.
 __device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& tile, Ring& ring) {
-  const u32 bytes = (GATHER == 1 ? of.M : of.N) * 2;  // of a gathered row
   u32 slots[4];
   const auto look_up = [&](int row) {
 #pragma unroll
@@ -361,7 +357,7 @@ __device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& t
     if (GATHER) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        u32 line = slots[i] / TOP_K * bytes;
+        u32 line = slots[i] / TOP_K * of.M * 2;
         asm volatile("" : "+r"(line));  // computed here, so that no wait comes behind the next load
         lines[i] = line;
       }
@@ -372,20 +368,17 @@ __device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& t
     const bool whole = left >= TILE_K;
     if (threadIdx.x == 0 && !whole) barrier_arrive(done);
     if (threadIdx.x == 0 && whole) {
-      barrier_expect(done, (GATHER == 1 ? 0 : BYTES_A) + (GATHER == 2 ? 0 : bytes_of_b(tile)));
-      if (SHARES_A)
-        fetch_for(3, ring.a() + of.rank * BOX, of.map_a, tile.m + of.rank * 64, row, done);
-      else if (GATHER == 0)
+      barrier_expect(done, (GATHER ? 0 : BYTES_A) + bytes_of_b(tile));
+      if (!GATHER)
 #pragma unroll
         for (int box = 0; box < BOXES_A; box++)
           fetch(ring.a() + box * BOX, of.map_a, tile.m + box * 64, row, done);
-      if (!SHARES_A) bring_b(of, tile, row, ring);
+      bring_b(of, tile, row, ring);
     }
-    if (GATHER == 1) copy_boxes<BOXES_A>(ring.a(), of.a, lines, tile.m, of.M, left);
-    if (GATHER == 2) copy_boxes<BOXES_B>(ring.b(), of.b, lines, tile.n, of.N, left);
+    if (GATHER) copy_boxes<BOXES_A>(ring.a(), of.a, lines, tile.m, of.M, left);
     if (!whole) {
-      if (GATHER != 1) copy_last<BOXES_A>(ring.a(), of.a, row, tile.m, of.M, left);
-      if (GATHER != 2) copy_last<BOXES_B>(ring.b(), of.b, row, tile.n, of.N, left);
+      if (!GATHER) copy_last<BOXES_A>(ring.a(), of.a, row, tile.m, of.M, left);
+      copy_last<BOXES_B>(ring.b(), of.b, row, tile.n, of.N, left);
     }
     copies_arrive(done);
     ring.next();
@@ -457,11 +450,18 @@ struct Out {
   int width;
 };
 
-// Stores the boxes of a warp: whole ones through shared memory by the TMA, which takes one
-// instruction and goes on while the next tile is multiplied.
+// Stores boxes of results: whole ones through shared memory by the TMA, which takes one instruction
+// and goes on while the next tile is multiplied.
 struct Boxes {
-  u32 places;  // of this warp's boxes in shared memory, taken in turn
+  u32 places;  // of this warp's boxes in shared memory, or its warpgroup's, taken in turn
   int turn = 0;
+
+  __device__ u32 next_place(bool waits) {
+    const u32 place = places + turn * BYTES_BOX;
+    turn = (turn + 1) % PLACES;
+    if (waits) puts_have_been_read<PLACES - 1>();
+    return place;
+  }
 
   // x: of the two rows that this thread holds parts of, 8 apart, two columns in every 8.
   // row: of the matrix, the box's first. rows: to store, at least 16 of a whole box.
@@ -477,17 +477,30 @@ struct Boxes {
       }
       return;
     }
-    const u32 place = places + turn * BYTES_BOX;
-    turn = (turn + 1) % PLACES;
-    if (lane == 0) puts_have_been_read<PLACES - 1>();
+    const u32 place = next_place(lane == 0);
     __syncwarp();
     const u32 to = place + swizzled(lane % 16, lane / 16);
 #pragma unroll
     for (int i = 0; i < 4; i++)  // 16 columns
-      store_matrices(to ^ i * 32, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
+      store_matrices<false>(to ^ i * 32, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
     if (lane == 0) put(out.map, column, row, place);
+  }
+
+  // Stores 64 columns of the warpgroup's 64 rows as 64 rows of 64 columns.
+  __device__ void store_transposed(const u32 (&x)[2][8], const Out& out, long long row, int column) {
+    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, group = 1 + threadIdx.x / 128;
+    const bool puts = warp == 0 && lane == 0;
+    const u32 place = next_place(puts);
+    asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
+    const u32 to = place + swizzled(lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
+#pragma unroll
+    for (int i = 0; i < 4; i++)  // 16 rows
+      store_matrices<true>(to + i * 16 * 128, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
+    if (puts) put(out.map, column, row, place);
   }
 };
 
@@ -540,6 +553,11 @@ __device__ __forceinline__ void store_tile(const float (&d)[128], const Tile& ti
     if (column >= N) break;
     u32 x[2][8];
     round_box(d + i * 32, x);
+    if constexpr (TRANSPOSED) {
+      const int warpgroup = threadIdx.x / 128;
+      boxes.store_transposed(x, out, (long long)tile.group * N + column, tile.m + (warpgroup - 1) * 64);
+      continue;
+    }
     boxes.store(x, out, rows.first, column, rows.count);
     if (SWIGLU) {
       u32 up[2][8];
@@ -563,7 +581,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                u16* __restrict__ hidden, int* __restrict__ counter) {
   extern __shared__ char raw[];
   const u32 base = (shared_address(raw) + 1023) & ~1023u;
-  const u32 places = base + STAGES * BYTES_STAGE, barriers = places + 8 * PLACES * BYTES_BOX;
+  const u32 places = base + STAGES * BYTES_STAGE, barriers = places + BYTES_RESULTS;
   Ring ring{base, barriers, barriers + 8 * STAGES};
   const u32 behind = barriers + 16 * STAGES;
   Turns turns{behind + 32, behind, behind + 16};
@@ -612,7 +630,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     const Out of_out{&map_out, out, SWIGLU ? 2 * N : N}, of_hidden{&map_hidden, hidden, N};
-    Boxes boxes{places + (threadIdx.x / 32 - 4) * PLACES * BYTES_BOX};
+    const int storing = TRANSPOSED ? warpgroup - 1 : threadIdx.x / 32 - 4;
+    Boxes boxes{places + storing * PLACES * BYTES_BOX};
     bool more = tiles.find(turns.next(), tile);
     while (more) {
       const Tile now = tile;

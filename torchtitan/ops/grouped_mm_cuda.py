@@ -15,8 +15,8 @@ from torchtitan.tools.logging import logger
 
 _SOURCE = Path(__file__).with_name("grouped_mm.cu")
 _MOST_EXPERTS = 480
-# Alignment, four stages, two boxes of each warp that stores, barriers, what tells blocks their tiles,
-# and where each expert's rows end.
+# Alignment, four stages, two boxes of each warp that stores, barriers, what tells blocks their
+# tiles, and where each expert's rows end.
 _SHARED_MEMORY = 1024 + 4 * (128 + 256) * 128 + 8 * 2 * 16 * 128 + 16 * 4 + 40 + 4 * _MOST_EXPERTS
 _STREAMS = 128  # that may run products at the same time
 _places = count()
@@ -43,7 +43,7 @@ def _compiles(device: torch.device) -> bool:
         why = "the package cuda-bindings is not installed"
     else:
         try:
-            _kernel(_BY_WEIGHTS, 0, swiglu=False).load(device)
+            _kernel(_BY_WEIGHTS, gathers=False).load(device)
             _counters(device)  # not in a CUDA graph's memory, which ends with the graph
             # They are 0 before any stream counts.
             torch.cuda.current_stream(device).synchronize()
@@ -83,12 +83,24 @@ def by_weights_transposed(rows: Tensor | Gathered, w_EKN: Tensor, ends_E: Tensor
 def over_rows(a: Tensor | Gathered, b: Tensor | Gathered, ends_E: Tensor) -> Tensor:
     M, N = (each.x.size(1) if isinstance(each, Gathered) else each.size(1) for each in (a, b))
     out_EMN = ends_E.new_empty(ends_E.numel(), M, N, dtype=torch.bfloat16)
-    _launch(_OVER_ROWS, a, b, ends_E, out_EMN, M=M, N=N)
+    if isinstance(b, Gathered):  # the kernel gathers the first matrix only
+        assert isinstance(a, Tensor)
+        _launch(_OVER_ROWS, b, a, ends_E, out_EMN, M=N, N=M, transposed=True)
+    else:
+        _launch(_OVER_ROWS, a, b, ends_E, out_EMN, M=M, N=N)
     return out_EMN
 
 
-def _kernel(kind: int, gather: int, top_k: int = 1, *, swiglu: bool) -> Kernel:
-    settings = {"KIND": kind, "GATHER": gather, "TOP_K": top_k, "SWIGLU": int(swiglu)}
+def _kernel(
+    kind: int, *, gathers: bool, top_k: int = 1, swiglu: bool = False, transposed: bool = False
+) -> Kernel:
+    settings = {
+        "KIND": kind,
+        "TRANSPOSED": int(transposed),
+        "GATHER": int(gathers),
+        "SWIGLU": int(swiglu),
+        "TOP_K": top_k,
+    }
     options = tuple(f"-D{name}={value}" for name, value in settings.items())
     return Kernel(_SOURCE, "grouped_mm", options, _SHARED_MEMORY)
 
@@ -114,30 +126,36 @@ def _place_of(stream: int) -> int:
 def _launch(
     kind: int,
     a: Tensor | Gathered,
-    b: Tensor | Gathered,
+    b: Tensor,
     ends_E: Tensor,
     out: Tensor,
     *,
     M: int = 0,
     N: int,
     swiglu: tuple[Tensor, Tensor] | None = None,
+    transposed: bool = False,
 ) -> None:
-    gathered = a if isinstance(a, Gathered) else b if isinstance(b, Gathered) else None
-    gather = 0 if gathered is None else 1 if gathered is a else 2
+    gathered = a if isinstance(a, Gathered) else None
     slots, top_k = (gathered.slot_of_row_R, gathered.top_k) if gathered else (None, 1)
-    a, b = ((each.x if isinstance(each, Gathered) else each).contiguous() for each in (a, b))
+    a, b = (a.x if isinstance(a, Gathered) else a).contiguous(), b.contiguous()
     assert slots is None or slots.dtype == torch.int32
     assert gathered is None or gathered.x.nbytes < 2**32
     over_rows = kind == _OVER_ROWS
-    lines_of_b = 128 if kind == _BY_WEIGHTS else 64
-    maps = (
+    maps = [
         tensor_map(a, 64 if over_rows else 128, 64),
-        tensor_map(b.flatten(0, -2), lines_of_b, 64),
-    )
-    outs = [tensor_map(each.flatten(0, -2), 16, 64) for each in (out, swiglu[1] if swiglu else out)]
+        tensor_map(b.flatten(0, -2), 128 if kind == _BY_WEIGHTS else 64, 64),
+    ]
+    for each in (out, swiglu[1] if swiglu else out):
+        maps.append(tensor_map(each.flatten(0, -2), 64 if transposed else 16, 64))
     sizes = ends_E.numel(), M, N, 0 if over_rows else a.size(1)
     blocks = torch.cuda.get_device_properties(out.device).multi_processor_count // 2 * 2
     counter = _counters(out.device)[_place_of(torch.cuda.current_stream(out.device).cuda_stream)]
-    arguments = (*maps, *outs, a, b, out, ends_E, *sizes, slots, *(swiglu or (None, None)), counter)
-    kernel = _kernel(kind, gather, top_k, swiglu=swiglu is not None)
+    arguments = (*maps, a, b, out, ends_E, *sizes, slots, *(swiglu or (None, None)), counter)
+    kernel = _kernel(
+        kind,
+        gathers=gathered is not None,
+        top_k=top_k,
+        swiglu=swiglu is not None,
+        transposed=transposed,
+    )
     kernel.launch(out.device, (blocks,), 384, arguments)

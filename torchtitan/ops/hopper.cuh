@@ -79,12 +79,19 @@ __device__ __forceinline__ void puts_have_been_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
 }
 
-// Stores four matrices of 8 x 8 elements of two bytes, of which each thread of a warp holds what it
-// holds of the tensor cores' results. to: the place of one of their lines, lane / 8 and lane % 8.
+// Stores four matrices of 8 × 8 elements of two bytes, of which each thread of a warp holds what it
+// holds of the tensor cores' results. to: the place of one of their lines (columns where ACROSS),
+// number lane % 8 of matrix lane / 8.
+template <bool ACROSS>
 __device__ __forceinline__ void store_matrices(u32 to, u32 x0, u32 x1, u32 x2, u32 x3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x0), "r"(x1),
-               "r"(x2), "r"(x3)
-               : "memory");
+  if constexpr (ACROSS)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x0),
+                 "r"(x1), "r"(x2), "r"(x3)
+                 : "memory");
+  else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x0),
+                 "r"(x1), "r"(x2), "r"(x3)
+                 : "memory");
 }
 
 // Arrives at a barrier of another block of the cluster. Not `.release.cluster`: for that the compiler
