@@ -37,7 +37,7 @@ constexpr int SUPER = 8;  // pairs visited together, so that the L2 cache serves
 constexpr bool BY_ROWS = KIND < 2;
 constexpr bool COPIES = GATHER != 0 || KIND == 2;
 // Where only half of a tile's columns are left, the rest is neither fetched nor multiplied.
-constexpr bool HALVES = KIND != 0;
+constexpr bool NARROWS = KIND != 0;
 constexpr int BRINGING_WARPS = COPIES ? 4 : 1;
 // The dim that a product adds up is the matrix's second (0) or its first (1).
 constexpr int A_ACROSS = KIND == 2, B_ACROSS = KIND >= 1;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void multiply(float (&d)[128], u64 a, u64 b, int add)
 }
 
 // The same for the first 128 columns.
-__device__ __forceinline__ void multiply_half(float (&d)[128], u64 a, u64 b, int add) {
+__device__ __forceinline__ void multiply_narrow(float (&d)[128], u64 a, u64 b, int add) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -148,7 +148,7 @@ struct Tile {
   int group, begin, end;  // rows of the group
   int m, n;               // first row and column: of the group's rows (KIND 2: of D[e])
   int rows;               // to store; 0: the other tile of the pair is the last one
-  bool half;              // only half of the columns are left
+  bool narrow;            // only half of the columns are left
   bool alone;             // has nothing in common with the pair's other tile, which lies beside it
 };
 
@@ -174,8 +174,8 @@ struct Tiles {
         }
         const int row = m * TILE_M, column = n * STEP_N;
         const int to_store = column < N ? min(rows - row, TILE_M) : 0;
-        const bool half = HALVES && column + TILE_N / 2 >= N;
-        tile = {group, begin, end, row, column, to_store, half, local >= pairs};
+        const bool narrow = NARROWS && column + TILE_N / 2 >= N;
+        tile = {group, begin, end, row, column, to_store, narrow, local >= pairs};
         return true;
       }
       before += pairs + alone;
@@ -240,10 +240,9 @@ struct Ring {
   }
 };
 
-__device__ __forceinline__ int bytes_of_b(const Tile& tile) { return tile.half ? BYTES_B / 2 : BYTES_B; }
+__device__ __forceinline__ int bytes_of_b(const Tile& tile) { return tile.narrow ? BYTES_B / 2 : BYTES_B; }
 
-// Fetches a part of B's tile, 64 elements of each column. Where B is a gradient's second matrix, `k` is
-// the row.
+// Fetches a part of B's tile, 64 elements of each column, from `k` on; KIND 2: 64 rows from `k` on.
 __device__ __forceinline__ void bring_part(const Arguments& of, const Tile& tile, int k, int part,
                                            const Ring& ring) {
   const u32 to = ring.b() + part * (BYTES_B / PARTS_B);
@@ -260,7 +259,7 @@ __device__ __forceinline__ void bring_part(const Arguments& of, const Tile& tile
 
 // Fetches this block's parts of B's tile for both blocks, or all of it where the tile is alone.
 __device__ __forceinline__ void bring_b(const Arguments& of, const Tile& tile, int k, const Ring& ring) {
-  const int parts = tile.half ? PARTS_B / 2 : PARTS_B;
+  const int parts = tile.narrow ? PARTS_B / 2 : PARTS_B;
   if (tile.alone) {
     for (int part = 0; part < parts; part++) bring_part(of, tile, k, part, ring);
     return;
@@ -327,7 +326,8 @@ __device__ __forceinline__ void copy_boxes(u32 to, const u16* matrix, const u64 
 #pragma unroll
     for (int box = 0; box < BOXES; box++) {
       const bool inside = line + i * 16 < left && column + box * 64 < width;
-      copy16_if(inside, to + box * BOX + i * 16 * 128, inside ? from + lines[i] + box * 128 : (const char*)matrix);
+      const void* piece_of_line = inside ? from + lines[i] + box * 128 : (const char*)matrix;
+      copy16_if(inside, to + box * BOX + i * 16 * 128, piece_of_line);
     }
 }
 
@@ -392,7 +392,7 @@ __device__ __forceinline__ void release(u32 is_empty, int rank) {
   barrier_arrive_at(rank ^ 1, is_empty);
 }
 
-// Lets others have what is brought for a tile of which this warpgroup has no rows.
+// Passes by what is brought for a tile of which this warpgroup has no rows.
 __device__ __forceinline__ void pass_by(int steps, int rank, Ring& ring) {
   for (int step = 0; step < steps; step++) {
     barrier_wait(ring.is_full(), ring.parity);
@@ -401,9 +401,9 @@ __device__ __forceinline__ void pass_by(int steps, int rank, Ring& ring) {
   }
 }
 
-// Multiplies what the first warpgroup brings: 64 × 256 results of this warpgroup. What was asked of the
-// tensor cores for the last stage may still be on its way: `finish` waits.
-template <bool HALF>
+// Multiplies what the first warpgroup brings: 64 × 256 results of this warpgroup. The tensor cores may
+// still be at the last stage: `finish` waits for them.
+template <bool NARROW>
 __device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int half, int rank,
                                               Ring& ring) {
   constexpr int NEXT_A = A_ACROSS ? 2048 >> 4 : 2, NEXT_B = B_ACROSS ? 2048 >> 4 : 2;  // 16 elements on
@@ -422,8 +422,8 @@ __device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int ha
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const bool add = step > 0 || i > 0;
-      if constexpr (HALF)
-        multiply_half(d, a + i * NEXT_A, b + i * NEXT_B, add);
+      if constexpr (NARROW)
+        multiply_narrow(d, a + i * NEXT_A, b + i * NEXT_B, add);
       else
         multiply(d, a + i * NEXT_A, b + i * NEXT_B, add);
     }
@@ -443,7 +443,7 @@ __device__ __forceinline__ void finish(float (&d)[128], int steps, int rank, con
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
-// Columns of a matrix that warps store, 16 rows by 64 columns at a time, a box.
+// A matrix that is stored.
 struct Out {
   const TensorMap* map;
   u16* matrix;
@@ -463,8 +463,9 @@ struct Boxes {
     return place;
   }
 
-  // x: of the two rows that this thread holds parts of, 8 apart, two columns in every 8.
-  // row: of the matrix, the box's first. rows: to store, at least 16 of a whole box.
+  // Stores 64 columns of the warp's 16 rows, or of the first `rows` of them.
+  //
+  // x: two columns in every 8 of two rows, 8 apart. row, column: of the matrix, where the box begins.
   __device__ void store(const u32 (&x)[2][8], const Out& out, long long row, int column, int rows) {
     const int lane = threadIdx.x % 32, line = lane / 4, quad = lane % 4;
     if (rows < 16) {
@@ -642,8 +643,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         continue;
       }
       float d[128];
-      if (HALVES && now.half)
-        multiply_tile<HALVES>(d, steps, warpgroup - 1, rank, ring);
+      if (NARROWS && now.narrow)
+        multiply_tile<NARROWS>(d, steps, warpgroup - 1, rank, ring);
       else
         multiply_tile<false>(d, steps, warpgroup - 1, rank, ring);
       const Rows rows = find_rows_to_store(now, warpgroup - 1, M, slots, weights);
