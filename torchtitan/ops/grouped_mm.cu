@@ -20,10 +20,10 @@
 //
 // Compiled by NVRTC with KIND, TRANSPOSED, GATHER, SWIGLU and TOP_K defined.
 
-#include "hopper.cuh"
+#include "grouped_tiles.cuh"
+#include "wgmma.cuh"
 
-constexpr int TILE_M = 128, TILE_N = 256, TILE_K = 64;
-constexpr int BOX = 64 * 128;  // bytes: 64 lines of 128, swizzled
+constexpr int TILE_K = 64;
 constexpr int BOXES_A = TILE_M / 64, BOXES_B = TILE_N / 64;
 constexpr int PARTS_B = KIND == 0 ? 2 : BOXES_B;  // B's tile is fetched in
 constexpr int BYTES_A = BOXES_A * BOX, BYTES_B = BOXES_B * BOX;
@@ -32,15 +32,10 @@ constexpr int STAGES = 4;
 // Results on their way to memory: a warp's 16 rows of 64 columns, or (TRANSPOSED) a warpgroup's 64.
 constexpr int BYTES_BOX = (TRANSPOSED ? 64 : 16) * 128, PLACES = 2;
 constexpr int BYTES_RESULTS = (TRANSPOSED ? 2 : 8) * PLACES * BYTES_BOX;
-constexpr int STEP_N = SWIGLU ? TILE_N / 2 : TILE_N;  // columns of D, or of gate and of up, in a tile
-constexpr int SUPER = 8;  // pairs visited together, so that the L2 cache serves
-constexpr bool BY_ROWS = KIND < 2;
 constexpr bool COPIES = GATHER != 0 || KIND == 2;
-// Where only half of a tile's columns are left, the rest is neither fetched nor multiplied.
-constexpr bool NARROWS = KIND != 0;
 constexpr int BRINGING_WARPS = COPIES ? 4 : 1;
 // The dim that a product adds up is the matrix's second (0) or its first (1).
-constexpr int A_ACROSS = KIND == 2, B_ACROSS = KIND >= 1;
+constexpr bool A_ACROSS = KIND == 2, B_ACROSS = KIND >= 1;
 
 // Copies 16 bytes. What lies beside them is wanted soon, hence 256 bytes into the L2 cache.
 __device__ __forceinline__ void copy16(u32 to, const void* from) {
@@ -58,164 +53,6 @@ __device__ __forceinline__ void copy16_if(bool inside, u32 to, const void* from)
 __device__ __forceinline__ void copies_arrive(u32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
-
-// The place of 16 bytes in lines of 128 that are swizzled as the TMA does it.
-__device__ __forceinline__ u32 swizzled(int line, int piece) {
-  return line * 128 + ((piece ^ (line & 7)) << 4);
-}
-
-// Describes a tile for the tensor cores; distances are in units of 16 bytes.
-template <bool ACROSS>
-__device__ __forceinline__ u64 tile_descriptor(u32 address) {
-  const u64 field = (address & 0x3FFFF) >> 4, boxes = ACROSS ? BOX >> 4 : 1, eight_lines = 1024 >> 4;
-  return field | boxes << 16 | eight_lines << 32 | 1ull << 62;
-}
-
-// Adds up 64 × 256 products over 16 elements; `add`: to what `d` holds.
-__device__ __forceinline__ void multiply(float (&d)[128], u64 a, u64 b, int add) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-      "%128, %129, p, 1, 1, %131, %132;\n"
-      "}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
-        "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
-        "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
-        "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
-        "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
-        "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
-        "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
-        "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
-        "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-      : "l"(a), "l"(b), "r"(add), "n"(A_ACROSS), "n"(B_ACROSS));
-}
-
-// The same for the first 128 columns.
-__device__ __forceinline__ void multiply_narrow(float (&d)[128], u64 a, u64 b, int add) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, %67, %68;\n"
-      "}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "l"(a), "l"(b), "r"(add), "n"(A_ACROSS), "n"(B_ACROSS));
-}
-
-// Copies where groups end to shared memory, where they are looked up with less delay. By all threads;
-// whoever looks up waits for them.
-__device__ __forceinline__ void copy_ends(u32 to, const int* ends, int groups) {
-  for (int i = threadIdx.x; i < groups; i += blockDim.x)
-    asm volatile("st.shared.s32 [%0], %1;" ::"r"(to + 4 * i), "r"(ends[i]) : "memory");
-}
-
-__device__ __forceinline__ int end_of(u32 ends, int group) {
-  int end;
-  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(end) : "r"(ends + 4 * group) : "memory");
-  return end;
-}
-
-struct Tile {
-  int group, begin, end;  // rows of the group
-  int m, n;               // first row and column: of the group's rows (KIND 2: of D[e])
-  int rows;               // to store; 0: the other tile of the pair is the last one
-  bool narrow;            // only half of the columns are left
-  bool alone;             // has nothing in common with the pair's other tile, which lies beside it
-};
-
-// The tiles of this block, by the pair's number, which must not decrease: the first or the second.
-struct Tiles {
-  u32 ends;  // in shared memory
-  int groups, M, N, rank;
-  int group = 0, begin = 0, before = 0;
-
-  __device__ bool find(int index, Tile& tile) {
-    const int tiles_n = (N + STEP_N - 1) / STEP_N, pairs_n = (tiles_n + 1) / 2;
-    for (; group < groups; group++) {
-      const int end = end_of(ends, group);
-      const int rows = BY_ROWS ? end - begin : M, tiles_m = (rows + TILE_M - 1) / TILE_M;
-      const int pairs_m = tiles_m / 2, pairs = pairs_m * tiles_n, alone = tiles_m % 2 * pairs_n;
-      const int local = index - before;
-      if (local < pairs + alone) {
-        int m = tiles_m - 1, n = (local - pairs) * 2 + rank;
-        if (local < pairs) {
-          const int first = local / (SUPER * tiles_n) * SUPER, size = min(pairs_m - first, SUPER);
-          const int place = local % (SUPER * tiles_n);
-          m = (first + place % size) * 2 + rank, n = place / size;
-        }
-        const int row = m * TILE_M, column = n * STEP_N;
-        const int to_store = column < N ? min(rows - row, TILE_M) : 0;
-        const bool narrow = NARROWS && column + TILE_N / 2 >= N;
-        tile = {group, begin, end, row, column, to_store, narrow, local >= pairs};
-        return true;
-      }
-      before += pairs + alone;
-      begin = end;
-    }
-    return false;
-  }
-};
-
-// The numbers of the pairs that a cluster computes, told to all of its warps. One thread of the first
-// block asks the counter, and sends the answer to both blocks, a turn ahead.
-struct Turns {
-  u32 numbers, told, heard;  // two each, used in turn; `heard` counts warps, in the first block
-  int turn = 0;
-
-  __device__ int slot() const { return turn % 2; }
-  __device__ u32 parity() const { return turn / 2 % 2; }
-
-  // By one thread of each block.
-  __device__ void expect() const { barrier_expect(told + 8 * slot(), 4); }
-
-  // By whole warps.
-  __device__ int next() {
-    barrier_wait(told + 8 * slot(), parity());
-    int number;
-    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(number) : "r"(numbers + 4 * slot()) : "memory");
-    __syncwarp();
-    // Arriving doesn't wait for a load; comparing what it loads does.
-    if (threadIdx.x % 32 == 0 && number >= 0) barrier_arrive_at(0, heard + 8 * slot());
-    turn++;
-    return number;
-  }
-
-  // Tells the number of this turn, once no warp needs the one before the last.
-  __device__ void tell(int number) const {
-    barrier_wait(heard + 8 * slot(), parity() ^ 1);
-    send(0, numbers + 4 * slot(), number, told + 8 * slot());
-    send(1, numbers + 4 * slot(), number, told + 8 * slot());
-  }
-};
 
 struct Arguments {
   const TensorMap *map_a, *map_b;
@@ -423,9 +260,9 @@ __device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int ha
     for (int i = 0; i < 4; i++) {
       const bool add = step > 0 || i > 0;
       if constexpr (NARROW)
-        multiply_narrow(d, a + i * NEXT_A, b + i * NEXT_B, add);
+        multiply_by_128<A_ACROSS, B_ACROSS>(d, a + i * NEXT_A, b + i * NEXT_B, add);
       else
-        multiply(d, a + i * NEXT_A, b + i * NEXT_B, add);
+        multiply_by_256<A_ACROSS, B_ACROSS>(d, a + i * NEXT_A, b + i * NEXT_B, add);
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");  // the stage before is free

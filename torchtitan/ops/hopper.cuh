@@ -130,6 +130,22 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+constexpr int BOX = 64 * 128;  // bytes: 64 lines of 128, swizzled
+
+// The place of 16 bytes in lines of 128 that are swizzled as the TMA does it.
+__device__ __forceinline__ u32 swizzled(int line, int piece) {
+  return line * 128 + ((piece ^ (line & 7)) << 4);
+}
+
+// Describes a tile of boxes for the tensor cores; distances are in units of 16 bytes.
+//
+// ACROSS: the dim that a product adds up is the one between lines, not along them.
+template <bool ACROSS>
+__device__ __forceinline__ u64 tile_descriptor(u32 address) {
+  const u64 field = (address & 0x3FFFF) >> 4, boxes = ACROSS ? BOX >> 4 : 1, eight_lines = 1024 >> 4;
+  return field | boxes << 16 | eight_lines << 32 | 1ull << 62;
+}
+
 // Keeps the compiler from moving uses of `d` over this line.
 template <int SIZE>
 __device__ __forceinline__ void pin(float (&d)[SIZE]) {

@@ -42,12 +42,6 @@ __device__ __forceinline__ float2 load_pair(u32 address) {
   return pair;
 }
 
-// Describes a tile whose rows are 128 bytes, swizzled over 128 bytes, in groups of 8 rows.
-__device__ __forceinline__ u64 tile_descriptor(u32 address) {
-  u64 field = (address & 0x3FFFF) >> 4;
-  return field | (1ull << 16) | (u64(1024 >> 4) << 32) | (1ull << 62);
-}
-
 // 64 × 128 products over 32 elements; `add`: to what `d` holds.
 __device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, int add) {
   asm volatile(
@@ -219,8 +213,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       const u32 of_columns = columns + stage * BYTES_SCALES + quad * 8;
       barrier_wait(full + 8 * stage, parity);
       const u32 a = base + stage * BYTES_STAGE, b = a + BYTES_A;
-      const u64 of_a = tile_descriptor(a + (warpgroup - 1) * HALVES * 64 * TILE_K);
-      const u64 of_b = tile_descriptor(b);
+      const u64 of_a = tile_descriptor<false>(a + (warpgroup - 1) * HALVES * 64 * TILE_K);
+      const u64 of_b = tile_descriptor<false>(b);
 #pragma unroll
       for (int h = 0; h < HALVES; h++) {
         float sum[64];
