@@ -55,8 +55,8 @@ class Kernel:
 
 
 def tensor_map(matrix: Tensor, box_rows: int, box_columns: int) -> Any:
-    """Describe a contiguous matrix to the tensor memory accelerator, which then fetches boxes of it
-    into shared memory, lines of 128 bytes swizzled.
+    """Describe a contiguous matrix to the tensor memory accelerator, which then copies boxes from
+    or to shared memory, lines of 128 bytes swizzled.
 
     matrix: bf16, or of a type of one byte.
     """
@@ -64,7 +64,7 @@ def tensor_map(matrix: Tensor, box_rows: int, box_columns: int) -> Any:
     return _tensor_map(*place, matrix.dtype, box_rows, box_columns)
 
 
-@lru_cache(maxsize=4096)  # the allocator gives the same places again and again
+@lru_cache(maxsize=16384)  # the allocator gives the same places again and again
 def _tensor_map(
     device: torch.device,
     address: int,

@@ -16,7 +16,7 @@
 // beside it is its pair, and nothing is shared. Clusters are persistent: each asks a counter for its
 // next pair of tiles, so that those which start late, since another kernel held their place, get
 // fewer. They find the group in the list of ends on the device, so the host need not know any size;
-// a warpgroup looks for its next tile while the tensor cores are at its last.
+// a warpgroup looks for its next tile while the tensor cores are at the last stage of this one.
 //
 // Compiled by NVRTC with KIND, TRANSPOSED, GATHER, SWIGLU and TOP_K defined.
 
@@ -106,7 +106,8 @@ __device__ __forceinline__ void bring_b(const Arguments& of, const Tile& tile, i
     if (part < parts) bring_part(of, tile, k, part + of.rank, ring);
 }
 
-// Brings the tiles of a product by weights: 64 elements of 128 rows and of 256 columns a stage.
+// Brings the tiles of a product by weights: 64 elements of 128 rows and of 256 columns (narrow: 128) a
+// stage.
 __device__ __forceinline__ void bring_rows(const Arguments& of, const Tile& tile, Ring& ring) {
   constexpr int LINES = TILE_M / 16;  // eight threads copy a line, so that 16 are copied at a time
   const int piece = threadIdx.x % 8, line = threadIdx.x / 8;
@@ -177,7 +178,8 @@ __device__ __forceinline__ void copy_last(u32 to, const u16* matrix, int row, in
   copy_boxes<BOXES>(to, matrix, lines, column, width, left);
 }
 
-// Brings the tiles of a weight's gradient: 128 columns of A and 256 of B, 64 rows of the group a stage.
+// Brings the tiles of a weight's gradient: 128 columns of A and 256 of B (narrow: 128), 64 rows of the
+// group a stage.
 __device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& tile, Ring& ring) {
   u32 slots[4];
   const auto look_up = [&](int row) {
@@ -238,8 +240,8 @@ __device__ __forceinline__ void pass_by(int steps, int rank, Ring& ring) {
   }
 }
 
-// Multiplies what the first warpgroup brings: 64 × 256 results of this warpgroup. The tensor cores may
-// still be at the last stage: `finish` waits for them.
+// Multiplies what the first warpgroup brings: 64 × 256 results (narrow: 128) of this warpgroup. The
+// tensor cores may still be at the last stage: `finish` waits for them.
 template <bool NARROW>
 __device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int half, int rank,
                                               Ring& ring) {
@@ -381,7 +383,7 @@ __device__ __forceinline__ Rows find_rows_to_store(const Tile& tile, int half, i
   return rows;
 }
 
-// Stores the 64 rows of a tile that this warpgroup has multiplied, 16 a warp.
+// Stores the 64 rows of a tile that this warpgroup has multiplied.
 __device__ __forceinline__ void store_tile(const float (&d)[128], const Tile& tile, const Rows& rows, int N,
                                            const Out& out, const Out& hidden, Boxes& boxes) {
   if (rows.count <= 0) return;

@@ -107,17 +107,15 @@ def _kernel(
 
 @lru_cache
 def _counters(device: torch.device) -> Tensor:
-    """Counters of tiles, one a stream, which each product leaves at 0.
-
-    A CUDA graph keeps that of the stream on which it was recorded: two such graphs must not run at
-    the same time.
+    """Counters of tiles, which each product leaves at 0: one a stream, and one for the graphs that
+    are recorded on it. Two such graphs must not run at the same time.
     """
     return torch.zeros(_STREAMS, dtype=torch.int32, device=device)
 
 
 @lru_cache
-def _place_of(stream: int) -> int:
-    """Give each stream a counter of its own."""
+def _place_of(stream: int, recorded: bool) -> int:
+    """Give each stream a counter of its own, and its graphs another."""
     place = next(_places)
     assert place < _STREAMS, f"more than {_STREAMS} streams run experts"
     return place
@@ -148,8 +146,10 @@ def _launch(
     for each in (out, swiglu[1] if swiglu else out):
         maps.append(tensor_map(each.flatten(0, -2), 64 if transposed else 16, 64))
     sizes = ends_E.numel(), M, N, 0 if over_rows else a.size(1)
+    assert sizes[0] <= _MOST_EXPERTS and not any(size % 64 for size in sizes[1:])
     blocks = torch.cuda.get_device_properties(out.device).multi_processor_count // 2 * 2
-    counter = _counters(out.device)[_place_of(torch.cuda.current_stream(out.device).cuda_stream)]
+    stream = torch.cuda.current_stream(out.device).cuda_stream
+    counter = _counters(out.device)[_place_of(stream, torch.cuda.is_current_stream_capturing())]
     arguments = (*maps, a, b, out, ends_E, *sizes, slots, *(swiglu or (None, None)), counter)
     kernel = _kernel(
         kind,

@@ -8,7 +8,8 @@ constexpr int TILE_M = 128, TILE_N = 256;
 constexpr int STEP_N = SWIGLU ? TILE_N / 2 : TILE_N;  // columns of D, or of gate and of up, in a tile
 constexpr int SUPER = 8;  // pairs visited together, so that the L2 cache serves
 constexpr bool BY_ROWS = KIND < 2;
-// Where only half of a tile's columns are left, the rest is neither fetched nor multiplied.
+// Where only half of a tile's columns are left, the rest is neither fetched nor multiplied; not in
+// KIND 0, where B comes in two parts of 128.
 constexpr bool NARROWS = KIND != 0;
 
 // Copies where groups end to shared memory, where they are looked up with less delay. By all threads;
@@ -29,10 +30,11 @@ struct Tile {
   int m, n;               // first row and column: of the group's rows (KIND 2: of D[e])
   int rows;               // to store; 0: the other tile of the pair is the last one
   bool narrow;            // only half of the columns are left
-  bool alone;             // has nothing in common with the pair's other tile, which lies beside it
+  bool alone;             // shares no fetch with the pair's other tile, which lies beside it
 };
 
-// The tiles of this block, by the pair's number, which must not decrease: the first or the second.
+// Finds this block's tile (the first or the second) of a pair, by the pair's number, which must not
+// decrease.
 struct Tiles {
   u32 ends;  // in shared memory
   int groups, M, N, rank;

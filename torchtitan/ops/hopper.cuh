@@ -1,5 +1,5 @@
-// What our kernels for Hopper share: barriers in shared memory, fetches by the tensor memory
-// accelerator (TMA), and stores of the tensor cores' results.
+// What our kernels for Hopper share: barriers in shared memory, fetches and stores by the tensor
+// memory accelerator (TMA), and what the tensor cores' operands and results look like.
 
 #pragma once
 

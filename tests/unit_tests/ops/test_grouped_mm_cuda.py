@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(
 COUNTS = [0, 1, 63, 64, 65, 127, 128, 129, 300, 0, 700, 5]
 E, R, BEHIND = len(COUNTS), sum(COUNTS), 37  # BEHIND: rows behind the last group
 D, F, TOP_K = 320, 192, 2
-# Two and three tiles of columns, of which the last is whole, a half or less.
-of_sizes = pytest.mark.parametrize(("D", "F"), [(320, 192), (640, 320), (512, 384)])
+# One to three tiles of columns, of which the last is whole, a half or less; one stage of a product.
+of_sizes = pytest.mark.parametrize(("D", "F"), [(320, 192), (640, 320), (512, 384), (64, 128)])
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +106,28 @@ def test_products_over_rows_leave_empty_groups_zero(which, D, F):
     assert not out[0].any() and not out[9].any()
 
 
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_products_over_no_rows_are_zero(which):
+    a = gathered(D) if which == "first" else rows_of(D)
+    b = gathered(F) if which == "second" else rows_of(F)
+    torch.full((E, D, F), float("nan"), dtype=torch.bfloat16)  # left where the result will be
+    assert not ours().over_rows(a, b, torch.zeros_like(ends())).any()
+
+
+def test_rows_behind_the_last_group_are_left_alone():
+    """They may be another product's: a rank's buffers are of fixed size."""
+    rows, w13, w2 = gathered(D), randn(E, 2 * F, D), randn(E, D, F)
+    weights, launch = torch.rand(R + 2 * BEHIND, TOP_K), ours()._launch
+    out_2F, hidden, out_D, out_F = (
+        torch.full((R + BEHIND, width), 7.0, dtype=torch.bfloat16) for width in (2 * F, F, D, F)
+    )
+    launch(0, rows, w13, ends(), out_2F, N=F, swiglu=(weights, hidden))
+    launch(0, rows_of(F), w2, ends(), out_D, N=D)
+    launch(1, rows, w2, ends(), out_F, N=F)
+    for out in (out_2F, hidden, out_D, out_F):
+        assert (out[R:] == 7).all() and out[:R].isfinite().all() and not (out[:R] == 7).all(0).any()
+
+
 def test_more_experts_than_fit_into_shared_memory_are_left_to_torch():
     x, w2 = randn(1, 64), randn(481, 64, 64)
     assert ours().applies(x, w2[:480]) and not ours().applies(x, w2)
@@ -134,9 +156,10 @@ def test_results_repeat_to_the_bit_at_full_size():
         again = ours().gate_up_swiglu(of, w13, weights, order)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert agree(first[0], plain.gate_up_swiglu(of, w13, weights, order)[0])
-    grads = ours().over_rows(first[0], of, order)
-    assert torch.equal(grads, ours().over_rows(first[0], of, order))
-    assert agree(grads, plain.over_rows(first[0], of, order))
+    for pair in ((first[0], of), (first[0], first[1])):  # 2816 columns are 11 pairs of tiles
+        grads = ours().over_rows(*pair, order)
+        assert torch.equal(grads, ours().over_rows(*pair, order))
+        assert agree(grads, plain.over_rows(*pair, order))
 
 
 def test_each_product_finds_its_counter_at_zero():
@@ -164,6 +187,24 @@ def test_each_product_finds_its_counter_at_zero():
         outs[0].zero_()
         graph.replay()
         assert torch.equal(outs[0], expected) and torch.equal(outs[2], expected)
+
+
+def test_a_graph_is_right_beside_products_of_the_stream_it_was_recorded_on():
+    products, rows, w = ours(), randn(E * 640, 1024), randn(E, 1024, 1024)
+    whole = torch.full((E,), 640).cumsum(0).int()
+    expected = products.by_weights(rows, w, whole)
+    recorded_on, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=recorded_on):
+        out = products.by_weights(rows, w, whole)
+    recorded_on.wait_stream(torch.cuda.current_stream())
+    for _ in range(20):
+        out.zero_()
+        recorded_on.wait_stream(torch.cuda.current_stream())
+        graph.replay()
+        with torch.cuda.stream(recorded_on):
+            beside = products.by_weights(rows, w, whole)
+        torch.cuda.current_stream().wait_stream(recorded_on)
+        assert torch.equal(out, expected) and torch.equal(beside, expected)
 
 
 def test_a_thread_whose_first_call_of_cuda_is_ours_has_its_results():
