@@ -29,9 +29,9 @@ constexpr int PARTS_B = KIND == 0 ? 2 : BOXES_B;  // B's tile is fetched in
 constexpr int BYTES_A = BOXES_A * BOX, BYTES_B = BOXES_B * BOX;
 constexpr int BYTES_STAGE = BYTES_A + BYTES_B;
 constexpr int STAGES = 4;
-// Results on their way to memory: a warp's 16 rows of 64 columns, or (TRANSPOSED) a warpgroup's 64.
-constexpr int BYTES_BOX = (TRANSPOSED ? 64 : 16) * 128, PLACES = 2;
-constexpr int BYTES_RESULTS = (TRANSPOSED ? 2 : 8) * PLACES * BYTES_BOX;
+// Staging of results, boxes of 64 columns: of a warp's 16 rows, or (TRANSPOSED) a warpgroup's 64.
+constexpr int BYTES_BOX = (TRANSPOSED ? 64 : 16) * 128, BUFFERS = 2;
+constexpr int BYTES_RESULTS = (TRANSPOSED ? 2 : 8) * BUFFERS * BYTES_BOX;
 constexpr bool COPIES = GATHER != 0 || KIND == 2;
 constexpr int BRINGING_WARPS = COPIES ? 4 : 1;
 // The dim that a product adds up is the matrix's second (0) or its first (1).
@@ -231,8 +231,8 @@ __device__ __forceinline__ void release(u32 is_empty, int rank) {
   barrier_arrive_at(rank ^ 1, is_empty);
 }
 
-// Passes by what is brought for a tile of which this warpgroup has no rows.
-__device__ __forceinline__ void pass_by(int steps, int rank, Ring& ring) {
+// Releases the stages of a tile of which this warpgroup has no rows.
+__device__ __forceinline__ void skip_tile(int steps, int rank, Ring& ring) {
   for (int step = 0; step < steps; step++) {
     barrier_wait(ring.is_full(), ring.parity);
     release(ring.is_empty(), rank);
@@ -292,14 +292,15 @@ struct Out {
 // Stores boxes of results: whole ones through shared memory by the TMA, which takes one instruction
 // and goes on while the next tile is multiplied.
 struct Boxes {
-  u32 places;  // of this warp's boxes in shared memory, or its warpgroup's, taken in turn
+  u32 buffers;  // in shared memory, of this warp or (TRANSPOSED) its warpgroup, taken in turn
   int turn = 0;
 
-  __device__ u32 next_place(bool waits) {
-    const u32 place = places + turn * BYTES_BOX;
-    turn = (turn + 1) % PLACES;
-    if (waits) puts_have_been_read<PLACES - 1>();
-    return place;
+  // Returns the next buffer, free for the thread that stores; others wait for that thread.
+  __device__ u32 next_buffer(bool stores) {
+    const u32 buffer = buffers + turn * BYTES_BOX;
+    turn = (turn + 1) % BUFFERS;
+    if (stores) wait_until_read<BUFFERS - 1>();
+    return buffer;
   }
 
   // Stores 64 columns of the warp's 16 rows, or of the first `rows` of them.
@@ -317,30 +318,30 @@ struct Boxes {
       }
       return;
     }
-    const u32 place = next_place(lane == 0);
+    const u32 buffer = next_buffer(lane == 0);
     __syncwarp();
-    const u32 to = place + swizzled(lane % 16, lane / 16);
+    const u32 to = buffer + swizzled(lane % 16, lane / 16);
 #pragma unroll
     for (int i = 0; i < 4; i++)  // 16 columns
       store_matrices<false>(to ^ i * 32, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
-    if (lane == 0) put(out.map, column, row, place);
+    if (lane == 0) tma_store(out.map, column, row, buffer);
   }
 
   // Stores 64 columns of the warpgroup's 64 rows as 64 rows of 64 columns.
   __device__ void store_transposed(const u32 (&x)[2][8], const Out& out, long long row, int column) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, group = 1 + threadIdx.x / 128;
-    const bool puts = warp == 0 && lane == 0;
-    const u32 place = next_place(puts);
+    const bool stores = warp == 0 && lane == 0;
+    const u32 buffer = next_buffer(stores);
     asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
-    const u32 to = place + swizzled(lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
+    const u32 to = buffer + swizzled(lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
 #pragma unroll
     for (int i = 0; i < 4; i++)  // 16 rows
       store_matrices<true>(to + i * 16 * 128, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
-    if (puts) put(out.map, column, row, place);
+    if (stores) tma_store(out.map, column, row, buffer);
   }
 };
 
@@ -421,7 +422,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                u16* __restrict__ hidden, int* __restrict__ counter) {
   extern __shared__ char raw[];
   const u32 base = (shared_address(raw) + 1023) & ~1023u;
-  const u32 places = base + STAGES * BYTES_STAGE, barriers = places + BYTES_RESULTS;
+  const u32 buffers = base + STAGES * BYTES_STAGE, barriers = buffers + BYTES_RESULTS;
   Ring ring{base, barriers, barriers + 8 * STAGES};
   const u32 behind = barriers + 16 * STAGES;
   Turns turns{behind + 32, behind, behind + 16};
@@ -471,13 +472,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     const Out of_out{&map_out, out, SWIGLU ? 2 * N : N}, of_hidden{&map_hidden, hidden, N};
     const int storing = TRANSPOSED ? warpgroup - 1 : threadIdx.x / 32 - 4;
-    Boxes boxes{places + storing * PLACES * BYTES_BOX};
+    Boxes boxes{buffers + storing * BUFFERS * BYTES_BOX};
     bool more = tiles.find(turns.next(), tile);
     while (more) {
       const Tile now = tile;
       const int steps = BY_ROWS ? K / TILE_K : (now.end - now.begin + TILE_K - 1) / TILE_K;
       if (now.rows <= (warpgroup - 1) * 64) {
-        pass_by(steps, rank, ring);
+        skip_tile(steps, rank, ring);
         more = tiles.find(turns.next(), tile);
         continue;
       }
@@ -491,7 +492,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       finish(d, steps, rank, ring);
       store_tile(d, now, rows, N, of_out, of_hidden, boxes);
     }
-    if (threadIdx.x % 32 == 0) puts_have_been_read<0>();
+    if (threadIdx.x % 32 == 0) wait_until_read<0>();
   }
   cluster_wait();  // the other block fetches into this one's memory, and arrives at its barriers
 }

@@ -15,10 +15,10 @@ from torchtitan.tools.logging import logger
 
 _SOURCE = Path(__file__).with_name("grouped_mm.cu")
 _MOST_EXPERTS = 480
-# Alignment, four stages, two boxes of each warp that stores, barriers, what tells blocks their
+# Alignment, four stages, two buffers of each warp that stores, barriers, what tells blocks their
 # tiles, and where each expert's rows end.
 _SHARED_MEMORY = 1024 + 4 * (128 + 256) * 128 + 8 * 2 * 16 * 128 + 16 * 4 + 40 + 4 * _MOST_EXPERTS
-_STREAMS = 128  # that may run products at the same time
+_NUM_COUNTERS = 128  # streams that run products, or on which graphs with products are recorded
 _places = count()
 _BY_WEIGHTS, _BY_WEIGHTS_TRANSPOSED, _OVER_ROWS = range(3)
 
@@ -110,14 +110,14 @@ def _counters(device: torch.device) -> Tensor:
     """Counters of tiles, which each product leaves at 0: one a stream, and one for the graphs that
     are recorded on it. Two such graphs must not run at the same time.
     """
-    return torch.zeros(_STREAMS, dtype=torch.int32, device=device)
+    return torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
 
 
 @lru_cache
 def _place_of(stream: int, recorded: bool) -> int:
     """Give each stream a counter of its own, and its graphs another."""
     place = next(_places)
-    assert place < _STREAMS, f"more than {_STREAMS} streams run experts"
+    assert place < _NUM_COUNTERS, f"more than {_NUM_COUNTERS} streams and graphs run experts"
     return place
 
 

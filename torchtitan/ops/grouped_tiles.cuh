@@ -12,8 +12,8 @@ constexpr bool BY_ROWS = KIND < 2;
 // KIND 0, where B comes in two parts of 128.
 constexpr bool NARROWS = KIND != 0;
 
-// Copies where groups end to shared memory, where they are looked up with less delay. By all threads;
-// whoever looks up waits for them.
+// Copies the groups' ends to shared memory, which answers sooner. Called by all threads, which have to
+// be synchronised before `end_of`.
 __device__ __forceinline__ void copy_ends(u32 to, const int* ends, int groups) {
   for (int i = threadIdx.x; i < groups; i += blockDim.x)
     asm volatile("st.shared.s32 [%0], %1;" ::"r"(to + 4 * i), "r"(ends[i]) : "memory");

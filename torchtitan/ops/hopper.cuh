@@ -66,16 +66,16 @@ __device__ __forceinline__ void fetch_for(u16 blocks, u32 to, const TensorMap* m
 }
 
 // Stores a box from shared memory, without what lies outside of the matrix.
-__device__ __forceinline__ void put(const TensorMap* map, int column, int row, u32 from) {
+__device__ __forceinline__ void tma_store(const TensorMap* map, int column, int row, u32 from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
                "r"(column), "r"(row), "r"(from)
                : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Waits until shared memory of all but the last `LEFT` boxes that this thread has put is free.
+// Waits until all but the last `LEFT` boxes that this thread stores have been read from shared memory.
 template <int LEFT>
-__device__ __forceinline__ void puts_have_been_read() {
+__device__ __forceinline__ void wait_until_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
 }
 
