@@ -163,16 +163,14 @@ def _expert_ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the tokens, w13, w2 and the routing weights; that of a frozen weight
     is empty."""
-    from torchtitan.ops import permute_triton, swiglu_triton
+    from torchtitan.ops import permute_triton
 
     products = _products(x_TD, w2_EDF)
     num_rows, top_k = ends_E[-1:] if some_empty else None, weights_TK.size(1)
     grads = products.gather(Gathered(grad_TD, slot_of_row_R, top_k, num_rows))
-    grad_RF = products.by_weights_transposed(grads, w2_EDF, ends_E)
-    grad_gate_up_R2F, hidden_RF, grad_weights_TK = swiglu_triton.backward(
-        grad_RF, gate_up_R2F, weights_TK, slot_of_row_R, num_rows
+    grad_gate_up_R2F, hidden_RF, grad_weights_TK = products.swiglu_backward(
+        grads, w2_EDF, gate_up_R2F, weights_TK, slot_of_row_R, num_rows, ends_E
     )
-    del grad_RF
     out_RD = products.by_weights_transposed(grad_gate_up_R2F, w13_E2FD, ends_E)
     grad_x_TD = permute_triton.reduce_rows(out_RD, row_of_slot_TK)
     del out_RD

@@ -7,9 +7,11 @@
 //   GATHER   1: the rows of A are rows of a smaller matrix, slot / TOP_K of each.
 //   SWIGLU   1 (KIND 0): B[e] is gate (N, K) above up (N, K); D (R, 2 N), and H (R, N) =
 //            silu(gate) · up · the slot's weight, of gate and up as they were rounded.
+//            1 (KIND 1): the product, rounded, is the gradient of H; D (R, 2 N) is that of gate and
+//            up, and H is computed again.
 //
 // A block of 384 threads: one warpgroup that brings tiles, two that multiply, each 64 of a tile's 128
-// rows by 256 columns. Whole tiles are fetched by the TMA; gathered rows, and the last rows of a
+// rows by 256 columns. What results are computed with, gate and up, is brought like a tile. Whole tiles are fetched by the TMA; gathered rows, and the last rows of a
 // group in KIND 2 (with zeros behind them), are copied by the threads of the first warpgroup. Two
 // blocks, a cluster, have tiles above one another, and each fetches half of their B for both: power
 // limits these products, and bytes from the L2 cache cost power. Where an odd tile is left, the one
@@ -32,6 +34,9 @@ constexpr int STAGES = 4;
 // Staging of results, boxes of 64 columns: of a warp's 16 rows, or (TRANSPOSED) a warpgroup's 64.
 constexpr int BYTES_BOX = (TRANSPOSED ? 64 : 16) * 128, BUFFERS = 2;
 constexpr int BYTES_RESULTS = (TRANSPOSED ? 2 : 8) * BUFFERS * BYTES_BOX;
+// SWIGLU's gradient: gate and up of 64 columns come in a stage, and the results leave from there.
+constexpr int STAGES_GATE_UP = SWIGLU && KIND == 1 ? TILE_N / 64 : 0;
+constexpr int BYTES_GATE = TILE_M * 128;
 constexpr bool COPIES = GATHER != 0 || KIND == 2;
 constexpr int BRINGING_WARPS = COPIES ? 4 : 1;
 // The dim that a product adds up is the matrix's second (0) or its first (1).
@@ -55,7 +60,7 @@ __device__ __forceinline__ void copies_arrive(u32 barrier) {
 }
 
 struct Arguments {
-  const TensorMap *map_a, *map_b;
+  const TensorMap *map_a, *map_b, *map_gate_up;
   const u16 *a, *b;
   const int* slots;
   int M, N, K, rank;
@@ -69,6 +74,9 @@ struct Ring {
 
   __device__ u32 a() const { return base + stage * BYTES_STAGE; }
   __device__ u32 b() const { return a() + BYTES_A; }
+  __device__ u32 hidden() const { return a(); }
+  __device__ u32 gate() const { return b(); }
+  __device__ u32 up() const { return gate() + BYTES_GATE; }
   __device__ u32 is_full() const { return full + 8 * stage; }
   __device__ u32 is_empty() const { return empty + 8 * stage; }
   __device__ u32 is_empty_before() const { return empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1); }
@@ -137,6 +145,25 @@ __device__ __forceinline__ void bring_rows(const Arguments& of, const Tile& tile
         for (int i = 0; i < LINES; i++) copy16(to + i * 16 * 128, from + pieces[i]);
       copies_arrive(done);
     }
+    ring.next();
+  }
+}
+
+// Brings gate and up, 64 columns of the tile's rows a stage.
+__device__ __forceinline__ void bring_gate_up(const Arguments& of, const Tile& tile, Ring& ring) {
+  for (int i = 0; i < STAGES_GATE_UP; i++) {
+    const int column = tile.n + i * 64;
+    barrier_wait(ring.is_empty(), ring.parity ^ 1);
+    const u32 done = ring.is_full();
+    if (threadIdx.x == 0) {
+      const bool fetches = tile.rows > 0 && column < of.N;
+      barrier_expect(done, fetches ? 2 * BYTES_GATE : 0);
+      if (fetches) {
+        fetch(ring.gate(), of.map_gate_up, column, tile.begin + tile.m, done);
+        fetch(ring.up(), of.map_gate_up, of.N + column, tile.begin + tile.m, done);
+      }
+    }
+    if (COPIES) copies_arrive(done);
     ring.next();
   }
 }
@@ -224,6 +251,36 @@ __device__ __forceinline__ void bring_columns(const Arguments& of, const Tile& t
   }
 }
 
+// Brings this block's tiles, and asks the counter which they are.
+__device__ __forceinline__ void bring_tiles(const Arguments& of, Tiles& tiles, Turns& turns, Ring& ring,
+                                            int* counter) {
+  const bool asks = threadIdx.x == 0 && of.rank == 0;
+  Tile tile;
+  if (threadIdx.x == 0) turns.expect();
+  if (asks) turns.tell(atomicAdd(counter, 1));
+  while (true) {
+    const int index = turns.next();
+    if (!tiles.find(index, tile)) {
+      // Each cluster is told one number too many; nobody asks after the last.
+      if (asks && index == tiles.before + gridDim.x / 2 - 1) *counter = 0;
+      return;
+    }
+    const int following = asks ? atomicAdd(counter, 1) : 0;
+    if (COPIES || threadIdx.x == 0) {
+      if constexpr (BY_ROWS)
+        bring_rows(of, tile, ring);
+      else
+        bring_columns(of, tile, ring);
+    }
+    // Before gate and up: warps that multiply are told their next tile before they free a stage for all
+    // of those.
+    if (threadIdx.x == 0) turns.expect();
+    if (asks) turns.tell(following);
+    if (COPIES || threadIdx.x == 0) bring_gate_up(of, tile, ring);
+    __syncwarp();
+  }
+}
+
 // Tells both blocks that a warp needs a stage no more: either fetches into both.
 __device__ __forceinline__ void release(u32 is_empty, int rank) {
   if (threadIdx.x % 32) return;
@@ -280,7 +337,15 @@ __device__ __forceinline__ void finish(float (&d)[128], int steps, int rank, con
   if (steps > 0) release(ring.is_empty_before(), rank);
 }
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+// By instructions that round numbers below 2^-126 to 0: the compiler's spend four more on those.
+__device__ __forceinline__ float sigmoid(float x) {
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + power));
+  return inverse;
+}
+
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
 // A matrix that is stored.
 struct Out {
@@ -289,10 +354,40 @@ struct Out {
   int width;
 };
 
-// Stores boxes of results: whole ones through shared memory by the TMA, which takes one instruction
-// and goes on while the next tile is multiplied.
+// Stores 64 columns of the warp's 16 rows by way of shared memory: the TMA takes one instruction, and
+// goes on while the next tile is multiplied.
+//
+// x: two columns in every 8 of two rows, 8 apart. buffer: free for all threads. row, column: of the
+// matrix, where the box begins.
+__device__ __forceinline__ void store_box(const u32 (&x)[2][8], u32 buffer, const Out& out, long long row,
+                                          int column) {
+  const int lane = threadIdx.x % 32;
+  const u32 to = buffer + swizzled(lane % 16, lane / 16);
+#pragma unroll
+  for (int i = 0; i < 4; i++)  // 16 columns
+    store_matrices<false>(to ^ i * 32, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncwarp();
+  if (lane == 0) tma_store(out.map, column, row, buffer);
+}
+
+// Stores the first `rows` of them; the others are the next group's.
+__device__ __forceinline__ void store_rows(const u32 (&x)[2][8], const Out& out, long long row, int column,
+                                           int rows) {
+  const int line = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    u16* to = out.matrix + (row + line + j * 8) * out.width + column + quad * 8;
+    const bool inside = line + j * 8 < rows;
+    store32(to, x[j][0], x[j][1], x[j][2], x[j][3], quad, inside);
+    store32(to + 32, x[j][4], x[j][5], x[j][6], x[j][7], quad, inside);
+  }
+}
+
+// Stores boxes of results by way of buffers in shared memory, of this warp or (TRANSPOSED) its
+// warpgroup, taken in turn.
 struct Boxes {
-  u32 buffers;  // in shared memory, of this warp or (TRANSPOSED) its warpgroup, taken in turn
+  u32 buffers;
   int turn = 0;
 
   // Returns the next buffer, free for the thread that stores; others wait for that thread.
@@ -304,29 +399,14 @@ struct Boxes {
   }
 
   // Stores 64 columns of the warp's 16 rows, or of the first `rows` of them.
-  //
-  // x: two columns in every 8 of two rows, 8 apart. row, column: of the matrix, where the box begins.
   __device__ void store(const u32 (&x)[2][8], const Out& out, long long row, int column, int rows) {
-    const int lane = threadIdx.x % 32, line = lane / 4, quad = lane % 4;
     if (rows < 16) {
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        u16* to = out.matrix + (row + line + j * 8) * out.width + column + quad * 8;
-        const bool inside = line + j * 8 < rows;
-        store32(to, x[j][0], x[j][1], x[j][2], x[j][3], quad, inside);
-        store32(to + 32, x[j][4], x[j][5], x[j][6], x[j][7], quad, inside);
-      }
+      store_rows(x, out, row, column, rows);
       return;
     }
-    const u32 buffer = next_buffer(lane == 0);
+    const u32 buffer = next_buffer(threadIdx.x % 32 == 0);
     __syncwarp();
-    const u32 to = buffer + swizzled(lane % 16, lane / 16);
-#pragma unroll
-    for (int i = 0; i < 4; i++)  // 16 columns
-      store_matrices<false>(to ^ i * 32, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncwarp();
-    if (lane == 0) tma_store(out.map, column, row, buffer);
+    store_box(x, buffer, out, row, column);
   }
 
   // Stores 64 columns of the warpgroup's 64 rows as 64 rows of 64 columns.
@@ -353,6 +433,14 @@ __device__ __forceinline__ void round_box(const float* of, u32 (&x)[2][8]) {
     for (int j = 0; j < 2; j++) x[j][i] = pack(of[i * 4 + j * 2], of[i * 4 + j * 2 + 1]);
 }
 
+// Loads 64 columns of the warp's 16 rows as `store_box` holds them.
+__device__ __forceinline__ void load_box(u32 box, u32 (&x)[2][8]) {
+  const u32 from = box + swizzled(threadIdx.x % 16, threadIdx.x % 32 / 16);
+#pragma unroll
+  for (int i = 0; i < 4; i++)  // 16 columns
+    load_matrices(from ^ i * 32, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
+}
+
 // Computes the activation of 64 columns from gate and up as they were rounded.
 __device__ __forceinline__ void activate(const u32 (&gate)[2][8], const u32 (&up)[2][8],
                                          const float (&weight)[2], u32 (&x)[2][8]) {
@@ -364,62 +452,174 @@ __device__ __forceinline__ void activate(const u32 (&gate)[2][8], const u32 (&up
                      silu(high(gate[j][i])) * high(up[j][i]) * weight[j]);
 }
 
+struct Results {
+  Out out, hidden;
+  const int* slots;
+  const float* weights;
+  float* grad_weights;
+  int M, N, rank;
+};
+
 // What a warp stores of a tile: 16 rows.
 struct Rows {
   long long first;  // row of the output
   int count;
-  float weight[2];  // of this thread's rows (SWIGLU)
+  int slot[2];  // of this thread's rows (SWIGLU)
+  float weight[2];
 };
 
-__device__ __forceinline__ Rows find_rows_to_store(const Tile& tile, int half, int M, const int* slots,
-                                                   const float* weights) {
+__device__ __forceinline__ Rows find_rows_to_store(const Results& of, const Tile& tile, int half) {
   const int of_tile = half * 64 + threadIdx.x % 128 / 32 * 16;
-  Rows rows{(BY_ROWS ? tile.begin : (long long)tile.group * M) + tile.m + of_tile, tile.rows - of_tile, {}};
+  Rows rows{(BY_ROWS ? tile.begin : (long long)tile.group * of.M) + tile.m + of_tile, tile.rows - of_tile};
   if (SWIGLU)
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const int row = threadIdx.x % 32 / 4 + j * 8;
-      if (row < rows.count) rows.weight[j] = __ldg(weights + __ldg(slots + rows.first + row));
+      if (row < rows.count) {
+        rows.slot[j] = __ldg(of.slots + rows.first + row);
+        rows.weight[j] = __ldg(of.weights + rows.slot[j]);
+      }
     }
   return rows;
 }
 
 // Stores the 64 rows of a tile that this warpgroup has multiplied.
-__device__ __forceinline__ void store_tile(const float (&d)[128], const Tile& tile, const Rows& rows, int N,
-                                           const Out& out, const Out& hidden, Boxes& boxes) {
+__device__ __forceinline__ void store_tile(const float (&d)[128], const Results& of, const Tile& tile, int half,
+                                           const Rows& rows, Boxes& boxes) {
   if (rows.count <= 0) return;
 #pragma unroll
   for (int i = 0; i < STEP_N / 64; i++) {
     const int column = tile.n + i * 64;
-    if (column >= N) break;
+    if (column >= of.N) break;
     u32 x[2][8];
     round_box(d + i * 32, x);
     if constexpr (TRANSPOSED) {
-      const int warpgroup = threadIdx.x / 128;
-      boxes.store_transposed(x, out, (long long)tile.group * N + column, tile.m + (warpgroup - 1) * 64);
+      boxes.store_transposed(x, of.out, (long long)tile.group * of.N + column, tile.m + half * 64);
       continue;
     }
-    boxes.store(x, out, rows.first, column, rows.count);
+    boxes.store(x, of.out, rows.first, column, rows.count);
     if (SWIGLU) {
       u32 up[2][8];
       round_box(d + 64 + i * 32, up);
-      boxes.store(up, out, rows.first, N + column, rows.count);
+      boxes.store(up, of.out, rows.first, of.N + column, rows.count);
       activate(x, up, rows.weight, x);
-      boxes.store(x, hidden, rows.first, column, rows.count);
+      boxes.store(x, of.hidden, rows.first, column, rows.count);
     }
   }
 }
 
+// Computes SWIGLU's gradients of 64 columns.
+//
+// grad: of the activation; becomes the activation. gate, up: become their gradients. sums: the
+// weights' gradients, to which these columns are added.
+__device__ __forceinline__ void differentiate(u32 (&grad)[2][8], u32 (&gate)[2][8], u32 (&up)[2][8],
+                                              const float (&weight)[2], float (&sums)[2]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const float grads[2] = {low(grad[j][i]), high(grad[j][i])};
+      const float gates[2] = {low(gate[j][i]), high(gate[j][i])}, ups[2] = {low(up[j][i]), high(up[j][i])};
+      float of_gate[2], of_up[2], hidden[2];
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const float s = sigmoid(gates[k]), activated = gates[k] * s, product = activated * ups[k];
+        const float weighted = grads[k] * weight[j];
+        sums[j] += grads[k] * product;
+        of_gate[k] = weighted * ups[k] * (s + activated * (1.f - s));
+        of_up[k] = weighted * activated;
+        hidden[k] = product * weight[j];
+      }
+      grad[j][i] = pack(hidden[0], hidden[1]);
+      gate[j][i] = pack(of_gate[0], of_gate[1]);
+      up[j][i] = pack(of_up[0], of_up[1]);
+    }
+}
+
+// Computes and stores SWIGLU's gradients for this warp's 16 rows, of stages that hold gate and up, each
+// of which is free again when its results have left.
+__device__ __forceinline__ void store_gradients(const float (&d)[128], const Results& of, const Tile& tile,
+                                                int half, const Rows& rows, Ring& ring) {
+  const int lane = threadIdx.x % 32, place = (half * 64 + threadIdx.x % 128 / 32 * 16) * 128;
+  float sums[2] = {0.f, 0.f};
+#pragma unroll
+  for (int i = 0; i < STAGES_GATE_UP; i++) {
+    const int column = tile.n + i * 64;
+    barrier_wait(ring.is_full(), ring.parity);
+    if (rows.count > 0 && column < of.N) {
+      u32 grad[2][8], gate[2][8], up[2][8];
+      round_box(d + i * 32, grad);
+      load_box(ring.gate() + place, gate);
+      load_box(ring.up() + place, up);
+      differentiate(grad, gate, up, rows.weight, sums);
+      if (rows.count < 16) {
+        store_rows(gate, of.out, rows.first, column, rows.count);
+        store_rows(up, of.out, rows.first, of.N + column, rows.count);
+        store_rows(grad, of.hidden, rows.first, column, rows.count);
+      } else {
+        store_box(gate, ring.gate() + place, of.out, rows.first, column);
+        store_box(up, ring.up() + place, of.out, rows.first, of.N + column);
+        store_box(grad, ring.hidden() + place, of.hidden, rows.first, column);
+      }
+    }
+    if (i > 0) {
+      if (lane == 0) wait_until_read<3>();
+      release(ring.is_empty_before(), of.rank);
+    }
+    ring.next();
+  }
+  if (lane == 0) wait_until_read<0>();
+  release(ring.is_empty_before(), of.rank);
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    sums[j] += __shfl_xor_sync(0xFFFFFFFF, sums[j], 1);
+    sums[j] += __shfl_xor_sync(0xFFFFFFFF, sums[j], 2);
+    const int tiles_n = (of.N + TILE_N - 1) / TILE_N;
+    if (lane % 4 == 0 && lane / 4 + j * 8 < rows.count)
+      of.grad_weights[(long long)rows.slot[j] * tiles_n + tile.n / TILE_N] = sums[j];
+  }
+}
+
+// Multiplies and stores half of each of this block's tiles: the part of one warpgroup.
+__device__ __forceinline__ void compute_tiles(const Results& of, int half, int K, Tiles& tiles, Turns& turns,
+                                              Ring& ring, Boxes& boxes) {
+  Tile next;
+  bool more = tiles.find(turns.next(), next);
+  while (more) {
+    const Tile tile = next;
+    const int steps = BY_ROWS ? K / TILE_K : (tile.end - tile.begin + TILE_K - 1) / TILE_K;
+    if (tile.rows <= half * 64) {
+      skip_tile(steps + STAGES_GATE_UP, of.rank, ring);
+      more = tiles.find(turns.next(), next);
+      continue;
+    }
+    float d[128];
+    if (NARROWS && tile.narrow)
+      multiply_tile<NARROWS>(d, steps, half, of.rank, ring);
+    else
+      multiply_tile<false>(d, steps, half, of.rank, ring);
+    const Rows rows = find_rows_to_store(of, tile, half);
+    more = tiles.find(turns.next(), next);
+    finish(d, steps, of.rank, ring);
+    if constexpr (STAGES_GATE_UP > 0)
+      store_gradients(d, of, tile, half, rows, ring);
+    else
+      store_tile(d, of, tile, half, rows, boxes);
+  }
+  if (threadIdx.x % 32 == 0) wait_until_read<0>();
+}
+
 // ends: rows up to the end of each group. M: columns of A (KIND 2). N: columns of D; of gate (SWIGLU).
-// slots: of each row, with GATHER or SWIGLU. weights: of each slot; hidden: H (SWIGLU). counter: 0,
-// before and after.
+// slots: of each row, with GATHER or SWIGLU. weights: of each slot; hidden: H (SWIGLU). grad_weights:
+// (slots, tiles of columns), parts of the weights' gradients (SWIGLU, KIND 1). counter: 0, before and
+// after.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     grouped_mm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
                const __grid_constant__ TensorMap map_out, const __grid_constant__ TensorMap map_hidden,
-               const u16* __restrict__ a, const u16* __restrict__ b, u16* __restrict__ out,
-               const int* __restrict__ ends, int groups, int M, int N, int K,
-               const int* __restrict__ slots, const float* __restrict__ weights,
-               u16* __restrict__ hidden, int* __restrict__ counter) {
+               const __grid_constant__ TensorMap map_gate_up, const u16* __restrict__ a,
+               const u16* __restrict__ b, u16* __restrict__ out, const int* __restrict__ ends, int groups,
+               int M, int N, int K, const int* __restrict__ slots, const float* __restrict__ weights,
+               u16* __restrict__ hidden, float* __restrict__ grad_weights, int* __restrict__ counter) {
   extern __shared__ char raw[];
   const u32 base = (shared_address(raw) + 1023) & ~1023u;
   const u32 buffers = base + STAGES * BYTES_STAGE, barriers = buffers + BYTES_RESULTS;
@@ -444,55 +644,17 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   cluster_wait();
 
   Tiles tiles{shared_ends, groups, M, N, rank};
-  Tile tile;
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-    const Arguments of{&map_a, &map_b, a, b, slots, M, N, K, rank};
-    const bool asks = threadIdx.x == 0 && rank == 0;
-    if (asks) turns.tell(atomicAdd(counter, 1));
-    while (threadIdx.x < 32 * BRINGING_WARPS) {
-      if (threadIdx.x == 0) turns.expect();
-      const int index = turns.next();
-      if (!tiles.find(index, tile)) {
-        // Each cluster is told one number too many; nobody asks after the last.
-        if (asks && index == tiles.before + gridDim.x / 2 - 1) *counter = 0;
-        break;
-      }
-      const int following = asks ? atomicAdd(counter, 1) : 0;
-      if (COPIES || threadIdx.x == 0) {
-        if constexpr (BY_ROWS)
-          bring_rows(of, tile, ring);
-        else
-          bring_columns(of, tile, ring);
-      }
-      if (asks) turns.tell(following);
-      __syncwarp();
-    }
+    const Arguments of{&map_a, &map_b, &map_gate_up, a, b, slots, M, N, K, rank};
+    if (threadIdx.x < 32 * BRINGING_WARPS) bring_tiles(of, tiles, turns, ring, counter);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     const Out of_out{&map_out, out, SWIGLU ? 2 * N : N}, of_hidden{&map_hidden, hidden, N};
+    const Results of{of_out, of_hidden, slots, weights, grad_weights, M, N, rank};
     const int storing = TRANSPOSED ? warpgroup - 1 : threadIdx.x / 32 - 4;
     Boxes boxes{buffers + storing * BUFFERS * BYTES_BOX};
-    bool more = tiles.find(turns.next(), tile);
-    while (more) {
-      const Tile now = tile;
-      const int steps = BY_ROWS ? K / TILE_K : (now.end - now.begin + TILE_K - 1) / TILE_K;
-      if (now.rows <= (warpgroup - 1) * 64) {
-        skip_tile(steps, rank, ring);
-        more = tiles.find(turns.next(), tile);
-        continue;
-      }
-      float d[128];
-      if (NARROWS && now.narrow)
-        multiply_tile<NARROWS>(d, steps, warpgroup - 1, rank, ring);
-      else
-        multiply_tile<false>(d, steps, warpgroup - 1, rank, ring);
-      const Rows rows = find_rows_to_store(now, warpgroup - 1, M, slots, weights);
-      more = tiles.find(turns.next(), tile);
-      finish(d, steps, rank, ring);
-      store_tile(d, now, rows, N, of_out, of_hidden, boxes);
-    }
-    if (threadIdx.x % 32 == 0) wait_until_read<0>();
+    compute_tiles(of, warpgroup - 1, K, tiles, turns, ring, boxes);
   }
   cluster_wait();  // the other block fetches into this one's memory, and arrives at its barriers
 }

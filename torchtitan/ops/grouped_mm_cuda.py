@@ -5,6 +5,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ _MOST_EXPERTS = 480
 # Alignment, four stages, two buffers of each warp that stores, barriers, what tells blocks their
 # tiles, and where each expert's rows end.
 _SHARED_MEMORY = 1024 + 4 * (128 + 256) * 128 + 8 * 2 * 16 * 128 + 16 * 4 + 40 + 4 * _MOST_EXPERTS
+_COLUMNS_OF_TILE = 256
 _NUM_COUNTERS = 128  # streams that run products, or on which graphs with products are recorded
 _places = count()
 _BY_WEIGHTS, _BY_WEIGHTS_TRANSPOSED, _OVER_ROWS = range(3)
@@ -63,7 +65,8 @@ def gate_up_swiglu(
 ) -> tuple[Tensor, Tensor]:
     R, F = rows.slot_of_row_R.numel(), w13_E2FD.size(1) // 2
     gate_up_R2F, hidden_RF = rows.x.new_empty(R, 2 * F), rows.x.new_empty(R, F)
-    _launch(_BY_WEIGHTS, rows, w13_E2FD, ends_E, gate_up_R2F, N=F, swiglu=(weights_TK, hidden_RF))
+    swiglu = _SwiGLU(weights_TK, hidden_RF)
+    _launch(_BY_WEIGHTS, rows, w13_E2FD, ends_E, gate_up_R2F, N=F, swiglu=swiglu)
     return gate_up_R2F, hidden_RF
 
 
@@ -73,11 +76,29 @@ def by_weights(rows_RK: Tensor, w_ENK: Tensor, ends_E: Tensor) -> Tensor:
     return out_RN
 
 
-def by_weights_transposed(rows: Tensor | Gathered, w_EKN: Tensor, ends_E: Tensor) -> Tensor:
-    R = rows.slot_of_row_R.numel() if isinstance(rows, Gathered) else rows.size(0)
-    out_RN = w_EKN.new_empty(R, w_EKN.size(2))
-    _launch(_BY_WEIGHTS_TRANSPOSED, rows, w_EKN, ends_E, out_RN, N=w_EKN.size(2))
+def by_weights_transposed(rows_RK: Tensor, w_EKN: Tensor, ends_E: Tensor) -> Tensor:
+    out_RN = rows_RK.new_empty(rows_RK.size(0), w_EKN.size(2))
+    _launch(_BY_WEIGHTS_TRANSPOSED, rows_RK, w_EKN, ends_E, out_RN, N=w_EKN.size(2))
     return out_RN
+
+
+def swiglu_backward(
+    grads: Gathered,
+    w2_EDF: Tensor,
+    gate_up_R2F: Tensor,
+    weights_TK: Tensor,
+    slot_of_row_R: Tensor,
+    num_rows: Tensor | None,
+    ends_E: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    R, F = gate_up_R2F.size(0), w2_EDF.size(2)
+    grad_gate_up_R2F, hidden_RF = torch.empty_like(gate_up_R2F), gate_up_R2F.new_empty(R, F)
+    new = weights_TK.new_empty if num_rows is None else weights_TK.new_zeros
+    tiles = -(-F // _COLUMNS_OF_TILE)  # each adds up its part of the weights' gradients
+    parts_TKN = new(*weights_TK.shape, tiles)
+    swiglu = _SwiGLU(weights_TK, hidden_RF, gate_up_R2F, parts_TKN)
+    _launch(_BY_WEIGHTS_TRANSPOSED, grads, w2_EDF, ends_E, grad_gate_up_R2F, N=F, swiglu=swiglu)
+    return grad_gate_up_R2F, hidden_RF, parts_TKN.sum(dim=2)
 
 
 def over_rows(a: Tensor | Gathered, b: Tensor | Gathered, ends_E: Tensor) -> Tensor:
@@ -89,6 +110,18 @@ def over_rows(a: Tensor | Gathered, b: Tensor | Gathered, ends_E: Tensor) -> Ten
     else:
         _launch(_OVER_ROWS, a, b, ends_E, out_EMN, M=M, N=N)
     return out_EMN
+
+
+class _SwiGLU(NamedTuple):
+    """What the kernel needs for SwiGLU, and its results beside the product's.
+
+    gate_up_R2F, grad_weights_TKN: in the backward pass, whose weights' gradients are sums over N.
+    """
+
+    weights_TK: Tensor
+    hidden_RF: Tensor
+    gate_up_R2F: Tensor | None = None
+    grad_weights_TKN: Tensor | None = None
 
 
 def _kernel(
@@ -130,7 +163,7 @@ def _launch(
     *,
     M: int = 0,
     N: int,
-    swiglu: tuple[Tensor, Tensor] | None = None,
+    swiglu: _SwiGLU | None = None,
     transposed: bool = False,
 ) -> None:
     gathered = a if isinstance(a, Gathered) else None
@@ -143,14 +176,17 @@ def _launch(
         tensor_map(a, 64 if over_rows else 128, 64),
         tensor_map(b.flatten(0, -2), 128 if kind == _BY_WEIGHTS else 64, 64),
     ]
-    for each in (out, swiglu[1] if swiglu else out):
+    for each in (out, swiglu.hidden_RF if swiglu else out):
         maps.append(tensor_map(each.flatten(0, -2), 64 if transposed else 16, 64))
+    gate_up_R2F = swiglu.gate_up_R2F if swiglu else None
+    maps.append(maps[0] if gate_up_R2F is None else tensor_map(gate_up_R2F, 128, 64))
     sizes = ends_E.numel(), M, N, 0 if over_rows else a.size(1)
     assert sizes[0] <= _MOST_EXPERTS and not any(size % 64 for size in sizes[1:])
     blocks = torch.cuda.get_device_properties(out.device).multi_processor_count // 2 * 2
     stream = torch.cuda.current_stream(out.device).cuda_stream
     counter = _counters(out.device)[_place_of(stream, torch.cuda.is_current_stream_capturing())]
-    arguments = (*maps, a, b, out, ends_E, *sizes, slots, *(swiglu or (None, None)), counter)
+    weights, hidden, _, grad_weights = swiglu or (None,) * 4
+    arguments = (*maps, a, b, out, ends_E, *sizes, slots, weights, hidden, grad_weights, counter)
     kernel = _kernel(
         kind,
         gathers=gathered is not None,

@@ -52,9 +52,30 @@ def by_weights(rows_RK: Tensor, w_ENK: Tensor, ends_E: Tensor) -> Tensor:
     return kernel(rows_RK, w_ENK.transpose(1, 2), offs=ends_E)
 
 
-def by_weights_transposed(rows: Tensor, w_EKN: Tensor, ends_E: Tensor) -> Tensor:
+def by_weights_transposed(rows_RK: Tensor, w_EKN: Tensor, ends_E: Tensor) -> Tensor:
     """Compute w[e]ᵀ · row for the rows of each group e: (R, N)."""
-    return kernel(rows, w_EKN, offs=ends_E)
+    return kernel(rows_RK, w_EKN, offs=ends_E)
+
+
+def swiglu_backward(
+    grads_RD: Tensor,
+    w2_EDF: Tensor,
+    gate_up_R2F: Tensor,
+    weights_TK: Tensor,
+    slot_of_row_R: Tensor,
+    num_rows: Tensor | None,
+    ends_E: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of gate and up (R, 2F), silu(gate) · up · weight again (R, F), and the
+    gradient of the weights (T, K), 0 for slots without a row.
+
+    grads_RD: of the outputs w2[e] · hidden, from `gather`.
+    num_rows: as of `Gathered`.
+    """
+    from torchtitan.ops import swiglu_triton
+
+    grad_RF = by_weights_transposed(grads_RD, w2_EDF, ends_E)
+    return swiglu_triton.backward(grad_RF, gate_up_R2F, weights_TK, slot_of_row_R, num_rows)
 
 
 def over_rows(a: Tensor | Gathered, b: Tensor | Gathered, ends_E: Tensor) -> Tensor:

@@ -94,6 +94,14 @@ __device__ __forceinline__ void store_matrices(u32 to, u32 x0, u32 x1, u32 x2, u
                  : "memory");
 }
 
+// Loads four such matrices, of which `from` is the place of one line as above.
+__device__ __forceinline__ void load_matrices(u32 from, u32& x0, u32& x1, u32& x2, u32& x3) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x0), "=r"(x1), "=r"(x2), "=r"(x3)
+               : "r"(from)
+               : "memory");
+}
+
 // Arrives at a barrier of another block of the cluster. Not `.release.cluster`: for that the compiler
 // waits for all memory of the GPU, every time.
 __device__ __forceinline__ void barrier_arrive_at(u32 block, u32 barrier) {

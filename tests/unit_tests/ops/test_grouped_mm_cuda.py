@@ -85,13 +85,27 @@ def test_products_by_weights(D, F):
 
 
 @of_sizes
-@pytest.mark.parametrize("is_gathered", [False, True])
-def test_products_by_transposed_weights(is_gathered, D, F):
-    rows, w = gathered(D) if is_gathered else rows_of(D), randn(E, D, F)
-    expected = plain.by_weights_transposed(
-        plain.gather(rows) if isinstance(rows, Gathered) else rows, w, ends()
-    )
+def test_products_by_transposed_weights(D, F):
+    rows, w = rows_of(D), randn(E, D, F)
+    expected = plain.by_weights_transposed(rows, w, ends())
     assert agree(ours().by_weights_transposed(rows, w, ends()), expected, rows=R)
+
+
+@of_sizes
+@pytest.mark.parametrize("counted", [False, True])
+def test_gradients_of_swiglu_of_gathered_rows(counted, D, F):
+    grads, w2, gate_up = gathered(D), randn(E, D, F) * 0.1, rows_of(2 * F)
+    weights, num_rows = torch.rand(R + 2 * BEHIND, TOP_K), ends()[-1:] if counted else None
+    others = w2, gate_up, weights, grads.slot_of_row_R, num_rows, ends()
+    torch.full((weights.numel() * 3,), float("nan"))  # left where the weights' gradients will be
+    grad_gate_up, hidden, grad_weights = ours().swiglu_backward(grads, *others)
+    expected = plain.swiglu_backward(plain.gather(grads), *others)
+    assert agree(grad_gate_up, expected[0], rows=R) and agree(hidden, expected[1], rows=R)
+    with_row = grads.slot_of_row_R[:R].long()
+    actual, expected_weights = grad_weights.flatten(), expected[2].flatten()
+    torch.testing.assert_close(actual[with_row], expected_weights[with_row], rtol=1e-3, atol=1e-3)
+    if counted:
+        assert actual.count_nonzero() <= R and actual.isfinite().all()
 
 
 @of_sizes
@@ -118,15 +132,18 @@ def test_rows_behind_the_last_group_are_not_written():
     """Undefined by contract; a box of results that crosses the last border would show here."""
     products, rows, w2 = ours(), gathered(D), randn(E, D, F)
     weights = torch.rand(R + 2 * BEHIND, TOP_K)
-    out_2F, hidden, out_D, out_F = (
-        torch.full((R + BEHIND, width), 7.0, dtype=torch.bfloat16) for width in (2 * F, F, D, F)
+    out_2F, hidden, out_D, out_F, again, grad_2F = (
+        torch.full((R + BEHIND, width), 7.0, dtype=torch.bfloat16)
+        for width in (2 * F, F, D, F, F, 2 * F)
     )
     of_outputs, of_inputs = products._BY_WEIGHTS, products._BY_WEIGHTS_TRANSPOSED
-    swiglu = (weights, hidden)
+    swiglu = products._SwiGLU(weights, hidden)
     products._launch(of_outputs, rows, randn(E, 2 * F, D), ends(), out_2F, N=F, swiglu=swiglu)
     products._launch(of_outputs, rows_of(F), w2, ends(), out_D, N=D)
-    products._launch(of_inputs, rows, w2, ends(), out_F, N=F)
-    for out in (out_2F, hidden, out_D, out_F):
+    products._launch(of_inputs, rows_of(D), w2, ends(), out_F, N=F)
+    swiglu = products._SwiGLU(weights, again, out_2F, torch.empty_like(weights))
+    products._launch(of_inputs, rows, w2, ends(), grad_2F, N=F, swiglu=swiglu)
+    for out in (out_2F, hidden, out_D, out_F, again, grad_2F):
         assert (out[R:] == 7).all() and out[:R].isfinite().all() and not (out[:R] == 7).all(0).any()
 
 
@@ -158,6 +175,12 @@ def test_results_repeat_to_the_bit_at_full_size():
         again = ours().gate_up_swiglu(of, w13, weights, order)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert agree(first[0], plain.gate_up_swiglu(of, w13, weights, order)[0])
+    w2, others = randn(16, 2048, 1408), (first[0], weights, of.slot_of_row_R, None, order)
+    grads = ours().swiglu_backward(of, w2, *others)
+    for _ in range(3):
+        again = ours().swiglu_backward(of, w2, *others)
+        assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+    assert agree(grads[0], plain.swiglu_backward(plain.gather(of), w2, *others)[0])
     for pair in ((first[0], of), (first[0], first[1])):  # 2816 columns are 11 pairs of tiles
         grads = ours().over_rows(*pair, order)
         assert torch.equal(grads, ours().over_rows(*pair, order))
