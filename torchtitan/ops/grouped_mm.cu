@@ -311,8 +311,8 @@ __device__ __forceinline__ void multiply_tile(float (&d)[128], int steps, int ha
     barrier_wait(ring.is_full(), ring.parity);
     // What threads have copied has to be seen by the tensor cores.
     if (COPIES) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    const u64 a = tile_descriptor<A_ACROSS>(ring.a() + half * BOX);
-    const u64 b = tile_descriptor<B_ACROSS>(ring.b());
+    const u32 a = tile_descriptor<A_ACROSS>(ring.a() + half * BOX);
+    const u32 b = tile_descriptor<B_ACROSS>(ring.b());
     pin(d);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -390,21 +390,21 @@ struct Boxes {
   u32 buffers;
   int turn = 0;
 
-  // Returns the next buffer, free for the thread that stores; others wait for that thread.
-  __device__ u32 next_buffer(bool stores) {
+  // Returns the next buffer, free for the first thread of each warp; others wait for those.
+  __device__ u32 next_buffer() {
     const u32 buffer = buffers + turn * BYTES_BOX;
     turn = (turn + 1) % BUFFERS;
-    if (stores) wait_until_read<BUFFERS - 1>();
+    if (threadIdx.x % 32 == 0) wait_until_read<BUFFERS - 1>();
     return buffer;
   }
 
   // Stores 64 columns of the warp's 16 rows, or of the first `rows` of them.
   __device__ void store(const u32 (&x)[2][8], const Out& out, long long row, int column, int rows) {
-    if (rows < 16) {
+    if (uniform(rows) < 16) {
       store_rows(x, out, row, column, rows);
       return;
     }
-    const u32 buffer = next_buffer(threadIdx.x % 32 == 0);
+    const u32 buffer = next_buffer();
     __syncwarp();
     store_box(x, buffer, out, row, column);
   }
@@ -412,8 +412,7 @@ struct Boxes {
   // Stores 64 columns of the warpgroup's 64 rows as 64 rows of 64 columns.
   __device__ void store_transposed(const u32 (&x)[2][8], const Out& out, long long row, int column) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, group = 1 + threadIdx.x / 128;
-    const bool stores = warp == 0 && lane == 0;
-    const u32 buffer = next_buffer(stores);
+    const u32 buffer = next_buffer();
     asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
     const u32 to = buffer + swizzled(lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
 #pragma unroll
@@ -421,7 +420,8 @@ struct Boxes {
       store_matrices<true>(to + i * 16 * 128, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
-    if (stores) tma_store(out.map, column, row, buffer);
+    if (lane == 0) tma_store(out.map, column, row + warp * 16, buffer + warp * 16 * 128);
+    __syncwarp();
   }
 };
 
@@ -469,7 +469,7 @@ struct Rows {
 };
 
 __device__ __forceinline__ Rows find_rows_to_store(const Results& of, const Tile& tile, int half) {
-  const int of_tile = half * 64 + threadIdx.x % 128 / 32 * 16;
+  const int of_tile = uniform(half * 64 + threadIdx.x % 128 / 32 * 16);
   Rows rows{(BY_ROWS ? tile.begin : (long long)tile.group * of.M) + tile.m + of_tile, tile.rows - of_tile};
   if (SWIGLU)
 #pragma unroll
@@ -486,11 +486,12 @@ __device__ __forceinline__ Rows find_rows_to_store(const Results& of, const Tile
 // Stores the 64 rows of a tile that this warpgroup has multiplied.
 __device__ __forceinline__ void store_tile(const float (&d)[128], const Results& of, const Tile& tile, int half,
                                            const Rows& rows, Boxes& boxes) {
-  if (rows.count <= 0) return;
+  if (uniform(rows.count) <= 0) return;
+  const int columns = uniform(of.N - tile.n);
 #pragma unroll
   for (int i = 0; i < STEP_N / 64; i++) {
+    if (i * 64 >= columns) break;
     const int column = tile.n + i * 64;
-    if (column >= of.N) break;
     u32 x[2][8];
     round_box(d + i * 32, x);
     if constexpr (TRANSPOSED) {
@@ -541,21 +542,22 @@ __device__ __forceinline__ void differentiate(u32 (&grad)[2][8], u32 (&gate)[2][
 __device__ __forceinline__ void store_gradients(const float (&d)[128], const Results& of, const Tile& tile,
                                                 int half, const Rows& rows, Ring& ring) {
   const int lane = threadIdx.x % 32, place = (half * 64 + threadIdx.x % 128 / 32 * 16) * 128;
+  const int count = uniform(rows.count), columns = count > 0 ? uniform(of.N - tile.n) : 0;
   float sums[2] = {0.f, 0.f};
 #pragma unroll
   for (int i = 0; i < STAGES_GATE_UP; i++) {
     const int column = tile.n + i * 64;
     barrier_wait(ring.is_full(), ring.parity);
-    if (rows.count > 0 && column < of.N) {
+    if (i * 64 < columns) {
       u32 grad[2][8], gate[2][8], up[2][8];
       round_box(d + i * 32, grad);
       load_box(ring.gate() + place, gate);
       load_box(ring.up() + place, up);
       differentiate(grad, gate, up, rows.weight, sums);
-      if (rows.count < 16) {
-        store_rows(gate, of.out, rows.first, column, rows.count);
-        store_rows(up, of.out, rows.first, of.N + column, rows.count);
-        store_rows(grad, of.hidden, rows.first, column, rows.count);
+      if (count < 16) {
+        store_rows(gate, of.out, rows.first, column, count);
+        store_rows(up, of.out, rows.first, of.N + column, count);
+        store_rows(grad, of.hidden, rows.first, column, count);
       } else {
         store_box(gate, ring.gate() + place, of.out, rows.first, column);
         store_box(up, ring.up() + place, of.out, rows.first, of.N + column);
@@ -575,7 +577,7 @@ __device__ __forceinline__ void store_gradients(const float (&d)[128], const Res
     sums[j] += __shfl_xor_sync(0xFFFFFFFF, sums[j], 1);
     sums[j] += __shfl_xor_sync(0xFFFFFFFF, sums[j], 2);
     const int tiles_n = (of.N + TILE_N - 1) / TILE_N;
-    if (lane % 4 == 0 && lane / 4 + j * 8 < rows.count)
+    if (lane % 4 == 0 && lane / 4 + j * 8 < count)
       of.grad_weights[(long long)rows.slot[j] * tiles_n + tile.n / TILE_N] = sums[j];
   }
 }
@@ -587,7 +589,7 @@ __device__ __forceinline__ void compute_tiles(const Results& of, int half, int K
   bool more = tiles.find(turns.next(), next);
   while (more) {
     const Tile tile = next;
-    const int steps = BY_ROWS ? K / TILE_K : (tile.end - tile.begin + TILE_K - 1) / TILE_K;
+    const int steps = BY_ROWS ? K / TILE_K : (uniform(tile.end - tile.begin) + TILE_K - 1) / TILE_K;
     if (tile.rows <= half * 64) {
       skip_tile(steps + STAGES_GATE_UP, of.rank, ring);
       more = tiles.find(turns.next(), next);
@@ -626,7 +628,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   Ring ring{base, barriers, barriers + 8 * STAGES};
   const u32 behind = barriers + 16 * STAGES;
   Turns turns{behind + 32, behind, behind + 16};
-  const int warpgroup = threadIdx.x / 128, rank = block_in_cluster();
+  const int warpgroup = uniform(threadIdx.x / 128), rank = block_in_cluster();
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < 2; s++) {

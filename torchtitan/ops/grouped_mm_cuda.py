@@ -177,7 +177,7 @@ def _launch(
         tensor_map(b.flatten(0, -2), 128 if kind == _BY_WEIGHTS else 64, 64),
     ]
     for each in (out, swiglu.hidden_RF if swiglu else out):
-        maps.append(tensor_map(each.flatten(0, -2), 64 if transposed else 16, 64))
+        maps.append(tensor_map(each.flatten(0, -2), 16, 64))
     gate_up_R2F = swiglu.gate_up_R2F if swiglu else None
     maps.append(maps[0] if gate_up_R2F is None else tensor_map(gate_up_R2F, 128, 64))
     sizes = ends_E.numel(), M, N, 0 if over_rows else a.size(1)

@@ -22,7 +22,7 @@ __device__ __forceinline__ void copy_ends(u32 to, const int* ends, int groups) {
 __device__ __forceinline__ int end_of(u32 ends, int group) {
   int end;
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(end) : "r"(ends + 4 * group) : "memory");
-  return end;
+  return uniform(end);
 }
 
 struct Tile {
@@ -84,7 +84,7 @@ struct Turns {
     barrier_wait(told + 8 * slot(), parity());
     int number;
     asm volatile("ld.shared.s32 %0, [%1];" : "=r"(number) : "r"(numbers + 4 * slot()) : "memory");
-    __syncwarp();
+    number = uniform(number);
     // Arriving doesn't wait for a load; comparing what it loads does.
     if (threadIdx.x % 32 == 0 && number >= 0) barrier_arrive_at(0, heard + 8 * slot());
     turn++;

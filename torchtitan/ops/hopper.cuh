@@ -126,6 +126,10 @@ __device__ __forceinline__ void send(u32 block, u32 to, int number, u32 barrier)
       : "memory");
 }
 
+// Returns a number that all threads of a warp have, and lets the compiler know that they do: a branch on
+// it keeps the warp together, and what is computed from it takes the scalar unit.
+__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(0xFFFFFFFF, x); }
+
 __device__ __forceinline__ u32 block_in_cluster() {
   u32 rank;
   asm("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
