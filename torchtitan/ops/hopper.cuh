@@ -149,13 +149,20 @@ __device__ __forceinline__ u32 swizzled(int line, int piece) {
   return line * 128 + ((piece ^ (line & 7)) << 4);
 }
 
-// Describes a tile of boxes for the tensor cores; distances are in units of 16 bytes.
+// Describes a tile of boxes for the tensor cores: the lower half, in which an addition moves the tile,
+// in units of 16 bytes.
 //
 // ACROSS: the dim that a product adds up is the one between lines, not along them.
 template <bool ACROSS>
-__device__ __forceinline__ u64 tile_descriptor(u32 address) {
-  const u64 field = (address & 0x3FFFF) >> 4, boxes = ACROSS ? BOX >> 4 : 1, eight_lines = 1024 >> 4;
-  return field | boxes << 16 | eight_lines << 32 | 1ull << 62;
+__device__ __forceinline__ u32 tile_descriptor(u32 address) {
+  const u32 field = (address & 0x3FFFF) >> 4, boxes = ACROSS ? BOX >> 4 : 1;
+  return field | boxes << 16;
+}
+
+// Adds the upper half, which all tiles have: the distance of eight lines, and how lines are swizzled.
+__device__ __forceinline__ u64 whole_descriptor(u32 lower) {
+  const u64 eight_lines = 1024 >> 4;
+  return lower | eight_lines << 32 | 1ull << 62;
 }
 
 // Keeps the compiler from moving uses of `d` over this line.

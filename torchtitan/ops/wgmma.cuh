@@ -4,7 +4,6 @@
 
 #include "hopper.cuh"
 
-constexpr u64 DESC_HI = 0x4000004000000000ull;
 #define EIGHT(i)                                                                            \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -31,7 +30,7 @@ __device__ __forceinline__ void multiply_by_256(float (&d)[128], u32 a, u32 b, i
       "}\n"
       : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56),
         EIGHT(64), EIGHT(72), EIGHT(80), EIGHT(88), EIGHT(96), EIGHT(104), EIGHT(112), EIGHT(120)
-      : "l"(DESC_HI | a), "l"(DESC_HI | b), "r"(add), "n"(int(A_ACROSS)), "n"(int(B_ACROSS)));
+      : "l"(whole_descriptor(a)), "l"(whole_descriptor(b)), "r"(add), "n"(int(A_ACROSS)), "n"(int(B_ACROSS)));
 }
 
 // The same by 16 × 128 elements, into the first half of `d`.
@@ -49,7 +48,7 @@ __device__ __forceinline__ void multiply_by_128(float (&d)[128], u32 a, u32 b, i
       "%64, %65, p, 1, 1, %67, %68;\n"
       "}\n"
       : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56)
-      : "l"(DESC_HI | a), "l"(DESC_HI | b), "r"(add), "n"(int(A_ACROSS)), "n"(int(B_ACROSS)));
+      : "l"(whole_descriptor(a)), "l"(whole_descriptor(b)), "r"(add), "n"(int(A_ACROSS)), "n"(int(B_ACROSS)));
 }
 
 #undef EIGHT

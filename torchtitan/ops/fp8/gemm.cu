@@ -42,8 +42,8 @@ __device__ __forceinline__ float2 load_pair(u32 address) {
   return pair;
 }
 
-// 64 × 128 products over 32 elements; `add`: to what `d` holds.
-__device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, int add) {
+// 64 × 128 products over 32 elements; `add`: to what `d` holds. a, b: from `tile_descriptor`.
+__device__ __forceinline__ void multiply(float (&d)[64], u32 a, u32 b, int add) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -65,7 +65,7 @@ __device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, int add) 
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
-      : "l"(a), "l"(b), "r"(add));
+      : "l"(whole_descriptor(a)), "l"(whole_descriptor(b)), "r"(add));
 }
 
 struct Tile {
@@ -85,7 +85,7 @@ struct Tiles {
   __device__ bool find(int index, Tile& tile) {
     const int tiles_n = (N + TILE_N - 1) / TILE_N;
     for (; group < groups; group++) {
-      const int end = ends[group];
+      const int end = uniform(ends[group]);
       const int rows = BY_BLOCKS ? end - begin : M;
       const int tiles_m = (rows + TILE_M - 1) / TILE_M;
       if (index < before + tiles_m * tiles_n) {
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   const u32 base = (shared_address(raw) + 1023) & ~1023u;
   const u32 columns = base + STAGES * BYTES_STAGE;
   const u32 full = columns + STAGES * BYTES_SCALES, empty = full + 8 * STAGES;
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = uniform(threadIdx.x / 128);
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -213,8 +213,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       const u32 of_columns = columns + stage * BYTES_SCALES + quad * 8;
       barrier_wait(full + 8 * stage, parity);
       const u32 a = base + stage * BYTES_STAGE, b = a + BYTES_A;
-      const u64 of_a = tile_descriptor<false>(a + (warpgroup - 1) * HALVES * 64 * TILE_K);
-      const u64 of_b = tile_descriptor<false>(b);
+      const u32 of_a = tile_descriptor<false>(a + (warpgroup - 1) * HALVES * 64 * TILE_K);
+      const u32 of_b = tile_descriptor<false>(b);
 #pragma unroll
       for (int h = 0; h < HALVES; h++) {
         float sum[64];
