@@ -11,14 +11,18 @@
 //            up, and H is computed again.
 //
 // A block of 384 threads: one warpgroup that brings tiles, two that multiply, each 64 of a tile's 128
-// rows by 256 columns. What results are computed with, gate and up, is brought like a tile. Whole tiles are fetched by the TMA; gathered rows, and the last rows of a
-// group in KIND 2 (with zeros behind them), are copied by the threads of the first warpgroup. Two
-// blocks, a cluster, have tiles above one another, and each fetches half of their B for both: power
-// limits these products, and bytes from the L2 cache cost power. Where an odd tile is left, the one
-// beside it is its pair, and nothing is shared. Clusters are persistent: each asks a counter for its
-// next pair of tiles, so that those which start late, since another kernel held their place, get
+// rows by 256 columns. Whole tiles are fetched by the TMA; gathered rows, and the last rows of a group
+// in KIND 2 (with zeros behind them), are copied by the threads of the first warpgroup. Gate and up
+// come behind a tile's last stage, where SWIGLU's gradient needs them. Two blocks, a cluster, have
+// tiles above one another, and each fetches half of their B for both. Where an odd tile is left, the
+// one beside it is its pair, and nothing is shared. Clusters are persistent: each asks a counter for
+// its next pair of tiles, so that those which start late, since another kernel held their place, get
 // fewer. They find the group in the list of ends on the device, so the host need not know any size;
 // a warpgroup looks for its next tile while the tensor cores are at the last stage of this one.
+//
+// Power limits these products: bytes from the L2 cache cost it, and instructions do. Branches in warps
+// that multiply are on numbers that the compiler knows to be the same in the whole warp (`uniform`):
+// with one branch that it has to doubt, each of a stage's addresses takes an instruction of 32 threads.
 //
 // Compiled by NVRTC with KIND, TRANSPOSED, GATHER, SWIGLU and TOP_K defined.
 
@@ -337,7 +341,7 @@ __device__ __forceinline__ void finish(float (&d)[128], int steps, int rank, con
   if (steps > 0) release(ring.is_empty_before(), rank);
 }
 
-// By instructions that round numbers below 2^-126 to 0: the compiler's spend four more on those.
+// By instructions that take numbers below 2^-126 for 0, for which the compiler's need four more.
 __device__ __forceinline__ float sigmoid(float x) {
   float power, inverse;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
@@ -421,7 +425,7 @@ struct Boxes {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
     if (lane == 0) tma_store(out.map, column, row + warp * 16, buffer + warp * 16 * 128);
-    __syncwarp();
+    __syncwarp();  // the compiler knows the warp together again
   }
 };
 
@@ -452,6 +456,7 @@ __device__ __forceinline__ void activate(const u32 (&gate)[2][8], const u32 (&up
                      silu(high(gate[j][i])) * high(up[j][i]) * weight[j]);
 }
 
+// What is stored, and what it is computed with beside the product.
 struct Results {
   Out out, hidden;
   const int* slots;

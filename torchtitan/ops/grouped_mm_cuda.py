@@ -113,9 +113,11 @@ def over_rows(a: Tensor | Gathered, b: Tensor | Gathered, ends_E: Tensor) -> Ten
 
 
 class _SwiGLU(NamedTuple):
-    """What the kernel needs for SwiGLU, and its results beside the product's.
+    """SwiGLU's tensors beside the product's.
 
-    gate_up_R2F, grad_weights_TKN: in the backward pass, whose weights' gradients are sums over N.
+    hidden_RF: receives the activation.
+    gate_up_R2F: read by the backward pass; None = forward.
+    grad_weights_TKN: receives the weights' gradients, to be added up over N tiles of columns.
     """
 
     weights_TK: Tensor
