@@ -82,10 +82,12 @@ struct Tiles {
   int groups, M, N, K;
   int group = 0, begin = 0, before = 0;
 
+  // BY_WARP: called by whole warps.
+  template <bool BY_WARP>
   __device__ bool find(int index, Tile& tile) {
     const int tiles_n = (N + TILE_N - 1) / TILE_N;
     for (; group < groups; group++) {
-      const int end = uniform(ends[group]);
+      const int end = BY_WARP ? uniform(ends[group]) : ends[group];
       const int rows = BY_BLOCKS ? end - begin : M;
       const int tiles_m = (rows + TILE_M - 1) / TILE_M;
       if (index < before + tiles_m * tiles_n) {
@@ -152,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
       const int line = (N + TILE_N - 1) / TILE_N * TILE_N;  // a stage fetches whole lines
-      for (int index = blockIdx.x; tiles.find(index, tile); index += gridDim.x) {
+      for (int index = blockIdx.x; tiles.find<false>(index, tile); index += gridDim.x) {
         for (int k = tile.first_k; k < tile.last_k; k++) {
           barrier_wait(empty + 8 * stage, parity ^ 1);
           const u32 a = base + stage * BYTES_STAGE, b = a + BYTES_A;
@@ -174,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   const int lane = threadIdx.x % 32, quad = lane % 4;
   const int first_row = (warpgroup - 1) * 64 * HALVES + threadIdx.x % 128 / 32 * 16 + lane / 4;
 
-  for (int index = blockIdx.x; tiles.find(index, tile); index += gridDim.x) {
+  for (int index = blockIdx.x; tiles.find<true>(index, tile); index += gridDim.x) {
     float total[HALVES][64];
 #pragma unroll
     for (int h = 0; h < HALVES; h++)
