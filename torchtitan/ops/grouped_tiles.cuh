@@ -5,7 +5,8 @@
 #include "hopper.cuh"
 
 constexpr int TILE_M = 128, TILE_N = 256;
-constexpr int STEP_N = SWIGLU && KIND == 0 ? TILE_N / 2 : TILE_N;  // columns of D, or of gate and of up, in a tile
+// Columns of D in a tile; with gate and up in it, columns of each.
+constexpr int STEP_N = SWIGLU && KIND == 0 ? TILE_N / 2 : TILE_N;
 constexpr int SUPER = 8;  // pairs visited together, so that the L2 cache serves
 constexpr bool BY_ROWS = KIND < 2;
 // Where only half of a tile's columns are left, the rest is neither fetched nor multiplied; not in

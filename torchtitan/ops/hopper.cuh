@@ -127,8 +127,8 @@ __device__ __forceinline__ void send(u32 block, u32 to, int number, u32 barrier)
 }
 
 // Returns a number that all threads of a warp have, and lets the compiler know that they do: a branch on
-// it keeps the warp together, and what follows from it is computed once a warp, not in each thread. By whole
-// warps.
+// it keeps the warp together, and what follows from it is computed once a warp, not in each thread.
+// Called by whole warps.
 __device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(0xFFFFFFFF, x); }
 
 __device__ __forceinline__ u32 block_in_cluster() {

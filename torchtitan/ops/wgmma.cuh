@@ -30,7 +30,8 @@ __device__ __forceinline__ void multiply_by_256(float (&d)[128], u32 a, u32 b, i
       "}\n"
       : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56),
         EIGHT(64), EIGHT(72), EIGHT(80), EIGHT(88), EIGHT(96), EIGHT(104), EIGHT(112), EIGHT(120)
-      : "l"(whole_descriptor(a)), "l"(whole_descriptor(b)), "r"(add), "n"(int(A_ACROSS)), "n"(int(B_ACROSS)));
+      : "l"(whole_descriptor(a)), "l"(whole_descriptor(b)), "r"(add), "n"(int(A_ACROSS)),
+        "n"(int(B_ACROSS)));
 }
 
 // The same by 16 × 128 elements, into the first half of `d`.
@@ -48,7 +49,8 @@ __device__ __forceinline__ void multiply_by_128(float (&d)[128], u32 a, u32 b, i
       "%64, %65, p, 1, 1, %67, %68;\n"
       "}\n"
       : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56)
-      : "l"(whole_descriptor(a)), "l"(whole_descriptor(b)), "r"(add), "n"(int(A_ACROSS)), "n"(int(B_ACROSS)));
+      : "l"(whole_descriptor(a)), "l"(whole_descriptor(b)), "r"(add), "n"(int(A_ACROSS)),
+        "n"(int(B_ACROSS)));
 }
 
 #undef EIGHT

@@ -105,7 +105,8 @@ def test_gradients_of_swiglu_of_gathered_rows(counted, D, F):
     actual, expected_weights = grad_weights.flatten(), expected[2].flatten()
     torch.testing.assert_close(actual[with_row], expected_weights[with_row], rtol=1e-3, atol=1e-3)
     if counted:
-        assert actual.count_nonzero() <= R and actual.isfinite().all()
+        actual[with_row] = 0
+        assert not actual.any()
 
 
 @of_sizes
