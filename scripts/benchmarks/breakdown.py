@@ -208,15 +208,18 @@ def weight_sizes(model: nn.Module) -> dict[frozenset[int], str]:
     Weights of a `Joint` (ops/linear.py) may be multiplied as one.
     """
     found: dict[frozenset[int], set[str]] = defaultdict(set)
-    for name, param in model.named_parameters():
+    # Not `get_parameter`: it finds the copy in the compute dtype, where there is one.
+    params = dict(model.named_parameters())
+    for name, param in params.items():
         if param.ndim == 2 and not name.startswith("tok_embeddings"):
             found[frozenset(param.shape)].add(_part_of_weight(name))
     for prefix, module in model.named_modules():
         for joint in joints(module):
-            shapes = [module.get_parameter(name).shape for name in joint.names]
+            names = [f"{prefix}.{name}" for name in joint.names]
+            shapes = [params[name].shape for name in names]
             if len(shapes[0]) == 2:
                 sizes = frozenset((sum(s[joint.dim] for s in shapes), shapes[0][1 - joint.dim]))
-                found[sizes].add(_part_of_weight(f"{prefix}.{joint.names[0]}"))
+                found[sizes].add(_part_of_weight(names[0]))
     return {sizes: parts.pop() for sizes, parts in found.items() if len(parts) == 1}
 
 

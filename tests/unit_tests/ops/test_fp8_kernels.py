@@ -31,6 +31,13 @@ def kernels():
     return kernels
 
 
+@pytest.fixture(params=[False, True], ids=["a tile a block", "tiles in turn"])
+def in_turn(request, monkeypatch):
+    """A tile for every thread block, and, as of large matrices, one block for a tile's columns."""
+    if request.param:
+        monkeypatch.setattr(kernels(), "_parts", lambda *_: 1)
+
+
 def numbers(rows: int, columns: int) -> Tensor:
     """bf16 numbers with outliers, a block of zeros, tiny ones, NaN and infinity."""
     torch.manual_seed(0)
@@ -96,7 +103,7 @@ def order_of(counts: list[int], tokens: int, top_k: int) -> RowOrder:
 
 
 @pytest.mark.parametrize("gathered", [False, True])
-def test_transposing_pads_each_group_and_keeps_what_fits(gathered):
+def test_transposing_pads_each_group_and_keeps_what_fits(gathered, in_turn):
     tokens, top_k, rows = 194, 2, sum(COUNTS)
     order = order_of(COUNTS, tokens, top_k)
     source = order.slot_of_row_R[:rows] // top_k
@@ -115,7 +122,7 @@ def test_transposing_pads_each_group_and_keeps_what_fits(gathered):
 
 
 @pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
-def test_one_pass_quantises_by_rows_and_by_columns(kind):
+def test_one_pass_quantises_by_rows_and_by_columns(kind, in_turn):
     rows = sum(COUNTS)
     x, (ends, padded) = numbers(rows + 20, 208), ends_of(COUNTS)
     (values, scales), columns = kernels().by_both(x, ends, padded, kind)
@@ -128,7 +135,7 @@ def test_one_pass_quantises_by_rows_and_by_columns(kind):
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "without weights"])
 @pytest.mark.parametrize("kind", [E4M3, E5M2], ids=["e4m3", "e5m2"])
-def test_swiglu_writes_what_the_definition_says(kind, weighted):
+def test_swiglu_writes_what_the_definition_says(kind, weighted, in_turn):
     rows, hidden = sum(COUNTS), 256
     gate_up = numbers(rows, 2 * hidden).nan_to_num(0.0, 1.0)
     gate_up[1] = 1.0

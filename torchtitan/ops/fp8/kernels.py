@@ -14,6 +14,7 @@ from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8, padded_tiles
 
 _FOLDER = Path(__file__).parent
 _THREADS = 512  # of a quantising block
+_SWIGLU_THREADS = 256  # that go through 64 rows
 # Of `swiglu_backward`: maxima of columns, and three tiles of bf16.
 _WAITING = 3 * 4 * BLOCK + 3 * 2 * BLOCK * BLOCK
 # Tiles of 256 rows: faster than of 128 nearly everywhere (docs/LOG.md, 2026-11-27).
@@ -26,12 +27,28 @@ def _ceil(size: int) -> int:
 
 
 def _launch(
-    name: str, kind: torch.dtype, grid: tuple[int, ...], *arguments: object, shared: int = 0
+    name: str,
+    kind: torch.dtype,
+    grid: tuple[int, ...],
+    *arguments: object,
+    shared: int = 0,
+    threads: int = _THREADS,
 ) -> None:
     device = next(each.device for each in arguments if isinstance(each, Tensor))
     kernel = Kernel(_FOLDER / "quantize.cu", name, (f"-DE5M2={int(kind == E5M2)}",), shared)
     if 0 not in grid:
-        kernel.launch(device, grid, _THREADS, arguments)
+        kernel.launch(device, grid, threads, arguments)
+
+
+def _multiprocessors(like: Tensor) -> int:
+    return torch.cuda.get_device_properties(like.device).multi_processor_count
+
+
+def _parts(like: Tensor, tiles: int, blocks: int) -> int:
+    """Return by how many thread blocks the columns of a tile are shared, so that each goes through
+    as many blocks of columns as leave 16 tiles for every multiprocessor, at most 4."""
+    each = min(4, max(1, tiles * blocks // (16 * _multiprocessors(like))))
+    return -(-blocks // each)
 
 
 def _new(like: Tensor, *shape: int, kind: torch.dtype = torch.float32) -> Tensor:
@@ -79,7 +96,7 @@ def by_both(
     tiles, blocks = padded_tiles(R, ends.numel()), _ceil(K)
     rows = Fp8(_new(x_RK, R, K, kind=kind), _new(x_RK, blocks, R))
     columns = _new_columns(ends, K, tiles, kind)
-    grid = (tiles, blocks)
+    grid = (tiles, _parts(ends, tiles, blocks))
     _launch("quantize_both", kind, grid, x_RK, ends, padded_ends, *rows, *columns, R, K, len(ends))
     return rows, columns
 
@@ -106,8 +123,8 @@ def by_columns(
     groups, kind = ends.numel(), x.values.dtype
     tiles = padded_tiles(rows, groups)
     out = _new_columns(ends, K, tiles, kind)
-    lists = slot_of_row, ends, padded_ends
-    _launch("transpose", kind, (tiles, _ceil(K)), *x, *lists, *out, T, K, groups, top_k)
+    lists, grid = (slot_of_row, ends, padded_ends), (tiles, _parts(ends, tiles, _ceil(K)))
+    _launch("transpose", kind, grid, *x, *lists, *out, T, K, groups, top_k)
     return out
 
 
@@ -115,8 +132,8 @@ def gather(x: Fp8, slot_of_row_R: Tensor, ends: Tensor, top_k: int) -> Fp8:
     """Copy the token, slot // top_k, of every row. K is a multiple of 16."""
     (T, K), R = x.values.shape, slot_of_row_R.numel()
     out = Fp8(_new(ends, R, K, kind=x.values.dtype), _new(ends, _ceil(K), R))
-    grid = (-(-R // 16),)
-    _launch("gather", E4M3, grid, *x, slot_of_row_R, ends, *out, T, R, K, ends.numel(), top_k)
+    lists, grid = (slot_of_row_R, ends), (_ceil(R), -(-K // 512))
+    _launch("gather", E4M3, grid, *x, *lists, *out, T, R, K, ends.numel(), top_k)
     return out
 
 
@@ -131,9 +148,11 @@ def swiglu(
     blocks = _ceil(F)
     hidden = Fp8(_new(ends, R, F, kind=E4M3), _new(ends, blocks, R))
     kept = Fp8(_new(ends, R, 2 * F, kind=E4M3), _new(ends, 2 * blocks, R))
+    tiles = -(-R // 64)
+    grid = (tiles, _parts(ends, tiles, blocks))
     _launch(
-        "swiglu", E4M3, (_ceil(R), blocks), gate_up_R2F, weights_N, slot_of_row_R, ends, *hidden,
-        *kept, R, F, ends.numel(),
+        "swiglu", E4M3, grid, gate_up_R2F, weights_N, slot_of_row_R, ends, *hidden, *kept, R, F,
+        ends.numel(), threads=_SWIGLU_THREADS,
     )  # fmt: skip
     return hidden, kept
 
@@ -157,8 +176,9 @@ def swiglu_backward(
     t_grad, t_hidden = _new_columns(ends, 2 * F, tiles, kind), _new_columns(ends, F, tiles, E4M3)
     parts = _new(ends, blocks, 0 if weights_N is None else R)
     _launch(
-        "swiglu_backward", kind, (tiles, blocks), grad_RF, *kept, weights_N, slot_of_row_R, ends,
-        padded_ends, *grad, *t_grad, *t_hidden, parts, R, F, ends.numel(), shared=_WAITING,
+        "swiglu_backward", kind, (tiles, _parts(ends, tiles, blocks)), grad_RF, *kept, weights_N,
+        slot_of_row_R, ends, padded_ends, *grad, *t_grad, *t_hidden, parts, R, F, ends.numel(),
+        shared=_WAITING,
     )  # fmt: skip
     return grad, t_grad, t_hidden, parts.sum(0)
 
@@ -214,7 +234,7 @@ def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor) -> None:
         shared=1024 + stages * (stage + 16),
     )
     device = out.device
-    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    blocks = _multiprocessors(out)
     maps = tensor_map(a.values, BLOCK * _HALVES, BLOCK), tensor_map(b_NK, BLOCK, BLOCK)
     scales = a.scales, b.scales
     kernel.launch(device, (blocks,), 384, (*maps, *scales, out, ends, ends.numel(), rows, N, K))
