@@ -38,6 +38,7 @@ constexpr int STAGES = 4;
 // Staging of results, boxes of 64 columns: of a warp's 16 rows, or (TRANSPOSED) a warpgroup's 64.
 constexpr int BYTES_BOX = (TRANSPOSED ? 64 : 16) * 128, BUFFERS = 2;
 constexpr int BYTES_RESULTS = (TRANSPOSED ? 2 : 8) * BUFFERS * BYTES_BOX;
+using Stores = Boxes<BUFFERS, BYTES_BOX>;  // of a warp; of a warpgroup where TRANSPOSED
 // SWIGLU's gradient: gate and up of 64 columns come in a stage, and the results leave from there.
 constexpr int STAGES_GATE_UP = SWIGLU && KIND == 1 ? TILE_N / 64 : 0;
 constexpr int BYTES_GATE = TILE_M * 128;
@@ -351,90 +352,20 @@ __device__ __forceinline__ float sigmoid(float x) {
 
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
-// A matrix that is stored.
-struct Out {
-  const TensorMap* map;
-  u16* matrix;
-  int width;
-};
-
-// Stores 64 columns of the warp's 16 rows by way of shared memory: the TMA takes one instruction, and
-// goes on while the next tile is multiplied.
-//
-// x: two columns in every 8 of two rows, 8 apart. buffer: free for all threads. row, column: of the
-// matrix, where the box begins.
-__device__ __forceinline__ void store_box(const u32 (&x)[2][8], u32 buffer, const Out& out, long long row,
-                                          int column) {
-  const int lane = threadIdx.x % 32;
-  const u32 to = buffer + swizzled(lane % 16, lane / 16);
+// Stores 64 columns of the warpgroup's 64 rows as 64 rows of 64 columns.
+__device__ __forceinline__ void store_transposed(const u32 (&x)[2][8], const Out& out, long long row, int column,
+                                                 Stores& boxes) {
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, group = 1 + threadIdx.x / 128;
+  const u32 buffer = boxes.next_buffer();
+  asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
+  const u32 to = buffer + swizzled(lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
 #pragma unroll
-  for (int i = 0; i < 4; i++)  // 16 columns
-    store_matrices<false>(to ^ i * 32, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
+  for (int i = 0; i < 4; i++)  // 16 rows
+    store_matrices<true>(to + i * 16 * 128, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  __syncwarp();
-  if (lane == 0) tma_store(out.map, column, row, buffer);
-}
-
-// Stores the first `rows` of them; the others are the next group's.
-__device__ __forceinline__ void store_rows(const u32 (&x)[2][8], const Out& out, long long row, int column,
-                                           int rows) {
-  const int line = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
-#pragma unroll
-  for (int j = 0; j < 2; j++) {
-    u16* to = out.matrix + (row + line + j * 8) * out.width + column + quad * 8;
-    const bool inside = line + j * 8 < rows;
-    store32(to, x[j][0], x[j][1], x[j][2], x[j][3], quad, inside);
-    store32(to + 32, x[j][4], x[j][5], x[j][6], x[j][7], quad, inside);
-  }
-}
-
-// Stores boxes of results by way of buffers in shared memory, of this warp or (TRANSPOSED) its
-// warpgroup, taken in turn.
-struct Boxes {
-  u32 buffers;
-  int turn = 0;
-
-  // Returns the next buffer, free for the first thread of each warp; others wait for those.
-  __device__ u32 next_buffer() {
-    const u32 buffer = buffers + turn * BYTES_BOX;
-    turn = (turn + 1) % BUFFERS;
-    if (threadIdx.x % 32 == 0) wait_until_read<BUFFERS - 1>();
-    return buffer;
-  }
-
-  // Stores 64 columns of the warp's 16 rows, or of the first `rows` of them.
-  __device__ void store(const u32 (&x)[2][8], const Out& out, long long row, int column, int rows) {
-    if (uniform(rows) < 16) {
-      store_rows(x, out, row, column, rows);
-      return;
-    }
-    const u32 buffer = next_buffer();
-    __syncwarp();
-    store_box(x, buffer, out, row, column);
-  }
-
-  // Stores 64 columns of the warpgroup's 64 rows as 64 rows of 64 columns.
-  __device__ void store_transposed(const u32 (&x)[2][8], const Out& out, long long row, int column) {
-    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, group = 1 + threadIdx.x / 128;
-    const u32 buffer = next_buffer();
-    asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
-    const u32 to = buffer + swizzled(lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
-#pragma unroll
-    for (int i = 0; i < 4; i++)  // 16 rows
-      store_matrices<true>(to + i * 16 * 128, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
-    if (lane == 0) tma_store(out.map, column, row + warp * 16, buffer + warp * 16 * 128);
-    __syncwarp();  // the compiler knows the warp together again
-  }
-};
-
-// Rounds 64 columns of this thread's two rows.
-__device__ __forceinline__ void round_box(const float* of, u32 (&x)[2][8]) {
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-#pragma unroll
-    for (int j = 0; j < 2; j++) x[j][i] = pack(of[i * 4 + j * 2], of[i * 4 + j * 2 + 1]);
+  asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
+  if (lane == 0) tma_store(out.map, column, row + warp * 16, buffer + warp * 16 * 128);
+  __syncwarp();  // the compiler knows the warp together again
 }
 
 // Loads 64 columns of the warp's 16 rows as `store_box` holds them.
@@ -490,7 +421,7 @@ __device__ __forceinline__ Rows find_rows_to_store(const Results& of, const Tile
 
 // Stores the 64 rows of a tile that this warpgroup has multiplied.
 __device__ __forceinline__ void store_tile(const float (&d)[128], const Results& of, const Tile& tile, int half,
-                                           const Rows& rows, Boxes& boxes) {
+                                           const Rows& rows, Stores& boxes) {
   if (uniform(rows.count) <= 0) return;
   const int columns = uniform(of.N - tile.n);
 #pragma unroll
@@ -500,7 +431,7 @@ __device__ __forceinline__ void store_tile(const float (&d)[128], const Results&
     u32 x[2][8];
     round_box(d + i * 32, x);
     if constexpr (TRANSPOSED) {
-      boxes.store_transposed(x, of.out, (long long)tile.group * of.N + column, tile.m + half * 64);
+      store_transposed(x, of.out, (long long)tile.group * of.N + column, tile.m + half * 64, boxes);
       continue;
     }
     boxes.store(x, of.out, rows.first, column, rows.count);
@@ -589,7 +520,7 @@ __device__ __forceinline__ void store_gradients(const float (&d)[128], const Res
 
 // Multiplies and stores half of each of this block's tiles: the part of one warpgroup.
 __device__ __forceinline__ void compute_tiles(const Results& of, int half, int K, Tiles& tiles, Turns& turns,
-                                              Ring& ring, Boxes& boxes) {
+                                              Ring& ring, Stores& boxes) {
   Tile next;
   bool more = tiles.find(turns.next(), next);
   while (more) {
@@ -660,7 +591,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     const Out of_out{&map_out, out, SWIGLU ? 2 * N : N}, of_hidden{&map_hidden, hidden, N};
     const Results of{of_out, of_hidden, slots, weights, grad_weights, M, N, rank};
     const int storing = TRANSPOSED ? warpgroup - 1 : threadIdx.x / 32 - 4;
-    Boxes boxes{buffers + storing * BUFFERS * BYTES_BOX};
+    Stores boxes{buffers + storing * BUFFERS * BYTES_BOX};
     compute_tiles(of, warpgroup - 1, K, tiles, turns, ring, boxes);
   }
   cluster_wait();  // the other block fetches into this one's memory, and arrives at its barriers

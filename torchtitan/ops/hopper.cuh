@@ -208,3 +208,74 @@ __device__ __forceinline__ void store32(u16* to, u32 x0, u32 x1, u32 x2, u32 x3,
   swap_if(upper, x1, x3);
   if (inside) *reinterpret_cast<uint4*>(to) = make_uint4(x0, x1, x2, x3);
 }
+
+// A matrix that is stored.
+struct Out {
+  const TensorMap* map;
+  u16* matrix;
+  int width;
+};
+
+// Stores 64 columns of the warp's 16 rows by way of shared memory: the TMA takes one instruction, and
+// goes on while the next tile is multiplied.
+//
+// x: two columns in every 8 of two rows, 8 apart. buffer: free for all threads. row, column: of the
+// matrix, where the box begins.
+__device__ __forceinline__ void store_box(const u32 (&x)[2][8], u32 buffer, const Out& out, long long row,
+                                          int column) {
+  const int lane = threadIdx.x % 32;
+  const u32 to = buffer + swizzled(lane % 16, lane / 16);
+#pragma unroll
+  for (int i = 0; i < 4; i++)  // 16 columns
+    store_matrices<false>(to ^ i * 32, x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]);
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncwarp();
+  if (lane == 0) tma_store(out.map, column, row, buffer);
+}
+
+// Stores the first `rows` of them; the others are the next group's.
+__device__ __forceinline__ void store_rows(const u32 (&x)[2][8], const Out& out, long long row, int column,
+                                           int rows) {
+  const int line = threadIdx.x % 32 / 4, quad = threadIdx.x % 4, first = column + quad * 8;
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    u16* to = out.matrix + (row + line + j * 8) * out.width + first;
+    const bool inside = line + j * 8 < rows;
+    store32(to, x[j][0], x[j][1], x[j][2], x[j][3], quad, inside && first < out.width);
+    store32(to + 32, x[j][4], x[j][5], x[j][6], x[j][7], quad, inside && first + 32 < out.width);
+  }
+}
+
+// Stores boxes of results by way of COUNT buffers of BYTES in shared memory, taken in turn.
+template <int COUNT, int BYTES>
+struct Boxes {
+  u32 buffers;
+  int turn = 0;
+
+  // Returns the next buffer, free for the first thread of each warp; others wait for those.
+  __device__ u32 next_buffer() {
+    const u32 buffer = buffers + turn * BYTES;
+    turn = (turn + 1) % COUNT;
+    if (threadIdx.x % 32 == 0) wait_until_read<COUNT - 1>();
+    return buffer;
+  }
+
+  // Stores 64 columns of the warp's 16 rows, or of the first `rows` of them.
+  __device__ void store(const u32 (&x)[2][8], const Out& out, long long row, int column, int rows) {
+    if (uniform(rows) < 16) {
+      store_rows(x, out, row, column, rows);
+      return;
+    }
+    const u32 buffer = next_buffer();
+    __syncwarp();
+    store_box(x, buffer, out, row, column);
+  }
+};
+
+// Rounds 64 columns of this thread's two rows.
+__device__ __forceinline__ void round_box(const float* of, u32 (&x)[2][8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) x[j][i] = pack(of[i * 4 + j * 2], of[i * 4 + j * 2 + 1]);
+}

@@ -14,7 +14,10 @@
 // tensor cores work for the other. Blocks are persistent, and take tiles in turn; they find a tile's
 // group in the device's list of ends, so the host need not know any size.
 //
-// Compiled by NVRTC with KIND (0 or 1), HALVES (1 or 2) and STAGES defined.
+// A warp's results leave through shared memory, as its next tile begins; the scales of that are loaded
+// before.
+//
+// Compiled by NVRTC with KIND (0 or 1), HALVES (1 or 2), STAGES and BUFFERS (of results, of a warp) defined.
 
 #include "hopper.cuh"
 
@@ -27,6 +30,8 @@ constexpr int BYTES_STAGE = BYTES_A + BYTES_B;
 constexpr int BYTES_SCALES = KIND == 0 ? 0 : TILE_N * 4;  // of B's rows, a stage
 constexpr int SUPER = 8;  // tiles of rows that are visited together, so that the L2 cache serves
 constexpr bool BY_BLOCKS = KIND == 0;
+constexpr int BYTES_BOX = 16 * 128;  // 16 rows of 64 results
+using Stores = Boxes<BUFFERS, BYTES_BOX>;
 
 __device__ __forceinline__ void fetch_line(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile(
@@ -122,17 +127,88 @@ struct Tiles {
   }
 };
 
+// The scales of this thread's rows, r and r + 8 of every half, and (BY_BLOCKS) of B: a block ahead.
+struct Scales {
+  const float *of_rows[HALVES][2], *of_b;
+  float rows[HALVES][2], b = 1.f;
+  int line;
+
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) rows[h][j] = __ldg(of_rows[h][j]), of_rows[h][j] += line;
+    if (BY_BLOCKS) b = __ldg(of_b++);
+  }
+
+  // first_row: this thread's, in a tile. M: rows of A.
+  __device__ __forceinline__ void begin(const Tile& tile, const float* scales_a, const float* scales_b,
+                                        int first_row, int M) {
+    line = BY_BLOCKS ? M : (M + 127) / 128 * 128;
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const int row = min(tile.row_a + first_row + h * 64 + j * 8, M - 1);
+        of_rows[h][j] = scales_a + (long long)tile.first_k * line + row;
+      }
+    of_b = scales_b + tile.scales_b;
+    if (tile.first_k < tile.last_k) load();
+  }
+};
+
+// Has the tiles of this block fetched: the part of one thread.
+__device__ __forceinline__ void bring_tiles(const TensorMap* map_a, const TensorMap* map_b, const float* scales_b,
+                                            u32 base, u32 columns, u32 full, u32 empty, Tiles& tiles) {
+  const int line = (tiles.N + TILE_N - 1) / TILE_N * TILE_N;  // a stage fetches whole lines
+  int stage = 0;
+  u32 parity = 0;
+  Tile tile;
+  for (int index = blockIdx.x; tiles.find<false>(index, tile); index += gridDim.x) {
+    for (int k = tile.first_k; k < tile.last_k; k++) {
+      barrier_wait(empty + 8 * stage, parity ^ 1);
+      const u32 a = base + stage * BYTES_STAGE, b = a + BYTES_A;
+      barrier_expect(full + 8 * stage, BYTES_STAGE + BYTES_SCALES);
+      if (!BY_BLOCKS)
+        fetch_line(columns + stage * BYTES_SCALES, scales_b + (long long)k * line + tile.scales_b,
+                   BYTES_SCALES, full + 8 * stage);
+      fetch(a, map_a, k * TILE_K, tile.row_a, full + 8 * stage);
+      fetch(b, map_b, k * TILE_K, tile.row_b, full + 8 * stage);
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+  }
+}
+
+// Scales 64 × 128 sums of products and adds them to the totals.
+//
+// of_columns: place of the columns' scales in shared memory (not BY_BLOCKS).
+__device__ __forceinline__ void promote(float (&total)[64], const float (&sum)[64], const float (&scale)[2],
+                                        u32 of_columns) {
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    float2 column = make_float2(1.f, 1.f);
+    if (!BY_BLOCKS) column = load_pair(of_columns + i * 32);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const float low = BY_BLOCKS ? scale[j] : scale[j] * column.x;
+      const float high = BY_BLOCKS ? scale[j] : scale[j] * column.y;
+      total[i * 4 + j * 2] += low * sum[i * 4 + j * 2];
+      total[i * 4 + j * 2 + 1] += high * sum[i * 4 + j * 2 + 1];
+    }
+  }
+}
+
 // M: rows of A. ends: rows (BY_BLOCKS) or padded tokens up to the end of each group.
 // scales_a: (blocks of the reduction, M), scales_b: (G, blocks of N, blocks of K). ROWS_BY_ROWS: both
 // (blocks of the reduction, M or N rounded up to 128).
 extern "C" __global__ void __launch_bounds__(384, 1)
     fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
-             const float* __restrict__ scales_a, const float* __restrict__ scales_b,
-             u16* __restrict__ out, const int* __restrict__ ends, int groups, int M,
-             int N, int K) {
-  extern __shared__ char raw[];
-  const u32 base = (shared_address(raw) + 1023) & ~1023u;
-  const u32 columns = base + STAGES * BYTES_STAGE;
+             const __grid_constant__ TensorMap map_out, const float* __restrict__ scales_a,
+             const float* __restrict__ scales_b, u16* __restrict__ out, const int* __restrict__ ends,
+             int groups, int M, int N, int K) {
+  extern __shared__ __align__(1024) char raw[];
+  const u32 base = shared_address(raw), buffers = base + STAGES * BYTES_STAGE;
+  const u32 columns = buffers + 8 * BUFFERS * BYTES_BOX;
   const u32 full = columns + STAGES * BYTES_SCALES, empty = full + 8 * STAGES;
   const int warpgroup = uniform(threadIdx.x / 128);
 
@@ -146,73 +222,40 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   __syncthreads();
 
   Tiles tiles{ends, groups, M, N, K};
-  Tile tile;
-  int stage = 0;
-  u32 parity = 0;
-
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) {
-      const int line = (N + TILE_N - 1) / TILE_N * TILE_N;  // a stage fetches whole lines
-      for (int index = blockIdx.x; tiles.find<false>(index, tile); index += gridDim.x) {
-        for (int k = tile.first_k; k < tile.last_k; k++) {
-          barrier_wait(empty + 8 * stage, parity ^ 1);
-          const u32 a = base + stage * BYTES_STAGE, b = a + BYTES_A;
-          barrier_expect(full + 8 * stage, BYTES_STAGE + BYTES_SCALES);
-          if (!BY_BLOCKS)
-            fetch_line(columns + stage * BYTES_SCALES,
-                       scales_b + (long long)k * line + tile.scales_b, BYTES_SCALES,
-                       full + 8 * stage);
-          fetch(a, &map_a, k * TILE_K, tile.row_a, full + 8 * stage);
-          fetch(b, &map_b, k * TILE_K, tile.row_b, full + 8 * stage);
-          if (++stage == STAGES) stage = 0, parity ^= 1;
-        }
-      }
-    }
+    if (threadIdx.x == 0) bring_tiles(&map_a, &map_b, scales_b, base, columns, full, empty, tiles);
     return;
   }
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-  const int lane = threadIdx.x % 32, quad = lane % 4;
-  const int first_row = (warpgroup - 1) * 64 * HALVES + threadIdx.x % 128 / 32 * 16 + lane / 4;
-
-  for (int index = blockIdx.x; tiles.find<true>(index, tile); index += gridDim.x) {
+  const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x % 128 / 32);
+  const int first_row = (warpgroup - 1) * 64 * HALVES + warp * 16;
+  const Out results{&map_out, out, N};
+  Stores boxes{buffers + ((warpgroup - 1) * 4 + warp) * BUFFERS * BYTES_BOX};
+  Scales scales;
+  Tile next;
+  int stage = 0, index = blockIdx.x;
+  u32 parity = 0;
+  bool more = tiles.find<true>(index, next);
+  if (more) scales.begin(next, scales_a, scales_b, first_row + lane / 4, M);
+  while (more) {
+    const Tile tile = next;
     float total[HALVES][64];
 #pragma unroll
     for (int h = 0; h < HALVES; h++)
 #pragma unroll
       for (int i = 0; i < 64; i++) total[h][i] = 0.f;
 
-    // Scales of this thread's rows, r and r + 8 of every half, and of B: fetched a block ahead.
-    const int line_a = BY_BLOCKS ? M : (M + 127) / 128 * 128;
-    const float* at[HALVES][2];
-    float next_a[HALVES][2], next_b = 0.f;
-#pragma unroll
-    for (int h = 0; h < HALVES; h++)
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const int row = min(tile.row_a + first_row + h * 64 + j * 8, M - 1);
-        at[h][j] = scales_a + (long long)tile.first_k * line_a + row;
-      }
-    auto load_scales = [&](int k) {
-#pragma unroll
-      for (int h = 0; h < HALVES; h++)
-#pragma unroll
-        for (int j = 0; j < 2; j++) next_a[h][j] = __ldg(at[h][j]), at[h][j] += line_a;
-      if (BY_BLOCKS) next_b = __ldg(scales_b + tile.scales_b + k);
-    };
-    if (tile.first_k < tile.last_k) load_scales(tile.first_k);
-
     for (int k = tile.first_k; k < tile.last_k; k++) {
       float scale[HALVES][2];
 #pragma unroll
       for (int h = 0; h < HALVES; h++)
 #pragma unroll
-        for (int j = 0; j < 2; j++) scale[h][j] = BY_BLOCKS ? next_a[h][j] * next_b : next_a[h][j];
-      const int next_k = min(k + 1, tile.last_k - 1);
-      if (k + 1 < tile.last_k) load_scales(next_k);
+        for (int j = 0; j < 2; j++) scale[h][j] = BY_BLOCKS ? scales.rows[h][j] * scales.b : scales.rows[h][j];
+      if (k + 1 < tile.last_k) scales.load();
 
-      const u32 of_columns = columns + stage * BYTES_SCALES + quad * 8;
+      const u32 of_columns = columns + stage * BYTES_SCALES + lane % 4 * 8;
       barrier_wait(full + 8 * stage, parity);
       const u32 a = base + stage * BYTES_STAGE, b = a + BYTES_A;
       const u32 of_a = tile_descriptor<false>(a + (warpgroup - 1) * HALVES * 64 * TILE_K);
@@ -230,18 +273,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         pin(sum);
         if (BY_BLOCKS && h == HALVES - 1 && lane == 0) barrier_arrive(empty + 8 * stage);
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-          float2 column = make_float2(1.f, 1.f);
-          if (!BY_BLOCKS) column = load_pair(of_columns + i * 32);
-#pragma unroll
-          for (int j = 0; j < 2; j++) {
-            const float low = BY_BLOCKS ? scale[h][j] : scale[h][j] * column.x;
-            const float high = BY_BLOCKS ? scale[h][j] : scale[h][j] * column.y;
-            total[h][i * 4 + j * 2] += low * sum[i * 4 + j * 2];
-            total[h][i * 4 + j * 2 + 1] += high * sum[i * 4 + j * 2 + 1];
-          }
-        }
+        promote(total[h], sum, scale[h], of_columns);
       }
       if (!BY_BLOCKS) {  // the columns' scales are in the stage, too
         // Arriving doesn't wait for loads, and the TMA's next scales would overtake them.
@@ -252,19 +284,17 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 
+    more = tiles.find<true>(index += gridDim.x, next);
+    if (more) scales.begin(next, scales_a, scales_b, first_row + lane / 4, M);
 #pragma unroll
     for (int h = 0; h < HALVES; h++)
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const int row = first_row + h * 64 + j * 8;
-        u16* line = out + (tile.out + row) * N + tile.column + quad * 8;
-        const int columns = row < tile.rows ? N - tile.column - quad * 8 : 0;
-#pragma unroll
-        for (int i = 0; i < 16; i += 4) {
-          const float* of = total[h] + i * 4 + j * 2;
-          store32(line + i * 8, pack(of[0], of[1]), pack(of[4], of[5]), pack(of[8], of[9]),
-                  pack(of[12], of[13]), quad, i * 8 < columns);
-        }
+      for (int box = 0; box < 2; box++) {
+        const int column = tile.column + box * 64, row = first_row + h * 64;
+        u32 x[2][8];
+        round_box(total[h] + box * 32, x);
+        if (column < N) boxes.store(x, results, tile.out + row, column, tile.rows - row);
       }
   }
+  if (lane == 0) wait_until_read<0>();
 }

@@ -19,6 +19,8 @@ _SWIGLU_THREADS = 256  # that go through 64 rows
 _WAITING = 3 * 4 * BLOCK + 3 * 2 * BLOCK * BLOCK
 # Tiles of 256 rows: faster than of 128 nearly everywhere (docs/LOG.md, 2026-11-27).
 _HALVES = 2
+# A warp stores its results by boxes of 16 rows by 64 columns.
+_BUFFERS, _BYTES_BOX = 2, 16 * 128
 _SHARED_MEMORY = 227 * 1024  # of a block on Hopper
 
 
@@ -220,8 +222,9 @@ def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor) -> None:
         return
     b_NK = b.values.flatten(0, -2)
     N = b.values.size(-2)
-    stage = BLOCK * BLOCK * (_HALVES + 1) + 4 * BLOCK * kind
-    stages = min(8, (_SHARED_MEMORY - 2048) // (stage + 16))
+    stage = BLOCK * BLOCK * (_HALVES + 1) + 4 * BLOCK * kind + 16  # with its barriers
+    of_results = 8 * _BUFFERS * _BYTES_BOX
+    stages = min(8, (_SHARED_MEMORY - of_results) // stage)
     kernel = Kernel(
         _FOLDER / "gemm.cu",
         "fp8_gemm",
@@ -229,12 +232,16 @@ def _gemm(kind: int, a: Fp8, b: Fp8, ends: Tensor, out: Tensor) -> None:
             f"-DKIND={kind}",
             f"-DHALVES={_HALVES}",
             f"-DSTAGES={stages}",
+            f"-DBUFFERS={_BUFFERS}",
             f'-DTYPE_A="{"e5m2" if a.values.dtype == E5M2 else "e4m3"}"',
         ),
-        shared=1024 + stages * (stage + 16),
+        shared=stages * stage + of_results,
     )
     device = out.device
-    blocks = _multiprocessors(out)
-    maps = tensor_map(a.values, BLOCK * _HALVES, BLOCK), tensor_map(b_NK, BLOCK, BLOCK)
-    scales = a.scales, b.scales
-    kernel.launch(device, (blocks,), 384, (*maps, *scales, out, ends, ends.numel(), rows, N, K))
+    maps = (
+        tensor_map(a.values, BLOCK * _HALVES, BLOCK),
+        tensor_map(b_NK, BLOCK, BLOCK),
+        tensor_map(out.flatten(0, -2), 16, 64),
+    )
+    arguments = *maps, a.scales, b.scales, out, ends, ends.numel(), rows, N, K
+    kernel.launch(device, (_multiprocessors(out),), 384, arguments)
