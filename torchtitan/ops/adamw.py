@@ -4,8 +4,12 @@ Weights, gradient, states and compute copy may differ in dtype: everything is co
 rounded once when stored.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from torchtitan.ops.fp8.weight import Fp8Weight
 
 
 def step_numbers(step: int, lr: float, betas: tuple[float, float], decay: float) -> Tensor:
@@ -43,11 +47,8 @@ def adamw_update(
     if param.numel() == 0:
         return
     if param.is_cuda:
-        from torchtitan.ops import adamw_triton
-
-        adamw_triton.update(
-            param, grad, mean, square, numbers_4, copy, factor, betas=betas, eps=eps, l2=l2
-        )
+        update = _kernel(copy)
+        update(param, grad, mean, square, numbers_4, copy, factor, betas=betas, eps=eps, l2=l2)
         return
     lr, decay, correction1, correction2 = numbers_4
     p, m, v = param.float(), mean.float(), square.float()
@@ -58,3 +59,13 @@ def adamw_update(
     for tensor, value in ((param, p), (mean, m), (square, v), (copy, p)):
         if tensor is not None:
             tensor.copy_(value)
+
+
+def _kernel(copy: Tensor | None) -> Callable[..., None]:
+    if isinstance(copy, Fp8Weight):
+        from torchtitan.ops.fp8 import kernels
+
+        return kernels.adamw
+    from torchtitan.ops import adamw_triton
+
+    return adamw_triton.update

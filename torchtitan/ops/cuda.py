@@ -38,7 +38,8 @@ class Kernel:
         """Launch on the current stream.
 
         grid: blocks in up to three dims.
-        arguments: tensors (their address), None (a null pointer), ints (32 bits), tensor maps.
+        arguments: tensors (their address), None (a null pointer), ints and floats (32
+            bits), tensor maps.
         """
         driver, function = _driver(device), self.load(device)
         held = [_argument(each) for each in arguments]
@@ -112,6 +113,8 @@ def _argument(value: Any) -> Any:
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return ctypes.c_void_p(0)
+    if isinstance(value, float):
+        return ctypes.c_float(value)
     return ctypes.c_int(value) if isinstance(value, int) else value
 
 

@@ -1,4 +1,4 @@
-"""FP8 on Hopper: quantize.cu and gemm.cu; references: quantize.py and gemm.py.
+"""FP8 on Hopper: quantize.cu, swiglu.cu, adamw.cu and gemm.cu; reference: quantize.py.
 
 Letters as in quantize.py. `ends` are int32 numbers of rows up to the end of each group, on the
 device; `padded_ends` the same with each group padded to a multiple of 128.
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from torchtitan.ops.cuda import Kernel, tensor_map
 from torchtitan.ops.fp8.quantize import BLOCK, E4M3, E5M2, Fp8, padded_tiles
+from torchtitan.ops.fp8.weight import Fp8Weight
 
 _FOLDER = Path(__file__).parent
+_QUANTIZE, _SWIGLU = _FOLDER / "quantize.cu", _FOLDER / "swiglu.cu"
 _THREADS = 512  # of a quantising block
 _SWIGLU_THREADS = 256  # that go through 64 rows
 # Of `swiglu_backward`: maxima of columns, and three tiles of bf16.
@@ -29,6 +31,7 @@ def _ceil(size: int) -> int:
 
 
 def _launch(
+    source: Path,
     name: str,
     kind: torch.dtype,
     grid: tuple[int, ...],
@@ -37,7 +40,7 @@ def _launch(
     threads: int = _THREADS,
 ) -> None:
     device = next(each.device for each in arguments if isinstance(each, Tensor))
-    kernel = Kernel(_FOLDER / "quantize.cu", name, (f"-DE5M2={int(kind == E5M2)}",), shared)
+    kernel = Kernel(source, name, (f"-DE5M2={int(kind == E5M2)}",), shared)
     if 0 not in grid:
         kernel.launch(device, grid, threads, arguments)
 
@@ -61,7 +64,7 @@ def by_rows(x_RK: Tensor, kind: torch.dtype = E4M3) -> Fp8:
     """Compute `quantize.by_rows` of a bf16 matrix, K a multiple of 16."""
     R, K = x_RK.shape
     out = Fp8(_new(x_RK, R, K, kind=kind), _new(x_RK, _ceil(K), R))
-    _launch("quantize_rows", kind, (_ceil(R), _ceil(K)), x_RK, *out, R, K)
+    _launch(_QUANTIZE, "quantize_rows", kind, (_ceil(R), _ceil(K)), x_RK, *out, R, K)
     return out
 
 
@@ -76,7 +79,7 @@ def by_blocks(w_ENK: Tensor, *, transposed: bool = False) -> Fp8:
     out = Fp8(_new(w_ENK, E, rows, columns, kind=E4M3), _new(w_ENK, E, of_rows, of_columns))
     wide = int(w_ENK.dtype == torch.float32)
     grid = (k, n, E)
-    _launch("quantize_blocks", E4M3, grid, w_ENK, *out, N, K, wide, int(transposed))
+    _launch(_QUANTIZE, "quantize_blocks", E4M3, grid, w_ENK, *out, N, K, wide, int(transposed))
     return out
 
 
@@ -85,7 +88,7 @@ def transposed_blocks(weight: Fp8) -> Fp8:
     E, N, K = weight.values.shape
     n, k = _ceil(N), _ceil(K)
     out = Fp8(_new(weight.values, E, K, N, kind=E4M3), _new(weight.values, E, k, n))
-    _launch("transpose_blocks", E4M3, (k, n, E), *weight, *out, N, K)
+    _launch(_QUANTIZE, "transpose_blocks", E4M3, (k, n, E), *weight, *out, N, K)
     return out
 
 
@@ -99,7 +102,20 @@ def by_both(
     rows = Fp8(_new(x_RK, R, K, kind=kind), _new(x_RK, blocks, R))
     columns = _new_columns(ends, K, tiles, kind)
     grid = (tiles, _parts(ends, tiles, blocks))
-    _launch("quantize_both", kind, grid, x_RK, ends, padded_ends, *rows, *columns, R, K, len(ends))
+    _launch(
+        _QUANTIZE,
+        "quantize_both",
+        kind,
+        grid,
+        x_RK,
+        ends,
+        padded_ends,
+        *rows,
+        *columns,
+        R,
+        K,
+        len(ends),
+    )
     return rows, columns
 
 
@@ -126,7 +142,7 @@ def by_columns(
     tiles = padded_tiles(rows, groups)
     out = _new_columns(ends, K, tiles, kind)
     lists, grid = (slot_of_row, ends, padded_ends), (tiles, _parts(ends, tiles, _ceil(K)))
-    _launch("transpose", kind, grid, *x, *lists, *out, T, K, groups, top_k)
+    _launch(_QUANTIZE, "transpose", kind, grid, *x, *lists, *out, T, K, groups, top_k)
     return out
 
 
@@ -135,7 +151,7 @@ def gather(x: Fp8, slot_of_row_R: Tensor, ends: Tensor, top_k: int) -> Fp8:
     (T, K), R = x.values.shape, slot_of_row_R.numel()
     out = Fp8(_new(ends, R, K, kind=x.values.dtype), _new(ends, _ceil(K), R))
     lists, grid = (slot_of_row_R, ends), (_ceil(R), -(-K // 512))
-    _launch("gather", E4M3, grid, *x, *lists, *out, T, R, K, ends.numel(), top_k)
+    _launch(_QUANTIZE, "gather", E4M3, grid, *x, *lists, *out, T, R, K, ends.numel(), top_k)
     return out
 
 
@@ -153,8 +169,8 @@ def swiglu(
     tiles = -(-R // 64)
     grid = (tiles, _parts(ends, tiles, blocks))
     _launch(
-        "swiglu", E4M3, grid, gate_up_R2F, weights_N, slot_of_row_R, ends, *hidden, *kept, R, F,
-        ends.numel(), threads=_SWIGLU_THREADS,
+        _SWIGLU, "swiglu", E4M3, grid, gate_up_R2F, weights_N, slot_of_row_R, ends, *hidden, *kept,
+        R, F, ends.numel(), threads=_SWIGLU_THREADS,
     )  # fmt: skip
     return hidden, kept
 
@@ -177,12 +193,40 @@ def swiglu_backward(
     grad = Fp8(_new(ends, R, 2 * F, kind=kind), _new(ends, 2 * blocks, R))
     t_grad, t_hidden = _new_columns(ends, 2 * F, tiles, kind), _new_columns(ends, F, tiles, E4M3)
     parts = _new(ends, blocks, 0 if weights_N is None else R)
+    grid = (tiles, _parts(ends, tiles, blocks))
     _launch(
-        "swiglu_backward", kind, (tiles, _parts(ends, tiles, blocks)), grad_RF, *kept, weights_N,
-        slot_of_row_R, ends, padded_ends, *grad, *t_grad, *t_hidden, parts, R, F, ends.numel(),
-        shared=_WAITING,
+        _SWIGLU, "swiglu_backward", kind, grid, grad_RF, *kept, weights_N, slot_of_row_R, ends,
+        padded_ends, *grad, *t_grad, *t_hidden, parts, R, F, ends.numel(), shared=_WAITING,
     )  # fmt: skip
     return grad, t_grad, t_hidden, parts.sum(0)
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    numbers_4: Tensor,
+    copy: Fp8Weight,
+    factor: Tensor | None,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    l2: float,
+) -> None:
+    """Compute `ops.adamw.adamw_update` of fp32 weights and states, in place, and quantise the new
+    weights into `copy`, by blocks."""
+    tensors = [t if t.ndim == 3 else t.unsqueeze(0) for t in (param, grad, *copy.parts())]
+    weight, grad, values, scales = tensors
+    E, N, K = weight.shape
+    assert all(t.stride(1) == t.size(2) for t in tensors), "each matrix is dense"
+    assert weight.dtype == mean.dtype == square.dtype == torch.float32
+    wide = int(grad.dtype == torch.float32)
+    kernel = Kernel(_FOLDER / "adamw.cu", "adamw", (f"-DGRAD_WIDE={wide}",))
+    read_or_written = weight, grad, mean, square, numbers_4, values, scales, factor
+    strides = (t.stride(0) for t in tensors)
+    arguments = *read_or_written, N, K, *strides, *betas, eps, l2
+    kernel.launch(param.device, (_ceil(K), _ceil(N), E), _THREADS, arguments)
 
 
 def rows_by_blocks(
