@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from tests.tiny_run import TINY
+from torchtitan.components.optimizer.compute_weights import ComputeWeights
 from torchtitan.config import ConfigManager
+from torchtitan.models.deepseek_v3 import DeepSeekV3Model, deepseekv3_args
 from torchtitan.trainer.preflight import check_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -156,6 +158,19 @@ def test_weights_of_equal_sizes_in_two_parts_are_not_guessed(script):
     model.layers = nn.ModuleDict({"0": nn.Module()})
     model.layers["0"].attention = nn.ModuleDict({"wo": nn.Linear(4, 8, bias=False)})
     assert weight_sizes(model) == {}
+
+
+def test_copies_of_the_weights_do_not_change_their_sizes(script):
+    """A module's attribute is then the copy, which is no parameter."""
+    from benchmarks.breakdown import weight_sizes
+
+    sizes = {"n_layers": 2, "dim": 32, "vocab_size": 64}
+    args = deepseekv3_args["debugmodel"].for_run(overrides=sizes, seq_len=16)
+    model = DeepSeekV3Model(args)
+    model.init_weights()
+    expected = weight_sizes(model)
+    ComputeWeights(model.modules(), torch.bfloat16, root=model, grad_dtype=torch.bfloat16)
+    assert weight_sizes(model) == expected and "attention GEMMs" in expected.values()
 
 
 def test_kernels_of_a_graph_are_known_by_their_names(script):
