@@ -182,6 +182,15 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000); }
 
+// 1 / (1 + e^−x). Flushes subnormal numbers to zero: without that the compiler spends four instructions
+// more on them.
+__device__ __forceinline__ float sigmoid(float x) {
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + power));
+  return inverse;
+}
+
 __device__ __forceinline__ void swap_if(bool condition, u32& x, u32& y) {
   const u32 first = condition ? y : x;
   y = condition ? x : y;

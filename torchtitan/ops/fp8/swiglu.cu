@@ -24,14 +24,6 @@ __device__ __forceinline__ float sum_of_four(const Place& at, const float (&x)[4
   return sum;
 }
 
-// 1 / (1 + e^−x).
-__device__ __forceinline__ float sigmoid(float x) {
-  float power, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + power));
-  return inverse;
-}
-
 constexpr int AT_A_TIME = 4;  // rows of SwiGLU that a warp quantises together
 
 // gate_up (R, 2F) bf16. Writes the weighted activation, and gate and up to keep. weights: null = 1.
