@@ -1,7 +1,7 @@
 // One AdamW step of weights (E, N, K) and states in fp32, which quantises the new weights by blocks;
 // reference: ops/adamw.py.
 //
-// Compiled by NVRTC with GRAD_WIDE = 1 where gradients are fp32 (else bf16).
+// Compiled by NVRTC with GRAD_FP32 = 1 where gradients are fp32 (else bf16).
 
 #include "fp8/tiles.cuh"
 
@@ -35,22 +35,6 @@ struct Row {
   float4 p, m, v, g;
 };
 
-__device__ __forceinline__ float4 load_four(bool here, const float* from) {
-  float4 x;
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
-      "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
-      : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-      : "l"(from), "r"((u32)here));
-  return x;
-}
-
-__device__ __forceinline__ void store_four(bool here, float* to, const float4& x) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%4], {%0, %1, %2, %3};}" ::"f"(x.x),
-               "f"(x.y), "f"(x.z), "f"(x.w), "l"(to), "r"((u32)here)
-               : "memory");
-}
-
 // Grid (blocks of K, blocks of N, E). Strides: of E. N and K are multiples of 16.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     adamw(float* param, const void* __restrict__ grad, float* mean, float* square,
@@ -70,10 +54,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const auto load = [&](int r) {
     const int there = r * K;
     Row row;
-    row.p = load_four(r < count, param + there);
-    row.m = load_four(r < count, mean + there), row.v = load_four(r < count, square + there);
-    if (GRAD_WIDE) {
-      row.g = load_four(r < count, static_cast<const float*>(grad) + of_grad + there);
+    row.p = load_to_update_if(r < count, param + there);
+    row.m = load_to_update_if(r < count, mean + there), row.v = load_to_update_if(r < count, square + there);
+    if (GRAD_FP32) {
+      row.g = load_to_update_if(r < count, static_cast<const float*>(grad) + of_grad + there);
     } else {
       const u16* from = static_cast<const u16*>(grad) + of_grad + there;
       const uint2 g = load_if(r < count, reinterpret_cast<const uint2*>(from));
@@ -90,9 +74,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     update(row.p.y, row.g.y, row.m.y, row.v.y, step, with, safe_eps);
     update(row.p.z, row.g.z, row.m.z, row.v.z, step, with, safe_eps);
     update(row.p.w, row.g.w, row.m.w, row.v.w, step, with, safe_eps);
-    store_four(r < count, param + r * K, row.p);
-    store_four(r < count, mean + r * K, row.m);
-    store_four(r < count, square + r * K, row.v);
+    store_if(r < count, param + r * K, row.p);
+    store_if(r < count, mean + r * K, row.m);
+    store_if(r < count, square + r * K, row.v);
     tile[r][0] = row.p.x, tile[r][1] = row.p.y, tile[r][2] = row.p.z, tile[r][3] = row.p.w;
   }
   const float scale = scale_block(of_warps, at, tile);

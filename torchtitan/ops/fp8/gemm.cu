@@ -14,7 +14,7 @@
 // tensor cores work for the other. Blocks are persistent, and take tiles in turn; they find a tile's
 // group in the device's list of ends, so the host need not know any size.
 //
-// A warp's results leave through shared memory, as its next tile begins; the scales of that are loaded
+// A warp's results leave through shared memory while its next tile begins, whose first scales are loaded
 // before.
 //
 // Compiled by NVRTC with KIND (0 or 1), HALVES (1 or 2), STAGES and BUFFERS (of results, of a warp) defined.
@@ -190,10 +190,10 @@ __device__ __forceinline__ void promote(float (&total)[64], const float (&sum)[6
     if (!BY_BLOCKS) column = load_pair(of_columns + i * 32);
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      const float low = BY_BLOCKS ? scale[j] : scale[j] * column.x;
-      const float high = BY_BLOCKS ? scale[j] : scale[j] * column.y;
-      total[i * 4 + j * 2] += low * sum[i * 4 + j * 2];
-      total[i * 4 + j * 2 + 1] += high * sum[i * 4 + j * 2 + 1];
+      const float first = BY_BLOCKS ? scale[j] : scale[j] * column.x;
+      const float second = BY_BLOCKS ? scale[j] : scale[j] * column.y;
+      total[i * 4 + j * 2] += first * sum[i * 4 + j * 2];
+      total[i * 4 + j * 2 + 1] += second * sum[i * 4 + j * 2 + 1];
     }
   }
 }
@@ -206,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
              const __grid_constant__ TensorMap map_out, const float* __restrict__ scales_a,
              const float* __restrict__ scales_b, u16* __restrict__ out, const int* __restrict__ ends,
              int groups, int M, int N, int K) {
-  extern __shared__ __align__(1024) char raw[];
+  extern __shared__ __align__(1024) char raw[];  // where it begins: four stages and all buffers just fit
   const u32 base = shared_address(raw), buffers = base + STAGES * BYTES_STAGE;
   const u32 columns = buffers + 8 * BUFFERS * BYTES_BOX;
   const u32 full = columns + STAGES * BYTES_SCALES, empty = full + 8 * STAGES;

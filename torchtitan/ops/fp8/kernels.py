@@ -21,7 +21,7 @@ _SWIGLU_THREADS = 256  # that go through 64 rows
 _WAITING = 3 * 4 * BLOCK + 3 * 2 * BLOCK * BLOCK
 # Tiles of 256 rows: faster than of 128 nearly everywhere (docs/LOG.md, 2026-11-27).
 _HALVES = 2
-# A warp stores its results by boxes of 16 rows by 64 columns.
+# A warp of gemm.cu stores its results by boxes of 16 rows by 64 columns.
 _BUFFERS, _BYTES_BOX = 2, 16 * 128
 _SHARED_MEMORY = 227 * 1024  # of a block on Hopper
 
@@ -77,9 +77,9 @@ def by_blocks(w_ENK: Tensor, *, transposed: bool = False) -> Fp8:
     n, k = _ceil(N), _ceil(K)
     rows, columns, of_rows, of_columns = (K, N, k, n) if transposed else (N, K, n, k)
     out = Fp8(_new(w_ENK, E, rows, columns, kind=E4M3), _new(w_ENK, E, of_rows, of_columns))
-    wide = int(w_ENK.dtype == torch.float32)
+    in_fp32 = int(w_ENK.dtype == torch.float32)
     grid = (k, n, E)
-    _launch(_QUANTIZE, "quantize_blocks", E4M3, grid, w_ENK, *out, N, K, wide, int(transposed))
+    _launch(_QUANTIZE, "quantize_blocks", E4M3, grid, w_ENK, *out, N, K, in_fp32, int(transposed))
     return out
 
 
@@ -215,17 +215,24 @@ def adamw(
     l2: float,
 ) -> None:
     """Compute `ops.adamw.adamw_update` of fp32 weights and states, in place, and quantise the new
-    weights into `copy`, by blocks."""
+    weights into `copy`, by blocks.
+
+    grad: bf16 or fp32.
+    """
+    if grad.data_ptr() % 16:
+        grad = grad.clone()  # the kernel reads 16 bytes at a time
     tensors = [t if t.ndim == 3 else t.unsqueeze(0) for t in (param, grad, *copy.parts())]
     weight, grad, values, scales = tensors
     E, N, K = weight.shape
     assert all(t.stride(1) == t.size(2) for t in tensors), "each matrix is dense"
     assert weight.dtype == mean.dtype == square.dtype == torch.float32
-    wide = int(grad.dtype == torch.float32)
-    kernel = Kernel(_FOLDER / "adamw.cu", "adamw", (f"-DGRAD_WIDE={wide}",))
+    assert grad.dtype in (torch.bfloat16, torch.float32)
+    assert K % 16 == 0 and not any(t.data_ptr() % 16 for t in (weight, mean, square, values))
+    in_fp32 = int(grad.dtype == torch.float32)
+    kernel = Kernel(_FOLDER / "adamw.cu", "adamw", (f"-DGRAD_FP32={in_fp32}",))
     read_or_written = weight, grad, mean, square, numbers_4, values, scales, factor
     strides = (t.stride(0) for t in tensors)
-    arguments = *read_or_written, N, K, *strides, *betas, eps, l2
+    arguments = *read_or_written, N, K, *strides, *map(float, (*betas, eps, l2))
     kernel.launch(param.device, (_ceil(K), _ceil(N), E), _THREADS, arguments)
 
 

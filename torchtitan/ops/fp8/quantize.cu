@@ -1,5 +1,4 @@
-// Quantises and transposes matrices; quantize.py is the definition. Where there are many tiles, a block
-// goes through several blocks of columns of the same rows.
+// Quantises, transposes and gathers matrices; quantize.py is the definition.
 //
 // Compiled by NVRTC with E5M2 = 1 where gradients are e5m2.
 
@@ -49,18 +48,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     scales[(i64)blockIdx.y * R + first + at.lane] = power_of_two_scale<E5M2>(largest);
 }
 
-// w (E, N, K) bf16 or fp32 (wide) to values (E, N, K), or transposed to (E, K, N). Grid (blocks of K,
+// w (E, N, K) bf16 or fp32 to values (E, N, K), or transposed to (E, K, N). Grid (blocks of K,
 // blocks of N, E).
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     quantize_blocks(const void* __restrict__ w, u8* __restrict__ values, float* __restrict__ scales,
-                    int N, int K, int wide, int transposed) {
+                    int N, int K, int fp32, int transposed) {
   __shared__ Shared shared;
   const Place at;
   const int k = blockIdx.x * 128 + at.column, first = blockIdx.y * 128 + at.warp * ROWS;
   const int count = k < K ? N - first : 0;
   const i64 matrix = (i64)blockIdx.z * N * K, index = matrix + (i64)first * K + k;
   float tile[ROWS][4];
-  if (wide) {
+  if (fp32) {
     const float* from = static_cast<const float*>(w) + index;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -140,13 +139,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
               N - of_n * 128);
 }
 
-// Four elements in bf16, as exact as FP8.
+// Four elements in bf16: exact for what was quantised from bf16.
 __device__ __forceinline__ void widen(u32 quantized, float scale, u32 (&x)[2]) {
   const float2 a = from_fp8<E5M2>(quantized & 0xFFFF), b = from_fp8<E5M2>(quantized >> 16);
   x[0] = pack(a.x * scale, a.y * scale), x[1] = pack(b.x * scale, b.y * scale);
 }
 
-// Quantises a tile by columns and writes it transposed.
+// Quantises a tile by columns and writes it transposed. A block does so with several blocks of columns of
+// its rows, where there are many tiles.
 //
 // odd: whether the number of tiles before is odd. load: called when `x` is no longer needed.
 template <typename Load>
@@ -263,6 +263,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
            float* __restrict__ out_scales, int T, int R, int K, int groups, int top_k) {
   const Place at;
   const int first = blockIdx.x * 128 + at.warp * ROWS, rows = ends[groups - 1];
+  if (first >= rows) return;
   const int row = min(first + at.lane % ROWS, R - 1), column = blockIdx.y * 512 + at.lane * 16;
   const int token = row < rows ? slot_of_row[row] / top_k : 0;
   uint4 bytes[ROWS];

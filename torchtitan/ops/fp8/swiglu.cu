@@ -1,5 +1,5 @@
-// SwiGLU that quantises what it makes, forward and backward; quantize.py is the definition. A block goes
-// through several blocks of columns of the same rows.
+// SwiGLU that quantises what it makes, forward and backward; quantize.py is the definition. Where there are
+// many tiles, a block goes through several blocks of columns of the same rows.
 //
 // Compiled by NVRTC with E5M2 = 1 where gradients are e5m2.
 

@@ -1,10 +1,10 @@
 // FP8's numbers and scales, and the tiles in which our kernels quantise.
 //
-// A block of 512 threads has a tile of 128 rows by 128 columns. Warp w has rows 8 w to 8 w + 7, lane
+// A block of 512 threads has tiles of 128 rows by 128 columns. Warp w has rows 8 w to 8 w + 7, lane
 // l columns 4 l to 4 l + 3: a row is read and written as whole lines, its largest magnitude is one
 // reduction over the warp, and what a thread holds of a column are 8 bytes of the transposed tile,
-// which goes through shared memory to be written as whole lines. Magnitudes of bf16 are compared and
-// scaled in pairs: both are exact.
+// which goes through shared memory to be written as whole lines. Numbers in bf16 are compared and scaled
+// in pairs: exact, but for products that are 0 in FP8.
 //
 // Rows sorted by group are transposed with each group padded to a multiple of 128 rows; a tile finds
 // its group in the lists of ends, so no size is needed on the host.
@@ -20,7 +20,7 @@ constexpr int THREADS = 512, WARPS = 16;
 constexpr int ROWS = 8;  // of a warp
 constexpr u32 ALL = 0xFFFFFFFF;
 
-struct Shared {
+struct alignas(16) Shared {
   u32 largest[3][128];        // of each column, for up to three tiles; 0 at first
   uint2 lines[128 * WARPS];   // a transposed tile, bytes; 8-byte pieces of a line are permuted
 };
@@ -82,7 +82,7 @@ __device__ __forceinline__ float power_of_two_scale(u32 largest) {
   return __uint_as_float((u32)max(exponent, 1) << 23);
 }
 
-// 1 / scale for a pair of largest magnitudes; any number for zeros.
+// 1 / scale for a pair of largest magnitudes, without signs; any number for 0, NaN where not finite.
 template <bool WIDE>
 __device__ __forceinline__ u32 inverse_scales(u32 largest) {
   constexpr u32 ONES = 0x00010001;
@@ -124,6 +124,23 @@ __device__ __forceinline__ void store_if(bool here, u8* to, u32 x) {
                : "memory");
 }
 
+// The same for what the kernel writes later.
+__device__ __forceinline__ float4 load_to_update_if(bool here, const float* from) {
+  float4 x;
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
+      "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
+      : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+      : "l"(from), "r"((u32)here));
+  return x;
+}
+
+__device__ __forceinline__ void store_if(bool here, float* to, const float4& x) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%4], {%0, %1, %2, %3};}" ::"f"(x.x),
+               "f"(x.y), "f"(x.z), "f"(x.w), "l"(to), "r"((u32)here)
+               : "memory");
+}
+
 struct Place {
   int warp, lane, column;  // first of the thread's columns in the tile
   __device__ Place() : warp(uniform(threadIdx.x / 32)), lane(threadIdx.x % 32), column(lane * 4) {}
@@ -134,8 +151,8 @@ __device__ __forceinline__ void clear(Shared& shared) {
   if (threadIdx.x < 3 * 128) shared.largest[0][threadIdx.x] = 0;
 }
 
-// Puts the largest magnitudes of this thread's columns, two pairs over its warp's rows, to those of the
-// tile; they are complete after a barrier.
+// Raises the largest magnitudes of a tile's columns to those over this warp's rows, of which a thread has
+// two pairs. They are complete after a barrier.
 __device__ __forceinline__ void add_columns(u32* of_tile, const Place& at, const u32 (&largest)[2]) {
   u32* line = of_tile + at.lane;  // of column 4 l + j at l + 32 j: a bank for each lane
 #pragma unroll
