@@ -11,6 +11,7 @@ second one ends everything at once (table: docs/checkpoint.md).
 
 import argparse
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -97,9 +98,10 @@ class Launch:
         self._end(errors[0].exit_code, errors[0].sentence)
 
     def _end(self, code: int, sentence: str) -> None:
-        _kill(_children(), signal.SIGKILL)
         logger.warning("%s", sentence)
+        logging.disable()  # torchrun, in the main thread, would tell how its ranks end
         self.close()
+        _kill(_children(), signal.SIGKILL)
         os._exit(code)
 
 
