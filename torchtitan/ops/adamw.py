@@ -62,6 +62,7 @@ def adamw_update(
 
 
 def _kernel(copy: Tensor | None) -> Callable[..., None]:
+    """Return the GPU's update for a copy of this kind."""
     if isinstance(copy, Fp8Weight):
         from torchtitan.ops.fp8 import kernels
 

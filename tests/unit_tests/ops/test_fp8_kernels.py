@@ -322,10 +322,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [(256, 128), (304, 208)], ids=["whole", "ragged"])
+@pytest.mark.parametrize("sizes", [(384, 128), (304, 208)], ids=["whole", "ragged"])
 def test_adamw_writes_its_weight_in_fp8_as_well(sizes, dtype):
-    """A part of a wider tensor, zeros, NaN and infinity; a matrix, clipped, with L2, where the
-    gradient is fp32, and a stack where it is bf16."""
+    """A part of a wider tensor, with blocks of zeros, NaN, infinity and an outlier; a matrix,
+    clipped, with L2, where the gradient is fp32, and a stack where it is bf16."""
     from torchtitan.ops.adamw import adamw_update, step_numbers
     from torchtitan.ops.fp8.weight import quantised
 
@@ -337,8 +337,8 @@ def test_adamw_writes_its_weight_in_fp8_as_well(sizes, dtype):
     grads = torch.randn(*stack, 128 + N, K, dtype=dtype)
     for each in (param, mean, grads):
         each[..., -N:, :][..., :128, :128] = 0.0
-    param[..., 130, 5], param[..., 200, 9] = float("nan"), float("inf")
-    param[..., 100, 1:] *= 1e4
+    param[..., 130, 5], param[..., 200, K - 9] = float("nan"), float("inf")
+    param[..., 300, 1:] *= 1e4
     grad, factor = grads[..., 128:, :], torch.tensor(0.5) if clipped else None
     twin = [t.clone() for t in (param, grad, mean, square)]
     wide = quantised(torch.ones_like(grads, dtype=torch.float32), torch.bfloat16, emulate=False)

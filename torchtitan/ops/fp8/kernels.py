@@ -50,8 +50,10 @@ def _multiprocessors(like: Tensor) -> int:
 
 
 def _parts(like: Tensor, tiles: int, blocks: int) -> int:
-    """Return by how many thread blocks the columns of a tile are shared, so that each goes through
-    as many blocks of columns as leave 16 tiles for every multiprocessor, at most 4."""
+    """Return how many thread blocks share a tile's columns.
+
+    Each goes through up to 4 blocks of columns, as long as every multiprocessor has 16 turns.
+    """
     each = min(4, max(1, tiles * blocks // (16 * _multiprocessors(like))))
     return -(-blocks // each)
 
@@ -102,19 +104,9 @@ def by_both(
     rows = Fp8(_new(x_RK, R, K, kind=kind), _new(x_RK, blocks, R))
     columns = _new_columns(ends, K, tiles, kind)
     grid = (tiles, _parts(ends, tiles, blocks))
+    sizes = R, K, ends.numel()
     _launch(
-        _QUANTIZE,
-        "quantize_both",
-        kind,
-        grid,
-        x_RK,
-        ends,
-        padded_ends,
-        *rows,
-        *columns,
-        R,
-        K,
-        len(ends),
+        _QUANTIZE, "quantize_both", kind, grid, x_RK, ends, padded_ends, *rows, *columns, *sizes
     )
     return rows, columns
 
